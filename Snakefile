@@ -1,0 +1,28 @@
+# The whole workflow of a suite: plans, runs, checks, measurements, figures, report.
+#   snakemake --cores all --profile slurm                        on Slurm
+#   snakemake --profile workflow/profiles/local                  on this machine
+# The suite is chosen by --config suite=NAME (a file of configs/suites, or a path); without it, the one that fits.
+from snakemake.utils import min_version
+
+min_version("9.25")
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/plan.smk"
+include: "workflow/rules/check.smk"
+include: "workflow/rules/run.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        f"{RESULTS}/measurements.csv",
+        f"{RESULTS}/measurements.html",
+        f"{RESULTS}/checks.html",
+        f"{RESULTS}/figures/end_to_end.png",
+        f"{RESULTS}/wandb/runs.json",
+    localrule: True

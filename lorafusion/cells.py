@@ -1,0 +1,133 @@
+"""Run one cell of a suite, once: from its settings to its result file."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lorafusion.config import Cell, Suite, SystemConfig, cells, read_model, read_suite, read_systems
+from lorafusion.errors import UserError
+from lorafusion.measure.environment import has_gpu, provenance
+from lorafusion.plan import Plan, check
+from lorafusion.runtime.launch import Outcome, launch
+from lorafusion.runtime.result import result_of, write_result
+from lorafusion.runtime.spec import RunSpec
+from lorafusion.workload import Workload, content_hash
+
+
+def run_cell(
+    suite_path: Path,
+    name: str,
+    workload_path: Path,
+    plan_path: Path | None,
+    out: Path,
+    repeat: int,
+    nodes: int,
+) -> str:
+    """Run a cell and write its result; returns the status. Raises `UserError` for input that no run can use.
+
+    A cell that cannot be run by what is built (`unavailable`) needs no plan and has the status `skipped`.
+    """
+    suite = read_suite(suite_path)
+    cell = find_cell(suite, name, suite_path)
+    system = read_systems()[cell.system]
+    workload = Workload.read(workload_path)
+    reason = unavailable(cell, system)
+    plan = None if reason else read_plan(plan_path, workload)
+    if suite.device == "cuda" and not has_gpu():
+        raise UserError(f"{suite_path}: a suite for GPUs, but nvidia-smi finds none; try configs/suites/smoke.yaml")
+    origin = provenance(suite.device) | {
+        "config_hash": config_hash(suite, cell, system),
+        "workload_hash": workload.content_hash,
+        "plan_hash": plan.content_hash if plan else None,
+        "seed": suite.seed,
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["lorafusion", *sys.argv[1:]]),
+    }
+    if plan is None:
+        outcome = Outcome("skipped", reason)
+    else:
+        spec = RunSpec(
+            system=cell.system,
+            model=cell.model,
+            workload=str(workload_path),
+            plan=str(plan_path),
+            device=suite.device,
+            dtype=suite.dtype,
+            adapter_dtype=suite.adapter_dtype,
+            seed=suite.seed,
+            checkpointing=cell.grid.checkpointing,
+        )
+        outcome = launch(spec, cell.gpus, 60 * cell.grid.minutes, nodes)
+    result = result_of(outcome, plan, description(suite, cell, workload, system, repeat), origin)
+    write_result(out, result)
+    return describe(result)
+
+
+def unavailable(cell: Cell, system: SystemConfig) -> str:
+    """Why nothing built here can run a cell; empty if it can be run."""
+    if system.unavailable:
+        return system.unavailable
+    if cell.grid.data_parallel > 1:
+        return f"the executors run one data-parallel replica, the cell asks for {cell.grid.data_parallel}"
+    return ""
+
+
+def read_plan(path: Path | None, workload: Workload) -> Plan:
+    """The plan of a run, checked against its workload."""
+    if path is None:
+        raise UserError("--plan: missing; make one with `lorafusion plan`")
+    plan = Plan.read(path)
+    check(plan, workload, source=path)
+    return plan
+
+
+def describe(result: dict) -> str:
+    return f"{result['status']} ({result['note']})" if result["note"] else result["status"]
+
+
+def find_cell(suite: Suite, name: str, source: Path) -> Cell:
+    for cell in cells(suite, source):
+        if cell.name == name:
+            return cell
+    raise UserError(f"{source}: no cell {name!r}; `lorafusion cells --suite {source}` lists them")
+
+
+def description(suite: Suite, cell: Cell, workload: Workload, system: SystemConfig, repeat: int) -> dict:
+    """The identity and the parameters of a run, as columns of the measurement table."""
+    ranks, dropouts = {job.rank for job in workload.jobs}, {job.dropout for job in workload.jobs}
+    return {
+        "suite": suite.name,
+        "kind": "measured",
+        "cell": cell.name,
+        "system": cell.system,
+        "model": cell.model,
+        "workload": cell.workload,
+        "gpus": cell.gpus,
+        "repeat": repeat,
+        "implementation": system.lora.rpartition(":")[2] if system.lora else None,
+        "adapters": len(workload.jobs),
+        # Mixed ranks or dropouts have no one number; the workload file has them all.
+        "rank": ranks.pop() if len(ranks) == 1 else None,
+        "dropout": dropouts.pop() if len(dropouts) == 1 else None,
+        "dtype": suite.dtype,
+        "stages": cell.stages,
+        "global_batch": cell.grid.global_batch,
+        "capacity": cell.grid.capacity_of(cell.workload),
+        "seed": suite.seed,
+    }
+
+
+def config_hash(suite: Suite, cell: Cell, system: SystemConfig) -> str:
+    """Changes with anything in the configuration that a run of the cell depends on."""
+    settings = suite.model_dump(mode="json", exclude={"cells", "checks", "description", "repeats"})
+    return content_hash(
+        [
+            settings,
+            cell.model_dump(mode="json"),
+            system.model_dump(mode="json"),
+            read_model(cell.model).model_dump(mode="json"),
+        ]
+    )

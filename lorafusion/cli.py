@@ -1,0 +1,252 @@
+"""The command line: `lorafusion COMMAND`. Each command is one step of the workflow and works by itself too."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from lorafusion.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+check_app = typer.Typer(no_args_is_help=True, help="Prove that results are right; exit 1 where they are not.")
+figure_app = typer.Typer(no_args_is_help=True, help="Draw a figure from the measurement table.")
+page_app = typer.Typer(no_args_is_help=True, help="Make a page of the report.")
+app.add_typer(check_app, name="check")
+app.add_typer(figure_app, name="figure")
+app.add_typer(page_app, name="page")
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="file to write")]
+SuiteFile = Annotated[Path, typer.Option("--suite", help="a file of configs/suites")]
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and status 2."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except UserError as error:
+        message = str(error)
+    except click.ClickException as error:
+        message = error.format_message()
+    except click.exceptions.Abort:
+        sys.exit(130)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@app.command()
+def workload(
+    config: Annotated[Path, typer.Argument(help="a file of configs/workloads")],
+    out: Out,
+    samples: Annotated[int, typer.Option(min=1, help="samples an adapter")] = 1000,
+    global_batch: Annotated[int, typer.Option(min=1, help="samples of one optimizer step")] = 8,
+    length_scale: Annotated[float, typer.Option(help="divides the sample lengths")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+) -> None:
+    """Draw the jobs of a workload: adapters and sample lengths."""
+    from lorafusion.data.lengths import make_workload
+
+    if length_scale <= 0:
+        raise UserError(f"--length-scale: expected a number above 0, found {length_scale}")
+    made = make_workload(config, samples=samples, global_batch=global_batch, scale=length_scale, seed=seed)
+    write(out, made.to_json())
+    print(f"{out}: {len(made.jobs)} adapters, {made.tokens} tokens, hash {made.content_hash}")
+
+
+@app.command()
+def plan(
+    workload: Annotated[Path, typer.Argument(help="a workload file")],
+    out: Out,
+    system: Annotated[str, typer.Option(help="a name of configs/systems.yaml")] = "lorafusion",
+    stages: Annotated[int, typer.Option(min=1, help="pipeline stages")] = 1,
+    capacity: Annotated[int, typer.Option(min=1, help="tokens a microbatch may hold")] = 8192,
+) -> None:
+    """Plan a workload for a system, and check the plan."""
+    from lorafusion.config import read_systems
+    from lorafusion.errors import one_of
+    from lorafusion.imports import load
+    from lorafusion.workload import Workload
+
+    systems = read_systems()
+    one_of("system", system, set(systems), "--system")
+    if systems[system].unavailable:
+        raise UserError(f"system {system!r} cannot plan: {systems[system].unavailable}")
+    made = load(systems[system].planner, "planner")(Workload.read(workload), system, stages, capacity)
+    write(out, made.to_json())
+    s = made.statistics
+    print(f"{out}: {s.microbatches} microbatches ({s.noops} no-ops, at least {s.lower_bound}), fill {s.fill:.3f}")
+
+
+@app.command()
+def run(
+    suite: SuiteFile,
+    cell: Annotated[str, typer.Option(help="the cell's name, as in the table's column `cell`")],
+    workload: Annotated[Path, typer.Option(help="the cell's workload file")],
+    out: Out,
+    plan: Annotated[Path | None, typer.Option(help="the cell's plan file")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="machines the processes are spread over")] = 1,
+) -> None:
+    """Run one cell of a suite once and write its result file, also where it fails."""
+    from lorafusion.cells import run_cell
+
+    status = run_cell(suite, cell, workload, plan, out, repeat, nodes)
+    print(f"{out}: {status}")
+
+
+@app.command("cells")
+def list_cells(suite: SuiteFile) -> None:
+    """List the cells of a suite, or say what is wrong with it."""
+    from lorafusion.config import cells, read_suite
+
+    for cell in cells(read_suite(suite), suite):
+        print(cell.name)
+
+
+@check_app.command("plans")
+def check_plans(
+    plans: Annotated[list[Path], typer.Argument(help="plan files")],
+    workloads: Annotated[list[Path], typer.Option("--workload", help="the workload files they were made for")],
+    out: Out,
+) -> None:
+    """Every plan against its workload."""
+    from lorafusion.checks import plans as check
+
+    _report(check(plans, workloads), out)
+
+
+@check_app.command("lossless")
+def check_lossless(out: Out, stages: Annotated[int, typer.Option(min=1)] = 1) -> None:
+    """Adapters trained together equal each alone."""
+    from lorafusion.checks import lossless
+
+    _report(lossless(stages), out)
+
+
+@check_app.command("learning")
+def check_learning(out: Out) -> None:
+    """Weights change and the loss falls."""
+    from lorafusion.checks import learning
+
+    _report(learning(), out)
+
+
+@app.command()
+def measurements(
+    folder: Annotated[Path, typer.Argument(help="folder to write measurements.{csv,parquet,schema.json,html} to")],
+    results: Annotated[list[Path], typer.Argument(help="result files of runs")],
+) -> None:
+    """Gather result files in the measurement table, and validate it."""
+    from lorafusion.measure import table
+    from lorafusion.report.pages import measurements_page
+
+    frame = table.summarise(table.read_results(results))
+    table.validate(frame)
+    table.write(frame, folder / "measurements.csv", folder / "measurements.parquet")
+    table.write_json_schema(folder / "measurements.schema.json")
+    write(folder / "measurements.html", measurements_page(frame))
+    print(f"{folder}/measurements.csv: {len(frame)} rows from {len(results)} runs")
+
+
+@figure_app.command("end_to_end")
+def figure_end_to_end(
+    table: Annotated[Path, typer.Argument(help="the measurement table")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
+) -> None:
+    """Throughput of the systems by workload and number of GPUs."""
+    from lorafusion.measure.table import read
+    from lorafusion.report.figures import end_to_end
+
+    end_to_end(read(table), out)
+    print(f"{out}.png, .pdf, .csv")
+
+
+@page_app.command("checks")
+def page_checks(
+    verdicts: Annotated[list[Path], typer.Argument(help="files that `lorafusion check` wrote")], out: Out
+) -> None:
+    """The checks with their figures."""
+    from lorafusion.report.pages import checks_page
+
+    write(out, checks_page(verdicts))
+
+
+@app.command()
+def publish(
+    table: Annotated[Path, typer.Argument(help="the measurement table")],
+    results: Annotated[list[Path], typer.Argument(help="result files of runs")],
+    figure: Annotated[list[Path], typer.Option(help="a figure to show beside the tables")],
+    directory: Annotated[Path, typer.Option(help="folder for everything that wandb writes")],
+    mode: Annotated[str, typer.Option(help="offline, or online to send it to your wandb server")] = "offline",
+    project: Annotated[str, typer.Option()] = "lorafusion",
+    entity: Annotated[str | None, typer.Option()] = None,
+) -> None:
+    """Hand the measurements to wandb: a run for each cell and one with the tables. Offline unless told otherwise."""
+    import json
+
+    from lorafusion.measure.table import read
+    from lorafusion.report.wandb_publisher import publish
+
+    contents = [json.loads(path.read_text()) for path in results]
+    runs = publish(read(table), contents, figure, directory, mode=mode, project=project, entity=entity)
+    print(f"{directory}: {len(runs)} runs, {mode}")
+
+
+@app.command()
+def summary(
+    suite: Annotated[
+        str | None, typer.Option(help="name of the suite; the one that fits this machine if absent")
+    ] = None,
+) -> None:
+    """Print a suite's results as a short table."""
+    from lorafusion.reproduce import show_summary
+
+    show_summary(suite)
+
+
+@app.command()
+def reproduce(
+    suite: Annotated[
+        str | None, typer.Option(help="name of the suite; the one that fits this machine if absent")
+    ] = None,
+) -> None:
+    """Run the whole workflow of a suite on this machine, make its report, and show the results."""
+    from lorafusion.reproduce import reproduce
+
+    raise typer.Exit(reproduce(suite))
+
+
+@app.command()
+def schemas(folder: Annotated[Path, typer.Argument()] = Path("workflow/schemas")) -> None:
+    """Write the JSON Schemas of the configuration files."""
+    from lorafusion.schemas import write_schemas
+
+    for path in write_schemas(folder):
+        print(path)
+
+
+def _report(verdict, out: Path) -> None:
+    from lorafusion.checks import write_verdict
+
+    print(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.statement}")
+    for name, value in verdict.figures.items():
+        print(f"  {name}: {value:.3g}")
+    if not verdict.passed:
+        raise typer.Exit(1)
+    write_verdict(verdict, out)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Configuration files: where they are, how they are read, and what each may say.
+
+The pydantic models here are the schemas. `lorafusion schemas` writes them as JSON Schema to workflow/schemas, for
+editors and for readers; a test keeps the two equal.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lorafusion.errors import UserError, one_of, validated
+from lorafusion.measure.environment import has_gpu
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+class Config(BaseModel):
+    """A misspelt key is an error, not a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Config):
+    """A file of configs/models: the published dimensions of a base model, and where its weights come from."""
+
+    architecture: Literal["llama", "qwen2"]
+    hidden_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    vocab_size: int = Field(ge=2)
+    max_position_embeddings: int = Field(ge=1)
+    rms_norm_eps: float = Field(gt=0)
+    rope_parameters: dict[str, float | str]
+    tie_word_embeddings: bool = False
+    initializer_range: float = Field(default=0.02, gt=0, description="standard deviation of random weights")
+    weights: str = Field(
+        default="random", description="`random`, a local folder with safetensors, or a repository on the hub"
+    )
+    revision: str | None = Field(default=None, description="commit or tag on the hub")
+
+
+class SystemConfig(Config):
+    """An entry of configs/systems.yaml: planner, executor and LoRA kind by import path, or why it cannot run."""
+
+    description: str
+    planner: str | None = Field(default=None, description="module:function, workload to plan")
+    executor: str | None = Field(default=None, description="module:function, runs a plan on a stage")
+    lora: str | None = Field(default=None, description="module:function, installs the LoRA forward on a stage")
+    max_gpus: int | None = Field(default=None, ge=1)
+    unavailable: str | None = Field(default=None, description="why the system has no planner or executor yet")
+
+    @model_validator(mode="after")
+    def _complete_or_unavailable(self) -> SystemConfig:
+        parts = (self.planner, self.executor, self.lora)
+        if self.unavailable is None and None in parts:
+            raise ValueError("needs planner, executor and lora, or a reason under `unavailable`")
+        return self
+
+
+class Grid(Config):
+    """A block of a suite: the product of models, GPU counts, workloads and systems under the same settings."""
+
+    models: list[str] = Field(min_length=1)
+    gpus: list[int] = Field(min_length=1, description="processes, where the device is the CPU")
+    workloads: list[str] = Field(min_length=1)
+    systems: list[str] = Field(min_length=1)
+    data_parallel: int = Field(default=1, ge=1, description="replicas; stages = gpus / data_parallel")
+    samples: int = Field(ge=1, description="samples an adapter")
+    global_batch: int = Field(ge=1, description="samples of one optimizer step of an adapter")
+    capacity: int | dict[str, int] = Field(description="tokens a microbatch may hold, or that by workload")
+    length_scale: float = Field(default=1.0, gt=0, description="divides the sample lengths, for small models")
+    checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    minutes: int = Field(ge=1, description="time limit of a run; longer is status timeout")
+    memory_gb: int = Field(default=4, ge=1, description="host memory of a run")
+
+    def capacity_of(self, workload: str) -> int:
+        return self.capacity if isinstance(self.capacity, int) else self.capacity[workload]
+
+    @model_validator(mode="after")
+    def _settings_cover_the_product(self) -> Grid:
+        values = self.capacity.values() if isinstance(self.capacity, dict) else [self.capacity]
+        if any(value < 1 for value in values):
+            raise ValueError("capacity must be at least 1 token")
+        if isinstance(self.capacity, dict) and set(self.capacity) != set(self.workloads):
+            raise ValueError("capacity, where given by workload, must name exactly the workloads of its block")
+        for gpus in self.gpus:
+            if gpus < 1:
+                raise ValueError(f"gpus must be at least 1, found {gpus}")
+            if gpus % self.data_parallel:
+                raise ValueError(f"{gpus} gpus cannot hold {self.data_parallel} replicas of equal size")
+        return self
+
+
+class Checks(Config):
+    """The correctness checks that the suite's figures rest on."""
+
+    lossless_stages: list[int] = Field(default=[1, 2], min_length=1)
+    learning: bool = True
+
+
+class Suite(Config):
+    """A file of configs/suites: what is measured, on what, how often."""
+
+    name: str = Name
+    description: str
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    adapter_dtype: Literal["float32", "bfloat16", "float16"]
+    repeats: int = Field(ge=1, description="fresh processes a cell")
+    seed: int = Field(default=1, ge=0)
+    gpus_per_node: int = Field(default=8, ge=1)
+    checks: Checks = Checks()
+    cells: list[Grid] = Field(min_length=1)
+
+
+class Cell(Config):
+    """One point of a suite's grid, with its settings."""
+
+    system: str
+    model: str
+    gpus: int
+    workload: str
+    grid: Grid
+
+    @property
+    def stages(self) -> int:
+        return self.gpus // self.grid.data_parallel
+
+    @property
+    def name(self) -> str:
+        """The identity of a cell, the same in file names, tables and reports."""
+        return f"{self.workload_name}/system~{self.system}"
+
+    @property
+    def workload_name(self) -> str:
+        """The part of the identity that its systems share: they train the same workload."""
+        batch = self.grid.global_batch
+        return f"model~{self.model}/workload~{self.workload}/gpus~{self.gpus}/batch~{batch}"
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The mapping in a YAML file; `UserError` names the file and the line."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid YAML: {reason}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping, found {type(data).__name__}")
+    return data
+
+
+def names_in(folder: str) -> set[str]:
+    """The names that the files of a folder of configs define."""
+    return {path.stem for path in (CONFIGS / folder).glob("*.yaml")}
+
+
+def read_systems(path: str | Path = CONFIGS / "systems.yaml") -> dict[str, SystemConfig]:
+    return {name: validated(SystemConfig, entry, f"{path}: {name}") for name, entry in read_yaml(path).items()}
+
+
+def model_path(name: str) -> Path:
+    """A model by the name of its file in configs/models, or by the path of a file of that form."""
+    if name.endswith(".yaml"):
+        return Path(name)
+    one_of("model", name, names_in("models"), CONFIGS / "models")
+    return CONFIGS / "models" / f"{name}.yaml"
+
+
+def read_model(name: str) -> ModelConfig:
+    path = model_path(name)
+    return validated(ModelConfig, read_yaml(path), path)
+
+
+def suite_path(name: str | None) -> Path:
+    """The file of a suite by name or path; without a name, of the suite that fits this machine."""
+    chosen = name or ("h200" if has_gpu() else "smoke")
+    path = Path(chosen) if chosen.endswith((".yaml", ".yml")) else CONFIGS / "suites" / f"{chosen}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(names_in("suites")))
+        raise UserError(f"suite: no file {path}; known suites: {known}")
+    return path
+
+
+def read_suite(path: str | Path) -> Suite:
+    """A suite whose every name is known and whose cells can exist."""
+    suite = validated(Suite, read_yaml(path), path)
+    cells(suite, source=path)
+    return suite
+
+
+def cells(suite: Suite, source: str | Path = "suite") -> list[Cell]:
+    """Every cell of a suite, in order; raises `UserError` for an unknown name or two cells of one identity."""
+    systems, seen, out = read_systems(), set(), []
+    for index, grid in enumerate(suite.cells):
+        where = f"{source}: cells.{index}"
+        for kind, names, known in (
+            ("system", grid.systems, set(systems)),
+            ("model", grid.models, names_in("models")),
+            ("workload", grid.workloads, names_in("workloads")),
+        ):
+            for name in names:
+                one_of(kind, name, known, where)
+        for model, workload, gpus, system in product(grid.models, grid.workloads, grid.gpus, grid.systems):
+            cell = Cell(system=system, model=model, gpus=gpus, workload=workload, grid=grid)
+            _require_possible(cell, systems[system], where)
+            if cell.name in seen:
+                raise UserError(f"{where}: cell {cell.name} is in the suite twice")
+            seen.add(cell.name)
+            out.append(cell)
+    return out
+
+
+def _require_possible(cell: Cell, system: SystemConfig, where: str) -> None:
+    layers = read_model(cell.model).num_hidden_layers
+    if cell.stages > layers:
+        raise UserError(f"{where}: {cell.stages} stages, but model {cell.model} has only {layers} layers")
+    if system.max_gpus is not None and cell.gpus > system.max_gpus:
+        raise UserError(f"{where}: system {cell.system} runs on {system.max_gpus} gpus at most, found {cell.gpus}")

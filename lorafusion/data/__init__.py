@@ -1,0 +1,1 @@
+"""Sample lengths (pure Python and NumPy) and tokens (torch), kept apart so that planning needs no torch."""

@@ -1,0 +1,100 @@
+"""Sample lengths: seeded draws from the committed table of the paper's datasets, and the workloads made of them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from lorafusion.config import CONFIGS, read_yaml
+from lorafusion.errors import one_of, validated
+from lorafusion.workload import ALL_LINEAR, Job, Sample, Workload
+
+LENGTHS_TABLE = CONFIGS / "workloads" / "lengths.csv"
+MIXED = "mixed"
+
+
+class LengthDistribution(BaseModel):
+    """One row of the table: a log-normal by its mean and the standard deviation of its logarithm, clamped."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    mean: float = Field(gt=0, description="tokens, before the clamp")
+    log_sigma: float = Field(gt=0)
+    maximum: int = Field(ge=2, description="tokens; longer samples are counted as this long")
+
+
+class AdapterConfig(BaseModel):
+    """One adapter of a workload file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    rank: int = Field(ge=1, le=256)
+    alpha: float = Field(gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    rslora: bool = False
+    learning_rate: float = Field(default=1e-4, gt=0)
+    target_modules: tuple[str, ...] = Field(default=ALL_LINEAR, min_length=1)
+
+
+class WorkloadConfig(BaseModel):
+    """A file of configs/workloads: which adapters are trained together, on which datasets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    description: str
+    adapters: tuple[AdapterConfig, ...] = Field(min_length=1)
+
+
+def read_table(path: Path = LENGTHS_TABLE) -> dict[str, LengthDistribution]:
+    """The committed length distributions by dataset."""
+    with open(path) as file:
+        rows = csv.DictReader(line for line in file if not line.startswith("#"))
+        return {row["dataset"]: validated(LengthDistribution, row, path) for row in rows}
+
+
+def draw_lengths(dataset: str, count: int, seed: int, scale: float = 1.0) -> list[int]:
+    """`count` sample lengths of a dataset, in tokens divided by `scale` (at least 2).
+
+    A pure function of its arguments on any machine: NumPy's Philox, keyed by dataset and seed. `mixed` draws each
+    sample from one of the table's datasets with equal chances.
+    """
+    table = read_table()
+    one_of("dataset", dataset, {*table, MIXED}, LENGTHS_TABLE)
+    key = int.from_bytes(hashlib.blake2b(f"{dataset}/{seed}".encode(), digest_size=16).digest(), "little")
+    generator = np.random.Generator(np.random.Philox(key=key))
+    sources = [table[name] for name in sorted(table)] if dataset == MIXED else [table[dataset]]
+    choice = generator.integers(len(sources), size=count)
+    normal = generator.standard_normal(count)
+    sigma = np.array([source.log_sigma for source in sources])[choice]
+    mean = np.array([source.mean for source in sources])[choice]
+    maximum = np.array([source.maximum for source in sources])[choice]
+    # The mean of a log-normal is exp(mu + sigma^2/2).
+    tokens = np.minimum(np.exp(np.log(mean) - sigma**2 / 2 + sigma * normal), maximum) / scale
+    return [max(2, int(value)) for value in np.rint(tokens)]
+
+
+def make_workload(
+    config_path: str | Path, *, samples: int, global_batch: int, scale: float = 1.0, seed: int = 0
+) -> Workload:
+    """The workload of a configuration file with `samples` samples an adapter; adapter i draws with seed + i."""
+    path = Path(config_path)
+    config = validated(WorkloadConfig, read_yaml(path), path)
+    jobs = []
+    for index, adapter in enumerate(config.adapters):
+        lengths = draw_lengths(adapter.dataset, samples, seed + index, scale)
+        jobs.append(
+            Job(
+                name=f"adapter-{index}",
+                **adapter.model_dump(),
+                seed=seed + index,
+                global_batch_size=global_batch,
+                samples=tuple(Sample(i, tokens) for i, tokens in enumerate(lengths)),
+            )
+        )
+    return Workload(name=path.stem, jobs=tuple(jobs))

@@ -1,0 +1,100 @@
+"""A microbatch as tensors: samples packed end to end, with their borders, labels, weights and adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fused_lora import LoRASegment
+from lorafusion.data.tokens import TokenSource
+from lorafusion.errors import UserError
+from lorafusion.models.attention import SampleBorders
+from lorafusion.models.loss import IGNORE
+from lorafusion.plan import Microbatch
+from lorafusion.workload import Workload
+
+
+@dataclass(frozen=True)
+class AdapterSegment(LoRASegment):
+    """The tokens [start, stop) of one adapter, and which of its global batches they belong to."""
+
+    batch: int
+
+    def renumbered(self, adapter: int) -> LoRASegment:
+        """The same tokens for the adapter at another index."""
+        return LoRASegment(self.start, self.stop, adapter)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """T tokens of a microbatch.
+
+    input_ids int64 [1, T]; position_ids int64 [1, T], from 0 in each sample; labels int64 [T], the next token of the
+    sample; weights float32 [T], one over the label tokens of the adapter's global batch; positions int64 [T], the
+    token's place in its adapter's own stream, which the dropout masks are drawn from.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    positions: torch.Tensor
+    borders: SampleBorders
+    segments: tuple[AdapterSegment, ...]
+
+
+class BatchBuilder:
+    """Builds the tensors of any microbatch of a workload on a device."""
+
+    def __init__(self, workload: Workload, source: TokenSource, device: torch.device) -> None:
+        self.workload = workload
+        self.source = source
+        self.device = device
+
+    def build(self, microbatch: Microbatch) -> PackedBatch:
+        """The tensors of a microbatch that is not a no-op."""
+        tokens, labels, weights, places, positions = [], [], [], [], []
+        segments, lengths = [], []
+        for part in microbatch.segments:
+            job = self.workload.jobs[part.adapter]
+            batch = job.batch_of(part.samples[0])
+            weight = 1.0 / job.label_tokens(batch)
+            start = sum(lengths)
+            for position in part.samples:
+                ids = self._tokens(part.adapter, position)
+                place = torch.arange(len(ids))
+                tokens.append(ids)
+                labels.append(torch.cat([ids[1:], torch.tensor([IGNORE])]))
+                weights.append(torch.full((len(ids),), weight, dtype=torch.float32))
+                places.append(place)
+                positions.append(place + job.stream_offset(position))
+                lengths.append(len(ids))
+            segments.append(AdapterSegment(start, sum(lengths), part.adapter, batch))
+        return PackedBatch(
+            input_ids=self._joined(tokens)[None],
+            position_ids=self._joined(places)[None],
+            labels=self._joined(labels),
+            weights=self._joined(weights),
+            positions=self._joined(positions),
+            borders=SampleBorders(self._offsets(lengths), max(lengths)),
+            segments=tuple(segments),
+        )
+
+    def _tokens(self, adapter: int, position: int) -> torch.Tensor:
+        job = self.workload.jobs[adapter]
+        ids = self.source.tokens(job, position)
+        sample = job.sample_at(position)
+        if len(ids) != sample.tokens:
+            raise UserError(
+                f"dataset {job.dataset}: sample {sample.id} of {job.name!r} has {len(ids)} tokens, "
+                f"the workload says {sample.tokens}; make the workload again"
+            )
+        return ids
+
+    def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(parts).to(self.device, non_blocking=True)
+
+    def _offsets(self, lengths: list[int]) -> torch.Tensor:
+        offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        return offsets.to(self.device, non_blocking=True)

@@ -1,0 +1,88 @@
+"""Where a number comes from: commit, software, device."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+GPU_FIELDS = {
+    "gpu_name": "name",
+    "gpu_uuid": "uuid",
+    "driver": "driver_version",
+    "clock_mhz": "clocks.sm",
+    "power_w": "power.draw",
+}
+
+
+def provenance(device: str) -> dict[str, str | float | bool | None]:
+    """Commit, package versions and, for a run on a GPU, the device and its state now."""
+    import torch
+
+    return {
+        "git_sha": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "peft": _version("peft"),
+        "megatron_core": _version("megatron-core"),
+        "python": platform.python_version(),
+        "hostname": platform.node(),
+        "cpu": _cpu_name(),
+        **(gpu_state() if device == "cuda" else dict.fromkeys(GPU_FIELDS)),
+    }
+
+
+def gpu_state() -> dict[str, str | float | None]:
+    """Name, identity, driver, clock (MHz) and power (W) of the first GPU, as nvidia-smi says; None where it cannot."""
+    empty = dict.fromkeys(GPU_FIELDS)
+    if shutil.which("nvidia-smi") is None:
+        return empty
+    query = ",".join(GPU_FIELDS.values())
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "--id=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    if done.returncode or len(values) != len(GPU_FIELDS):
+        return empty
+    state = dict(zip(GPU_FIELDS, values, strict=True))
+    return {key: _number(value) if key in ("clock_mhz", "power_w") else value for key, value in state.items()}
+
+
+def has_gpu() -> bool:
+    """Is there an NVIDIA GPU that its driver can list?"""
+    return gpu_state()["gpu_name"] is not None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )

@@ -1,0 +1,336 @@
+"""The measurement table: one row a number, whatever was measured, simulated, published or derived.
+
+Its words are defined in `vocabulary` and nowhere else. Its rows come from the result files of runs, `summarise` adds
+the medians over repeats, `validate` says which row is wrong and why, and a table is kept as CSV (for people) and as
+Parquet (with types), which hold the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lorafusion.errors import UserError, describe
+from lorafusion.measure.statistics import fewest, interval, median
+from lorafusion.measure.vocabulary import COLUMNS, METRICS, STATUSES, TYPE_NAMES, WINDOWS, json_schema
+
+
+class MeasurementError(UserError):
+    """A result file or a table that does not say what it must; names the file, the row, the column and the remedy."""
+
+
+# Rows that agree here, and differ only in `repeat`, are repeats of each other.
+GROUP = ("suite", "kind", "cell", "metric", "window", "implementation")
+KEY = (*GROUP, "statistic", "repeat")
+ORDER = ("suite", "kind", "model", "workload", "gpus", "system", *KEY[2:])
+# Repeats that differ in the first are not repeats; where they differ in the second, the summary's note says so.
+MUST_AGREE = ("config_hash", "workload_hash", "plan_hash")
+SHOULD_AGREE = ("git_sha", "git_dirty", "gpu_name", "driver", "cuda", "torch", "triton")
+BOOLEANS = {"True": True, "False": False}  # as they stand in a CSV
+
+
+class ExpectedMetric(BaseModel):
+    """A metric that a cell must have: a failed run has a row for it too."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    metric: Literal[*METRICS]
+    window: Literal[WINDOWS]
+
+
+class ResultMetric(ExpectedMetric):
+    """A number of a run."""
+
+    value: float = Field(strict=True, allow_inf_nan=False)
+    unit: str
+    direction: str
+    implementation: str | None = None
+    note: str | None = None
+
+
+class Result(BaseModel):
+    """The content of a run's result file."""
+
+    version: Literal[1]
+    status: Literal[STATUSES]
+    note: str = ""
+    cell: dict[str, Any]
+    expected: list[ExpectedMetric]
+    metrics: list[ResultMetric]
+    losses: dict[str, list[float | None]] = {}
+    provenance: dict[str, Any]
+
+
+def read_results(paths: Iterable[str | Path]) -> pd.DataFrame:
+    """The table of all rows of the result files; raises `MeasurementError` naming the file that is wrong."""
+    rows = []
+    for path in paths:
+        try:
+            result = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise MeasurementError(f"{path}: no such file; every run writes a result, also one that fails") from None
+        except json.JSONDecodeError as error:
+            raise MeasurementError(f"{path}: not valid JSON: {error}") from None
+        rows += rows_of_result(result, str(path))
+    table = frame(rows)
+    validate(table)
+    return table.sort_values(list(ORDER), ignore_index=True)
+
+
+def rows_of_result(result: dict, path: str) -> list[dict]:
+    """The rows of one run: its numbers, or an empty value for each that it should have had."""
+    try:
+        parsed = Result.model_validate(result)
+    except ValidationError as error:
+        raise MeasurementError(f"{path}: {describe(error)}") from None
+    unknown = set(parsed.cell) - set(COLUMNS)
+    if unknown:
+        raise MeasurementError(f"{path}: cell: unknown column {min(unknown)!r}; known: {', '.join(COLUMNS)}")
+    origin = {name: value for name, value in parsed.provenance.items() if name in COLUMNS}
+    common = origin | parsed.cell | {"statistic": "single", "n": 1, "status": parsed.status, "result": path}
+    if parsed.status == "ok":
+        _require_expected(parsed, path)
+        return [common | _number(metric, common) for metric in parsed.metrics]
+    if parsed.metrics:
+        count = len(parsed.metrics)
+        raise MeasurementError(f"{path}: metrics: expected none with status {parsed.status!r}, found {count}")
+    return [common | _failure(expected, parsed.note) for expected in parsed.expected]
+
+
+def frame(rows: list[dict], source: str | Path = "table") -> pd.DataFrame:
+    """Rows as a table with every column and its type, absent fields empty; raises for an unknown or mistyped column."""
+    unknown = {name for row in rows for name in row} - set(COLUMNS)
+    if unknown:
+        raise MeasurementError(f"{source}: unknown column {min(unknown)!r}; known: {', '.join(COLUMNS)}")
+    return _typed(pd.DataFrame(rows, columns=list(COLUMNS), dtype=object), source)
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """The single rows and, for each group of repeats, a row with their median.
+
+    The median's interval is left empty below six repeats: no distribution-free 95 % interval exists there, and the
+    note says so. Where any repeat of a cell failed, the cell's summaries have its status and no value: a median over
+    the runs that survived would flatter. A column in which the repeats differ is empty.
+    """
+    single = table[table["statistic"] == "single"].reset_index(drop=True)
+    if single.empty:
+        return single
+    grouped = single.groupby(list(GROUP), dropna=False, sort=False)
+    rest = [name for name in COLUMNS if name not in GROUP]
+    distinct = grouped[rest].nunique(dropna=False)
+    shared = grouped[rest].first().where(distinct == 1).reset_index()
+    distinct = distinct.reset_index(drop=True)
+    _require_agreement(single)
+    failures = _failures(single)
+    values = grouped["value"].agg(list)
+    rows = []
+    for group, differing, numbers in zip(shared.to_dict("records"), distinct.to_dict("records"), values, strict=True):
+        cell = (group["suite"], group["kind"], group["cell"])
+        rows.append(group | _summary(group, differing, numbers, failures.get(cell)))
+    return pd.concat([single, frame(rows)]).sort_values(list(ORDER), ignore_index=True)
+
+
+def validate(table: pd.DataFrame, source: str | Path = "table") -> None:
+    """Raise `MeasurementError` at the first thing that a row says and must not, or must say and does not."""
+    for name in table.columns:
+        if name not in COLUMNS:
+            raise MeasurementError(f"{source}: unknown column {name!r}; known: {', '.join(COLUMNS)}")
+    for name in COLUMNS:
+        if name not in table.columns:
+            raise MeasurementError(f"{source}: no column {name!r}")
+    checked = _Checked(table, source)
+    for name, column in COLUMNS.items():
+        if column.required:
+            checked.reject(table[name].isna(), name, "a value")
+        if column.values:
+            known = table[name].isin(column.values) | table[name].isna()
+            checked.reject(~known, name, "one of " + ", ".join(column.values))
+    for field in ("unit", "direction"):
+        fixed = table["metric"].map({name: getattr(metric, field) for name, metric in METRICS.items()})
+        checked.reject(table[field] != fixed, field, fixed + " for " + table["metric"])
+    _validate_values(table, checked)
+    single = table["statistic"] == "single"
+    checked.reject(~single & table["repeat"].notna(), "repeat", "none in a summary")
+    measured = single & (table["kind"] == "measured")
+    checked.reject(measured & table["repeat"].isna(), "repeat", "the number of the fresh process")
+    twice = "one " + table["statistic"] + " row for " + table["metric"] + " of cell " + table["cell"]
+    checked.reject(table.duplicated(list(KEY)), "repeat", twice)
+
+
+def write(table: pd.DataFrame, csv_path: str | Path, parquet_path: str | Path) -> None:
+    """Write a valid table in both forms, each file whole or not at all; equal tables give equal bytes."""
+    validate(table, csv_path)
+    ordered = _typed(table[list(COLUMNS)], csv_path).sort_values(list(ORDER), ignore_index=True)
+    _write_whole(csv_path, lambda partial: partial.write_text(csv_text(ordered), newline=""))
+    _write_whole(parquet_path, lambda partial: ordered.to_parquet(partial, engine="pyarrow", index=False))
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """The table as CSV, numbers with as many digits as it takes to read the same number back."""
+    return table.to_csv(index=False, lineterminator="\n")
+
+
+def read(path: str | Path) -> pd.DataFrame:
+    """A table from its CSV or its Parquet file, the same from either."""
+    path = Path(path)
+    if path.suffix not in (".csv", ".parquet"):
+        raise MeasurementError(f"{path}: expected a file that ends in .csv or .parquet")
+    if not path.is_file():
+        raise MeasurementError(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        table = pd.read_parquet(path, engine="pyarrow")
+    else:
+        # Only an empty field is empty: "nan" is a status.
+        table = pd.read_csv(path, dtype="string", keep_default_na=False, na_values=[""])
+    validate(table.head(0), path)
+    table = _typed(table, path)
+    validate(table, path)
+    return table
+
+
+def write_json_schema(path: str | Path) -> None:
+    """Write the JSON Schema (draft 2020-12) of a row, an empty field being null."""
+    _write_whole(path, lambda partial: partial.write_text(json.dumps(json_schema(), indent=1) + "\n"))
+
+
+def _require_expected(result: Result, path: str) -> None:
+    present = {(metric.metric, metric.window) for metric in result.metrics}
+    for expected in result.expected:
+        if (expected.metric, expected.window) not in present:
+            raise MeasurementError(
+                f"{path}: metrics: expected {expected.metric} in window {expected.window} of a run with status 'ok'"
+            )
+
+
+def _number(metric: ResultMetric, common: dict) -> dict:
+    row = metric.model_dump()
+    row["implementation"] = metric.implementation or common.get("implementation")
+    row["note"] = _one_line(metric.note)
+    return row
+
+
+def _failure(expected: ExpectedMetric, note: str) -> dict:
+    vocabulary = METRICS[expected.metric]
+    row = expected.model_dump() | {"unit": vocabulary.unit, "direction": vocabulary.direction}
+    return row | {"value": None, "note": _one_line(note)}
+
+
+def _one_line(text: str | None) -> str | None:
+    return " ".join((text or "").split()) or None
+
+
+def _failures(single: pd.DataFrame) -> dict[tuple, dict]:
+    """For each cell of which a repeat failed: the worst status and a note."""
+    out = {}
+    for cell, rows in single.groupby(["suite", "kind", "cell"], sort=False):
+        failed = rows[rows["status"] != "ok"]
+        if not failed.empty:
+            worst = failed.loc[failed["status"].map(STATUSES.index).idxmax()]
+            runs, bad = (frame["repeat"].nunique(dropna=False) for frame in (rows, failed))
+            reason = "" if pd.isna(worst["note"]) else f": {worst['note']}"
+            note = f"{bad} of {runs} repeats failed ({worst['status']}{reason})"
+            out[cell] = {"status": worst["status"], "n": runs, "note": note}
+    return out
+
+
+def _summary(group: dict, distinct: dict, values: list[float], failure: dict | None) -> dict:
+    """What the summary row of a group says itself, the rest being what its repeats share."""
+    row = {"statistic": "median", "repeat": None, "ci_low": None, "ci_high": None}
+    if failure:
+        return row | failure | {"value": None}
+    row |= {"status": "ok", "n": len(values), "value": median(values)}
+    notes = [] if pd.isna(group["note"]) else [group["note"]]
+    if bounds := interval(values):
+        row["ci_low"], row["ci_high"] = bounds
+    elif len(values) > 1:
+        notes.append(f"no 95 % interval from {len(values)} repeats, it takes {fewest()}")
+    if mixed := [name for name in SHOULD_AGREE if distinct[name] > 1]:
+        notes.append(f"repeats differ in {', '.join(mixed)}")
+    return row | {"note": "; ".join(notes) or None}
+
+
+def _require_agreement(single: pd.DataFrame) -> None:
+    hashes = single.groupby(list(GROUP), dropna=False, sort=False)[list(MUST_AGREE)].nunique().reset_index()
+    for name in MUST_AGREE:
+        bad = hashes[name] > 1
+        if bad.any():
+            cell = hashes["cell"][bad.idxmax()]
+            raise MeasurementError(f"cell {cell!r}: its repeats differ in {name}; delete those of the older settings")
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A table under validation, and where it is from."""
+
+    table: pd.DataFrame
+    source: str | Path
+
+    def reject(self, bad: pd.Series, column: str, expected: str | pd.Series) -> None:
+        """Raise for the first bad row, counted from 1 below the header, with what was expected there."""
+        flags = bad.to_numpy(dtype=bool, na_value=True)
+        if not flags.any():
+            return
+        position = int(flags.argmax())
+        wanted = expected if isinstance(expected, str) else expected.iloc[position]
+        found, result = self.table[column].iloc[position], self.table["result"].iloc[position]
+        origin = "" if pd.isna(result) else f" (of {result})"
+        shown = "nothing" if pd.isna(found) else repr(found) if isinstance(found, str) else str(found)
+        raise MeasurementError(f"{self.source}: row {position + 1}{origin}: {column}: expected {wanted}, found {shown}")
+
+
+def _validate_values(table: pd.DataFrame, checked: _Checked) -> None:
+    ok, value = table["status"] == "ok", table["value"]
+    checked.reject(ok & value.isna(), "value", "a number with status ok")
+    checked.reject(~ok & value.notna(), "value", "none with status " + table["status"])
+    for name in ("value", "ci_low", "ci_high"):
+        checked.reject(table[name].isin([math.inf, -math.inf]), name, "a finite number")
+    low, high = table["ci_low"], table["ci_high"]
+    checked.reject(low.isna() != high.isna(), "ci_low", "both ends of the interval or neither")
+    outside = (low > value).fillna(False) | (high < value).fillna(False)
+    checked.reject(outside, "ci_low", "an interval around the value")
+    checked.reject(table["n"] < 1, "n", "at least 1")
+
+
+def _typed(table: pd.DataFrame, source: str | Path) -> pd.DataFrame:
+    """The table with each column in its type and, in text columns, empty text as an empty field."""
+    columns = {}
+    for name, column in COLUMNS.items():
+        values = table[name]
+        if column.dtype == "boolean":
+            values = values.astype(object).map(lambda value: BOOLEANS.get(value, value))
+        try:
+            columns[name] = values.astype(column.dtype)
+        except (TypeError, ValueError):
+            bad = next(value for value in values if not _fits(value, column.dtype))
+            raise MeasurementError(f"{source}: {name}: expected {TYPE_NAMES[column.dtype]}, found {bad!r}") from None
+        if column.dtype == "string":
+            columns[name] = columns[name].replace("", pd.NA)
+    return pd.DataFrame(columns)
+
+
+def _fits(value: Any, dtype: str) -> bool:
+    try:
+        pd.Series([value], dtype=object).astype(dtype)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _write_whole(path: str | Path, writer: Callable[[Path], Any]) -> None:
+    """Let `writer` fill a temporary file beside `path` and put it in place once complete."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        writer(partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,134 @@
+"""The words of the measurement table: its columns, its metrics with their units, and the closed sets of values."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Metric(NamedTuple):
+    """What a number is in, and which way is better."""
+
+    unit: str
+    direction: str
+    meaning: str
+
+
+METRICS = {
+    "time": Metric("s", "lower", "duration of the window"),
+    "throughput": Metric("tok/s", "higher", "tokens trained per second, padding not counted"),
+    "throughput_padded": Metric("tok/s", "higher", "tokens per second, padding counted"),
+    "tflops": Metric("TFLOP/s", "higher", "useful floating-point operations per second"),
+    "peak_memory": Metric("B", "lower", "largest memory of a process"),
+    "saved_memory": Metric("B", "lower", "activations kept for the backward pass"),
+    "dram_traffic": Metric("B", "lower", "bytes read from and written to the GPU's memory"),
+    "overhead": Metric("1", "lower", "time over that of the frozen linear or model, less one"),
+    "speedup": Metric("1", "higher", "a ratio of times or throughputs, above one is faster"),
+    "bubble": Metric("1", "lower", "idle share of a stage"),
+    "fill": Metric("1", "higher", "tokens over capacity, mean over the microbatches"),
+    "microbatch_ratio": Metric("1", "lower", "microbatches over their lower bound"),
+    "solve_time": Metric("s", "lower", "time that the planner took"),
+    "error": Metric("1", "lower", "relative error against a reference"),
+    "loss": Metric("1", "lower", "mean cross entropy of a label token, in nats"),
+}
+KINDS = ("measured", "simulated", "published", "derived")
+# From bad to worse: where the repeats of a cell fail in different ways, its summary has the worst.
+STATUSES = ("ok", "skipped", "timeout", "oom", "crash", "nan")
+WINDOWS = ("whole", "steady")
+STATISTICS = ("single", "median")
+
+
+class Column(NamedTuple):
+    """A column's pandas type and meaning, whether every row has it, and its closed set of values if there is one."""
+
+    dtype: str
+    meaning: str
+    required: bool = False
+    values: tuple[str, ...] | None = None
+
+
+COLUMNS = {
+    "suite": Column("string", "file of configs/suites that asked for the row", True),
+    "kind": Column("string", "where the number comes from", True, KINDS),
+    "cell": Column("string", "identity of the point of the suite's grid", True),
+    "system": Column("string", "entry of configs/systems.yaml"),
+    "model": Column("string", "file of configs/models"),
+    "workload": Column("string", "file of configs/workloads"),
+    "gpus": Column("Int64", "GPUs, or processes where the device is the CPU"),
+    "repeat": Column("Int64", "which fresh process; empty for a summary"),
+    "metric": Column("string", "what the number is", True, tuple(METRICS)),
+    "value": Column("Float64", "the number; empty unless status is ok"),
+    "unit": Column("string", "fixed by the metric", True),
+    "direction": Column("string", "which way is better, fixed by the metric", True, ("lower", "higher")),
+    "statistic": Column("string", "one run's number, or the median over repeats", True, STATISTICS),
+    "n": Column("Int64", "fresh processes behind the row, failed ones included", True),
+    "ci_low": Column("Float64", "lower end of the 95 % interval of the median, where enough repeats allow one"),
+    "ci_high": Column("Float64", "upper end of that interval"),
+    "window": Column("string", "first forward to last step, or without fill and drain", True, WINDOWS),
+    "status": Column("string", "how the run ended", True, STATUSES),
+    "note": Column("string", "what a reader must know besides"),
+    "implementation": Column("string", "LoRA implementation, or the name of a canary"),
+    "pass": Column("string", "passes of a layer that were timed", False, ("forward", "backward", "both")),
+    "tokens": Column("Int64", "rows of a layer's input"),
+    "in_features": Column("Int64", "columns of a layer's input"),
+    "out_features": Column("Int64", "columns of a layer's output"),
+    "rank": Column("Int64", "LoRA rank; empty where adapters differ"),
+    "adapters": Column("Int64", "adapters trained"),
+    "dropout": Column("Float64", "LoRA dropout; empty where adapters differ"),
+    "dtype": Column("string", "of the base model"),
+    "stages": Column("Int64", "pipeline stages"),
+    "global_batch": Column("Int64", "samples of one optimizer step"),
+    "capacity": Column("Int64", "tokens a microbatch may hold"),
+    "git_sha": Column("string", "commit of this project"),
+    "git_dirty": Column("boolean", "were there changes that are not in the commit?"),
+    "config_hash": Column("string", "of the cell's settings"),
+    "workload_hash": Column("string", "of the jobs and their samples"),
+    "plan_hash": Column("string", "of the plan that was run"),
+    "gpu_name": Column("string", "empty for a run on the CPU"),
+    "gpu_uuid": Column("string", "identity of the GPU"),
+    "driver": Column("string", "version of the GPU's driver"),
+    "cuda": Column("string", "version that torch was built with"),
+    "torch": Column("string", "version"),
+    "triton": Column("string", "version"),
+    "clock_mhz": Column("Float64", "SM clock at the start, MHz"),
+    "power_w": Column("Float64", "power draw at the start, W"),
+    "seed": Column("Int64", "of the run"),
+    "started_at": Column("string", "UTC, ISO 8601"),
+    "command": Column("string", "what to type to run it again"),
+    "result": Column("string", "path of the run's result file"),
+    "log": Column("string", "path of the run's log"),
+}
+TYPE_NAMES = {"string": "text", "Int64": "a whole number", "Float64": "a number", "boolean": "True or False"}
+JSON_TYPES = {"string": "string", "Int64": "integer", "Float64": "number", "boolean": "boolean"}
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a row, an empty field being null."""
+    fixed = [
+        {
+            "if": {"properties": {"metric": {"const": name}}},
+            "then": {"properties": {"unit": {"const": metric.unit}, "direction": {"const": metric.direction}}},
+        }
+        for name, metric in METRICS.items()
+    ]
+    value = {
+        "if": {"properties": {"status": {"const": "ok"}}},
+        "then": {"properties": {"value": {"type": "number"}}},
+        "else": {"properties": {"value": {"type": "null"}}},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A row of the measurement table",
+        "description": "\n".join(f"{name} ({metric.unit}): {metric.meaning}" for name, metric in METRICS.items()),
+        "type": "object",
+        "properties": {name: _property(column) for name, column in COLUMNS.items()},
+        "required": list(COLUMNS),
+        "additionalProperties": False,
+        "allOf": [*fixed, value],
+    }
+
+
+def _property(column: Column) -> dict[str, Any]:
+    empty: list[Any] = [] if column.required else [None]
+    if column.values:
+        return {"description": column.meaning, "enum": [*column.values, *empty]}
+    return {"description": column.meaning, "type": [JSON_TYPES[column.dtype], *("null" for _ in empty)]}

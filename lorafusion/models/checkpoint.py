@@ -1,0 +1,79 @@
+"""Weights of one stage from a Hugging Face checkpoint: tensor by tensor, from the shards that hold them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import torch
+from huggingface_hub import file_exists, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import safe_open
+
+from lorafusion.config import ModelConfig
+from lorafusion.errors import UserError
+
+# No such repository, no access to it, no connection, offline mode: all of them the user's to mend.
+HUB_ERRORS = (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError)
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def checkpoint_weights(config: ModelConfig):
+    """A function (name, shape, device, dtype) -> tensor that reads from a local folder or the hub.
+
+    A shard is opened, and from the hub fetched, when the first tensor of it is asked for, so that host memory never
+    holds more than one tensor and a stage fetches no shard that it does not need.
+    """
+    shards = _shard_of_each_tensor(config)
+
+    def fill(name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        source = name
+        if name == "lm_head.weight" and name not in shards and config.tie_word_embeddings:
+            source = "model.embed_tokens.weight"
+        if source not in shards:
+            raise UserError(f"{config.weights}: the checkpoint has no tensor {source!r}")
+        with safe_open(_file(config, shards[source]), framework="pt") as shard:
+            value = shard.get_tensor(source)
+        if value.shape != shape:
+            raise UserError(
+                f"{config.weights}: {source} has shape {tuple(value.shape)}, the model expects {tuple(shape)}"
+            )
+        return value.to(device=device, dtype=dtype)
+
+    return fill
+
+
+def _shard_of_each_tensor(config: ModelConfig) -> dict[str, str]:
+    if _exists(config, INDEX):
+        return json.loads(_file(config, INDEX).read_text())["weight_map"]
+    path = _file(config, SINGLE)
+    with safe_open(path, framework="pt") as shard:
+        return dict.fromkeys(shard.keys(), SINGLE)
+
+
+def _exists(config: ModelConfig, filename: str) -> bool:
+    local = Path(config.weights)
+    if local.is_dir():
+        return (local / filename).exists()
+    try:
+        return file_exists(config.weights, filename, revision=config.revision)
+    except HUB_ERRORS as error:
+        raise _unreachable(config, error) from None
+
+
+def _file(config: ModelConfig, filename: str) -> Path:
+    local = Path(config.weights)
+    if local.is_dir():
+        if not (local / filename).exists():
+            raise UserError(f"{local}: no {INDEX} and no {filename}; is it a safetensors checkpoint?")
+        return local / filename
+    try:
+        return Path(hf_hub_download(config.weights, filename, revision=config.revision))
+    except HUB_ERRORS as error:
+        raise _unreachable(config, error) from None
+
+
+def _unreachable(config: ModelConfig, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"weights {config.weights!r}: neither a local folder nor to be had from the hub ({reason})")

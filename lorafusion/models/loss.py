@@ -1,0 +1,19 @@
+"""Cross-entropy of packed samples, weighted so that what an adapter learns does not depend on its neighbours."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+IGNORE = -100
+
+
+def weighted_losses(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Each token's share of its adapter's loss, float32 [T].
+
+    logits [1, T, V]; labels int64 [T], IGNORE where nothing is to be predicted; weights float32 [T], one over the
+    label tokens of the adapter's global batch. The sum over all tokens of a global batch, whatever microbatches
+    they came in, is the mean token loss of that batch.
+    """
+    losses = F.cross_entropy(logits[0].float(), labels, ignore_index=IGNORE, reduction="none")
+    return losses * weights

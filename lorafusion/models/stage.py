@@ -1,0 +1,154 @@
+"""One pipeline stage of a causal language model: some decoder layers, and the embedding or the head at the ends.
+
+The layers are transformers' own. Only this stage's parameters ever exist: they are built without storage, then
+filled one by one, from a seeded generator or from the tensors of a checkpoint. Module names are those of the whole
+Hugging Face model (`model.layers.7.self_attn.q_proj`), so that checkpoints and adapters keep their format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+
+from lorafusion.config import ModelConfig
+from lorafusion.errors import UserError
+from lorafusion.models import attention
+from lorafusion.models.attention import SampleBorders
+
+
+class Architecture(NamedTuple):
+    """The transformers classes that a model family is made of."""
+
+    config: type
+    layer: type[nn.Module]
+    norm: type[nn.Module]
+    rotary: type[nn.Module]
+
+
+ARCHITECTURES = {
+    "llama": Architecture(
+        LlamaConfig,
+        modeling_llama.LlamaDecoderLayer,
+        modeling_llama.LlamaRMSNorm,
+        modeling_llama.LlamaRotaryEmbedding,
+    ),
+    "qwen2": Architecture(
+        Qwen2Config,
+        modeling_qwen2.Qwen2DecoderLayer,
+        modeling_qwen2.Qwen2RMSNorm,
+        modeling_qwen2.Qwen2RotaryEmbedding,
+    ),
+}
+
+
+class Stage(nn.Module):
+    """Decoder layers [first, last) of a model on stage `index` of `count`.
+
+    forward(x, position_ids, borders): x is token ids [1, T] on the first stage, else hidden states [1, T, H];
+    returns hidden states [1, T, H], or logits [1, T, V] on the last stage.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, count: int, checkpointing: bool = False) -> None:
+        super().__init__()
+        parts = ARCHITECTURES[config.architecture]
+        self.hf_config = hf_config(config)
+        self.first, self.last = layer_range(config.num_hidden_layers, index, count)
+        self.is_first, self.is_last = index == 0, index == count - 1
+        self.checkpointing = checkpointing
+        with torch.device("meta"):
+            self.model = nn.Module()
+            self.model.layers = nn.ModuleDict(
+                {str(i): parts.layer(self.hf_config, i) for i in range(self.first, self.last)}
+            )
+            if self.is_first:
+                self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            if self.is_last:
+                self.model.norm = parts.norm(config.hidden_size, eps=config.rms_norm_eps)
+                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Its frequencies are computed, not loaded, so it is built with storage and stays float32.
+        self.rotary = parts.rotary(self.hf_config)
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, borders: SampleBorders) -> torch.Tensor:
+        hidden = self.model.embed_tokens(x) if self.is_first else x
+        rotation = self.rotary(hidden, position_ids)
+        for layer in self.model.layers.values():
+            if self.checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, position_embeddings=rotation, borders=borders, use_reentrant=False)
+            else:
+                hidden = layer(hidden, position_embeddings=rotation, borders=borders)
+        return self.lm_head(self.model.norm(hidden)) if self.is_last else hidden
+
+
+def layer_range(layers: int, index: int, count: int) -> tuple[int, int]:
+    """The layers of stage `index`: as even as can be, the first stages taking what is left over."""
+    if not 1 <= count <= layers:
+        raise UserError(f"stages: {count}, but the model has {layers} layers; each stage needs one")
+    base, extra = divmod(layers, count)
+    first = index * base + min(index, extra)
+    return first, first + base + (index < extra)
+
+
+def hf_config(config: ModelConfig):
+    """The transformers configuration of a model, with packed attention."""
+    fields = config.model_dump(exclude={"architecture", "weights", "revision"})
+    built = ARCHITECTURES[config.architecture].config(**fields)
+    built._attn_implementation = attention.NAME
+    return built
+
+
+def build_stage(
+    config: ModelConfig,
+    *,
+    index: int,
+    count: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    checkpointing: bool = False,
+) -> Stage:
+    """A frozen stage with its weights on `device`; random weights are the same however the model is cut."""
+    stage = Stage(config, index, count, checkpointing)
+    if config.weights == "random":
+        fill = _random_weights(seed, stage.hf_config.initializer_range)
+    else:
+        from lorafusion.models.checkpoint import checkpoint_weights
+
+        fill = checkpoint_weights(config)
+    for name, parameter in list(stage.named_parameters()):
+        value = fill(name, parameter.shape, device, dtype)
+        owner = stage.get_submodule(name.rpartition(".")[0])
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
+    stage.rotary.to(device)
+    return stage.train()
+
+
+Fill = Callable[[str, torch.Size, torch.device, torch.dtype], torch.Tensor]
+
+
+def _random_weights(seed: int, std: float) -> Fill:
+    """Weights as transformers initialises them, each parameter a pure function of seed and name."""
+
+    def fill(name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, device=device, dtype=dtype)
+        if name.endswith(".bias"):
+            return torch.zeros(shape, device=device, dtype=dtype)
+        value = torch.empty(shape, device=device, dtype=dtype)
+        return value.normal_(0.0, std, generator=named_generator(seed, name, device))
+
+    return fill
+
+
+def named_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """A generator for one parameter, the same whatever else is drawn or built."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little"))

@@ -1,0 +1,76 @@
+"""Pages of the report: the measurements with where each comes from, and the checks."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+
+STYLE = """
+body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5rem; color: #1a1a1a; }
+h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-top: 1.6rem; }
+table { border-collapse: collapse; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; }
+th { position: sticky; top: 0; background: #f4f4f4; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+code { font-size: 12px; overflow-wrap: anywhere; } .ok { color: #0a6b2d; } .failed { color: #b3261e; font-weight: 600; }
+"""
+MEDIAN_COLUMNS = ["cell", "metric", "window", "value", "unit", "ci_low", "ci_high", "n", "status", "note"]
+RUN_COLUMNS = ["cell", "repeat", "metric", "window", "implementation", "value", "unit", "status", "note"]
+ORIGIN_COLUMNS = ["cell", "repeat", "status", "result", "log", "command", "git_sha", "started_at"]
+CODE_COLUMNS = {"cell", "result", "log", "command", "git_sha"}
+
+
+def measurements_page(table: pd.DataFrame) -> str:
+    """Medians, single runs, and for each run its result file, log, command and commit."""
+    single = table["statistic"] == "single"
+    origins = table[single][ORIGIN_COLUMNS].drop_duplicates(["cell", "repeat"])
+    return _page(
+        "Measurements",
+        "<h2>Medians over the fresh processes of a cell</h2>",
+        _table(table[~single][MEDIAN_COLUMNS]),
+        "<h2>Single runs</h2>",
+        _table(table[single][RUN_COLUMNS]),
+        "<h2>Where the numbers of a run come from</h2>",
+        _table(origins),
+    )
+
+
+def checks_page(paths: list[Path]) -> str:
+    """The verdicts of the checks with their figures."""
+    parts = []
+    for path in paths:
+        verdict = json.loads(path.read_text())
+        state = "<span class='ok'>passed</span>" if verdict["passed"] else "<span class='failed'>FAILED</span>"
+        parts.append(f"<h2>{escape(verdict['check'])}: {state}</h2><p>{escape(verdict['statement'])}.</p>")
+        figures = pd.DataFrame({"figure": list(verdict["figures"]), "value": list(verdict["figures"].values())})
+        parts.append(_table(figures))
+        parts.append(f"<p><code>{escape(str(path))}</code></p>")
+    return _page("Checks", *parts)
+
+
+def _page(title: str, *parts: str) -> str:
+    body = "\n".join(parts)
+    return (
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def _table(frame: pd.DataFrame) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in frame.columns)
+    rows = [
+        "<tr>" + "".join(_cell(column, value) for column, value in zip(frame.columns, row, strict=True)) + "</tr>"
+        for row in frame.itertuples(index=False, name=None)
+    ]
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _cell(column: str, value: object) -> str:
+    if pd.isna(value):
+        return "<td></td>"
+    if isinstance(value, float):
+        return f"<td class='number'>{value:,.4g}</td>" if abs(value) < 1e4 else f"<td class='number'>{value:,.0f}</td>"
+    text = escape(str(value))
+    return f"<td><code>{text}</code></td>" if column in CODE_COLUMNS else f"<td>{text}</td>"

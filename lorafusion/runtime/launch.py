@@ -1,0 +1,111 @@
+"""Start the processes of a run, watch them, and turn however they end into one result file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorafusion.runtime.spec import RunSpec
+
+ROOT = Path(__file__).parent.parent.parent
+GRACE_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: a status of the measurement table, why, and the report of rank 0 where there is one."""
+
+    status: str
+    note: str = ""
+    report: dict = field(default_factory=dict)
+
+
+def launch(spec: RunSpec, processes: int, timeout: float, nodes: int = 1) -> Outcome:
+    """Run a spec on `processes` processes; output goes to this process's, at most `timeout` seconds pass.
+
+    With several nodes, one launcher runs on each (`srun`), and the first one's outcome is the run's.
+    """
+    with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
+        spec_path = Path(scratch) / "spec.json"
+        spec_path.write_text(spec.model_dump_json())
+        command = worker_command(processes, nodes, os.environ) + [str(spec_path), scratch]
+        print("+", shlex.join(command), flush=True)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(_python_path()), "PYTHONUNBUFFERED": "1"}
+        # A session of their own, so that the whole tree can be ended.
+        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            code = child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return Outcome("timeout", f"not done after {timeout:.0f} s")
+        finally:
+            _end(child)
+            signal.signal(signal.SIGTERM, previous)
+        return outcome(Path(scratch), code)
+
+
+def worker_command(processes: int, nodes: int, environment: dict[str, str]) -> list[str]:
+    """The command that starts the workers of this node: one process plainly, more under torchrun."""
+    worker = ["-m", "lorafusion.runtime.worker"]
+    if processes == 1:
+        return [sys.executable, *worker]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes // nodes}"]
+    if nodes == 1:
+        return [*torchrun, "--standalone", *worker]
+    first_node = environment["LORAFUSION_FIRST_NODE"]
+    return [
+        *torchrun,
+        f"--nnodes={nodes}",
+        f"--node-rank={environment['SLURM_NODEID']}",
+        f"--rdzv-id={environment['SLURM_JOB_ID']}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={first_node}:29400",
+        *worker,
+    ]
+
+
+def outcome(reports: Path, code: int) -> Outcome:
+    """What the workers left behind, read in the order of what explains most."""
+    failures = [json.loads(path.read_text()) for path in sorted(reports.glob("failure-*.json"))]
+    if failures:
+        # An exhausted memory explains the others' broken connections; else the first rank to fail by number.
+        failures.sort(key=lambda failure: failure["status"] != "oom")
+        causes = [failure for failure in failures if "Connection" not in failure["message"]] or failures
+        return Outcome(causes[0]["status"], causes[0]["message"])
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = ", often the host's out-of-memory killer" if name == "SIGKILL" else ""
+        return Outcome("crash", f"ended by {name}{hint}")
+    report = reports / "report.json"
+    if code or not report.exists():
+        return Outcome("crash", f"ended with status {code} and left no report; its log says more")
+    return Outcome("ok", report=json.loads(report.read_text()))
+
+
+def _python_path() -> list[str]:
+    """Baselines are importable from the checkout, whatever the working directory."""
+    return [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _end(child: subprocess.Popen) -> None:
+    """End what is left of the run's processes: politely, then not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            child.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue

@@ -1,0 +1,93 @@
+"""What the strategies share: microbatches from positions, fixed-size cuts, no-ops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lorafusion.errors import UserError
+from lorafusion.plan import Microbatch, Segment
+from lorafusion.workload import Job, Workload
+
+NOOP = Microbatch(noop=True)
+
+
+def require_samples_fit(workload: Workload, capacity: int) -> None:
+    """Raise unless every sample fits a microbatch by itself."""
+    for job in workload.jobs:
+        longest = max(job.samples, key=lambda sample: sample.tokens)
+        if longest.tokens > capacity:
+            raise UserError(
+                f"workload {workload.name}: sample {longest.id} of {job.name!r} has {longest.tokens} tokens, "
+                f"more than the capacity of {capacity}; raise the capacity or drop the sample"
+            )
+
+
+def segment(workload: Workload, adapter: int, positions: Iterable[int]) -> Segment:
+    """A segment of an adapter's samples, in stream order."""
+    ordered = tuple(sorted(positions))
+    job = workload.jobs[adapter]
+    return Segment(
+        adapter=adapter,
+        samples=ordered,
+        tokens=sum(job.sample_at(position).tokens for position in ordered),
+    )
+
+
+def largest_microbatch(job: Job, capacity: int) -> int:
+    """Samples per microbatch for the systems that fix it: the largest divisor-like power of two that always fits.
+
+    The rule is the same for every such system: the largest power of two, at most the global batch, of which no
+    microbatch of the job exceeds the capacity.
+    """
+    size = 1
+    while 2 * size <= job.global_batch_size and all(
+        sum(job.sample_at(position).tokens for position in cut) <= capacity
+        for batch in job.batches
+        for cut in cuts(batch, 2 * size)
+    ):
+        size *= 2
+    return size
+
+
+def cuts(batch: Sequence[int], size: int) -> list[Sequence[int]]:
+    """A global batch in runs of `size` consecutive positions; the last may be shorter."""
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
+def fixed_size_batches(workload: Workload, adapter: int, capacity: int) -> list[list[Microbatch]]:
+    """For each global batch of an adapter its microbatches of a fixed number of samples, the last one stepping."""
+    job = workload.jobs[adapter]
+    size = largest_microbatch(job, capacity)
+    batches = []
+    for batch in job.batches:
+        parts = [segment(workload, adapter, cut) for cut in cuts(batch, size)]
+        batches.append(
+            [
+                Microbatch(segments=(part,), step_after=(adapter,) if index == len(parts) - 1 else ())
+                for index, part in enumerate(parts)
+            ]
+        )
+    return batches
+
+
+def insert_noops(microbatches: Iterable[Microbatch], workload: Workload, stages: int) -> list[Microbatch]:
+    """The same order with the no-ops that the dependency rule asks for, each as late as can be.
+
+    A microbatch waits until `stages` slots after the last step of each of its adapters, which in an order where
+    an adapter's global batches do not interleave is exactly the rule of `lorafusion.plan`.
+    """
+    out: list[Microbatch] = []
+    earliest = [0] * len(workload.jobs)
+    current = [-1] * len(workload.jobs)
+    for microbatch in microbatches:
+        start = len(out)
+        for part in microbatch.segments:
+            batch = workload.jobs[part.adapter].batch_of(part.samples[0])
+            if batch != current[part.adapter]:
+                start = max(start, earliest[part.adapter])
+                current[part.adapter] = batch
+        out += [NOOP] * (start - len(out))
+        for adapter in microbatch.step_after:
+            earliest[adapter] = len(out) + stages
+        out.append(microbatch)
+    return out

@@ -1,0 +1,72 @@
+"""LoRAFusion's order with first-fit-decreasing packing: adapters in groups that take turns, batch by batch.
+
+Within an adapter, batch j+1 waits for the step of batch j; between adapters nothing waits. So with more than one
+stage the adapters form groups, long paired with short (head-tail on mean length, arXiv 2510.00206), and while one
+group's step is under way in the pipeline another group's microbatches flow. Where the groups are too small to cover
+the S-1 slots of the dependency rule, no-ops do.
+"""
+
+from __future__ import annotations
+
+from lorafusion.plan import Microbatch, Plan, make_plan
+from lorafusion.scheduler.common import insert_noops, require_samples_fit, segment
+from lorafusion.workload import Workload
+
+
+def plan(workload: Workload, system: str, stages: int, capacity: int) -> Plan:
+    """A plan that packs each (global batch, group of adapters) by first-fit-decreasing."""
+    require_samples_fit(workload, capacity)
+    groups = group_adapters(workload, stages)
+    order: list[Microbatch] = []
+    for batch in range(max(len(job.batches) for job in workload.jobs)):
+        for group in groups:
+            order += pack(workload, group, batch, capacity)
+    microbatches = insert_noops(order, workload, stages)
+    return make_plan(system, workload, microbatches, stages=stages, capacity=capacity)
+
+
+def group_adapters(workload: Workload, stages: int) -> list[list[int]]:
+    """Adapters that are packed together: all of them on one stage, else the longest with the shortest, and so on."""
+    if stages == 1:
+        return [list(range(len(workload.jobs)))]
+    by_length = sorted(
+        range(len(workload.jobs)),
+        key=lambda adapter: (
+            -workload.jobs[adapter].token_offsets[-1] / len(workload.jobs[adapter].samples),
+            adapter,
+        ),
+    )
+    groups = []
+    while by_length:
+        longest = by_length.pop(0)
+        groups.append([longest, by_length.pop()] if by_length else [longest])
+    return groups
+
+
+def pack(workload: Workload, group: list[int], batch: int, capacity: int) -> list[Microbatch]:
+    """One global batch of each adapter of a group in microbatches, fullest first; each adapter steps after its last."""
+    items = [
+        (workload.jobs[adapter].sample_at(position).tokens, adapter, position)
+        for adapter in group
+        if batch < len(workload.jobs[adapter].batches)
+        for position in workload.jobs[adapter].batches[batch]
+    ]
+    bins: list[dict[int, list[int]]] = []
+    loads: list[int] = []
+    for tokens, adapter, position in sorted(items, key=lambda item: (-item[0], item[1], item[2])):
+        index = next((i for i, load in enumerate(loads) if load + tokens <= capacity), len(bins))
+        if index == len(bins):
+            bins.append({})
+            loads.append(0)
+        bins[index].setdefault(adapter, []).append(position)
+        loads[index] += tokens
+
+    fullest_first = [bins[i] for i in sorted(range(len(bins)), key=lambda i: (-loads[i], i))]
+    last = {adapter: index for index, content in enumerate(fullest_first) for adapter in content}
+    return [
+        Microbatch(
+            segments=tuple(segment(workload, adapter, content[adapter]) for adapter in sorted(content)),
+            step_after=tuple(adapter for adapter in sorted(content) if last[adapter] == index),
+        )
+        for index, content in enumerate(fullest_first)
+    ]

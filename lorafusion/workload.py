@@ -1,0 +1,154 @@
+"""The jobs to train: adapters of one frozen base model, their hyper-parameters and their ordered samples.
+
+A workload is data. It says how long each sample is, not what it holds: tokens are fetched when a run needs
+them, so that planning needs neither torch nor a dataset.
+
+Words: a job's *stream* is its samples in training order, epoch after epoch; a *position* is a sample's place in
+that stream; a *global batch* is the run of positions between two optimizer steps. A global batch never crosses
+the end of an epoch, so the last one of an epoch may be short.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lorafusion.errors import UserError, validated
+
+VERSION = 1
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Sample(NamedTuple):
+    """One training sample: its identity in the dataset and its length in tokens (at least 2: one to predict)."""
+
+    id: Annotated[int, Field(ge=0)]
+    tokens: Annotated[int, Field(ge=2)]
+
+
+class Job(BaseModel):
+    """One adapter to train, as its owner asked for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="the adapter's name; PEFT forbids dots")
+    dataset: str = Field(min_length=1, description="where the samples come from")
+    rank: int = Field(ge=1, le=256)
+    alpha: float = Field(gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    rslora: bool = Field(default=False, description="scale by alpha/sqrt(rank) instead of alpha/rank")
+    target_modules: tuple[str, ...] = Field(default=ALL_LINEAR, min_length=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32, description="draws the initial weights and the dropout masks")
+    global_batch_size: int = Field(ge=1)
+    epochs: int = Field(default=1, ge=1)
+    samples: tuple[Sample, ...] = Field(min_length=1)
+
+    @property
+    def scaling(self) -> float:
+        """The factor c of the LoRA term: alpha/rank, or alpha/sqrt(rank) for rank-stabilised LoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def stream_length(self) -> int:
+        """Samples in the stream, all epochs."""
+        return len(self.samples) * self.epochs
+
+    def sample_at(self, position: int) -> Sample:
+        """The sample at a position of the stream."""
+        return self.samples[position % len(self.samples)]
+
+    @cached_property
+    def token_offsets(self) -> tuple[int, ...]:
+        """Tokens of one epoch before each sample; the last entry is the epoch's total."""
+        return (0, *accumulate(sample.tokens for sample in self.samples))
+
+    def stream_offset(self, position: int) -> int:
+        """Tokens of the stream before the sample at `position`; where its dropout masks begin."""
+        epoch, index = divmod(position, len(self.samples))
+        return epoch * self.token_offsets[-1] + self.token_offsets[index]
+
+    @cached_property
+    def batches(self) -> tuple[range, ...]:
+        """The positions of each global batch, in order."""
+        size = len(self.samples)
+        return tuple(
+            range(start, min(start + self.global_batch_size, (epoch + 1) * size))
+            for epoch in range(self.epochs)
+            for start in range(epoch * size, (epoch + 1) * size, self.global_batch_size)
+        )
+
+    def batch_of(self, position: int) -> int:
+        """The index of the global batch that holds a position."""
+        epoch, index = divmod(position, len(self.samples))
+        return epoch * math.ceil(len(self.samples) / self.global_batch_size) + index // self.global_batch_size
+
+    def label_tokens(self, batch: int) -> int:
+        """Tokens with a label in a global batch: each sample but for its first token, which nothing predicts."""
+        return sum(self.sample_at(position).tokens - 1 for position in self.batches[batch])
+
+
+class Workload(BaseModel):
+    """Jobs that are trained together, in a fixed order; plans name a job by its index here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = VERSION
+    name: str = Field(min_length=1)
+    jobs: tuple[Job, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Workload:
+        names = [job.name for job in self.jobs]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"two jobs are named {repeated[0]!r}; adapters need distinct names")
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of all jobs and epochs."""
+        return sum(job.token_offsets[-1] * job.epochs for job in self.jobs)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Sixteen hexadecimal digits that change with anything in the workload."""
+        return content_hash(self.model_dump(mode="json"))
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), separators=(",", ":")) + "\n"
+
+    @classmethod
+    def read(cls, path: str | Path) -> Workload:
+        """Read a workload file; `UserError` names the file and the key that is wrong."""
+        return validated(cls, read_versioned(path, VERSION, "workload"), path)
+
+
+def content_hash(data: object) -> str:
+    """A short hash of JSON data, independent of key order and whitespace."""
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def read_versioned(path: str | Path, version: int, kind: str) -> dict:
+    """The JSON object in a file, once its version is known to be one that this program reads."""
+    try:
+        data = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {kind} file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a {kind} file, as it is not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object with a {kind}, found a {type(data).__name__}")
+    found = data.get("version")
+    if found != version:
+        raise UserError(f"{path}: {kind} of version {found!r}, expected version {version}; make it again")
+    return data

@@ -1,0 +1,34 @@
+"""Small workloads that many tests share."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorafusion.workload import Job, Sample, Workload
+
+
+def job(name="a", lengths=(5, 3, 8, 2, 6), **changes) -> Job:
+    """A job with the given sample lengths; any field can be changed."""
+    fields = {
+        "name": name,
+        "dataset": "toy",
+        "rank": 4,
+        "alpha": 8.0,
+        "global_batch_size": 2,
+        "samples": tuple(Sample(i, tokens) for i, tokens in enumerate(lengths)),
+    }
+    return Job(**(fields | changes))
+
+
+def workload(*jobs: Job, name="toy") -> Workload:
+    return Workload(name=name, jobs=jobs or (job("a"), job("b", (4, 4, 7, 9), global_batch_size=3)))
+
+
+@pytest.fixture(name="make_job")
+def _make_job():
+    return job
+
+
+@pytest.fixture(name="make_workload")
+def _make_workload():
+    return workload

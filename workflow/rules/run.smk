@@ -1,0 +1,40 @@
+# One run of one cell in fresh processes. A run that fails is a result too: its status is in its file, and the
+# workflow goes on. `device` is one on each machine (profiles), so that runs do not disturb each other's clocks.
+rule run:
+    input:
+        workload=lambda wildcards: f"{RESULTS}/workloads/{cell_of(wildcards).workload_name}.json",
+        plan=lambda wildcards: (
+            f"{RESULTS}/plans/{wildcards.cell}.json"
+            if wildcards.cell in PLANNED
+            else []
+        ),
+    output:
+        ensure(f"{RESULTS}/runs/{{cell}}/repeat~{{repeat}}.json", non_empty=True),
+    log:
+        f"{LOGS}/run/{{cell}}/repeat~{{repeat}}.log",
+    priority: order
+    conda:
+        "../../environment.yml"
+    resources:
+        runtime=lambda wildcards: cell_of(wildcards).grid.minutes + 5,
+        mem_mb=lambda wildcards: 1000 * cell_of(wildcards).grid.memory_gb,
+        nodes=nodes_of,
+        tasks=nodes_of,
+        tasks_per_gpu=0,
+        gres=gres,
+        mpi=launcher,
+        cpus_per_task=lambda wildcards: min(
+            cell_of(wildcards).gpus, SUITE.gpus_per_node
+        ),
+        device=1,
+    params:
+        suite=SUITE_PATH,
+        plan=lambda wildcards, input: f"--plan={input.plan}" if input.plan else "",
+        # Not in the command: a cell runs again when its configuration changes, and only then.
+        configuration=lambda wildcards: config_hash(
+            SUITE, cell_of(wildcards), SYSTEMS[cell_of(wildcards).system]
+        ),
+    shell:
+        "{resources.mpi} lorafusion run --suite {params.suite:q} --cell {wildcards.cell:q}"
+        " --repeat {wildcards.repeat} --nodes {resources.nodes} --workload {input.workload:q} {params.plan:q}"
+        " --out {output:q} > {log:q} 2>&1"

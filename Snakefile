@@ -23,6 +23,6 @@ rule all:
         f"{RESULTS}/measurements.csv",
         f"{RESULTS}/measurements.html",
         f"{RESULTS}/checks.html",
-        f"{RESULTS}/figures/end_to_end.png",
+        [f"{RESULTS}/figures/end_to_end~{model}.png" for model in MODELS],
         f"{RESULTS}/wandb/runs.json",
     localrule: True

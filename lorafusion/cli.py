@@ -155,13 +155,14 @@ def measurements(
 @figure_app.command("end_to_end")
 def figure_end_to_end(
     table: Annotated[Path, typer.Argument(help="the measurement table")],
+    model: Annotated[str, typer.Option(help="a model of the table")],
     out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
 ) -> None:
-    """Throughput of the systems by workload and number of GPUs."""
+    """Throughput of the systems on one model, by workload and number of GPUs."""
     from lorafusion.measure.table import read
     from lorafusion.report.figures import end_to_end
 
-    end_to_end(read(table), out)
+    end_to_end(read(table), model, out)
     print(f"{out}.png, .pdf, .csv")
 
 

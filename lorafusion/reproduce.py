@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 from lorafusion.config import CONFIGS, read_suite, suite_path
 from lorafusion.errors import UserError
@@ -23,6 +26,7 @@ def reproduce(suite: str | None) -> int:
         "--config", f"suite={path}",
     ]  # fmt: skip
     report = results / "report.html"
+    clear_interrupted_run(snakemake)
     if report.exists() and _up_to_date(snakemake):
         print(f"Nothing to do: the results of suite {name} are up to date.")
     else:
@@ -38,6 +42,32 @@ def reproduce(suite: str | None) -> int:
             return status
     show_summary(suite)
     return 0
+
+
+def clear_interrupted_run(snakemake: list[str]) -> None:
+    """End what a killed workflow left running here and take its lock away; a living workflow is an error."""
+    here = [process for process in psutil.process_iter(["cmdline", "ppid"]) if _works_here(process)]
+    if any("snakemake" in " ".join(process.info["cmdline"]) for process in here):
+        raise UserError(f"{ROOT}: a workflow is running here already; wait for it, or stop it")
+    orphans = [process for process in here if "lorafusion" in " ".join(process.info["cmdline"])]
+    for process in orphans:
+        print(f"Ending process {process.pid}, left by an interrupted run.")
+        process.terminate()
+    psutil.wait_procs(orphans, timeout=30)
+    if any((ROOT / ".snakemake" / "locks").glob("*")):
+        subprocess.run([*snakemake, "--unlock"], cwd=ROOT, capture_output=True, check=True)
+
+
+def _works_here(process: psutil.Process) -> bool:
+    """Does a process other than this one and its ancestors belong to a workflow of this checkout?"""
+    mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    command = " ".join(process.info["cmdline"] or [])
+    if process.pid in mine or ("snakemake" not in command and "lorafusion run" not in command):
+        return False
+    try:
+        return Path(process.cwd()) == ROOT
+    except psutil.Error:
+        return False
 
 
 def show_summary(suite: str | None) -> None:

@@ -104,8 +104,8 @@ def adapter_state(stage: Stage, job: Job) -> dict[str, torch.Tensor]:
     return {f"base_model.model.{name}": value.detach().cpu() for name, value in state.items()}
 
 
-def fused(linear: LoRALinear, active: ActiveBatch) -> None:
-    """All adapters of the microbatch in one operation with stateless dropout masks (`fused_lora`)."""
+def reference(linear: LoRALinear, active: ActiveBatch) -> None:
+    """All adapters of the microbatch in one operation, `fused_lora`'s reference in PyTorch, with stateless masks."""
     layer = linear.layer
     base = layer.get_base_layer()
     keys = [mask_key(job.seed, linear.layer_index, linear.module) for job in linear.jobs]

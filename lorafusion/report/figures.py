@@ -6,7 +6,7 @@ tables give equal bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -18,16 +18,18 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lorafusion.measure.table import MeasurementError
-from lorafusion.measure.vocabulary import KINDS, WINDOWS
+from lorafusion.measure.vocabulary import WINDOWS
 from lorafusion.report import style
 
 SYSTEM = "lorafusion"  # the one that the others are compared with
-WORKLOADS = ("xsum", "cnn_dailymail", "wikisum", "mixed", "heterogeneous")  # in the paper's order, others follow
 WINDOW_TITLES = {"whole": "whole run", "steady": "steady state"}
-CPU_WARNING = "CPU, not a performance result"
+MISSING = "n/a"
 GROUP_WIDTH = 0.84  # of the distance between two groups of bars
-POINT_SPREAD = 0.5  # of a bar's width, over which the repeats' points are spread
+WIDEST_BAR = 0.7  # inches
+POINT_SPREAD = 0.6  # of a bar's width, over which the repeats' points are spread
 ROW_HEIGHT = 1.55  # inches
+PANELS_WIDTH = 0.85 * style.TEXT_WIDTH  # inches that axis labels and gaps leave to the panels, about
+RATIO_WIDTH = 0.34  # inches that a ratio takes
 
 IDENTITY = ["suite", "model", "workload", "system", "kind", "window", "gpus"]
 DATA = [*IDENTITY, "group", "element", "repeat", "value", "ci_low", "ci_high", "n", "ratio", "text"]
@@ -50,7 +52,7 @@ def end_to_end(table: pd.DataFrame, model: str, out_stem: str | Path, footer: st
 
 def read_data(path: str | Path) -> pd.DataFrame:
     """A figure's CSV, as `draw_end_to_end` takes it; only an empty field is empty."""
-    return pd.read_csv(path, keep_default_na=False, na_values=[""], float_precision="round_trip")
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -80,12 +82,12 @@ def end_to_end_data(table: pd.DataFrame, model: str) -> pd.DataFrame:
     bars.loc[failed, "element"] = "text"
     bars["text"] = bars["status"].map(style.status_label).where(failed)
     bars = _with_ratios(bars)
-    shown = bars.loc[~failed, ["cell", "kind"]].drop_duplicates()
-    points = rows[~medians & (rows["status"] == "ok")].merge(shown, on=["cell", "kind"]).assign(element="point")
-    missing = pd.DataFrame(_missing(bars)).assign(element="text", text="n/a")
+    measured = ~medians & (rows["kind"] == "measured") & ~rows["cell"].isin(bars["cell"][failed])
+    points = rows[measured].assign(element="point")
+    missing = pd.DataFrame(_missing(bars)).assign(element="text", text=MISSING)
     data = pd.concat([bars, points, missing]).reindex(columns=[*DATA, *ORIGIN])
     order = ["gpus", "window", "group", "kind", "system", "element", "repeat"]
-    return data.sort_values(order, key=_rank, ignore_index=True)
+    return data.sort_values(order, key=style.rank, ignore_index=True)
 
 
 def draw_end_to_end(data: pd.DataFrame, footer: str | None = None) -> Figure:
@@ -100,24 +102,22 @@ def draw_end_to_end(data: pd.DataFrame, footer: str | None = None) -> Figure:
         axes = figure.subplots(
             len(windows), len(columns), sharey=True, sharex="col", squeeze=False, width_ratios=widths
         )
-        turned = _labels_collide(columns, widths)
+        spaces = [PANELS_WIDTH * width / sum(widths) for width in widths]
         for row, window in zip(axes, windows, strict=True):
-            for ax, (gpus, panel) in zip(row, columns.items(), strict=True):
-                _draw_panel(ax, panel, window, looks)
-                if row is axes[0]:
-                    ax.set_title(_device_count(gpus, cpu))
-                if turned:
-                    ax.tick_params(axis="x", labelrotation=30)
-                    matplotlib.artist.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
+            for ax, panel, space in zip(row, columns.values(), spaces, strict=True):
+                _draw_panel(ax, panel, window, looks, space / panel["group"].nunique())
             row[0].set_ylabel("tokens/s")
-            row[-1].annotate(
-                WINDOW_TITLES[window], (1.01, 0.5), xycoords="axes fraction", rotation=270, va="center", ha="left"
-            )
+            row[-1].text(1.01, 0.5, WINDOW_TITLES[window], transform=row[-1].transAxes, rotation=270, va="center")
+        for ax, gpus in zip(axes[0], columns, strict=True):
+            ax.set_title(_device_count(gpus, cpu))
+        if _names_collide(columns.values(), spaces):
+            for ax in axes[-1]:
+                ax.tick_params(axis="x", labelrotation=30)
+                matplotlib.artist.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
         _scale(axes[0, 0], data)
-        warning = f" ({CPU_WARNING})" if cpu else ""
-        figure.suptitle(f"{data['model'][0]}: training throughput{warning}")
         handles = _legend_handles(data, looks)
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6))
+        title = f"{data['model'][0]}: training throughput" + (f" ({style.CPU_WARNING})" if cpu else "")
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), title=title)
         figure.supxlabel(_footer(data, cpu) if footer is None else footer, fontsize=style.SMALL, color="0.35")
     return figure
 
@@ -151,56 +151,71 @@ def _with_ratios(bars: pd.DataFrame) -> pd.DataFrame:
 
 def _missing(bars: pd.DataFrame) -> Iterator[dict]:
     """The places in a panel that hold no cell although the panel has the group and the system."""
-    for (model, suite, gpus), panel in bars.groupby(["model", "suite", "gpus"]):
+    for (model, gpus), panel in bars.groupby(["model", "gpus"]):
         series = panel[["system", "kind"]].drop_duplicates()
         places = panel[["window", "group", "workload"]].drop_duplicates().merge(series, how="cross")
         known = panel[["window", "group", "system", "kind"]].assign(known=True)
         for place in places.merge(known, how="left").query("known.isna()").to_dict("records"):
-            yield place | {"model": model, "suite": suite, "gpus": gpus}
-
-
-def _rank(column: pd.Series) -> pd.Series:
-    """Sort keys: what has a customary order in that order, the rest as it is."""
-    customary = {"window": WINDOWS, "kind": KINDS, "system": tuple(style.looks(column.dropna()))}.get(column.name)
-    if column.name == "group":
-        names = column.str.partition(",")[0]
-        return names.map(lambda name: (WORKLOADS.index(name) if name in WORKLOADS else len(WORKLOADS), name))
-    return column.map(customary.index) if customary else column
+            yield place | {"model": model, "gpus": gpus}
 
 
 def _series(panel: pd.DataFrame) -> list[tuple[str, str]]:
     """The bars of a group from left to right, as (kind, system)."""
-    pairs = panel[["kind", "system"]].drop_duplicates().sort_values(["kind", "system"], key=_rank)
+    pairs = panel[["kind", "system"]].drop_duplicates().sort_values(["kind", "system"], key=style.rank)
     return list(pairs.itertuples(index=False, name=None))
 
 
 def _panel_width(panel: pd.DataFrame) -> float:
-    """How much of the figure's width a panel takes: as its bars, but never too little for its title."""
-    return max(panel["group"].nunique() * (len(_series(panel)) + 1.0), 4.0)
+    """How much of the figure's width a panel takes: as its bars, but never too little for the ratios over them."""
+    return panel["group"].nunique() * max(len(_series(panel)) + 1.0, 4.2)
 
 
-def _labels_collide(columns: dict[int, pd.DataFrame], widths: list[float]) -> bool:
-    """Is a group's name longer than the space that its bars leave it?"""
-    inches = 0.85 * style.TEXT_WIDTH / sum(widths)
+def _names_collide(panels: Iterable[pd.DataFrame], spaces: list[float]) -> bool:
+    """Is a group's name longer than its share of its panel's `spaces`, in inches?"""
     letter = 0.62 * (style.FONT_SIZE - 1) / 72
-    for panel, width in zip(columns.values(), widths, strict=True):
+    for panel, space in zip(panels, spaces, strict=True):
         names = panel["group"].unique()
-        if max(map(len, names)) * letter > width * inches / len(names):
+        if max(map(len, names)) * letter > space / len(names):
             return True
     return False
 
 
-def _draw_panel(ax: Axes, panel: pd.DataFrame, window: str, looks: dict[str, style.Look]) -> None:
+def _draw_panel(ax: Axes, panel: pd.DataFrame, window: str, looks: dict[str, style.Look], group_inches: float) -> None:
     groups, series = list(panel["group"].unique()), _series(panel)
     data = panel[panel["window"] == window]
-    names = [f"{kind} {system}" for kind, system in series]
+    _draw_bars(ax, data[data["element"] == "bar"], groups, series, looks)
+    width = GROUP_WIDTH / len(series)
+    margin = 0.05 + len(groups) / 2 * max(0, width * group_inches / WIDEST_BAR - 1)
+    limits = (-0.5 - margin, len(groups) - 0.5 + margin)
+    ax.set(xlabel="", ylabel="", xticks=range(len(groups)), xticklabels=groups, xlim=limits)
+    for row in data.itertuples():
+        slot = series.index((row.kind, row.system))
+        x = groups.index(row.group) + (slot - (len(series) - 1) / 2) * width
+        if row.element == "text":
+            _write_upright(ax, x, row.text)
+        elif row.element == "point":
+            _draw_point(ax, x, row, width, width * group_inches)
+        elif not pd.isna(row.ci_low):
+            ends = [[row.value - row.ci_low], [row.ci_high - row.value]]
+            ax.errorbar(x, row.value, yerr=ends, color="black", linewidth=0.6, capsize=1.5, capthick=0.6, zorder=3)
+        if not pd.isna(row.ratio):
+            here = data[(data["group"] == row.group) & (data["kind"] == row.kind)]
+            top = here[["value", "ci_high"]].max().max()
+            _write_ratio(ax, x, top, row.ratio, width, width * group_inches)
+
+
+def _draw_bars(
+    ax: Axes, bars: pd.DataFrame, groups: list[str], series: list[tuple[str, str]], looks: dict[str, style.Look]
+) -> None:
+    if bars.empty:
+        return
     sns.barplot(
-        data=data[data["element"] == "bar"].assign(series=lambda bars: bars["kind"] + " " + bars["system"]),
+        data=bars.assign(series=bars["kind"] + " " + bars["system"]),
         x="group",
         y="value",
         order=groups,
         hue="series",
-        hue_order=names,
+        hue_order=[f"{kind} {system}" for kind, system in series],
         palette=[looks[system].colour for _, system in series],
         width=GROUP_WIDTH,
         saturation=1,
@@ -211,46 +226,28 @@ def _draw_panel(ax: Axes, panel: pd.DataFrame, window: str, looks: dict[str, sty
     for container, (kind, system) in zip(ax.containers, series, strict=True):
         for bar in container:
             bar.set(**_bar_look(kind, looks[system]))
-    ax.set(xlabel="", ylabel="")
-    step = GROUP_WIDTH / len(series)
-    for row in data.itertuples():
-        slot = series.index((row.kind, row.system))
-        x = groups.index(row.group) + (slot - (len(series) - 1) / 2) * step
-        _draw_element(ax, row, x, step)
-    _draw_ratios(ax, data, groups, series)
-    ax.set_xlim(-0.5 - 0.08, len(groups) - 0.5 + 0.08)
 
 
-def _draw_element(ax: Axes, row, x: float, width: float) -> None:
-    """A repeat's point, a bar's interval, or the text where there is no bar."""
-    if row.element == "point":
-        # Spread evenly, not at random: the place says which repeat it is, and the figure stays the same.
-        shift = 0.0 if pd.isna(row.repeat) else ((row.repeat * 0.618) % 1 - 0.5) * POINT_SPREAD * width
-        ax.plot(x + shift, row.value, marker="o", markersize=2.2, color="black", markeredgecolor="white", markeredgewidth=0.4)
-    elif row.element == "text":
-        colour = "0.55" if row.text == "n/a" else "#B00000"
-        offset = matplotlib.transforms.ScaledTranslation(0, 2 / 72, ax.figure.dpi_scale_trans)
-        ax.text(
-            x, 0, row.text, rotation=90, ha="center", va="bottom", fontsize=style.SMALL, color=colour,
-            transform=ax.transData + offset,
-        )
-    elif not pd.isna(row.ci_low):
-        ends = [[row.value - row.ci_low], [row.ci_high - row.value]]
-        ax.errorbar(x, row.value, yerr=ends, color="black", linewidth=0.7, capsize=1.5, capthick=0.7)
+def _draw_point(ax: Axes, x: float, row, width: float, inches: float) -> None:
+    """A repeat's value on its bar, which is `width` wide, or `inches`."""
+    # Spread evenly and not at random: the place tells the repeats apart, and the figure stays the same.
+    shift = (((row.repeat - 1) * 0.618 + 0.5) % 1 - 0.5) * POINT_SPREAD * width
+    size = min(2.2, 16 * inches)
+    look = {"color": "black", "markeredgecolor": "white", "markeredgewidth": size / 6}
+    ax.plot(x + shift, row.value, marker="o", markersize=size, zorder=4, **look)
 
 
-def _draw_ratios(ax: Axes, data: pd.DataFrame, groups: list[str], series: list[tuple[str, str]]) -> None:
-    """Over the bars of a kind in a group, above all that stands there, the ratio in lorafusion's colour."""
-    step = GROUP_WIDTH / len(series)
-    for row in data[data["ratio"].notna()].itertuples():
-        slots = [slot for slot, (kind, _) in enumerate(series) if kind == row.kind]
-        x = groups.index(row.group) + (sum(slots) / len(slots) - (len(series) - 1) / 2) * step
-        here = data[(data["group"] == row.group) & (data["kind"] == row.kind)]
-        top = here[["value", "ci_high"]].max().max()
-        ax.annotate(
-            f"{row.ratio:.2f}×", (x, top), (0, 2.5), textcoords="offset points", ha="center", va="bottom",
-            fontsize=style.SMALL, fontweight="bold", color=style.SYSTEMS[SYSTEM].colour,
-        )
+def _write_upright(ax: Axes, x: float, text: str) -> None:
+    """Text in the place of a bar."""
+    look = {"fontsize": style.SMALL, "color": "0.5" if text == MISSING else "#B00000"}
+    ax.annotate(text, (x, 0), (0, 2), textcoords="offset points", rotation=90, ha="center", va="bottom", **look)
+
+
+def _write_ratio(ax: Axes, x: float, top: float, ratio: float, width: float, inches: float) -> None:
+    """The ratio above all that stands in its group: over its bar, reaching to the left where the bar is narrow."""
+    x, align = (x, "center") if inches > RATIO_WIDTH else (x + width / 2, "right")
+    look = {"fontsize": style.SMALL, "fontweight": "bold", "color": style.SYSTEMS[SYSTEM].colour}
+    ax.annotate(f"{ratio:.2f}×", (x, top), (0, 2.5), textcoords="offset points", ha=align, va="bottom", **look)
 
 
 def _bar_look(kind: str, look: style.Look) -> dict:
@@ -281,7 +278,7 @@ def _legend_handles(data: pd.DataFrame, looks: dict[str, style.Look]) -> list:
 
 def _on_cpu(data: pd.DataFrame) -> bool:
     """Are there measured rows that come from no GPU?"""
-    measured = data[(data["kind"] == "measured") & (data["text"] != "n/a")]
+    measured = data[(data["kind"] == "measured") & ~data["text"].isin([MISSING])]
     return bool(measured["gpu_name"].isna().any())
 
 
@@ -292,7 +289,7 @@ def _device_count(count: int, cpu: bool) -> str:
 
 def _footer(data: pd.DataFrame, cpu: bool) -> str:
     """Suite, commit and device, and how to read the bars."""
-    cells = data[data["text"] != "n/a"]
+    cells = data[~data["text"].isin([MISSING])]
     commits = cells["git_sha"].dropna().str[:10].unique()
     dirty = " with local changes" if cells["git_dirty"].eq(True).any() else ""
     devices = [*cells["gpu_name"].dropna().unique(), *(["CPU"] if cpu else [])]
@@ -305,5 +302,5 @@ def _footer(data: pd.DataFrame, cpu: bool) -> str:
     if data["ci_low"].notna().any():
         bars += " with its 95 % interval"
     if data["ratio"].notna().any():
-        bars += f"; ×: {SYSTEM} over the best other system"
+        bars += f"; ×: {SYSTEM} over the best other system that finished"
     return " · ".join(origin) + "\n" + bars

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
+
+import pandas as pd
+
+from lorafusion.measure import vocabulary
 
 TEXT_WIDTH = 7.0  # inches, both columns of a conference paper; figures are drawn at their final size
 FONT_SIZE = 8  # points
 SMALL = 6.5
 PNG_DPI = 200
+CPU_WARNING = "CPU, not a performance result"
 
 # Type 42 embeds fonts as TrueType, which every publisher takes; matplotlib's default, Type 3, many refuse.
 PARAMETERS: dict[str, Any] = {
@@ -21,7 +27,7 @@ PARAMETERS: dict[str, Any] = {
     "xtick.labelsize": FONT_SIZE - 1,
     "ytick.labelsize": FONT_SIZE - 1,
     "legend.fontsize": FONT_SIZE - 1,
-    "figure.titlesize": FONT_SIZE + 1,
+    "legend.title_fontsize": FONT_SIZE + 1,
     "figure.dpi": 100,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
@@ -60,21 +66,40 @@ SYSTEMS = {
 OTHERS = (Look("#56B4E9", "xxxx"), Look("#D55E00", "||||"), Look("#F0E442", "++++"), Look("#444444", "oooo"))
 # What was not measured has no fill, only the system's colour as a hatch.
 KINDS = {"simulated": "//////", "published": "......", "derived": "xxxxxx"}
+WORKLOADS = ("xsum", "cnn_dailymail", "wikisum", "mixed", "heterogeneous")  # in the paper's order, others follow
 STATUS_LABELS = {"oom": "OOM", "nan": "NaN"}
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """The look of each system, in drawing order: baselines first, lorafusion last of the known, then the others.
 
-    A system that is not known here takes the next spare look in alphabetical order, so give all names of a suite.
+    A system that is not known here has its spare look by its name, or the next free one where two meet.
     """
     present = set(names)
     out = {name: look for name, look in SYSTEMS.items() if name in present}
-    for index, name in enumerate(sorted(present - set(SYSTEMS))):
-        out[name] = OTHERS[index % len(OTHERS)]
+    for name in sorted(present - set(SYSTEMS)):
+        first = zlib.crc32(name.encode())
+        candidates = [OTHERS[(first + step) % len(OTHERS)] for step in range(len(OTHERS))]
+        out[name] = next((look for look in candidates if look not in out.values()), candidates[0])
     return out
 
 
 def status_label(status: str) -> str:
     """A status as figures and tables show it."""
     return STATUS_LABELS.get(status, status)
+
+
+def rank(column: pd.Series) -> pd.Series:
+    """Sort keys for a column: what has a customary order comes in that order, the rest as it is."""
+    if column.name in ("workload", "group"):
+        # A group is a workload or "workload, batch 16"; the length keeps 8 before 16.
+        places = [_place_of_workload(name.partition(",")[0]) for name in column]
+        return pd.Series(list(zip(places, column.str.len(), column, strict=True)), index=column.index)
+    if column.name == "system":
+        return column.map(list(looks(column)).index)
+    customary = {"window": vocabulary.WINDOWS, "kind": vocabulary.KINDS}.get(column.name)
+    return column.map(customary.index) if customary else column
+
+
+def _place_of_workload(name: str) -> int:
+    return WORKLOADS.index(name) if name in WORKLOADS else len(WORKLOADS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shlex
@@ -16,6 +17,8 @@ from lorafusion.runtime.spec import RunSpec
 
 ROOT = Path(__file__).parent.parent.parent
 GRACE_SECONDS = 10
+RENDEZVOUS_PORT = 29400
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,12 @@ def launch(spec: RunSpec, processes: int, timeout: float, nodes: int = 1) -> Out
         print("+", shlex.join(command), flush=True)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(_python_path()), "PYTHONUNBUFFERED": "1"}
         # A session of their own, so that the whole tree can be ended.
-        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
             code = child.wait(timeout)
         except subprocess.TimeoutExpired:
-            return Outcome("timeout", f"not done after {timeout:.0f} s")
+            return Outcome("timeout", f"not done after {timeout:g} s")
         finally:
             _end(child)
             signal.signal(signal.SIGTERM, previous)
@@ -59,16 +62,26 @@ def worker_command(processes: int, nodes: int, environment: dict[str, str]) -> l
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes // nodes}"]
     if nodes == 1:
         return [*torchrun, "--standalone", *worker]
-    first_node = environment["LORAFUSION_FIRST_NODE"]
     return [
         *torchrun,
         f"--nnodes={nodes}",
         f"--node-rank={environment['SLURM_NODEID']}",
         f"--rdzv-id={environment['SLURM_JOB_ID']}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={first_node}:29400",
+        f"--rdzv-endpoint={first_node(environment['SLURM_JOB_NODELIST'])}:{RENDEZVOUS_PORT}",
         *worker,
     ]
+
+
+def first_node(node_list: str) -> str:
+    """The first host of a Slurm node list, where the processes of all nodes meet."""
+    done = subprocess.run(["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True)
+    return done.stdout.split()[0]
+
+
+def end_with_parent() -> None:
+    """Ask Linux to end this process with its parent, so that a killed launcher leaves nothing running."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def outcome(reports: Path, code: int) -> Outcome:

@@ -26,6 +26,7 @@ from lorafusion.measure.timers import canary, peak_memory, reset_peak_memory
 from lorafusion.models.lora import adapter_state, inject_adapters, peft_config
 from lorafusion.models.stage import build_stage
 from lorafusion.plan import Plan, check
+from lorafusion.runtime.launch import end_with_parent
 from lorafusion.runtime.pipeline import Pipeline
 from lorafusion.runtime.spec import RunSpec
 from lorafusion.runtime.training import TrainingRun
@@ -35,6 +36,7 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
 
 def main(spec_path: str, report_directory: str) -> int:
+    end_with_parent()
     rank = int(os.environ.get("RANK", 0))
     reports = Path(report_directory)
     run: TrainingRun | None = None

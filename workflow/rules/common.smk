@@ -44,6 +44,7 @@ WORKLOAD_CONFIGS = os.path.relpath(CONFIGS / "workloads")
 SYSTEMS = read_systems()
 CELLS = {cell.name: cell for cell in cells(SUITE, SUITE_PATH)}
 WORKLOADS = {cell.workload_name: cell for cell in CELLS.values()}
+MODELS = sorted({cell.model for cell in CELLS.values()})
 PLANNED = {
     name: cell
     for name, cell in CELLS.items()
@@ -60,6 +61,7 @@ wildcard_constraints:
     shared="model~[^/]+/workload~[^/]+/gpus~[0-9]+/batch~[0-9]+",
     repeat="[0-9]+",
     stages="[0-9]+",
+    model="[^/]+",
 
 
 def cell_of(wildcards):

@@ -61,33 +61,33 @@ rule end_to_end:
         checks=f"{RESULTS}/checks.html",
     output:
         png=report(
-            f"{RESULTS}/figures/end_to_end.png",
+            f"{RESULTS}/figures/end_to_end~{{model}}.png",
             caption="../report/end_to_end.rst",
             category="Figures",
-            labels={"content": "end-to-end throughput", "form": "PNG"},
+            labels={"content": "end-to-end throughput", "model": "{model}", "form": "PNG"},
         ),
         pdf=report(
-            f"{RESULTS}/figures/end_to_end.pdf",
+            f"{RESULTS}/figures/end_to_end~{{model}}.pdf",
             caption="../report/end_to_end.rst",
             category="Figures",
-            labels={"content": "end-to-end throughput", "form": "PDF"},
+            labels={"content": "end-to-end throughput", "model": "{model}", "form": "PDF"},
         ),
-        csv=f"{RESULTS}/figures/end_to_end.csv",
+        csv=f"{RESULTS}/figures/end_to_end~{{model}}.csv",
     log:
-        f"{LOGS}/end_to_end.log",
+        f"{LOGS}/end_to_end~{{model}}.log",
     localrule: True
     conda:
         "../../environment.yml"
     params:
-        stem=f"{RESULTS}/figures/end_to_end",
+        stem=f"{RESULTS}/figures/end_to_end~{{model}}",
     shell:
-        "lorafusion figure end_to_end {input.table:q} --out {params.stem:q} > {log:q} 2>&1"
+        "lorafusion figure end_to_end {input.table:q} --model {wildcards.model} --out {params.stem:q} > {log:q} 2>&1"
 
 
 rule publish:
     input:
         table=f"{RESULTS}/measurements.csv",
-        figure=f"{RESULTS}/figures/end_to_end.png",
+        figures=[f"{RESULTS}/figures/end_to_end~{model}.png" for model in MODELS],
         results=[f"{RESULTS}/runs/{run}.json" for run in RUNS],
     output:
         f"{RESULTS}/wandb/runs.json",
@@ -98,6 +98,7 @@ rule publish:
         "../../environment.yml"
     params:
         folder=f"{RESULTS}/wandb",
+        figures=lambda wildcards, input: [f"--figure={path}" for path in input.figures],
     shell:
-        "lorafusion publish {input.table:q} {input.results:q} --figure {input.figure:q}"
+        "lorafusion publish {input.table:q} {input.results:q} {params.figures:q}"
         " --directory {params.folder:q} > {log:q} 2>&1"

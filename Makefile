@@ -1,0 +1,40 @@
+# `make` lists the targets. Each sets .venv up first, if needed: see tools/install.sh for PYTHON, GPU and TORCH_INDEX.
+SHELL := /bin/bash
+BIN := .venv/bin
+
+.PHONY: help setup reproduce test slurm-test lint lock clean distclean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+setup: .venv/.installed  ## install everything into .venv
+.venv/.installed: requirements.lock pyproject.toml kernels/pyproject.toml tools/install.sh
+	@PYTHON="$(PYTHON)" GPU="$(GPU)" TORCH_INDEX="$(TORCH_INDEX)" tools/install.sh
+
+reproduce: .venv/.installed  ## run a suite and print its verdicts: make reproduce SUITE=smoke
+	@$(BIN)/lorafusion reproduce $(if $(SUITE),--suite $(SUITE))
+
+# One thread a process: two workers on two cores, and sums that do not depend on how many threads there were.
+test: .venv/.installed  ## run the tests; more options: make test ARGS="-k plan"
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+slurm-test: .venv/.installed  ## run the workflow on a toy Slurm cluster on this machine (root)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm $(ARGS) tests/slurm
+
+lint: .venv/.installed  ## check style and format, of Python and of the workflow
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/snakemake --lint
+
+lock:  ## resolve requirements.in anew; newer versions: make lock ARGS=--upgrade
+	@tools/lock.sh $(ARGS)
+
+clean:  ## remove caches; results and .venv stay
+	rm -rf build dist kernels/build kernels/dist .pytest_cache .ruff_cache .hypothesis
+	find . \( -path ./.venv -o -path ./.git -o -path ./results \) -prune -o \
+		\( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
+
+distclean: clean  ## remove all that a checkout does not have: .venv and the results of every run
+	rm -rf .venv .venv.old .snakemake wandb
+	if [ -d results ]; then find results -mindepth 1 -maxdepth 1 ! -name paper ! -name reference -exec rm -rf {} +; fi

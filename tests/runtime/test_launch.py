@@ -1,0 +1,155 @@
+"""How a run ends, whatever happens to it: one status, one line, and nothing left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from lorafusion.config import CONFIGS, read_model
+from lorafusion.models.stage import build_stage
+from lorafusion.plan import Plan
+from lorafusion.runtime import launch as launching
+from lorafusion.runtime.launch import Outcome, launch, outcome, worker_command
+from lorafusion.runtime.result import result_of
+from lorafusion.runtime.spec import RunSpec
+from lorafusion.scheduler import first_fit
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def spec(make_job, make_workload, tmp_path):
+    """A run of two adapters, with any field changed; `model` may be a dict of changes to the tiny model."""
+
+    def make(stages=1, model=None, learning_rate=1e-4, **changes) -> RunSpec:
+        workload = make_workload(make_job("a", learning_rate=learning_rate), make_job("b", (4, 4, 7, 9)))
+        (tmp_path / "workload.json").write_text(workload.to_json())
+        plan = first_fit.plan(workload, "lorafusion", stages, 16)
+        (tmp_path / "plan.json").write_text(plan.to_json())
+        if model:
+            tiny = yaml.safe_load((CONFIGS / "models" / "tiny.yaml").read_text())
+            (tmp_path / "model.yaml").write_text(yaml.safe_dump(tiny | model))
+            changes["model"] = str(tmp_path / "model.yaml")
+        paths = {"workload": str(tmp_path / "workload.json"), "plan": str(tmp_path / "plan.json")}
+        return RunSpec(**({"system": "lorafusion", "model": "tiny"} | paths | changes))
+
+    return make
+
+
+def test_a_run_ends_with_a_report(spec):
+    done = launch(spec(), 1, timeout=120)
+    assert (done.status, done.note) == ("ok", "")
+    assert [len(values) for values in done.report["losses"].values()] == [3, 2]
+    assert done.report["peak_memory"] > 2**20
+    assert set(done.report["canary"]) == {"canary-gemm", "canary-copy"}
+
+
+def test_a_mistake_is_one_line_that_names_it(spec):
+    done = launch(spec(stages=2), 1, timeout=120)
+    assert done.status == "crash"
+    assert "plan.json: made for 2 stages and 1 replicas, but the run has 1 processes" in done.note
+    assert "\n" not in done.note
+
+
+def test_a_stage_that_fails_ends_the_others(spec, tmp_path):
+    """Rank 1 finds no head in the checkpoint; rank 0 would wait for it."""
+    config = read_model("tiny")
+    tensors = dict(build_stage(config, index=0, count=1, device=CPU, dtype=torch.float32, seed=1).named_parameters())
+    del tensors["lm_head.weight"]
+    save_file({name: value.detach() for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    begin = time.monotonic()
+    done = launch(spec(stages=2, model={"weights": str(tmp_path)}), 2, timeout=120)
+    assert done.status == "crash"
+    assert done.note == f"rank 1, start-up: {tmp_path}: the checkpoint has no tensor 'lm_head.weight'"
+    assert time.monotonic() - begin < 90
+
+
+def test_a_loss_that_is_no_number_is_told_apart(spec):
+    done = launch(spec(learning_rate=1e20), 1, timeout=120)
+    assert done.status == "ok"
+    result = result_of(done, Plan.read(spec().plan), {}, {})
+    assert result["status"] == "nan"
+    assert result["note"] == "the loss of a is not finite"
+    assert result["metrics"] == []
+    json.dumps(result, allow_nan=False)
+
+
+def test_out_of_memory_is_its_own_status(spec):
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, limits[1]))
+    try:
+        done = launch(spec(model={"hidden_size": 32768, "intermediate_size": 131072}), 1, timeout=120)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert done.status == "oom", done.note
+
+
+def test_a_run_that_takes_too_long_is_ended(spec):
+    done = launch(spec(), 1, timeout=0.5)
+    assert done == Outcome("timeout", "not done after 0.5 s")
+    assert not _children()
+
+
+def test_a_killed_worker_is_a_crash(spec):
+    threading.Timer(1.0, lambda: [child.kill() for child in _children()]).start()
+    done = launch(spec(), 1, timeout=120)
+    assert done.status == "crash"
+    assert "SIGKILL" in done.note
+
+
+def test_a_launcher_that_is_killed_leaves_nothing_running(spec):
+    run = spec()
+    launcher = os.fork()
+    if launcher == 0:
+        launch(run, 1, timeout=120)
+        os._exit(0)
+    workers = []
+    while not workers:
+        workers = psutil.Process(launcher).children(recursive=True)
+        time.sleep(0.05)
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    gone, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
+def test_nodes_meet_at_the_first(monkeypatch):
+    monkeypatch.setattr(launching, "first_node", lambda node_list: node_list.split(",")[0])
+    environment = {"SLURM_NODEID": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "alpha,beta"}
+    command = worker_command(16, 2, environment)
+    assert "--nproc-per-node=8" in command
+    assert "--node-rank=1" in command
+    assert "--rdzv-endpoint=alpha:29400" in command
+    assert "--standalone" in worker_command(4, 1, {})
+    assert "torch.distributed.run" not in worker_command(1, 1, {})
+
+
+@pytest.mark.parametrize(
+    ("failures", "code", "expected"),
+    [
+        ([("crash", "RuntimeError: Connection closed by peer"), ("crash", "ValueError: bad")], 1, "ValueError: bad"),
+        ([("crash", "ValueError: bad"), ("oom", "CUDA out of memory")], 1, "CUDA out of memory"),
+        ([], 3, "ended with status 3 and left no report; its log says more"),
+        ([], 0, "ended with status 0 and left no report; its log says more"),
+        ([], -9, "ended by SIGKILL, often the host's out-of-memory killer"),
+    ],
+)
+def test_the_cause_that_explains_most_is_told(tmp_path: Path, failures, code, expected):
+    for rank, (status, message) in enumerate(failures):
+        (tmp_path / f"failure-{rank}.json").write_text(json.dumps({"status": status, "message": message}))
+    assert outcome(tmp_path, code).note == expected
+
+
+def _children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if "worker" in " ".join(child.cmdline())]

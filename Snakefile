@@ -26,3 +26,12 @@ rule all:
         [f"{RESULTS}/figures/end_to_end~{model}.png" for model in MODELS],
         f"{RESULTS}/wandb/runs.json",
     localrule: True
+
+
+# The report needs the finished run, so it is no rule. Where nothing was to be done, it is there already.
+onsuccess:
+    shell(
+        f"{sys.executable} -m snakemake --snakefile {workflow.main_snakefile} --cores 1 --nolock --quiet all"
+        f" --config suite={SUITE_PATH} --report {RESULTS}/report.html"
+    )
+    print(f"report: {RESULTS}/report.html")

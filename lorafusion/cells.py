@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +62,12 @@ def run_cell(
             seed=suite.seed,
             checkpointing=cell.grid.checkpointing,
         )
-        outcome = launch(spec, cell.gpus, 60 * cell.grid.minutes, nodes)
+        shared = out.with_name(f"{out.name}.reports") if nodes > 1 else None
+        outcome = launch(spec, cell.gpus, 60 * cell.grid.minutes, nodes, shared)
+        if int(os.environ.get("SLURM_NODEID", 0)) > 0:
+            return f"{outcome.status}; the first node writes the result"
+        if shared:
+            shutil.rmtree(shared)
     result = result_of(outcome, plan, description(suite, cell, workload, system, repeat), origin)
     write_result(out, result)
     return describe(result)

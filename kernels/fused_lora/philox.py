@@ -43,9 +43,7 @@ def keep_mask(key: int, positions: torch.Tensor, columns: int, p: float) -> torc
     key: from `mask_key`. positions: int64 [M], non-negative, each token's place in its adapter's stream.
     """
     if positions.dtype != torch.int64 or positions.dim() != 1:
-        raise ValueError(
-            f"positions: expected int64 [M], found {positions.dtype} {tuple(positions.shape)}"
-        )
+        raise ValueError(f"positions: expected int64 [M], found {positions.dtype} {tuple(positions.shape)}")
     threshold = drop_threshold(p)
     calls = -(-columns // COLUMNS_PER_CALL)
     group = torch.arange(calls, device=positions.device)[None, :]

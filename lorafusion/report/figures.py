@@ -82,8 +82,10 @@ def end_to_end_data(table: pd.DataFrame, model: str) -> pd.DataFrame:
     bars.loc[failed, "element"] = "text"
     bars["text"] = bars["status"].map(style.status_label).where(failed)
     bars = _with_ratios(bars)
-    measured = ~medians & (rows["kind"] == "measured") & ~rows["cell"].isin(bars["cell"][failed])
-    points = rows[measured].assign(element="point")
+    measured = rows[~medians & (rows["kind"] == "measured")]
+    # A failed cell's surviving repeats have no bar to stand on.
+    without_bar = bars["cell"][failed & (bars["kind"] == "measured")]
+    points = measured[~measured["cell"].isin(without_bar)].assign(element="point")
     missing = pd.DataFrame(_missing(bars)).assign(element="text", text=MISSING)
     data = pd.concat([bars, points, missing]).reindex(columns=[*DATA, *ORIGIN])
     order = ["gpus", "window", "group", "kind", "system", "element", "repeat"]

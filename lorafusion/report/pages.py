@@ -13,7 +13,8 @@ body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5rem; color: #1a1a1a; }
 h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-top: 1.6rem; }
 table { border-collapse: collapse; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; }
-th { position: sticky; top: 0; background: #f4f4f4; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+th { position: sticky; top: 0; background: #f4f4f4; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
 code { font-size: 12px; overflow-wrap: anywhere; } .ok { color: #0a6b2d; } .failed { color: #b3261e; font-weight: 600; }
 """
 MEDIAN_COLUMNS = ["cell", "metric", "window", "value", "unit", "ci_low", "ci_high", "n", "status", "note"]

@@ -30,15 +30,18 @@ class Outcome:
     report: dict = field(default_factory=dict)
 
 
-def launch(spec: RunSpec, processes: int, timeout: float, nodes: int = 1) -> Outcome:
+def launch(spec: RunSpec, processes: int, timeout: float, nodes: int = 1, reports: Path | None = None) -> Outcome:
     """Run a spec on `processes` processes; output goes to this process's, at most `timeout` seconds pass.
 
-    With several nodes, one launcher runs on each (`srun`), and the first one's outcome is the run's.
+    With several nodes one launcher runs on each (`srun`); `reports` is then a folder that all of them see, in which
+    the workers leave their reports, so that the first node knows why another failed.
     """
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
+        reports = reports or Path(scratch)
+        reports.mkdir(parents=True, exist_ok=True)
         spec_path = Path(scratch) / "spec.json"
         spec_path.write_text(spec.model_dump_json())
-        command = worker_command(processes, nodes, os.environ) + [str(spec_path), scratch]
+        command = worker_command(processes, nodes, os.environ) + [str(spec_path), str(reports)]
         print("+", shlex.join(command), flush=True)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(_python_path()), "PYTHONUNBUFFERED": "1"}
         # A session of their own, so that the whole tree can be ended.
@@ -51,7 +54,7 @@ def launch(spec: RunSpec, processes: int, timeout: float, nodes: int = 1) -> Out
         finally:
             _end(child)
             signal.signal(signal.SIGTERM, previous)
-        return outcome(Path(scratch), code)
+        return outcome(reports, code)
 
 
 def worker_command(processes: int, nodes: int, environment: dict[str, str]) -> list[str]:
@@ -68,15 +71,10 @@ def worker_command(processes: int, nodes: int, environment: dict[str, str]) -> l
         f"--node-rank={environment['SLURM_NODEID']}",
         f"--rdzv-id={environment['SLURM_JOB_ID']}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={first_node(environment['SLURM_JOB_NODELIST'])}:{RENDEZVOUS_PORT}",
+        # Where srun was called: the job's first node.
+        f"--rdzv-endpoint={environment['SLURM_LAUNCH_NODE_IPADDR']}:{RENDEZVOUS_PORT}",
         *worker,
     ]
-
-
-def first_node(node_list: str) -> str:
-    """The first host of a Slurm node list, where the processes of all nodes meet."""
-    done = subprocess.run(["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True)
-    return done.stdout.split()[0]
 
 
 def end_with_parent() -> None:

@@ -163,18 +163,22 @@ def test_what_was_not_measured_is_hatched_without_fill_and_in_the_legend(make_ru
     runs = [make_run(system, gpu="NVIDIA H200") for system in ("mlora", "lorafusion")]
     runs += [make_run(system, kind="simulated", speed=500.0) for system in ("mlora", "lorafusion")]
     runs += [make_run("lorafusion", kind="published", gpu="H100-80GB", speed=600.0)]
+    runs += [make_run("mlora", kind="published", gpu="H100-80GB", status="oom")]
     figure, axes = draw(make_table(runs))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "mlora", "lorafusion", "simulated", "published", "one repeat",
     ]  # fmt: skip
-    fills = [to_hex(container[0].get_facecolor()) for container in axes[0].containers]
+    filled = [container for container in axes[0].containers if len(container)]
+    fills = [to_hex(container[0].get_facecolor()) for container in filled]
     assert (
         fills == [style.SYSTEMS["mlora"].colour.lower(), style.SYSTEMS["lorafusion"].colour.lower()] + ["#ffffff"] * 3
     )
-    hatches = [container[0].get_hatch() for container in axes[0].containers]
+    hatches = [container[0].get_hatch() for container in filled]
     assert hatches[2:] == [style.KINDS["simulated"]] * 2 + [style.KINDS["published"]]
-    # A ratio compares within a kind: published lorafusion has no other published system beside it.
+    # A ratio compares within a kind: published lorafusion has no other published system beside it that finished.
     assert len([label for label in texts(axes[0]) if "×" in label]) == 2
+    # Repeats are those of measured cells, and another kind's failure hides none of them.
+    assert len(axes[0].lines) == 2
 
 
 def test_several_batch_sizes_of_a_workload_are_groups_of_their_own(make_run, make_table, draw):

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from lorafusion.config import CONFIGS, read_model
 from lorafusion.models.stage import build_stage
 from lorafusion.plan import Plan
-from lorafusion.runtime import launch as launching
 from lorafusion.runtime.launch import Outcome, launch, outcome, worker_command
 from lorafusion.runtime.result import result_of
 from lorafusion.runtime.spec import RunSpec
@@ -124,13 +123,12 @@ def test_a_launcher_that_is_killed_leaves_nothing_running(spec):
     assert not alive
 
 
-def test_nodes_meet_at_the_first(monkeypatch):
-    monkeypatch.setattr(launching, "first_node", lambda node_list: node_list.split(",")[0])
-    environment = {"SLURM_NODEID": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "alpha,beta"}
+def test_nodes_meet_at_the_first():
+    environment = {"SLURM_NODEID": "1", "SLURM_JOB_ID": "77", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
     command = worker_command(16, 2, environment)
     assert "--nproc-per-node=8" in command
     assert "--node-rank=1" in command
-    assert "--rdzv-endpoint=alpha:29400" in command
+    assert "--rdzv-endpoint=10.0.0.7:29400" in command
     assert "--standalone" in worker_command(4, 1, {})
     assert "torch.distributed.run" not in worker_command(1, 1, {})
 

@@ -17,7 +17,7 @@ shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PAT
 
 def unknown_settings():
     """A misspelt --config key would otherwise be ignored."""
-    unknown = sorted(set(config) - {"suite"})
+    unknown = sorted(set(config) - {"suite", "suite_name"})
     if unknown:
         raise UserError(f"--config: unknown key {unknown[0]!r}; known: suite")
 
@@ -44,6 +44,7 @@ WORKLOAD_CONFIGS = os.path.relpath(CONFIGS / "workloads")
 SYSTEMS = read_systems()
 CELLS = {cell.name: cell for cell in cells(SUITE, SUITE_PATH)}
 WORKLOADS = {cell.workload_name: cell for cell in CELLS.values()}
+config["suite_name"] = SUITE.name  # for the captions of the report
 MODELS = sorted({cell.model for cell in CELLS.values()})
 PLANNED = {
     name: cell

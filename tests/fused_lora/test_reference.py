@@ -1,0 +1,221 @@
+"""The LoRA linear's reference against autograd, against itself in other batches, and against bad arguments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_lora import LoRAAdapter, LoRASegment, keep_mask, lora_backward, lora_forward, lora_linear
+
+M, K, N = 23, 13, 17
+SEGMENTS = (LoRASegment(0, 6, 0), LoRASegment(6, 7, 2), LoRASegment(7, 7, 1), LoRASegment(9, 20, 1))
+
+
+def tensors(dtype=torch.float64, seed=0):
+    """x, weight, bias, positions, and three adapters of mixed rank, scaling and dropout; tokens 7-8 and 20-22 bare."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    adapters = [
+        LoRAAdapter(normal(rank, K).requires_grad_(), normal(N, rank).requires_grad_(), scaling, dropout, key)
+        for rank, scaling, dropout, key in ((1, 2.0, 0.0, 11), (5, 0.25, 0.3, 22), (16, 1 / math.sqrt(16), 0.75, 33))
+    ]
+    positions = torch.arange(M) * 3 + 2**33
+    return normal(M, K).requires_grad_(), normal(N, K), normal(N), positions, adapters
+
+
+def naive(x, weight, bias, adapters, segments, positions, training=True):
+    """The definition, left to autograd."""
+    parts = [F.linear(x, weight, bias)]
+    for segment in segments:
+        adapter, tokens = adapters[segment.adapter], slice(segment.start, segment.stop)
+        inside = x[tokens]
+        if training:
+            keep = keep_mask(adapter.key, positions[tokens], K, adapter.dropout)
+            inside = inside * keep / (1 - adapter.dropout)
+        term = adapter.scaling * (inside @ adapter.a.to(x.dtype).T @ adapter.b.to(x.dtype).T)
+        parts.append(F.pad(term, (0, 0, segment.start, M - segment.stop)))
+    return sum(parts)
+
+
+def gradients(function, dy, x, weight, bias, positions, adapters, segments=SEGMENTS, training=True):
+    y = function(x, weight, bias, adapters, segments, positions, training)
+    factors = {f"{name}{i}": getattr(a, name) for i, a in enumerate(adapters) for name in "ab"}
+    used = {"x": x} | factors
+    grads = torch.autograd.grad(y, list(used.values()), dy, allow_unused=True)
+    return {"y": y, **{f"d{name}": grad for name, grad in zip(used, grads, strict=True)}}
+
+
+def random_like(shape, dtype=torch.float64, seed=9):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_forward_and_gradients_equal_autograd_of_the_definition(training, with_bias):
+    x, weight, bias, positions, adapters = tensors()
+    arguments = (random_like((M, N)), x, weight, bias if with_bias else None, positions, adapters)
+    ours = gradients(lora_linear, *arguments, training=training)
+    theirs = gradients(naive, *arguments, training=training)
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_gradcheck():
+    x, weight, bias, positions, adapters = tensors()
+
+    def function(x, *factors):
+        made = [replace(adapter, a=factors[2 * i], b=factors[2 * i + 1]) for i, adapter in enumerate(adapters)]
+        return lora_linear(x, weight, bias, made, SEGMENTS, positions)
+
+    factors = [factor for adapter in adapters for factor in (adapter.a, adapter.b)]
+    assert torch.autograd.gradcheck(function, (x, *factors))
+
+
+def test_an_adapter_without_tokens_gets_no_gradient():
+    x, weight, bias, positions, adapters = tensors()
+    found = gradients(lora_linear, random_like((M, N)), x, weight, bias, positions, adapters, segments=SEGMENTS[:1])
+    assert found["da0"] is not None
+    assert found["da1"] is None
+    assert found["db2"] is None
+
+
+def test_an_adapter_in_two_segments_gets_the_sum():
+    x, weight, bias, positions, adapters = tensors()
+    segments = (LoRASegment(0, 4, 1), LoRASegment(5, 9, 1))
+    arguments = (random_like((M, N)), x, weight, bias, positions, adapters)
+    ours, theirs = (gradients(function, *arguments, segments=segments) for function in (lora_linear, naive))
+    for name in ("da1", "db1", "dx"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_an_input_that_needs_no_gradient_gets_none():
+    x, weight, bias, positions, adapters = tensors()
+    y, projected = lora_forward(x.detach(), weight, bias, adapters, SEGMENTS, positions)
+    dx, da, db = lora_backward(y, x, weight, projected, adapters, SEGMENTS, positions, input_gradient=False)
+    assert dx is None
+    assert da[0] is not None
+    lora_linear(x.detach(), weight, bias, adapters, SEGMENTS, positions).sum().backward()
+    assert adapters[0].a.grad is not None
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 12, 20, 23])
+def test_two_batches_give_what_one_gives(cut):
+    """However the tokens are cut in microbatches: the same outputs, and gradients that add up."""
+    x, weight, bias, positions, adapters = tensors()
+    dy = random_like((M, N))
+    whole = gradients(lora_linear, dy, x, weight, bias, positions, adapters)
+    parts = []
+    for start, stop in ((0, cut), (cut, M)):
+        segments = [
+            LoRASegment(max(s.start, start) - start, min(s.stop, stop) - start, s.adapter)
+            for s in SEGMENTS
+            if max(s.start, start) < min(s.stop, stop)
+        ]
+        piece = x[start:stop].detach().requires_grad_()
+        parts.append(
+            gradients(lora_linear, dy[start:stop], piece, weight, bias, positions[start:stop], adapters, segments)
+        )
+    torch.testing.assert_close(torch.cat([part["y"] for part in parts]), whole["y"])
+    torch.testing.assert_close(torch.cat([part["dx"] for part in parts]), whole["dx"])
+    for name in ("da0", "db0", "da1", "db1", "da2", "db2"):
+        torch.testing.assert_close(sum(p[name] for p in parts if p[name] is not None), whole[name], msg=name)
+
+
+def test_a_token_does_not_see_its_neighbours():
+    """Bitwise: adapter 1's tokens alone, or among others, drop the same elements and give the same result."""
+    x, weight, bias, positions, adapters = tensors()
+    together = lora_linear(x, weight, bias, adapters, SEGMENTS, positions)[9:20]
+    alone = lora_linear(x[9:20], weight, bias, [adapters[1]], [LoRASegment(0, 11, 0)], positions[9:20])
+    torch.testing.assert_close(together, alone, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_bfloat16_is_as_exact_as_eager_bfloat16(adapter_dtype):
+    """Root mean square errors against float64, no worse than 1.1 times those of the definition in bfloat16."""
+    x, weight, bias, positions, adapters = tensors(torch.bfloat16)
+    cast = [
+        replace(a, a=a.a.detach().to(adapter_dtype).requires_grad_(), b=a.b.detach().to(adapter_dtype).requires_grad_())
+        for a in adapters
+    ]
+    dy = random_like((M, N), torch.bfloat16)
+    ours = gradients(lora_linear, dy, x, weight, bias, positions, cast)
+    eager = gradients(naive, dy, x, weight, bias, positions, cast)
+    double = [
+        replace(a, a=a.a.detach().double().requires_grad_(), b=a.b.detach().double().requires_grad_()) for a in cast
+    ]
+    exact = gradients(
+        naive, dy.double(), x.detach().double().requires_grad_(), weight.double(), bias.double(), positions, double
+    )
+    for name, expected in exact.items():
+        error, allowed = ((run[name].double() - expected).square().mean().sqrt() for run in (ours, eager))
+        assert error <= 1.1 * allowed, f"{name}: {error:.3g} against {allowed:.3g} in eager"
+        if name[0] == "d":
+            assert ours[name].dtype == (torch.bfloat16 if name == "dx" else adapter_dtype)
+
+
+def test_the_lora_term_has_the_right_size():
+    """The error's component along the LoRA term itself, which a wrong scale would show at once."""
+    x, weight, bias, positions, adapters = tensors()
+    term = naive(x, weight, bias, adapters, SEGMENTS, positions) - F.linear(x, weight, bias)
+    error = lora_linear(x, weight, bias, adapters, SEGMENTS, positions) - F.linear(x, weight, bias) - term
+    assert abs((error * term).sum() / term.square().sum()) < 1e-14
+
+
+def test_the_expectation_over_masks_is_the_undropped_term():
+    x, weight, bias, _, adapters = tensors()
+    segment, adapter = [LoRASegment(0, M, 0)], [adapters[1]]
+    with torch.no_grad():
+        runs = [lora_linear(x, weight, bias, adapter, segment, torch.arange(M) + M * i) for i in range(4000)]
+        exact = lora_linear(x, weight, bias, adapter, segment, torch.arange(M), training=False)
+        mean, deviation = torch.stack(runs).mean(0), torch.stack(runs).std(0) / math.sqrt(len(runs))
+    assert ((mean - exact).abs() <= 5.5 * deviation).all()
+
+
+BAD = {
+    "x has three dimensions": ({"x": torch.zeros(1, M, K)}, r"x: expected floating point \[M, K\]"),
+    "x is integer": ({"x": torch.zeros(M, K, dtype=torch.int64)}, "x: expected floating point"),
+    "weight does not fit x": (
+        {"weight": torch.zeros(N, K + 1, dtype=torch.float64)},
+        rf"weight: expected torch.float64 \[{N}, {K}\] on cpu, found torch.float64 \[{N}, {K + 1}\] on cpu",
+    ),
+    "weight has another dtype": ({"weight": torch.zeros(N, K)}, "weight: expected torch.float64"),
+    "bias has another length": ({"bias": torch.zeros(N - 1, dtype=torch.float64)}, rf"bias: expected .* \[{N}\]"),
+    "positions have another length": ({"positions": torch.arange(M - 1)}, rf"positions: expected torch.int64 \[{M}\]"),
+    "positions are int32": ({"positions": torch.arange(M, dtype=torch.int32)}, "positions: expected torch.int64"),
+    "rank 0": (
+        {"adapters": [LoRAAdapter(torch.zeros(0, K), torch.zeros(N, 0), 1.0)]},
+        r"adapters\[0\].a: expected a rank of at least 1",
+    ),
+    "b has another rank": (
+        {"adapters": [LoRAAdapter(torch.zeros(2, K), torch.zeros(N, 3), 1.0)]},
+        rf"adapters\[0\].b: expected floating point \[{N}, 2\]",
+    ),
+    "dropout of 1": (
+        {"adapters": [LoRAAdapter(torch.zeros(2, K), torch.zeros(N, 2), 1.0, 1.0)]},
+        r"adapters\[0\].dropout: expected a probability in \[0, 1\), found 1.0",
+    ),
+    "an adapter that is not there": ({"segments": [LoRASegment(0, 1, 3)]}, r"segments\[0\]: adapter 3, but there are"),
+    "segments overlap": (
+        {"segments": [LoRASegment(0, 5, 0), LoRASegment(4, 6, 0)]},
+        r"segments\[1\]: expected a span within \[5, 23\), in order, found \[4, 6\)",
+    ),
+    "a segment ends outside": ({"segments": [LoRASegment(20, 24, 0)]}, r"segments\[0\]: expected a span within"),
+    "a segment runs backwards": ({"segments": [LoRASegment(5, 4, 0)]}, r"segments\[0\]: expected a span within"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_a_bad_argument_is_named_in_one_line(name):
+    x, weight, bias, positions, adapters = tensors()
+    arguments = {"x": x, "weight": weight, "bias": bias, "adapters": adapters, "segments": SEGMENTS}
+    change, message = BAD[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        lora_linear(**(arguments | {"positions": positions} | change))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,106 @@
+"""The command line as a user meets it: files in, files out, and one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lorafusion.config import CONFIGS
+
+XSUM = str(CONFIGS / "workloads" / "xsum.yaml")
+
+
+def lorafusion(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "lorafusion.cli", *map(str, arguments)], text=True, capture_output=True, cwd=cwd
+    )
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A workload and its plan for two stages."""
+    folder = tmp_path_factory.mktemp("planned")
+    made = lorafusion("workload", XSUM, "--samples", 16, "--length-scale", 16, "-o", folder / "deep" / "w.json")
+    assert made.returncode == 0, made.stderr
+    done = lorafusion("plan", folder / "deep/w.json", "--stages", 2, "--capacity", 256, "-o", folder / "p.json")
+    assert done.returncode == 0, done.stderr
+    assert "microbatches" in done.stdout
+    return folder
+
+
+def test_checking_plans_gives_a_verdict(planned):
+    done = lorafusion(
+        "check", "plans", planned / "p.json", "--workload", planned / "deep/w.json", "-o", planned / "verdict.json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((planned / "verdict.json").read_text())["passed"]
+
+
+def test_a_broken_plan_is_refused(planned):
+    data = json.loads((planned / "p.json").read_text())
+    data["microbatches"][-1]["step_after"] = []
+    (planned / "broken.json").write_text(json.dumps(data))
+    done = lorafusion(
+        "check", "plans", planned / "broken.json", "--workload", planned / "deep/w.json", "-o", planned / "no.json"
+    )
+    assert done.returncode == 2
+    assert "broken.json" in done.stderr
+    assert not (planned / "no.json").exists()
+
+
+MISTAKES = {
+    "unknown system": (["plan", "{folder}/deep/w.json", "--system", "x", "-o", "{folder}/x"], "unknown system 'x'"),
+    "missing file": (["plan", "{folder}/none.json", "-o", "{folder}/x"], "none.json: no such workload file"),
+    "sample too long": (
+        ["plan", "{folder}/deep/w.json", "--capacity", "20", "-o", "{folder}/x"],
+        "more than the capacity of 20",
+    ),
+    "not built": (
+        ["plan", "{folder}/deep/w.json", "--system", "megatron-fsdp", "-o", "{folder}/x"],
+        "system 'megatron-fsdp' cannot plan: the fully sharded executor is not built yet",
+    ),
+    "a plan for a workload": (["plan", "{folder}/p.json", "-o", "{folder}/x"], "p.json: "),
+    "zero stages": (["plan", "{folder}/deep/w.json", "--stages", "0", "-o", "{folder}/x"], "--stages"),
+    "no such command": (["dance"], "No such command 'dance'"),
+    "bad scale": (["workload", XSUM, "--length-scale", "0", "-o", "{folder}/x"], "expected a number above 0"),
+    "unknown cell": (
+        ["run", "--suite", str(CONFIGS / "suites/smoke.yaml"), "--cell", "c", "--workload", "w", "-o", "{folder}/x"],
+        "no cell 'c'",
+    ),
+    "no results": (["summary", "--suite", str(CONFIGS / "suites/paper.yaml")], "no results yet; run `make reproduce`"),
+}
+
+
+@pytest.mark.parametrize("name", list(MISTAKES))
+def test_a_mistake_is_one_line_and_status_2(planned, name):
+    arguments, message = MISTAKES[name]
+    done = lorafusion(*(argument.format(folder=planned) for argument in arguments))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not (planned / "x").exists()
+
+
+def test_planning_needs_no_torch(planned):
+    """Plans are made in seconds on any machine: nothing on that path imports torch."""
+    code = (
+        "import sys, lorafusion.scheduler.first_fit, lorafusion.scheduler.round_robin, lorafusion.data.lengths, "
+        "lorafusion.config, lorafusion.scheduler.sequential; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_gpu_suite_without_a_gpu_is_refused(planned, monkeypatch):
+    cell = "model~llama-3.1-8b/workload~xsum/gpus~1/batch~8/system~peft"
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    suite = str(CONFIGS / "suites" / "h200.yaml")
+    plan = planned / "one.json"
+    lorafusion("plan", planned / "deep/w.json", "--system", "peft", "--capacity", 256, "-o", plan)
+    arguments = ["--workload", planned / "deep/w.json", "--plan", plan, "-o", planned / "x"]
+    done = lorafusion("run", "--suite", suite, "--cell", cell, *arguments)
+    assert done.returncode == 2
+    assert "a suite for GPUs, but nvidia-smi finds none" in done.stderr

@@ -1,0 +1,137 @@
+"""Configuration files: the committed ones are sound, and a mistake is one line with file and key."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from lorafusion.cells import config_hash, unavailable
+from lorafusion.config import CONFIGS, cells, names_in, read_model, read_suite, read_systems, suite_path
+from lorafusion.errors import UserError
+from lorafusion.imports import load
+from lorafusion.schemas import SCHEMAS, schema_text
+
+SMOKE = CONFIGS / "suites" / "smoke.yaml"
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_the_committed_schemas_are_those_of_the_models(name):
+    """`lorafusion schemas` writes them."""
+    committed = CONFIGS.parent / "workflow" / "schemas" / f"{name}.schema.json"
+    assert committed.read_text() == schema_text(name)
+
+
+@pytest.mark.parametrize("name", sorted(names_in("suites")))
+def test_every_suite_is_sound(name):
+    suite = read_suite(CONFIGS / "suites" / f"{name}.yaml")
+    assert suite.name == name
+    names = [cell.name for cell in cells(suite)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", sorted(names_in("models")))
+def test_every_model_is_sound(name):
+    assert read_model(name).hidden_size % read_model(name).num_attention_heads == 0
+
+
+@pytest.mark.parametrize("name", [name for name, system in read_systems().items() if not system.unavailable])
+def test_every_system_has_its_parts(name):
+    system = read_systems()[name]
+    for role, path in (("planner", system.planner), ("executor", system.executor), ("LoRA kind", system.lora)):
+        assert callable(load(path, role))
+
+
+def test_the_smoke_suite_has_the_cells_that_it_should():
+    found = {(cell.system, cell.workload, cell.gpus) for cell in cells(read_suite(SMOKE))}
+    workloads = ("xsum", "heterogeneous")
+    many = {(s, w, g) for s in ("lorafusion", "mlora", "megatron-pp") for w in workloads for g in (1, 2)}
+    four = {("lorafusion", "heterogeneous", 4), ("mlora", "heterogeneous", 4)}
+    assert found == many | four | {("peft", workload, 1) for workload in workloads}
+
+
+def test_the_papers_suite_has_the_papers_grid():
+    found = {(cell.system, cell.model, cell.workload, cell.gpus) for cell in cells(read_suite(suite_path("paper")))}
+    assert ("lorafusion", "llama-3.1-8b", "heterogeneous", 1) in found
+    assert ("megatron-fsdp", "qwen2.5-32b", "xsum", 2) in found
+    assert ("mlora", "llama-3.1-70b", "wikisum", 4) in found
+    assert ("megatron-pp", "llama-3.1-70b", "mixed", 16) in found
+
+
+CHANGES = {
+    "an unknown system": ({"systems": ["loras"]}, "cells.0: unknown system 'loras'; known: lorafusion, megatron-fsdp"),
+    "an unknown model": ({"models": ["gpt"]}, "cells.0: unknown model 'gpt'; known: llama-3.1-70b"),
+    "an unknown workload": ({"workloads": ["c4"]}, "cells.0: unknown workload 'c4'; known: cnn_dailymail"),
+    "more stages than layers": ({"gpus": [5]}, "cells.0: 5 stages, but model tiny has only 4 layers"),
+    "no gpus": ({"gpus": [0]}, "gpus must be at least 1, found 0"),
+    "replicas that do not divide": ({"data_parallel": 3, "gpus": [4]}, "4 gpus cannot hold 3 replicas of equal size"),
+    "a negative batch": ({"global_batch": -1}, "cells.0.global_batch: input should be greater than or equal to 1"),
+    "capacity of a missing workload": ({"capacity": {"xsum": 9}}, "must name exactly the workloads of its block"),
+    "capacity 0": ({"capacity": 0}, "capacity must be at least 1 token"),
+    "a misspelt key": ({"sample": 3}, "cells.0.sample: extra inputs are not permitted (found 3)"),
+    "a system on too many gpus": ({"systems": ["peft"], "gpus": [2]}, "system peft runs on 1 gpus at most, found 2"),
+    "a cell twice": ({"gpus": [1, 1]}, "is in the suite twice"),
+}
+
+
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_a_bad_suite_is_one_line_with_file_and_key(tmp_path, name):
+    change, message = CHANGES[name]
+    data = yaml.safe_load(SMOKE.read_text())
+    data["cells"] = [data["cells"][0] | change]
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(UserError) as caught:
+        read_suite(path)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not valid YAML"), ("- 1", "expected a mapping, found list"), ("name: x", "description: field required")],
+)
+def test_a_file_that_is_no_suite_says_so(tmp_path, text, message):
+    path = tmp_path / "suite.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_suite(path)
+
+
+def test_an_unknown_suite_is_named_with_the_known_ones():
+    with pytest.raises(UserError, match="known suites: h200, paper, smoke"):
+        suite_path("nope")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no.such:plan", "no module named 'no'"),
+        ("lorafusion.plan:nothing", "lorafusion.plan has no 'nothing'"),
+        ("lorafusion.plan", "lorafusion.plan has no ''"),
+    ],
+)
+def test_a_bad_import_path_is_named(path, message):
+    with pytest.raises(UserError, match=f"planner '{path}': {message}"):
+        load(path, "planner")
+
+
+def test_the_configuration_hash_follows_what_a_run_depends_on():
+    suite, systems = read_suite(SMOKE), read_systems()
+    cell = cells(suite)[0]
+    base = config_hash(suite, cell, systems[cell.system])
+    more_repeats = suite.model_copy(update={"repeats": 9, "description": "other"})
+    assert config_hash(more_repeats, cell, systems[cell.system]) == base
+    assert config_hash(suite.model_copy(update={"seed": 2}), cell, systems[cell.system]) != base
+    assert config_hash(suite, cell, systems["mlora"]) != base
+
+
+def test_what_is_not_built_is_skipped_with_its_reason():
+    suite = read_suite(suite_path("paper"))
+    reasons = {unavailable(cell, read_systems()[cell.system]) for cell in cells(suite)}
+    assert reasons == {
+        "",
+        "the fully sharded executor is not built yet",
+        "the executors run one data-parallel replica, the cell asks for 2",
+        "the executors run one data-parallel replica, the cell asks for 4",
+    }

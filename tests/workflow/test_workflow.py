@@ -1,0 +1,150 @@
+"""The workflow: what it plans to do, what it refuses, and that a killed one resumes without redoing anything."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from lorafusion.config import CONFIGS
+
+ROOT = CONFIGS.parent
+LOCAL = ["--profile", str(ROOT / "workflow" / "profiles" / "local")]
+
+
+def snakemake(*arguments, cwd=ROOT, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "snakemake", *map(str, arguments)]
+    return subprocess.run(command, text=True, capture_output=True, cwd=cwd, **options)
+
+
+def planned_jobs(output: str) -> dict[str, int]:
+    """The table of rules and their numbers of jobs that a dry run prints."""
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE)}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The workflow's own files in a folder of their own, so that results and .snakemake are its own."""
+    for name in ("Snakefile", "workflow", "configs", "environment.yml"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    return tmp_path
+
+
+def small_suite(checkout: Path) -> Path:
+    """Two cells of the smoke suite, one of each process count, in one repeat."""
+    data = yaml.safe_load((CONFIGS / "suites" / "smoke.yaml").read_text())
+    block = data["cells"][0] | {"workloads": ["xsum"], "systems": ["lorafusion", "mlora"], "gpus": [1], "samples": 8}
+    suite = data | {"name": "small", "repeats": 2, "cells": [block], "checks": {"lossless_stages": [1]}}
+    path = checkout / "small.yaml"
+    path.write_text(yaml.safe_dump(suite))
+    return path
+
+
+def test_the_papers_grid_passes_a_dry_run_without_slurm_and_without_a_gpu(checkout):
+    done = snakemake(
+        "--dry-run", "--cores", "all", "--profile", "slurm", "--config", "suite=paper",
+        cwd=_with_slurm_profile(checkout),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    jobs = planned_jobs(done.stdout + done.stderr)
+    assert jobs["run"] == 174
+    assert jobs["workload"] == 17
+    assert jobs["end_to_end"] == 3
+
+
+def _with_slurm_profile(checkout: Path) -> Path:
+    shutil.copytree(ROOT / "slurm", checkout / "slurm")
+    return checkout
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("suite=nope", "unknown|no file configs/suites/nope.yaml|known suites: h200, paper, smoke"),
+        ("suit=smoke", "error: --config: unknown key 'suit'; known: suite"),
+    ],
+)
+def test_a_bad_setting_is_named(checkout, setting, message):
+    done = snakemake("--dry-run", *LOCAL, "--config", setting, cwd=checkout)
+    assert done.returncode != 0
+    assert re.search(message, done.stdout + done.stderr)
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_gpu_suite_on_a_machine_without_a_gpu_is_refused_before_anything_runs(checkout):
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a GPU")
+    done = snakemake(*LOCAL, "--config", "suite=h200", cwd=checkout)
+    assert done.returncode != 0
+    assert "a suite for GPUs, but nvidia-smi finds none" in done.stdout + done.stderr
+    assert not (checkout / "results").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_workflow_resumes_without_redoing_finished_cells(checkout):
+    """SIGKILL in the middle of the runs; then the same command, to the end; then again, with nothing to do."""
+    suite = small_suite(checkout)
+    command = [sys.executable, "-m", "snakemake", *LOCAL, "--config", f"suite={suite}"]
+    first = subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    runs = checkout / "results" / "small" / "runs"
+    deadline = time.monotonic() + 150
+    while not list(runs.rglob("repeat~*.json")):
+        assert time.monotonic() < deadline, "no cell finished"
+        assert first.poll() is None, "the workflow ended early"
+        time.sleep(0.2)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    finished = {path: path.stat().st_mtime_ns for path in runs.rglob("repeat~*.json")}
+    _wait_for_orphans(checkout)
+
+    assert snakemake(*LOCAL, "--config", f"suite={suite}", "--unlock", cwd=checkout).returncode == 0
+    done = snakemake(*LOCAL, "--config", f"suite={suite}", cwd=checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = checkout / "results" / "small"
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    table = pd.read_csv(results / "measurements.csv")
+    assert set(table["status"]) == {"ok"}
+    assert table["cell"].nunique() == 2
+    for name in ("report.html", "figures/end_to_end~tiny.png", "checks.html", "wandb/runs.json"):
+        assert (results / name).stat().st_size > 0, name
+    _assert_traceable(table, checkout)
+
+    again = snakemake(*LOCAL, "--config", f"suite={suite}", "--dry-run", cwd=checkout)
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+
+def _wait_for_orphans(checkout: Path) -> None:
+    """The killed workflow's run goes on for a moment; what `lorafusion reproduce` would end, this waits for."""
+    import psutil
+
+    def running():
+        for process in psutil.process_iter(["cmdline"]):
+            try:
+                if "lorafusion" in " ".join(process.info["cmdline"] or []) and Path(process.cwd()) == checkout:
+                    return True
+            except psutil.Error:
+                continue
+        return False
+
+    deadline = time.monotonic() + 60
+    while running() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def _assert_traceable(table: pd.DataFrame, checkout: Path) -> None:
+    """Each single number names its result file, its log and its command, and they exist."""
+    single = table[table["statistic"] == "single"]
+    assert single["command"].str.startswith("lorafusion run ").all()
+    for column in ("result", "log"):
+        for name in single[column].unique():
+            assert (checkout / name).exists(), f"{column} {name}"

@@ -27,6 +27,7 @@ def run_cell(
     out: Path,
     repeat: int,
     nodes: int,
+    log: Path | None,
 ) -> str:
     """Run a cell and write its result; returns the status. Raises `UserError` for input that no run can use.
 
@@ -46,6 +47,7 @@ def run_cell(
         "plan_hash": plan.content_hash if plan else None,
         "seed": suite.seed,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "log": str(log) if log else None,
         "command": shlex.join(["lorafusion", *sys.argv[1:]]),
     }
     if plan is None:

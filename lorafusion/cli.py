@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from lorafusion.errors import UserError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-check_app = typer.Typer(no_args_is_help=True, help="Prove that results are right; exit 1 where they are not.")
-figure_app = typer.Typer(no_args_is_help=True, help="Draw a figure from the measurement table.")
-page_app = typer.Typer(no_args_is_help=True, help="Make a page of the report.")
+# Plain text: an error stays one line in a log too.
+plain = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+app = typer.Typer(**plain, help=__doc__)
+check_app = typer.Typer(**plain, help="Prove that results are right; exit 1 where they are not.")
+figure_app = typer.Typer(**plain, help="Draw a figure from the measurement table.")
+page_app = typer.Typer(**plain, help="Make a page of the report.")
 app.add_typer(check_app, name="check")
 app.add_typer(figure_app, name="figure")
 app.add_typer(page_app, name="page")
@@ -27,15 +28,10 @@ SuiteFile = Annotated[Path, typer.Option("--suite", help="a file of configs/suit
 def main() -> None:
     """Entry point: a user's mistake is one line and status 2."""
     try:
-        sys.exit(app(standalone_mode=False))
+        app()
     except UserError as error:
-        message = str(error)
-    except click.ClickException as error:
-        message = error.format_message()
-    except click.exceptions.Abort:
-        sys.exit(130)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @app.command()
@@ -90,11 +86,12 @@ def run(
     plan: Annotated[Path | None, typer.Option(help="the cell's plan file")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="machines the processes are spread over")] = 1,
+    log: Annotated[Path | None, typer.Option(help="where this command's output goes, for the record")] = None,
 ) -> None:
     """Run one cell of a suite once and write its result file, also where it fails."""
     from lorafusion.cells import run_cell
 
-    status = run_cell(suite, cell, workload, plan, out, repeat, nodes)
+    status = run_cell(suite, cell, workload, plan, out, repeat, nodes, log)
     print(f"{out}: {status}")
 
 

@@ -96,15 +96,17 @@ def test_a_killed_workflow_resumes_without_redoing_finished_cells(checkout):
     suite = small_suite(checkout)
     command = [sys.executable, "-m", "snakemake", *LOCAL, "--config", f"suite={suite}"]
     first = subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    runs = checkout / "results" / "small" / "runs"
+    runs, logs = (checkout / "results" / "small" / name for name in ("runs", "logs/run"))
     deadline = time.monotonic() + 150
-    while not list(runs.rglob("repeat~*.json")):
+    # A second run has begun: the first one's end is on record.
+    while len(list(logs.rglob("repeat~*.log"))) < 2:
         assert time.monotonic() < deadline, "no cell finished"
         assert first.poll() is None, "the workflow ended early"
         time.sleep(0.2)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     finished = {path: path.stat().st_mtime_ns for path in runs.rglob("repeat~*.json")}
+    assert finished
     _wait_for_orphans(checkout)
 
     assert snakemake(*LOCAL, "--config", f"suite={suite}", "--unlock", cwd=checkout).returncode == 0

@@ -37,4 +37,4 @@ rule run:
     shell:
         "{resources.mpi} lorafusion run --suite {params.suite:q} --cell {wildcards.cell:q}"
         " --repeat {wildcards.repeat} --nodes {resources.nodes} --workload {input.workload:q} {params.plan:q}"
-        " --out {output:q} > {log:q} 2>&1"
+        " --out {output:q} --log {log:q} > {log:q} 2>&1"

@@ -24,7 +24,7 @@ def provenance(device: str) -> dict[str, str | float | bool | None]:
 
     return {
         "git_sha": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_dirty": _dirty(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
@@ -63,6 +63,12 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def _dirty() -> bool | None:
+    """Do tracked files differ from the commit? None where there is no commit to differ from."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return None if _git("rev-parse", "HEAD") is None else bool(changes)
 
 
 def _git(*arguments: str) -> str | None:

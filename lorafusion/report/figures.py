@@ -292,7 +292,7 @@ def _device_count(count: int, cpu: bool) -> str:
 def _footer(data: pd.DataFrame, cpu: bool) -> str:
     """Suite, commit and device, and how to read the bars."""
     cells = data[~data["text"].isin([MISSING])]
-    commits = cells["git_sha"].dropna().str[:10].unique()
+    commits = {str(commit)[:10] for commit in cells["git_sha"].dropna()}
     dirty = " with local changes" if cells["git_dirty"].eq(True).any() else ""
     devices = [*cells["gpu_name"].dropna().unique(), *(["CPU"] if cpu else [])]
     origin = [

@@ -219,3 +219,11 @@ def test_every_system_looks_the_same_in_every_figure():
     many = style.looks([*style.SYSTEMS, "a", "b", "c", "d"])
     assert len(set(many.values())) == len(many)
     assert list(style.looks(["lorafusion", "peft", "mlora"])) == ["peft", "mlora", "lorafusion"]
+
+
+def test_runs_without_a_commit_can_be_drawn(make_run, make_table, tmp_path):
+    """A checkout that was downloaded and not cloned: every commit of the table is empty."""
+    result = make_run()
+    result["provenance"] |= {"git_sha": None, "git_dirty": None}
+    pdf, _, _ = figures.end_to_end(make_table([result]), "tiny", tmp_path / "figure")
+    assert "commit unknown" in PdfReader(pdf).pages[0].extract_text()

@@ -25,7 +25,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def mask_key(seed: int, layer: int, module: str) -> int:
-    """The 64-bit Philox key of one linear of one adapter; the same on any platform."""
+    """The 64-bit Philox key of one linear of one adapter, in [0, 2^64); the same on any platform."""
     digest = hashlib.blake2b(f"{seed}/{layer}/{module}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -37,20 +37,31 @@ def drop_threshold(p: float) -> int:
     return round(p * (1 << LANE_BITS))
 
 
+def check_key(key: int) -> None:
+    """A wider or negative key would spill out of its two words, and no kernel could draw the same mask."""
+    if not 0 <= key < 1 << 64:
+        raise ValueError(f"key: expected an integer in [0, 2^64), found {key}")
+
+
 def keep_mask(key: int, positions: torch.Tensor, columns: int, p: float) -> torch.Tensor:
     """Which elements dropout keeps: bool [M, columns].
 
-    key: from `mask_key`. positions: int64 [M], non-negative, each token's place in its adapter's stream.
+    key: from `mask_key`. positions: int64 [M], each token's place in its adapter's stream; a negative one counts modulo
+    2^64, as in a kernel's unsigned words. p in [0, 1). Raises ValueError for any other key, positions, columns or p.
     """
+    check_key(key)
     if positions.dtype != torch.int64 or positions.dim() != 1:
         raise ValueError(f"positions: expected int64 [M], found {positions.dtype} {tuple(positions.shape)}")
+    if columns < 0:
+        raise ValueError(f"columns: expected a count of columns, found {columns}")
     threshold = drop_threshold(p)
     calls = -(-columns // COLUMNS_PER_CALL)
     group = torch.arange(calls, device=positions.device)[None, :]
-    low, high = positions[:, None] & _MASK32, positions[:, None] >> 32
+    low, high = positions[:, None] & _MASK32, (positions[:, None] >> 32) & _MASK32
     words = philox4x32((group, low, high, torch.zeros_like(low)), (key & _MASK32, key >> 32))
-    lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return lanes.flatten(1)[:, :columns] >= threshold
+    # Compared before they are stacked: a bool takes an eighth of the memory of a lane.
+    lanes = [half >= threshold for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(lanes, dim=-1).flatten(1)[:, :columns]
 
 
 def philox4x32(

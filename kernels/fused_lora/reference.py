@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from fused_lora.philox import drop_threshold, keep_mask
+from fused_lora.philox import check_key, drop_threshold, keep_mask
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def lora_linear(
 
     x [M, K]; weight [N, K]; bias [N] or None; segments in order and apart, tokens in none of them get the base linear
     alone; positions int64 [M], each token's place in its adapter's own stream. Adapters may have another floating dtype
-    than x: products are computed in x's, gradients come in the adapter's. An adapter without tokens gets no gradient.
+    than x: products are computed in x's, gradients come in the adapter's. Scaling and 1 / (1 - p) are Python floats,
+    never rounded to x's dtype. An adapter without tokens gets no gradient. Differentiable once.
     Raises ValueError naming the argument, what was found and what was expected.
     """
     _check(x, weight, bias, adapters, segments, positions)
@@ -75,8 +77,8 @@ def lora_forward(
     projected = []
     for segment in segments:
         adapter, tokens = adapters[segment.adapter], slice(segment.start, segment.stop)
-        dropped = _dropout(x[tokens], adapter, positions[tokens], training)
-        s = dropped @ adapter.a.to(x.dtype).T
+        keep = _keep(adapter, positions[tokens], x.shape[1], training)
+        s = _dropout(x[tokens], keep, adapter.dropout) @ adapter.a.to(x.dtype).T
         y[tokens] += adapter.scaling * (s @ adapter.b.to(x.dtype).T)
         projected.append(s)
     return y, projected
@@ -92,8 +94,14 @@ def lora_backward(
     positions: torch.Tensor,
     training: bool = True,
     input_gradient: bool = True,
+    factor_gradients: Sequence[tuple[bool, bool]] | None = None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """dx [M, K] (None unless `input_gradient`), and da [r, K], db [N, r] of each adapter (None without tokens)."""
+    """dx [M, K] (None unless `input_gradient`), and da [r, K], db [N, r] of each adapter (None without tokens).
+
+    dy [M, N]; projected from `lora_forward`; factor_gradients: whether each adapter's da and db are wanted, all of them
+    if None; the other arguments as in `lora_linear`.
+    """
+    wanted = factor_gradients or [(True, True)] * len(adapters)
     dx = dy @ weight if input_gradient else None
     da: list[torch.Tensor | None] = [None] * len(adapters)
     db: list[torch.Tensor | None] = [None] * len(adapters)
@@ -101,13 +109,17 @@ def lora_backward(
         if segment.start == segment.stop:
             continue
         index, tokens = segment.adapter, slice(segment.start, segment.stop)
-        adapter = adapters[index]
+        adapter, (wants_a, wants_b) = adapters[index], wanted[index]
+        if wants_b:
+            db[index] = _added(db[index], adapter.scaling * (dy[tokens].T @ s), adapter.b.dtype)
+        if not wants_a and dx is None:
+            continue
         ds = adapter.scaling * (dy[tokens] @ adapter.b.to(dy.dtype))
-        dropped = _dropout(x[tokens], adapter, positions[tokens], training)
-        da[index] = _added(da[index], ds.T @ dropped, adapter.a.dtype)
-        db[index] = _added(db[index], adapter.scaling * (dy[tokens].T @ s), adapter.b.dtype)
+        keep = _keep(adapter, positions[tokens], x.shape[1], training)
+        if wants_a:
+            da[index] = _added(da[index], ds.T @ _dropout(x[tokens], keep, adapter.dropout), adapter.a.dtype)
         if dx is not None:
-            dx[tokens] += _dropout(ds @ adapter.a.to(dy.dtype), adapter, positions[tokens], training)
+            dx[tokens] += _dropout(ds @ adapter.a.to(dy.dtype), keep, adapter.dropout)
     return dx, da, db
 
 
@@ -122,7 +134,9 @@ class _LoRALinear(torch.autograd.Function):
         ctx.segments, ctx.training = segments, training
         return y
 
+    # Once: s is saved as a constant, and a second derivative would silently miss the part that goes through it.
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, positions, *rest = ctx.saved_tensors
         count = len(ctx.settings)
@@ -131,19 +145,25 @@ class _LoRALinear(torch.autograd.Function):
             LoRAAdapter(factors[2 * index], factors[2 * index + 1], *settings)
             for index, settings in enumerate(ctx.settings)
         ]
+        wants_x, wants_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
+        wanted = list(zip(wants_factors[::2], wants_factors[1::2], strict=True))
         dx, da, db = lora_backward(
-            dy, x, weight, projected, adapters, ctx.segments, positions, ctx.training, ctx.needs_input_grad[0]
+            dy, x, weight, projected, adapters, ctx.segments, positions, ctx.training, wants_x, wanted
         )
         gradients = [gradient for pair in zip(da, db, strict=True) for gradient in pair]
         return (dx, None, None, None, None, None, None, *gradients)
 
 
-def _dropout(x: torch.Tensor, adapter: LoRAAdapter, positions: torch.Tensor, training: bool) -> torch.Tensor:
-    """mask * x / (1 - p); x itself where nothing is dropped."""
+def _keep(adapter: LoRAAdapter, positions: torch.Tensor, columns: int, training: bool) -> torch.Tensor | None:
+    """The adapter's mask for these tokens; None where nothing is dropped."""
     if not training or adapter.dropout == 0:
-        return x
-    keep = keep_mask(adapter.key, positions, x.shape[1], adapter.dropout)
-    return torch.where(keep, x * (1.0 / (1.0 - adapter.dropout)), 0.0)
+        return None
+    return keep_mask(adapter.key, positions, columns, adapter.dropout)
+
+
+def _dropout(x: torch.Tensor, keep: torch.Tensor | None, p: float) -> torch.Tensor:
+    """mask * x / (1 - p); x itself without a mask."""
+    return x if keep is None else torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
 
 
 def _added(total: torch.Tensor | None, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -163,24 +183,31 @@ def _check(x, weight, bias, adapters, segments, positions) -> None:
         found = f"{positions.dtype} {list(positions.shape)} on {positions.device}"
         raise ValueError(f"positions: expected torch.int64 [{tokens}] on {x.device}, found {found}")
     for index, adapter in enumerate(adapters):
-        _expect(f"adapters[{index}].a", adapter.a, 2, "[r, K]")
-        rank = adapter.a.shape[0]
-        if rank < 1:
-            raise ValueError(f"adapters[{index}].a: expected a rank of at least 1, found {list(adapter.a.shape)}")
-        for name, factor, shape in (("a", adapter.a, (rank, columns)), ("b", adapter.b, (rows, rank))):
-            _expect_like(f"adapters[{index}].{name}", factor, x, shape, dtype=False)
-        try:
-            drop_threshold(adapter.dropout)
-        except ValueError as error:
-            raise ValueError(f"adapters[{index}].{error}") from None
+        _check_adapter(f"adapters[{index}]", adapter, x, rows)
     end = 0
     for index, segment in enumerate(segments):
         if not 0 <= segment.adapter < len(adapters):
-            raise ValueError(f"segments[{index}]: adapter {segment.adapter}, but there are {len(adapters)}")
+            wanted = f"an adapter in [0, {len(adapters)})"
+            raise ValueError(f"segments[{index}]: expected {wanted}, found {segment.adapter}")
         if not end <= segment.start <= segment.stop <= tokens:
             span = f"[{segment.start}, {segment.stop})"
             raise ValueError(f"segments[{index}]: expected a span within [{end}, {tokens}), in order, found {span}")
         end = segment.stop
+
+
+def _check_adapter(name: str, adapter: LoRAAdapter, x: torch.Tensor, rows: int) -> None:
+    _expect(f"{name}.a", adapter.a, 2, "[r, K]")
+    _expect(f"{name}.b", adapter.b, 2, "[N, r]")
+    rank = adapter.a.shape[0]
+    if rank < 1:
+        raise ValueError(f"{name}.a: expected a rank of at least 1, found {list(adapter.a.shape)}")
+    _expect_like(f"{name}.a", adapter.a, x, (rank, x.shape[1]), dtype=False)
+    _expect_like(f"{name}.b", adapter.b, x, (rows, rank), dtype=False)
+    try:
+        drop_threshold(adapter.dropout)
+        check_key(adapter.key)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from None
 
 
 def _expect(name: str, tensor: torch.Tensor, dimensions: int, form: str) -> None:

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from fused_lora import LoRASegment
 from lorafusion.data.tokens import TokenSource
 from lorafusion.errors import UserError
-from lorafusion.models.attention import SampleBorders
-from lorafusion.models.loss import IGNORE
 from lorafusion.plan import Microbatch
 from lorafusion.workload import Workload
+
+IGNORE = -100  # the label of a token after which nothing is to be predicted
+
+
+@dataclass(frozen=True)
+class SampleBorders:
+    """Where the samples of a microbatch begin and end.
+
+    offsets: int32 [samples + 1], token offsets from 0 to the microbatch's length, on the device of the run.
+    longest: tokens of the longest sample, known on the host so that nothing waits for the device.
+    """
+
+    offsets: torch.Tensor
+    longest: int
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """Boolean [tokens, tokens]: may the row's token see the column's."""
+        tokens = torch.arange(int(self.offsets[-1]), device=self.offsets.device)
+        sample = torch.bucketize(tokens, self.offsets[1:], right=True)
+        return (sample[:, None] == sample[None, :]) & (tokens[:, None] >= tokens[None, :])
 
 
 @dataclass(frozen=True)

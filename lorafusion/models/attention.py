@@ -7,33 +7,14 @@ is SDPA with a block-diagonal mask, quadratic in the whole microbatch and exact.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from lorafusion.data.packing import SampleBorders
+
 NAME = "lorafusion_packed"
-
-
-@dataclass(frozen=True)
-class SampleBorders:
-    """Where the samples of a microbatch begin and end.
-
-    offsets: int32 [samples + 1], token offsets from 0 to the microbatch's length, on the device of the run.
-    longest: tokens of the longest sample, known on the host so that nothing waits for the device.
-    """
-
-    offsets: torch.Tensor
-    longest: int
-
-    @cached_property
-    def mask(self) -> torch.Tensor:
-        """Boolean [tokens, tokens]: may the row's token see the column's."""
-        tokens = torch.arange(int(self.offsets[-1]), device=self.offsets.device)
-        sample = torch.bucketize(tokens, self.offsets[1:], right=True)
-        return (sample[:, None] == sample[None, :]) & (tokens[:, None] >= tokens[None, :])
 
 
 def packed_attention(

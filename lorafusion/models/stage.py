@@ -20,9 +20,9 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 
 from lorafusion.config import ModelConfig
+from lorafusion.data.packing import SampleBorders
 from lorafusion.errors import UserError
 from lorafusion.models import attention
-from lorafusion.models.attention import SampleBorders
 
 
 class Architecture(NamedTuple):

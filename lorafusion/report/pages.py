@@ -17,8 +17,9 @@ th { position: sticky; top: 0; background: #f4f4f4; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 code { font-size: 12px; overflow-wrap: anywhere; } .ok { color: #0a6b2d; } .failed { color: #b3261e; font-weight: 600; }
 """
-MEDIAN_COLUMNS = ["cell", "metric", "window", "value", "unit", "ci_low", "ci_high", "n", "status", "note"]
-RUN_COLUMNS = ["cell", "repeat", "metric", "window", "implementation", "value", "unit", "status", "note"]
+CELL_COLUMNS = ["model", "workload", "gpus", "system"]
+NUMBER_COLUMNS = ["metric", "window", "implementation", "value", "unit", "ci_low", "ci_high", "n", "status", "note"]
+RUN_COLUMNS = [*CELL_COLUMNS, "repeat", "metric", "window", "implementation", "value", "unit", "status", "note"]
 ORIGIN_COLUMNS = ["cell", "repeat", "status", "result", "log", "command", "git_sha", "started_at"]
 CODE_COLUMNS = {"cell", "result", "log", "command", "git_sha"}
 
@@ -30,7 +31,7 @@ def measurements_page(table: pd.DataFrame) -> str:
     return _page(
         "Measurements",
         "<h2>Medians over the fresh processes of a cell</h2>",
-        _table(table[~single][MEDIAN_COLUMNS]),
+        _table(table[~single][[*CELL_COLUMNS, *NUMBER_COLUMNS]]),
         "<h2>Single runs</h2>",
         _table(table[single][RUN_COLUMNS]),
         "<h2>Where the numbers of a run come from</h2>",
@@ -60,6 +61,8 @@ def _page(title: str, *parts: str) -> str:
 
 
 def _table(frame: pd.DataFrame) -> str:
+    """A frame as HTML, without the columns that are empty throughout."""
+    frame = frame.dropna(axis="columns", how="all")
     head = "".join(f"<th>{escape(column)}</th>" for column in frame.columns)
     rows = [
         "<tr>" + "".join(_cell(column, value) for column, value in zip(frame.columns, row, strict=True)) + "</tr>"

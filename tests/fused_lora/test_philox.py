@@ -39,6 +39,7 @@ def plain_philox(counter, key, rounds):
     return c0, c1, c2, c3
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.tuples(*[st.integers(0, ONES)] * 4), st.tuples(*[st.integers(0, ONES)] * 2), st.integers(1, 10))
 def test_any_counter_and_key_agree_with_plain_integers(counter, key, rounds):
     words = philox4x32(tuple(torch.tensor(word) for word in counter), key, rounds)
@@ -111,6 +112,28 @@ def test_keys_are_the_same_everywhere():
 def test_a_probability_out_of_range_is_named(p):
     with pytest.raises(ValueError, match=rf"dropout: expected a probability in \[0, 1\), found {p}"):
         keep_mask(0, torch.arange(2), 3, p)
+
+
+@pytest.mark.parametrize("key", [-1, 2**64])
+def test_a_key_of_more_than_64_bits_is_named(key):
+    with pytest.raises(ValueError, match=rf"key: expected an integer in \[0, 2\^64\), found {key}"):
+        keep_mask(key, torch.arange(2), 3, 0.5)
+
+
+def test_negative_columns_are_named():
+    with pytest.raises(ValueError, match="columns: expected a count of columns, found -1"):
+        keep_mask(0, torch.arange(2), -1, 0.5)
+
+
+def test_no_positions_or_no_columns_make_an_empty_mask():
+    assert keep_mask(0, torch.arange(0), 5, 0.5).shape == (0, 5)
+    assert keep_mask(0, torch.arange(4), 0, 0.5).shape == (4, 0)
+
+
+def test_a_negative_position_counts_as_an_unsigned_word():
+    words = plain_philox((0, ONES - 2, ONES, 0), (3, 0), 7)  # -3 modulo 2^64
+    expected = [lane >= 0x8000 for word in words for lane in (word & 0xFFFF, word >> 16)]
+    assert keep_mask(3, torch.tensor([-3]), 8, 0.5)[0].tolist() == expected
 
 
 def test_positions_of_another_form_are_named():

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorafusion.config import read_model
+from lorafusion.data.packing import SampleBorders
 from lorafusion.errors import UserError
-from lorafusion.models.attention import SampleBorders
 from lorafusion.models.stage import build_stage, hf_config, layer_range
 
 TINY = read_model("tiny")

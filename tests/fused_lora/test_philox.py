@@ -57,6 +57,10 @@ def test_the_layout_of_the_lanes():
         assert bool(mask[column]) == (lane >= drop_threshold(p))
 
 
+def test_the_probability_is_rounded_to_16_bits():
+    assert [drop_threshold(p) for p in (0.0, 0.1, 0.5, 0.3)] == [0, 6554, 32768, 19661]
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     key=st.integers(0, 2**64 - 1),

@@ -154,7 +154,8 @@ def test_a_second_derivative_is_refused():
 
 def test_an_adapter_without_tokens_gets_no_gradient():
     x, weight, bias, positions, adapters = tensors()
-    found = gradients(lora_linear, random_like((M, N)), x, weight, bias, positions, adapters, segments=SEGMENTS[:1])
+    segments = (SEGMENTS[0], LoRASegment(8, 8, 2))
+    found = gradients(lora_linear, random_like((M, N)), x, weight, bias, positions, adapters, segments=segments)
     assert found["da0"] is not None
     assert found["da1"] is None
     assert found["db2"] is None
@@ -179,6 +180,17 @@ def test_an_input_that_needs_no_gradient_gets_none():
     assert dx is None
     assert [(one is not None, other is not None) for one, other in zip(da, db, strict=True)] == wanted
     torch.testing.assert_close(da[2], every_da[2])
+
+
+def test_the_backward_function_returns_gradients_in_the_adapters_dtype():
+    """Asked of the function itself: autograd would cast on its own."""
+    x, weight, bias, positions, adapters = tensors(torch.bfloat16)
+    adapters = [replace(adapter, a=adapter.a.detach().float(), b=adapter.b.detach().float()) for adapter in adapters]
+    with torch.no_grad():
+        y, projected = lora_forward(x, weight, bias, adapters, SEGMENTS, positions)
+        dx, da, db = lora_backward(y, x, weight, projected, adapters, SEGMENTS, positions)
+    assert {y.dtype, dx.dtype, *(s.dtype for s in projected)} == {torch.bfloat16}
+    assert {gradient.dtype for gradient in (*da, *db)} == {torch.float32}
 
 
 def test_backward_computes_only_what_needs_a_gradient(monkeypatch):

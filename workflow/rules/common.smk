@@ -25,7 +25,9 @@ def unknown_settings():
 try:
     unknown_settings()
     # Relative, so that a checkout can be moved without its results being made again.
-    SUITE_PATH = os.path.relpath(suite_path(config.get("suite") or os.environ.get("LORAFUSION_SUITE")))
+    SUITE_PATH = os.path.relpath(
+        suite_path(config.get("suite") or os.environ.get("LORAFUSION_SUITE"))
+    )
     SUITE = read_suite(SUITE_PATH)
     # Dry runs and jobs that Slurm has already placed need no GPU here.
     if (

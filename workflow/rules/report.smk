@@ -26,7 +26,7 @@ rule measurements:
     conda:
         "../../environment.yml"
     params:
-        folder=RESULTS,
+        folder=subpath(output.csv, parent=True),
     shell:
         "lorafusion measurements {params.folder:q} {input:q} > {log:q} 2>&1"
 
@@ -64,13 +64,21 @@ rule end_to_end:
             f"{RESULTS}/figures/end_to_end~{{model}}.png",
             caption="../report/end_to_end.rst",
             category="Figures",
-            labels={"content": "end-to-end throughput", "model": "{model}", "form": "PNG"},
+            labels={
+                "content": "end-to-end throughput",
+                "model": "{model}",
+                "form": "PNG",
+            },
         ),
         pdf=report(
             f"{RESULTS}/figures/end_to_end~{{model}}.pdf",
             caption="../report/end_to_end.rst",
             category="Figures",
-            labels={"content": "end-to-end throughput", "model": "{model}", "form": "PDF"},
+            labels={
+                "content": "end-to-end throughput",
+                "model": "{model}",
+                "form": "PDF",
+            },
         ),
         csv=f"{RESULTS}/figures/end_to_end~{{model}}.csv",
     log:
@@ -79,7 +87,7 @@ rule end_to_end:
     conda:
         "../../environment.yml"
     params:
-        stem=f"{RESULTS}/figures/end_to_end~{{model}}",
+        stem=subpath(output.png, strip_suffix=".png"),
     shell:
         "lorafusion figure end_to_end {input.table:q} --model {wildcards.model} --out {params.stem:q} > {log:q} 2>&1"
 
@@ -97,7 +105,7 @@ rule publish:
     conda:
         "../../environment.yml"
     params:
-        folder=f"{RESULTS}/wandb",
+        folder=subpath(output[0], parent=True),
         figures=lambda wildcards, input: [f"--figure={path}" for path in input.figures],
     shell:
         "lorafusion publish {input.table:q} {input.results:q} {params.figures:q}"

@@ -14,7 +14,7 @@ from lorafusion.imports import load
 from lorafusion.plan import Plan
 from lorafusion.runtime.launch import launch
 from lorafusion.runtime.spec import RunSpec
-from lorafusion.workload import Job, Sample, Workload
+from lorafusion.workload import ALL_LINEAR, Job, Sample, Workload
 
 RUN_SECONDS = 300
 # Packing changes the shapes of the matrix products and so the order of their sums. One step's rounding is about
@@ -48,7 +48,7 @@ def toy_jobs(learning_rate: float = 1e-2, dropout: float = 0.1) -> tuple[Job, ..
         [19, 7, 33, 12, 26, 5, 14, 21, 9, 30, 17, 11],
         [40, 8, 15, 23, 6, 31, 10, 18],
     )
-    shapes = ((4, 8.0, dropout, 4), (6, 6.0, 2 * dropout, 3))
+    shapes = ((4, 8.0, dropout, 4, ("q_proj", "v_proj", "down_proj")), (6, 6.0, 2 * dropout, 3, ALL_LINEAR))
     return tuple(
         Job(
             name=f"job-{index}",
@@ -56,13 +56,14 @@ def toy_jobs(learning_rate: float = 1e-2, dropout: float = 0.1) -> tuple[Job, ..
             rank=rank,
             alpha=alpha,
             dropout=probability,
+            target_modules=modules,
             learning_rate=learning_rate,
             seed=index + 1,
             global_batch_size=batch,
             epochs=2,
             samples=tuple(Sample(i, tokens) for i, tokens in enumerate(lengths[index])),
         )
-        for index, (rank, alpha, probability, batch) in enumerate(shapes)
+        for index, (rank, alpha, probability, batch, modules) in enumerate(shapes)
     )
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from lorafusion.workload import Job, Sample, Workload
+
+# The same examples every time, and no verdict by the clock of a machine that others may be using.
+settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 def job(name="a", lengths=(5, 3, 8, 2, 6), **changes) -> Job:

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from lorafusion.config import CONFIGS
+from lorafusion.measure.environment import has_gpu
 
 XSUM = str(CONFIGS / "workloads" / "xsum.yaml")
 
@@ -96,6 +97,7 @@ def test_planning_needs_no_torch(planned):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
 def test_a_gpu_suite_without_a_gpu_is_refused(planned, monkeypatch):
     cell = "model~llama-3.1-8b/workload~xsum/gpus~1/batch~8/system~peft"
     monkeypatch.setenv("PATH", "/usr/bin:/bin")

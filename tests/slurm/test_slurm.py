@@ -107,3 +107,5 @@ def test_the_workflow_runs_through_the_slurm_profile(cluster, checkout):
     assert rows, f"{table} is empty"
     assert {row["status"] for row in rows} == {"ok"}, [row for row in rows if row["status"] != "ok"]
     assert any(float(row["gpus"] or 0) == 2 for row in rows), "no cell ran with two processes"
+    assert any(float(row["gpus"] or 0) == 4 for row in rows), "no cell ran on two nodes"
+    assert (table.parent / "report.html").stat().st_size > 0

@@ -34,10 +34,9 @@ def segment(workload: Workload, adapter: int, positions: Iterable[int]) -> Segme
 
 
 def largest_microbatch(job: Job, capacity: int) -> int:
-    """Samples per microbatch for the systems that fix it: the largest divisor-like power of two that always fits.
+    """Samples per microbatch for the systems that fix it, by one rule for all of them.
 
-    The rule is the same for every such system: the largest power of two, at most the global batch, of which no
-    microbatch of the job exceeds the capacity.
+    The largest power of two, at most the global batch, of which no microbatch of the job exceeds the capacity.
     """
     size = 1
     while 2 * size <= job.global_batch_size and all(

@@ -41,6 +41,7 @@ def run_cell(
     plan = None if reason else read_plan(plan_path, workload)
     if suite.device == "cuda" and not has_gpu():
         raise UserError(f"{suite_path}: a suite for GPUs, but nvidia-smi finds none; try configs/suites/smoke.yaml")
+    require_the_cells_own(cell, workload, workload_path, plan, plan_path)
     origin = provenance(suite.device) | {
         "config_hash": config_hash(suite, cell, system),
         "workload_hash": workload.content_hash,
@@ -64,7 +65,9 @@ def run_cell(
             seed=suite.seed,
             checkpointing=cell.grid.checkpointing,
         )
-        shared = out.with_name(f"{out.name}.reports") if nodes > 1 else None
+        # Named by the job, so that reports of a killed attempt are not taken for this one's.
+        job = os.environ.get("SLURM_JOB_ID", "local")
+        shared = out.with_name(f"{out.name}.reports-{job}") if nodes > 1 else None
         outcome = launch(spec, cell.gpus, 60 * cell.grid.minutes, nodes, shared)
         if int(os.environ.get("SLURM_NODEID", 0)) > 0:
             return f"{outcome.status}; the first node writes the result"
@@ -91,6 +94,23 @@ def read_plan(path: Path | None, workload: Workload) -> Plan:
     plan = Plan.read(path)
     check(plan, workload, source=path)
     return plan
+
+
+def require_the_cells_own(
+    cell: Cell, workload: Workload, workload_path: Path, plan: Plan | None, plan_path: Path | None
+) -> None:
+    """Raise where a workload or a plan was made for another cell: its numbers would bear this cell's name."""
+    pairs = [(workload_path, "workload", workload.name, cell.workload)]
+    if plan:
+        capacity = cell.grid.capacity_of(cell.workload)
+        pairs += [
+            (plan_path, "system", plan.system, cell.system),
+            (plan_path, "stages", plan.stages, cell.stages),
+            (plan_path, "capacity", plan.capacity, capacity),
+        ]
+    for path, what, found, expected in pairs:
+        if found != expected:
+            raise UserError(f"{path}: {what} {found!r}, but cell {cell.name} has {expected!r}")
 
 
 def describe(result: dict) -> str:
@@ -131,12 +151,10 @@ def description(suite: Suite, cell: Cell, workload: Workload, system: SystemConf
 
 def config_hash(suite: Suite, cell: Cell, system: SystemConfig) -> str:
     """Changes with anything in the configuration that a run of the cell depends on."""
-    settings = suite.model_dump(mode="json", exclude={"cells", "checks", "description", "repeats"})
-    return content_hash(
-        [
-            settings,
-            cell.model_dump(mode="json"),
-            system.model_dump(mode="json"),
-            read_model(cell.model).model_dump(mode="json"),
-        ]
+    settings = suite.model_dump(mode="json", include={"device", "dtype", "adapter_dtype", "seed"})
+    grid = cell.grid.model_dump(
+        mode="json", include={"samples", "global_batch", "length_scale", "checkpointing", "data_parallel"}
     )
+    parts = system.model_dump(mode="json", exclude={"description"})
+    model = read_model(cell.model).model_dump(mode="json")
+    return content_hash([cell.name, settings, grid, cell.grid.capacity_of(cell.workload), parts, model])

@@ -137,7 +137,7 @@ def plans(paths: list[Path], workloads: list[Path]) -> Verdict:
     )
 
 
-def train(workload: Workload, system: str, stages: int, capacity: int = 96) -> Trained:
+def train(workload: Workload, system: str, stages: int, capacity: int = 96, checkpointing: bool = False) -> Trained:
     """Train a workload on the tiny model on the CPU and bring back losses and adapters."""
     from safetensors.torch import load_file
 
@@ -152,6 +152,7 @@ def train(workload: Workload, system: str, stages: int, capacity: int = 96) -> T
             workload=str(folder / "workload.json"),
             plan=str(folder / "plan.json"),
             save_adapters=str(folder / "adapters"),
+            checkpointing=checkpointing,
         )
         outcome = launch(spec, stages, RUN_SECONDS)
         if outcome.status != "ok":
@@ -161,7 +162,15 @@ def train(workload: Workload, system: str, stages: int, capacity: int = 96) -> T
         weights = {
             job.name: load_file(folder / "adapters" / job.name / "adapter_model.safetensors") for job in workload.jobs
         }
-        return Trained(outcome.report["losses"], weights)
+        losses = outcome.report["losses"]
+        finite = all(math.isfinite(value) for values in losses.values() for value in values) and all(
+            bool(tensor.isfinite().all()) for state in weights.values() for tensor in state.values()
+        )
+        if not finite:
+            raise UserError(
+                f"check: the run of {system} on {stages} stage(s) gave a loss or a weight that is no number"
+            )
+        return Trained(losses, weights)
 
 
 def write_verdict(verdict: Verdict, path: Path) -> None:

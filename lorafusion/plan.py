@@ -15,6 +15,7 @@ when the first of them enters at least S slots after the last one of batch j.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -110,7 +111,6 @@ def make_plan(
     flush: bool = False,
 ) -> Plan:
     """A checked plan with its statistics. Raises `PlanError` where the order is not exact."""
-    tokens = sum(microbatch.tokens for microbatch in microbatches)
     plan = Plan(
         system=system,
         workload_hash=workload.content_hash,
@@ -118,16 +118,22 @@ def make_plan(
         capacity=capacity,
         flush=flush,
         microbatches=tuple(microbatches),
-        statistics=Statistics(
-            tokens=tokens,
-            microbatches=len(microbatches),
-            noops=sum(microbatch.noop for microbatch in microbatches),
-            lower_bound=-(-tokens // capacity),
-            fill=tokens / (capacity * len(microbatches)),
-        ),
+        statistics=statistics_of(microbatches, capacity),
     )
     check(plan, workload)
     return plan
+
+
+def statistics_of(microbatches: Sequence[Microbatch], capacity: int) -> Statistics:
+    """The statistics that a plan with these microbatches must state."""
+    tokens = sum(microbatch.tokens for microbatch in microbatches)
+    return Statistics(
+        tokens=tokens,
+        microbatches=len(microbatches),
+        noops=sum(microbatch.noop for microbatch in microbatches),
+        lower_bound=-(-tokens // capacity),
+        fill=tokens / (capacity * len(microbatches)),
+    )
 
 
 def check(plan: Plan, workload: Workload, source: str | Path = "plan") -> None:
@@ -144,6 +150,8 @@ def violations(plan: Plan, workload: Workload) -> list[str]:
         return [f"made for workload {plan.workload_hash}, but this one is {workload.content_hash}"]
     if len(plan.microbatches) % plan.data_parallel:
         return [f"{len(plan.microbatches)} microbatches do not fill slots of {plan.data_parallel} replicas"]
+    if plan.statistics != statistics_of(plan.microbatches, plan.capacity):
+        return ["its statistics are not those of its microbatches"]
     found = _microbatch_violations(plan, workload)
     return found or _order_violations(plan, workload)
 

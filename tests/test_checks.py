@@ -46,6 +46,14 @@ def test_every_system_trains_what_plain_training_trains(system, stages):
             assert difference <= 1e-4 * tensor.norm(), name
 
 
+@pytest.mark.parametrize("system", ["lorafusion", "mlora"])
+def test_recomputed_activations_are_those_of_their_own_microbatch(system):
+    """With two stages another microbatch's forward lies between a forward and its recomputation."""
+    trained = train(WITHOUT_DROPOUT, system, 2, checkpointing=True)
+    for job in WITHOUT_DROPOUT.jobs:
+        assert trained.losses[job.name] == pytest.approx(plain().losses[job.name], rel=1e-6)
+
+
 def test_the_adapters_are_in_pefts_format(tmp_path):
     """PeftModel loads a trained adapter onto the whole Hugging Face model, every tensor of it."""
     from peft import PeftModel, get_peft_model_state_dict

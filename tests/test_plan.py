@@ -146,3 +146,11 @@ def test_a_plan_of_another_version_is_refused(make_workload, tmp_path):
     path.write_text(json.dumps(data | {"version": 2}))
     with pytest.raises(UserError, match="plan of version 2, expected version 1; make it again"):
         Plan.read(path)
+
+
+def test_statistics_that_are_not_the_plans_own_are_refused(make_workload):
+    """Throughputs are computed from them."""
+    plan = first_fit.plan(make_workload(), "lorafusion", 1, 16)
+    more = plan.statistics.model_copy(update={"tokens": 1000 * plan.statistics.tokens})
+    found = violations(plan.model_copy(update={"statistics": more}), make_workload())
+    assert found == ["its statistics are not those of its microbatches"]

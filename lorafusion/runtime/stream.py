@@ -58,6 +58,8 @@ class _Stream:
             self.run.record.finished(index)
             return
         self.run.record.position = f"the backward of microbatch {index}"
+        # Activation checkpointing recomputes the forward here, for which this microbatch must be the active one.
+        self.run.active.batch = self.run.batches[index]
         gradient = None if pipeline.is_last else pipeline.receive_gradient(microbatch.tokens)
         torch.autograd.backward(out, gradient)
         if x is not None:

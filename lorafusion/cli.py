@@ -20,6 +20,8 @@ page_app = typer.Typer(**plain, help="Make a page of the report.")
 app.add_typer(check_app, name="check")
 app.add_typer(figure_app, name="figure")
 app.add_typer(page_app, name="page")
+kernels_app = typer.Typer(**plain, help="Measure LoRA linears and decoder layers; suites: configs/kernels.yaml.")
+app.add_typer(kernels_app, name="kernels")
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="file to write")]
 SuiteFile = Annotated[Path, typer.Option("--suite", help="a file of configs/suites")]
@@ -130,6 +132,29 @@ def check_learning(out: Out) -> None:
     from lorafusion.checks import learning
 
     _report(learning(), out)
+
+
+@kernels_app.command("benches")
+def kernel_benches(suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")]) -> None:
+    """List the benches of a kernel suite: each is one process."""
+    from lorafusion.benchmarks.suite import benches, read_kernel_suite
+
+    for name in benches(read_kernel_suite(suite)):
+        print(name)
+
+
+@kernels_app.command("measure")
+def kernels_measure(
+    suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")],
+    bench: Annotated[str, typer.Option(help="a bench of the suite")],
+    out: Out,
+    repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
+    log: Annotated[Path | None, typer.Option(help="where this command's output goes, for the record")] = None,
+) -> None:
+    """Measure one bench in all its implementations and write its result file."""
+    from lorafusion.benchmarks.measure import run_bench
+
+    print(f"{out}: {run_bench(suite, bench, repeat, out, log)}")
 
 
 @app.command()

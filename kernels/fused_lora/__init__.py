@@ -1,19 +1,29 @@
 """The LoRA linear for one or many adapters in one batch: y = x w^T + bias + c_i dropout_i(x) a_i^T b_i^T.
 
-`lora_linear` is the reference in plain PyTorch, forward and backward: the oracle that kernels are tested against, and
-the path on a CPU. Dropout is stateless (`philox`): a token's mask depends on its adapter and on its place in that
-adapter's own stream, not on what it is batched with.
+`lora_linear` is the function, `lora_linears` its form for linears that share their input. On a GPU they run Triton
+kernels, on a CPU the reference in plain PyTorch (`fused_lora.reference`), the oracle that the kernels are tested
+against. Dropout is stateless (`philox`): a token's mask depends on its adapter and on its place in that adapter's own
+stream, not on what it is batched with. `patch` puts the kernels under a PEFT model.
 """
 
+from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment
+from fused_lora.linear import lora_linear, lora_linears
+from fused_lora.modules import LoRALinear, LoRASettings
+from fused_lora.peft import PatchSummary, patch, unpatch
 from fused_lora.philox import keep_mask, mask_key
-from fused_lora.reference import LoRAAdapter, LoRASegment, lora_backward, lora_forward, lora_linear
 
 __all__ = [
+    "AdapterTable",
     "LoRAAdapter",
+    "LoRABatch",
+    "LoRALinear",
     "LoRASegment",
+    "LoRASettings",
+    "PatchSummary",
     "keep_mask",
-    "lora_backward",
-    "lora_forward",
     "lora_linear",
+    "lora_linears",
     "mask_key",
+    "patch",
+    "unpatch",
 ]

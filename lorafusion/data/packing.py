@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from fused_lora import LoRASegment
+from fused_lora import LoRABatch, LoRASegment
 from lorafusion.data.tokens import TokenSource
 from lorafusion.errors import UserError
 from lorafusion.plan import Microbatch
@@ -41,10 +41,6 @@ class AdapterSegment(LoRASegment):
 
     batch: int
 
-    def renumbered(self, adapter: int) -> LoRASegment:
-        """The same tokens for the adapter at another index."""
-        return LoRASegment(self.start, self.stop, adapter)
-
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -62,6 +58,18 @@ class PackedBatch:
     positions: torch.Tensor
     borders: SampleBorders
     segments: tuple[AdapterSegment, ...]
+
+    @cached_property
+    def adapters(self) -> tuple[int, ...]:
+        """The adapters of the microbatch, as indices of the workload's jobs."""
+        return tuple(sorted({segment.adapter for segment in self.segments}))
+
+    @cached_property
+    def lora(self) -> LoRABatch:
+        """Whose tokens are where, on the device; adapters are counted within `adapters`."""
+        places = {adapter: place for place, adapter in enumerate(self.adapters)}
+        segments = [LoRASegment(one.start, one.stop, places[one.adapter]) for one in self.segments]
+        return LoRABatch.of(segments, self.positions)
 
 
 class BatchBuilder:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorafusion.errors import UserError, describe
 from lorafusion.measure.statistics import fewest, interval, median
@@ -28,7 +28,7 @@ class MeasurementError(UserError):
 
 
 # Rows that agree here, and differ only in `repeat`, are repeats of each other.
-GROUP = ("suite", "kind", "cell", "metric", "window", "implementation")
+GROUP = ("suite", "kind", "cell", "metric", "window", "implementation", "pass")
 KEY = (*GROUP, "statistic", "repeat")
 ORDER = ("suite", "kind", "model", "workload", "gpus", "system", *KEY[2:])
 # Repeats that differ in the first are not repeats; where they differ in the second, the summary's note says so.
@@ -47,13 +47,26 @@ class ExpectedMetric(BaseModel):
 
 
 class ResultMetric(ExpectedMetric):
-    """A number of a run."""
+    """A number of a run, or why there is none.
 
-    value: float = Field(strict=True, allow_inf_nan=False)
+    cell: columns in which it differs from the run's: a process of the kernel suite measures many cells.
+    """
+
+    value: float | None = Field(strict=True, allow_inf_nan=False)
     unit: str
     direction: str
     implementation: str | None = None
     note: str | None = None
+    status: Literal[STATUSES] = "ok"
+    cell: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _a_number_if_ok(self) -> ResultMetric:
+        if (self.value is None) == (self.status == "ok"):
+            raise ValueError(
+                f"expected a number if and only if the status is ok, found {self.value} with {self.status}"
+            )
+        return self
 
 
 class Result(BaseModel):
@@ -91,7 +104,7 @@ def rows_of_result(result: dict, path: str) -> list[dict]:
         parsed = Result.model_validate(result)
     except ValidationError as error:
         raise MeasurementError(f"{path}: {describe(error)}") from None
-    unknown = set(parsed.cell) - set(COLUMNS)
+    unknown = set(parsed.cell).union(*(metric.cell for metric in parsed.metrics)) - set(COLUMNS)
     if unknown:
         raise MeasurementError(f"{path}: cell: unknown column {min(unknown)!r}; known: {', '.join(COLUMNS)}")
     origin = {name: value for name, value in parsed.provenance.items() if name in COLUMNS}
@@ -211,7 +224,7 @@ def _require_expected(result: Result, path: str) -> None:
 
 
 def _number(metric: ResultMetric, common: dict) -> dict:
-    row = metric.model_dump()
+    row = metric.model_dump(exclude={"cell"}) | metric.cell
     row["implementation"] = metric.implementation or common.get("implementation")
     row["note"] = _one_line(metric.note)
     return row

@@ -1,5 +1,5 @@
 """The LoRA linears of a stage. PEFT injects the adapters and owns their parameters and their file format; a *kind*
-decides how a linear computes with them. A kind is a function `kind(linear, active)` that installs the forward.
+decides how linears compute with them. A kind is a function `kind(linears, active)` that installs their forwards.
 """
 
 from __future__ import annotations
@@ -7,12 +7,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial, wraps
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
 
-from fused_lora import LoRAAdapter, lora_linear, mask_key
+from fused_lora import AdapterTable, LoRAAdapter, lora_linears, mask_key
+from fused_lora.modules import SHARED_INPUTS, SharedInput
 from lorafusion.data.packing import PackedBatch
 from lorafusion.errors import UserError
 from lorafusion.models.stage import Stage, named_generator
@@ -44,7 +46,7 @@ class LoRALinear:
         return self.name.split(".", 3)[3]
 
 
-Kind = Callable[[LoRALinear, ActiveBatch], None]
+Kind = Callable[[Sequence[LoRALinear], ActiveBatch], None]
 
 
 def inject_adapters(stage: Stage, jobs: Sequence[Job], dtype: torch.dtype, kind: Kind) -> ActiveBatch:
@@ -59,11 +61,11 @@ def inject_adapters(stage: Stage, jobs: Sequence[Job], dtype: torch.dtype, kind:
         except ValueError as error:
             raise UserError(f"job {job.name!r}: target_modules {list(job.target_modules)}: {error}") from None
     active = ActiveBatch()
-    for name, layer in stage.named_modules():
-        if isinstance(layer, PeftLinear):
-            linear = LoRALinear(layer, name, jobs)
-            _initialise(linear, dtype)
-            kind(linear, active)
+    layers = [(name, layer) for name, layer in stage.named_modules() if isinstance(layer, PeftLinear)]
+    linears = [LoRALinear(layer, name, jobs) for name, layer in layers]
+    for linear in linears:
+        _initialise(linear, dtype)
+    kind(linears, active)
     return active
 
 
@@ -104,34 +106,66 @@ def adapter_state(stage: Stage, job: Job) -> dict[str, torch.Tensor]:
     return {f"base_model.model.{name}": value.detach().cpu() for name, value in state.items()}
 
 
-def reference(linear: LoRALinear, active: ActiveBatch) -> None:
-    """All adapters of the microbatch in one operation, `fused_lora`'s reference in PyTorch, with stateless masks."""
-    layer = linear.layer
-    base = layer.get_base_layer()
-    keys = [mask_key(job.seed, linear.layer_index, linear.module) for job in linear.jobs]
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        batch = active.batch
-        present = [segment for segment in batch.segments if linear.jobs[segment.adapter].name in layer.lora_A]
-        adapters, segments = [], []
-        for segment in present:
-            job = linear.jobs[segment.adapter]
-            adapters.append(
-                LoRAAdapter(
-                    a=layer.lora_A[job.name].weight,
-                    b=layer.lora_B[job.name].weight,
-                    scaling=job.scaling,
-                    dropout=job.dropout,
-                    key=keys[segment.adapter],
-                )
-            )
-            segments.append(segment.renumbered(len(adapters) - 1))
-        y = lora_linear(x.flatten(0, -2), base.weight, base.bias, adapters, segments, batch.positions, layer.training)
-        return y.view(*x.shape[:-1], -1)
-
-    layer.forward = forward
+def fused(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:
+    """All adapters of the microbatch in one operation, linears that share their input together: `fused_lora`'s kernels
+    on a GPU, their reference in PyTorch on a CPU. Dropout masks are stateless."""
+    siblings: dict[tuple[str, int], list[LoRALinear]] = {}
+    for linear in linears:
+        parent, _, name = linear.name.rpartition(".")
+        place = next((index for index, names in enumerate(SHARED_INPUTS) if name in names), None)
+        siblings.setdefault((linear.name, -1) if place is None else (parent, place), []).append(linear)
+    for group in siblings.values():
+        _FusedGroup(group, active)
 
 
+class _FusedGroup:
+    """Linears that share their input, computed together."""
+
+    def __init__(self, linears: list[LoRALinear], active: ActiveBatch) -> None:
+        self.linears, self.active = linears, active
+        self.keys = [[mask_key(job.seed, one.layer_index, one.module) for job in one.jobs] for one in linears]
+        self.tables: dict[tuple[int, ...], AdapterTable] = {}
+        shared = SharedInput(self.compute)
+        for index, linear in enumerate(linears):
+            linear.layer.forward = partial(shared.output, index)
+
+    def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
+        batch = self.active.batch
+        bases = [linear.layer.get_base_layer() for linear in self.linears]
+        adapters = [[self._adapter(place, job) for job in batch.adapters] for place in range(len(self.linears))]
+        if batch.adapters not in self.tables:
+            self.tables[batch.adapters] = AdapterTable.of(adapters, x.device)
+        return lora_linears(
+            x,
+            [base.weight for base in bases],
+            [base.bias for base in bases],
+            adapters,
+            batch.lora,
+            self.linears[0].layer.training,
+            self.tables[batch.adapters],
+        )
+
+    def _adapter(self, place: int, index: int) -> LoRAAdapter | None:
+        linear = self.linears[place]
+        job, layer = linear.jobs[index], linear.layer
+        if job.name not in layer.lora_A:
+            return None
+        a, b = layer.lora_A[job.name].weight, layer.lora_B[job.name].weight
+        return LoRAAdapter(a, b, job.scaling, job.dropout, self.keys[place][index])
+
+
+def each(kind: Callable[[LoRALinear, ActiveBatch], None]) -> Kind:
+    """A kind from one that sees each linear alone."""
+
+    @wraps(kind)
+    def installed(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:
+        for linear in linears:
+            kind(linear, active)
+
+    return installed
+
+
+@each
 def looped(linear: LoRALinear, active: ActiveBatch) -> None:
     """The base linear once over all tokens, then PEFT's operations adapter by adapter: mLoRA's BatchLoRA."""
     layer = linear.layer
@@ -151,6 +185,7 @@ def looped(linear: LoRALinear, active: ActiveBatch) -> None:
     layer.forward = forward
 
 
+@each
 def peft(linear: LoRALinear, active: ActiveBatch) -> None:
     """PEFT's own forward, with the one adapter of the microbatch active."""
     layer = linear.layer

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_lora.philox import drop_threshold, keep_mask, mask_key, philox4x32
+from fused_lora.philox import drop_threshold, keep_mask, keep_words, mask_key, philox4x32, unpack, word_count
 
 ONES = 0xFFFFFFFF
 PINNED_KEY = 0x74FFD76CE5CBDB3C
@@ -46,15 +46,29 @@ def test_any_counter_and_key_agree_with_plain_integers(counter, key, rounds):
     assert tuple(int(word) for word in words) == plain_philox(counter, key, rounds)
 
 
-def test_the_layout_of_the_lanes():
-    """Column c of position q takes lane c mod 8 of call c // 8: what every kernel must reproduce."""
-    key, position, p = 0x0123456789ABCDEF, (7 << 32) + 5, 0.5
-    mask = keep_mask(key, torch.tensor([position]), 19, p)[0]
-    for column in range(19):
-        words = plain_philox((column // 8, 5, 7, 0), (key & ONES, key >> 32), 7)
-        word = words[column % 8 // 2]
-        lane = word >> 16 if column % 2 else word & 0xFFFF
-        assert bool(mask[column]) == (lane >= drop_threshold(p))
+def plain_number(key, position, column):
+    """The 16-bit number that decides about an element, as the layout of `philox` says, in Python's integers."""
+    number = 0
+    for bit in range(16):
+        counter = (4 * (column // 32) + bit // 4, position & ONES, position >> 32 & ONES, 0)
+        word = plain_philox(counter, (key & ONES, key >> 32), 7)[bit % 4]
+        number |= (word >> column % 32 & 1) << bit
+    return number
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
+def test_the_layout_of_the_bits(p):
+    """What every kernel must reproduce."""
+    key, position = 0x0123456789ABCDEF, (7 << 32) + 5
+    mask = keep_mask(key, torch.tensor([position]), 71, p)[0]
+    assert mask.tolist() == [plain_number(key, position, column) >= drop_threshold(p) for column in range(71)]
+
+
+def test_words_hold_a_bit_for_each_column():
+    words = keep_words(7, torch.arange(5), 70, 0.3)
+    assert words.shape == (5, word_count(70)) == (5, 3)
+    assert torch.equal(unpack(words, 70), keep_mask(7, torch.arange(5), 70, 0.3))
+    assert torch.equal(unpack(words.to(torch.int32), 70), unpack(words, 70))
 
 
 def test_the_probability_is_rounded_to_16_bits():
@@ -135,8 +149,7 @@ def test_no_positions_or_no_columns_make_an_empty_mask():
 
 
 def test_a_negative_position_counts_as_an_unsigned_word():
-    words = plain_philox((0, ONES - 2, ONES, 0), (3, 0), 7)  # -3 modulo 2^64
-    expected = [lane >= 0x8000 for word in words for lane in (word & 0xFFFF, word >> 16)]
+    expected = [plain_number(3, 2**64 - 3, column) >= 0x8000 for column in range(8)]
     assert keep_mask(3, torch.tensor([-3]), 8, 0.5)[0].tolist() == expected
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_lora import LoRAAdapter, LoRASegment, keep_mask, lora_backward, lora_forward, lora_linear
+from fused_lora import LoRAAdapter, LoRASegment, keep_mask, lora_linear, ops
+from fused_lora.reference import draw_masks, lora_backward, lora_forward
 
 M, K, N = 23, 13, 17
 SEGMENTS = (LoRASegment(0, 6, 0), LoRASegment(6, 7, 2), LoRASegment(7, 7, 1), LoRASegment(9, 20, 1))
@@ -148,7 +149,7 @@ def test_a_second_derivative_is_refused():
     x, weight, bias, positions, adapters = tensors()
     y = lora_linear(x, weight, bias, adapters, SEGMENTS, positions)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         dx.sum().backward()
 
 
@@ -170,49 +171,70 @@ def test_an_adapter_in_two_segments_gets_the_sum():
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
-def test_an_input_that_needs_no_gradient_gets_none():
+@pytest.mark.parametrize("training", [True, False])
+def test_the_functions_of_the_reference_are_the_linear(training):
+    """They take masks, not positions: the operators draw the same ones as bits."""
     x, weight, bias, positions, adapters = tensors()
-    y, projected = lora_forward(x, weight, bias, adapters, SEGMENTS, positions)
-    arguments = (y.detach(), x, weight, projected, adapters, SEGMENTS, positions)
-    every_da = lora_backward(*arguments)[1]
-    wanted = [(True, False), (False, False), (True, True)]
-    dx, da, db = lora_backward(*arguments, input_gradient=False, factor_gradients=wanted)
-    assert dx is None
-    assert [(one is not None, other is not None) for one, other in zip(da, db, strict=True)] == wanted
-    torch.testing.assert_close(da[2], every_da[2])
+    dy = random_like((M, N))
+    whole = gradients(lora_linear, dy, x, weight, bias, positions, adapters, training=training)
+    with torch.no_grad():
+        masks = draw_masks(adapters, SEGMENTS, positions, K, training)
+        assert [mask is not None for mask in masks] == [training and adapters[s.adapter].dropout > 0 for s in SEGMENTS]
+        y, projected = lora_forward(x, weight, bias, adapters, SEGMENTS, masks)
+        dx, da, db = lora_backward(dy, x, weight, projected, adapters, SEGMENTS, masks)
+    found = {"y": y, "dx": dx} | {f"d{n}{i}": one for n, all_ in (("a", da), ("b", db)) for i, one in enumerate(all_)}
+    for name, expected in whole.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-14, atol=1e-14, msg=name)
 
 
 def test_the_backward_function_returns_gradients_in_the_adapters_dtype():
     """Asked of the function itself: autograd would cast on its own."""
     x, weight, bias, positions, adapters = tensors(torch.bfloat16)
     adapters = [replace(adapter, a=adapter.a.detach().float(), b=adapter.b.detach().float()) for adapter in adapters]
+    masks = draw_masks(adapters, SEGMENTS, positions, K)
     with torch.no_grad():
-        y, projected = lora_forward(x, weight, bias, adapters, SEGMENTS, positions)
-        dx, da, db = lora_backward(y, x, weight, projected, adapters, SEGMENTS, positions)
+        y, projected = lora_forward(x, weight, bias, adapters, SEGMENTS, masks)
+        dx, da, db = lora_backward(y, x, weight, projected, adapters, SEGMENTS, masks)
     assert {y.dtype, dx.dtype, *(s.dtype for s in projected)} == {torch.bfloat16}
     assert {gradient.dtype for gradient in (*da, *db)} == {torch.float32}
 
 
-def test_backward_computes_only_what_needs_a_gradient(monkeypatch):
+@pytest.mark.parametrize("wants_x", [True, False])
+@pytest.mark.parametrize("frozen", ["", "a0 b1", "a0 b0 a1 b1 a2 b2"])
+def test_backward_computes_only_what_needs_a_gradient(monkeypatch, wants_x, frozen):
+    """dx alone, or the gradients of the factors alone; a frozen factor gets none in any case."""
     x, weight, bias, positions, adapters = tensors()
-    found = []
+    found, linear_backward = [], ops.linear_backward
 
     def spied(*arguments):
-        found.append(lora_backward(*arguments))
+        found.append(linear_backward(*arguments))
         return found[-1]
 
-    monkeypatch.setattr("fused_lora.reference.lora_backward", spied)
-    frozen = [
-        replace(adapters[0], a=adapters[0].a.detach()),
-        replace(adapters[1], b=adapters[1].b.detach()),
-        adapters[2],
-    ]
-    lora_linear(x.detach(), weight, bias, frozen, SEGMENTS, positions).sum().backward()
+    monkeypatch.setattr(ops, "linear_backward", spied)
+    for name in frozen.split():
+        getattr(adapters[int(name[1])], name[0]).requires_grad_(False)
+    y = lora_linear(x if wants_x else x.detach(), weight, bias, adapters, SEGMENTS, positions)
+    factors = {f"{name}{index}": getattr(one, name) for index, one in enumerate(adapters) for name in "ab"}
+    if not wants_x and len(frozen.split()) == len(factors):
+        assert not y.requires_grad
+        return
+    y.sum().backward()
     [(dx, da, db)] = found
-    assert dx is None
-    assert [gradient is not None for gradient in da] == [False, True, True]
-    assert [gradient is not None for gradient in db] == [True, False, True]
-    assert all(adapter.b.grad is not None for adapter in (adapters[0], adapters[2]))
+    wants_factors = len(frozen.split()) < len(factors)
+    assert [part.numel() > 0 for part in (dx, da, db)] == [wants_x, wants_factors, wants_factors]
+    assert (x.grad is not None) == wants_x
+    assert [name for name, factor in factors.items() if factor.grad is None] == frozen.split()
+
+
+def test_a_frozen_factor_leaves_the_other_gradients_as_they_are():
+    x, weight, bias, positions, adapters = tensors()
+    arguments = (random_like((M, N)), x, weight, bias, positions)
+    every = gradients(lora_linear, *arguments, adapters)
+    half = [replace(adapters[0], b=adapters[0].b.detach()), replace(adapters[1], a=adapters[1].a.detach()), adapters[2]]
+    y = lora_linear(x, weight, bias, half, SEGMENTS, positions)
+    found = torch.autograd.grad(y, [x, half[0].a, half[1].b, half[2].a, half[2].b], arguments[0])
+    for gradient, name in zip(found, ("dx", "da0", "db1", "da2", "db2"), strict=True):
+        assert torch.equal(gradient, every[name]), name
 
 
 def test_tokens_without_an_adapter_get_the_base_linear_bitwise():
@@ -256,26 +278,28 @@ def test_a_token_does_not_see_its_neighbours():
 
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 def test_bfloat16_is_as_exact_as_eager_bfloat16(adapter_dtype):
-    """Root mean square errors against float64, no worse than 1.1 times those of the definition in bfloat16."""
-    x, weight, bias, positions, adapters = tensors(torch.bfloat16)
-    cast = [
-        replace(a, a=a.a.detach().to(adapter_dtype).requires_grad_(), b=a.b.detach().to(adapter_dtype).requires_grad_())
-        for a in adapters
-    ]
-    dy = random_like((M, N), torch.bfloat16)
-    ours = gradients(lora_linear, dy, x, weight, bias, positions, cast)
-    eager = gradients(naive, dy, x, weight, bias, positions, cast)
-    double = [
-        replace(a, a=a.a.detach().double().requires_grad_(), b=a.b.detach().double().requires_grad_()) for a in cast
-    ]
-    exact = gradients(
-        naive, dy.double(), x.detach().double().requires_grad_(), weight.double(), bias.double(), positions, double
-    )
-    for name, expected in exact.items():
-        error, allowed = ((run[name].double() - expected).square().mean().sqrt() for run in (ours, eager))
+    """Root mean square errors against float64 over ten draws, at most 1.1 times those of the definition in bfloat16."""
+    squares = {}
+    for seed in range(10):
+        x, weight, bias, positions, adapters = tensors(torch.bfloat16, seed)
+        dy = random_like((M, N), torch.bfloat16, seed + 100)
+        cast, double = (
+            [replace(one, a=one.a.detach().to(to).requires_grad_(), b=one.b.detach().to(to).requires_grad_())
+             for one in adapters]
+            for to in (adapter_dtype, torch.float64)
+        )  # fmt: skip
+        ours = gradients(lora_linear, dy, x, weight, bias, positions, cast)
+        eager = gradients(naive, dy, x, weight, bias, positions, cast)
+        wide = x.detach().double().requires_grad_()
+        exact = gradients(naive, dy.double(), wide, weight.double(), bias.double(), positions, double)
+        for name, expected in exact.items():
+            errors = [(run[name].double() - expected).square().mean() for run in (ours, eager)]
+            squares.setdefault(name, []).append(torch.stack(errors))
+            if name[0] == "d":
+                assert ours[name].dtype == (torch.bfloat16 if name == "dx" else adapter_dtype)
+    for name, found in squares.items():
+        error, allowed = torch.stack(found).mean(0).sqrt()
         assert error <= 1.1 * allowed, f"{name}: {error:.3g} against {allowed:.3g} in eager"
-        if name[0] == "d":
-            assert ours[name].dtype == (torch.bfloat16 if name == "dx" else adapter_dtype)
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
@@ -317,73 +341,10 @@ def test_the_expectation_over_masks_is_the_undropped_term():
     assert ((mean - exact).abs() <= 5.5 * deviation).all()
 
 
-BAD = {
-    "x has three dimensions": ({"x": torch.zeros(1, M, K)}, r"x: expected floating point \[M, K\]"),
-    "x is integer": ({"x": torch.zeros(M, K, dtype=torch.int64)}, "x: expected floating point"),
-    "weight does not fit x": (
-        {"weight": torch.zeros(N, K + 1, dtype=torch.float64)},
-        rf"weight: expected torch.float64 \[{N}, {K}\] on cpu, found torch.float64 \[{N}, {K + 1}\] on cpu",
-    ),
-    "weight has another dtype": ({"weight": torch.zeros(N, K)}, "weight: expected torch.float64"),
-    "weight has one dimension": ({"weight": torch.zeros(K)}, r"weight: expected floating point \[N, K\], found"),
-    "weight is on another device": (
-        {"weight": torch.zeros(N, K, dtype=torch.float64, device="meta")},
-        rf"weight: expected torch.float64 \[{N}, {K}\] on cpu, found torch.float64 \[{N}, {K}\] on meta",
-    ),
-    "bias has another length": ({"bias": torch.zeros(N - 1, dtype=torch.float64)}, rf"bias: expected .* \[{N}\]"),
-    "positions have another length": ({"positions": torch.arange(M - 1)}, rf"positions: expected torch.int64 \[{M}\]"),
-    "positions are int32": ({"positions": torch.arange(M, dtype=torch.int32)}, "positions: expected torch.int64"),
-    "positions are on another device": ({"positions": torch.arange(M, device="meta")}, "positions: .* on meta"),
-    "a does not fit x": (
-        {"adapters": [LoRAAdapter(torch.zeros(2, K - 1), torch.zeros(N, 2), 1.0)]},
-        rf"adapters\[0\].a: expected floating point \[2, {K}\] on cpu, found torch.float32 \[2, {K - 1}\]",
-    ),
-    "a is on another device": (
-        {"adapters": [LoRAAdapter(torch.zeros(2, K, device="meta"), torch.zeros(N, 2), 1.0)]},
-        r"adapters\[0\].a: .* found torch.float32 .* on meta",
-    ),
-    "b is integer": (
-        {"adapters": [LoRAAdapter(torch.zeros(2, K), torch.zeros(N, 2, dtype=torch.int64), 1.0)]},
-        r"adapters\[0\].b: expected floating point \[N, r\], found torch.int64",
-    ),
-    "a key of 65 bits": (
-        {"adapters": [LoRAAdapter(torch.zeros(2, K), torch.zeros(N, 2), 1.0, key=2**64)]},
-        r"adapters\[0\].key: expected an integer in \[0, 2\^64\)",
-    ),
-    "dropout is not a number": (
-        {"adapters": [LoRAAdapter(torch.zeros(2, K), torch.zeros(N, 2), 1.0, math.nan)]},
-        r"adapters\[0\].dropout: expected a probability",
-    ),
-    "rank 0": (
-        {"adapters": [LoRAAdapter(torch.zeros(0, K), torch.zeros(N, 0), 1.0)]},
-        r"adapters\[0\].a: expected a rank of at least 1",
-    ),
-    "b has another rank": (
-        {"adapters": [LoRAAdapter(torch.zeros(2, K), torch.zeros(N, 3), 1.0)]},
-        rf"adapters\[0\].b: expected floating point \[{N}, 2\]",
-    ),
-    "dropout of 1": (
-        {"adapters": [LoRAAdapter(torch.zeros(2, K), torch.zeros(N, 2), 1.0, 1.0)]},
-        r"adapters\[0\].dropout: expected a probability in \[0, 1\), found 1.0",
-    ),
-    "an adapter that is not there": (
-        {"segments": [LoRASegment(0, 1, 3)]},
-        r"segments\[0\]: expected an adapter in \[0, 3\), found 3",
-    ),
-    "segments overlap": (
-        {"segments": [LoRASegment(0, 5, 0), LoRASegment(4, 6, 0)]},
-        r"segments\[1\]: expected a span within \[5, 23\), in order, found \[4, 6\)",
-    ),
-    "a segment ends outside": ({"segments": [LoRASegment(20, 24, 0)]}, r"segments\[0\]: expected a span within"),
-    "a segment runs backwards": ({"segments": [LoRASegment(5, 4, 0)]}, r"segments\[0\]: expected a span within"),
-}
-
-
-@pytest.mark.parametrize("name", list(BAD))
-def test_a_bad_argument_is_named_in_one_line(name):
+@pytest.mark.parametrize("shape", [(M, K), (1, M, K), (M, 1, K)])
+def test_leading_dimensions_are_kept(shape):
     x, weight, bias, positions, adapters = tensors()
-    arguments = {"x": x, "weight": weight, "bias": bias, "adapters": adapters, "segments": SEGMENTS}
-    change, message = BAD[name]
-    with pytest.raises(ValueError, match=message) as caught:
-        lora_linear(**(arguments | {"positions": positions} | change))
-    assert "\n" not in str(caught.value)
+    flat = lora_linear(x, weight, bias, adapters, SEGMENTS, positions)
+    y = lora_linear(x.view(shape), weight, bias, adapters, SEGMENTS, positions)
+    assert y.shape == (*shape[:-1], N)
+    assert torch.equal(y.flatten(0, -2), flat)

@@ -1,0 +1,162 @@
+"""What the LoRA linear is told beside its tensors: the adapters, and which tokens of a batch are whose.
+
+`LoRAAdapter` and `LoRASegment` are how a person says it. `AdapterTable` and `LoRABatch` are the same as small tensors
+on the device, which is how kernels read it: a table is made once for a set of adapters, a batch once for a microbatch,
+and nothing is copied or waited for when a linear runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fused_lora.philox import check_key, drop_threshold
+
+NO_ADAPTER = -1
+
+
+@dataclass(frozen=True)
+class LoRASegment:
+    """The tokens [start, stop) of a batch that belong to one adapter; `adapter` is its index."""
+
+    start: int
+    stop: int
+    adapter: int
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAAdapter:
+    """One adapter of a linear: a [r, K], b [N, r]; scaling is alpha/r or alpha/sqrt(r); key from `mask_key`."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    dropout: float = 0.0
+    key: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class LoRABatch:
+    """The tokens of a batch on the device. The tensors may be overwritten between two runs, as a CUDA graph needs it.
+
+    offsets: int32 [n + 1], rising, within [0, M]: segment i is the tokens [offsets[i], offsets[i + 1]).
+    adapters: int32 [n], the segments' adapters; -1 for tokens without one.
+    positions: int64 [M], each token's place in its adapter's own stream, which dropout masks are drawn from; or
+        int64 [1], the place of the first token, the others following it.
+    """
+
+    offsets: torch.Tensor
+    adapters: torch.Tensor
+    positions: torch.Tensor
+
+    @classmethod
+    def of(cls, segments: Sequence[LoRASegment], positions: torch.Tensor) -> LoRABatch:
+        """From segments in order and apart; raises ValueError naming the one that is not."""
+        offsets, adapters = [0], []
+        for index, segment in enumerate(segments):
+            if not offsets[-1] <= segment.start <= segment.stop:
+                span = f"[{segment.start}, {segment.stop})"
+                raise ValueError(f"segments[{index}]: expected a span from {offsets[-1]}, in order, found {span}")
+            if segment.start > offsets[-1]:
+                offsets.append(segment.start)
+                adapters.append(NO_ADAPTER)
+            offsets.append(segment.stop)
+            adapters.append(segment.adapter)
+        device = positions.device
+        return cls(_int32(offsets, device), _int32(adapters, device), positions)
+
+    @classmethod
+    def single(cls, tokens: int, position: torch.Tensor) -> LoRABatch:
+        """All tokens for adapter 0; position: int64 [1] or [tokens]."""
+        return cls.of([LoRASegment(0, tokens, 0)], position)
+
+    def segments(self) -> list[LoRASegment]:
+        """Those with an adapter, as a person says it; waits for the device."""
+        offsets = self.offsets.tolist()
+        spans = zip(offsets, offsets[1:], self.adapters.tolist(), strict=False)
+        return [LoRASegment(start, stop, adapter) for start, stop, adapter in spans if adapter != NO_ADAPTER]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterTable:
+    """What kernels must know of G adapters on P linears that share their input. The tensors lie on the device.
+
+    ranks: the rank of each adapter on each linear, [P][G], 0 where it has no factors there.
+    dropout: the largest of all.
+    scalings: float32 [P, G], float64 on a CPU. factors: the same, scaling / (1 - p).
+    thresholds: int32 [P, G], numbers below which an element is dropped. keys: int64 [P, G], Philox's, signed.
+    rank_offsets: int32 [P, G + 1], rows of the adapters' a stacked, linear after linear.
+    """
+
+    ranks: tuple[tuple[int, ...], ...]
+    dropout: float
+    scalings: torch.Tensor
+    factors: torch.Tensor
+    thresholds: torch.Tensor
+    keys: torch.Tensor
+    rank_offsets: torch.Tensor
+
+    @classmethod
+    @torch.inference_mode(False)  # a table made in an evaluation serves training, too
+    def of(cls, adapters: Sequence[Sequence[LoRAAdapter | None]], device: torch.device) -> AdapterTable:
+        """From the adapters of each linear, None where one has no factors. Raises ValueError naming a bad one."""
+        checked = [[_settings(f"adapters[{i}]", one) for i, one in enumerate(row)] for row in adapters]
+        precision = torch.float64 if torch.device(device).type == "cpu" else torch.float32
+        ranks = tuple(tuple(one.rank if one is not None else 0 for one in row) for row in adapters)
+        offsets, first = [], 0
+        for row in ranks:
+            offsets.append([first])
+            for rank in row:
+                first += rank
+                offsets[-1].append(first)
+        scalings = [[scaling for scaling, _, _ in row] for row in checked]
+        factors = [[scaling / (1.0 - p) for scaling, p, _ in row] for row in checked]
+        thresholds = [[drop_threshold(p) for _, p, _ in row] for row in checked]
+        return cls(
+            ranks=ranks,
+            dropout=max([0.0, *(p for row in checked for _, p, _ in row)]),
+            scalings=torch.tensor(scalings, dtype=torch.float64).to(device, precision),
+            factors=torch.tensor(factors, dtype=torch.float64).to(device, precision),
+            thresholds=_int32(thresholds, device),
+            keys=torch.tensor([[_signed(key) for _, _, key in row] for row in checked], dtype=torch.int64).to(device),
+            rank_offsets=_int32(offsets, device),
+        )
+
+    @property
+    def total_ranks(self) -> list[int]:
+        """The rows of a that each linear has."""
+        return [sum(row) for row in self.ranks]
+
+    @property
+    def max_rank(self) -> int:
+        return max([0, *(rank for row in self.ranks for rank in row)])  # torch.compile knows no `default`
+
+
+def _settings(name: str, adapter: LoRAAdapter | None) -> tuple[float, float, int]:
+    """Scaling, dropout and key, checked."""
+    if adapter is None:
+        return 0.0, 0.0, 0
+    try:
+        drop_threshold(adapter.dropout)
+        check_key(adapter.key)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from None
+    if not 1 <= adapter.rank <= 256:
+        raise ValueError(f"{name}.a: expected a rank from 1 to 256, found {list(adapter.a.shape)}")
+    if not abs(adapter.scaling) < float("inf"):
+        raise ValueError(f"{name}.scaling: expected a finite number, found {adapter.scaling}")
+    return adapter.scaling, adapter.dropout, adapter.key
+
+
+def _signed(key: int) -> int:
+    return key - (1 << 64) if key >= 1 << 63 else key
+
+
+def _int32(values: list, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)

@@ -1,0 +1,259 @@
+"""Compile every kernel ahead of time, without a GPU, and say what it takes: `python -m fused_lora.build`.
+
+What is compiled is what would be launched: the host code of `gpu.launch` runs on tensors without storage, its launches
+are caught, and each distinct one is compiled for the targets. Checked: nothing spills, shared memory and registers stay
+within the GPU's limits, no arithmetic in float64 (a scalar that was promoted by mistake), and on sm_90 that the GEMMs
+use wgmma and the copy engine. A kernel that fails a check makes the command fail, after the table is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_lora.gpu import choices, launch, masks, passes, products
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
+REGISTER_FILE = 65_536  # registers of a multiprocessor
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+# Bytes a thread that the GEMM for dx of several linears may spill: outside its loops, and still a fifth faster than the
+# library on an H200 (4096 columns, q, k and v).
+GROUPED_SPILL = 128
+GEMMS = ("output_gemm_kernel", "input_gemm_kernel")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of the LoRA linear whose launches are compiled."""
+
+    name: str
+    linears: int = 1
+    adapters: int = 1
+    rank: int = 16
+    masked: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    gemm: dict[str, Any] = field(default_factory=lambda: {"gemm": choices.LIBRARY})
+
+
+CASES = (
+    Case("one adapter"),
+    Case("one adapter, no dropout", masked=False),
+    Case("four adapters", adapters=4),
+    Case("sixteen adapters", adapters=16),
+    Case("q, k and v", linears=3),
+    Case("gate and up, four adapters", linears=2, adapters=4),
+    Case("rank 64", rank=64),
+    Case("rank 128", rank=128),
+    Case("rank 256, q, k and v", rank=256, linears=3),
+    Case("float16", dtype=torch.float16),
+    Case("float32", dtype=torch.float32),
+    Case("own GEMM", gemm=choices.own_gemm()),
+    Case("own GEMM, no dropout", gemm=choices.own_gemm(), masked=False),
+    Case("own GEMM, four adapters", gemm=choices.own_gemm(), adapters=4),
+    Case("own GEMM, q, k and v", gemm=choices.own_gemm(columns=128, stages=4), linears=3),
+    Case("own GEMM, rank 128", gemm=choices.own_gemm(), rank=128),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as it would be launched: what decides about the machine code."""
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="fused_lora.build", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="CSV file to write")
+    parser.add_argument("--targets", type=int, nargs="+", default=sorted(SHARED_LIMIT), help="80, 90, 100")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    unknown = set(arguments.targets) - set(SHARED_LIMIT)
+    if unknown:
+        sys.exit(f"error: --targets: expected some of {sorted(SHARED_LIMIT)}, found {min(unknown)}")
+    rows = build(arguments.targets, arguments.jobs)
+    failed = [row for row in rows if row["problem"]]
+    for row in failed:
+        print(f"error: {row['kernel']} for sm_{row['target']} ({row['case']}): {row['problem']}", file=sys.stderr)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    print(f"{len(rows)} builds of {len({row['kernel'] for row in rows})} kernels, {len(failed)} with a problem")
+    sys.exit(bool(failed))
+
+
+def build(targets: list[int], jobs: int | None = None, cases: tuple[Case, ...] = CASES) -> list[dict[str, Any]]:
+    """A row for each distinct launch and target: resources, instructions and what is wrong, if anything."""
+    tasks = [
+        (target, case, one) for target in targets for case, launched in distinct(cases, target) for one in launched
+    ]
+    with ProcessPoolExecutor(jobs) as pool:
+        return list(pool.map(_compile, *zip(*tasks, strict=True)))
+
+
+def distinct(cases: tuple[Case, ...], target: int) -> Iterator[tuple[str, list[Launch]]]:
+    """Each case's launches, without those of the cases before it."""
+    seen: set[Launch] = set()
+    for case in cases:
+        fresh = [one for one in dict.fromkeys(launches(case, target)) if one not in seen]
+        seen.update(fresh)
+        yield case.name, fresh
+
+
+def launches(case: Case, target: int) -> list[Launch]:
+    """What the host code launches for a case, caught before it reaches a GPU."""
+    caught: list[Launch] = []
+
+    def catch(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        caught.append(_describe(kernel, arguments, keywords))
+
+    def choose(kernel: str, shape: choices.Shape, gpu: choices.Target) -> dict[str, Any]:
+        return case.gemm if kernel in ("output", "input") else choices.defaults(kernel, shape, gpu)
+
+    gpu = choices.Target("none", (target // 10, target % 10), 132)
+    with (
+        patch.object(JITFunction, "run", catch),
+        patch.object(launch, "choose", choose),
+        patch.object(launch, "target_of", lambda device: gpu),
+    ):
+        _call(case)
+    return caught
+
+
+def _call(case: Case, tokens: int = 8192, columns: int = 4096, rows: int = 4096) -> None:
+    """Forward and backward on tensors that have no storage."""
+    total = case.linears * case.adapters * case.rank
+
+    def empty(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weights = empty(tokens, columns), [empty(rows, columns)] * case.linears
+    factors = (empty(total, columns), empty(total * rows))
+    table = (
+        empty(case.linears, case.adapters, dtype=torch.float32),
+        empty(case.linears, case.adapters, dtype=torch.int32),
+        empty(case.linears, case.adapters, dtype=torch.int64),
+        empty(case.linears, case.adapters + 1, dtype=torch.int32),
+    )
+    batch = (
+        empty(case.adapters + 1, dtype=torch.int32),
+        empty(case.adapters, dtype=torch.int32),
+        empty(tokens, dtype=torch.int64),
+    )
+    settings = ([case.adapters * case.rank] * case.linears, case.rank, case.masked)
+    biases = [empty(rows)] + [empty(0)] * (case.linears - 1)
+    ys, s, bits = launch.forward(x, weights, biases, *factors, *table, *batch, *settings, True)
+    launch.backward(ys, x, weights, *factors, *table, *batch, s, bits, *settings, True, True)
+
+
+def _describe(kernel: JITFunction, arguments: tuple, keywords: dict[str, Any]) -> Launch:
+    """Types, constants and divisibility as Triton's own launcher would find them."""
+    named = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
+    signature, constants, divisible = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, named[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            divisible.append(name)
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                divisible.append(name)
+    options = {name: keywords[name] for name in ("num_warps", "num_stages", "launch_pdl") if name in keywords}
+    return Launch(
+        kernel.fn.__name__, *(tuple(part.items()) for part in (signature, constants)), tuple(divisible),
+        tuple(options.items()),
+    )  # fmt: skip
+
+
+def _compile(target: int, case: str, one: Launch) -> dict[str, Any]:
+    """Compile one launch, and look at what came out."""
+    kernel = next(getattr(module, one.kernel) for module in (masks, passes, products) if hasattr(module, one.kernel))
+    row = {"kernel": one.kernel, "case": case, "target": target, "triton": triton.__version__}
+    row |= {"constants": " ".join(f"{name}={value}" for name, value in one.constants)}
+    row |= {"num_warps": 4, "num_stages": None, "launch_pdl": False} | dict(one.options)
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in one.divisible}
+    source = ASTSource(kernel, dict(one.signature), dict(one.constants), attributes)
+    measured = dict.fromkeys(
+        ("registers", "spill_bytes", "shared_bytes", "instructions", "wgmma", "bulk_loads", "float64")
+    )
+    try:
+        made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(one.options))
+    except Exception as error:  # a compiler may fail in any way, and the table says so
+        return row | measured | {"problem": f"does not compile: {type(error).__name__}: {error}"[:300]}
+    measured |= _look(made.asm["cubin"]) | {"shared_bytes": made.metadata.shared}
+    warps = made.metadata.num_warps
+    grouped = one.kernel == "input_gemm_kernel" and dict(one.constants)["LINEARS"] > 1
+    return row | measured | {"problem": _problem(one.kernel, target, measured, warps, grouped)}
+
+
+def _look(cubin: bytes) -> dict[str, int]:
+    """Resources and instructions of machine code, by the tools that come with Triton."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(folder / "cuobjdump", "--dump-resource-usage", file.name)
+        sass = _run(folder / "nvdisasm", "--print-code", file.name)
+    codes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spill_bytes": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "instructions": len(codes),
+        "wgmma": sum(code.startswith("HGMMA") for code in codes),
+        "bulk_loads": sum(code.startswith("UTMALDG") for code in codes),
+        "float64": sum(code.split(".")[0] in ("DADD", "DMUL", "DFMA", "DSETP") for code in codes),
+    }
+
+
+def _run(*command: str | Path) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def _problem(kernel: str, target: int, found: dict[str, Any], warps: int, grouped: bool) -> str:
+    """What is wrong with a build, or nothing."""
+    problems = []
+    if found["spill_bytes"] > (GROUPED_SPILL if grouped else 0):
+        problems.append(f"spills {found['spill_bytes']} bytes")
+    if found["shared_bytes"] > SHARED_LIMIT[target]:
+        problems.append(f"{found['shared_bytes']} bytes of shared memory, at most {SHARED_LIMIT[target]}")
+    if found["registers"] * warps * 32 > REGISTER_FILE:
+        problems.append(f"{found['registers']} registers in each of {warps * 32} threads")
+    if found["float64"]:
+        problems.append(f"{found['float64']} instructions in float64")
+    if kernel in GEMMS and target == 90 and not (found["wgmma"] and found["bulk_loads"]):
+        problems.append(f"{found['wgmma']} wgmma and {found['bulk_loads']} bulk loads")
+    return "; ".join(problems)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""The CUDA implementation of `fused_lora::linear` and its gradients: which kernels run, in which order, on what memory.
+
+Nothing here waits for the GPU or copies to it: grids come from shapes that the host knows, and what depends on where
+segments begin is found by the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_lora.gpu import masks, passes, products
+from fused_lora.gpu.choices import OWN, Shape, Target, choose, rank_block
+from fused_lora.ops import rank_width
+from fused_lora.philox import word_count
+
+INTERPRETER = "interpreter"
+MOST_LINEARS = 3  # that one kernel reads x for
+SUMMED_TILE = 256  # elements of a program that adds partial sums: small, as there are few elements for many programs
+MOST_RANKS = {1: 128, 2: 64, 3: 32}  # that it has accumulators for, by the number of linears
+
+
+@lru_cache
+def target_of(device: torch.device) -> Target:
+    """The GPU, as choices know it; a CPU is there for Triton's interpreter."""
+    if device.type == "cpu":
+        return Target(INTERPRETER, (0, 0), 4)
+    properties = torch.cuda.get_device_properties(device)
+    return Target(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
+
+
+class _Call:
+    """The arguments that every kernel of one call shares, and sizes derived from them."""
+
+    def __init__(self, x, weights, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
+                 max_rank, masked) -> None:  # fmt: skip
+        self.x, self.weights, self.a, self.b = _aligned(x), weights, a, b
+        self.a_like_x = _aligned(a.to(x.dtype))
+        self.scales, self.thresholds, self.keys, self.rank_offsets = scales, thresholds, keys, rank_offsets
+        self.offsets, self.adapters, self.positions = offsets, adapters, positions
+        self.ranks, self.max_rank, self.masked = ranks, max_rank, masked
+        self.tokens, self.columns = x.shape
+        self.linears, self.adapter_count = scales.shape
+        self.segments = adapters.shape[0]
+        self.segment_block = triton.next_power_of_2(self.segments)
+        self.words = word_count(self.columns)
+        self.width = rank_width(max_rank)
+        self.target = target_of(x.device)
+        overlap = self.target.capability >= (9, 0)
+        self.overlap = {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
+        self.precision = "ieee" if x.dtype == torch.float32 else "tf32"
+
+    def choice(self, kernel: str, columns: int, inner: int = 0, linears: int = 1) -> dict:
+        bits = 32 if self.x.dtype == torch.float32 else 16
+        shape = Shape(self.tokens, columns, inner, linears, self.width, bits, self.masked)
+        return choose(kernel, shape, self.target)
+
+    def pass_settings(self, choice: dict) -> dict:
+        return {
+            "ROWS": choice["rows"],
+            "COLUMNS": choice["columns"],
+            "num_warps": choice["warps"],
+            "num_stages": choice["stages"],
+            **self.overlap,
+        }
+
+    def tiles(self, rows: int) -> int:
+        """No fewer than the tiles of `rows` rows laid over each segment apart."""
+        if self.segments == 1:
+            return triton.cdiv(self.tokens, rows)
+        return min(self.tokens, self.tokens // rows + self.segments)
+
+    def b_of(self, linear: int, flat: Tensor) -> Tensor:
+        """One linear's part of b, or of db."""
+        first = sum(w.shape[0] * r for w, r in zip(self.weights[:linear], self.ranks, strict=False))
+        return flat[first : first + self.weights[linear].shape[0] * self.ranks[linear]]
+
+    @property
+    def batch(self) -> tuple[Tensor, Tensor]:
+        return self.offsets, self.adapters
+
+    def groups(self) -> list[slice]:
+        """The linears, as many at a time as one kernel takes."""
+        return [slice(first, min(first + MOST_LINEARS, self.linears)) for first in range(0, self.linears, MOST_LINEARS)]
+
+
+def forward(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], a: Tensor, b: Tensor, scales: Tensor,
+    thresholds: Tensor, keys: Tensor, rank_offsets: Tensor, offsets: Tensor, adapters: Tensor, positions: Tensor,
+    ranks: Sequence[int], max_rank: int, masked: bool, keep_bits: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """y of each linear, s and the mask bits: see `fused_lora.ops`."""
+    call = _Call(x, weights, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
+                 max_rank, masked)  # fmt: skip
+    bits = draw_masks(call) if masked else _none(x)
+    s = x.new_empty(call.linears, call.tokens, call.width)
+    ys = [x.new_empty(call.tokens, weight.shape[0]) for weight in weights]
+    if call.tokens:
+        project(call, bits, s)
+        for linear in range(call.linears):
+            output(call, linear, s, biases[linear], ys[linear])
+    return ys, s, bits if keep_bits else _none(x)
+
+
+def backward(
+    dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], a: Tensor, b: Tensor, scales: Tensor,
+    thresholds: Tensor, keys: Tensor, rank_offsets: Tensor, offsets: Tensor, adapters: Tensor, positions: Tensor,
+    s: Tensor, bits: Tensor, ranks: Sequence[int], max_rank: int, masked: bool, wants_x: bool, wants_factors: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, da and db: see `fused_lora.ops`."""
+    call = _Call(x, weights, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
+                 max_rank, masked)  # fmt: skip
+    if masked and not bits.numel():
+        bits = draw_masks(call)
+    da, db = torch.empty_like(a), torch.empty_like(b)
+    dx = x.new_empty(x.shape) if wants_x else x.new_empty(0)
+    if not call.tokens:
+        return dx, da.zero_(), db.zero_()
+    ds = torch.empty_like(s)
+    for linear in range(call.linears):
+        output_pass(call, linear, dys[linear], s, ds, db)
+    if wants_x:
+        for group in call.groups():
+            input_product(call, group, dys, ds, bits, dx)
+    if wants_factors:
+        for group in call.groups():
+            input_pass(call, group, ds, bits, da)
+    return dx, da if wants_factors else a.new_empty(0), db if wants_factors else b.new_empty(0)
+
+
+def draw_masks(call: _Call) -> Tensor:
+    """The mask bits, int32 [P, tokens, words]."""
+    bits = torch.empty(call.linears, call.tokens, call.words, dtype=torch.int32, device=call.x.device)
+    choice = call.choice("masks", call.columns)
+    rows, columns = choice["rows"], choice["columns"]
+    grid = (triton.cdiv(call.tokens, rows), triton.cdiv(call.words, columns), call.linears)
+    if call.tokens:
+        masks.draw_masks_kernel[grid](
+            bits, call.positions, call.thresholds, call.keys, *call.batch, call.tokens, call.words, call.segments,
+            call.adapter_count, POSITION_STRIDE=int(len(call.positions) == call.tokens), SEGMENTS=call.segment_block,
+            ROWS=rows, COLUMNS=columns, num_warps=choice["warps"], **call.overlap,
+        )  # fmt: skip
+    return bits
+
+
+def project(call: _Call, bits: Tensor, s: Tensor) -> None:
+    """Fill s."""
+    for group in call.groups():
+        linears = group.stop - group.start
+        choice = call.choice("project", call.columns, linears=linears)
+        ranks = rank_block(call.max_rank, MOST_RANKS[linears])
+        # Whole tiles of columns to each split, so that no tile is read by two.
+        split_columns = triton.cdiv(triton.cdiv(call.columns, choice["splits"]), choice["columns"]) * choice["columns"]
+        splits = triton.cdiv(call.columns, split_columns)
+        parts = s.new_empty(splits, linears, call.tokens, call.width, dtype=torch.float32)
+        grid = (call.tiles(choice["rows"]), triton.cdiv(call.max_rank, ranks), splits)
+        passes.project_kernel[grid](
+            _described(call.x, choice["rows"], choice["columns"]), _described(call.a_like_x, ranks, choice["columns"]),
+            _part(bits, group), parts, call.rank_offsets[group], *call.batch, call.tokens, call.columns, call.width,
+            call.words, call.segments, call.adapter_count, split_columns,
+            LINEARS=linears, MASKED=call.masked, PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=ranks,
+            **call.pass_settings(choice),
+        )  # fmt: skip
+        width = triton.next_power_of_2(call.width)
+        rows = max(4, SUMMED_TILE // width)
+        passes.finish_project_kernel[(triton.cdiv(call.tokens, rows), linears)](
+            parts, s[group], call.scales[group], call.rank_offsets[group], *call.batch, call.tokens, call.width,
+            call.segments, call.adapter_count, splits, parts.stride(0), SEGMENTS=call.segment_block, WIDTH=width,
+            ROWS=rows, num_warps=4, **call.overlap,
+        )  # fmt: skip
+
+
+def output(call: _Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
+    """Fill y of one linear."""
+    weight = call.weights[linear]
+    columns = weight.shape[0]
+    choice = call.choice("output", columns, call.columns)
+    if choice["gemm"] == OWN and _describable(call.x, weight, y):
+        products.output_gemm_kernel[(_programs(call, columns, choice),)](
+            _described(call.x, choice["rows"], choice["depth"]), _described(weight, choice["columns"], choice["depth"]),
+            _described(y, choice["rows"], choice["columns"] // choice["parts"]), s[linear],
+            call.b_of(linear, call.b), bias, call.rank_offsets[linear], *call.batch, call.tokens, columns,
+            call.columns, call.width, call.segments, HAS_BIAS=bias.numel() > 0,
+            SEGMENTS=call.segment_block, RANKS=rank_block(call.max_rank, 16), **_gemm_settings(call, columns, choice),
+        )  # fmt: skip
+        return
+    expand_output(call, linear, s, bias, y)
+    torch.addmm(y, call.x, weight.t(), out=y)
+
+
+def expand_output(call: _Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
+    """Fill y of one linear with what is not the base's product."""
+    columns = call.weights[linear].shape[0]
+    choice = call.choice("expand_output", columns)
+    grid = (triton.cdiv(call.tokens, choice["rows"]), triton.cdiv(columns, choice["columns"]))
+    products.expand_output_kernel[grid](
+        y, s[linear], call.b_of(linear, call.b), bias, call.rank_offsets[linear], *call.batch, call.tokens, columns,
+        call.width, call.segments, HAS_BIAS=bias.numel() > 0, PRECISION=call.precision, SEGMENTS=call.segment_block,
+        RANKS=rank_block(call.max_rank, 32), ROWS=choice["rows"], COLUMNS=choice["columns"],
+        num_warps=choice["warps"], **call.overlap,
+    )  # fmt: skip
+
+
+def input_product(call: _Call, group: slice, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, dx: Tensor) -> None:
+    """Fill dx with the sum over a group of linears, or add it where an earlier group has filled it."""
+    linears, weights, dys = group.stop - group.start, call.weights[group], dys[group]
+    inner = [weight.shape[0] for weight in weights]
+    choice = call.choice("input", call.columns, sum(inner), linears)
+    first_group = group.start == 0
+    if choice["gemm"] == OWN and first_group and _describable(*dys, *weights, dx):
+        described = [
+            one
+            for dy, weight in zip(dys, weights, strict=True)
+            for one in (
+                _described(dy, choice["rows"], choice["depth"]), _described(weight, choice["depth"], choice["columns"])
+            )
+        ]  # fmt: skip
+        missing = MOST_LINEARS - linears
+        products.input_gemm_kernel[(_programs(call, call.columns, choice),)](
+            *described, *described[:2] * missing, _described(dx, choice["rows"], choice["columns"] // choice["parts"]),
+            ds[group], call.a, _part(bits, group), call.rank_offsets[group], *call.batch, call.tokens, call.columns,
+            *inner, *inner[:1] * missing, call.width, call.words, call.segments, call.adapter_count,
+            LINEARS=linears, MASKED=call.masked,
+            SEGMENTS=call.segment_block, RANKS=rank_block(call.max_rank, 16),
+            **_gemm_settings(call, call.columns, choice),
+        )  # fmt: skip
+        return
+    if first_group:
+        expand_input(call, group, ds, bits, dx)
+    else:
+        terms = torch.empty_like(dx)
+        expand_input(call, group, ds, bits, terms)
+        dx += terms
+    for dy, weight in zip(dys, weights, strict=True):
+        torch.addmm(dx, dy, weight, out=dx)
+
+
+def expand_input(call: _Call, group: slice, ds: Tensor, bits: Tensor, dx: Tensor) -> None:
+    """Fill dx with what is not the bases' products, of a group of linears."""
+    linears = group.stop - group.start
+    choice = call.choice("expand_input", call.columns, linears=linears)
+    grid = (triton.cdiv(call.tokens, choice["rows"]), triton.cdiv(call.columns, choice["columns"]))
+    products.expand_input_kernel[grid](
+        dx, ds[group], call.a, _part(bits, group), call.rank_offsets[group], *call.batch, call.tokens, call.columns,
+        call.width, call.words, call.segments, call.adapter_count, LINEARS=linears, MASKED=call.masked,
+        PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=rank_block(call.max_rank, 32),
+        ROWS=choice["rows"], COLUMNS=choice["columns"], num_warps=choice["warps"], **call.overlap,
+    )  # fmt: skip
+
+
+def output_pass(call: _Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor, db: Tensor) -> None:
+    """Fill ds and db of one linear."""
+    columns = call.weights[linear].shape[0]
+    choice = call.choice("output_pass", columns)
+    ranks = rank_block(call.max_rank, 128)
+    tiles, column_tiles = call.tiles(choice["chunk"]), triton.cdiv(columns, choice["columns"])
+    ds_parts = dy.new_empty(column_tiles, call.tokens, call.width, dtype=torch.float32)
+    db_parts = dy.new_empty(tiles, columns, call.width, dtype=torch.float32)
+    tables = (call.rank_offsets[linear], *call.batch)
+    passes.output_pass_kernel[(tiles, column_tiles, triton.cdiv(call.max_rank, ranks))](
+        _described(_aligned(dy), choice["rows"], choice["columns"]), call.b_of(linear, call.b),
+        _described(s[linear], choice["rows"], ranks), ds_parts, db_parts, *tables, call.tokens, columns, call.width,
+        call.segments, PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=ranks, CHUNK=choice["chunk"],
+        **call.pass_settings(choice),
+    )  # fmt: skip
+    width = triton.next_power_of_2(call.width)
+    rows = max(4, SUMMED_TILE // width)
+    ds_programs, db_programs = triton.cdiv(call.tokens, rows), triton.cdiv(columns, rows)
+    passes.finish_output_kernel[(ds_programs + db_programs * call.adapter_count,)](
+        ds_parts, ds[linear], db_parts, call.b_of(linear, db), call.scales[linear], *tables, call.tokens, columns,
+        call.width, call.segments, column_tiles, ds_programs, db_programs, CHUNK=choice["chunk"],
+        SEGMENTS=call.segment_block, WIDTH=width, ROWS=rows, num_warps=4, **call.overlap,
+    )  # fmt: skip
+
+
+def input_pass(call: _Call, group: slice, ds: Tensor, bits: Tensor, da: Tensor) -> None:
+    """Fill the rows of da that belong to a group of linears."""
+    linears = group.stop - group.start
+    choice = call.choice("input_pass", call.columns, linears=linears)
+    ranks = rank_block(call.max_rank, MOST_RANKS[linears])
+    tiles, rank_tiles = call.tiles(choice["chunk"]), triton.cdiv(call.max_rank, ranks)
+    parts = call.x.new_empty(linears, tiles, call.width, call.columns, dtype=torch.float32)
+    tables = (call.rank_offsets[group], *call.batch)
+    passes.input_pass_kernel[(tiles, triton.cdiv(call.columns, choice["columns"]), rank_tiles)](
+        _described(call.x, choice["rows"], choice["columns"]),
+        _described(ds[group].flatten(0, 1), choice["rows"], ranks), _part(bits, group), parts, *tables, call.tokens,
+        call.columns, call.width, call.words, call.segments, call.adapter_count, tiles,
+        LINEARS=linears, MASKED=call.masked, PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=ranks,
+        CHUNK=choice["chunk"], **call.pass_settings(choice),
+    )  # fmt: skip
+    ranks = 4
+    columns = SUMMED_TILE // ranks
+    grid = (triton.cdiv(call.columns, columns), triton.cdiv(call.max_rank, ranks), linears * call.adapter_count)
+    passes.finish_input_kernel[grid](
+        parts, da, *tables, call.tokens, call.columns, call.width, call.segments, call.adapter_count, tiles,
+        CHUNK=choice["chunk"], SEGMENTS=call.segment_block, RANKS=ranks, COLUMNS=columns, num_warps=4, **call.overlap,
+    )  # fmt: skip
+
+
+def _gemm_settings(call: _Call, columns: int, choice: dict) -> dict:
+    return {
+        "ROWS": choice["rows"],
+        "COLUMNS": choice["columns"],
+        "DEPTH": choice["depth"],
+        "GROUP": choice["group"],
+        "PARTS": choice["parts"],
+        "PROGRAMS": _programs(call, columns, choice),
+        "SPECIALIZE": choice["specialize"],
+        "num_warps": choice["warps"],
+        "num_stages": choice["stages"],
+        **call.overlap,
+    }
+
+
+def _programs(call: _Call, columns: int, choice: dict) -> int:
+    tiles = triton.cdiv(call.tokens, choice["rows"]) * triton.cdiv(columns, choice["columns"])
+    return min(call.target.processors, tiles)
+
+
+def _describable(*tensors: Tensor) -> bool:
+    """May a GEMM of ours take them? The copy engine wants rows aligned to 16 bytes, the GEMM elements of 16 bits."""
+    return all(
+        one.element_size() == 2 and one.stride(0) % 8 == 0 and one.stride(1) == 1 and one.data_ptr() % 16 == 0
+        for one in tensors
+    )
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it whose rows the copy engine can fetch: they begin at multiples of 16 bytes."""
+    unit = 16 // tensor.element_size()
+    if tensor.stride(0) % unit == 0 and tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0:
+        return tensor
+    rows, columns = tensor.shape
+    copy = tensor.new_empty(rows, triton.cdiv(columns, unit) * unit)[:, :columns]
+    return copy.copy_(tensor)
+
+
+def _described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
+
+
+def _part(bits: Tensor, group: slice) -> Tensor:
+    return bits[group] if bits.numel() else bits
+
+
+def _none(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.int32)

@@ -1,0 +1,398 @@
+"""The passes over the large activations: x for s, dy for ds and db, x again for da.
+
+Each reads its tensor once and computes little beside. Sums over parts of the batch or of the columns are written in
+float32 and added by `finish_*` in a fixed order: the same bits at every run, for one more launch and some traffic in
+the L2 cache, where atomics would give other bits each time. Shapes are told in `fused_lora.ops`.
+"""
+
+import triton
+import triton.language as tl
+
+from fused_lora.gpu.masks import loaded_words, masked
+from fused_lora.gpu.segments import (
+    adapters_of_rows,
+    tile_of_segment,
+    tiles_before,
+    wait_for_the_kernel_before,
+)
+
+
+@triton.jit
+def _rank_range(rank_offsets, adapter):
+    """First row of a, and rank, of one adapter; rank_offsets: of one linear."""
+    first = tl.load(rank_offsets + adapter)
+    return first, tl.load(rank_offsets + adapter + 1) - first
+
+
+@triton.jit
+def _dropped(tile, bits, rows, column, words, tokens, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    if MASKED:
+        tile = masked(tile, loaded_words(bits, rows, column, words, tokens, COLUMNS), ROWS, COLUMNS)
+    return tile
+
+
+@triton.jit
+def _sum_of_parts(parts, count, part_size, place, inside, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum of `count` partial sums in a fixed order, float32 [HEIGHT, WIDTH]; eight loads are under way."""
+    total = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    for first in range(0, count, 8):
+        part = first + tl.arange(0, 8)
+        pointers = parts + part.to(tl.int64)[:, None, None] * part_size + place[None, :, :]
+        total += tl.sum(tl.load(pointers, mask=(part < count)[:, None, None] & inside[None, :, :], other=0.0), 0)
+    return total
+
+
+@triton.jit
+def _finish_rows(
+    parts, target, scales, rank_offsets, offsets, adapters, rows, tokens, s_width, segments, count, part_size,
+    SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The sum of a row's partial sums, in their order, times its adapter's scale; of one linear."""
+    ranks = tl.arange(0, WIDTH)
+    adapter = adapters_of_rows(offsets, adapters, rows, tokens, segments, SEGMENTS)
+    known = adapter >= 0
+    end = tl.load(rank_offsets + adapter + 1, mask=known, other=0)
+    rank = end - tl.load(rank_offsets + adapter, mask=known, other=0)
+    inside = ranks[None, :] < rank[:, None]
+    place = rows.to(tl.int64)[:, None] * s_width + ranks[None, :]
+    total = _sum_of_parts(parts, count, part_size, place, inside, ROWS, WIDTH)
+    scale = tl.load(scales + adapter, mask=known, other=0.0)[:, None]
+    tl.store(target + place, (total * scale).to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def project_kernel(
+    x, a, bits, s_parts, rank_offsets, offsets, adapters, tokens, columns, s_width, words, segments,
+    adapter_count, split_columns,
+    LINEARS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr,
+    RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of m(x) a^T over split_columns columns, of up to three linears, reading x once.
+
+    x, a: tensor descriptors. s_parts [splits, P, tokens, s_width], float32. Grid (row tiles, rank tiles, splits): with
+    whole rows there are too few programs to keep the memory busy.
+    """
+    wait_for_the_kernel_before(OVERLAP)
+    segment, first, stop = tile_of_segment(offsets, tl.program_id(0), tokens, segments, ROWS, SEGMENTS)
+    if segment >= segments:
+        return
+    adapter = tl.load(adapters + segment)
+    if adapter < 0:
+        return
+    rows = first + tl.arange(0, ROWS)
+    rank = tl.program_id(1) * RANKS
+    row_0, rank_0 = _rank_range(rank_offsets, adapter)
+    row_1, rank_1, row_2, rank_2 = row_0, rank_0, row_0, rank_0
+    if LINEARS > 1:
+        row_1, rank_1 = _rank_range(rank_offsets + adapter_count + 1, adapter)
+    if LINEARS > 2:
+        row_2, rank_2 = _rank_range(rank_offsets + 2 * (adapter_count + 1), adapter)
+    if rank >= tl.maximum(rank_0, tl.maximum(rank_1, rank_2)):
+        return
+    sum_0 = tl.zeros((ROWS, RANKS), tl.float32)
+    sum_1 = tl.zeros((ROWS, RANKS), tl.float32)
+    sum_2 = tl.zeros((ROWS, RANKS), tl.float32)
+    plane = tl.cast(tokens, tl.int64) * words
+    start = tl.program_id(2) * split_columns
+    # Rows of the next segment and ranks of the next adapter may be among those loaded: they meet no others, and their
+    # sums are not stored.
+    for column in range(start, tl.minimum(start + split_columns, columns), COLUMNS):
+        tile = x.load([first, column])
+        kept_x = _dropped(tile, bits, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
+        sum_0 = tl.dot(kept_x, a.load([row_0 + rank, column]).T, sum_0, input_precision=PRECISION)
+        if LINEARS > 1:
+            kept_x = _dropped(tile, bits + plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
+            sum_1 = tl.dot(kept_x, a.load([row_1 + rank, column]).T, sum_1, input_precision=PRECISION)
+        if LINEARS > 2:
+            kept_x = _dropped(tile, bits + 2 * plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
+            sum_2 = tl.dot(kept_x, a.load([row_2 + rank, column]).T, sum_2, input_precision=PRECISION)
+    own = rows < stop
+    ranks = rank + tl.arange(0, RANKS)
+    s_plane = tl.cast(tokens, tl.int64) * s_width
+    target = s_parts + tl.program_id(2) * LINEARS * s_plane + rows.to(tl.int64)[:, None] * s_width + ranks[None, :]
+    tl.store(target, sum_0, mask=own[:, None] & (ranks < rank_0)[None, :])
+    if LINEARS > 1:
+        tl.store(target + s_plane, sum_1, mask=own[:, None] & (ranks < rank_1)[None, :])
+    if LINEARS > 2:
+        tl.store(target + 2 * s_plane, sum_2, mask=own[:, None] & (ranks < rank_2)[None, :])
+
+
+@triton.jit
+def finish_project_kernel(
+    s_parts, s, scales, rank_offsets, offsets, adapters, tokens, s_width, segments, adapter_count, splits, part_size,
+    SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """s [P, tokens, s_width] = scale m(x) a^T, from `project_kernel`'s partial sums. Grid (row tiles, P)."""
+    wait_for_the_kernel_before(OVERLAP)
+    linear = tl.program_id(1)
+    plane = linear * tl.cast(tokens, tl.int64) * s_width
+    _finish_rows(
+        s_parts + plane, s + plane, scales + linear * adapter_count, rank_offsets + linear * (adapter_count + 1),
+        offsets, adapters, tl.program_id(0) * ROWS + tl.arange(0, ROWS), tokens, s_width, segments, splits, part_size,
+        SEGMENTS, WIDTH, ROWS,
+    )  # fmt: skip
+
+
+@triton.jit
+def output_pass_kernel(
+    dy,
+    b,
+    s,
+    ds_parts,
+    db_parts,
+    rank_offsets,
+    offsets,
+    adapters,
+    tokens,
+    columns,
+    s_width,
+    segments,
+    PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Partial sums of dy b over COLUMNS columns and of dy^T s over CHUNK rows, of one linear, reading dy once.
+
+    dy, s: tensor descriptors, s of the linear. b: the linear's part of it. rank_offsets: of the linear.
+    ds_parts [column tiles, tokens, s_width], db_parts [row tiles, columns, s_width], float32. Grid (row tiles, column
+    tiles, rank tiles).
+    """
+    wait_for_the_kernel_before(OVERLAP)
+    tile = tl.program_id(0)
+    segment, first, stop = tile_of_segment(offsets, tile, tokens, segments, CHUNK, SEGMENTS)
+    if segment >= segments:
+        return
+    adapter = tl.load(adapters + segment)
+    if adapter < 0:
+        return
+    row_of_a, rank = _rank_range(rank_offsets, adapter)
+    if tl.program_id(2) * RANKS >= rank:
+        return
+    cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    ranks = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
+    factor = (cols < columns)[:, None] & (ranks < rank)[None, :]
+    b_own = b + (row_of_a - tl.load(rank_offsets)).to(tl.int64) * columns
+    b_tile = tl.load(b_own + cols[:, None] * rank + ranks[None, :], mask=factor, other=0.0).to(dy.dtype)
+    ds_own = ds_parts + tl.program_id(1).to(tl.int64) * tokens * s_width
+    column, rank_first = tl.program_id(1) * COLUMNS, tl.program_id(2) * RANKS
+    db_sum = tl.zeros((COLUMNS, RANKS), tl.float32)
+    whole = first + (stop - first) // ROWS * ROWS
+    for row in range(first, whole, ROWS):
+        rows = row + tl.arange(0, ROWS)
+        dy_tile = dy.load([row, column])
+        ds = tl.dot(dy_tile, b_tile, input_precision=PRECISION)
+        db_sum = tl.dot(dy_tile.T, s.load([row, rank_first]), db_sum, input_precision=PRECISION)
+        tl.store(ds_own + rows.to(tl.int64)[:, None] * s_width + ranks[None, :], ds, mask=(ranks < rank)[None, :])
+    if whole < stop:  # the next segment's rows among the last must not be added, not even as zero times infinity
+        rows = whole + tl.arange(0, ROWS)
+        own = (rows < stop)[:, None]
+        dy_tile = dy.load([whole, column])
+        dy_tile = tl.where(own, dy_tile, tl.zeros_like(dy_tile))
+        s_tile = s.load([whole, rank_first])
+        s_tile = tl.where(own, s_tile, tl.zeros_like(s_tile))
+        ds = tl.dot(dy_tile, b_tile, input_precision=PRECISION)
+        db_sum = tl.dot(dy_tile.T, s_tile, db_sum, input_precision=PRECISION)
+        place = rows.to(tl.int64)[:, None] * s_width + ranks[None, :]
+        tl.store(ds_own + place, ds, mask=own & (ranks < rank)[None, :])
+    db_own = db_parts + tile.to(tl.int64) * columns * s_width
+    tl.store(db_own + cols[:, None] * s_width + ranks[None, :], db_sum, mask=factor)
+
+
+@triton.jit
+def _sum_of_tiles(
+    parts, place, inside, part_size, adapter, offsets, adapters, tokens, segments,
+    CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The partial sums of all row tiles of one adapter, in their order: float32 [HEIGHT, WIDTH]."""
+    total = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    index = tl.arange(0, SEGMENTS)
+    own = (tl.load(adapters + index, mask=index < segments, other=-1) == adapter) & (index < segments)
+    segment = tl.min(tl.where(own, index, SEGMENTS), 0)
+    while segment < SEGMENTS:  # once, but for an adapter in several segments
+        before, count = tiles_before(offsets, segment, tokens, segments, CHUNK, SEGMENTS)
+        first = parts + before.to(tl.int64) * part_size
+        total += _sum_of_parts(first, count, part_size, place, inside, HEIGHT, WIDTH)
+        segment = tl.min(tl.where(own & (index > segment), index, SEGMENTS), 0)
+    return total
+
+
+@triton.jit
+def _finish_db(
+    db_parts, db, adapter, rank_offsets, offsets, adapters, cols, tokens, columns, s_width, segments,
+    CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    ranks = tl.arange(0, WIDTH)
+    row_of_a, rank = _rank_range(rank_offsets, adapter)
+    inside = (cols < columns)[:, None] & (ranks < rank)[None, :]
+    place = cols[:, None] * s_width + ranks[None, :]
+    total = _sum_of_tiles(
+        db_parts, place, inside, tl.cast(columns, tl.int64) * s_width, adapter, offsets, adapters, tokens, segments,
+        CHUNK, SEGMENTS, ROWS, WIDTH,
+    )  # fmt: skip
+    db_own = db + (row_of_a - tl.load(rank_offsets)).to(tl.int64) * columns
+    tl.store(db_own + cols[:, None] * rank + ranks[None, :], total.to(db.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish_output_kernel(
+    ds_parts, ds, db_parts, db, scales, rank_offsets, offsets, adapters, tokens, columns, s_width, segments,
+    column_tiles, ds_programs, db_programs,
+    CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """ds [tokens, s_width] = scale dy b, and db of one linear, from `output_pass_kernel`'s partial sums.
+
+    The first ds_programs programs make ds, of ROWS tokens each; then db_programs for each adapter make db.
+    """
+    wait_for_the_kernel_before(OVERLAP)
+    program = tl.program_id(0)
+    if program < ds_programs:
+        _finish_rows(
+            ds_parts, ds, scales, rank_offsets, offsets, adapters, program * ROWS + tl.arange(0, ROWS), tokens,
+            s_width, segments, column_tiles, tl.cast(tokens, tl.int64) * s_width, SEGMENTS, WIDTH, ROWS,
+        )  # fmt: skip
+    else:
+        place = program - ds_programs
+        _finish_db(
+            db_parts, db, place // db_programs, rank_offsets, offsets, adapters,
+            place % db_programs * ROWS + tl.arange(0, ROWS), tokens, columns, s_width, segments,
+            CHUNK, SEGMENTS, WIDTH, ROWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def input_pass_kernel(
+    x,
+    ds,
+    bits,
+    da_parts,
+    rank_offsets,
+    offsets,
+    adapters,
+    tokens,
+    columns,
+    s_width,
+    words,
+    segments,
+    adapter_count,
+    tiles,
+    LINEARS: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Partial sums of ds^T m(x) over CHUNK rows, of up to three linears, reading x once.
+
+    x, ds: tensor descriptors, ds with the linears' rows one after the other. da_parts [P, tiles, s_width, columns],
+    float32. Grid (row tiles, column tiles, rank tiles).
+    """
+    wait_for_the_kernel_before(OVERLAP)
+    tile = tl.program_id(0)
+    segment, first, stop = tile_of_segment(offsets, tile, tokens, segments, CHUNK, SEGMENTS)
+    if segment >= segments:
+        return
+    adapter = tl.load(adapters + segment)
+    if adapter < 0:
+        return
+    _, rank_0 = _rank_range(rank_offsets, adapter)
+    rank_1, rank_2 = rank_0, rank_0
+    if LINEARS > 1:
+        _, rank_1 = _rank_range(rank_offsets + adapter_count + 1, adapter)
+    if LINEARS > 2:
+        _, rank_2 = _rank_range(rank_offsets + 2 * (adapter_count + 1), adapter)
+    if tl.program_id(2) * RANKS >= tl.maximum(rank_0, tl.maximum(rank_1, rank_2)):
+        return
+    column = tl.program_id(1) * COLUMNS
+    cols = column + tl.arange(0, COLUMNS)
+    ranks = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
+    sum_0 = tl.zeros((RANKS, COLUMNS), tl.float32)
+    sum_1 = tl.zeros((RANKS, COLUMNS), tl.float32)
+    sum_2 = tl.zeros((RANKS, COLUMNS), tl.float32)
+    plane = tl.cast(tokens, tl.int64) * words
+    rank_first = tl.program_id(2) * RANKS
+    whole = first + (stop - first) // ROWS * ROWS
+    for row in range(first, whole, ROWS):
+        rows = row + tl.arange(0, ROWS)
+        tile_x = x.load([row, column])
+        kept_x = _dropped(tile_x, bits, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
+        sum_0 = tl.dot(ds.load([row, rank_first]).T, kept_x, sum_0, input_precision=PRECISION)
+        if LINEARS > 1:
+            kept_x = _dropped(tile_x, bits + plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
+            sum_1 = tl.dot(ds.load([tokens + row, rank_first]).T, kept_x, sum_1, input_precision=PRECISION)
+        if LINEARS > 2:
+            kept_x = _dropped(tile_x, bits + 2 * plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
+            sum_2 = tl.dot(ds.load([2 * tokens + row, rank_first]).T, kept_x, sum_2, input_precision=PRECISION)
+    if whole < stop:  # the next segment's rows among the last must not be added, not even as zero times infinity
+        rows = whole + tl.arange(0, ROWS)
+        own = (rows < stop)[:, None]
+        tile_x = x.load([whole, column])
+        tile_x = tl.where(own, tile_x, tl.zeros_like(tile_x))
+        kept_x = _dropped(tile_x, bits, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
+        ds_tile = ds.load([whole, rank_first])
+        sum_0 = tl.dot(tl.where(own, ds_tile, tl.zeros_like(ds_tile)).T, kept_x, sum_0, input_precision=PRECISION)
+        if LINEARS > 1:
+            kept_x = _dropped(tile_x, bits + plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
+            ds_tile = ds.load([tokens + whole, rank_first])
+            sum_1 = tl.dot(tl.where(own, ds_tile, tl.zeros_like(ds_tile)).T, kept_x, sum_1, input_precision=PRECISION)
+        if LINEARS > 2:
+            kept_x = _dropped(tile_x, bits + 2 * plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
+            ds_tile = ds.load([2 * tokens + whole, rank_first])
+            sum_2 = tl.dot(tl.where(own, ds_tile, tl.zeros_like(ds_tile)).T, kept_x, sum_2, input_precision=PRECISION)
+    part_size = tl.cast(s_width, tl.int64) * columns
+    place = da_parts + tile * part_size + ranks.to(tl.int64)[:, None] * columns + cols[None, :]
+    wanted = (ranks < s_width)[:, None] & (cols < columns)[None, :]
+    tl.store(place, sum_0, mask=wanted)
+    if LINEARS > 1:
+        tl.store(place + tiles * part_size, sum_1, mask=wanted)
+    if LINEARS > 2:
+        tl.store(place + 2 * tiles * part_size, sum_2, mask=wanted)
+
+
+@triton.jit
+def finish_input_kernel(
+    da_parts,
+    da,
+    rank_offsets,
+    offsets,
+    adapters,
+    tokens,
+    columns,
+    s_width,
+    segments,
+    adapter_count,
+    tiles,
+    CHUNK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """da [R, columns] from `input_pass_kernel`'s partial sums. Grid (column tiles, rank tiles, P times adapters)."""
+    wait_for_the_kernel_before(OVERLAP)
+    linear = tl.program_id(2) // adapter_count
+    adapter = tl.program_id(2) % adapter_count
+    row_of_a, rank = _rank_range(rank_offsets + linear * (adapter_count + 1), adapter)
+    if tl.program_id(1) * RANKS >= rank:
+        return
+    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    ranks = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
+    inside = (ranks < rank)[:, None] & (cols < columns)[None, :]
+    part_size = tl.cast(s_width, tl.int64) * columns
+    place = ranks.to(tl.int64)[:, None] * columns + cols[None, :]
+    total = _sum_of_tiles(
+        da_parts + linear * tiles * part_size, place, inside, part_size, adapter, offsets, adapters, tokens, segments,
+        CHUNK, SEGMENTS, RANKS, COLUMNS,
+    )  # fmt: skip
+    target = da + (row_of_a + ranks).to(tl.int64)[:, None] * columns + cols[None, :]
+    tl.store(target, total.to(da.dtype.element_ty), mask=inside)

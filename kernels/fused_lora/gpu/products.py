@@ -1,0 +1,232 @@
+"""The LoRA term of y and of dx: written alone, for a library's GEMM to add to, or inside a GEMM of our own.
+
+A GEMM of ours wins where its library's is no faster than it: the LoRA term then costs one more step of at most RANKS
+along the inner dimension, where `expand_kernel` writes the whole output once and the library reads it back.
+"""
+
+import triton
+import triton.language as tl
+
+from fused_lora.gpu.masks import kept, loaded_words
+from fused_lora.gpu.segments import segments_meeting, wait_for_the_kernel_before
+
+
+@triton.jit
+def _segment(rank_offsets, offsets, adapters, segment):
+    """A segment's first row and end, its adapter's first row of a and rank on one linear, and the linear's first row of
+    a. The rank is 0 where the segment has no adapter."""
+    adapter = tl.load(adapters + segment)
+    known = adapter >= 0
+    row_of_a = tl.load(rank_offsets + adapter, mask=known, other=0)
+    rank = tl.load(rank_offsets + adapter + 1, mask=known, other=0) - row_of_a
+    return tl.load(offsets + segment), tl.load(offsets + segment + 1), row_of_a, rank, tl.load(rank_offsets)
+
+
+@triton.jit
+def _first_segments(rank_offsets, offsets, adapters, adapter_count, LINEARS: tl.constexpr):
+    """`_segment` of the first segment on each of three linears."""
+    first = _segment(rank_offsets, offsets, adapters, 0)
+    second, third = first, first
+    if LINEARS > 1:
+        second = _segment(rank_offsets + adapter_count + 1, offsets, adapters, 0)
+    if LINEARS > 2:
+        third = _segment(rank_offsets + 2 * (adapter_count + 1), offsets, adapters, 0)
+    return first, second, third
+
+
+@triton.jit
+def _add_lora_term(
+    total, s, factor, only, rank_offsets, offsets, adapters, rows, row_stop, cols, columns, s_width, first, last,
+    INPUT: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """total [rows, cols] + s b^T, or + ds a where INPUT, of the segments [first, last).
+
+    factor: one linear's b, or all of a. rank_offsets, s: of the linear. only: `_segment` of the first, which a
+    persistent kernel finds out once: for each tile anew it would wait for four loads that depend on each other.
+    """
+    ranks = tl.arange(0, RANKS)
+    for segment in range(first, last):
+        if SEGMENTS == 1:
+            start, stop, row_of_a, rank, first_of_a = only
+        else:
+            start, stop, row_of_a, rank, first_of_a = _segment(rank_offsets, offsets, adapters, segment)
+        own = (rows >= start) & (rows < stop) & (rows < row_stop)
+        s_rows = s + rows.to(tl.int64)[:, None] * s_width
+        for rank_first in range(0, rank, RANKS):
+            r = rank_first + ranks
+            s_tile = tl.load(s_rows + r[None, :], mask=own[:, None] & (r < rank)[None, :], other=0.0)
+            if INPUT:
+                place = (row_of_a + r).to(tl.int64)[:, None] * columns + cols[None, :]
+            else:
+                block = (row_of_a - first_of_a).to(tl.int64) * columns
+                place = block + cols[None, :] * rank + r[:, None]
+            f_tile = tl.load(factor + place, mask=(r < rank)[:, None] & (cols < columns)[None, :], other=0.0)
+            total = tl.dot(s_tile, f_tile.to(s_tile.dtype), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _masked_lora_terms(
+    s, factor, bits, only, rank_offsets, offsets, adapters, rows, column, tokens, columns, s_width, words,
+    first, last, adapter_count,
+    LINEARS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The sum over the linears of m(ds a), float32 [ROWS, COLUMNS]."""
+    cols = column + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for linear in tl.static_range(LINEARS):
+        term = tl.zeros((ROWS, COLUMNS), tl.float32)
+        term = _add_lora_term(
+            term, s + linear * tl.cast(tokens, tl.int64) * s_width, factor, only[linear],
+            rank_offsets + linear * (adapter_count + 1), offsets, adapters, rows, tokens, cols, columns, s_width,
+            first, last, True, PRECISION, SEGMENTS, RANKS,
+        )  # fmt: skip
+        if MASKED:
+            plane = bits + linear * tl.cast(tokens, tl.int64) * words
+            word = loaded_words(plane, rows, column, words, tokens, COLUMNS)
+            term = tl.where(kept(word, ROWS, COLUMNS), term, 0.0)
+        total += term
+    return total
+
+
+@triton.jit
+def expand_output_kernel(
+    y, s, b, bias, rank_offsets, offsets, adapters, tokens, columns, s_width, segments,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """y = s b^T + bias of one linear: what a library's GEMM adds x w^T to. Grid (row tiles, column tiles)."""
+    wait_for_the_kernel_before(OVERLAP)
+    row = tl.program_id(0) * ROWS
+    rows, cols = row + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    first, last = segments_meeting(offsets, row, row + ROWS, tokens, segments, SEGMENTS)
+    only = _segment(rank_offsets, offsets, adapters, 0)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total = _add_lora_term(
+        total, s, b, only, rank_offsets, offsets, adapters, rows, tokens, cols, columns, s_width, first, last,
+        False, PRECISION, SEGMENTS, RANKS,
+    )  # fmt: skip
+    if HAS_BIAS:
+        total += tl.load(bias + cols, mask=cols < columns, other=0.0).to(tl.float32)[None, :]
+    place = y + rows.to(tl.int64)[:, None] * columns + cols[None, :]
+    tl.store(place, total.to(y.dtype.element_ty), mask=(rows < tokens)[:, None] & (cols < columns)[None, :])
+
+
+@triton.jit
+def expand_input_kernel(
+    dx, ds, a, bits, rank_offsets, offsets, adapters, tokens, columns, s_width, words, segments, adapter_count,
+    LINEARS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr,
+    RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """dx = the sum of m(ds a): what a library's GEMMs add dy w to. Grid (row tiles, column tiles)."""
+    wait_for_the_kernel_before(OVERLAP)
+    row, column = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
+    rows, cols = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    first, last = segments_meeting(offsets, row, row + ROWS, tokens, segments, SEGMENTS)
+    only = _first_segments(rank_offsets, offsets, adapters, adapter_count, LINEARS)
+    total = _masked_lora_terms(
+        ds, a, bits, only, rank_offsets, offsets, adapters, rows, column, tokens, columns, s_width, words,
+        first, last, adapter_count, LINEARS, MASKED, PRECISION, SEGMENTS, RANKS, ROWS, COLUMNS,
+    )  # fmt: skip
+    place = dx + rows.to(tl.int64)[:, None] * columns + cols[None, :]
+    tl.store(place, total.to(dx.dtype.element_ty), mask=(rows < tokens)[:, None] & (cols < columns)[None, :])
+
+
+@triton.jit
+def _tile_place(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row and column of a tile: GROUP row tiles go through the columns together, so that they share what is in L2."""
+    per_group = GROUP * column_tiles
+    first = tile // per_group * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    return first + tile % per_group % height, tile % per_group // height
+
+
+@triton.jit
+def _store(target, total, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """Store a tile in PARTS slices of columns: the smaller the slices, the more shared memory is left to the loop."""
+    if PARTS == 1:
+        target.store([row, column], total.to(target.dtype))
+    else:
+        halves = tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        if PARTS == 2:
+            target.store([row, column], left.to(target.dtype))
+            target.store([row, column + COLUMNS // 2], right.to(target.dtype))
+        else:
+            left_0, left_1 = tl.split(tl.permute(tl.reshape(left, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
+            target.store([row, column], left_0.to(target.dtype))
+            target.store([row, column + COLUMNS // 4], left_1.to(target.dtype))
+            right_0, right_1 = tl.split(tl.permute(tl.reshape(right, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
+            target.store([row, column + COLUMNS // 2], right_0.to(target.dtype))
+            target.store([row, column + 3 * COLUMNS // 4], right_1.to(target.dtype))
+
+
+@triton.jit
+def output_gemm_kernel(
+    x, w, y, s, b, bias, rank_offsets, offsets, adapters, tokens, columns, inner, s_width, segments,
+    HAS_BIAS: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    PROGRAMS: tl.constexpr, SPECIALIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """y = x w^T + s b^T + bias of one linear. x, w, y: tensor descriptors. Grid (PROGRAMS): each takes every
+    PROGRAMS-th tile. The LoRA term comes last, so that the first products need not wait for s."""
+    wait_for_the_kernel_before(OVERLAP)
+    row_tiles, column_tiles = tl.cdiv(tokens, ROWS), tl.cdiv(columns, COLUMNS)
+    only = _segment(rank_offsets, offsets, adapters, 0)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, warp_specialize=SPECIALIZE):
+        row_tile, column_tile = _tile_place(tile, row_tiles, column_tiles, GROUP)
+        row, column = row_tile * ROWS, column_tile * COLUMNS
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for step in range(0, tl.cdiv(inner, DEPTH)):
+            x_tile = x.load([row, step * DEPTH])
+            w_tile = w.load([column, step * DEPTH])
+            total = tl.dot(x_tile, w_tile.T, total)
+        rows, cols = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        first, last = segments_meeting(offsets, row, row + ROWS, tokens, segments, SEGMENTS)
+        total = _add_lora_term(
+            total, s, b, only, rank_offsets, offsets, adapters, rows, tokens, cols, columns, s_width, first, last,
+            False, "tf32", SEGMENTS, RANKS,
+        )  # fmt: skip
+        if HAS_BIAS:
+            total += tl.load(bias + cols, mask=cols < columns, other=0.0).to(tl.float32)[None, :]
+        _store(y, total, row, column, ROWS, COLUMNS, PARTS)
+
+
+@triton.jit
+def input_gemm_kernel(
+    dy_0, w_0, dy_1, w_1, dy_2, w_2, dx, ds, a, bits, rank_offsets, offsets, adapters,
+    tokens, columns, inner_0, inner_1, inner_2, s_width, words, segments, adapter_count,
+    LINEARS: tl.constexpr, MASKED: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    PROGRAMS: tl.constexpr, SPECIALIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """dx = the sum over up to three linears of dy w + m(ds a). dy, w, dx: tensor descriptors. Grid (PROGRAMS).
+
+    The LoRA terms come first: a mask can be applied to them only before anything else is added.
+    """
+    wait_for_the_kernel_before(OVERLAP)
+    row_tiles, column_tiles = tl.cdiv(tokens, ROWS), tl.cdiv(columns, COLUMNS)
+    only = _first_segments(rank_offsets, offsets, adapters, adapter_count, LINEARS)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, warp_specialize=SPECIALIZE):
+        row_tile, column_tile = _tile_place(tile, row_tiles, column_tiles, GROUP)
+        row, column = row_tile * ROWS, column_tile * COLUMNS
+        rows = row + tl.arange(0, ROWS)
+        first, last = segments_meeting(offsets, row, row + ROWS, tokens, segments, SEGMENTS)
+        total = _masked_lora_terms(
+            ds, a, bits, only, rank_offsets, offsets, adapters, rows, column, tokens, columns, s_width, words,
+            first, last, adapter_count, LINEARS, MASKED, "tf32", SEGMENTS, RANKS, ROWS, COLUMNS,
+        )  # fmt: skip
+        for step in range(0, tl.cdiv(inner_0, DEPTH)):
+            total = tl.dot(dy_0.load([row, step * DEPTH]), w_0.load([step * DEPTH, column]), total)
+        if LINEARS > 1:
+            for step in range(0, tl.cdiv(inner_1, DEPTH)):
+                total = tl.dot(dy_1.load([row, step * DEPTH]), w_1.load([step * DEPTH, column]), total)
+        if LINEARS > 2:
+            for step in range(0, tl.cdiv(inner_2, DEPTH)):
+                total = tl.dot(dy_2.load([row, step * DEPTH]), w_2.load([step * DEPTH, column]), total)
+        _store(dx, total, row, column, ROWS, COLUMNS, PARTS)

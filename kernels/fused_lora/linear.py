@@ -1,0 +1,176 @@
+"""The LoRA linear as a function: `lora_linear`, and `lora_linears` for linears that share their input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+
+from fused_lora import ops
+from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    adapters: Sequence[LoRAAdapter],
+    segments: Sequence[LoRASegment],
+    positions: torch.Tensor,
+    training: bool = True,
+) -> torch.Tensor:
+    """y [..., N] = x w^T + bias + c_i dropout_i(x) a_i^T b_i^T, with gradients for x and the adapters.
+
+    x [..., K], M tokens; weight [N, K] and bias [N] or None are frozen; segments in order and apart, over the tokens
+    of x: those in none of them get the base linear alone; positions int64 [M], each token's place in its adapter's own
+    stream. An adapter without tokens gets no gradient. Differentiable once.
+
+    Convenient, but it copies what it is told to the device at each call; `lora_linears` does not.
+    Raises ValueError naming the argument, what was found and what was expected.
+    """
+    _check_x(x)
+    _expect("weight", weight, 2, "[N, K]")
+    tokens = x.numel() // x.shape[-1]
+    end = 0
+    for index, one in enumerate(segments):
+        if not 0 <= one.adapter < len(adapters):
+            raise ValueError(f"segments[{index}]: expected an adapter in [0, {len(adapters)}), found {one.adapter}")
+        if not end <= one.start <= one.stop <= tokens:
+            span = f"[{one.start}, {one.stop})"
+            raise ValueError(f"segments[{index}]: expected a span within [{end}, {tokens}), in order, found {span}")
+        end = one.stop
+    used = sorted({one.adapter for one in segments if one.start < one.stop})
+    AdapterTable.of([adapters], torch.device("cpu"))  # those without tokens are checked too
+    for index, adapter in enumerate(adapters):
+        _check_adapter(f"adapters[{index}]", adapter, x, weight)
+    present = [LoRASegment(one.start, one.stop, used.index(one.adapter)) for one in segments if one.start < one.stop]
+    batch = LoRABatch.of(present, positions)
+    return lora_linears(x, [weight], [bias], [[adapters[index] for index in used]], batch, training)[0]
+
+
+def lora_linears(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    adapters: Sequence[Sequence[LoRAAdapter | None]],
+    batch: LoRABatch,
+    training: bool = True,
+    table: AdapterTable | None = None,
+    keep_bits: bool = True,
+) -> list[torch.Tensor]:
+    """y of P linears that share their input, such as q, k and v: x is read once, and their gradients to it are added
+    where they arise. Each linear draws masks of its own.
+
+    x [..., K], M tokens; weights P times [N_p, K] and biases P times [N_p] or None, frozen; adapters [P][G], None where
+    one has no factors on a linear. table: of the same adapters, where the caller has it from an earlier call: making
+    one copies to the device. keep_bits: keep the dropout masks for the backward pass, one bit an element, or
+    draw them again there. Factors may have another floating dtype than x: products are computed in x's, gradients come
+    in the factors'. Every adapter gets a gradient, zero without tokens. Differentiable once; no call waits for the
+    device. Raises ValueError naming the argument, what was found and what was expected.
+    """
+    _check(x, weights, biases, adapters, batch)
+    table = table or AdapterTable.of(adapters, x.device)
+    expected = tuple(tuple(0 if one is None else one.rank for one in row) for row in adapters)
+    if table.ranks != expected:
+        raise ValueError(f"table: expected one of ranks {expected}, found {table.ranks}")
+    if table.max_rank == 0 or not batch.adapters.numel():
+        return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    present = [adapter for adapter in chain.from_iterable(adapters) if adapter is not None]
+    masked = training and table.dropout > 0
+    scales = table.factors if training else table.scalings
+    # The operator's dtypes are those of its arguments: autocast would change them inside it.
+    with torch.autocast(x.device.type, enabled=False):
+        ys, _, _ = ops.linear(
+            x.reshape(-1, x.shape[-1]),
+            list(weights),
+            [x.new_empty(0) if bias is None else bias for bias in biases],
+            _stacked([adapter.a for adapter in present]),
+            _stacked([adapter.b.reshape(-1) for adapter in present]),
+            scales,
+            table.thresholds,
+            table.keys,
+            table.rank_offsets,
+            batch.offsets,
+            batch.adapters,
+            batch.positions,
+            table.total_ranks,
+            table.max_rank,
+            masked,
+            keep_bits,
+        )
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def _stacked(factors: list[torch.Tensor]) -> torch.Tensor:
+    """One tensor for the kernels; autograd gives each factor its part of the gradient."""
+    return factors[0].contiguous() if len(factors) == 1 else torch.cat(factors)
+
+
+def _check(x, weights, biases, adapters, batch) -> None:
+    """Raise ValueError, one line, for arguments that do not fit each other."""
+    _check_x(x)
+    if not len(weights) == len(biases) == len(adapters) or not weights:
+        counts = f"{len(weights)}, {len(biases)} and {len(adapters)}"
+        raise ValueError(f"weights, biases, adapters: expected one entry for each linear, found {counts}")
+    if len({len(row) for row in adapters}) > 1:
+        raise ValueError(f"adapters: expected as many for each linear, found {[len(row) for row in adapters]}")
+    several = len(weights) > 1
+    for index, (weight, bias, row) in enumerate(zip(weights, biases, adapters, strict=True)):
+        name = f"weights[{index}]" if several else "weight"
+        _expect(name, weight, 2, "[N, K]")
+        _expect_like(name, weight, x, (weight.shape[0], x.shape[-1]))
+        if weight.stride() != (weight.shape[1], 1):
+            raise ValueError(f"{name}: expected contiguous rows, found strides {list(weight.stride())}")
+        if bias is not None:
+            _expect_like(f"biases[{index}]" if several else "bias", bias, x, (weight.shape[0],))
+        for frozen in (weight, bias):
+            if frozen is not None and frozen.requires_grad:
+                raise ValueError(f"{name} and its bias: expected frozen ones, found one that requires a gradient")
+        for place, adapter in enumerate(row):
+            if adapter is not None:
+                _check_adapter(f"adapters[{index}][{place}]" if several else f"adapters[{place}]", adapter, x, weight)
+    _check_batch(x, batch)
+
+
+def _check_x(x) -> None:
+    if x.dim() < 1 or not x.is_floating_point() or x.shape[-1] < 1:
+        raise ValueError(f"x: expected floating point [..., K], found {x.dtype} {list(x.shape)}")
+    if x.device.type == "cuda" and x.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"x: expected bfloat16, float16 or float32 on a GPU, found {x.dtype}")
+
+
+def _check_batch(x, batch) -> None:
+    tokens = x.numel() // x.shape[-1]
+    segments = batch.adapters.shape[0]
+    for name, tensor, dtype, shapes in (
+        ("positions", batch.positions, torch.int64, ((tokens,), (1,))),
+        ("offsets", batch.offsets, torch.int32, ((segments + 1,),)),
+        ("adapters of the batch", batch.adapters, torch.int32, ((segments,),)),
+    ):
+        if tensor.dtype != dtype or tuple(tensor.shape) not in shapes or tensor.device != x.device:
+            found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name}: expected {dtype} {list(shapes[0])} on {x.device}, found {found}")
+
+
+def _check_adapter(name: str, adapter: LoRAAdapter, x: torch.Tensor, weight: torch.Tensor) -> None:
+    _expect(f"{name}.a", adapter.a, 2, "[r, K]")
+    _expect(f"{name}.b", adapter.b, 2, "[N, r]")
+    _expect_like(f"{name}.a", adapter.a, x, (adapter.rank, x.shape[-1]), dtype=False)
+    _expect_like(f"{name}.b", adapter.b, x, (weight.shape[0], adapter.rank), dtype=False)
+
+
+def _expect(name: str, tensor: torch.Tensor, dimensions: int, form: str) -> None:
+    if tensor.dim() != dimensions or not tensor.is_floating_point():
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        raise ValueError(f"{name}: expected floating point {form}, found {found}")
+
+
+def _expect_like(name, tensor, x, shape, dtype=True) -> None:
+    if tensor.shape != shape or tensor.device != x.device or (dtype and tensor.dtype != x.dtype):
+        wanted = f"{x.dtype if dtype else 'floating point'} {list(shape)} on {x.device}"
+        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name}: expected {wanted}, found {found}")

@@ -1,0 +1,113 @@
+"""LoRA linears as modules, and linears that share their input.
+
+`LoRALinear` is for models without PEFT; `fused_lora.patch` is for models with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch
+from fused_lora.linear import lora_linears
+from fused_lora.philox import mask_key
+
+# Names of linears of one module that are called with the same input, in transformers' Llama, Qwen2 and most others.
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """An adapter's hyper-parameters: the scaling is alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
+    seed: int = 0
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear with one or several adapters: y = x w^T + bias + c_i dropout_i(x) a_i^T b_i^T.
+
+    base: its weight and bias are frozen. settings: of each adapter. name: tells the masks of a model's linears apart.
+    The factors `lora_a[i]` [r, K] and `lora_b[i]` [N, r] begin as PEFT's do, a Kaiming-uniform and b zero, each a
+    function of its seed and the name, in the base's dtype.
+    """
+
+    def __init__(self, base: nn.Linear, settings: Sequence[LoRASettings], name: str = "linear") -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.settings = tuple(settings)
+        self.keys = [mask_key(one.seed, 0, name) for one in self.settings]
+        rows, columns = base.weight.shape
+        self.lora_a, self.lora_b = nn.ParameterList(), nn.ParameterList()
+        for one, key in zip(self.settings, self.keys, strict=True):
+            a = torch.empty(one.rank, columns)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=torch.Generator().manual_seed(key >> 1))
+            self.lora_a.append(nn.Parameter(a.to(base.weight)))
+            self.lora_b.append(nn.Parameter(base.weight.new_zeros(rows, one.rank)))
+        self._tables: dict[torch.device, AdapterTable] = {}
+
+    def forward(self, x: Tensor, batch: LoRABatch | None = None) -> Tensor:
+        """y [..., N] of x [..., K]. batch: whose tokens they are; without it all are the first adapter's, with new
+        masks at each call, drawn from torch's random numbers (`whole_batch`)."""
+        adapters = [
+            LoRAAdapter(a, b, one.scaling, one.dropout, key)
+            for a, b, one, key in zip(self.lora_a, self.lora_b, self.settings, self.keys, strict=True)
+        ]
+        if x.device not in self._tables:
+            self._tables[x.device] = AdapterTable.of([adapters], x.device)
+        batch = batch or whole_batch(x)
+        table = self._tables[x.device]
+        return lora_linears(x, [self.base.weight], [self.base.bias], [adapters], batch, self.training, table)[0]
+
+
+def whole_batch(x: Tensor) -> LoRABatch:
+    """All tokens of x [..., K] for adapter 0, at positions that follow a random one.
+
+    It comes from the device's random numbers, so that masks are new at each call and at each replay of a CUDA graph,
+    obey torch.manual_seed, and are the same when activation checkpointing computes a layer again.
+    """
+    offsets, adapters = _whole(x.numel() // x.shape[-1], x.device)
+    return LoRABatch(offsets, adapters, torch.randint(1 << 62, (1,), device=x.device))
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what was made in an evaluation serves training, too
+def _whole(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    batch = LoRABatch.single(tokens, torch.zeros(1, dtype=torch.int64, device=device))
+    return batch.offsets, batch.adapters
+
+
+class SharedInput:
+    """Linears that are called one after another with the same input, computed together when the first is called.
+
+    compute: from x to the outputs of all of them. What a sibling's call has not fetched is kept until then, or until a
+    call with another input.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], list[Tensor]]) -> None:
+        self._compute = compute
+        self._input: tuple[Tensor, bool] | None = None
+        self._outputs: list[Tensor | None] = []
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """The output of linear `index` for x."""
+        fresh = self._input is None or self._input[0] is not x or self._input[1] != torch.is_grad_enabled()
+        if fresh or self._outputs[index] is None:
+            self._outputs = list(self._compute(x))
+            self._input = (x, torch.is_grad_enabled())
+        y, self._outputs[index] = self._outputs[index], None
+        if all(output is None for output in self._outputs):
+            self._input, self._outputs = None, []
+        return y

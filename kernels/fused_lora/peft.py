@@ -1,0 +1,178 @@
+"""Put the kernels under a PEFT model, and take them away again: `patch(model)`, `unpatch(model)`.
+
+Parameters, checkpoints and everything else of the model stay PEFT's: only the forward of its LoRA linears is replaced.
+What the kernels do not do, they leave to PEFT's own forward, at each call: eval mode, merged or disabled adapters,
+several active ones, `adapter_names`, variants such as DoRA, biases of adapters. Products are computed in the dtype of
+the input (under autocast, autocast's), also where the adapters are float32, PEFT's default.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.adapters import AdapterTable, LoRAAdapter
+from fused_lora.linear import lora_linears
+from fused_lora.modules import SHARED_INPUTS, SharedInput, whole_batch
+from fused_lora.philox import mask_key
+
+STATE = "_fused_lora"
+
+
+@dataclass(frozen=True)
+class PatchSummary:
+    """What `patch` did: names of the linears it patched, of those computed together, and why others were not."""
+
+    patched: list[str] = field(default_factory=list)
+    groups: list[list[str]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"fused_lora: {len(self.patched)} LoRA linears patched, {sum(map(len, self.groups))} of them in "
+        text += f"{len(self.groups)} groups that share their input; {len(self.skipped)} left to PEFT"
+        reasons = Counter(self.skipped.values())
+        return "\n".join([text, *(f"  {count} x {reason}" for reason, count in reasons.most_common())])
+
+
+class _Group:
+    """Patched linears that are computed together: one, or those that share their input."""
+
+    def __init__(self, layers: list[Any], keys: list[int]) -> None:
+        self.layers = layers
+        self.keys = keys
+        self.shared = SharedInput(self.compute)
+        self._tables: dict[tuple, AdapterTable] = {}
+
+    def compute(self, x: Tensor) -> list[Tensor]:
+        """The outputs of all linears of the group."""
+        adapters = [[_adapter(layer, key)] for layer, key in zip(self.layers, self.keys, strict=True)]
+        weights = [layer.get_base_layer().weight for layer in self.layers]
+        biases = [layer.get_base_layer().bias for layer in self.layers]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+            biases = [bias if bias is None else bias.to(dtype) for bias in biases]
+        # Not the name of the adapter alone: its scaling and dropout may be changed at any time.
+        setting = (x.device, *((one.rank, one.scaling, one.dropout) for [one] in adapters))
+        if setting not in self._tables:
+            self._tables[setting] = AdapterTable.of(adapters, x.device)
+        return lora_linears(x, weights, biases, adapters, whole_batch(x), table=self._tables[setting])
+
+
+@dataclass
+class _State:
+    """What a patched linear keeps: its group and its place there, itself as a group of one, which the siblings may make
+    necessary, and the forward to go back to."""
+
+    group: _Group
+    index: int
+    single: _Group
+    original: Any
+
+
+def patch(model: nn.Module, group: bool = True) -> PatchSummary:
+    """Let the kernels compute the LoRA linears of a PEFT model. What is patched already stays as it is.
+
+    group: compute q/k/v and gate/up of one module together, which must call them one after another with one input.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    summary = PatchSummary()
+    for parent_name, parent in model.named_modules():
+        fitting = {}
+        for name, layer in parent.named_children():
+            if isinstance(layer, LoraLayer) and STATE not in layer.__dict__:
+                full_name = f"{parent_name}.{name}" if parent_name else name
+                reason = _unsupported(layer)
+                if reason:
+                    summary.skipped[full_name] = reason
+                else:
+                    fitting[name] = (full_name, layer)
+        for names in _grouped(list(fitting), group):
+            members = [fitting[name] for name in names]
+            _install(_Group([layer for _, layer in members], [mask_key(0, 0, full_name) for full_name, _ in members]))
+            summary.patched.extend(full_name for full_name, _ in members)
+            if len(members) > 1:
+                summary.groups.append([full_name for full_name, _ in members])
+    return summary
+
+
+def unpatch(model: nn.Module) -> int:
+    """Give all patched linears PEFT's forward back; returns how many there were."""
+    count = 0
+    for layer in model.modules():
+        state = layer.__dict__.pop(STATE, None)
+        if state is not None:
+            count += 1
+            if state.original is None:
+                del layer.forward
+            else:
+                layer.forward = state.original
+    return count
+
+
+def _grouped(names: list[str], group: bool) -> list[list[str]]:
+    """Names of siblings that are computed together; the others alone."""
+    groups = [[name for name in shared if name in names] for shared in SHARED_INPUTS] if group else []
+    together = [names for names in groups if len(names) > 1]
+    alone = [name for name in names if not any(name in one for one in together)]
+    return [*together, *([name] for name in alone)]
+
+
+def _install(group: _Group) -> None:
+    for index, layer in enumerate(group.layers):
+        # A method, not a closure, so that a copy of the model calls the copy.
+        single = _Group([layer], [group.keys[index]])
+        setattr(layer, STATE, _State(group, index, single, layer.__dict__.get("forward")))
+        layer.forward = types.MethodType(_forward, layer)
+
+
+def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    state = self.__dict__[STATE]
+    members = state.group.layers
+    if args or kwargs or not _computable(self, x):
+        original = state.original or types.MethodType(type(self).forward, self)
+        return original(x, *args, **kwargs)
+    if len(members) > 1 and all(_computable(member, x) for member in members):
+        return state.group.shared.output(state.index, x)
+    return state.single.compute(x)[0]
+
+
+def _unsupported(layer: Any) -> str | None:
+    """Why a LoRA layer can never be computed by the kernels, or None."""
+    from peft.tuners.lora import Linear
+
+    base = layer.get_base_layer()
+    if type(layer) is not Linear:
+        return f"{type(layer).__module__}.{type(layer).__name__} is no plain LoRA linear"
+    if type(base) is not nn.Linear:
+        return f"its base is {type(base).__module__}.{type(base).__name__}, not torch.nn.Linear"
+    if layer.lora_variant and all(name in layer.lora_variant for name in layer.lora_A):
+        return f"its adapters are of a variant: {type(next(iter(layer.lora_variant.values()))).__name__}"
+    return None
+
+
+def _computable(layer: Any, x: Tensor) -> bool:
+    """Do the kernels compute this call as PEFT would?"""
+    if not layer.training or layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1:
+        return False
+    [name] = layer.active_adapters
+    if name not in layer.lora_A or name in layer.lora_variant or layer.lora_B[name].bias is not None:
+        return False
+    base = layer.get_base_layer()
+    frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
+    dtype = base.weight.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+    plain = x.is_floating_point() and base.weight.dtype == dtype and layer.lora_A[name].weight.shape[0] <= 256
+    return frozen and plain and base.weight.is_contiguous() and x.numel() > 0
+
+
+def _adapter(layer: Any, key: int) -> LoRAAdapter:
+    [name] = layer.active_adapters
+    dropout = layer.lora_dropout[name]
+    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return LoRAAdapter(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], p, key)

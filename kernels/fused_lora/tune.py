@@ -1,0 +1,277 @@
+"""Measure the launch choices of every kernel on this GPU: `python -m fused_lora.tune`.
+
+Writes `fused_lora/tuned/<gpu>.json`, which `gpu.choices` reads: for each kernel and shape the fastest of the candidates
+below, with its time, the library GEMM's among the GEMMs, and where it was measured. A candidate that does not compile
+or run is counted and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+
+from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment
+from fused_lora.gpu import choices, launch
+from fused_lora.gpu.choices import Shape, own_gemm
+
+Choice = dict[str, Any]
+# Sizes of the linears that adapters are trained on, (in, out): Llama-3.1-8B, Qwen2.5-32B, Llama-3.1-70B.
+LINEARS = (
+    (4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096),
+    (5120, 5120), (5120, 1024), (5120, 27648), (27648, 5120),
+    (8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192),
+)  # fmt: skip
+# Those that share their input: q, k and v; gate and up.
+SHARED = ((4096, (4096, 1024, 1024)), (5120, (5120, 1024, 1024)), (8192, (8192, 1024, 1024)),
+          (4096, (14336, 14336)), (5120, (27648, 27648)), (8192, (28672, 28672)))  # fmt: skip
+
+
+def _grid(**values: tuple) -> list[Choice]:
+    return [dict(zip(values, picked, strict=True)) for picked in itertools.product(*values.values())]
+
+
+CANDIDATES: dict[str, list[Choice]] = {
+    "masks": _grid(rows=(4, 8, 16, 32), columns=(32, 64, 128), warps=(4, 8)),
+    "project": [
+        *_grid(rows=(32, 64), columns=(64, 128), splits=(1, 2, 4, 8), warps=(4,), stages=(3, 4)),
+        *_grid(rows=(16, 32, 64), columns=(256,), splits=(1, 2, 4), warps=(4,), stages=(2, 3)),
+        *_grid(rows=(64, 128), columns=(128,), splits=(2, 4, 8), warps=(8,), stages=(3,)),
+    ],
+    "output_pass": [
+        *_grid(chunk=(256, 512, 1024), rows=(32, 64), columns=(128, 256), warps=(4, 8), stages=(2, 3)),
+        *_grid(chunk=(256, 512), rows=(64, 128), columns=(128, 512), warps=(8,), stages=(2,)),
+    ],
+    "input_pass": [
+        *_grid(chunk=(128, 256, 512, 1024), rows=(32, 64), columns=(64, 128, 256), warps=(4,), stages=(2, 3)),
+        *_grid(chunk=(256, 512, 1024), rows=(64,), columns=(128, 256), warps=(8,), stages=(3, 4)),
+    ],
+    "expand_output": _grid(rows=(32, 64, 128), columns=(64, 128, 256), warps=(4, 8)),
+    "expand_input": _grid(rows=(32, 64, 128), columns=(64, 128, 256), warps=(4, 8)),
+}
+GEMMS = [
+    {"gemm": choices.LIBRARY},
+    own_gemm(),
+    own_gemm(group=4),
+    own_gemm(group=16),
+    own_gemm(parts=2),
+    own_gemm(parts=2, stages=4),
+    own_gemm(parts=4, stages=4, group=16),
+    own_gemm(specialize=True),
+    own_gemm(specialize=True, parts=2),
+    own_gemm(specialize=True, parts=2, stages=4),
+    own_gemm(specialize=True, parts=2, stages=4, group=16),
+    own_gemm(rows=256, columns=128, stages=3),
+    own_gemm(columns=128, stages=4),
+    own_gemm(columns=128, stages=4, specialize=True),
+]
+CANDIDATES |= {"output": GEMMS, "input": GEMMS}
+ORDER = ("masks", "project", "output_pass", "input_pass", "expand_output", "expand_input", "output", "input")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="fused_lora.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="file to write; the default is where the kernels look for it")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--kernels", nargs="+", choices=ORDER, default=ORDER)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: tuning needs a GPU, and torch finds none")
+    target = launch.target_of(torch.device("cuda", torch.cuda.current_device()))
+    out = arguments.out or choices.TUNED / f"{target.slug}.json"
+    tasks = [task for kernel in ORDER if kernel in arguments.kernels for task in shapes(kernel, arguments)]
+    compile_all(tasks, arguments.jobs)
+    entries = _kept(out, arguments.kernels)
+    for kernel, shape, widths in tasks:
+        entries.append(tuned(kernel, shape, widths, entries))
+        print(_line(entries[-1]), flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(_text(entries, target))
+    print(f"{out}: {len(entries)} entries")
+
+
+def shapes(kernel: str, arguments: argparse.Namespace) -> Iterator[tuple[str, Shape, tuple[int, ...]]]:
+    """Kernel, shape and the linears' output widths of everything that is tuned."""
+    single = [(inputs, (outputs,)) for inputs, outputs in LINEARS]
+    linears = [*single, *SHARED] if kernel in ("project", "input_pass", "expand_input", "input") else single
+    seen: set[Shape] = set()
+    for tokens, (inputs, widths) in itertools.product(arguments.tokens, linears):
+        shape = Shape(tokens, *_sizes(kernel, inputs, widths), len(widths), launch.rank_width(arguments.rank))
+        if shape not in seen:  # a pass does not see the linear's other side
+            seen.add(shape)
+            yield kernel, shape, widths
+
+
+def _sizes(kernel: str, inputs: int, widths: tuple[int, ...]) -> tuple[int, int]:
+    """What a kernel's choice calls columns and inner dimension."""
+    if kernel in ("masks", "project", "input_pass", "expand_input"):
+        return inputs, 0
+    if kernel in ("output_pass", "expand_output"):
+        return widths[0], 0
+    return (widths[0], inputs) if kernel == "output" else (inputs, sum(widths))
+
+
+def runner(kernel: str, shape: Shape, widths: tuple[int, ...]) -> Callable[[], None]:
+    """A function that runs one kernel, or what takes its place, on random data of a shape."""
+    device = torch.device("cuda")
+    inputs = shape.inner if kernel == "output" else shape.columns
+    if kernel in ("output_pass", "expand_output"):
+        inputs = 64  # of no matter
+    x = torch.randn(shape.tokens, inputs, device=device, dtype=torch.bfloat16)
+    weights = [torch.randn(width, inputs, device=device, dtype=torch.bfloat16) / inputs**0.5 for width in widths]
+    made = [
+        LoRAAdapter(torch.randn_like(x[: shape.ranks]), torch.randn_like(weight[:, : shape.ranks]), 2.0, 0.1, 5 + index)
+        for index, weight in enumerate(weights)
+    ]
+    table = AdapterTable.of([[one] for one in made], device)
+    batch = LoRABatch.of([LoRASegment(0, shape.tokens, 0)], torch.arange(shape.tokens, device=device))
+    a, b = torch.cat([one.a for one in made]), torch.cat([one.b.flatten() for one in made])
+    call = launch._Call(
+        x, weights, a, b, table.factors, table.thresholds, table.keys, table.rank_offsets, batch.offsets,
+        batch.adapters, batch.positions, table.total_ranks, table.max_rank, True,
+    )  # fmt: skip
+    bits = launch.draw_masks(call)
+    s = torch.randn(call.linears, call.tokens, call.width, device=device, dtype=torch.bfloat16)
+    dys = [torch.randn(shape.tokens, width, device=device, dtype=torch.bfloat16) for width in widths]
+    group = slice(0, len(widths))
+    no_bias, da, db, dx = x.new_empty(0), torch.empty_like(a), torch.empty_like(b), torch.empty_like(x)
+    return {
+        "masks": lambda: launch.draw_masks(call),
+        "project": lambda: launch.project(call, bits, s),
+        "output_pass": lambda: launch.output_pass(call, 0, dys[0], s, torch.empty_like(s), db),
+        "input_pass": lambda: launch.input_pass(call, group, s, bits, da),
+        "expand_output": lambda: launch.expand_output(call, 0, s, no_bias, dys[0]),
+        "output": lambda: launch.output(call, 0, s, no_bias, dys[0]),
+        "expand_input": lambda: launch.expand_input(call, group, s, bits, dx),
+        "input": lambda: launch.input_product(call, group, dys, s, bits, dx),
+    }[kernel]
+
+
+def tuned(kernel: str, shape: Shape, widths: tuple[int, ...], entries: list[dict]) -> dict[str, Any]:
+    """The entry of the fastest candidate; earlier entries are the choices of the other kernels that it runs with."""
+    run = runner(kernel, shape, widths)
+    graphs, failed = {}, 0
+    for index, candidate in enumerate(CANDIDATES[kernel]):
+        try:
+            with _forced(kernel, candidate, entries):
+                graphs[index] = captured(run)
+        except Exception:  # out of shared memory, or the compiler fails: data, not an error
+            failed += 1
+    times = microseconds(graphs)
+    best = min(times, key=times.get)
+    measured = {"microseconds": round(times[best], 2), "candidates": len(times), "failed": failed}
+    if kernel in ("output", "input"):
+        measured["library_microseconds"] = round(times[0], 2)
+    return choices.entry(kernel, shape, CANDIDATES[kernel][best], **measured)
+
+
+def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A graph of a function's kernels: the host's own time does not count when it is replayed."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def microseconds(graphs: dict[int, torch.cuda.CUDAGraph], repeats: int = 13) -> dict[int, float]:
+    """The median time of each graph. They take turns, so that a GPU that grows warm and slow does so for all alike.
+
+    The L2 cache is emptied before each: in a model other tensors went through it since.
+    """
+    scratch = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+    events = {index: [] for index in graphs}
+    for _ in range(repeats):
+        for index, graph in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            scratch.zero_()
+            begin.record()
+            graph.replay()
+            end.record()
+            events[index].append((begin, end))
+    torch.cuda.synchronize()
+    return {
+        index: statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1e3
+        for index, pairs in events.items()
+    }
+
+
+def _forced(kernel: str, candidate: Choice, entries: list[dict]):
+    """The candidate for its kernel, what was tuned before for the others, else the defaults."""
+    known = {(item["kernel"], json.dumps(item["shape"])): item["choice"] for item in entries}
+
+    def choose(name: str, shape: Shape, target: choices.Target) -> Choice:
+        default = choices.defaults(name, shape, target)
+        if name == kernel:
+            return default | candidate
+        near = replace(shape, inner=0)
+        return default | known.get((name, json.dumps(choices.asdict(near))), {})
+
+    return patch.object(launch, "choose", choose)
+
+
+def compile_all(tasks: list, jobs: int) -> None:
+    """Compile all candidates in processes of their own, which fills Triton's cache: twelve times as fast."""
+    work = {(kernel, shape.linears, index): (kernel, shape, widths, index)
+            for kernel, shape, widths in tasks for index in range(len(CANDIDATES[kernel]))}  # fmt: skip
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, work.values(), chunksize=4))
+
+
+def _compile(task: tuple) -> None:
+    kernel, shape, widths, index = task
+    try:
+        with _forced(kernel, CANDIDATES[kernel][index], []):
+            runner(kernel, shape, widths)()
+            torch.cuda.synchronize()
+    except Exception:  # `tuned` counts it
+        pass
+
+
+def _kept(out: Path, kernels: list[str]) -> list[dict]:
+    """The entries of other kernels in a file that exists."""
+    if not out.is_file():
+        return []
+    return [item for item in json.loads(out.read_text())["entries"] if item["kernel"] not in kernels]
+
+
+def _text(entries: list[dict], target: choices.Target) -> str:
+    provenance = {
+        "gpu": target.name,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "commit": os.environ.get("LORAFUSION_GIT_SHA"),
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    lines = ",\n".join("    " + json.dumps(item) for item in entries)
+    return f'{{\n  "provenance": {json.dumps(provenance)},\n  "entries": [\n{lines}\n  ]\n}}\n'
+
+
+def _line(item: dict) -> str:
+    shape = item["shape"]
+    sizes = f"{shape['tokens']}x{shape['columns']}x{shape['inner']} P{shape['linears']}"
+    library = f" (library {item['library_microseconds']})" if "library_microseconds" in item else ""
+    settings = " ".join(f"{name}={value}" for name, value in item["choice"].items())
+    return f"{item['kernel']:14} {sizes:24} {item['microseconds']:9.1f} us{library}  {settings}"
+
+
+if __name__ == "__main__":
+    main()

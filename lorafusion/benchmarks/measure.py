@@ -1,0 +1,154 @@
+"""Run one bench of the kernel suite, once: all its points, and their result file."""
+
+from __future__ import annotations
+
+import gc
+import shlex
+import statistics
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from lorafusion.benchmarks.implementations import Builder, Setting, Subject
+from lorafusion.benchmarks.suite import KERNELS, Bench, KernelSuite, Point, benches, read_kernel_suite
+from lorafusion.benchmarks.timing import prepared, saved_bytes, seconds
+from lorafusion.config import read_model
+from lorafusion.errors import UserError, one_of
+from lorafusion.measure.environment import has_gpu, provenance
+from lorafusion.measure.timers import canary
+from lorafusion.measure.vocabulary import METRICS
+from lorafusion.runtime.result import VERSION, write_result
+from lorafusion.workload import content_hash
+
+PASSES = ("forward", "both")  # of a `Subject`; forward too as in training, recorded by autograd
+
+
+def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | None) -> str:
+    """Measure a bench and write its result file; returns a line about it. A point that fails is a row that says so."""
+    suite = read_kernel_suite(suite_name)
+    known = benches(suite)
+    one_of("bench", name, set(known), f"{KERNELS}: {suite_name}")
+    require_device(suite)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    origin = provenance(suite.device)
+    device = torch.device(suite.device)
+    bench, setting = known[name], Setting(device, getattr(torch, suite.dtype), suite.seed)
+    metrics = [_canary_row(bench, *one) for one in canary(device).items()]
+    builder = Builder(bench, setting)
+    for tokens in bench.block.token_counts:
+        metrics += measured(bench, tokens, builder, suite, repeat)
+        print(f"{name}: {tokens} tokens measured", flush=True)
+    failed = [row for row in metrics if row["status"] != "ok"]
+    write_result(out, {
+        "version": VERSION,
+        "status": "ok",
+        "cell": {
+            "suite": suite_name, "kind": "measured", "cell": f"{bench.name}/canary", "model": bench.model, "gpus": 1,
+            "repeat": repeat, "rank": bench.rank, "dropout": bench.dropout, "dtype": suite.dtype,
+            **(dict(zip(("in_features", "out_features"), bench.shape, strict=True)) if bench.shape else {}),
+        },
+        "expected": [],
+        "metrics": metrics,
+        "provenance": origin | {
+            "config_hash": bench_hash(suite, bench), "seed": suite.seed, "started_at": started,
+            "log": str(log) if log else None, "command": shlex.join(["lorafusion", *sys.argv[1:]]),
+        },
+    })  # fmt: skip
+    return f"{len(metrics)} numbers, {len(failed)} failed"
+
+
+def require_device(suite: KernelSuite) -> None:
+    if suite.device == "cuda" and not has_gpu():
+        raise UserError(f"{KERNELS}: a suite for GPUs, but nvidia-smi finds none; try the suite smoke")
+
+
+def bench_hash(suite: KernelSuite, bench: Bench) -> str:
+    """Changes with everything in the configuration that the bench's numbers depend on."""
+    settings = suite.model_dump(mode="json", include={"device", "dtype", "replays", "seed"})
+    block = bench.block.model_dump(mode="json", exclude={"shapes", "models", "ranks", "dropouts"})
+    model = read_model(bench.model).model_dump(mode="json") if bench.model else None
+    return content_hash([bench.name, settings, block, model])
+
+
+def measured(bench: Bench, tokens: int, builder: Builder, suite: KernelSuite, repeat: int) -> list[dict]:
+    """The rows of all points at a number of tokens."""
+    device, rows, functions, works = builder.setting.device, [], {}, {}
+    for point in bench.points(tokens):
+        try:
+            subject = builder.build(point)
+            rows.append(_row(bench, point, "saved_memory", saved_bytes(subject.forward, _existing(subject))))
+            works[point] = operations(bench, point)
+            for name in PASSES:
+                functions[point, name] = prepared(getattr(subject, name), device)
+        except torch.OutOfMemoryError as error:
+            rows += _failed(bench, point, "oom", str(error))
+            for name in PASSES:
+                functions.pop((point, name), None)
+    times = {key: statistics.median(v) for key, v in seconds(functions, device, suite.replays, repeat).items()}
+    baseline = next((key[0] for key in times if key[0].implementation == "frozen"), None)
+    for (point, name), time in times.items():
+        rows.append(_row(bench, point, "time", time, name))
+        if point != baseline and baseline is not None:
+            rows.append(_row(bench, point, "overhead", time / times[baseline, name] - 1, name))
+        if name == "both":
+            rows.append(_row(bench, point, "tflops", works[point] / time / 1e12, name))
+    functions.clear()
+    builder.forget(tokens)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def operations(bench: Bench, point: Point) -> float:
+    """Floating-point operations of the forward and backward pass: products with base weights and with adapters,
+    attention and norms left out."""
+    base = adapters = 0
+    for weight, rank in _products(bench):
+        base += weight[0] * weight[1]
+        adapters += rank * (weight[0] + weight[1])
+    return point.tokens * (4 * base + (6 * adapters if point.adapters else 0))
+
+
+def _products(bench: Bench) -> list[tuple[tuple[int, int], int]]:
+    """(in, out) and rank of the bench's linears."""
+    if bench.shape:
+        return [(bench.shape, bench.rank)]
+    model = read_model(bench.model)
+    hidden, inner = model.hidden_size, model.intermediate_size
+    keys = hidden * model.num_key_value_heads // model.num_attention_heads
+    shapes = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 2 + [(inner, hidden)]
+    return [(shape, bench.rank) for shape in shapes]
+
+
+def _existing(subject: Subject) -> set[int]:
+    """Storages that are there without a backward pass."""
+    return {tensor.untyped_storage().data_ptr() for tensor in (*subject.leaves, *subject.weights)}
+
+
+def _row(bench: Bench, point: Point, metric: str, value: float, passes: str | None = None) -> dict:
+    cell = {"cell": point.cell(bench), "tokens": point.tokens, "adapters": point.adapters, "pass": passes}
+    unit, direction, _ = METRICS[metric]
+    return {
+        "metric": metric, "value": float(value), "unit": unit, "direction": direction, "window": "steady",
+        "implementation": point.implementation, "status": "ok", "cell": cell,
+    }  # fmt: skip
+
+
+def _failed(bench: Bench, point: Point, status: str, note: str) -> list[dict]:
+    """The rows that the point should have had, without values."""
+    missing = [("saved_memory", None), *((metric, name) for metric in ("time", "overhead") for name in PASSES),
+               ("tflops", "both")]  # fmt: skip
+    return [
+        _row(bench, point, metric, 0.0, name) | {"value": None, "status": status, "note": note[:200]}
+        for metric, name in missing
+    ]
+
+
+def _canary_row(bench: Bench, name: str, time: float) -> dict:
+    return {
+        "metric": "time", "value": time, "unit": "s", "direction": "lower", "window": "steady", "implementation": name,
+        "status": "ok", "cell": {"cell": f"{bench.name}/{name}"},
+    }  # fmt: skip

@@ -1,0 +1,182 @@
+"""What the kernel suite measures: configs/kernels.yaml, an entry for each suite of configs/suites that has one.
+
+A *bench* is one process: all implementations at one shape, timed in turns, so that a drift of the machine's clock is
+not taken for a difference between them. Each point of it, an implementation at a number of tokens, is a cell.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lorafusion.config import CONFIGS, Config, names_in, read_yaml
+from lorafusion.errors import UserError, one_of, validated
+
+KERNELS = CONFIGS / "kernels.yaml"
+Implementation = Literal["frozen", "peft", "peft-bf16", "peft-compiled", "fused", "fused-multi"]
+
+
+class Tokens(Config):
+    """Numbers of tokens, from `first` to `last`."""
+
+    first: int = Field(ge=1)
+    last: int = Field(ge=1)
+    step: int = Field(ge=1)
+
+    @property
+    def values(self) -> list[int]:
+        return list(range(self.first, self.last + 1, self.step))
+
+
+class Block(Config):
+    """What linears and layers have in common."""
+
+    tokens: list[int] | Tokens
+    ranks: list[int] = Field(default=[16], min_length=1)
+    dropouts: list[float] = Field(default=[0.1], min_length=1)
+    implementations: list[Implementation] = Field(min_length=1)
+    adapters: list[int] = Field(default=[4, 16], description="adapters of fused-multi")
+    compiled_tokens: list[int] | None = Field(
+        default=None, description="tokens that peft-compiled is measured at, as each takes seconds to compile; or all"
+    )
+
+    @property
+    def token_counts(self) -> list[int]:
+        return self.tokens.values if isinstance(self.tokens, Tokens) else self.tokens
+
+    @model_validator(mode="after")
+    def _possible(self) -> Block:
+        if self.implementations[0] != "frozen":
+            raise ValueError("implementations must begin with frozen, which the others are compared with")
+        if not self.token_counts or min(self.token_counts) < 1:
+            raise ValueError("tokens must be one or more numbers above 0")
+        if any(not 1 <= rank <= 256 for rank in self.ranks):
+            raise ValueError("ranks must be from 1 to 256")
+        if any(not 0 <= dropout < 1 for dropout in self.dropouts):
+            raise ValueError("dropouts must be probabilities in [0, 1)")
+        if any(count < 1 for count in self.adapters):
+            raise ValueError("adapters must be at least 1")
+        return self
+
+
+class LinearBlock(Block):
+    """Single linears, by (in, out)."""
+
+    shapes: list[tuple[int, int]] = Field(min_length=1)
+
+
+class LayerBlock(Block):
+    """Decoder layers of models of configs/models, all seven linears with adapters; samples packed to the tokens."""
+
+    models: list[str] = Field(min_length=1)
+    sample_tokens: int = Field(default=512, ge=1, description="tokens of each packed sample, the last one shorter")
+
+
+class Verification(Config):
+    """What is compared with float64 before anything is drawn."""
+
+    shapes: list[tuple[int, int]] = Field(min_length=1)
+    tokens: list[int] = Field(min_length=1)
+    ranks: list[int] = Field(default=[16], min_length=1)
+
+
+class Traffic(Config):
+    """What the memory counters are read for."""
+
+    shapes: list[tuple[int, int]] = Field(min_length=1)
+    tokens: int = Field(ge=1)
+    implementations: list[Implementation] = Field(min_length=1)
+    adapters: int = Field(default=4, ge=1)
+
+
+class KernelSuite(Config):
+    """An entry of configs/kernels.yaml."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    repeats: int = Field(ge=1, description="fresh processes a bench")
+    replays: int = Field(ge=1, description="timed executions of each point in a process")
+    seed: int = Field(default=1, ge=0)
+    minutes: int = Field(default=10, ge=1, description="time limit of a process")
+    verify: Verification
+    linears: list[LinearBlock] = []
+    layers: list[LayerBlock] = []
+    traffic: Traffic | None = None
+
+
+class Bench(BaseModel):
+    """One process of the suite: a linear or a layer in one setting, over all its numbers of tokens."""
+
+    model_config = ConfigDict(frozen=True)
+
+    subject: str
+    rank: int
+    dropout: float
+    block: LinearBlock | LayerBlock
+    shape: tuple[int, int] | None = None
+    model: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The bench's identity, in file names too."""
+        return f"{self.subject}/rank~{self.rank}/dropout~{self.dropout:g}"
+
+    def points(self, tokens: int) -> list[Point]:
+        """What is measured at a number of tokens."""
+        out = []
+        for name in self.block.implementations:
+            limited = self.block.compiled_tokens if name == "peft-compiled" else None
+            if limited is None or tokens in limited:
+                counts = self.block.adapters if name == "fused-multi" else [0 if name == "frozen" else 1]
+                out += [Point(implementation=name, adapters=count, tokens=tokens) for count in counts]
+        return out
+
+
+class Point(BaseModel):
+    """An implementation at a number of tokens."""
+
+    model_config = ConfigDict(frozen=True)
+
+    implementation: Implementation
+    adapters: int
+    tokens: int
+
+    def cell(self, bench: Bench) -> str:
+        """The point's identity in the measurement table."""
+        return f"{bench.name}/tokens~{self.tokens}/implementation~{self.implementation}/adapters~{self.adapters}"
+
+
+def read_kernel_suites(path: str | Path = KERNELS) -> dict[str, KernelSuite]:
+    """All entries; raises `UserError` naming file and key."""
+    suites = {name: validated(KernelSuite, entry, f"{path}: {name}") for name, entry in read_yaml(path).items()}
+    for name, suite in suites.items():
+        benches(suite, f"{path}: {name}")
+    return suites
+
+
+def read_kernel_suite(name: str, path: str | Path = KERNELS) -> KernelSuite:
+    suites = read_kernel_suites(path)
+    one_of("kernel suite", name, set(suites), path)
+    return suites[name]
+
+
+def benches(suite: KernelSuite, source: str | Path = KERNELS) -> dict[str, Bench]:
+    """The suite's processes by name; raises `UserError` for an unknown model or a bench that is there twice."""
+    made: list[Bench] = []
+    for block in suite.linears:
+        for shape, rank, dropout in product(block.shapes, block.ranks, block.dropouts):
+            subject = f"linear~{shape[0]}x{shape[1]}"
+            made.append(Bench(subject=subject, rank=rank, dropout=dropout, block=block, shape=shape))
+    for block in suite.layers:
+        for model, rank, dropout in product(block.models, block.ranks, block.dropouts):
+            one_of("model", model, names_in("models"), source)
+            made.append(Bench(subject=f"layer~{model}", rank=rank, dropout=dropout, block=block, model=model))
+    out: dict[str, Bench] = {}
+    for bench in made:
+        if bench.name in out:
+            raise UserError(f"{source}: bench {bench.name} is in the suite twice")
+        out[bench.name] = bench
+    return out

@@ -1,0 +1,82 @@
+"""Times of functions on a device: as CUDA graphs, in turns, each after the cache was emptied."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+import torch
+
+Key = TypeVar("Key", bound=Hashable)
+FLUSHED = 256 * 2**20  # bytes written between two executions, more than any L2 cache holds
+WARM_UPS = 3
+
+
+def prepared(function: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """The function, run a few times, and on a GPU captured in a graph: the host's own time does not count."""
+    if device.type != "cuda":
+        function()
+        return function
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def seconds(
+    functions: Mapping[Key, Callable[[], None]], device: torch.device, replays: int, seed: int = 0
+) -> dict[Key, list[float]]:
+    """The times of `replays` executions of each function, one round after another, each round in another order."""
+    order, shuffle = list(functions), random.Random(seed)
+    times: dict[Key, list[float]] = {key: [] for key in functions}
+    if device.type != "cuda":
+        for _ in range(replays):
+            shuffle.shuffle(order)
+            for key in order:
+                begin = time.perf_counter()
+                functions[key]()
+                times[key].append(time.perf_counter() - begin)
+        return times
+    flushed = torch.empty(FLUSHED, dtype=torch.int8, device=device)
+    marks = []
+    for _ in range(replays):
+        shuffle.shuffle(order)
+        for key in order:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flushed.zero_()
+            begin.record()
+            functions[key]()
+            end.record()
+            marks.append((key, begin, end))
+    torch.cuda.synchronize(device)
+    for key, begin, end in marks:
+        times[key].append(begin.elapsed_time(end) / 1000.0)
+    return times
+
+
+def saved_bytes(forward: Callable[[], torch.Tensor], frozen: set[int]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, each storage once.
+
+    frozen: storages (`data_ptr`) that exist anyway and are not counted: weights, and the input.
+    """
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        held = forward()  # while the graph lives, no storage is given away and counted twice or not at all
+    del held
+    return sum(kept.values())

@@ -1,0 +1,40 @@
+"""The Triton kernels themselves, without a GPU: in Triton's interpreter, by a process that runs `interpreted.py`."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("interpreted.py")
+CASES = runpy.run_path(str(SCRIPT))["CASES"]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """A process that answers the name of a case with what is wrong with it."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen([sys.executable, SCRIPT], **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_kernels_equal_the_reference(kernels, name):
+    assert problems(kernels, name) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kernels_equal_the_reference_in_a_case_by_chance(kernels, seed):
+    assert problems(kernels, seed) == []
+
+
+def problems(kernels, name):
+    print(name, file=kernels.stdin)
+    answer = kernels.stdout.readline()
+    assert answer, f"the process ended with {kernels.wait()}"
+    return json.loads(answer)

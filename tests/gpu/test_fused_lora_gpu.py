@@ -1,0 +1,209 @@
+"""The kernels on a GPU: against float64, twice the same bits, in CUDA graphs, under torch.compile and under PEFT."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from unittest.mock import patch as replaced
+
+import pytest
+import torch
+
+from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRALinear, LoRASegment, LoRASettings, lora_linears
+from fused_lora.gpu import choices, launch
+from fused_lora.philox import keep_mask, unpack
+from lorafusion.benchmarks.verify import MOST_ERROR, MOST_SCALE_ERROR, errors, kernels, random_problem
+
+GPU = torch.device("cuda")
+# (in, out, tokens, rank): whole tiles, odd sizes, fewer rows than a tile, rows that the copy engine cannot fetch.
+SHAPES = [(512, 384, 1024, 16), (1027, 515, 777, 5), (96, 1000, 33, 40), (256, 136, 2, 1), (640, 320, 300, 128)]
+
+
+def own_gemm_everywhere(kernel, shape, target):
+    """Our GEMM in place of the library's, in tiles that fit any GPU's shared memory."""
+    if kernel in ("output", "input"):
+        return choices.own_gemm(rows=128, columns=128, stages=3)
+    return choices.defaults(kernel, shape, target)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["library", "own GEMM"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["one adapter", "five adapters"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_as_close_to_float64_as_eager(shape, dtype, mixed, own):
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    problem = random_problem(*shape, mixed, GPU, dtype, seed=1)
+    with replaced.object(launch, "choose", own_gemm_everywhere if own else launch.choose):
+        found = errors(problem)
+    # One pass over few elements may be unlucky; a wrong element is far beyond.
+    slack = 1.5 if problem.x.numel() < 2**18 else 1.0
+    assert found.pop("LoRA term") <= MOST_SCALE_ERROR[dtype] * slack * 2
+    assert max(found.values()) <= MOST_ERROR * slack, found
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_twice_the_same_bits(mixed):
+    problem = random_problem(1024, 2048, 3001, 16, mixed, GPU, torch.bfloat16, seed=2)
+    first = kernels(problem)
+    for _ in range(3):
+        for name, tensor in kernels(problem).items():
+            assert torch.equal(tensor, first[name]), name
+
+
+def test_masks_are_bitwise_those_of_the_reference():
+    table = AdapterTable.of([[LoRAAdapter(torch.zeros(4, 4099), torch.zeros(8, 4), 1.0, 0.3, 2**64 - 5)]], GPU)
+    positions = torch.arange(513, device=GPU) * 7 + 2**34
+    batch = LoRABatch.of([LoRASegment(0, 513, 0)], positions)
+    x, empty = torch.zeros(513, 4099, device=GPU, dtype=torch.bfloat16), torch.zeros(4, 4099, device=GPU)
+    call = launch._Call(
+        x, [x[:8]], empty, empty, table.factors, table.thresholds, table.keys, table.rank_offsets, batch.offsets,
+        batch.adapters, positions, table.total_ranks, table.max_rank, True,
+    )  # fmt: skip
+    ours = unpack(launch.draw_masks(call)[0], 4099)
+    assert torch.equal(ours, keep_mask(2**64 - 5, positions, 4099, 0.3))
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["bits kept", "bits drawn again"])
+def test_grouped_equals_separate(kept):
+    """q, k and v in one operation: the same outputs, and gradients to x that add up."""
+    generator = torch.Generator(GPU).manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(*shape, device=GPU, generator=generator).bfloat16()
+
+    x, widths = normal(1000, 512), (512, 128, 136)
+    weights = [normal(width, 512) * 0.05 for width in widths]
+    factors = [((normal(16, 512) * 0.05).requires_grad_(), normal(width, 16).requires_grad_()) for width in widths]
+    rows = [[LoRAAdapter(*pair, 2.0, 0.1, 9 * i)] for i, pair in enumerate(factors)]
+    dys = [normal(1000, width) for width in widths]
+    batch = LoRABatch.of([LoRASegment(0, 1000, 0)], torch.arange(1000, device=GPU))
+    leaves = [x.requires_grad_(), *itertools.chain.from_iterable(factors)]
+    grouped = lora_linears(x, weights, [None] * 3, rows, batch, keep_bits=kept)
+    separate = [lora_linears(x, [w], [None], [row], batch)[0] for w, row in zip(weights, rows, strict=True)]
+    for ours, alone in zip(grouped, separate, strict=True):
+        assert torch.equal(ours, alone)
+    ours, alone = (torch.autograd.grad(ys, leaves, dys) for ys in (grouped, separate))
+    for first, second in zip(ours[1:], alone[1:], strict=True):
+        assert (first - second).float().norm() <= 2e-3 * second.float().norm()
+    assert (ours[0] - alone[0]).float().norm() <= 6e-3 * alone[0].float().norm()
+
+
+def test_a_graph_draws_new_masks_at_each_replay():
+    layer = LoRALinear(torch.nn.Linear(256, 192, bias=False), [LoRASettings(8, 16.0, 0.5)]).to(GPU, torch.bfloat16)
+    torch.nn.init.normal_(layer.lora_b[0])
+    x = torch.randn(300, 256, device=GPU, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(300, 192, device=GPU, dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            torch.autograd.grad(layer(x), [x, *layer.lora_a, *layer.lora_b], dy)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        gradients = torch.autograd.grad(y, [x, *layer.lora_a, *layer.lora_b], dy)
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        seen.append([y.detach().clone(), *(one.clone() for one in gradients)])
+    for first, second in itertools.combinations(seen, 2):
+        for one, other in zip(first, second, strict=True):
+            assert one.isfinite().all()
+            assert not torch.equal(one, other)
+
+
+def test_a_batch_may_be_overwritten_between_replays():
+    """Other borders, other adapters and other positions in the same graph, as a trainer fills its static buffers."""
+    problem = random_problem(256, 192, 640, 16, True, GPU, torch.bfloat16, seed=4)
+    table = AdapterTable.of([problem.adapters], GPU)
+    first = [LoRASegment(0, 300, 0), LoRASegment(300, 640, 3)]
+    second = [LoRASegment(0, 11, 2), LoRASegment(11, 639, 0)]
+
+    def run(batch):
+        with torch.no_grad():
+            return lora_linears(problem.x, [problem.weight], [None], [problem.adapters], batch, table=table)[0]
+
+    static = LoRABatch.of(first, problem.positions.clone())
+    run(static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(static)
+    other = LoRABatch.of(second, problem.positions + 1000)
+    other = replace(other, offsets=other.offsets[:3], adapters=other.adapters[:2])
+    for target, source in zip(vars(static).values(), vars(other).values(), strict=True):
+        target.copy_(source)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, run(other))
+
+
+def test_a_compiled_model_equals_eager():
+    problem = random_problem(256, 192, 640, 16, True, GPU, torch.bfloat16, seed=5)
+    table, batch = AdapterTable.of([problem.adapters], GPU), LoRABatch.of(problem.segments, problem.positions)
+    x = problem.x.requires_grad_()
+
+    def function(x):
+        [y] = lora_linears(x, [problem.weight], [None], [problem.adapters], batch, table=table)
+        return torch.nn.functional.silu(y).sum()
+
+    compiled = torch.compile(function, fullgraph=True)
+    [ours], [eager] = (torch.autograd.grad(run(x), [x]) for run in (compiled, function))
+    assert (ours - eager).float().norm() <= 1e-2 * eager.float().norm()
+
+
+def test_a_patched_peft_model_trains():
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fused_lora import patch
+
+    config = LlamaConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=200)  # fmt: skip
+    torch.manual_seed(0)
+    model = get_peft_model(
+        LlamaForCausalLM(config).to(GPU, torch.bfloat16),
+        LoraConfig(r=8, lora_dropout=0.1, target_modules="all-linear"),
+    ).train()
+    summary = patch(model)
+    assert len(summary.patched) == 14
+    ids = torch.randint(0, 200, (2, 65), device=GPU)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(30):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.slow
+def test_compute_sanitizer_finds_nothing(tmp_path):
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        pytest.skip("compute-sanitizer is not installed")
+    script = tmp_path / "small.py"
+    script.write_text(
+        "import torch\n"
+        "from lorafusion.benchmarks.verify import kernels, random_problem\n"
+        "for shape in ((256, 136, 130, 16), (67, 45, 33, 5)):\n"
+        "    kernels(random_problem(*shape, True, torch.device('cuda'), torch.bfloat16, 1))\n"
+        "torch.cuda.synchronize()\n"
+        "print('done')\n"
+    )
+    done = subprocess.run(
+        [tool, "--tool", "memcheck", "--error-exitcode", "7", "--kernel-name-exclude", "kns=at::", sys.executable,
+         str(script)],
+        capture_output=True, text=True, timeout=280, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )  # fmt: skip
+    if "Device not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not support this machine's runtime")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "done" in done.stdout

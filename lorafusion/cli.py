@@ -126,6 +126,15 @@ def check_lossless(out: Out, stages: Annotated[int, typer.Option(min=1)] = 1) ->
     _report(lossless(stages), out)
 
 
+@check_app.command("kernels")
+def check_kernels(out: Out, suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")]) -> None:
+    """LoRA linears against float64."""
+    from lorafusion.benchmarks.suite import read_kernel_suite
+    from lorafusion.benchmarks.verify import verify
+
+    _report(verify(read_kernel_suite(suite), suite), out)
+
+
 @check_app.command("learning")
 def check_learning(out: Out) -> None:
     """Weights change and the loss falls."""
@@ -155,6 +164,18 @@ def kernels_measure(
     from lorafusion.benchmarks.measure import run_bench
 
     print(f"{out}: {run_bench(suite, bench, repeat, out, log)}")
+
+
+@kernels_app.command("traffic")
+def kernels_traffic(
+    suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")],
+    out: Out,
+    log: Annotated[Path | None, typer.Option(help="where this command's output goes, for the record")] = None,
+) -> None:
+    """Read the GPU's memory counters with ncu and write one result file."""
+    from lorafusion.benchmarks.traffic import run_traffic
+
+    print(f"{out}: {run_traffic(suite, out, log)}")
 
 
 @app.command()

@@ -13,7 +13,7 @@ import torch
 
 from lorafusion.benchmarks.implementations import Builder, Setting, Subject
 from lorafusion.benchmarks.suite import KERNELS, Bench, KernelSuite, Point, benches, read_kernel_suite
-from lorafusion.benchmarks.timing import prepared, saved_bytes, seconds
+from lorafusion.benchmarks.timing import own_stream, prepared, saved_bytes, seconds
 from lorafusion.config import read_model
 from lorafusion.errors import UserError, one_of
 from lorafusion.measure.environment import has_gpu, provenance
@@ -36,10 +36,11 @@ def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | No
     device = torch.device(suite.device)
     bench, setting = known[name], Setting(device, getattr(torch, suite.dtype), suite.seed)
     metrics = [_canary_row(bench, *one) for one in canary(device).items()]
-    builder = Builder(bench, setting)
-    for tokens in bench.block.token_counts:
-        metrics += measured(bench, tokens, builder, suite, repeat)
-        print(f"{name}: {tokens} tokens measured", flush=True)
+    with own_stream(device):
+        builder = Builder(bench, setting)
+        for tokens in bench.block.token_counts:
+            metrics += measured(bench, tokens, builder, suite, repeat)
+            print(f"{name}: {tokens} tokens measured", flush=True)
     failed = [row for row in metrics if row["status"] != "ok"]
     write_result(out, {
         "version": VERSION,

@@ -39,9 +39,6 @@ class Block(Config):
     dropouts: list[float] = Field(default=[0.1], min_length=1)
     implementations: list[Implementation] = Field(min_length=1)
     adapters: list[int] = Field(default=[4, 16], description="adapters of fused-multi")
-    compiled_tokens: list[int] | None = Field(
-        default=None, description="tokens that peft-compiled is measured at, as each takes seconds to compile; or all"
-    )
 
     @property
     def token_counts(self) -> list[int]:
@@ -128,10 +125,8 @@ class Bench(BaseModel):
         """What is measured at a number of tokens."""
         out = []
         for name in self.block.implementations:
-            limited = self.block.compiled_tokens if name == "peft-compiled" else None
-            if limited is None or tokens in limited:
-                counts = self.block.adapters if name == "fused-multi" else [0 if name == "frozen" else 1]
-                out += [Point(implementation=name, adapters=count, tokens=tokens) for count in counts]
+            counts = self.block.adapters if name == "fused-multi" else [0 if name == "frozen" else 1]
+            out += [Point(implementation=name, adapters=count, tokens=tokens) for count in counts]
         return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -14,20 +15,22 @@ FLUSHED = 256 * 2**20  # bytes written between two executions, more than any L2 
 WARM_UPS = 3
 
 
+def own_stream(device: torch.device) -> AbstractContextManager:
+    """A stream that graphs can be captured on, which the default one is not."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
 def prepared(function: Callable[[], object], device: torch.device) -> Callable[[], None]:
     """The function, run a few times, and on a GPU captured in a graph: the host's own time does not count."""
     if device.type != "cuda":
         function()
         return function
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            function()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    for _ in range(WARM_UPS):
+        function()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # On the stream of the warm-up: autograd remembers the stream that a leaf was first used on.
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
         function()
     return graph.replay
 

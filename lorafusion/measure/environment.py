@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ def provenance(device: str) -> dict[str, str | float | bool | None]:
     import torch
 
     return {
-        "git_sha": _git("rev-parse", "HEAD"),
+        "git_sha": _git("rev-parse", "HEAD") or os.environ.get("LORAFUSION_GIT_SHA"),  # for a copy without .git
         "git_dirty": _dirty(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

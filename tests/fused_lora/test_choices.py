@@ -1,0 +1,162 @@
+"""Launch choices: defaults that any GPU can run, measured ones for the nearest shape, and the files they come from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fused_lora.gpu import choices
+from fused_lora.gpu.choices import KERNELS, Shape, Target, choose, defaults, own_gemm, rank_block
+
+GEMMS = ("output", "input")
+H200 = Target("NVIDIA H200", (9, 0), 132)
+TARGETS = [H200, Target("NVIDIA A100-SXM4-80GB", (8, 0), 108), Target("interpreter", (0, 0), 4)]
+SHAPE = Shape(4096, 4096)
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """A function that writes a GPU's tuned file, in an empty folder of them."""
+    monkeypatch.setattr(choices, "TUNED", tmp_path)
+    choices._entries.cache_clear()
+
+    def write(*entries, slug=H200.slug):
+        choices._entries.cache_clear()
+        (tmp_path / f"{slug}.json").write_text(json.dumps({"provenance": {}, "entries": entries}))
+
+    yield write
+    choices._entries.cache_clear()
+
+
+shapes = st.builds(
+    Shape,
+    tokens=st.integers(0, 2**20),
+    columns=st.integers(1, 2**17),
+    inner=st.integers(0, 2**17),
+    linears=st.integers(1, 3),
+    ranks=st.sampled_from(range(16, 257, 16)),
+    bits=st.sampled_from([16, 32]),
+    masked=st.booleans(),
+)
+
+
+@given(st.sampled_from(KERNELS), shapes, st.sampled_from(TARGETS))
+def test_defaults_are_what_kernels_can_take(kernel, shape, target):
+    """Blocks of a power of two; masks of whole words; enough rows and columns for the matrix units; chunks of whole
+    blocks; and at least one split, none of which is without columns. That they fit is the compiler's to say."""
+    found = defaults(kernel, shape, target)
+    if kernel in GEMMS:
+        assert found == {"gemm": choices.LIBRARY}
+        return
+    blocks = {name: found[name] for name in ("rows", "columns", "chunk", "warps") if name in found}
+    assert all(value > 0 and value & (value - 1) == 0 for value in blocks.values()), blocks
+    assert found["columns"] >= (16 if kernel == "output_pass" else 32)
+    assert found["rows"] >= 16
+    assert found.get("chunk", found["rows"]) % found["rows"] == 0
+    assert 1 <= found.get("splits", 1) <= max(1, shape.columns // found["columns"])
+    assert found["warps"] in (4, 8)
+    assert found.get("stages", 1) in (1, 2, 3)
+
+
+def test_few_tokens_are_split_among_more_programs():
+    splits = [defaults("project", replace(SHAPE, tokens=tokens), H200)["splits"] for tokens in (1, 512, 4096, 10**6)]
+    assert splits == sorted(splits, reverse=True)
+    assert splits[-1] == 1 < splits[0]
+
+
+@pytest.mark.parametrize(
+    ("max_rank", "most", "expected"),
+    [(1, 128, 16), (16, 128, 16), (17, 128, 32), (64, 128, 64), (65, 128, 128), (256, 128, 128), (256, 16, 16)],
+)
+def test_ranks_at_a_time(max_rank, most, expected):
+    assert rank_block(max_rank, most) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("NVIDIA H200", "nvidia-h200"),
+        ("NVIDIA A100-SXM4-80GB", "nvidia-a100-sxm4-80gb"),
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
+        ("  a / b  ", "a-b"),
+    ],
+)
+def test_the_name_of_a_tuned_file(name, slug):
+    assert Target(name, (9, 0), 132).slug == slug
+
+
+def test_our_gemm_takes_any_setting():
+    base = own_gemm()
+    assert base["gemm"] == choices.OWN
+    assert own_gemm(rows=64, parts=2) == base | {"rows": 64, "parts": 2}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_gpu_without_a_file_has_the_defaults(tuned, kernel):
+    tuned(choices.entry(kernel, SHAPE, {"rows": 99}))
+    other = replace(H200, name="NVIDIA B200")
+    assert choose(kernel, SHAPE, other) == defaults(kernel, SHAPE, other)
+
+
+NEAR = {
+    "the same": (SHAPE, "base"),
+    "other tokens": (replace(SHAPE, tokens=100), "base"),
+    "as many columns, other tokens": (Shape(9000, 14000), "wide"),
+    "columns count for more than tokens": (Shape(65536, 4096), "base"),
+    "tokens decide among entries of one width": (Shape(60000, 14336), "wide, many tokens"),
+    "between two widths": (Shape(4096, 5000), "base"),
+    "ranks of the same block": (replace(SHAPE, ranks=16), "base"),
+    "a wider rank": (replace(SHAPE, ranks=64), "rank 64"),
+    "between two ranks": (replace(SHAPE, ranks=48), "rank 64"),
+}
+
+
+@pytest.mark.parametrize("name", list(NEAR))
+def test_the_nearest_entry_is_taken(tuned, name):
+    tuned(
+        choices.entry("masks", SHAPE, {"rows": "base"}, microseconds=1.5),
+        choices.entry("masks", Shape(4096, 14336), {"rows": "wide"}),
+        choices.entry("masks", Shape(65536, 14336), {"rows": "wide, many tokens"}),
+        choices.entry("masks", replace(SHAPE, ranks=64), {"rows": "rank 64"}),
+        choices.entry("project", SHAPE, {"rows": "another kernel"}),
+    )
+    shape, expected = NEAR[name]
+    assert choose("masks", shape, H200) == defaults("masks", shape, H200) | {"rows": expected}
+
+
+@pytest.mark.parametrize(
+    "change", [{"linears": 2}, {"ranks": 32}, {"bits": 32}, {"masked": False}], ids=lambda one: next(iter(one))
+)
+def test_an_entry_does_not_stand_for_other_kinds_of_shapes(tuned, change):
+    """Its tiles might not fit: those have the defaults."""
+    tuned(choices.entry("project", SHAPE, {"rows": 99}))
+    shape = replace(SHAPE, **change)
+    assert choose("project", shape, H200) == defaults("project", shape, H200)
+
+
+def test_what_an_entry_does_not_say_is_the_default(tuned):
+    tuned(choices.entry("project", SHAPE, {"rows": 64}))
+    assert choose("project", SHAPE, H200) == defaults("project", SHAPE, H200) | {"rows": 64}
+
+
+@pytest.mark.parametrize("path", sorted(choices.TUNED.glob("*.json")), ids=lambda path: path.stem)
+def test_the_files_that_come_with_the_package_are_sound(path):
+    """Each entry is found again by its own shape, has the settings of its kernel, and says where it was measured."""
+    content = json.loads(path.read_text())
+    assert {"gpu", "torch", "triton", "cuda", "measured_at"} <= set(content["provenance"])
+    target = replace(H200, name=content["provenance"]["gpu"])
+    assert path.stem == target.slug
+    choices._entries.cache_clear()
+    seen = set()
+    for item in content["entries"]:
+        shape = Shape(**item["shape"])
+        assert (item["kernel"], shape) not in seen
+        seen.add((item["kernel"], shape))
+        assert choose(item["kernel"], shape, target) == defaults(item["kernel"], shape, target) | item["choice"]
+        known = own_gemm() if item["kernel"] in GEMMS else defaults(item["kernel"], shape, target)
+        assert set(item["choice"]) <= set(known)
+        assert item["microseconds"] > 0

@@ -158,12 +158,13 @@ def kernels_measure(
     bench: Annotated[str, typer.Option(help="a bench of the suite")],
     out: Out,
     repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
+    tokens: Annotated[list[int] | None, typer.Option(help="only these of the bench's numbers of tokens")] = None,
     log: Annotated[Path | None, typer.Option(help="where this command's output goes, for the record")] = None,
 ) -> None:
     """Measure one bench in all its implementations and write its result file."""
     from lorafusion.benchmarks.measure import run_bench
 
-    print(f"{out}: {run_bench(suite, bench, repeat, out, log)}")
+    print(f"{out}: {run_bench(suite, bench, repeat, out, log, tokens)}")
 
 
 @kernels_app.command("traffic")
@@ -207,6 +208,27 @@ def figure_end_to_end(
 
     end_to_end(read(table), model, out)
     print(f"{out}.png, .pdf, .csv")
+
+
+def _kernel_figure(name: str, text: str) -> None:
+    """Add a command that draws a figure of `lorafusion.report.kernel_figures`."""
+
+    @figure_app.command(name, help=text)
+    def _draw(
+        table: Annotated[Path, typer.Argument(help="the measurement table")],
+        out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
+    ) -> None:
+        from lorafusion.measure.table import read
+        from lorafusion.report import kernel_figures
+
+        getattr(kernel_figures, name)(read(table), out)
+        print(f"{out}.png, .pdf, .csv")
+
+
+_kernel_figure("kernel_speed", "Time of LoRA linears over the frozen one's, by tokens.")
+_kernel_figure("layer_speed", "Time and memory of decoder layers, by model and tokens.")
+_kernel_figure("dram_traffic", "GiB that LoRA linears move, beside the published values.")
+_kernel_figure("roofline", "LoRA linears under the measured ceilings of the GPU.")
 
 
 @page_app.command("checks")

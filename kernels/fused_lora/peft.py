@@ -164,6 +164,9 @@ def _computable(layer: Any, x: Tensor) -> bool:
     [name] = layer.active_adapters
     if name not in layer.lora_A or name in layer.lora_variant or layer.lora_B[name].bias is not None:
         return False
+    dropout = layer.lora_dropout[name]
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p == 1):
+        return False
     base = layer.get_base_layer()
     frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
     dtype = base.weight.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype

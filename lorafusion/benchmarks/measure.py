@@ -25,11 +25,19 @@ from lorafusion.workload import content_hash
 PASSES = ("forward", "both")  # of a `Subject`; forward too as in training, recorded by autograd
 
 
-def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | None) -> str:
-    """Measure a bench and write its result file; returns a line about it. A point that fails is a row that says so."""
+def run_bench(
+    suite_name: str, name: str, repeat: int, out: Path, log: Path | None, only: list[int] | None = None
+) -> str:
+    """Measure a bench and write its result file; returns a line about it. A point that fails is a row that says so.
+
+    only: of the bench's numbers of tokens, those to measure.
+    """
     suite = read_kernel_suite(suite_name)
     known = benches(suite)
     one_of("bench", name, set(known), f"{KERNELS}: {suite_name}")
+    for tokens in only or []:
+        if tokens not in known[name].block.token_counts:
+            raise UserError(f"--tokens: {tokens} is none of the bench's: {known[name].block.token_counts}")
     require_device(suite)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     origin = provenance(suite.device)
@@ -38,7 +46,7 @@ def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | No
     metrics = [_canary_row(bench, *one) for one in canary(device).items()]
     with own_stream(device):
         builder = Builder(bench, setting)
-        for tokens in bench.block.token_counts:
+        for tokens in only or bench.block.token_counts:
             metrics += measured(bench, tokens, builder, suite, repeat)
             print(f"{name}: {tokens} tokens measured", flush=True)
     failed = [row for row in metrics if row["status"] != "ok"]

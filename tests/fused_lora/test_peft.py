@@ -24,7 +24,7 @@ def base_model(dtype=torch.float32, **settings):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"num_hidden_layers": LAYERS, "vocab_size": 64, "max_position_embeddings": 64}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **settings)).to(dtype)
+    return LlamaForCausalLM(LlamaConfig(**(sizes | settings))).to(dtype)
 
 
 def with_adapter(model, p=0.0, seed=1, **settings):
@@ -134,8 +134,9 @@ def test_the_dropout_is_new_at_each_step_and_obeys_the_seed():
 def test_the_mean_over_masks_is_pefts_mean():
     model = with_adapter(base_model(), 0.5)
 
+    @torch.no_grad()
     def mean():
-        losses = torch.stack([step(model, seed)["loss"] for seed in range(60)])
+        losses = torch.stack([model(input_ids=IDS, labels=IDS).loss for _ in range(100)])
         return losses.mean(), losses.std() / len(losses) ** 0.5
 
     theirs, their_deviation = mean()
@@ -192,7 +193,20 @@ def base_trained(model):
         layer.base_layer.weight.requires_grad_()
 
 
-@pytest.mark.parametrize("change", [merged, disabled, evaluated, two_active, base_trained])
+def dropout_of_another_kind(model):
+    for layer in lora_layers(model).values():
+        layer.lora_dropout["default"] = nn.LeakyReLU(0.5)
+
+
+def everything_dropped(model):
+    for layer in lora_layers(model).values():
+        layer.lora_dropout["default"] = nn.Dropout(1.0)
+
+
+CHANGES = [merged, disabled, evaluated, two_active, base_trained, dropout_of_another_kind, everything_dropped]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_the_kernels_do_not_do_is_left_to_peft(computed, change):
     """Decided at each call, not when patched."""
     model = with_adapter(base_model())
@@ -209,8 +223,7 @@ def test_what_the_kernels_do_not_do_is_left_to_peft(computed, change):
     ids=["DoRA", "lora_bias", "trained biases"],
 )
 def test_adapters_of_other_forms_are_left_to_peft(computed, settings, skipped):
-    biases = settings.get("bias") == "all"
-    model = with_adapter(base_model(attention_bias=biases, mlp_bias=biases), **settings)
+    model = with_adapter(base_model(attention_bias=True, mlp_bias=True), **settings)
     expected = step(model)
     summary = patch(model)
     assert (len(summary.patched), len(summary.skipped)) == (14 - skipped, skipped)
@@ -230,7 +243,7 @@ def test_adapter_names_are_left_to_peft(computed):
     names = ["default", "second"]
     layer, x = model.base_model.model.model.layers[0].self_attn.q_proj, torch.randn(2, 5, 32)
     mixed, alone = layer(x, adapter_names=names), layer(x)
-    assert computed == [1] or computed == [3]
+    assert computed == [3]
     torch.testing.assert_close(mixed[0], alone[0])
     assert not torch.allclose(mixed[1], alone[1])
     whole = outputs(model.eval(), adapter_names=names)
@@ -238,15 +251,17 @@ def test_adapter_names_are_left_to_peft(computed):
     assert torch.equal(whole, outputs(model, adapter_names=names))
 
 
-def test_merging_and_disabling_for_a_while():
+def test_merging_and_disabling_for_a_while(computed):
     model = with_adapter(base_model())
-    before = step(model)
+    before, with_it = step(model), outputs(model)
     patch(model)
     model.merge_adapter()
     model.unmerge_adapter()
     with model.disable_adapter():
-        assert not torch.equal(outputs(model), outputs(model.base_model)) if False else True
-    assert_same(step(model), before, tolerance=1e-4)
+        assert not torch.allclose(outputs(model), with_it)
+    assert computed == []
+    assert_same(step(model), before, tolerance=1e-4)  # the weight was rounded
+    assert len(computed) == 4 * LAYERS
 
 
 def test_another_adapter_and_another_scaling_are_seen(computed):
@@ -342,13 +357,15 @@ def test_a_trained_adapter_is_saved_and_loaded_as_pefts(tmp_path):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_gradient_checkpointing_gives_the_same_gradients(p, use_reentrant):
+def test_gradient_checkpointing_gives_the_same_gradients(computed, p, use_reentrant):
     model = with_adapter(base_model(), p)
     model.enable_input_require_grads()
     patch(model)
     expected = step(model)
+    once = computed.copy()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert_same(step(model), expected, tolerance=0)
+    assert len(computed) == 3 * len(once)
 
 
 def test_a_copy_computes_with_its_own_parameters():
@@ -365,9 +382,9 @@ def test_a_copy_computes_with_its_own_parameters():
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-def test_compiled_without_graph_breaks(computed):
+def test_compiled_without_graph_breaks():
     torch.compiler.reset()
-    model = with_adapter(base_model())
+    model = with_adapter(base_model(num_hidden_layers=1))
     expected = step(model)
     patch(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -393,11 +410,11 @@ def test_training_converges_as_with_peft():
     """Without dropout the same losses, with it similar ones: the masks are others."""
     finals = {}
     for p in (0.0, 0.1):
-        theirs, model = (with_adapter(base_model(), p, r=8) for _ in range(2))
+        theirs, model = (with_adapter(base_model(initializer_range=0.2), p, r=8) for _ in range(2))
         patch(model)
         finals[p] = train(model, 30), train(theirs, 30)
     ours, expected = finals[0.0]
     assert ours == pytest.approx(expected, rel=1e-3)
     ours, expected = finals[0.1]
-    assert ours[-1] < 0.5 * ours[0]
+    assert ours[-1] < 0.2 * ours[0]
     assert sum(ours[-5:]) == pytest.approx(sum(expected[-5:]), rel=0.3)

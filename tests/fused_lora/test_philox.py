@@ -75,6 +75,11 @@ def test_the_probability_is_rounded_to_16_bits():
     assert [drop_threshold(p) for p in (0.0, 0.1, 0.5, 0.3)] == [0, 6554, 32768, 19661]
 
 
+def test_a_probability_that_rounds_to_one_still_drops():
+    assert drop_threshold(1 - 2**-20) == 65535
+    assert keep_mask(1, torch.arange(100), 100, 1 - 2**-20).double().mean() < 0.01
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     key=st.integers(0, 2**64 - 1),

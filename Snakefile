@@ -17,6 +17,11 @@ include: "workflow/rules/run.smk"
 include: "workflow/rules/report.smk"
 
 
+if KERNEL_SUITE:
+
+    include: "workflow/rules/kernels.smk"
+
+
 rule all:
     default_target: True
     input:
@@ -25,13 +30,16 @@ rule all:
         f"{RESULTS}/checks.html",
         [f"{RESULTS}/figures/end_to_end~{model}.png" for model in MODELS],
         f"{RESULTS}/wandb/runs.json",
+        KERNEL_RESULTS,
     localrule: True
 
 
-# The report needs the finished run, so it is no rule. Where nothing was to be done, it is there already.
+# The report needs the finished run, so it is no rule. Where nothing was to be done, it is there already. A target such
+# as `kernels` can succeed before the rest of the suite was run: then there is no report yet.
 onsuccess:
-    shell(
-        f"{sys.executable} -m snakemake --snakefile {workflow.main_snakefile} --cores 1 --nolock --quiet all"
-        f" --config suite={SUITE_PATH} --report {RESULTS}/report.html"
-    )
-    print(f"report: {RESULTS}/report.html")
+    if all(Path(path).exists() for path in rules.all.input):
+        shell(
+            f"{sys.executable} -m snakemake --snakefile {workflow.main_snakefile} --cores 1 --nolock --quiet all"
+            f" --config suite={SUITE_PATH} --report {RESULTS}/report.html"
+        )
+        print(f"report: {RESULTS}/report.html")

@@ -93,20 +93,25 @@ class SharedInput:
     """Linears that are called one after another with the same input, computed together when the first is called.
 
     compute: from x to the outputs of all of them. What a sibling's call has not fetched is kept until then, or until a
-    call with another input.
+    call with another input, an input that was written to since, or under other gradient or autocast modes. Adapters
+    must not be changed between the calls of siblings.
     """
 
     def __init__(self, compute: Callable[[Tensor], list[Tensor]]) -> None:
         self._compute = compute
-        self._input: tuple[Tensor, bool] | None = None
+        self._input: Tensor | None = None
+        self._state: tuple = ()
         self._outputs: list[Tensor | None] = []
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """The output of linear `index` for x."""
-        fresh = self._input is None or self._input[0] is not x or self._input[1] != torch.is_grad_enabled()
-        if fresh or self._outputs[index] is None:
+        autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
+        # Inference tensors count no versions, and a compiler that traces the calls sees what is written between them.
+        versioned = not torch.compiler.is_compiling() and not x.is_inference()
+        state = (x._version if versioned else None, torch.is_grad_enabled(), autocast)
+        if self._input is not x or self._state != state or self._outputs[index] is None:
             self._outputs = list(self._compute(x))
-            self._input = (x, torch.is_grad_enabled())
+            self._input, self._state = x, state
         y, self._outputs[index] = self._outputs[index], None
         if all(output is None for output in self._outputs):
             self._input, self._outputs = None, []

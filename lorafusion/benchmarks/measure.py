@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lorafusion.benchmarks.implementations import Builder, Setting, Subject
-from lorafusion.benchmarks.suite import KERNELS, Bench, KernelSuite, Point, benches, read_kernel_suite
+from lorafusion.benchmarks.suite import KERNELS, Bench, KernelSuite, Point, bench_hash, benches, read_kernel_suite
 from lorafusion.benchmarks.timing import own_stream, prepared, saved_bytes, seconds
 from lorafusion.config import read_model
 from lorafusion.errors import UserError, one_of
@@ -20,7 +20,6 @@ from lorafusion.measure.environment import has_gpu, provenance
 from lorafusion.measure.timers import canary
 from lorafusion.measure.vocabulary import METRICS
 from lorafusion.runtime.result import VERSION, write_result
-from lorafusion.workload import content_hash
 
 PASSES = ("forward", "both")  # of a `Subject`; forward too as in training, recorded by autograd
 
@@ -71,14 +70,6 @@ def run_bench(
 def require_device(suite: KernelSuite) -> None:
     if suite.device == "cuda" and not has_gpu():
         raise UserError(f"{KERNELS}: a suite for GPUs, but nvidia-smi finds none; try the suite smoke")
-
-
-def bench_hash(suite: KernelSuite, bench: Bench) -> str:
-    """Changes with everything in the configuration that the bench's numbers depend on."""
-    settings = suite.model_dump(mode="json", include={"device", "dtype", "replays", "seed"})
-    block = bench.block.model_dump(mode="json", exclude={"shapes", "models", "ranks", "dropouts"})
-    model = read_model(bench.model).model_dump(mode="json") if bench.model else None
-    return content_hash([bench.name, settings, block, model])
 
 
 def measured(bench: Bench, tokens: int, builder: Builder, suite: KernelSuite, repeat: int) -> list[dict]:

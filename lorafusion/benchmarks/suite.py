@@ -12,8 +12,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lorafusion.config import CONFIGS, Config, names_in, read_yaml
+from lorafusion.config import CONFIGS, Config, names_in, read_model, read_yaml
 from lorafusion.errors import UserError, one_of, validated
+from lorafusion.workload import content_hash
 
 KERNELS = CONFIGS / "kernels.yaml"
 Implementation = Literal["frozen", "peft", "peft-bf16", "peft-compiled", "fused", "fused-multi"]
@@ -175,3 +176,11 @@ def benches(suite: KernelSuite, source: str | Path = KERNELS) -> dict[str, Bench
             raise UserError(f"{source}: bench {bench.name} is in the suite twice")
         out[bench.name] = bench
     return out
+
+
+def bench_hash(suite: KernelSuite, bench: Bench) -> str:
+    """Changes with everything in the configuration that the bench's numbers depend on."""
+    settings = suite.model_dump(mode="json", include={"device", "dtype", "replays", "seed"})
+    block = bench.block.model_dump(mode="json", exclude={"shapes", "models", "ranks", "dropouts"})
+    model = read_model(bench.model).model_dump(mode="json") if bench.model else None
+    return content_hash([bench.name, settings, block, model])

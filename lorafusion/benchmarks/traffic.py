@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from lorafusion.benchmarks.implementations import Builder, Setting
-from lorafusion.benchmarks.measure import _row, bench_hash, require_device
-from lorafusion.benchmarks.suite import KERNELS, Bench, KernelSuite, LinearBlock, Point, read_kernel_suite
+from lorafusion.benchmarks.measure import _row, require_device
+from lorafusion.benchmarks.suite import KERNELS, Bench, KernelSuite, LinearBlock, Point, bench_hash, read_kernel_suite
 from lorafusion.errors import UserError
 from lorafusion.measure.environment import provenance
 from lorafusion.runtime.result import VERSION, write_result

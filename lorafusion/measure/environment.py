@@ -24,7 +24,7 @@ def provenance(device: str) -> dict[str, str | float | bool | None]:
     import torch
 
     return {
-        "git_sha": _git("rev-parse", "HEAD") or os.environ.get("LORAFUSION_GIT_SHA"),  # for a copy without .git
+        "git_sha": os.environ.get("LORAFUSION_GIT_SHA") or _git("rev-parse", "HEAD"),  # told, where a copy is measured
         "git_dirty": _dirty(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

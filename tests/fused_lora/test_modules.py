@@ -267,3 +267,12 @@ def test_nothing_is_kept_once_all_have_been_asked():
         counted.shared.output(index, x)
     assert counted.shared._input is None
     assert counted.shared._outputs == []
+
+
+def test_an_input_that_was_written_to_is_computed_again():
+    """k after q, x having been changed in place between them."""
+    shared = SharedInput(lambda x: [x + 1, x + 2])
+    x = torch.zeros(3)
+    assert torch.equal(shared.output(0, x), torch.ones(3))
+    x.add_(1)
+    assert torch.equal(shared.output(1, x), torch.full((3,), 3.0))

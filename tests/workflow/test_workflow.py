@@ -60,11 +60,21 @@ def test_the_papers_grid_passes_a_dry_run_without_slurm_and_without_a_gpu(checko
     assert jobs["run"] == 174
     assert jobs["workload"] == 17
     assert jobs["end_to_end"] == 3
+    assert not [name for name in jobs if "kernel" in name]
 
 
 def _with_slurm_profile(checkout: Path) -> Path:
     shutil.copytree(ROOT / "slurm", checkout / "slurm")
     return checkout
+
+
+def test_a_suite_with_kernels_measures_each_bench_in_each_repeat(checkout):
+    """Two benches, twice. Ahead-of-time builds and tuning are no part of it."""
+    done = snakemake("--dry-run", *LOCAL, "--config", "suite=smoke", cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    jobs = planned_jobs(done.stdout + done.stderr)
+    kernels = {name: count for name, count in jobs.items() if "kernel" in name or name == "tune"}
+    assert kernels == {"check_kernels": 1, "kernel_bench": 4, "kernel_measurements": 1, "kernel_figures": 2}
 
 
 @pytest.mark.parametrize(

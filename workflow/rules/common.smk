@@ -6,10 +6,18 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from lorafusion.benchmarks.suite import bench_hash, benches, read_kernel_suites
 from lorafusion.cells import config_hash, unavailable
-from lorafusion.config import CONFIGS, cells, read_suite, read_systems, suite_path
+from lorafusion.config import (
+    CONFIGS,
+    cells,
+    read_suite,
+    read_systems,
+    suite_path,
+)
 from lorafusion.errors import UserError
 from lorafusion.measure.environment import has_gpu
+from lorafusion.workload import content_hash
 
 # The workflow's own Python, also where the environment was not activated and inside Slurm jobs.
 shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH; ")
@@ -29,6 +37,7 @@ try:
         suite_path(config.get("suite") or os.environ.get("LORAFUSION_SUITE"))
     )
     SUITE = read_suite(SUITE_PATH)
+    KERNEL_SUITE = read_kernel_suites().get(SUITE.name)  # none: no kernels measured
     # Dry runs and jobs that Slurm has already placed need no GPU here.
     if (
         SUITE.device == "cuda"
@@ -57,6 +66,29 @@ REPEATS = range(1, SUITE.repeats + 1)
 RESULTS = f"results/{SUITE.name}"
 LOGS = f"{RESULTS}/logs"
 RUNS = [f"{name}/repeat~{repeat}" for repeat in REPEATS for name in CELLS]
+BENCHES = benches(KERNEL_SUITE) if KERNEL_SUITE else {}
+KERNEL_FOLDER = f"{RESULTS}/kernels"
+KERNEL_VERDICTS = [f"{RESULTS}/checks/kernels.json"] if KERNEL_SUITE else []
+KERNEL_RUNS = []
+KERNEL_FIGURES = []
+if KERNEL_SUITE:
+    KERNEL_RUNS = [
+        f"{KERNEL_FOLDER}/runs/{name}/repeat~{repeat}.json"
+        for repeat in range(1, KERNEL_SUITE.repeats + 1)
+        for name in BENCHES
+    ]
+    KERNEL_FIGURES = ["kernel_speed", "layer_speed"]
+    if KERNEL_SUITE.traffic:
+        KERNEL_RUNS.append(f"{KERNEL_FOLDER}/runs/traffic.json")
+        KERNEL_FIGURES += ["dram_traffic", "roofline"]
+KERNEL_RESULTS = [
+    *[
+        f"{KERNEL_FOLDER}/measurements.{form}"
+        for form in ("csv", "html")
+        if KERNEL_RUNS
+    ],
+    *[f"{RESULTS}/figures/{figure}.png" for figure in KERNEL_FIGURES],
+]
 
 
 wildcard_constraints:
@@ -65,6 +97,8 @@ wildcard_constraints:
     repeat="[0-9]+",
     stages="[0-9]+",
     model="[^/]+",
+    bench="(linear|layer)~[^/]+/rank~[0-9]+/dropout~[^/]+",
+    figure="kernel_speed|layer_speed|dram_traffic|roofline",
 
 
 def cell_of(wildcards):
@@ -92,7 +126,32 @@ def order(wildcards):
 
     Drift of the machine then spreads over the systems and is not taken for a difference between them.
     """
-    names = sorted(CELLS)
-    random.Random(int(wildcards.repeat)).shuffle(names)
-    later_repeats = len(names) * (SUITE.repeats - int(wildcards.repeat))
-    return 1 + later_repeats + len(names) - names.index(wildcards.cell)
+    return turn(wildcards.cell, CELLS, int(wildcards.repeat), SUITE.repeats)
+
+
+def turn(name, names, repeat, repeats):
+    """The priority of one of `names` in one of the repeats."""
+    shuffled = sorted(names)
+    random.Random(repeat).shuffle(shuffled)
+    return 1 + len(shuffled) * (repeats - repeat + 1) - shuffled.index(name)
+
+
+def kernel_order(wildcards):
+    """As `order`, for the benches."""
+    repeats = KERNEL_SUITE.repeats
+    return turn(wildcards.bench, BENCHES, int(wildcards.repeat), repeats)
+
+
+def kernel_gres(wildcards):
+    """One GPU in Slurm's words; none for kernels on CPUs."""
+    return "gpu:1" if KERNEL_SUITE.device == "cuda" else ""
+
+
+def kernel_hash(bench=None):
+    """Changes with what a bench's numbers depend on; without a bench, with what the traffic does."""
+    settings = KERNEL_SUITE.model_dump(
+        mode="json", include={"device", "dtype", "replays", "seed"}
+    )
+    if bench is None:
+        return content_hash([settings, KERNEL_SUITE.traffic.model_dump(mode="json")])
+    return bench_hash(KERNEL_SUITE, bench)

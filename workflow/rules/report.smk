@@ -39,6 +39,7 @@ rule checks:
             for stages in SUITE.checks.lossless_stages
         ],
         [f"{RESULTS}/checks/learning.json"] if SUITE.checks.learning else [],
+        KERNEL_VERDICTS,
     output:
         report(
             f"{RESULTS}/checks.html",

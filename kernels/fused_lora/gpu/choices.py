@@ -77,7 +77,8 @@ def defaults(kernel: str, shape: Shape, target: Target) -> dict[str, Any]:
         columns = max(64, 4096 // wide) if wide > 16 else 256
         return {"chunk": 512, "rows": 64 // narrow, "columns": columns // narrow**2, "warps": 8, "stages": 2}
     if kernel == "input_pass":
-        return {"chunk": 1024, "rows": 64 // narrow, "columns": 64 if wide > 32 else 128, "warps": 4, "stages": 3}
+        columns = 64 if wide > 32 or narrow > 1 else 128
+        return {"chunk": 1024, "rows": 64 // narrow, "columns": columns, "warps": 4, "stages": 3}
     if kernel in ("expand_output", "expand_input"):
         return {"rows": 64, "columns": 128 // narrow, "warps": 4}
     return {"gemm": LIBRARY}

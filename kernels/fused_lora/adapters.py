@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses import FakeTensor
 
 from fused_lora.philox import check_key, drop_threshold
 
 NO_ADAPTER = -1
+MOST_TABLES = 16  # of one module, for so many sets of scalings and dropouts
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,31 @@ class AdapterTable:
     @property
     def max_rank(self) -> int:
         return max([0, *(rank for row in self.ranks for rank in row)])  # torch.compile knows no `default`
+
+
+class AdapterTables:
+    """The tables of one module's adapters, kept since making one copies to the device. A copy of it is empty.
+
+    There is a table for each device and each set of ranks, scalings and dropouts: they may change at any time. None is
+    given up, as a captured CUDA graph may read it; when there are `MOST_TABLES`, further ones are made at each call.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple, AdapterTable] = {}
+
+    def of(self, adapters: Sequence[Sequence[LoRAAdapter]], x: torch.Tensor) -> AdapterTable:
+        """The table for a call with x."""
+        setting = (x.device, *((one.rank, one.scaling, one.dropout) for row in adapters for one in row))
+        table = self._kept.get(setting)
+        if table is None or isinstance(x, FakeTensor):
+            table = AdapterTable.of(adapters, x.device)
+            # Fake ones, as of a FakeTensorMode, serve no other call.
+            if len(self._kept) < MOST_TABLES and not isinstance(table.keys, FakeTensor):
+                self._kept.setdefault(setting, table)
+        return table
+
+    def __reduce__(self):
+        return AdapterTables, ()  # its tensors may be loaded onto another device
 
 
 def _settings(name: str, adapter: LoRAAdapter | None) -> tuple[float, float, int]:

@@ -69,8 +69,9 @@ def lora_linears(
     one has no factors on a linear. table: of the same adapters, where the caller has it from an earlier call: making
     one copies to the device. keep_bits: keep the dropout masks for the backward pass, one bit an element, or
     draw them again there. Factors may have another floating dtype than x: products are computed in x's, gradients come
-    in the factors'. Every adapter gets a gradient, zero without tokens. Differentiable once; no call waits for the
-    device. Raises ValueError naming the argument, what was found and what was expected.
+    in the factors'. Every adapter gets a gradient: zeros without tokens, and on a linear whose y is not used.
+    Differentiable once; no call waits for the device. Raises ValueError naming the argument, what was found and what
+    was expected.
     """
     _check(x, weights, biases, adapters, batch)
     table = table or AdapterTable.of(adapters, x.device)

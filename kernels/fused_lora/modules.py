@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch
+from fused_lora.adapters import AdapterTables, LoRAAdapter, LoRABatch
 from fused_lora.linear import lora_linears
 from fused_lora.philox import mask_key
 
@@ -56,20 +56,27 @@ class LoRALinear(nn.Module):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=torch.Generator().manual_seed(key >> 1))
             self.lora_a.append(nn.Parameter(a.to(base.weight)))
             self.lora_b.append(nn.Parameter(base.weight.new_zeros(rows, one.rank)))
-        self._tables: dict[torch.device, AdapterTable] = {}
+        self._tables = AdapterTables()
 
     def forward(self, x: Tensor, batch: LoRABatch | None = None) -> Tensor:
         """y [..., N] of x [..., K]. batch: whose tokens they are; without it all are the first adapter's, with new
-        masks at each call, drawn from torch's random numbers (`whole_batch`)."""
+        masks at each call, drawn from torch's random numbers (`whole_batch`). Autocast acts as on nn.Linear."""
         adapters = [
             LoRAAdapter(a, b, one.scaling, one.dropout, key)
             for a, b, one, key in zip(self.lora_a, self.lora_b, self.settings, self.keys, strict=True)
         ]
-        if x.device not in self._tables:
-            self._tables[x.device] = AdapterTable.of([adapters], x.device)
-        batch = batch or whole_batch(x)
-        table = self._tables[x.device]
-        return lora_linears(x, [self.base.weight], [self.base.bias], [adapters], batch, self.training, table)[0]
+        x, weight, bias = autocasted(x, self.base.weight, self.base.bias)
+        batch, table = batch or whole_batch(x), self._tables.of([adapters], x)
+        return lora_linears(x, [weight], [bias], [adapters], batch, self.training, table)[0]
+
+
+def autocasted(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """The operands of linears as autocast gives them to F.linear, all but float64 in its dtype; as they are without."""
+    operands = [x, *others]
+    if not torch.is_autocast_enabled(x.device.type):
+        return operands
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [one if one is None or one.dtype == torch.float64 else one.to(dtype) for one in operands]
 
 
 def whole_batch(x: Tensor) -> LoRABatch:
@@ -78,37 +85,38 @@ def whole_batch(x: Tensor) -> LoRABatch:
     It comes from the device's random numbers, so that masks are new at each call and at each replay of a CUDA graph,
     obey torch.manual_seed, and are the same when activation checkpointing computes a layer again.
     """
-    offsets, adapters = _whole(x.numel() // x.shape[-1], x.device)
-    return LoRABatch(offsets, adapters, torch.randint(1 << 62, (1,), device=x.device))
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what was made in an evaluation serves training, too
-def _whole(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    batch = LoRABatch.single(tokens, torch.zeros(1, dtype=torch.int64, device=device))
-    return batch.offsets, batch.adapters
+    # Filled by the device and kept by nobody: a CUDA graph that is captured owns them, and none is ever a fake one.
+    offsets = torch.arange(2, dtype=torch.int32, device=x.device) * (x.numel() // x.shape[-1])
+    return LoRABatch(offsets, torch.zeros_like(offsets[:1]), torch.randint(1 << 62, (1,), device=x.device))
 
 
 class SharedInput:
     """Linears that are called one after another with the same input, computed together when the first is called.
 
     compute: from x to the outputs of all of them. What a sibling's call has not fetched is kept until then, or until a
-    call with another input, an input that was written to since, or under other gradient or autocast modes. Adapters
-    must not be changed between the calls of siblings.
+    call with another input, an input that was written to since, other settings, or under other gradient or autocast
+    modes; a copy is without it. Factors must not be written to between the calls of siblings. The backward pass is one
+    for all, too: factors of a sibling whose output the loss does not use get zeros as their gradient, not None.
     """
 
     def __init__(self, compute: Callable[[Tensor], list[Tensor]]) -> None:
+        self.__setstate__(compute)
+
+    def __getstate__(self) -> Callable[[Tensor], list[Tensor]]:
+        return self._compute  # outputs belong to a graph, of which there are no copies
+
+    def __setstate__(self, compute: Callable[[Tensor], list[Tensor]]) -> None:
         self._compute = compute
         self._input: Tensor | None = None
         self._state: tuple = ()
         self._outputs: list[Tensor | None] = []
 
-    def output(self, index: int, x: Tensor) -> Tensor:
-        """The output of linear `index` for x."""
+    def output(self, index: int, x: Tensor, settings: Any = None) -> Tensor:
+        """The output of linear `index` for x. settings: what else outputs depend on; equal ones are the same."""
         autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
         # Inference tensors count no versions, and a compiler that traces the calls sees what is written between them.
         versioned = not torch.compiler.is_compiling() and not x.is_inference()
-        state = (x._version if versioned else None, torch.is_grad_enabled(), autocast)
+        state = (x._version if versioned else None, torch.is_grad_enabled(), autocast, settings)
         if self._input is not x or self._state != state or self._outputs[index] is None:
             self._outputs = list(self._compute(x))
             self._input, self._state = x, state

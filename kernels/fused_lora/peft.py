@@ -2,13 +2,13 @@
 
 Parameters, checkpoints and everything else of the model stay PEFT's: only the forward of its LoRA linears is replaced.
 What the kernels do not do, they leave to PEFT's own forward, at each call: eval mode, merged or disabled adapters,
-several active ones, `adapter_names`, variants such as DoRA, biases of adapters. Products are computed in the dtype of
-the input (under autocast, autocast's), also where the adapters are float32, PEFT's default.
+several active ones, `adapter_names`, variants such as DoRA, biases of adapters, float64, and layers whose parts have
+hooks (the kernels read weights, and call no part). Products are computed in the dtype of the input (under autocast,
+autocast's), also where the adapters are float32, PEFT's default.
 """
 
 from __future__ import annotations
 
-import types
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapters import AdapterTable, LoRAAdapter
-from fused_lora.linear import lora_linears
-from fused_lora.modules import SHARED_INPUTS, SharedInput, whole_batch
+from fused_lora.adapters import AdapterTables, LoRAAdapter
+from fused_lora.linear import KERNEL_DTYPES, lora_linears
+from fused_lora.modules import SHARED_INPUTS, SharedInput, autocasted, whole_batch
 from fused_lora.philox import mask_key
 
 STATE = "_fused_lora"
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclass(frozen=True)
@@ -46,42 +47,47 @@ class _Group:
         self.layers = layers
         self.keys = keys
         self.shared = SharedInput(self.compute)
-        self._tables: dict[tuple, AdapterTable] = {}
+        self._tables = AdapterTables()
 
     def compute(self, x: Tensor) -> list[Tensor]:
         """The outputs of all linears of the group."""
         adapters = [[_adapter(layer, key)] for layer, key in zip(self.layers, self.keys, strict=True)]
-        weights = [layer.get_base_layer().weight for layer in self.layers]
-        biases = [layer.get_base_layer().bias for layer in self.layers]
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-            biases = [bias if bias is None else bias.to(dtype) for bias in biases]
-        # Not the name of the adapter alone: its scaling and dropout may be changed at any time.
-        setting = (x.device, *((one.rank, one.scaling, one.dropout) for [one] in adapters))
-        if setting not in self._tables:
-            self._tables[setting] = AdapterTable.of(adapters, x.device)
-        return lora_linears(x, weights, biases, adapters, whole_batch(x), table=self._tables[setting])
+        bases = [layer.get_base_layer() for layer in self.layers]
+        x, *frozen = autocasted(x, *(base.weight for base in bases), *(base.bias for base in bases))
+        weights, biases = frozen[: len(bases)], frozen[len(bases) :]
+        return lora_linears(x, weights, biases, adapters, whole_batch(x), table=self._tables.of(adapters, x))
 
 
-@dataclass
-class _State:
-    """What a patched linear keeps: its group and its place there, itself as a group of one, which the siblings may make
-    necessary, and the forward to go back to."""
+@dataclass(eq=False)
+class _Patched:
+    """What a patched linear keeps: its group and its place there, and itself as a group of one, which the siblings may
+    make necessary. Its forward is the layer's: a method, so that a copy of the model calls the copy, and of this class,
+    where pickle looks it up."""
 
     group: _Group
     index: int
     single: _Group
-    original: Any
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer, members = self.group.layers[self.index], self.group.layers
+        if args or kwargs or STATE not in layer.__dict__ or not _computable(layer, x):
+            return type(layer).forward(layer, x, *args, **kwargs)
+        if len(members) > 1 and all(_computable(member, x) for member in members):
+            return self.group.shared.output(self.index, x, [_setting(member) for member in members])
+        return self.single.compute(x)[0]
 
 
 def patch(model: nn.Module, group: bool = True) -> PatchSummary:
     """Let the kernels compute the LoRA linears of a PEFT model. What is patched already stays as it is.
 
-    group: compute q/k/v and gate/up of one module together, which must call them one after another with one input.
+    group: compute q/k/v and gate/up of one module together, which must call them one after another with one input. Of
+    a linear in a group whose output the loss does not use, the adapter gets zeros as gradients, where PEFT has None.
+    Raises ValueError for a LoRA layer itself: its name in the model, which its dropout is drawn from, is not known.
     """
     from peft.tuners.lora import LoraLayer
 
+    if isinstance(model, LoraLayer):
+        raise ValueError(f"model: expected one that contains LoRA layers, found such a layer, a {type(model).__name__}")
     summary = PatchSummary()
     for parent_name, parent in model.named_modules():
         fitting = {}
@@ -109,10 +115,8 @@ def unpatch(model: nn.Module) -> int:
         state = layer.__dict__.pop(STATE, None)
         if state is not None:
             count += 1
-            if state.original is None:
+            if layer.forward == state.forward:  # else it is wrapped by others', and finds the state gone
                 del layer.forward
-            else:
-                layer.forward = state.original
     return count
 
 
@@ -126,21 +130,9 @@ def _grouped(names: list[str], group: bool) -> list[list[str]]:
 
 def _install(group: _Group) -> None:
     for index, layer in enumerate(group.layers):
-        # A method, not a closure, so that a copy of the model calls the copy.
-        single = _Group([layer], [group.keys[index]])
-        setattr(layer, STATE, _State(group, index, single, layer.__dict__.get("forward")))
-        layer.forward = types.MethodType(_forward, layer)
-
-
-def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    state = self.__dict__[STATE]
-    members = state.group.layers
-    if args or kwargs or not _computable(self, x):
-        original = state.original or types.MethodType(type(self).forward, self)
-        return original(x, *args, **kwargs)
-    if len(members) > 1 and all(_computable(member, x) for member in members):
-        return state.group.shared.output(state.index, x)
-    return state.single.compute(x)[0]
+        state = _Patched(group, index, _Group([layer], [group.keys[index]]))
+        setattr(layer, STATE, state)
+        layer.forward = state.forward
 
 
 def _unsupported(layer: Any) -> str | None:
@@ -154,7 +146,18 @@ def _unsupported(layer: Any) -> str | None:
         return f"its base is {type(base).__module__}.{type(base).__name__}, not torch.nn.Linear"
     if layer.lora_variant and all(name in layer.lora_variant for name in layer.lora_A):
         return f"its adapters are of a variant: {type(next(iter(layer.lora_variant.values()))).__name__}"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced, as by accelerate's hooks"
+    for name in layer.active_adapters:
+        if name in layer.lora_A and _hooked(layer, name):
+            return "its base or its adapter has hooks, or a forward that was replaced, as by accelerate's offloading"
     return None
+
+
+def _hooked(layer: Any, name: str) -> bool:
+    """Would a call of the modules whose weights the kernels read do more than their own forward?"""
+    parts = (layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name])
+    return any("forward" in part.__dict__ or any(getattr(part, hooks) for hooks in HOOKS) for part in parts)
 
 
 def _computable(layer: Any, x: Tensor) -> bool:
@@ -162,20 +165,29 @@ def _computable(layer: Any, x: Tensor) -> bool:
     if not layer.training or layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1:
         return False
     [name] = layer.active_adapters
-    if name not in layer.lora_A or name in layer.lora_variant or layer.lora_B[name].bias is not None:
+    if name not in layer.lora_A or name in layer.lora_variant or _hooked(layer, name):
         return False
-    dropout = layer.lora_dropout[name]
+    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p == 1):
         return False
     base = layer.get_base_layer()
     frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
-    dtype = base.weight.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
-    plain = x.is_floating_point() and base.weight.dtype == dtype and layer.lora_A[name].weight.shape[0] <= 256
-    return frozen and plain and base.weight.is_contiguous() and x.numel() > 0
+    autocast = torch.is_autocast_enabled(x.device.type)
+    computed = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    dtypes = (x.dtype, base.weight.dtype, a.weight.dtype, b.weight.dtype, computed)
+    known = all(dtype in KERNEL_DTYPES for dtype in dtypes) and (autocast or x.dtype == base.weight.dtype)
+    plain = b.bias is None and base.weight.is_contiguous() and a.weight.shape[0] <= 256
+    return frozen and known and plain and x.numel() > 0
 
 
-def _adapter(layer: Any, key: int) -> LoRAAdapter:
+def _setting(layer: Any) -> tuple[str, float, float]:
+    """The active adapter's name, scaling and dropout: all may be changed at any time."""
     [name] = layer.active_adapters
     dropout = layer.lora_dropout[name]
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    return LoRAAdapter(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], p, key)
+    return name, layer.scaling[name], p
+
+
+def _adapter(layer: Any, key: int) -> LoRAAdapter:
+    name, scaling, p = _setting(layer)
+    return LoRAAdapter(layer.lora_A[name].weight, layer.lora_B[name].weight, scaling, p, key)

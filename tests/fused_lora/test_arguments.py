@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, lora_linear, lora_linears
+from fused_lora.adapters import MOST_TABLES, AdapterTables
 
 M, K, N = 23, 13, 17
 CPU = torch.device("cpu")
@@ -209,3 +212,25 @@ def test_a_table_lays_the_factors_of_all_linears_after_each_other():
     assert table.factors.tolist() == [[4.0, 0.0], [0.0, 1.0]]
     assert table.thresholds.tolist() == [[16384, 0], [0, 0]]
     assert table.keys.tolist() == [[-1, 0], [0, 0]]
+
+
+def test_tables_are_kept_for_each_setting_but_not_for_ever_more_of_them():
+    """None that is kept is given up for another: a CUDA graph may read it."""
+    tables, x = AdapterTables(), torch.zeros(1, K)
+    settings = [adapter(2, scaling=float(i), dropout=i / 1000) for i in range(MOST_TABLES + 5)]
+    made = [tables.of([[one]], x) for one in settings]
+    assert [table.scalings.item() for table in made] == [one.scaling for one in settings]
+    again = [tables.of([[one]], x) for one in settings]
+    assert [one is other for one, other in zip(made, again, strict=True)] == [True] * MOST_TABLES + [False] * 5
+    assert copy.deepcopy(tables).of([[settings[0]]], x) is not made[0]
+
+
+def test_tables_of_fake_tensors_are_not_kept():
+    tables, one, x = AdapterTables(), adapter(), torch.zeros(1, K)
+    with FakeTensorMode() as mode:
+        assert isinstance(tables.of([[one]], mode.from_tensor(x)).keys, FakeTensor)
+    kept = tables.of([[one]], x)
+    assert type(kept.keys) is torch.Tensor
+    with FakeTensorMode() as mode:
+        assert isinstance(tables.of([[one]], mode.from_tensor(x)).keys, FakeTensor)
+    assert tables.of([[one]], x) is kept

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora import LoRAAdapter, LoRABatch, LoRALinear, LoRASegment, LoRASettings, lora_linear, mask_key, modules
+from fused_lora import LoRAAdapter, LoRABatch, LoRALinear, LoRASegment, LoRASettings, lora_linear, mask_key
 from fused_lora.modules import SharedInput, whole_batch
 
 TOKENS, COLUMNS, ROWS = 10, 24, 17
@@ -159,6 +161,40 @@ def test_a_copy_and_another_dtype_are_independent():
     assert not torch.equal(linear.eval()(x), linear.base(x))
 
 
+def test_a_pickled_module_is_the_same():
+    linear, x = made(), random_input()
+    linear(x)
+    file = io.BytesIO()
+    torch.save(linear, file)
+    file.seek(0)
+    other = torch.load(file, weights_only=False, map_location="meta")  # nothing that was kept knows the old device
+    other = other.to_empty(device="cpu")
+    other.load_state_dict(linear.state_dict())
+    assert torch.equal(other.eval()(x), linear.eval()(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_acts_as_on_a_linear(x_dtype, bias):
+    """Products in its dtype, of a base and factors in float32."""
+    linear = made([LoRASettings(4, 8.0)], bias, torch.float32)
+    x = random_input(dtype=torch.float32).to(x_dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, plain = linear(x), linear.base(x)
+        expected = plain + 2 * (x.bfloat16() @ linear.lora_a[0].T) @ linear.lora_b[0].T
+    assert y.dtype == plain.dtype == torch.bfloat16
+    assert (y - expected).float().norm() < 0.01 * expected.float().norm()
+    dx, da = torch.autograd.grad(y.float().sum(), [x, linear.lora_a[0]])
+    assert (dx.dtype, da.dtype) == (x_dtype, torch.float32)
+
+
+def test_autocast_leaves_float64_alone():
+    linear, x = made().eval(), random_input()
+    expected = linear(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x), expected)
+
+
 class Two(nn.Module):
     """Linears one after the other, with dropout."""
 
@@ -191,7 +227,6 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiled_equals_eager():
     torch.compiler.reset()
     model, x = Two(), random_input()
@@ -203,11 +238,26 @@ def test_compiled_equals_eager():
 
 def test_training_after_an_evaluation_in_inference_mode():
     """What the module keeps from call to call was made in inference mode, and is saved for a backward pass."""
-    modules._whole.cache_clear()
     model, x = Two(), random_input()
     with torch.inference_mode():
         model.eval()(x)
     gradients(model.train(), model, x)
+
+
+def test_training_after_a_run_with_fake_tensors():
+    model, x = Two(), random_input()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(x))
+    assert all(type(one) is torch.Tensor for one in gradients(model, model, x))
+
+
+def test_each_call_has_a_batch_of_its_own():
+    """A captured CUDA graph owns what was made in it; nobody else keeps it, or gives it up."""
+    first, second = (whole_batch(torch.zeros(3, 4)) for _ in range(2))
+    for name in ("offsets", "adapters", "positions"):
+        one, other = getattr(first, name), getattr(second, name)
+        assert one.data_ptr() != other.data_ptr()
+    assert whole_batch(torch.zeros(0, 4)).offsets.tolist() == [0, 0]
 
 
 class Counted:
@@ -267,6 +317,24 @@ def test_nothing_is_kept_once_all_have_been_asked():
         counted.shared.output(index, x)
     assert counted.shared._input is None
     assert counted.shared._outputs == []
+
+
+def test_other_settings_are_computed_anew():
+    counted, x = Counted(), random_input()
+    counted.shared.output(0, x, "one")
+    counted.shared.output(1, x, "other")
+    counted.shared.output(2, x, "other")
+    assert counted.calls == 2
+
+
+def test_a_copy_is_without_outputs_that_wait():
+    """They belong to a graph, of which PyTorch makes no copies."""
+    counted, x = Counted(), random_input().requires_grad_()
+    counted.shared.output(0, x)
+    other = copy.deepcopy(counted)
+    other.shared.output(1, x)
+    counted.shared.output(1, x)
+    assert (counted.calls, other.calls) == (1, 2)
 
 
 def test_an_input_that_was_written_to_is_computed_again():

@@ -1,4 +1,4 @@
-"""A PEFT model with the kernels under it computes what PEFT computes, is trained, saved and copied as before."""
+"""A PEFT model with the kernels under it computes what PEFT computes, is trained and saved as before."""
 
 from __future__ import annotations
 
@@ -62,19 +62,6 @@ def assert_same(found, expected, tolerance=2e-6):
     for name, value in expected.items():
         scale = value.abs().max().item()
         torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance * max(scale, 1e-3), msg=name)
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    """How many linears each call of the kernels computed."""
-    counts, original = [], fused.lora_linears
-
-    def counted(x, weights, *arguments, **keywords):
-        counts.append(len(weights))
-        return original(x, weights, *arguments, **keywords)
-
-    monkeypatch.setattr(fused, "lora_linears", counted)
-    return counts
 
 
 class OurDropout(nn.Module):
@@ -294,29 +281,6 @@ def test_a_dropout_that_is_turned_off_is_seen():
     assert_same(found, step(model))
 
 
-def test_unpatch_gives_everything_back():
-    model = with_adapter(base_model(), 0.3)
-    layers = lora_layers(model)
-    before, state = step(model), {name: set(layer.__dict__) for name, layer in layers.items()}
-    own = lambda x: x  # noqa: E731 - as a library that wraps forwards leaves it
-    layers["base_model.model.model.layers.0.mlp.down_proj"].forward = own
-    assert len(patch(model).patched) == 14
-    assert unpatch(model) == 14
-    assert layers["base_model.model.model.layers.0.mlp.down_proj"].__dict__.pop("forward") is own
-    assert {name: set(layer.__dict__) for name, layer in layers.items()} == state
-    assert_same(step(model), before, tolerance=0)
-    assert unpatch(model) == 0
-
-
-def test_patching_twice_changes_nothing():
-    model = with_adapter(base_model())
-    patch(model)
-    forwards = {name: layer.forward for name, layer in lora_layers(model).items()}
-    again = patch(model)
-    assert (again.patched, again.groups, again.skipped) == ([], [], {})
-    assert {name: layer.forward for name, layer in lora_layers(model).items()} == forwards
-
-
 def test_the_summary():
     model = with_adapter(base_model(), target_modules=[*ATTENTION, *MLP, "embed_tokens", "lm_head"])
     summary = patch(model)
@@ -368,20 +332,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(computed, p, use_reentr
     assert len(computed) == 3 * len(once)
 
 
-def test_a_copy_computes_with_its_own_parameters():
-    model = with_adapter(base_model())
-    patch(model)
-    step(model)
-    expected = step(model)
-    other = copy.deepcopy(model)
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    assert_same(step(other), expected, tolerance=0)
-    assert unpatch(model) == unpatch(other) == 14
-    assert_same(step(other), expected)
-
-
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiled_without_graph_breaks():
     torch.compiler.reset()
     model = with_adapter(base_model(num_hidden_layers=1))

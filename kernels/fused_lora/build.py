@@ -26,17 +26,17 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_lora.gpu import choices, launch, masks, passes, products
+from fused_lora.gpu import choices, gating, hopper, launch, masks, passes, products
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
 REGISTER_FILE = 65_536  # registers of a multiprocessor
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
-# Bytes a thread that the GEMM for dx of several linears may spill: outside its loops, and still a fifth faster than the
-# library on an H200 (4096 columns, q, k and v).
-GROUPED_SPILL = 128
+MODULES = (gating, hopper, masks, passes, products)  # that kernels are in
 GEMMS = ("output_gemm_kernel", "input_gemm_kernel")
 
 
@@ -50,6 +50,7 @@ class Case:
     rank: int = 16
     masked: bool = True
     dtype: torch.dtype = torch.bfloat16
+    gated: bool = False  # of h, computed from gate and up
     gemm: dict[str, Any] = field(default_factory=lambda: {"gemm": choices.LIBRARY})
 
 
@@ -65,10 +66,14 @@ CASES = (
     Case("rank 256, q, k and v", rank=256, linears=3),
     Case("float16", dtype=torch.float16),
     Case("float32", dtype=torch.float32),
+    Case("gated", gated=True),
+    Case("gated, float16", gated=True, dtype=torch.float16),
+    Case("gated, float32", gated=True, dtype=torch.float32),
     Case("own GEMM", gemm=choices.own_gemm()),
     Case("own GEMM, no dropout", gemm=choices.own_gemm(), masked=False),
     Case("own GEMM, four adapters", gemm=choices.own_gemm(), adapters=4),
-    Case("own GEMM, q, k and v", gemm=choices.own_gemm(columns=128, stages=4), linears=3),
+    Case("own GEMM, gate and up", gemm=choices.own_gemm(), linears=2),
+    Case("own GEMM, q, k and v, four adapters", gemm=choices.own_gemm(), linears=3, adapters=4),
     Case("own GEMM, rank 128", gemm=choices.own_gemm(), rank=128),
 )
 
@@ -110,10 +115,19 @@ def main() -> None:
 def build(targets: list[int], jobs: int | None = None, cases: tuple[Case, ...] = CASES) -> list[dict[str, Any]]:
     """A row for each distinct launch and target: resources, instructions and what is wrong, if anything."""
     tasks = [
-        (target, case, one) for target in targets for case, launched in distinct(cases, target) for one in launched
+        (target, case, one)
+        for target in targets
+        for case, launched in distinct(tuple(case for case in cases if case.gemm["gemm"] in gemms(target)), target)
+        for one in launched
     ]
     with ProcessPoolExecutor(jobs) as pool:
         return list(pool.map(_compile, *zip(*tasks, strict=True)))
+
+
+def gemms(target: int) -> set[str]:
+    """Whose GEMMs are launched on a target."""
+    own = divmod(target, 10) == choices.OWN_CAPABILITY
+    return {choices.LIBRARY, choices.OWN} if own else {choices.LIBRARY}
 
 
 def distinct(cases: tuple[Case, ...], target: int) -> Iterator[tuple[str, list[Launch]]]:
@@ -167,6 +181,10 @@ def _call(case: Case, tokens: int = 8192, columns: int = 4096, rows: int = 4096)
     )
     settings = ([case.adapters * case.rank] * case.linears, case.rank, case.masked)
     biases = [empty(rows)] + [empty(0)] * (case.linears - 1)
+    if case.gated:
+        y, s, bits = gating.forward(x, x, weights[0], biases[0], *factors, *table, *batch, *settings, True)
+        gating.backward(y, x, x, weights[0], *factors, *table, *batch, s, bits, *settings, True, True)
+        return
     ys, s, bits = launch.forward(x, weights, biases, *factors, *table, *batch, *settings, True)
     launch.backward(ys, x, weights, *factors, *table, *batch, s, bits, *settings, True, True)
 
@@ -177,18 +195,20 @@ def _describe(kernel: JITFunction, arguments: tuple, keywords: dict[str, Any]) -
     signature, constants, divisible = {}, {}, []
     for parameter in kernel.params:
         name, value = parameter.name, named[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, TensorDescriptor):
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, GluonDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
         elif isinstance(value, torch.Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
             divisible.append(name)
         else:
             signature[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(name)
-    options = {name: keywords[name] for name in ("num_warps", "num_stages", "launch_pdl") if name in keywords}
+    options = {name: keywords[name] for name in ("num_warps", "num_stages", "maxnreg", "launch_pdl") if name in keywords}
     return Launch(
         kernel.fn.__name__, *(tuple(part.items()) for part in (signature, constants)), tuple(divisible),
         tuple(options.items()),
@@ -197,12 +217,13 @@ def _describe(kernel: JITFunction, arguments: tuple, keywords: dict[str, Any]) -
 
 def _compile(target: int, case: str, one: Launch) -> dict[str, Any]:
     """Compile one launch, and look at what came out."""
-    kernel = next(getattr(module, one.kernel) for module in (masks, passes, products) if hasattr(module, one.kernel))
+    kernel = next(getattr(module, one.kernel) for module in MODULES if hasattr(module, one.kernel))
     row = {"kernel": one.kernel, "case": case, "target": target, "triton": triton.__version__}
     row |= {"constants": " ".join(f"{name}={value}" for name, value in one.constants)}
-    row |= {"num_warps": 4, "num_stages": None, "launch_pdl": False} | dict(one.options)
+    row |= {"num_warps": 4, "num_stages": None, "maxnreg": None, "launch_pdl": False} | dict(one.options)
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in one.divisible}
-    source = ASTSource(kernel, dict(one.signature), dict(one.constants), attributes)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = language(kernel, dict(one.signature), dict(one.constants), attributes)
     measured = dict.fromkeys(
         ("registers", "spill_bytes", "shared_bytes", "instructions", "wgmma", "bulk_loads", "float64")
     )
@@ -211,9 +232,7 @@ def _compile(target: int, case: str, one: Launch) -> dict[str, Any]:
     except Exception as error:  # a compiler may fail in any way, and the table says so
         return row | measured | {"problem": f"does not compile: {type(error).__name__}: {error}"[:300]}
     measured |= _look(made.asm["cubin"]) | {"shared_bytes": made.metadata.shared}
-    warps = made.metadata.num_warps
-    grouped = one.kernel == "input_gemm_kernel" and dict(one.constants)["LINEARS"] > 1
-    return row | measured | {"problem": _problem(one.kernel, target, measured, warps, grouped)}
+    return row | measured | {"problem": _problem(one.kernel, target, measured, made.metadata.num_warps)}
 
 
 def _look(cubin: bytes) -> dict[str, int]:
@@ -239,10 +258,10 @@ def _run(*command: str | Path) -> str:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
 
-def _problem(kernel: str, target: int, found: dict[str, Any], warps: int, grouped: bool) -> str:
+def _problem(kernel: str, target: int, found: dict[str, Any], warps: int) -> str:
     """What is wrong with a build, or nothing."""
     problems = []
-    if found["spill_bytes"] > (GROUPED_SPILL if grouped else 0):
+    if found["spill_bytes"]:
         problems.append(f"spills {found['spill_bytes']} bytes")
     if found["shared_bytes"] > SHARED_LIMIT[target]:
         problems.append(f"{found['shared_bytes']} bytes of shared memory, at most {SHARED_LIMIT[target]}")

@@ -1,4 +1,6 @@
-"""The LoRA linear as a function: `lora_linear`, and `lora_linears` for linears that share their input."""
+"""The LoRA linear as a function: `lora_linear`, `lora_linears` for linears that share their input, and
+`lora_gated_linear` for the down projection of a gated MLP.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 
 from fused_lora import ops
 from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment
+from fused_lora.reference import gated
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -74,36 +77,75 @@ def lora_linears(
     was expected.
     """
     _check(x, weights, biases, adapters, batch)
+    table = _table(adapters, x, table)
+    if table.max_rank == 0 or not batch.adapters.numel():
+        return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    flat, biases = x.reshape(-1, x.shape[-1]), [x.new_empty(0) if bias is None else bias for bias in biases]
+    # The operator's dtypes are those of its arguments: autocast would change them inside it.
+    with torch.autocast(x.device.type, enabled=False):
+        settings = _of_adapters(adapters, batch, table, training)
+        ys, _, _ = ops.linear(flat, list(weights), biases, *settings, keep_bits)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def lora_gated_linear(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    adapters: Sequence[LoRAAdapter | None],
+    batch: LoRABatch,
+    training: bool = True,
+    table: AdapterTable | None = None,
+    keep_bits: bool = True,
+) -> torch.Tensor:
+    """y [..., N] of one linear of h = silu(gate) * up, a gated MLP's down projection, without keeping h.
+
+    gate and up [..., K], M tokens, are kept for the backward pass, where h is computed again. y is what `lora_linears`
+    gives for h, which is silu in float32, times up, rounded once to the dtype of gate (all in float64 for float64);
+    PyTorch's `F.silu(gate) * up` rounds twice. adapters [G]; table: of [adapters]. The rest is as for `lora_linears`.
+    Raises ValueError naming the argument, what was found and what was expected.
+    """
+    _check_x(gate, "gate")
+    _expect_like("up", up, gate, gate.shape)
+    _check(gate, [weight], [bias], [adapters], batch)
+    table = _table([adapters], gate, table)
+    if table.max_rank == 0 or not batch.adapters.numel():
+        return F.linear(gated(gate, up), weight, bias)
+    bias = gate.new_empty(0) if bias is None else bias
+    flat = [one.reshape(-1, one.shape[-1]) for one in (gate, up)]
+    with torch.autocast(gate.device.type, enabled=False):
+        settings = _of_adapters([adapters], batch, table, training)
+        y, _, _ = ops.gated_linear(*flat, weight, bias, *settings, keep_bits)
+    return y.view(*gate.shape[:-1], y.shape[-1])
+
+
+def _table(adapters, x, table: AdapterTable | None) -> AdapterTable:
+    """The caller's table, if it fits the adapters, or a new one."""
     table = table or AdapterTable.of(adapters, x.device)
     expected = tuple(tuple(0 if one is None else one.rank for one in row) for row in adapters)
     if table.ranks != expected:
         raise ValueError(f"table: expected one of ranks {expected}, found {table.ranks}")
-    if table.max_rank == 0 or not batch.adapters.numel():
-        return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return table
+
+
+def _of_adapters(adapters, batch: LoRABatch, table: AdapterTable, training: bool) -> tuple:
+    """What the operators take after weights and biases, but for keep_bits."""
     present = [adapter for adapter in chain.from_iterable(adapters) if adapter is not None]
-    masked = training and table.dropout > 0
-    scales = table.factors if training else table.scalings
-    # The operator's dtypes are those of its arguments: autocast would change them inside it.
-    with torch.autocast(x.device.type, enabled=False):
-        ys, _, _ = ops.linear(
-            x.reshape(-1, x.shape[-1]),
-            list(weights),
-            [x.new_empty(0) if bias is None else bias for bias in biases],
-            _stacked([adapter.a for adapter in present]),
-            _stacked([adapter.b.reshape(-1) for adapter in present]),
-            scales,
-            table.thresholds,
-            table.keys,
-            table.rank_offsets,
-            batch.offsets,
-            batch.adapters,
-            batch.positions,
-            table.total_ranks,
-            table.max_rank,
-            masked,
-            keep_bits,
-        )
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return (
+        _stacked([adapter.a for adapter in present]),
+        _stacked([adapter.b.reshape(-1) for adapter in present]),
+        table.factors if training else table.scalings,
+        table.thresholds,
+        table.keys,
+        table.rank_offsets,
+        batch.offsets,
+        batch.adapters,
+        batch.positions,
+        table.total_ranks,
+        table.max_rank,
+        training and table.dropout > 0,
+    )
 
 
 def _stacked(factors: list[torch.Tensor]) -> torch.Tensor:
@@ -137,11 +179,11 @@ def _check(x, weights, biases, adapters, batch) -> None:
     _check_batch(x, batch)
 
 
-def _check_x(x) -> None:
+def _check_x(x, name="x") -> None:
     if x.dim() < 1 or not x.is_floating_point() or x.shape[-1] < 1:
-        raise ValueError(f"x: expected floating point [..., K], found {x.dtype} {list(x.shape)}")
+        raise ValueError(f"{name}: expected floating point [..., K], found {x.dtype} {list(x.shape)}")
     if x.device.type == "cuda" and x.dtype not in KERNEL_DTYPES:
-        raise ValueError(f"x: expected bfloat16, float16 or float32 on a GPU, found {x.dtype}")
+        raise ValueError(f"{name}: expected bfloat16, float16 or float32 on a GPU, found {x.dtype}")
 
 
 def _check_batch(x, batch) -> None:

@@ -12,6 +12,9 @@ gradients. On a CPU they run the reference, on a GPU the Triton kernels. Argumen
 
 and the results beside y are what the backward pass needs: s [P, M, rank_width(max_rank)], of which an adapter fills as
 many columns as its rank, and the mask bits, int32 [P, M, word_count(K)].
+
+`fused_lora::gated_linear` is one linear of h = silu(gate) * up, which keeps gate and up [M, K], that the linears before
+it hand over anyway, and not h: the backward pass computes h again.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from fused_lora.adapters import LoRAAdapter, LoRABatch
 from fused_lora.philox import unpack, word_count, words_of_threshold
-from fused_lora.reference import lora_backward, lora_forward
+from fused_lora.reference import gated, gated_backward, lora_backward, lora_forward
 
 
 def rank_width(max_rank: int) -> int:
@@ -171,6 +174,123 @@ def _(*arguments):
     from fused_lora.gpu import launch
 
     return launch.backward(*arguments)
+
+
+@torch.library.custom_op("fused_lora::gated_linear", mutates_args=(), device_types="cpu")
+def gated_linear(
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    thresholds: Tensor,
+    keys: Tensor,
+    rank_offsets: Tensor,
+    offsets: Tensor,
+    adapters: Tensor,
+    positions: Tensor,
+    ranks: Sequence[int],
+    max_rank: int,
+    masked: bool,
+    keep_bits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, s and the mask bits of one linear of h: on a CPU, by the reference."""
+    tables = (scales, thresholds, keys, rank_offsets, offsets, adapters, positions)
+    settings = (ranks, max_rank, masked, keep_bits)
+    h = gated(gate.contiguous(), up.contiguous())
+    [y], s, bits = linear(h, [weight], [bias], a, b, *tables, *settings)
+    return y, s, bits
+
+
+@gated_linear.register_fake
+def _(gate, up, weight, bias, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, *settings):
+    _, max_rank, masked, keep_bits = settings
+    tokens, columns = gate.shape
+    s, words = gate.new_empty(1, tokens, rank_width(max_rank)), word_count(columns)
+    bits = gate.new_empty(1, tokens, words, dtype=torch.int32) if masked and keep_bits else _no_bits(gate)
+    return gate.new_empty(tokens, weight.shape[0]), s, bits
+
+
+@torch.library.custom_op("fused_lora::gated_linear_backward", mutates_args=(), device_types="cpu")
+def gated_linear_backward(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    thresholds: Tensor,
+    keys: Tensor,
+    rank_offsets: Tensor,
+    offsets: Tensor,
+    adapters: Tensor,
+    positions: Tensor,
+    s: Tensor,
+    bits: Tensor,
+    ranks: Sequence[int],
+    max_rank: int,
+    masked: bool,
+    wants_inputs: bool,
+    wants_factors: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dgate and dup [M, K], da as a and db as b; empty where not wanted. On a CPU, by the reference."""
+    tables = (scales, thresholds, keys, rank_offsets, offsets, adapters, positions)
+    settings = (ranks, max_rank, masked, wants_inputs, wants_factors)
+    gate, up = gate.contiguous(), up.contiguous()
+    dh, da, db = linear_backward([dy], gated(gate, up), [weight], a, b, *tables, s, bits, *settings)
+    if not wants_inputs:
+        return gate.new_empty(0), gate.new_empty(0), da, db
+    return *gated_backward(gate, up, dh), da, db
+
+
+@gated_linear_backward.register_fake
+def _(dy, gate, up, weight, a, b, *rest):
+    wants_inputs, wants_factors = rest[-2:]
+    return (
+        *(gate.new_empty(gate.shape if wants_inputs else 0) for _ in range(2)),
+        a.new_empty(a.shape if wants_factors else 0),
+        b.new_empty(b.shape if wants_factors else 0),
+    )
+
+
+def _setup_gated_context(ctx, inputs, output) -> None:
+    gate, up, weight, _, a, b, *tables = inputs[:13]
+    ctx.ranks, ctx.max_rank, ctx.masked, _ = inputs[13:]
+    _, s, bits = output
+    ctx.mark_non_differentiable(s, bits)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gate, up, weight, a, b, *tables, s, bits)
+
+
+def _gated_backward(ctx, dy, _s, _bits):
+    if dy is None:
+        return (None,) * 17
+    wants_inputs, wants_factors = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[4:6])
+    settings = (ctx.ranks, ctx.max_rank, ctx.masked, wants_inputs, wants_factors)
+    with torch.autocast(dy.device.type, enabled=False):
+        dgate, dup, da, db = gated_linear_backward(dy.contiguous(), *ctx.saved_tensors, *settings)
+    inputs = (dgate, dup) if wants_inputs else (None, None)
+    return (*inputs, None, None, *((da, db) if wants_factors else (None, None)), *[None] * 11)
+
+
+gated_linear.register_autograd(_gated_backward, setup_context=_setup_gated_context)
+
+
+@gated_linear.register_kernel("cuda")
+def _(*arguments):
+    from fused_lora.gpu import gating
+
+    return gating.forward(*arguments)
+
+
+@gated_linear_backward.register_kernel("cuda")
+def _(*arguments):
+    from fused_lora.gpu import gating
+
+    return gating.backward(*arguments)
 
 
 def _no_bits(x: Tensor) -> Tensor:

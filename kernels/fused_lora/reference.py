@@ -90,6 +90,24 @@ def lora_backward(
     return dx, da, db
 
 
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """h = silu(gate) * up, the input of a down projection: in at least float32, rounded once to the dtype of gate."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+
+
+def gated_backward(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """dgate and dup, each rounded once:
+
+    dup = dh silu(gate)      dgate = dh up sigmoid(gate) (1 + gate (1 - sigmoid(gate)))
+    """
+    dtype, wide = gate.dtype, torch.promote_types(gate.dtype, torch.float32)
+    gate, up, dh = (one.to(wide) for one in (gate, up, dh))
+    share = gate.sigmoid()
+    dgate = dh * up * share * (1 + gate * (1 - share))
+    return dgate.to(dtype), (dh * gate * share).to(dtype)
+
+
 def _factor(adapter: LoRAAdapter, mask: Mask) -> float:
     return adapter.scaling if mask is None else adapter.scaling / (1.0 - adapter.dropout)
 

@@ -26,7 +26,7 @@ import torch
 import triton
 
 from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment
-from fused_lora.gpu import choices, launch
+from fused_lora.gpu import choices, gemms, launch
 from fused_lora.gpu.choices import Shape, own_gemm
 
 Choice = dict[str, Any]
@@ -49,8 +49,8 @@ CANDIDATES: dict[str, list[Choice]] = {
     "masks": _grid(rows=(4, 8, 16, 32), columns=(32, 64, 128), warps=(4, 8)),
     "project": [
         *_grid(rows=(32, 64), columns=(64, 128), splits=(1, 2, 4, 8), warps=(4,), stages=(3, 4)),
-        *_grid(rows=(16, 32, 64), columns=(256,), splits=(1, 2, 4), warps=(4,), stages=(2, 3)),
-        *_grid(rows=(64, 128), columns=(128,), splits=(2, 4, 8), warps=(8,), stages=(3,)),
+        *_grid(rows=(16, 32, 64), columns=(256,), splits=(1, 2, 4), warps=(4,), stages=(2, 3, 4)),
+        *_grid(rows=(64, 128), columns=(128,), splits=(1, 2, 4, 8), warps=(8,), stages=(3,)),
     ],
     "output_pass": [
         *_grid(chunk=(256, 512, 1024), rows=(32, 64), columns=(128, 256), warps=(4, 8), stages=(2, 3)),
@@ -65,19 +65,8 @@ CANDIDATES: dict[str, list[Choice]] = {
 }
 GEMMS = [
     {"gemm": choices.LIBRARY},
-    own_gemm(),
-    own_gemm(group=4),
-    own_gemm(group=16),
-    own_gemm(parts=2),
-    own_gemm(parts=2, stages=4),
-    own_gemm(parts=4, stages=4, group=16),
-    own_gemm(specialize=True),
-    own_gemm(specialize=True, parts=2),
-    own_gemm(specialize=True, parts=2, stages=4),
-    own_gemm(specialize=True, parts=2, stages=4, group=16),
-    own_gemm(rows=256, columns=128, stages=3),
-    own_gemm(columns=128, stages=4),
-    own_gemm(columns=128, stages=4, specialize=True),
+    *(own_gemm(group=group) for group in (4, 8, 16)),
+    *(own_gemm(group=group, slices=4, stores=2) for group in (8, 16)),
 ]
 CANDIDATES |= {"output": GEMMS, "input": GEMMS}
 ORDER = ("masks", "project", "output_pass", "input_pass", "expand_output", "expand_input", "output", "input")
@@ -109,9 +98,7 @@ def main() -> None:
 def shapes(kernel: str, arguments: argparse.Namespace) -> Iterator[tuple[str, Shape, tuple[int, ...]]]:
     """Kernel, shape and the linears' output widths of everything that is tuned."""
     single = [(inputs, (outputs,)) for inputs, outputs in LINEARS]
-    # Not "input": alone, one GEMM of ours for gate and up was 4 % faster than the library's two; in a decoder layer of
-    # Qwen2.5-32B, under sustained load, the layer took 34.1 ms with the library's and 37.1 ms with ours.
-    linears = [*single, *SHARED] if kernel in ("project", "input_pass", "expand_input") else single
+    linears = [*single, *SHARED] if kernel in ("project", "input_pass", "expand_input", "input") else single
     seen: set[Shape] = set()
     for tokens, (inputs, widths) in itertools.product(arguments.tokens, linears):
         shape = Shape(tokens, *_sizes(kernel, inputs, widths), len(widths), launch.rank_width(arguments.rank))
@@ -156,12 +143,12 @@ def runner(kernel: str, shape: Shape, widths: tuple[int, ...]) -> Callable[[], N
     return {
         "masks": lambda: launch.draw_masks(call),
         "project": lambda: launch.project(call, bits, s),
-        "output_pass": lambda: launch.output_pass(call, 0, dys[0], s, torch.empty_like(s), db),
+        "output_pass": lambda: launch.finish_db(call, 0, launch.output_pass(call, 0, dys[0], s, torch.empty_like(s)), db),
         "input_pass": lambda: launch.input_pass(call, group, s, bits, da),
-        "expand_output": lambda: launch.expand_output(call, 0, s, no_bias, dys[0]),
-        "output": lambda: launch.output(call, 0, s, no_bias, dys[0]),
-        "expand_input": lambda: launch.expand_input(call, group, s, bits, dx),
-        "input": lambda: launch.input_product(call, group, dys, s, bits, dx),
+        "expand_output": lambda: gemms.expand_output(call, 0, s, no_bias, dys[0]),
+        "output": lambda: gemms.output(call, 0, s, no_bias, dys[0]),
+        "expand_input": lambda: gemms.expand_input(call, group, s, bits, dx),
+        "input": lambda: gemms.input_product(call, group, dys, s, bits, dx),
     }[kernel]
 
 
@@ -178,7 +165,7 @@ def tuned(kernel: str, shape: Shape, widths: tuple[int, ...], entries: list[dict
     times = microseconds(graphs)
     best = min(times, key=times.get)
     measured = {"microseconds": round(times[best], 2), "candidates": len(times), "failed": failed}
-    if kernel in ("output", "input"):
+    if kernel in choices.GEMMS:
         measured["library_microseconds"] = round(times[0], 2)
     return choices.entry(kernel, shape, CANDIDATES[kernel][best], **measured)
 
@@ -193,10 +180,9 @@ def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def microseconds(graphs: dict[int, torch.cuda.CUDAGraph], repeats: int = 13) -> dict[int, float]:
-    """The median time of each graph. They take turns, so that a GPU that grows warm and slow does so for all alike.
-
-    The L2 cache is emptied before each: in a model other tensors went through it since.
+def microseconds(graphs: dict[int, torch.cuda.CUDAGraph], repeats: int = 15) -> dict[int, float]:
+    """The median time of each graph. They take turns without a pause, so that the GPU is as warm, and its clock as low,
+    as in a training, and for all alike. The L2 cache is emptied before each: in a model other tensors went through it.
     """
     scratch = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
     events = {index: [] for index in graphs}
@@ -209,8 +195,9 @@ def microseconds(graphs: dict[int, torch.cuda.CUDAGraph], repeats: int = 13) -> 
             end.record()
             events[index].append((begin, end))
     torch.cuda.synchronize()
+    warm = repeats // 3
     return {
-        index: statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1e3
+        index: statistics.median(begin.elapsed_time(end) for begin, end in pairs[warm:]) * 1e3
         for index, pairs in events.items()
     }
 

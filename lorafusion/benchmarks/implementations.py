@@ -20,6 +20,7 @@ from lorafusion.benchmarks.suite import Bench, Point
 from lorafusion.config import read_model
 from lorafusion.data.packing import AdapterSegment, PackedBatch, SampleBorders
 from lorafusion.models import lora
+from lorafusion.models.liger import use_liger
 from lorafusion.models.stage import Stage, build_stage
 from lorafusion.workload import ALL_LINEAR, Job, Sample
 
@@ -118,6 +119,8 @@ class Builder:
             config, index=1, count=config.num_hidden_layers, device=setting.device, dtype=setting.dtype,
             seed=setting.seed,
         )  # fmt: skip
+        if self.bench.block.liger:
+            use_liger(stage)
         if point.implementation == "frozen":
             return stage, None
         jobs = [

@@ -71,6 +71,7 @@ class LayerBlock(Block):
 
     models: list[str] = Field(min_length=1)
     sample_tokens: int = Field(default=512, ge=1, description="tokens of each packed sample, the last one shorter")
+    liger: bool = Field(default=False, description="Liger's RMSNorm and SwiGLU in every implementation; needs a GPU")
 
 
 class Verification(Config):
@@ -103,6 +104,12 @@ class KernelSuite(Config):
     linears: list[LinearBlock] = []
     layers: list[LayerBlock] = []
     traffic: Traffic | None = None
+
+    @model_validator(mode="after")
+    def _liger_has_a_gpu(self) -> KernelSuite:
+        if self.device == "cpu" and any(block.liger for block in self.layers):
+            raise ValueError("layers with `liger: true` need `device: cuda`: Liger's kernels run on GPUs only")
+        return self
 
 
 class Bench(BaseModel):

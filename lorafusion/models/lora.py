@@ -12,12 +12,13 @@ from functools import partial, wraps
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
+from torch import nn
 
-from fused_lora import AdapterTable, LoRAAdapter, lora_linears, mask_key
+from fused_lora import AdapterTable, LoRAAdapter, lora_gated_linear, lora_linears, mask_key
 from fused_lora.modules import SHARED_INPUTS, SharedInput
 from lorafusion.data.packing import PackedBatch
 from lorafusion.errors import UserError
-from lorafusion.models.stage import Stage, named_generator
+from lorafusion.models.stage import Stage, is_gated_mlp, named_generator
 from lorafusion.workload import Job
 
 
@@ -35,6 +36,7 @@ class LoRALinear:
     layer: PeftLinear
     name: str
     jobs: Sequence[Job]
+    parent: nn.Module
 
     @property
     def layer_index(self) -> int:
@@ -62,7 +64,7 @@ def inject_adapters(stage: Stage, jobs: Sequence[Job], dtype: torch.dtype, kind:
             raise UserError(f"job {job.name!r}: target_modules {list(job.target_modules)}: {error}") from None
     active = ActiveBatch()
     layers = [(name, layer) for name, layer in stage.named_modules() if isinstance(layer, PeftLinear)]
-    linears = [LoRALinear(layer, name, jobs) for name, layer in layers]
+    linears = [LoRALinear(layer, name, jobs, stage.get_submodule(name.rpartition(".")[0])) for name, layer in layers]
     for linear in linears:
         _initialise(linear, dtype)
     kind(linears, active)
@@ -107,8 +109,9 @@ def adapter_state(stage: Stage, job: Job) -> dict[str, torch.Tensor]:
 
 
 def fused(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:
-    """All adapters of the microbatch in one operation, linears that share their input together: `fused_lora`'s kernels
-    on a GPU, their reference in PyTorch on a CPU. Dropout masks are stateless."""
+    """All adapters of the microbatch in one operation, linears that share their input together, and a gated MLP's down
+    projection with the gate before it: `fused_lora`'s kernels on a GPU, their reference in PyTorch on a CPU. Dropout
+    masks are stateless."""
     siblings: dict[tuple[str, int], list[LoRALinear]] = {}
     for linear in linears:
         parent, _, name = linear.name.rpartition(".")
@@ -128,22 +131,28 @@ class _FusedGroup:
         shared = SharedInput(self.compute)
         for index, linear in enumerate(linears):
             linear.layer.forward = partial(shared.output, index)
+        first = linears[0]
+        if first.module.endswith(".down_proj") and is_gated_mlp(first.parent):
+            first.parent.forward = partial(self.gated_mlp, first.parent)
 
     def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
+        bases, adapters, settings = self._arguments(x.device)
+        return lora_linears(x, [base.weight for base in bases], [base.bias for base in bases], adapters, *settings)
+
+    def gated_mlp(self, mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The forward of the MLP whose down projection this is: silu(gate) * up is not kept for the backward pass."""
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        [base], [adapters], settings = self._arguments(x.device)
+        return lora_gated_linear(gate, up, base.weight, base.bias, adapters, *settings)
+
+    def _arguments(self, device: torch.device) -> tuple[list[nn.Linear], list[list[LoRAAdapter | None]], tuple]:
+        """For the microbatch: the base linears, the adapters of each, and what is the same for all."""
         batch = self.active.batch
         bases = [linear.layer.get_base_layer() for linear in self.linears]
         adapters = [[self._adapter(place, job) for job in batch.adapters] for place in range(len(self.linears))]
         if batch.adapters not in self.tables:
-            self.tables[batch.adapters] = AdapterTable.of(adapters, x.device)
-        return lora_linears(
-            x,
-            [base.weight for base in bases],
-            [base.bias for base in bases],
-            adapters,
-            batch.lora,
-            self.linears[0].layer.training,
-            self.tables[batch.adapters],
-        )
+            self.tables[batch.adapters] = AdapterTable.of(adapters, device)
+        return bases, adapters, (batch.lora, self.linears[0].layer.training, self.tables[batch.adapters])
 
     def _adapter(self, place: int, index: int) -> LoRAAdapter | None:
         linear = self.linears[place]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.qwen2 import modeling_qwen2
@@ -31,6 +32,7 @@ class Architecture(NamedTuple):
     config: type
     layer: type[nn.Module]
     norm: type[nn.Module]
+    mlp: type[nn.Module]
     rotary: type[nn.Module]
 
 
@@ -39,12 +41,14 @@ ARCHITECTURES = {
         LlamaConfig,
         modeling_llama.LlamaDecoderLayer,
         modeling_llama.LlamaRMSNorm,
+        modeling_llama.LlamaMLP,
         modeling_llama.LlamaRotaryEmbedding,
     ),
     "qwen2": Architecture(
         Qwen2Config,
         modeling_qwen2.Qwen2DecoderLayer,
         modeling_qwen2.Qwen2RMSNorm,
+        modeling_qwen2.Qwen2MLP,
         modeling_qwen2.Qwen2RotaryEmbedding,
     ),
 }
@@ -86,6 +90,12 @@ class Stage(nn.Module):
             else:
                 hidden = layer(hidden, position_embeddings=rotation, borders=borders)
         return self.lm_head(self.model.norm(hidden)) if self.is_last else hidden
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Does it compute down_proj(silu(gate_proj(x)) * up_proj(x))?"""
+    known = tuple(parts.mlp for parts in ARCHITECTURES.values())
+    return isinstance(module, known) and isinstance(module.act_fn, nn.SiLU | SiLUActivation)
 
 
 def layer_range(layers: int, index: int, count: int) -> tuple[int, int]:

@@ -14,9 +14,8 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -39,10 +38,10 @@ class Case:
     dropout: float = 0.3
     bias: bool = False
     one_position: bool = False
-    own: dict[str, Any] = field(default_factory=dict)  # settings of our own GEMM, the library's if there are none
+    gated: bool = False  # `gated_linear`, of two inputs; has one linear
+    splits: int = 1  # of the columns, in the pass for s
 
 
-OWN = {"rows": 32, "columns": 32, "depth": 16}
 MIXED = ((1, 5, 16, 40),)
 SEVERAL = ((7, 2), (0, 1), (1, 0), (5, -1), (33, 3), (3, 1))
 CASES = {
@@ -62,47 +61,41 @@ CASES = {
     ),
     "three linears, no dropout": Case(((23, 0),), ((16,), (8,), (3,)), rows=(40, 9, 8), dropout=0.0),
     "four linears": Case(((30, 0),), ((4,), (2,), (7,), (1,)), rows=(16, 8, 24, 3), bias=True),
+    "columns in splits": Case(SEVERAL, ((1, 0, 16, 4), (5, 3, 0, 40)), columns=100, rows=(40, 24), splits=3),
     "rank 256": Case(((9, 0),), ((256,),), columns=33, rows=(17,)),
-    "our GEMM": Case(((45, 0),), ((16,),), dtype=torch.float16, own=OWN),
-    "our GEMM, mixed ranks and segments, bias": Case(SEVERAL, MIXED, dtype=torch.float16, bias=True, own=OWN),
-    "our GEMM, three linears": Case(
-        ((23, 1), (40, 0)), ((16, 1), (5, 0), (0, 33)), rows=(40, 24, 8), dtype=torch.float16, own=OWN | {"parts": 2}
-    ),
-    "our GEMM, two linears, no dropout": Case(
-        ((40, 0),), ((20,), (8,)), rows=(40, 24), dtype=torch.float16, dropout=0.0,
-        own=OWN | {"parts": 4, "columns": 64, "group": 1},
-    ),
-    "our GEMM, four linears": Case(
-        ((30, 0),), ((4,), (2,), (7,), (1,)), rows=(16, 8, 24, 8), dtype=torch.float16, own=OWN
-    ),
+    "gated": Case(((45, 0),), ((16,),), gated=True),
+    "gated, odd sizes, bias": Case(((19, 0), (2, 1)), ((5, 3),), columns=37, rows=(21,), bias=True, gated=True),
+    "gated, odd sizes, float16": Case(((19, 0), (2, 1)), ((5, 3),), columns=37, dtype=torch.float16, gated=True),
+    "gated, mixed ranks and segments, float16": Case(SEVERAL, MIXED, dtype=torch.float16, gated=True),
+    "gated, several programs, no dropout": Case(((45, 0),), ((4,),), columns=136, dropout=0.0, gated=True),
+    "gated, one token": Case(((1, 0),), ((16,),), one_position=True, gated=True),
 }  # fmt: skip
 
 
 def drawn(seed: int) -> Case:
     """A case by chance."""
     draw = random.Random(seed)
-    linears, adapters, own = draw.randint(1, 4), draw.randint(1, 4), draw.random() < 0.4
+    linears, adapters = draw.randint(1, 4), draw.randint(1, 4)
     segments = tuple(
         (draw.choice((0, 1, 2, 7, 16, 33)), draw.randrange(-1, adapters)) for _ in range(draw.randint(1, 5))
     )
-    unit = 8 if own else 1  # what the copy engine takes
     ranks = [[draw.choice((0, 1, 3, 16, 17, 40)) for _ in range(adapters)] for _ in range(linears)]
     ranks[0][0] = ranks[0][0] or 5
     return Case(
         segments=(*segments, (draw.randint(1, 9), 0)),
         ranks=tuple(map(tuple, ranks)),
-        columns=unit * draw.randint(1, 100 // unit),
-        rows=tuple(unit * draw.randint(1, 60 // unit) for _ in range(linears)),
-        dtype=torch.float16 if own else draw.choice((torch.float16, torch.float32)),
+        columns=draw.randint(1, 100),
+        rows=tuple(draw.randint(1, 60) for _ in range(linears)),
+        dtype=draw.choice((torch.float16, torch.float32)),
         dropout=draw.choice((0.0, 0.1, 0.75)),
         bias=draw.random() < 0.5,
         one_position=draw.random() < 0.5,
-        own=OWN | {"parts": draw.choice((1, 2, 4)), "group": draw.choice((1, 8))} if own else {},
+        splits=draw.randint(1, 3),
     )
 
 
 def arguments(case: Case, dtype: torch.dtype) -> tuple:
-    """What the operators take, the same values in any dtype; and dy of each linear."""
+    """What the operators take, the same values in any dtype, x or gate and up first; and dy of each linear."""
     from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment
 
     generator = torch.Generator().manual_seed(7)
@@ -143,20 +136,27 @@ def arguments(case: Case, dtype: torch.dtype) -> tuple:
         batch.adapters,
         batch.positions,
     )
-    return x, weights, biases, common, (table.total_ranks, table.max_rank, masked), dys
+    inputs = (x, normal(tokens, case.columns)) if case.gated else (x,)
+    return inputs, weights, biases, common, (table.total_ranks, table.max_rank, masked), dys
 
 
 def run(forward, backward, case: Case, dtype: torch.dtype, keep_bits: bool = True) -> dict[str, Any]:
     """All results of a forward and a backward pass."""
-    x, weights, biases, common, settings, dys = arguments(case, dtype)
-    ys, s, bits = forward(x, weights, biases, *common, *settings, keep_bits)
-    dx, da, db = backward(dys, x, weights, *common, s, bits, *settings, True, True)
-    return {"ys": ys, "bits": bits, "dx": dx, "da": da, "db": db}
+    inputs, weights, biases, common, settings, dys = arguments(case, dtype)
+    if case.gated:
+        [dys], [weights], [biases] = dys, weights, biases
+    ys, s, bits = forward(*inputs, weights, biases, *common, *settings, keep_bits)
+    *gradients, da, db = backward(dys, *inputs, weights, *common, s, bits, *settings, True, True)
+    return {"ys": [ys] if case.gated else ys, "bits": bits, "inputs": gradients, "da": da, "db": db}
+
+
+def named_inputs(case: Case, gradients: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(zip(("dgate", "dup") if case.gated else ("dx",), gradients, strict=True))
 
 
 def parts(case: Case, found: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Every result by name, the factors' gradients by linear, `da0`, and also by adapter, `da0.2`."""
-    named = {f"y{linear}": y for linear, y in enumerate(found["ys"])} | {"dx": found["dx"]}
+    named = {f"y{linear}": y for linear, y in enumerate(found["ys"])} | named_inputs(case, found["inputs"])
     row = flat = 0
     for linear, (ranks, rows) in enumerate(zip(case.ranks, case.rows, strict=True)):
         named[f"da{linear}"] = found["da"][row : row + sum(ranks)]
@@ -170,10 +170,14 @@ def parts(case: Case, found: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def base(case: Case) -> dict[str, torch.Tensor]:
     """What the base linears give, exactly; nothing for the factors' gradients."""
-    x, weights, biases, _, _, dys = arguments(case, torch.float64)
+    from fused_lora.reference import gated, gated_backward
+
+    inputs, weights, biases, _, _, dys = arguments(case, torch.float64)
+    x = gated(*inputs) if case.gated else inputs[0]
     pairs = zip(weights, biases, strict=True)
     ys = {f"y{i}": F.linear(x, w, b if b.numel() else None) for i, (w, b) in enumerate(pairs)}
-    return ys | {"dx": sum(dy @ weight for dy, weight in zip(dys, weights, strict=True))}
+    dx = sum(dy @ weight for dy, weight in zip(dys, weights, strict=True))
+    return ys | named_inputs(case, gated_backward(*inputs, dx) if case.gated else (dx,))
 
 
 def root_mean_square(tensor: torch.Tensor) -> float:
@@ -183,27 +187,30 @@ def root_mean_square(tensor: torch.Tensor) -> float:
 def problems(case: Case) -> list[str]:
     """What the kernels compute wrong, as the head of this file says."""
     from fused_lora import ops
-    from fused_lora.gpu import choices, launch
+    from fused_lora.gpu import choices, gating, launch
+
+    ours = (gating.forward, gating.backward) if case.gated else (launch.forward, launch.backward)
+    theirs = (ops.gated_linear, ops.gated_linear_backward) if case.gated else (ops.linear, ops.linear_backward)
 
     def choose(kernel: str, shape: choices.Shape, target: choices.Target) -> dict[str, Any]:
-        own = case.own and kernel in ("output", "input")
-        return choices.own_gemm(**case.own) if own else choices.defaults(kernel, shape, target)
+        split = {"splits": case.splits, "columns": 32} if kernel == "project" and case.splits > 1 else {}
+        return choices.defaults(kernel, shape, target) | split
 
-    with patch.object(launch, "choose", choose), spied() as launched:
-        kernels = run(launch.forward, launch.backward, case, case.dtype)
-        again = run(launch.forward, launch.backward, case, case.dtype, keep_bits=False)
-    exact, eager = (run(ops.linear, ops.linear_backward, case, dtype) for dtype in (torch.float64, case.dtype))
+    with patch.object(launch, "choose", choose):
+        kernels = run(*ours, case, case.dtype)
+        again = run(*ours, case, case.dtype, keep_bits=False)
+    exact, eager = (run(*theirs, case, dtype) for dtype in (torch.float64, case.dtype))
     wrong = []
     if not torch.equal(kernels["bits"], exact["bits"]):
         wrong.append(f"mask bits: {(kernels['bits'] != exact['bits']).float().mean():.1%} of the words differ")
-    if any("gemm" in name for name in launched) != bool(case.own):
-        wrong.append(f"launched {sorted(launched)}")
     ours, theirs, again = (parts(case, found) for found in (kernels, eager, again))
+    # A library adds in pieces what the kernels add one after the other: of few elements it may be much closer.
+    rounding = torch.finfo(torch.float32).eps / 2 * max(case.columns, *case.rows) ** 0.5
     bare, most = base(case), 1e-2 if case.dtype == torch.float16 else 1e-5
     for name, expected in parts(case, exact).items():
         error, allowed = (root_mean_square(one[name] - expected) for one in (ours, theirs))
         # Not by adapter: one token and one rank have too few roundings to compare.
-        if "." not in name and not error <= 2 * allowed + 1e-8 * root_mean_square(expected):
+        if "." not in name and not error <= 2 * max(allowed, rounding * root_mean_square(expected)):
             wrong.append(f"{name}: error {error:.3g}, {allowed:.3g} in eager")
         term = expected - bare.get(name, 0.0)
         component = ((ours[name] - expected) * term).sum() / term.square().sum()
@@ -212,22 +219,6 @@ def problems(case: Case) -> list[str]:
         if not torch.equal(ours[name], again[name]):
             wrong.append(f"{name}: another result with masks drawn again")
     return wrong
-
-
-@contextmanager
-def spied() -> Iterator[set[str]]:
-    """The names of the kernels that are launched meanwhile."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    names: set[str] = set()
-    original = InterpretedFunction.run
-
-    def run(self, *arguments, **keywords):
-        names.add(self.fn.__name__)
-        return original(self, *arguments, **keywords)
-
-    with patch.object(InterpretedFunction, "run", run):
-        yield names
 
 
 def main() -> None:

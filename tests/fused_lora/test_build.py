@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ SOUND = {
 }  # fmt: skip
 LIBRARY_KERNELS = {
     "draw_masks_kernel", "project_kernel", "finish_project_kernel", "expand_output_kernel", "output_pass_kernel",
-    "finish_output_kernel", "expand_input_kernel", "input_pass_kernel", "finish_input_kernel",
+    "finish_ds_kernel", "finish_db_kernel", "expand_input_kernel", "input_pass_kernel", "finish_input_kernel",
 }  # fmt: skip
+GATING = {"gate_kernel", "gate_backward_kernel"}
 OWN_KERNELS = LIBRARY_KERNELS - {"expand_output_kernel", "expand_input_kernel"} | set(build.GEMMS)
 
 
@@ -32,8 +35,8 @@ def _no_builds_from_before(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("case", "kernels"),
     [
-        (build.Case("library"), LIBRARY_KERNELS),
-        (build.Case("own", gemm=choices.own_gemm(rows=64, columns=64, stages=2)), OWN_KERNELS),
+        (build.Case("library, gated", gated=True), LIBRARY_KERNELS | GATING),
+        (build.Case("own", gemm=choices.own_gemm()), OWN_KERNELS),
     ],
     ids=["library", "own"],
 )
@@ -52,7 +55,22 @@ def test_every_case_launches_all_the_kernels_that_it_needs(target):
     for case in build.CASES:
         kernels = {one.kernel for one in build.launches(case, target)}
         expected = OWN_KERNELS if case.gemm["gemm"] == choices.OWN else LIBRARY_KERNELS
+        expected = expected | GATING if case.gated else expected
         assert kernels == (expected if case.masked else expected - {"draw_masks_kernel"}), case.name
+
+
+def test_our_gemm_is_compiled_where_it_may_be_launched(monkeypatch):
+    assert {target: build.gemms(target) for target in build.SHARED_LIMIT} == {
+        80: {choices.LIBRARY},
+        90: {choices.LIBRARY, choices.OWN},
+        100: {choices.LIBRARY},
+    }
+    compiled = []
+    monkeypatch.setattr(build, "ProcessPoolExecutor", lambda jobs: nullcontext(SimpleNamespace(map=map)))
+    monkeypatch.setattr(build, "_compile", lambda target, case, one: compiled.append((target, one.kernel)))
+    build.build([80, 90, 100])
+    assert {target for target, kernel in compiled if kernel in build.GEMMS} == {90}
+    assert {target for target, kernel in compiled if kernel == "expand_output_kernel"} == {80, 90, 100}
 
 
 def test_no_launch_is_compiled_twice():
@@ -72,12 +90,6 @@ def test_launches_overlap_where_the_gpu_can():
 PROBLEMS = {
     "nothing": ({}, {}, ""),
     "spills": ({"spill_bytes": 8}, {}, "spills 8 bytes"),
-    "a spill that is allowed": ({"spill_bytes": 128}, {"kernel": "input_gemm_kernel", "grouped": True}, ""),
-    "a spill too large": (
-        {"spill_bytes": 136},
-        {"kernel": "input_gemm_kernel", "grouped": True},
-        "spills 136 bytes",
-    ),
     "shared memory": (
         {"shared_bytes": 232_449},
         {},
@@ -98,7 +110,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("name", list(PROBLEMS))
 def test_a_problem_is_named(name):
     measured, change, expected = PROBLEMS[name]
-    given = {"kernel": "project_kernel", "target": 90, "found": SOUND | measured, "warps": 8, "grouped": False}
+    given = {"kernel": "project_kernel", "target": 90, "found": SOUND | measured, "warps": 8}
     assert build._problem(**(given | change)) == expected
 
 

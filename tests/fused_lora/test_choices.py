@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -14,7 +15,9 @@ from fused_lora.gpu.choices import KERNELS, Shape, Target, choose, defaults, own
 
 GEMMS = ("output", "input")
 H200 = Target("NVIDIA H200", (9, 0), 132)
-TARGETS = [H200, Target("NVIDIA A100-SXM4-80GB", (8, 0), 108), Target("interpreter", (0, 0), 4)]
+A100 = Target("NVIDIA A100-SXM4-80GB", (8, 0), 108)
+B200 = Target("NVIDIA B200", (10, 0), 148)
+TARGETS = [H200, A100, B200, Target("interpreter", (0, 0), 4)]
 SHAPE = Shape(4096, 4096)
 
 
@@ -50,7 +53,7 @@ def test_defaults_are_what_kernels_can_take(kernel, shape, target):
     blocks; and at least one split, none of which is without columns. That they fit is the compiler's to say."""
     found = defaults(kernel, shape, target)
     if kernel in GEMMS:
-        assert found == {"gemm": choices.LIBRARY}
+        assert found == (own_gemm() if target == H200 and shape.bits == 16 else {"gemm": choices.LIBRARY})
         return
     blocks = {name: found[name] for name in ("rows", "columns", "chunk", "warps") if name in found}
     assert all(value > 0 and value & (value - 1) == 0 for value in blocks.values()), blocks
@@ -66,6 +69,31 @@ def test_few_tokens_are_split_among_more_programs():
     splits = [defaults("project", replace(SHAPE, tokens=tokens), H200)["splits"] for tokens in (1, 512, 4096, 10**6)]
     assert splits == sorted(splits, reverse=True)
     assert splits[-1] == 1 < splits[0]
+
+
+TILED = ("project", "output_pass", "input_pass", "expand_output", "expand_input")
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("ranks", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("kernel", TILED)
+def test_tiles_are_smaller_without_a_copy_engine(kernel, ranks, bits):
+    """Half as many elements on sm_80, but for those that are as small as a word of masks already."""
+    shape = replace(SHAPE, ranks=ranks, bits=bits)
+    small, large = (defaults(kernel, shape, target) for target in (A100, H200))
+    smallest = kernel == "project" and large["columns"] == 32
+    assert small["rows"] * small["columns"] * (1 if smallest else 2) == large["rows"] * large["columns"]
+    assert {"rows", "columns", "splits"} >= {name for name in small if small[name] != large[name]}
+
+
+def test_the_pass_over_dy_has_fewer_warps_on_an_sm_100_at_rank_64():
+    """Eight spill, by Triton 3.7.1. Nothing else but the GEMM differs from an sm_90."""
+    other = replace(B200, processors=H200.processors)
+    kernels = [kernel for kernel in KERNELS if kernel not in GEMMS]
+    for kernel, ranks, bits in itertools.product(kernels, (16, 32, 48, 64, 128), (16, 32)):
+        shape = replace(SHAPE, ranks=ranks, bits=bits)
+        fewer = kernel == "output_pass" and ranks in (48, 64) and bits == 16
+        assert defaults(kernel, shape, other) == defaults(kernel, shape, H200) | ({"warps": 4} if fewer else {})
 
 
 @pytest.mark.parametrize(
@@ -92,7 +120,7 @@ def test_the_name_of_a_tuned_file(name, slug):
 def test_our_gemm_takes_any_setting():
     base = own_gemm()
     assert base["gemm"] == choices.OWN
-    assert own_gemm(rows=64, parts=2) == base | {"rows": 64, "parts": 2}
+    assert own_gemm(group=4, slices=1) == base | {"group": 4, "slices": 1}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -112,6 +140,9 @@ NEAR = {
     "ranks of the same block": (replace(SHAPE, ranks=16), "base"),
     "a wider rank": (replace(SHAPE, ranks=64), "rank 64"),
     "between two ranks": (replace(SHAPE, ranks=48), "rank 64"),
+    "without dropout, of no entry": (replace(SHAPE, masked=False), "base"),
+    "without dropout, however far": (Shape(10**6, 10**5, masked=False), "wide, many tokens"),
+    "without dropout, of its own": (replace(SHAPE, ranks=64, masked=False), "rank 64, no dropout"),
 }
 
 
@@ -122,15 +153,44 @@ def test_the_nearest_entry_is_taken(tuned, name):
         choices.entry("masks", Shape(4096, 14336), {"rows": "wide"}),
         choices.entry("masks", Shape(65536, 14336), {"rows": "wide, many tokens"}),
         choices.entry("masks", replace(SHAPE, ranks=64), {"rows": "rank 64"}),
+        choices.entry("masks", Shape(10, 10, ranks=64, masked=False), {"rows": "rank 64, no dropout"}),
         choices.entry("project", SHAPE, {"rows": "another kernel"}),
     )
     shape, expected = NEAR[name]
     assert choose("masks", shape, H200) == defaults("masks", shape, H200) | {"rows": expected}
 
 
+def test_whose_gemm_is_faster_does_not_depend_on_ranks(tuned):
+    tuned(choices.entry("output", SHAPE, {"gemm": choices.LIBRARY}))
+    assert choose("output", replace(SHAPE, ranks=128), H200)["gemm"] == choices.LIBRARY
+    assert choose("output", replace(SHAPE, linears=2), H200) == own_gemm()
+
+
 @pytest.mark.parametrize(
-    "change", [{"linears": 2}, {"ranks": 32}, {"bits": 32}, {"masked": False}], ids=lambda one: next(iter(one))
+    ("tokens", "columns", "programs"),
+    [
+        (8192, 4096, 128),  # 8 turns of 1024 tiles: four multiprocessors are left
+        (8192, 5120, 128),
+        (4352, 5120, 114),
+        (128, 256, 1),
+        (1, 1, 1),
+        (132 * 128, 256, 132),
+        (133 * 128, 256, 67),
+    ],
 )
+def test_our_gemm_has_as_few_programs_as_take_no_longer(tokens, columns, programs):
+    assert choices.gemm_programs(tokens, columns, H200) == programs
+
+
+@given(st.integers(1, 2**18), st.integers(1, 2**17))
+def test_the_programs_of_our_gemm_take_no_more_turns(tokens, columns):
+    tiles = -(-tokens // choices.TILE_ROWS) * -(-columns // choices.TILE_COLUMNS)
+    programs = choices.gemm_programs(tokens, columns, H200)
+    assert 1 <= programs <= H200.processors
+    assert -(-tiles // programs) == -(-tiles // H200.processors)
+
+
+@pytest.mark.parametrize("change", [{"linears": 2}, {"ranks": 32}, {"bits": 32}], ids=lambda one: next(iter(one)))
 def test_an_entry_does_not_stand_for_other_kinds_of_shapes(tuned, change):
     """Its tiles might not fit: those have the defaults."""
     tuned(choices.entry("project", SHAPE, {"rows": 99}))

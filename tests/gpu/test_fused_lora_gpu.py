@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRALinear, LoRASegment, LoRASettings, lora_linears
-from fused_lora.gpu import choices, launch
+from fused_lora.gpu import choices, hopper, launch
 from fused_lora.philox import keep_mask, unpack
 from lorafusion.benchmarks.verify import MOST_ERROR, MOST_SCALE_ERROR, errors, kernels, random_problem
 
@@ -23,26 +23,83 @@ GPU = torch.device("cuda")
 SHAPES = [(512, 384, 1024, 16), (1027, 515, 777, 5), (96, 1000, 33, 40), (256, 136, 2, 1), (640, 320, 300, 128)]
 
 
-def own_gemm_everywhere(kernel, shape, target):
-    """Our GEMM in place of the library's, in tiles that fit any GPU's shared memory."""
-    if kernel in ("output", "input"):
-        return choices.own_gemm(rows=128, columns=128, stages=3)
-    return choices.defaults(kernel, shape, target)
+# Whose GEMM: ours wherever it can take the operands, which elements of 32 bits and odd sizes are not.
+GEMMS = {
+    "library": {"gemm": choices.LIBRARY},
+    "ours": choices.own_gemm(),
+    "ours, four slices": choices.own_gemm(slices=4, stores=2, group=3),
+    "ours, whole tiles": choices.own_gemm(slices=1, slots=3),
+}
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["library", "own GEMM"])
+def with_gemm(settings):
+    """The choices, with one GEMM for all shapes."""
+
+    def choose(kernel, shape, target):
+        return settings if kernel in choices.GEMMS else choices.defaults(kernel, shape, target)
+
+    return replaced.object(launch, "choose", choose)
+
+
+@pytest.fixture
+def of_our_gemm(monkeypatch):
+    """How often our GEMM was launched."""
+    if torch.cuda.get_device_capability() != choices.OWN_CAPABILITY:
+        pytest.skip("our GEMM is for sm_90")
+    launches = []
+    for name in ("output_gemm_kernel", "input_gemm_kernel"):
+        kernel = getattr(hopper, name)
+        monkeypatch.setattr(kernel, "run", lambda *args, _run=kernel.run, **kw: launches.append(1) or _run(*args, **kw))
+    return launches
+
+
+@pytest.mark.parametrize("gemm", GEMMS)
 @pytest.mark.parametrize("mixed", [False, True], ids=["one adapter", "five adapters"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_as_close_to_float64_as_eager(shape, dtype, mixed, own):
+def test_as_close_to_float64_as_eager(shape, dtype, mixed, gemm):
+    if gemm != "library" and torch.cuda.get_device_capability() != choices.OWN_CAPABILITY:
+        pytest.skip("our GEMM is for sm_90")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     problem = random_problem(*shape, mixed, GPU, dtype, seed=1)
-    with replaced.object(launch, "choose", own_gemm_everywhere if own else launch.choose):
+    with with_gemm(GEMMS[gemm]):
         found = errors(problem)
     # One pass over few elements may be unlucky; a wrong element is far beyond.
     slack = 1.5 if problem.x.numel() < 2**18 else 1.0
     assert found.pop("LoRA term") <= MOST_SCALE_ERROR[dtype] * slack * 2
     assert max(found.values()) <= MOST_ERROR[dtype] * slack, found
+
+
+def test_our_gemm_is_what_runs(of_our_gemm):
+    with with_gemm(GEMMS["ours"]):
+        kernels(random_problem(512, 384, 300, 16, True, GPU, torch.bfloat16, seed=1))
+    assert len(of_our_gemm) == 2
+
+
+@pytest.mark.parametrize("linears", [2, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_our_gemm_for_linears_that_share_their_input(linears, dropout):
+    """dx in one product for all, with the masks of each; the library's, one after the other, is the reference."""
+    if torch.cuda.get_device_capability() != choices.OWN_CAPABILITY:
+        pytest.skip("our GEMM is for sm_90")
+    generator = torch.Generator(GPU).manual_seed(7)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, device=GPU, generator=generator) * scale).bfloat16()
+
+    tokens, columns, widths, ranks = 700, 384, (512, 136, 264)[:linears], (16, 40)
+    x, weights = normal(tokens, columns).requires_grad_(), [normal(n, columns, scale=0.05) for n in widths]
+    rows = [[LoRAAdapter(normal(r, columns, scale=0.05), normal(n, r), 1.5, dropout, 9 * i + g)
+             for g, r in enumerate(ranks)] for i, n in enumerate(widths)]  # fmt: skip
+    segments = [LoRASegment(0, 131, 1), LoRASegment(131, 131, 0), LoRASegment(140, 700, 0)]
+    batch, dys = LoRABatch.of(segments, torch.arange(tokens, device=GPU)), [normal(tokens, n) for n in widths]
+    found = {}
+    for name in ("library", "ours"):
+        with with_gemm(GEMMS[name]):
+            ys = lora_linears(x, weights, [None] * linears, rows, batch)
+            found[name] = [*ys, *torch.autograd.grad(ys, [x], dys)]
+    for ours, expected in zip(found["ours"], found["library"], strict=True):
+        assert (ours - expected).float().norm() <= 5e-3 * expected.float().norm()
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -1,7 +1,8 @@
 """How each kernel is launched, as a pure function of shape, dtype and GPU: tile sizes, warps, stages, and whose GEMM.
 
 A GPU that was tuned has a file of measured choices (`fused_lora/tuned/`); a lookup takes the entry of the same kernel,
-width, linears, ranks and dtype whose sizes are nearest. Any other GPU has the defaults below, with the library's GEMM.
+linears, ranks and dtype whose sizes are nearest. Any other GPU has the defaults below: on sm_90 our GEMM, else the
+library's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from typing import Any
 
 TUNED = Path(__file__).parent.parent / "tuned"
 KERNELS = ("masks", "project", "output_pass", "input_pass", "expand_output", "expand_input", "output", "input")
+GEMMS = ("output", "input")
 LIBRARY, OWN = "library", "own"
+OWN_CAPABILITY = (9, 0)  # that our GEMM is written for
+TILE_ROWS, TILE_COLUMNS = 128, 256  # of our GEMM
 
 
 @dataclass(frozen=True)
@@ -66,28 +70,41 @@ def defaults(kernel: str, shape: Shape, target: Target) -> dict[str, Any]:
     """Settings that run on any GPU: small enough in shared memory and registers for the largest rank block."""
     wide = rank_block(shape.ranks, 128)
     narrow = 1 if shape.bits == 16 else 2  # float32 takes twice the room
+    # Before sm_90 there is no copy engine: tiles pass through registers, and larger ones spill.
+    less = 2 if target.capability[0] == 8 else 1
     if kernel == "masks":
         return {"rows": 16, "columns": 32, "warps": 4}
     if kernel == "project":
-        columns = (128 if wide <= 32 else 64) // narrow
+        columns = max(32, (128 if wide <= 32 else 64) // narrow // less)
         # Four programs a multiprocessor, for as long as each has a few tiles of columns.
         splits = max(1, min(4 * target.processors * 32 // max(1, shape.tokens), shape.columns // (4 * columns)))
         return {"rows": 32, "columns": columns, "splits": splits, "warps": 4, "stages": 3}
     if kernel == "output_pass":
         columns = max(64, 4096 // wide) if wide > 16 else 256
-        return {"chunk": 512, "rows": 64 // narrow, "columns": columns // narrow**2, "warps": 8, "stages": 2}
+        warps = 4 if target.capability[0] == 10 and wide == 64 and narrow == 1 else 8  # there, eight spill
+        rows = 64 // narrow // less
+        return {"chunk": 512, "rows": rows, "columns": columns // narrow**2, "warps": warps, "stages": 2}
     if kernel == "input_pass":
         columns = 64 if wide > 32 or narrow > 1 else 128
-        return {"chunk": 1024, "rows": 64 // narrow, "columns": columns, "warps": 4, "stages": 3}
+        return {"chunk": 1024, "rows": 64 // narrow // less, "columns": columns, "warps": 4, "stages": 3}
     if kernel in ("expand_output", "expand_input"):
-        return {"rows": 64, "columns": 128 // narrow, "warps": 4}
-    return {"gemm": LIBRARY}
+        return {"rows": 64 // less, "columns": 128 // narrow, "warps": 4}
+    # Measured on the H200 alone, but to write the output once less helps any GPU of its kind.
+    own = target.capability == OWN_CAPABILITY and shape.bits == 16
+    return own_gemm() if own else {"gemm": LIBRARY}
 
 
 def own_gemm(**settings: Any) -> dict[str, Any]:
-    """Settings of the GEMM of `products`, defaults filled in."""
-    base = {"gemm": OWN, "rows": 128, "columns": 256, "depth": 64, "stages": 3, "warps": 8}
-    return base | {"group": 8, "parts": 1, "specialize": False} | settings
+    """Settings of our GEMM, defaults filled in. group: rows of tiles that go through the columns together. slices: of
+    a tile that is stored. slots, stores: for steps on their way in, and slices on their way out."""
+    return {"gemm": OWN, "group": 8, "slices": 2, "slots": 4, "stores": 1} | settings
+
+
+def gemm_programs(tokens: int, columns: int, target: Target) -> int:
+    """Programs of our GEMM: as few as finish its tiles in the same number of turns. The multiprocessors that are left
+    have time for other kernels."""
+    tiles = -(-tokens // TILE_ROWS) * -(-columns // TILE_COLUMNS)
+    return -(-tiles // -(-tiles // target.processors))
 
 
 def entry(kernel: str, shape: Shape, choice: dict[str, Any], **measured: Any) -> dict[str, Any]:
@@ -96,14 +113,16 @@ def entry(kernel: str, shape: Shape, choice: dict[str, Any], **measured: Any) ->
 
 
 def _group(kernel: str, shape: Shape) -> tuple:
-    """Shapes that may stand for each other."""
-    return kernel, shape.linears, rank_block(shape.ranks, 128), shape.bits, shape.masked
+    """Shapes that may stand for each other. Whose GEMM is faster is no matter of ranks."""
+    return kernel, shape.linears, 0 if kernel in GEMMS else rank_block(shape.ranks, 128), shape.bits
 
 
 def _distance(first: Shape, second: Shape) -> float:
-    """How unlike two shapes are, by the ratios of their sizes. The inner dimension and the columns decide first."""
+    """How unlike two shapes are, by the ratios of their sizes. The inner dimension and the columns decide first; shapes
+    with and without dropout stand for each other where there are no closer ones."""
     pairs = ((first.columns, second.columns, 4), (first.inner, second.inner, 4), (first.tokens, second.tokens, 1))
-    return sum(weight * abs(math.log((a + 1) / (b + 1))) for a, b, weight in pairs)
+    ratios = sum(weight * abs(math.log((a + 1) / (b + 1))) for a, b, weight in pairs)
+    return ratios + 100 * (first.masked != second.masked)
 
 
 @lru_cache(maxsize=8)

@@ -6,7 +6,8 @@ segments begin is found by the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -15,12 +16,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_lora.gpu import masks, passes, products
-from fused_lora.gpu.choices import OWN, Shape, Target, choose, rank_block
+from fused_lora.gpu.choices import Shape, Target, choose, rank_block
+from fused_lora.gpu.gemms import MOST_LINEARS, input_product, output, part_of
 from fused_lora.ops import rank_width
 from fused_lora.philox import word_count
 
 INTERPRETER = "interpreter"
-MOST_LINEARS = 3  # that one kernel reads x for
 SUMMED_TILE = 256  # elements of a program that adds partial sums: small, as there are few elements for many programs
 MOST_RANKS = {1: 128, 2: 64, 3: 32}  # that it has accumulators for, by the number of linears
 
@@ -32,6 +33,11 @@ def target_of(device: torch.device) -> Target:
         return Target(INTERPRETER, (0, 0), 4)
     properties = torch.cuda.get_device_properties(device)
     return Target(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
+
+
+def overlap_of(target: Target) -> dict:
+    """Launch settings: does a kernel begin while the one before it ends?"""
+    return {"OVERLAP": True, "launch_pdl": True} if target.capability >= (9, 0) else {"OVERLAP": False}
 
 
 class _Call:
@@ -51,8 +57,7 @@ class _Call:
         self.words = word_count(self.columns)
         self.width = rank_width(max_rank)
         self.target = target_of(x.device)
-        overlap = self.target.capability >= (9, 0)
-        self.overlap = {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
+        self.overlap = overlap_of(self.target)
         self.precision = "ieee" if x.dtype == torch.float32 else "tf32"
 
     def choice(self, kernel: str, columns: int, inner: int = 0, linears: int = 1) -> dict:
@@ -69,6 +74,11 @@ class _Call:
             **self.overlap,
         }
 
+    def summed_rows(self) -> tuple[int, int]:
+        """Width and rows of the tiles whose partial sums one program adds."""
+        width = triton.next_power_of_2(self.width)
+        return width, max(4, SUMMED_TILE // width)
+
     def tiles(self, rows: int) -> int:
         """No fewer than the tiles of `rows` rows laid over each segment apart."""
         if self.segments == 1:
@@ -79,6 +89,32 @@ class _Call:
         """One linear's part of b, or of db."""
         first = sum(w.shape[0] * r for w, r in zip(self.weights[:linear], self.ranks, strict=False))
         return flat[first : first + self.weights[linear].shape[0] * self.ranks[linear]]
+
+    def padded_b(self, linear: int) -> Tensor:
+        """One linear's b in x's dtype, [adapters * N, width]: ranks beyond an adapter's own are zero."""
+        columns, b = self.weights[linear].shape[0], self.b_of(linear, self.b)
+        if self.ranks[linear] == self.adapter_count * self.width:
+            return b.to(self.x.dtype).view(-1, self.width)
+        padded = self.x.new_empty(self.adapter_count * columns, self.width)
+        self._pad(b, padded, self.rank_offsets[linear : linear + 1], columns, INPUT=False)
+        return padded
+
+    def padded_a(self, group: slice) -> Tensor:
+        """The a of a group of linears in x's dtype, [linears * adapters * width, K], padded likewise."""
+        first, last = sum(self.ranks[: group.start]), sum(self.ranks[: group.stop])
+        rows = (group.stop - group.start) * self.adapter_count * self.width
+        if last - first == rows:
+            return self.a_like_x[first:last]
+        padded = self.x.new_empty(rows, self.columns)
+        self._pad(self.a, padded, self.rank_offsets[group], self.columns, INPUT=True)
+        return padded
+
+    def _pad(self, factor: Tensor, padded: Tensor, rank_offsets: Tensor, columns: int, INPUT: bool) -> None:
+        grid = (triton.cdiv(columns, 64), self.adapter_count, len(rank_offsets))
+        products.pad_kernel[grid](
+            factor, padded, rank_offsets, columns, self.adapter_count, self.width, INPUT=INPUT,
+            RANKS=triton.next_power_of_2(self.width), COLUMNS=64, num_warps=4, **self.overlap,
+        )  # fmt: skip
 
     @property
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -122,15 +158,42 @@ def backward(
     if not call.tokens:
         return dx, da.zero_(), db.zero_()
     ds = torch.empty_like(s)
-    for linear in range(call.linears):
-        output_pass(call, linear, dys[linear], s, ds, db)
+    db_parts = [output_pass(call, linear, dys[linear], s, ds) for linear in range(call.linears)]
+    begun = torch.cuda.current_stream().record_event() if wants_x and x.is_cuda else None
     if wants_x:
         for group in call.groups():
             input_product(call, group, dys, ds, bits, dx)
     if wants_factors:
-        for group in call.groups():
-            input_pass(call, group, ds, bits, da)
+        with beside(begun):
+            for linear, parts in enumerate(db_parts):
+                finish_db(call, linear, parts, db)
+            for group in call.groups():
+                input_pass(call, group, ds, bits, da)
     return dx, da if wants_factors else a.new_empty(0), db if wants_factors else b.new_empty(0)
+
+
+@contextmanager
+def beside(begun: torch.cuda.Event | None) -> Iterator[None]:
+    """Run what follows on a stream of its own, after an event and beside what the current stream was given since; the
+    current stream then waits for it. Without an event, run it in turn.
+
+    The tiles of dx are seldom a multiple of the multiprocessors: those that stay idle make da and db. That hides 60 to
+    100 % of them.
+    """
+    if begun is None:
+        yield
+        return
+    current = torch.cuda.current_stream()
+    side = _side_stream(current.device)
+    side.wait_event(begun)
+    with torch.cuda.stream(side):
+        yield
+    current.wait_stream(side)
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def draw_masks(call: _Call) -> Tensor:
@@ -154,107 +217,32 @@ def project(call: _Call, bits: Tensor, s: Tensor) -> None:
         linears = group.stop - group.start
         choice = call.choice("project", call.columns, linears=linears)
         ranks = rank_block(call.max_rank, MOST_RANKS[linears])
+        rank_tiles = triton.cdiv(call.max_rank, ranks)
         # Whole tiles of columns to each split, so that no tile is read by two.
         split_columns = triton.cdiv(triton.cdiv(call.columns, choice["splits"]), choice["columns"]) * choice["columns"]
         splits = triton.cdiv(call.columns, split_columns)
-        parts = s.new_empty(splits, linears, call.tokens, call.width, dtype=torch.float32)
-        grid = (call.tiles(choice["rows"]), triton.cdiv(call.max_rank, ranks), splits)
-        passes.project_kernel[grid](
+        whole = splits == rank_tiles == 1  # then sums are complete, and an adapter's row is written by one program
+        shape = (linears, call.tokens, call.width)
+        target = s[group] if whole else s.new_empty(splits, *shape, dtype=torch.float32)
+        passes.project_kernel[(call.tiles(choice["rows"]), rank_tiles, splits)](
             _described(call.x, choice["rows"], choice["columns"]), _described(call.a_like_x, ranks, choice["columns"]),
-            _part(bits, group), parts, call.rank_offsets[group], *call.batch, call.tokens, call.columns, call.width,
-            call.words, call.segments, call.adapter_count, split_columns,
-            LINEARS=linears, MASKED=call.masked, PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=ranks,
-            **call.pass_settings(choice),
+            part_of(bits, group), target, call.scales[group], call.rank_offsets[group], *call.batch, call.tokens,
+            call.columns, call.width, call.words, call.segments, call.adapter_count, split_columns,
+            LINEARS=linears, MASKED=call.masked, WHOLE=whole, PRECISION=call.precision, SEGMENTS=call.segment_block,
+            RANKS=ranks, **call.pass_settings(choice),
         )  # fmt: skip
-        width = triton.next_power_of_2(call.width)
-        rows = max(4, SUMMED_TILE // width)
+        if whole:
+            continue
+        width, rows = call.summed_rows()
         passes.finish_project_kernel[(triton.cdiv(call.tokens, rows), linears)](
-            parts, s[group], call.scales[group], call.rank_offsets[group], *call.batch, call.tokens, call.width,
-            call.segments, call.adapter_count, splits, parts.stride(0), SEGMENTS=call.segment_block, WIDTH=width,
+            target, s[group], call.scales[group], call.rank_offsets[group], *call.batch, call.tokens, call.width,
+            call.segments, call.adapter_count, splits, target.stride(0), SEGMENTS=call.segment_block, WIDTH=width,
             ROWS=rows, num_warps=4, **call.overlap,
         )  # fmt: skip
 
 
-def output(call: _Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
-    """Fill y of one linear."""
-    weight = call.weights[linear]
-    columns = weight.shape[0]
-    choice = call.choice("output", columns, call.columns)
-    if choice["gemm"] == OWN and _describable(call.x, weight, y):
-        products.output_gemm_kernel[(_programs(call, columns, choice),)](
-            _described(call.x, choice["rows"], choice["depth"]), _described(weight, choice["columns"], choice["depth"]),
-            _described(y, choice["rows"], choice["columns"] // choice["parts"]), s[linear],
-            call.b_of(linear, call.b), bias, call.rank_offsets[linear], *call.batch, call.tokens, columns,
-            call.columns, call.width, call.segments, HAS_BIAS=bias.numel() > 0,
-            SEGMENTS=call.segment_block, RANKS=rank_block(call.max_rank, 16), **_gemm_settings(call, columns, choice),
-        )  # fmt: skip
-        return
-    expand_output(call, linear, s, bias, y)
-    torch.addmm(y, call.x, weight.t(), out=y)
-
-
-def expand_output(call: _Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
-    """Fill y of one linear with what is not the base's product."""
-    columns = call.weights[linear].shape[0]
-    choice = call.choice("expand_output", columns)
-    grid = (triton.cdiv(call.tokens, choice["rows"]), triton.cdiv(columns, choice["columns"]))
-    products.expand_output_kernel[grid](
-        y, s[linear], call.b_of(linear, call.b), bias, call.rank_offsets[linear], *call.batch, call.tokens, columns,
-        call.width, call.segments, HAS_BIAS=bias.numel() > 0, PRECISION=call.precision, SEGMENTS=call.segment_block,
-        RANKS=rank_block(call.max_rank, 32), ROWS=choice["rows"], COLUMNS=choice["columns"],
-        num_warps=choice["warps"], **call.overlap,
-    )  # fmt: skip
-
-
-def input_product(call: _Call, group: slice, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, dx: Tensor) -> None:
-    """Fill dx with the sum over a group of linears, or add it where an earlier group has filled it."""
-    linears, weights, dys = group.stop - group.start, call.weights[group], dys[group]
-    inner = [weight.shape[0] for weight in weights]
-    choice = call.choice("input", call.columns, sum(inner), linears)
-    first_group = group.start == 0
-    if choice["gemm"] == OWN and first_group and _describable(*dys, *weights, dx):
-        described = [
-            one
-            for dy, weight in zip(dys, weights, strict=True)
-            for one in (
-                _described(dy, choice["rows"], choice["depth"]), _described(weight, choice["depth"], choice["columns"])
-            )
-        ]  # fmt: skip
-        missing = MOST_LINEARS - linears
-        products.input_gemm_kernel[(_programs(call, call.columns, choice),)](
-            *described, *described[:2] * missing, _described(dx, choice["rows"], choice["columns"] // choice["parts"]),
-            ds[group], call.a, _part(bits, group), call.rank_offsets[group], *call.batch, call.tokens, call.columns,
-            *inner, *inner[:1] * missing, call.width, call.words, call.segments, call.adapter_count,
-            LINEARS=linears, MASKED=call.masked,
-            SEGMENTS=call.segment_block, RANKS=rank_block(call.max_rank, 16),
-            **_gemm_settings(call, call.columns, choice),
-        )  # fmt: skip
-        return
-    if first_group:
-        expand_input(call, group, ds, bits, dx)
-    else:
-        terms = torch.empty_like(dx)
-        expand_input(call, group, ds, bits, terms)
-        dx += terms
-    for dy, weight in zip(dys, weights, strict=True):
-        torch.addmm(dx, dy, weight, out=dx)
-
-
-def expand_input(call: _Call, group: slice, ds: Tensor, bits: Tensor, dx: Tensor) -> None:
-    """Fill dx with what is not the bases' products, of a group of linears."""
-    linears = group.stop - group.start
-    choice = call.choice("expand_input", call.columns, linears=linears)
-    grid = (triton.cdiv(call.tokens, choice["rows"]), triton.cdiv(call.columns, choice["columns"]))
-    products.expand_input_kernel[grid](
-        dx, ds[group], call.a, _part(bits, group), call.rank_offsets[group], *call.batch, call.tokens, call.columns,
-        call.width, call.words, call.segments, call.adapter_count, LINEARS=linears, MASKED=call.masked,
-        PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=rank_block(call.max_rank, 32),
-        ROWS=choice["rows"], COLUMNS=choice["columns"], num_warps=choice["warps"], **call.overlap,
-    )  # fmt: skip
-
-
-def output_pass(call: _Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor, db: Tensor) -> None:
-    """Fill ds and db of one linear."""
+def output_pass(call: _Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor) -> Tensor:
+    """Fill ds of one linear; the partial sums of its db, for `finish_db`."""
     columns = call.weights[linear].shape[0]
     choice = call.choice("output_pass", columns)
     ranks = rank_block(call.max_rank, 128)
@@ -268,13 +256,22 @@ def output_pass(call: _Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor, db:
         call.segments, PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=ranks, CHUNK=choice["chunk"],
         **call.pass_settings(choice),
     )  # fmt: skip
-    width = triton.next_power_of_2(call.width)
-    rows = max(4, SUMMED_TILE // width)
-    ds_programs, db_programs = triton.cdiv(call.tokens, rows), triton.cdiv(columns, rows)
-    passes.finish_output_kernel[(ds_programs + db_programs * call.adapter_count,)](
-        ds_parts, ds[linear], db_parts, call.b_of(linear, db), call.scales[linear], *tables, call.tokens, columns,
-        call.width, call.segments, column_tiles, ds_programs, db_programs, CHUNK=choice["chunk"],
+    width, rows = call.summed_rows()
+    passes.finish_ds_kernel[(triton.cdiv(call.tokens, rows),)](
+        ds_parts, ds[linear], call.scales[linear], *tables, call.tokens, call.width, call.segments, column_tiles,
         SEGMENTS=call.segment_block, WIDTH=width, ROWS=rows, num_warps=4, **call.overlap,
+    )  # fmt: skip
+    return db_parts
+
+
+def finish_db(call: _Call, linear: int, db_parts: Tensor, db: Tensor) -> None:
+    """Fill one linear's part of db from `output_pass`'s partial sums."""
+    columns = call.weights[linear].shape[0]
+    width, rows = call.summed_rows()
+    passes.finish_db_kernel[(triton.cdiv(columns, rows), call.adapter_count)](
+        db_parts, call.b_of(linear, db), call.rank_offsets[linear], *call.batch, call.tokens, columns, call.width,
+        call.segments, CHUNK=call.choice("output_pass", columns)["chunk"], SEGMENTS=call.segment_block, WIDTH=width,
+        ROWS=rows, num_warps=4, **call.overlap,
     )  # fmt: skip
 
 
@@ -288,7 +285,7 @@ def input_pass(call: _Call, group: slice, ds: Tensor, bits: Tensor, da: Tensor) 
     tables = (call.rank_offsets[group], *call.batch)
     passes.input_pass_kernel[(tiles, triton.cdiv(call.columns, choice["columns"]), rank_tiles)](
         _described(call.x, choice["rows"], choice["columns"]),
-        _described(ds[group].flatten(0, 1), choice["rows"], ranks), _part(bits, group), parts, *tables, call.tokens,
+        _described(ds[group].flatten(0, 1), choice["rows"], ranks), part_of(bits, group), parts, *tables, call.tokens,
         call.columns, call.width, call.words, call.segments, call.adapter_count, tiles,
         LINEARS=linears, MASKED=call.masked, PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=ranks,
         CHUNK=choice["chunk"], **call.pass_settings(choice),
@@ -300,34 +297,6 @@ def input_pass(call: _Call, group: slice, ds: Tensor, bits: Tensor, da: Tensor) 
         parts, da, *tables, call.tokens, call.columns, call.width, call.segments, call.adapter_count, tiles,
         CHUNK=choice["chunk"], SEGMENTS=call.segment_block, RANKS=ranks, COLUMNS=columns, num_warps=4, **call.overlap,
     )  # fmt: skip
-
-
-def _gemm_settings(call: _Call, columns: int, choice: dict) -> dict:
-    return {
-        "ROWS": choice["rows"],
-        "COLUMNS": choice["columns"],
-        "DEPTH": choice["depth"],
-        "GROUP": choice["group"],
-        "PARTS": choice["parts"],
-        "PROGRAMS": _programs(call, columns, choice),
-        "SPECIALIZE": choice["specialize"],
-        "num_warps": choice["warps"],
-        "num_stages": choice["stages"],
-        **call.overlap,
-    }
-
-
-def _programs(call: _Call, columns: int, choice: dict) -> int:
-    tiles = triton.cdiv(call.tokens, choice["rows"]) * triton.cdiv(columns, choice["columns"])
-    return min(call.target.processors, tiles)
-
-
-def _describable(*tensors: Tensor) -> bool:
-    """May a GEMM of ours take them? The copy engine wants rows aligned to 16 bytes, the GEMM elements of 16 bits."""
-    return all(
-        one.element_size() == 2 and one.stride(0) % 8 == 0 and one.stride(1) == 1 and one.data_ptr() % 16 == 0
-        for one in tensors
-    )
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -342,10 +311,6 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def _described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
-
-
-def _part(bits: Tensor, group: slice) -> Tensor:
-    return bits[group] if bits.numel() else bits
 
 
 def _none(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import triton.language as tl
 from fused_lora.gpu.masks import loaded_words, masked
 from fused_lora.gpu.segments import (
     adapters_of_rows,
+    let_the_next_begin,
     tile_of_segment,
     tiles_before,
     wait_for_the_kernel_before,
@@ -33,10 +34,10 @@ def _dropped(tile, bits, rows, column, words, tokens, MASKED: tl.constexpr, ROWS
 
 @triton.jit
 def _sum_of_parts(parts, count, part_size, place, inside, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The sum of `count` partial sums in a fixed order, float32 [HEIGHT, WIDTH]; eight loads are under way."""
+    """The sum of `count` partial sums in a fixed order, float32 [HEIGHT, WIDTH]; sixteen loads are under way."""
     total = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    for first in range(0, count, 8):
-        part = first + tl.arange(0, 8)
+    for first in range(0, count, 16):
+        part = first + tl.arange(0, 16)
         pointers = parts + part.to(tl.int64)[:, None, None] * part_size + place[None, :, :]
         total += tl.sum(tl.load(pointers, mask=(part < count)[:, None, None] & inside[None, :, :], other=0.0), 0)
     return total
@@ -47,33 +48,48 @@ def _finish_rows(
     parts, target, scales, rank_offsets, offsets, adapters, rows, tokens, s_width, segments, count, part_size,
     SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The sum of a row's partial sums, in their order, times its adapter's scale; of one linear."""
+    """The sum of a row's partial sums, in their order, times its adapter's scale, and zero beyond its rank; of one
+    linear. The sums do not wait until the adapter is known: what nobody wrote is loaded, too, and not used."""
     ranks = tl.arange(0, WIDTH)
+    place = rows.to(tl.int64)[:, None] * s_width + ranks[None, :]
+    there = (rows < tokens)[:, None] & (ranks < s_width)[None, :]
+    total = _sum_of_parts(parts, count, part_size, place, there, ROWS, WIDTH)
     adapter = adapters_of_rows(offsets, adapters, rows, tokens, segments, SEGMENTS)
     known = adapter >= 0
     end = tl.load(rank_offsets + adapter + 1, mask=known, other=0)
     rank = end - tl.load(rank_offsets + adapter, mask=known, other=0)
-    inside = ranks[None, :] < rank[:, None]
-    place = rows.to(tl.int64)[:, None] * s_width + ranks[None, :]
-    total = _sum_of_parts(parts, count, part_size, place, inside, ROWS, WIDTH)
     scale = tl.load(scales + adapter, mask=known, other=0.0)[:, None]
-    tl.store(target + place, (total * scale).to(target.dtype.element_ty), mask=inside)
+    total = tl.where(ranks[None, :] < rank[:, None], total * scale, 0.0)
+    tl.store(target + place, total.to(target.dtype.element_ty), mask=known[:, None] & there)
+
+
+@triton.jit
+def _store_projected(
+    target, total, scales, adapter, own, ranks, rank, s_width, WHOLE: tl.constexpr
+):  # fmt: skip
+    """Store one linear's part of `project_kernel`: the sum of a split, or scaled and with zeros beyond the rank."""
+    if WHOLE:
+        total = tl.where((ranks < rank)[None, :], total * tl.load(scales + adapter).to(tl.float32), 0.0)
+        rank = s_width
+    tl.store(target, total.to(target.dtype.element_ty), mask=own[:, None] & (ranks < rank)[None, :])
 
 
 @triton.jit
 def project_kernel(
-    x, a, bits, s_parts, rank_offsets, offsets, adapters, tokens, columns, s_width, words, segments,
+    x, a, bits, target, scales, rank_offsets, offsets, adapters, tokens, columns, s_width, words, segments,
     adapter_count, split_columns,
-    LINEARS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr,
-    RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    LINEARS: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of m(x) a^T over split_columns columns, of up to three linears, reading x once.
+    """s = scale m(x) a^T of up to three linears, reading x once: where WHOLE, else partial sums without the scale.
 
-    x, a: tensor descriptors. s_parts [splits, P, tokens, s_width], float32. Grid (row tiles, rank tiles, splits): with
-    whole rows there are too few programs to keep the memory busy.
+    x, a: tensor descriptors. target: s [P, tokens, s_width], or float32 [splits, P, tokens, s_width], each the sums over
+    split_columns columns: whole rows may be too few programs to keep the memory busy. Grid (row tiles, rank tiles,
+    splits).
     """
     wait_for_the_kernel_before(OVERLAP)
+    let_the_next_begin(OVERLAP)
     segment, first, stop = tile_of_segment(offsets, tl.program_id(0), tokens, segments, ROWS, SEGMENTS)
     if segment >= segments:
         return
@@ -110,12 +126,13 @@ def project_kernel(
     own = rows < stop
     ranks = rank + tl.arange(0, RANKS)
     s_plane = tl.cast(tokens, tl.int64) * s_width
-    target = s_parts + tl.program_id(2) * LINEARS * s_plane + rows.to(tl.int64)[:, None] * s_width + ranks[None, :]
-    tl.store(target, sum_0, mask=own[:, None] & (ranks < rank_0)[None, :])
+    place = target + tl.program_id(2) * LINEARS * s_plane + rows.to(tl.int64)[:, None] * s_width + ranks[None, :]
+    _store_projected(place, sum_0, scales, adapter, own, ranks, rank_0, s_width, WHOLE)
     if LINEARS > 1:
-        tl.store(target + s_plane, sum_1, mask=own[:, None] & (ranks < rank_1)[None, :])
+        _store_projected(place + s_plane, sum_1, scales + adapter_count, adapter, own, ranks, rank_1, s_width, WHOLE)
     if LINEARS > 2:
-        tl.store(target + 2 * s_plane, sum_2, mask=own[:, None] & (ranks < rank_2)[None, :])
+        place += 2 * s_plane
+        _store_projected(place, sum_2, scales + 2 * adapter_count, adapter, own, ranks, rank_2, s_width, WHOLE)
 
 
 @triton.jit
@@ -164,6 +181,7 @@ def output_pass_kernel(
     tiles, rank tiles).
     """
     wait_for_the_kernel_before(OVERLAP)
+    let_the_next_begin(OVERLAP)
     tile = tl.program_id(0)
     segment, first, stop = tile_of_segment(offsets, tile, tokens, segments, CHUNK, SEGMENTS)
     if segment >= segments:
@@ -223,11 +241,29 @@ def _sum_of_tiles(
 
 
 @triton.jit
-def _finish_db(
-    db_parts, db, adapter, rank_offsets, offsets, adapters, cols, tokens, columns, s_width, segments,
-    CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+def finish_ds_kernel(
+    ds_parts, ds, scales, rank_offsets, offsets, adapters, tokens, s_width, segments, column_tiles,
+    SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    ranks = tl.arange(0, WIDTH)
+    """ds [tokens, s_width] = scale dy b of one linear, from `output_pass_kernel`'s partial sums. Grid (row tiles)."""
+    wait_for_the_kernel_before(OVERLAP)
+    _finish_rows(
+        ds_parts, ds, scales, rank_offsets, offsets, adapters, tl.program_id(0) * ROWS + tl.arange(0, ROWS), tokens,
+        s_width, segments, column_tiles, tl.cast(tokens, tl.int64) * s_width, SEGMENTS, WIDTH, ROWS,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_db_kernel(
+    db_parts, db, rank_offsets, offsets, adapters, tokens, columns, s_width, segments,
+    CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """db of one linear, from `output_pass_kernel`'s partial sums. Grid (column tiles, adapters)."""
+    wait_for_the_kernel_before(OVERLAP)
+    adapter = tl.program_id(1)
+    cols, ranks = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     row_of_a, rank = _rank_range(rank_offsets, adapter)
     inside = (cols < columns)[:, None] & (ranks < rank)[None, :]
     place = cols[:, None] * s_width + ranks[None, :]
@@ -237,33 +273,6 @@ def _finish_db(
     )  # fmt: skip
     db_own = db + (row_of_a - tl.load(rank_offsets)).to(tl.int64) * columns
     tl.store(db_own + cols[:, None] * rank + ranks[None, :], total.to(db.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def finish_output_kernel(
-    ds_parts, ds, db_parts, db, scales, rank_offsets, offsets, adapters, tokens, columns, s_width, segments,
-    column_tiles, ds_programs, db_programs,
-    CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """ds [tokens, s_width] = scale dy b, and db of one linear, from `output_pass_kernel`'s partial sums.
-
-    The first ds_programs programs make ds, of ROWS tokens each; then db_programs for each adapter make db.
-    """
-    wait_for_the_kernel_before(OVERLAP)
-    program = tl.program_id(0)
-    if program < ds_programs:
-        _finish_rows(
-            ds_parts, ds, scales, rank_offsets, offsets, adapters, program * ROWS + tl.arange(0, ROWS), tokens,
-            s_width, segments, column_tiles, tl.cast(tokens, tl.int64) * s_width, SEGMENTS, WIDTH, ROWS,
-        )  # fmt: skip
-    else:
-        place = program - ds_programs
-        _finish_db(
-            db_parts, db, place // db_programs, rank_offsets, offsets, adapters,
-            place % db_programs * ROWS + tl.arange(0, ROWS), tokens, columns, s_width, segments,
-            CHUNK, SEGMENTS, WIDTH, ROWS,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -298,6 +307,7 @@ def input_pass_kernel(
     float32. Grid (row tiles, column tiles, rank tiles).
     """
     wait_for_the_kernel_before(OVERLAP)
+    let_the_next_begin(OVERLAP)
     tile = tl.program_id(0)
     segment, first, stop = tile_of_segment(offsets, tile, tokens, segments, CHUNK, SEGMENTS)
     if segment >= segments:

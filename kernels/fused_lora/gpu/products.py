@@ -1,7 +1,7 @@
-"""The LoRA term of y and of dx: written alone, for a library's GEMM to add to, or inside a GEMM of our own.
+"""The LoRA term of y and of dx, written for a library's GEMM to add to; and factors as the GEMM of `hopper` wants them.
 
-A GEMM of ours wins where its library's is no faster than it: the LoRA term then costs one more step of at most RANKS
-along the inner dimension, where `expand_kernel` writes the whole output once and the library reads it back.
+The GEMM of `hopper` adds the term at the cost of one more step along the inner dimension, where `expand_*` write the
+whole output once and the library reads it back: 4 % of a forward pass at 4096 columns.
 """
 
 import triton
@@ -136,97 +136,28 @@ def expand_input_kernel(
 
 
 @triton.jit
-def _tile_place(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Row and column of a tile: GROUP row tiles go through the columns together, so that they share what is in L2."""
-    per_group = GROUP * column_tiles
-    first = tile // per_group * GROUP
-    height = tl.minimum(row_tiles - first, GROUP)
-    return first + tile % per_group % height, tile % per_group // height
-
-
-@triton.jit
-def _store(target, total, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
-    """Store a tile in PARTS slices of columns: the smaller the slices, the more shared memory is left to the loop."""
-    if PARTS == 1:
-        target.store([row, column], total.to(target.dtype))
-    else:
-        halves = tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        if PARTS == 2:
-            target.store([row, column], left.to(target.dtype))
-            target.store([row, column + COLUMNS // 2], right.to(target.dtype))
-        else:
-            left_0, left_1 = tl.split(tl.permute(tl.reshape(left, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
-            target.store([row, column], left_0.to(target.dtype))
-            target.store([row, column + COLUMNS // 4], left_1.to(target.dtype))
-            right_0, right_1 = tl.split(tl.permute(tl.reshape(right, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
-            target.store([row, column + COLUMNS // 2], right_0.to(target.dtype))
-            target.store([row, column + 3 * COLUMNS // 4], right_1.to(target.dtype))
-
-
-@triton.jit
-def output_gemm_kernel(
-    x, w, y, s, b, bias, rank_offsets, offsets, adapters, tokens, columns, inner, s_width, segments,
-    HAS_BIAS: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
-    PROGRAMS: tl.constexpr, SPECIALIZE: tl.constexpr,
+def pad_kernel(
+    factor, padded, rank_offsets, columns, adapter_count, width,
+    INPUT: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """y = x w^T + s b^T + bias of one linear. x, w, y: tensor descriptors. Grid (PROGRAMS): each takes every
-    PROGRAMS-th tile. The LoRA term comes last, so that the first products need not wait for s."""
-    wait_for_the_kernel_before(OVERLAP)
-    row_tiles, column_tiles = tl.cdiv(tokens, ROWS), tl.cdiv(columns, COLUMNS)
-    only = _segment(rank_offsets, offsets, adapters, 0)
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, warp_specialize=SPECIALIZE):
-        row_tile, column_tile = _tile_place(tile, row_tiles, column_tiles, GROUP)
-        row, column = row_tile * ROWS, column_tile * COLUMNS
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for step in range(0, tl.cdiv(inner, DEPTH)):
-            x_tile = x.load([row, step * DEPTH])
-            w_tile = w.load([column, step * DEPTH])
-            total = tl.dot(x_tile, w_tile.T, total)
-        rows, cols = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-        first, last = segments_meeting(offsets, row, row + ROWS, tokens, segments, SEGMENTS)
-        total = _add_lora_term(
-            total, s, b, only, rank_offsets, offsets, adapters, rows, tokens, cols, columns, s_width, first, last,
-            False, "tf32", SEGMENTS, RANKS,
-        )  # fmt: skip
-        if HAS_BIAS:
-            total += tl.load(bias + cols, mask=cols < columns, other=0.0).to(tl.float32)[None, :]
-        _store(y, total, row, column, ROWS, COLUMNS, PARTS)
+    """Every adapter's factor with `width` ranks, those beyond its own being zero, for the GEMM of `hopper`.
 
-
-@triton.jit
-def input_gemm_kernel(
-    dy_0, w_0, dy_1, w_1, dy_2, w_2, dx, ds, a, bits, rank_offsets, offsets, adapters,
-    tokens, columns, inner_0, inner_1, inner_2, s_width, words, segments, adapter_count,
-    LINEARS: tl.constexpr, MASKED: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
-    PROGRAMS: tl.constexpr, SPECIALIZE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """dx = the sum over up to three linears of dy w + m(ds a). dy, w, dx: tensor descriptors. Grid (PROGRAMS).
-
-    The LoRA terms come first: a mask can be applied to them only before anything else is added.
+    factor: all of a where INPUT, padded [P * adapters * width, columns]; else one linear's b, padded [adapters *
+    columns, width]. rank_offsets: of these linears. Grid (column tiles, adapters, P).
     """
     wait_for_the_kernel_before(OVERLAP)
-    row_tiles, column_tiles = tl.cdiv(tokens, ROWS), tl.cdiv(columns, COLUMNS)
-    only = _first_segments(rank_offsets, offsets, adapters, adapter_count, LINEARS)
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, warp_specialize=SPECIALIZE):
-        row_tile, column_tile = _tile_place(tile, row_tiles, column_tiles, GROUP)
-        row, column = row_tile * ROWS, column_tile * COLUMNS
-        rows = row + tl.arange(0, ROWS)
-        first, last = segments_meeting(offsets, row, row + ROWS, tokens, segments, SEGMENTS)
-        total = _masked_lora_terms(
-            ds, a, bits, only, rank_offsets, offsets, adapters, rows, column, tokens, columns, s_width, words,
-            first, last, adapter_count, LINEARS, MASKED, "tf32", SEGMENTS, RANKS, ROWS, COLUMNS,
-        )  # fmt: skip
-        for step in range(0, tl.cdiv(inner_0, DEPTH)):
-            total = tl.dot(dy_0.load([row, step * DEPTH]), w_0.load([step * DEPTH, column]), total)
-        if LINEARS > 1:
-            for step in range(0, tl.cdiv(inner_1, DEPTH)):
-                total = tl.dot(dy_1.load([row, step * DEPTH]), w_1.load([step * DEPTH, column]), total)
-        if LINEARS > 2:
-            for step in range(0, tl.cdiv(inner_2, DEPTH)):
-                total = tl.dot(dy_2.load([row, step * DEPTH]), w_2.load([step * DEPTH, column]), total)
-        _store(dx, total, row, column, ROWS, COLUMNS, PARTS)
+    adapter, linear = tl.program_id(1), tl.program_id(2)
+    own = rank_offsets + linear * (adapter_count + 1) + adapter
+    row_of_a = tl.load(own)
+    rank = tl.load(own + 1) - row_of_a
+    cols, ranks = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANKS)
+    wanted = (cols < columns)[:, None] & (ranks < width)[None, :]
+    if INPUT:
+        source = (row_of_a + ranks).to(tl.int64)[None, :] * columns + cols[:, None]
+        place = ((linear * adapter_count + adapter) * width + ranks).to(tl.int64)[None, :] * columns + cols[:, None]
+    else:
+        source = (row_of_a - tl.load(rank_offsets)).to(tl.int64) * columns + cols[:, None] * rank + ranks[None, :]
+        place = (adapter * columns + cols).to(tl.int64)[:, None] * width + ranks[None, :]
+    value = tl.load(factor + source, mask=wanted & (ranks < rank)[None, :], other=0.0)
+    tl.store(padded + place, value.to(padded.dtype.element_ty), mask=wanted)

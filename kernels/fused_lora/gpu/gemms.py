@@ -1,0 +1,148 @@
+"""The base products with the LoRA term: by our GEMM for sm_90, which adds it inside, or by the library's, in place over
+the term that `expand_*` wrote before. `choices` says whose is faster for a shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fused_lora.gpu import hopper, products
+from fused_lora.gpu.choices import OWN, gemm_programs, rank_block
+
+MOST_LINEARS = 3  # that one kernel takes
+RANK_CHUNK = 32  # ranks of the LoRA term that our GEMM takes at a time: they share a slot with the mask words' size
+TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32}
+
+
+def output(call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
+    """Fill y of one linear; s of all linears."""
+    weight = call.weights[linear]
+    columns = weight.shape[0]
+    choice = call.choice("output", columns, call.columns)
+    if choice["gemm"] != OWN or not _fetchable(call.x, weight, y):
+        expand_output(call, linear, s, bias, y)
+        torch.addmm(y, call.x, weight.t(), out=y)
+        return
+    b, chunk = call.padded_b(linear), _chunk(call.width)
+    hopper.output_gemm_kernel[(gemm_programs(call.tokens, columns, call.target),)](
+        _described(call.x, hopper.TILE_ROWS, hopper.DEPTH), _described(weight, hopper.TILE_COLUMNS, hopper.DEPTH),
+        _described(y, hopper.TILE_ROWS, hopper.TILE_COLUMNS // choice["slices"]),
+        _described(s[linear], hopper.TILE_ROWS, chunk), _described(b, hopper.TILE_COLUMNS, chunk), bias, *call.batch,
+        call.tokens, columns, call.columns, call.segments, HAS_BIAS=bias.numel() > 0,
+        STEPS=_halvings(call.segments), **_settings(call, choice),
+    )  # fmt: skip
+
+
+def input_product(call, group: slice, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, dx: Tensor) -> None:
+    """Fill dx with the sum over a group of linears, or add it where an earlier group has filled it."""
+    weights, dys, first_group = call.weights[group], dys[group], group.start == 0
+    inner = [weight.shape[0] for weight in weights]
+    choice = call.choice("input", call.columns, sum(inner), len(inner))
+    words = [part_of(bits, group).flatten(0, 1)] if call.masked else []
+    if choice["gemm"] == OWN and first_group and _fetchable(*dys, *weights, dx, *words):
+        _own_input_product(call, group, choice, dys, ds, words, dx)
+        return
+    if first_group:
+        expand_input(call, group, ds, bits, dx)
+    else:
+        terms = torch.empty_like(dx)
+        expand_input(call, group, ds, bits, terms)
+        dx += terms
+    for dy, weight in zip(dys, weights, strict=True):
+        torch.addmm(dx, dy, weight, out=dx)
+
+
+def _own_input_product(call, group: slice, choice: dict, dys: Sequence[Tensor], ds: Tensor, words: list, dx: Tensor):
+    weights = call.weights[group]
+    linears, chunk = len(weights), _chunk(call.width)
+    described = [
+        one
+        for dy, weight in zip(dys, weights, strict=True)
+        for one in (_described(dy, hopper.TILE_ROWS, hopper.DEPTH), _described(weight, hopper.DEPTH, hopper.TILE_COLUMNS))
+    ]  # fmt: skip
+    inner, missing = [weight.shape[0] for weight in weights], MOST_LINEARS - linears
+    described_ds = _described(ds[group].flatten(0, 1), hopper.TILE_ROWS, chunk)
+    described_words = _described(words[0], hopper.TILE_ROWS, hopper.TILE_COLUMNS // 32) if words else described_ds
+    hopper.input_gemm_kernel[(gemm_programs(call.tokens, call.columns, call.target),)](
+        *described, *described[:2] * missing, _described(dx, hopper.TILE_ROWS, hopper.TILE_COLUMNS // choice["slices"]),
+        described_ds, _described(call.padded_a(group), chunk, hopper.TILE_COLUMNS), described_words, *call.batch,
+        call.tokens, call.columns, *inner, *inner[:1] * missing, call.segments, call.adapter_count,
+        LINEARS=linears, MASKED=call.masked,
+        # A loop over the segments, if only of one: without it the compiler spills the terms of several linears.
+        STEPS=max(_halvings(call.segments), int(linears > 1)), **_settings(call, choice),
+    )  # fmt: skip
+
+
+def expand_output(call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
+    """Fill y of one linear with what is not the base's product."""
+    columns = call.weights[linear].shape[0]
+    choice = call.choice("expand_output", columns)
+    grid = (triton.cdiv(call.tokens, choice["rows"]), triton.cdiv(columns, choice["columns"]))
+    products.expand_output_kernel[grid](
+        y, s[linear], call.b_of(linear, call.b), bias, call.rank_offsets[linear], *call.batch, call.tokens, columns,
+        call.width, call.segments, HAS_BIAS=bias.numel() > 0, PRECISION=call.precision, SEGMENTS=call.segment_block,
+        RANKS=rank_block(call.max_rank, 32), ROWS=choice["rows"], COLUMNS=choice["columns"],
+        num_warps=choice["warps"], **call.overlap,
+    )  # fmt: skip
+
+
+def expand_input(call, group: slice, ds: Tensor, bits: Tensor, dx: Tensor) -> None:
+    """Fill dx with what is not the bases' products, of a group of linears."""
+    linears = group.stop - group.start
+    choice = call.choice("expand_input", call.columns, linears=linears)
+    grid = (triton.cdiv(call.tokens, choice["rows"]), triton.cdiv(call.columns, choice["columns"]))
+    products.expand_input_kernel[grid](
+        dx, ds[group], call.a, part_of(bits, group), call.rank_offsets[group], *call.batch, call.tokens, call.columns,
+        call.width, call.words, call.segments, call.adapter_count, LINEARS=linears, MASKED=call.masked,
+        PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=rank_block(call.max_rank, 32),
+        ROWS=choice["rows"], COLUMNS=choice["columns"], num_warps=choice["warps"], **call.overlap,
+    )  # fmt: skip
+
+
+def part_of(bits: Tensor, group: slice) -> Tensor:
+    """The mask words of a group of linears; empty without masks."""
+    return bits[group] if bits.numel() else bits
+
+
+def _settings(call, choice: dict) -> dict:
+    return {
+        "WIDTH": call.width,
+        "GROUP": choice["group"],
+        "SLOTS": choice["slots"],
+        "STORES": choice["stores"],
+        "num_warps": hopper.WARPS,
+        "maxnreg": hopper.REGISTERS,
+        "launch_pdl": True,
+    }
+
+
+def _chunk(width: int) -> int:
+    """Ranks that our GEMM takes at a time: a divisor of the width."""
+    return RANK_CHUNK if width % RANK_CHUNK == 0 else 16
+
+
+def _halvings(segments: int) -> int:
+    """Steps of a search that tells how many of the segments are below a limit; 0 for a single segment."""
+    return segments.bit_length() if segments > 1 else 0
+
+
+def _fetchable(*tensors: Tensor) -> bool:
+    """May our GEMM take them? The copy engine wants rows that begin at multiples of 16 bytes, the GEMM 16-bit numbers;
+    the mask's words have 32."""
+    return all(
+        (one.element_size() == 2 or one.dtype == torch.int32)
+        and one.stride(0) * one.element_size() % 16 == 0
+        and one.stride(1) == 1
+        and one.data_ptr() % 16 == 0
+        for one in tensors
+    )
+
+
+def _described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], TYPES[tensor.dtype])
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)

@@ -1,0 +1,57 @@
+"""Liger's norms and activations in a stage, which keep less for the backward pass than transformers' own.
+
+The RMSNorm keeps its input and one number a token, where transformers' keeps a float32 copy; the gate of an MLP keeps
+gate and up, and not silu(gate).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from lorafusion.errors import UserError
+from lorafusion.models.stage import ARCHITECTURES, Stage, is_gated_mlp
+
+
+def use_liger(stage: Stage) -> None:
+    """Replace the forwards of a stage's norms and gated MLPs. Parameters and modules stay what they are.
+
+    To be called before `inject_adapters`: the kind `fused` then gives an MLP a forward that keeps still less. Raises
+    `UserError` where there is no GPU or Liger is not installed.
+    """
+    device = next(stage.parameters()).device
+    if device.type != "cuda":
+        raise UserError(f"liger: its kernels need a GPU, but the stage is on {device.type}")
+    try:
+        import liger_kernel  # noqa: F401
+    except ImportError:
+        raise UserError("liger: not installed; pip install liger-kernel, in the version of requirements.lock") from None
+    install(stage)
+
+
+def install(stage: Stage) -> None:
+    """What `use_liger` does, unchecked."""
+    norms = tuple(parts.norm for parts in ARCHITECTURES.values())
+    for module in stage.modules():
+        if isinstance(module, norms):
+            module.forward = partial(_norm, module)
+        elif is_gated_mlp(module):
+            module.forward = partial(_gated_mlp, module)
+
+
+def _norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    # In place: its backward pass writes dx over the gradient of its result, which comes from linears alone and which
+    # nobody else holds; it is not that of the residual stream, which two hold.
+    return LigerRMSNormFunction.apply(x, norm.weight, norm.variance_epsilon, 0.0, "llama", True)
+
+
+def _gated_mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    # Its backward pass writes the gradients over gate and up. Neither the linears that made them keep them, nor the
+    # one that follows; and whatever runs again, a CUDA graph or a checkpointed layer, makes them anew.
+    return mlp.down_proj(LigerSiLUMulFunction.apply(mlp.gate_proj(x), mlp.up_proj(x)))

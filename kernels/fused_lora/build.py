@@ -31,12 +31,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_lora.gpu import choices, gating, hopper, launch, masks, passes, products
+from fused_lora.gpu import choices, gating, hopper_gemms, launch, masks, passes, products
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
 REGISTER_FILE = 65_536  # registers of a multiprocessor
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
-MODULES = (gating, hopper, masks, passes, products)  # that kernels are in
+MODULES = (gating, hopper_gemms, masks, passes, products)  # that kernels are in
 GEMMS = ("output_gemm_kernel", "input_gemm_kernel")
 
 
@@ -208,7 +208,9 @@ def _describe(kernel: JITFunction, arguments: tuple, keywords: dict[str, Any]) -
             signature[name] = "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(name)
-    options = {name: keywords[name] for name in ("num_warps", "num_stages", "maxnreg", "launch_pdl") if name in keywords}
+    options = {
+        name: keywords[name] for name in ("num_warps", "num_stages", "maxnreg", "launch_pdl") if name in keywords
+    }
     return Launch(
         kernel.fn.__name__, *(tuple(part.items()) for part in (signature, constants)), tuple(divisible),
         tuple(options.items()),

@@ -162,18 +162,21 @@ def _backward(ctx, dys, _s, _bits):
 linear.register_autograd(_backward, setup_context=_setup_context)
 
 
+# Triton launches on the current device, which need not be the tensors'.
 @linear.register_kernel("cuda")
-def _(*arguments):
+def _(x, *arguments):
     from fused_lora.gpu import launch
 
-    return launch.forward(*arguments)
+    with torch.cuda.device_of(x):
+        return launch.forward(x, *arguments)
 
 
 @linear_backward.register_kernel("cuda")
-def _(*arguments):
+def _(dys, x, *arguments):
     from fused_lora.gpu import launch
 
-    return launch.backward(*arguments)
+    with torch.cuda.device_of(x):
+        return launch.backward(dys, x, *arguments)
 
 
 @torch.library.custom_op("fused_lora::gated_linear", mutates_args=(), device_types="cpu")
@@ -280,17 +283,19 @@ gated_linear.register_autograd(_gated_backward, setup_context=_setup_gated_conte
 
 
 @gated_linear.register_kernel("cuda")
-def _(*arguments):
+def _(gate, *arguments):
     from fused_lora.gpu import gating
 
-    return gating.forward(*arguments)
+    with torch.cuda.device_of(gate):
+        return gating.forward(gate, *arguments)
 
 
 @gated_linear_backward.register_kernel("cuda")
-def _(*arguments):
+def _(dy, *arguments):
     from fused_lora.gpu import gating
 
-    return gating.backward(*arguments)
+    with torch.cuda.device_of(dy):
+        return gating.backward(dy, *arguments)
 
 
 def _no_bits(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRALinear, LoRASegment, LoRASettings, lora_linears
-from fused_lora.gpu import choices, hopper, launch
+from fused_lora.gpu import choices, hopper_gemms, launch
 from fused_lora.philox import keep_mask, unpack
 from lorafusion.benchmarks.verify import MOST_ERROR, MOST_SCALE_ERROR, errors, kernels, random_problem
 
@@ -48,7 +48,7 @@ def of_our_gemm(monkeypatch):
         pytest.skip("our GEMM is for sm_90")
     launches = []
     for name in ("output_gemm_kernel", "input_gemm_kernel"):
-        kernel = getattr(hopper, name)
+        kernel = getattr(hopper_gemms, name)
         monkeypatch.setattr(kernel, "run", lambda *args, _run=kernel.run, **kw: launches.append(1) or _run(*args, **kw))
     return launches
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fused_lora.gpu import hopper, products
-from fused_lora.gpu.choices import OWN, gemm_programs, rank_block
+from fused_lora.gpu import hopper_gemms, products
+from fused_lora.gpu.choices import OWN, TILE_COLUMNS, TILE_ROWS, gemm_programs, rank_block
+from fused_lora.gpu.hopper import DEPTH, REGISTERS, WARPS
 
 MOST_LINEARS = 3  # that one kernel takes
 RANK_CHUNK = 32  # ranks of the LoRA term that our GEMM takes at a time: they share a slot with the mask words' size
@@ -29,10 +30,10 @@ def output(call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
         torch.addmm(y, call.x, weight.t(), out=y)
         return
     b, chunk = call.padded_b(linear), _chunk(call.width)
-    hopper.output_gemm_kernel[(gemm_programs(call.tokens, columns, call.target),)](
-        _described(call.x, hopper.TILE_ROWS, hopper.DEPTH), _described(weight, hopper.TILE_COLUMNS, hopper.DEPTH),
-        _described(y, hopper.TILE_ROWS, hopper.TILE_COLUMNS // choice["slices"]),
-        _described(s[linear], hopper.TILE_ROWS, chunk), _described(b, hopper.TILE_COLUMNS, chunk), bias, *call.batch,
+    hopper_gemms.output_gemm_kernel[(gemm_programs(call.tokens, columns, call.target),)](
+        _described(call.x, TILE_ROWS, DEPTH), _described(weight, TILE_COLUMNS, DEPTH),
+        _described(y, TILE_ROWS // 2, TILE_COLUMNS // choice["slices"]),
+        _described(s[linear], TILE_ROWS, chunk), _described(b, TILE_COLUMNS, chunk), bias, *call.batch,
         call.tokens, columns, call.columns, call.segments, HAS_BIAS=bias.numel() > 0,
         STEPS=_halvings(call.segments), **_settings(call, choice),
     )  # fmt: skip
@@ -63,14 +64,14 @@ def _own_input_product(call, group: slice, choice: dict, dys: Sequence[Tensor], 
     described = [
         one
         for dy, weight in zip(dys, weights, strict=True)
-        for one in (_described(dy, hopper.TILE_ROWS, hopper.DEPTH), _described(weight, hopper.DEPTH, hopper.TILE_COLUMNS))
+        for one in (_described(dy, TILE_ROWS, DEPTH), _described(weight, DEPTH, TILE_COLUMNS))
     ]  # fmt: skip
     inner, missing = [weight.shape[0] for weight in weights], MOST_LINEARS - linears
-    described_ds = _described(ds[group].flatten(0, 1), hopper.TILE_ROWS, chunk)
-    described_words = _described(words[0], hopper.TILE_ROWS, hopper.TILE_COLUMNS // 32) if words else described_ds
-    hopper.input_gemm_kernel[(gemm_programs(call.tokens, call.columns, call.target),)](
-        *described, *described[:2] * missing, _described(dx, hopper.TILE_ROWS, hopper.TILE_COLUMNS // choice["slices"]),
-        described_ds, _described(call.padded_a(group), chunk, hopper.TILE_COLUMNS), described_words, *call.batch,
+    described_ds = _described(ds[group].flatten(0, 1), TILE_ROWS, chunk)
+    described_words = _described(words[0], TILE_ROWS, TILE_COLUMNS // 32) if words else described_ds
+    hopper_gemms.input_gemm_kernel[(gemm_programs(call.tokens, call.columns, call.target),)](
+        *described, *described[:2] * missing, _described(dx, TILE_ROWS // 2, TILE_COLUMNS // choice["slices"]),
+        described_ds, _described(call.padded_a(group), chunk, TILE_COLUMNS), described_words, *call.batch,
         call.tokens, call.columns, *inner, *inner[:1] * missing, call.segments, call.adapter_count,
         LINEARS=linears, MASKED=call.masked,
         # A loop over the segments, if only of one: without it the compiler spills the terms of several linears.
@@ -115,8 +116,8 @@ def _settings(call, choice: dict) -> dict:
         "GROUP": choice["group"],
         "SLOTS": choice["slots"],
         "STORES": choice["stores"],
-        "num_warps": hopper.WARPS,
-        "maxnreg": hopper.REGISTERS,
+        "num_warps": WARPS,
+        "maxnreg": REGISTERS,
         "launch_pdl": True,
     }
 

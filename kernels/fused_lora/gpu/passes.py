@@ -64,9 +64,7 @@ def _finish_rows(
 
 
 @triton.jit
-def _store_projected(
-    target, total, scales, adapter, own, ranks, rank, s_width, WHOLE: tl.constexpr
-):  # fmt: skip
+def _store_projected(target, total, scales, adapter, own, ranks, rank, s_width, WHOLE: tl.constexpr):
     """Store one linear's part of `project_kernel`: the sum of a split, or scaled and with zeros beyond the rank."""
     if WHOLE:
         total = tl.where((ranks < rank)[None, :], total * tl.load(scales + adapter).to(tl.float32), 0.0)
@@ -84,9 +82,9 @@ def project_kernel(
 ):  # fmt: skip
     """s = scale m(x) a^T of up to three linears, reading x once: where WHOLE, else partial sums without the scale.
 
-    x, a: tensor descriptors. target: s [P, tokens, s_width], or float32 [splits, P, tokens, s_width], each the sums over
-    split_columns columns: whole rows may be too few programs to keep the memory busy. Grid (row tiles, rank tiles,
-    splits).
+    x, a: tensor descriptors. target: s [P, tokens, s_width], or float32 [splits, P, tokens, s_width], each the sums
+    over split_columns columns: whole rows may be too few programs to keep the memory busy. Grid (row tiles, rank
+    tiles, splits).
     """
     wait_for_the_kernel_before(OVERLAP)
     let_the_next_begin(OVERLAP)

@@ -86,11 +86,13 @@ def main() -> None:
     out = arguments.out or choices.TUNED / f"{target.slug}.json"
     tasks = [task for kernel in ORDER if kernel in arguments.kernels for task in shapes(kernel, arguments)]
     compile_all(tasks, arguments.jobs)
-    entries = _kept(out, arguments.kernels)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    old = _entries(out)
+    entries = [item for item in old if item["kernel"] not in arguments.kernels]
     for kernel, shape, widths in tasks:
         entries.append(tuned(kernel, shape, widths, entries))
         print(_line(entries[-1]), flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(_text(_replaced(old, entries), target))  # whenever it is stopped, what was measured stays
     out.write_text(_text(entries, target))
     print(f"{out}: {len(entries)} entries")
 
@@ -240,11 +242,18 @@ def _compile(task: tuple) -> None:
         pass
 
 
-def _kept(out: Path, kernels: list[str]) -> list[dict]:
-    """The entries of other kernels in a file that exists."""
-    if not out.is_file():
-        return []
-    return [item for item in json.loads(out.read_text())["entries"] if item["kernel"] not in kernels]
+def _entries(out: Path) -> list[dict]:
+    return json.loads(out.read_text())["entries"] if out.is_file() else []
+
+
+def _replaced(old: list[dict], new: list[dict]) -> list[dict]:
+    """The old entries, new ones of the same kernel and shape in their place, and the other new ones."""
+
+    def key(item: dict) -> tuple[str, str]:
+        return item["kernel"], json.dumps(item["shape"])
+
+    fresh = {key(item): item for item in new}
+    return [fresh.pop(key(item), item) for item in old] + list(fresh.values())
 
 
 def _text(entries: list[dict], target: choices.Target) -> str:

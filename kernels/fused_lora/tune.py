@@ -54,7 +54,8 @@ CANDIDATES: dict[str, list[Choice]] = {
     ],
     "output_pass": [
         *_grid(chunk=(256, 512, 1024), rows=(32, 64), columns=(128, 256), warps=(4, 8), stages=(2, 3)),
-        *_grid(chunk=(256, 512), rows=(64, 128), columns=(128, 512), warps=(8,), stages=(2,)),
+        *_grid(chunk=(256, 512), rows=(128,), columns=(128, 512), warps=(8,), stages=(2,)),
+        *_grid(chunk=(256, 512), rows=(64,), columns=(512,), warps=(8,), stages=(2,)),
     ],
     "input_pass": [
         *_grid(chunk=(128, 256, 512, 1024), rows=(32, 64), columns=(128, 256), warps=(4,), stages=(3,)),

@@ -31,13 +31,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_lora.gpu import choices, gating, hopper_gemms, launch, masks, passes, products
+from fused_lora.gpu import calls, choices, gating, hopper_gemms, launch, masks, passes, products
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
 REGISTER_FILE = 65_536  # registers of a multiprocessor
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 MODULES = (gating, hopper_gemms, masks, passes, products)  # that kernels are in
-GEMMS = ("output_gemm_kernel", "input_gemm_kernel")
+GEMM_KERNELS = ("output_gemm_kernel", "input_gemm_kernel")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ CASES = (
     Case("gated, float32", gated=True, dtype=torch.float32),
     Case("own GEMM", gemm=choices.own_gemm()),
     Case("own GEMM, no dropout", gemm=choices.own_gemm(), masked=False),
+    Case("own GEMM, no dropout, gate and up", gemm=choices.own_gemm(), masked=False, linears=2),
+    Case("own GEMM, no dropout, four adapters", gemm=choices.own_gemm(), masked=False, adapters=4),
+    Case("own GEMM, four slices", gemm=choices.own_gemm(slices=4, stores=2)),
+    Case("own GEMM, rank 8, two adapters", gemm=choices.own_gemm(), rank=8, adapters=2),
     Case("own GEMM, four adapters", gemm=choices.own_gemm(), adapters=4),
     Case("own GEMM, gate and up", gemm=choices.own_gemm(), linears=2),
     Case("own GEMM, q, k and v, four adapters", gemm=choices.own_gemm(), linears=3, adapters=4),
@@ -86,7 +90,7 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[str, ...]
-    options: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, int | bool], ...]
 
 
 def main() -> None:
@@ -152,8 +156,8 @@ def launches(case: Case, target: int) -> list[Launch]:
     gpu = choices.Target("none", (target // 10, target % 10), 132)
     with (
         patch.object(JITFunction, "run", catch),
-        patch.object(launch, "choose", choose),
-        patch.object(launch, "target_of", lambda device: gpu),
+        patch.object(calls, "choose", choose),
+        patch.object(calls, "target_of", lambda device: gpu),
     ):
         _call(case)
     return caught
@@ -271,7 +275,7 @@ def _problem(kernel: str, target: int, found: dict[str, Any], warps: int) -> str
         problems.append(f"{found['registers']} registers in each of {warps * 32} threads")
     if found["float64"]:
         problems.append(f"{found['float64']} instructions in float64")
-    if kernel in GEMMS and target == 90 and not (found["wgmma"] and found["bulk_loads"]):
+    if kernel in GEMM_KERNELS and not (found["wgmma"] and found["bulk_loads"]):
         problems.append(f"{found['wgmma']} wgmma and {found['bulk_loads']} bulk loads")
     return "; ".join(problems)
 

@@ -11,7 +11,7 @@ gradients. On a CPU they run the reference, on a GPU the Triton kernels. Argumen
     masked: is there dropout? keep_bits: keep the mask for the backward pass, or draw it again there?
 
 and the results beside y are what the backward pass needs: s [P, M, rank_width(max_rank)], of which an adapter fills as
-many columns as its rank, and the mask bits, int32 [P, M, word_count(K)].
+many columns as its rank and zeros beyond, and the mask bits, int32 [P, M, word_count(K)].
 
 `fused_lora::gated_linear` is one linear of h = silu(gate) * up, which keeps gate and up [M, K], that the linears before
 it hand over anyway, and not h: the backward pass computes h again.

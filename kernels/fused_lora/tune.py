@@ -26,8 +26,10 @@ import torch
 import triton
 
 from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment
-from fused_lora.gpu import choices, gemms, launch
+from fused_lora.gpu import calls, choices, gemms, launch
+from fused_lora.gpu.calls import Call
 from fused_lora.gpu.choices import Shape, own_gemm
+from fused_lora.ops import rank_width
 
 Choice = dict[str, Any]
 # Sizes of the linears that adapters are trained on, (in, out): Llama-3.1-8B, Qwen2.5-32B, Llama-3.1-70B.
@@ -57,20 +59,20 @@ CANDIDATES: dict[str, list[Choice]] = {
         *_grid(chunk=(256, 512), rows=(128,), columns=(128, 512), warps=(8,), stages=(2,)),
         *_grid(chunk=(256, 512), rows=(64,), columns=(512,), warps=(8,), stages=(2,)),
     ],
-    "input_pass": [
-        *_grid(chunk=(128, 256, 512, 1024), rows=(32, 64), columns=(128, 256), warps=(4,), stages=(3,)),
-        *_grid(chunk=(256, 512), rows=(64,), columns=(128,), warps=(4,), stages=(2, 4)),
-    ],
     "expand_output": _grid(rows=(32, 64, 128), columns=(64, 128, 256), warps=(4, 8)),
     "expand_input": _grid(rows=(32, 64, 128), columns=(64, 128, 256), warps=(4, 8)),
 }
-GEMMS = [
+GEMM_CANDIDATES = [
     {"gemm": choices.LIBRARY},
     *(own_gemm(group=group) for group in (4, 8, 16)),
     *(own_gemm(group=group, slices=4, stores=2) for group in (8, 16)),
 ]
-CANDIDATES |= {"output": GEMMS, "input": GEMMS}
-ORDER = ("masks", "project", "output_pass", "input_pass", "expand_output", "expand_input", "output", "input")
+INPUT_PASS = [
+    *_grid(chunk=(128, 256, 512, 1024), rows=(32, 64), columns=(128, 256), warps=(4,), stages=(3,)),
+    *_grid(chunk=(256, 512), rows=(64,), columns=(128,), warps=(4,), stages=(2, 4)),
+]
+CANDIDATES |= {"output": GEMM_CANDIDATES, "input": GEMM_CANDIDATES, "input_pass": INPUT_PASS}
+ORDER = tuple(CANDIDATES)  # in which a kernel's choice is known before others are measured with it
 
 
 def main() -> None:
@@ -83,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: tuning needs a GPU, and torch finds none")
-    target = launch.target_of(torch.device("cuda", torch.cuda.current_device()))
+    target = calls.target_of(torch.device("cuda", torch.cuda.current_device()))
     out = arguments.out or choices.TUNED / f"{target.slug}.json"
     tasks = [task for kernel in ORDER if kernel in arguments.kernels for task in shapes(kernel, arguments)]
     compile_all(tasks, arguments.jobs)
@@ -104,7 +106,7 @@ def shapes(kernel: str, arguments: argparse.Namespace) -> Iterator[tuple[str, Sh
     linears = [*single, *SHARED] if kernel in ("project", "input_pass", "expand_input", "input") else single
     seen: set[Shape] = set()
     for tokens, (inputs, widths) in itertools.product(arguments.tokens, linears):
-        shape = Shape(tokens, *_sizes(kernel, inputs, widths), len(widths), launch.rank_width(arguments.rank))
+        shape = Shape(tokens, *_sizes(kernel, inputs, widths), len(widths), rank_width(arguments.rank))
         if shape not in seen:  # a pass does not see the linear's other side
             seen.add(shape)
             yield kernel, shape, widths
@@ -134,7 +136,7 @@ def runner(kernel: str, shape: Shape, widths: tuple[int, ...]) -> Callable[[], N
     table = AdapterTable.of([[one] for one in made], device)
     batch = LoRABatch.of([LoRASegment(0, shape.tokens, 0)], torch.arange(shape.tokens, device=device))
     a, b = torch.cat([one.a for one in made]), torch.cat([one.b.flatten() for one in made])
-    call = launch._Call(
+    call = Call(
         x, weights, a, b, table.factors, table.thresholds, table.keys, table.rank_offsets, batch.offsets,
         batch.adapters, batch.positions, table.total_ranks, table.max_rank, True,
     )  # fmt: skip
@@ -219,10 +221,10 @@ def _forced(kernel: str, candidate: Choice, entries: list[dict]):
         default = choices.defaults(name, shape, target)
         if name == kernel:
             return default | candidate
-        near = replace(shape, inner=0)
+        near = shape if name in choices.GEMMS else replace(shape, inner=0)
         return default | known.get((name, json.dumps(choices.asdict(near))), {})
 
-    return patch.object(launch, "choose", choose)
+    return patch.object(calls, "choose", choose)
 
 
 def compile_all(tasks: list, jobs: int) -> None:

@@ -14,7 +14,7 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -61,6 +61,7 @@ CASES = {
     ),
     "three linears, no dropout": Case(((23, 0),), ((16,), (8,), (3,)), rows=(40, 9, 8), dropout=0.0),
     "four linears": Case(((30, 0),), ((4,), (2,), (7,), (1,)), rows=(16, 8, 24, 3), bias=True),
+    "an adapter without factors": Case(((20, 1), (17, 0)), ((16, 0),), bias=True),
     "columns in splits": Case(SEVERAL, ((1, 0, 16, 4), (5, 3, 0, 40)), columns=100, rows=(40, 24), splits=3),
     "rank 256": Case(((9, 0),), ((256,),), columns=33, rows=(17,)),
     "gated": Case(((45, 0),), ((16,),), gated=True),
@@ -147,7 +148,7 @@ def run(forward, backward, case: Case, dtype: torch.dtype, keep_bits: bool = Tru
         [dys], [weights], [biases] = dys, weights, biases
     ys, s, bits = forward(*inputs, weights, biases, *common, *settings, keep_bits)
     *gradients, da, db = backward(dys, *inputs, weights, *common, s, bits, *settings, True, True)
-    return {"ys": [ys] if case.gated else ys, "bits": bits, "inputs": gradients, "da": da, "db": db}
+    return {"ys": [ys] if case.gated else ys, "s": s, "bits": bits, "inputs": gradients, "da": da, "db": db}
 
 
 def named_inputs(case: Case, gradients: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -187,7 +188,7 @@ def root_mean_square(tensor: torch.Tensor) -> float:
 def problems(case: Case) -> list[str]:
     """What the kernels compute wrong, as the head of this file says."""
     from fused_lora import ops
-    from fused_lora.gpu import choices, gating, launch
+    from fused_lora.gpu import calls, choices, gating, launch
 
     ours = (gating.forward, gating.backward) if case.gated else (launch.forward, launch.backward)
     theirs = (ops.gated_linear, ops.gated_linear_backward) if case.gated else (ops.linear, ops.linear_backward)
@@ -196,13 +197,14 @@ def problems(case: Case) -> list[str]:
         split = {"splits": case.splits, "columns": 32} if kernel == "project" and case.splits > 1 else {}
         return choices.defaults(kernel, shape, target) | split
 
-    with patch.object(launch, "choose", choose):
+    with patch.object(calls, "choose", choose):
         kernels = run(*ours, case, case.dtype)
         again = run(*ours, case, case.dtype, keep_bits=False)
     exact, eager = (run(*theirs, case, dtype) for dtype in (torch.float64, case.dtype))
     wrong = []
     if not torch.equal(kernels["bits"], exact["bits"]):
         wrong.append(f"mask bits: {(kernels['bits'] != exact['bits']).float().mean():.1%} of the words differ")
+    wrong += [*unused_ranks(case, kernels["s"]), *padding(case)]
     ours, theirs, again = (parts(case, found) for found in (kernels, eager, again))
     # A library adds in pieces what the kernels add one after the other: of few elements it may be much closer.
     rounding = torch.finfo(torch.float32).eps / 2 * max(case.columns, *case.rows) ** 0.5
@@ -219,6 +221,38 @@ def problems(case: Case) -> list[str]:
         if not torch.equal(ours[name], again[name]):
             wrong.append(f"{name}: another result with masks drawn again")
     return wrong
+
+
+def unused_ranks(case: Case, s: torch.Tensor) -> Iterator[str]:
+    """Where s is not zero beyond an adapter's rank, as the GEMM of `hopper_gemms` needs it."""
+    for linear, ranks in enumerate(case.ranks):
+        first = 0
+        for length, adapter in case.segments:
+            if adapter >= 0 and s[linear, first : first + length, ranks[adapter] :].any():  # NaN is not zero
+                yield f"s of linear {linear}, adapter {adapter}: not zero beyond rank {ranks[adapter]}"
+            first += length
+
+
+def padding(case: Case) -> Iterator[str]:
+    """What is wrong with the factors as the GEMM of `hopper_gemms` takes them."""
+    from fused_lora.gpu.calls import Call
+
+    inputs, weights, _, common, settings, _ = arguments(case, case.dtype)
+    call, a, flat = Call(inputs[0], weights, *common, *settings), *common[:2]
+    found_a = [call.padded_a(group) for group in call.groups()]
+    wanted_a = []
+    for linear, (ranks, rows) in enumerate(zip(case.ranks, case.rows, strict=True)):
+        wanted_b = []
+        for rank in ranks:
+            own, a = a.split([rank, len(a) - rank])
+            wanted_a.append(F.pad(own, (0, 0, 0, call.width - rank)))
+            own, flat = flat.split([rank * rows, len(flat) - rank * rows])
+            wanted_b.append(F.pad(own.view(rows, rank), (0, call.width - rank)))
+        b = call.padded_b(linear)
+        if not torch.equal(b, torch.cat(wanted_b)) or b.data_ptr() % 16:
+            yield f"padded b of linear {linear}"
+    if not torch.equal(torch.cat(found_a), torch.cat(wanted_a)):
+        yield "padded a"
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_lora.gpu import choices
-from fused_lora.gpu.choices import KERNELS, Shape, Target, choose, defaults, own_gemm, rank_block
+from fused_lora.gpu.choices import GEMMS, Shape, Target, choose, defaults, own_gemm, rank_block
+from fused_lora.tune import ORDER as KERNELS
 
-GEMMS = ("output", "input")
 H200 = Target("NVIDIA H200", (9, 0), 132)
 A100 = Target("NVIDIA A100-SXM4-80GB", (8, 0), 108)
 B200 = Target("NVIDIA B200", (10, 0), 148)

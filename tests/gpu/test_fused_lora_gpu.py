@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRALinear, LoRASegment, LoRASettings, lora_linears
-from fused_lora.gpu import choices, hopper_gemms, launch
+from fused_lora.gpu import calls, choices, hopper_gemms, launch
+from fused_lora.gpu.calls import Call
 from fused_lora.philox import keep_mask, unpack
 from lorafusion.benchmarks.verify import MOST_ERROR, MOST_SCALE_ERROR, errors, kernels, random_problem
 
@@ -38,7 +39,7 @@ def with_gemm(settings):
     def choose(kernel, shape, target):
         return settings if kernel in choices.GEMMS else choices.defaults(kernel, shape, target)
 
-    return replaced.object(launch, "choose", choose)
+    return replaced.object(calls, "choose", choose)
 
 
 @pytest.fixture
@@ -76,10 +77,12 @@ def test_our_gemm_is_what_runs(of_our_gemm):
     assert len(of_our_gemm) == 2
 
 
-@pytest.mark.parametrize("linears", [2, 3])
+@pytest.mark.parametrize("linears", [1, 2, 3, 4])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_our_gemm_for_linears_that_share_their_input(linears, dropout):
-    """dx in one product for all, with the masks of each; the library's, one after the other, is the reference."""
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32], ids=str)
+def test_our_gemm_for_linears_that_share_their_input(linears, dropout, factors):
+    """dx in one product for all, with the masks of each; the library's, one after the other, is the reference. One
+    adapter has no factors on the first linear, and its s there is nothing but zeros."""
     if torch.cuda.get_device_capability() != choices.OWN_CAPABILITY:
         pytest.skip("our GEMM is for sm_90")
     generator = torch.Generator(GPU).manual_seed(7)
@@ -87,10 +90,11 @@ def test_our_gemm_for_linears_that_share_their_input(linears, dropout):
     def normal(*shape, scale=1.0):
         return (torch.randn(*shape, device=GPU, generator=generator) * scale).bfloat16()
 
-    tokens, columns, widths, ranks = 700, 384, (512, 136, 264)[:linears], (16, 40)
+    tokens, columns, widths, ranks = 700, 384, (512, 136, 264, 72)[:linears], (16, 40)
     x, weights = normal(tokens, columns).requires_grad_(), [normal(n, columns, scale=0.05) for n in widths]
-    rows = [[LoRAAdapter(normal(r, columns, scale=0.05), normal(n, r), 1.5, dropout, 9 * i + g)
+    rows = [[LoRAAdapter(normal(r, columns, scale=0.05).to(factors), normal(n, r).to(factors), 1.5, dropout, 9 * i + g)
              for g, r in enumerate(ranks)] for i, n in enumerate(widths)]  # fmt: skip
+    rows[0][1] = None
     segments = [LoRASegment(0, 131, 1), LoRASegment(131, 131, 0), LoRASegment(140, 700, 0)]
     batch, dys = LoRABatch.of(segments, torch.arange(tokens, device=GPU)), [normal(tokens, n) for n in widths]
     found = {}
@@ -116,7 +120,7 @@ def test_masks_are_bitwise_those_of_the_reference():
     positions = torch.arange(513, device=GPU) * 7 + 2**34
     batch = LoRABatch.of([LoRASegment(0, 513, 0)], positions)
     x, empty = torch.zeros(513, 4099, device=GPU, dtype=torch.bfloat16), torch.zeros(4, 4099, device=GPU)
-    call = launch._Call(
+    call = Call(
         x, [x[:8]], empty, empty, table.factors, table.thresholds, table.keys, table.rank_offsets, batch.offsets,
         batch.adapters, positions, table.total_ranks, table.max_rank, True,
     )  # fmt: skip

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 TUNED = Path(__file__).parent.parent / "tuned"
-KERNELS = ("masks", "project", "output_pass", "input_pass", "expand_output", "expand_input", "output", "input")
-GEMMS = ("output", "input")
+GEMMS = ("output", "input")  # the products with a base weight, by their results
 LIBRARY, OWN = "library", "own"
 OWN_CAPABILITY = (9, 0)  # that our GEMM is written for
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of our GEMM

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from fused_lora.gpu import launch
+from fused_lora.gpu import calls, launch
 from fused_lora.gpu.segments import wait_for_the_kernel_before
 
 BLOCK = 2048  # elements of a program
@@ -37,14 +37,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dgate, dup, da and db: see `fused_lora.ops`."""
     gate, up, h = gate.contiguous(), up.contiguous(), gate.new_empty(gate.shape)
-    call = launch._Call(h, [weight], a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
+    call = calls.Call(h, [weight], a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
                         max_rank, masked)  # fmt: skip
     if masked and not bits.numel():
         bits = launch.draw_masks(call)
     da, db = torch.empty_like(a), torch.empty_like(b)
     dgate, dup = (gate.new_empty(gate.shape if wants_inputs else 0) for _ in range(2))
     if not call.tokens:
-        return dgate, dup, da.zero_(), db.zero_()
+        return dgate, dup, *((da.zero_(), db.zero_()) if wants_factors else (a.new_empty(0), b.new_empty(0)))
     ds, alone = torch.empty_like(s), slice(0, 1)
     db_parts = launch.output_pass(call, 0, dy, s, ds)
     if wants_inputs:
@@ -53,7 +53,7 @@ def backward(
     else:
         _run(gate_kernel, gate, up, h)
     if wants_factors:
-        call.x = launch._aligned(h)
+        call.x = calls.aligned(h)
         launch.input_pass(call, alone, ds, bits, da)
         launch.finish_db(call, 0, db_parts, db)
     return dgate, dup, da if wants_factors else a.new_empty(0), db if wants_factors else b.new_empty(0)
@@ -63,7 +63,7 @@ def _run(kernel: JITFunction, gate: Tensor, *tensors: Tensor) -> None:
     """A kernel over all elements."""
     size = gate.numel()
     if size:
-        settings = launch.overlap_of(launch.target_of(gate.device))
+        settings = calls.overlap_of(calls.target_of(gate.device))
         kernel[(triton.cdiv(size, BLOCK),)](gate, *tensors, size, BLOCK=BLOCK, num_warps=WARPS, **settings)
 
 

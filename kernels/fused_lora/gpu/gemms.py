@@ -12,15 +12,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fused_lora.gpu import hopper_gemms, products
+from fused_lora.gpu.calls import MOST_LINEARS, Call, part_of
 from fused_lora.gpu.choices import OWN, TILE_COLUMNS, TILE_ROWS, gemm_programs, rank_block
 from fused_lora.gpu.hopper import DEPTH, REGISTERS, WARPS
 
-MOST_LINEARS = 3  # that one kernel takes
-RANK_CHUNK = 32  # ranks of the LoRA term that our GEMM takes at a time: they share a slot with the mask words' size
+RANK_CHUNK = 32  # ranks that our GEMM takes at a time: half a slot, and few steps for the usual ranks
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32}
 
 
-def output(call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
+def output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
     """Fill y of one linear; s of all linears."""
     weight = call.weights[linear]
     columns = weight.shape[0]
@@ -31,15 +31,15 @@ def output(call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
         return
     b, chunk = call.padded_b(linear), _chunk(call.width)
     hopper_gemms.output_gemm_kernel[(gemm_programs(call.tokens, columns, call.target),)](
-        _described(call.x, TILE_ROWS, DEPTH), _described(weight, TILE_COLUMNS, DEPTH),
-        _described(y, TILE_ROWS // 2, TILE_COLUMNS // choice["slices"]),
-        _described(s[linear], TILE_ROWS, chunk), _described(b, TILE_COLUMNS, chunk), bias, *call.batch,
+        _gluon_described(call.x, TILE_ROWS, DEPTH), _gluon_described(weight, TILE_COLUMNS, DEPTH),
+        _gluon_described(y, TILE_ROWS // 2, TILE_COLUMNS // choice["slices"]),
+        _gluon_described(s[linear], TILE_ROWS, chunk), _gluon_described(b, TILE_COLUMNS, chunk), bias, *call.batch,
         call.tokens, columns, call.columns, call.segments, HAS_BIAS=bias.numel() > 0,
         STEPS=_halvings(call.segments), **_settings(call, choice),
     )  # fmt: skip
 
 
-def input_product(call, group: slice, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, dx: Tensor) -> None:
+def input_product(call: Call, group: slice, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, dx: Tensor) -> None:
     """Fill dx with the sum over a group of linears, or add it where an earlier group has filled it."""
     weights, dys, first_group = call.weights[group], dys[group], group.start == 0
     inner = [weight.shape[0] for weight in weights]
@@ -58,20 +58,22 @@ def input_product(call, group: slice, dys: Sequence[Tensor], ds: Tensor, bits: T
         torch.addmm(dx, dy, weight, out=dx)
 
 
-def _own_input_product(call, group: slice, choice: dict, dys: Sequence[Tensor], ds: Tensor, words: list, dx: Tensor):
+def _own_input_product(
+    call: Call, group: slice, choice: dict, dys: Sequence[Tensor], ds: Tensor, words: list[Tensor], dx: Tensor
+) -> None:
     weights = call.weights[group]
     linears, chunk = len(weights), _chunk(call.width)
     described = [
         one
         for dy, weight in zip(dys, weights, strict=True)
-        for one in (_described(dy, TILE_ROWS, DEPTH), _described(weight, DEPTH, TILE_COLUMNS))
+        for one in (_gluon_described(dy, TILE_ROWS, DEPTH), _gluon_described(weight, DEPTH, TILE_COLUMNS))
     ]  # fmt: skip
     inner, missing = [weight.shape[0] for weight in weights], MOST_LINEARS - linears
-    described_ds = _described(ds[group].flatten(0, 1), TILE_ROWS, chunk)
-    described_words = _described(words[0], TILE_ROWS, TILE_COLUMNS // 32) if words else described_ds
+    described_ds = _gluon_described(ds[group].flatten(0, 1), TILE_ROWS, chunk)
+    described_words = _gluon_described(words[0], TILE_ROWS, TILE_COLUMNS // 32) if words else described_ds
     hopper_gemms.input_gemm_kernel[(gemm_programs(call.tokens, call.columns, call.target),)](
-        *described, *described[:2] * missing, _described(dx, TILE_ROWS // 2, TILE_COLUMNS // choice["slices"]),
-        described_ds, _described(call.padded_a(group), chunk, TILE_COLUMNS), described_words, *call.batch,
+        *described, *described[:2] * missing, _gluon_described(dx, TILE_ROWS // 2, TILE_COLUMNS // choice["slices"]),
+        described_ds, _gluon_described(call.padded_a(group), chunk, TILE_COLUMNS), described_words, *call.batch,
         call.tokens, call.columns, *inner, *inner[:1] * missing, call.segments, call.adapter_count,
         LINEARS=linears, MASKED=call.masked,
         # A loop over the segments, if only of one: without it the compiler spills the terms of several linears.
@@ -79,7 +81,7 @@ def _own_input_product(call, group: slice, choice: dict, dys: Sequence[Tensor], 
     )  # fmt: skip
 
 
-def expand_output(call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
+def expand_output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
     """Fill y of one linear with what is not the base's product."""
     columns = call.weights[linear].shape[0]
     choice = call.choice("expand_output", columns)
@@ -92,7 +94,7 @@ def expand_output(call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None
     )  # fmt: skip
 
 
-def expand_input(call, group: slice, ds: Tensor, bits: Tensor, dx: Tensor) -> None:
+def expand_input(call: Call, group: slice, ds: Tensor, bits: Tensor, dx: Tensor) -> None:
     """Fill dx with what is not the bases' products, of a group of linears."""
     linears = group.stop - group.start
     choice = call.choice("expand_input", call.columns, linears=linears)
@@ -105,12 +107,7 @@ def expand_input(call, group: slice, ds: Tensor, bits: Tensor, dx: Tensor) -> No
     )  # fmt: skip
 
 
-def part_of(bits: Tensor, group: slice) -> Tensor:
-    """The mask words of a group of linears; empty without masks."""
-    return bits[group] if bits.numel() else bits
-
-
-def _settings(call, choice: dict) -> dict:
+def _settings(call: Call, choice: dict) -> dict:
     return {
         "WIDTH": call.width,
         "GROUP": choice["group"],
@@ -144,6 +141,6 @@ def _fetchable(*tensors: Tensor) -> bool:
     )
 
 
-def _described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def _gluon_described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout.get_default_for([rows, columns], TYPES[tensor.dtype])
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)

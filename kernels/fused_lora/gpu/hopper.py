@@ -223,7 +223,7 @@ def _halves(tile):
 
 
 @gluon.jit
-def beside(left, right):
+def joined(left, right):
     """The tile whose halves these are."""
     SHAPE: gl.constexpr = left.type.shape
     return gl.join(left, right).permute((0, 2, 1)).reshape((SHAPE[0], 2 * SHAPE[1]))

@@ -28,7 +28,7 @@ from fused_lora.gpu.hopper import (
     ROWS,
     UPPER,
     after,
-    beside,
+    joined,
     load_lora,
     load_product,
     load_words,
@@ -101,7 +101,7 @@ def output_gemm_kernel(
     """y [tokens, columns] = x w^T + s b^T + bias of one linear. Any grid: programs take tiles in turns.
 
     x [tokens, inner], w [columns, inner], y, s [tokens, WIDTH] and b [adapters * columns, WIDTH]: tensor descriptors.
-    STEPS: of `_segments_meeting`. SLOTS, STORES: of the ring, and for slices of y that are being stored.
+    STEPS: of `segments_meeting`. SLOTS, STORES: of the ring, and for slices of y that are being stored.
     """
     ring = made_ring(x, w, SLOTS)
     y_slots = gl.allocate_shared_memory(y.dtype, [2 * STORES] + y.block_type.shape, y.layout)
@@ -148,14 +148,16 @@ def _with_term(total, before, ds_tile, a_slot, words, INDEX: gl.constexpr, MASKE
 
     before: the other half, which must be done first. It is not added, but without it the compiler computes both terms
     before it masks the first, and has not the registers for them."""
-    term = warpgroup_mma(ds_tile, a_slot.slice(INDEX * HALF, HALF, 1), before, use_acc=False)
     if MASKED:
+        term = warpgroup_mma(ds_tile, a_slot.slice(INDEX * HALF, HALF, 1), before, use_acc=False)
         shifts = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, HALF_WORDS)))
         # Through an instruction that the compiler does not know: it would take all bits apart before the loop.
         own = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words[INDEX]], gl.int32, is_pure=False, pack=1)
         kept = ((own[:, :, None] >> shifts[None, None, :]) & 1).reshape((PART, HALF))
-        term = gl.where(gl.convert_layout(kept, HALF_PRODUCT, assert_trivial=True) != 0, term, 0.0)
-    return total + term
+        total += gl.where(gl.convert_layout(kept, HALF_PRODUCT, assert_trivial=True) != 0, term, 0.0)
+    else:
+        total = warpgroup_mma(ds_tile, a_slot.slice(INDEX * HALF, HALF, 1), total)
+    return total
 
 
 @gluon.jit
@@ -201,7 +203,7 @@ def _input_multiplier(
                         fence_async_shared()
                         mbarrier.arrive(emptied.index(slot), count=1)
                         slot, phase = after(slot, phase, ring)
-        total = gl.convert_layout(beside(left, right), PRODUCT, assert_trivial=True)
+        total = gl.convert_layout(joined(left, right), PRODUCT, assert_trivial=True)
         for linear in gl.static_range(LINEARS):
             total, slot, phase = multiply(total, ring, inner[linear], slot, phase, PLACE, True, False)
         store(dx, total, dx_slots, row, column, PLACE)

@@ -13,116 +13,13 @@ from functools import lru_cache
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_lora.gpu import masks, passes, products
-from fused_lora.gpu.choices import Shape, Target, choose, rank_block
-from fused_lora.gpu.gemms import MOST_LINEARS, input_product, output, part_of
-from fused_lora.ops import rank_width
-from fused_lora.philox import word_count
+from fused_lora.gpu import masks, passes
+from fused_lora.gpu.calls import SUMMED_TILE, Call, aligned, described, part_of
+from fused_lora.gpu.choices import rank_block
+from fused_lora.gpu.gemms import input_product, output
 
-INTERPRETER = "interpreter"
-SUMMED_TILE = 256  # elements of a program that adds partial sums: small, as there are few elements for many programs
-MOST_RANKS = {1: 128, 2: 64, 3: 32}  # that it has accumulators for, by the number of linears
-
-
-@lru_cache
-def target_of(device: torch.device) -> Target:
-    """The GPU, as choices know it; a CPU is there for Triton's interpreter."""
-    if device.type == "cpu":
-        return Target(INTERPRETER, (0, 0), 4)
-    properties = torch.cuda.get_device_properties(device)
-    return Target(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
-
-
-def overlap_of(target: Target) -> dict:
-    """Launch settings: does a kernel begin while the one before it ends?"""
-    return {"OVERLAP": True, "launch_pdl": True} if target.capability >= (9, 0) else {"OVERLAP": False}
-
-
-class _Call:
-    """The arguments that every kernel of one call shares, and sizes derived from them."""
-
-    def __init__(self, x, weights, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
-                 max_rank, masked) -> None:  # fmt: skip
-        self.x, self.weights, self.a, self.b = _aligned(x), weights, a, b
-        self.a_like_x = _aligned(a.to(x.dtype))
-        self.scales, self.thresholds, self.keys, self.rank_offsets = scales, thresholds, keys, rank_offsets
-        self.offsets, self.adapters, self.positions = offsets, adapters, positions
-        self.ranks, self.max_rank, self.masked = ranks, max_rank, masked
-        self.tokens, self.columns = x.shape
-        self.linears, self.adapter_count = scales.shape
-        self.segments = adapters.shape[0]
-        self.segment_block = triton.next_power_of_2(self.segments)
-        self.words = word_count(self.columns)
-        self.width = rank_width(max_rank)
-        self.target = target_of(x.device)
-        self.overlap = overlap_of(self.target)
-        self.precision = "ieee" if x.dtype == torch.float32 else "tf32"
-
-    def choice(self, kernel: str, columns: int, inner: int = 0, linears: int = 1) -> dict:
-        bits = 32 if self.x.dtype == torch.float32 else 16
-        shape = Shape(self.tokens, columns, inner, linears, self.width, bits, self.masked)
-        return choose(kernel, shape, self.target)
-
-    def pass_settings(self, choice: dict) -> dict:
-        return {
-            "ROWS": choice["rows"],
-            "COLUMNS": choice["columns"],
-            "num_warps": choice["warps"],
-            "num_stages": choice["stages"],
-            **self.overlap,
-        }
-
-    def summed_rows(self) -> tuple[int, int]:
-        """Width and rows of the tiles whose partial sums one program adds."""
-        width = triton.next_power_of_2(self.width)
-        return width, max(4, SUMMED_TILE // width)
-
-    def tiles(self, rows: int) -> int:
-        """No fewer than the tiles of `rows` rows laid over each segment apart."""
-        if self.segments == 1:
-            return triton.cdiv(self.tokens, rows)
-        return min(self.tokens, self.tokens // rows + self.segments)
-
-    def b_of(self, linear: int, flat: Tensor) -> Tensor:
-        """One linear's part of b, or of db."""
-        first = sum(w.shape[0] * r for w, r in zip(self.weights[:linear], self.ranks, strict=False))
-        return flat[first : first + self.weights[linear].shape[0] * self.ranks[linear]]
-
-    def padded_b(self, linear: int) -> Tensor:
-        """One linear's b in x's dtype, [adapters * N, width]: ranks beyond an adapter's own are zero."""
-        columns, b = self.weights[linear].shape[0], self.b_of(linear, self.b)
-        if self.ranks[linear] == self.adapter_count * self.width:
-            return b.to(self.x.dtype).view(-1, self.width)
-        padded = self.x.new_empty(self.adapter_count * columns, self.width)
-        self._pad(b, padded, self.rank_offsets[linear : linear + 1], columns, INPUT=False)
-        return padded
-
-    def padded_a(self, group: slice) -> Tensor:
-        """The a of a group of linears in x's dtype, [linears * adapters * width, K], padded likewise."""
-        first, last = sum(self.ranks[: group.start]), sum(self.ranks[: group.stop])
-        rows = (group.stop - group.start) * self.adapter_count * self.width
-        if last - first == rows:
-            return self.a_like_x[first:last]
-        padded = self.x.new_empty(rows, self.columns)
-        self._pad(self.a, padded, self.rank_offsets[group], self.columns, INPUT=True)
-        return padded
-
-    def _pad(self, factor: Tensor, padded: Tensor, rank_offsets: Tensor, columns: int, INPUT: bool) -> None:
-        grid = (triton.cdiv(columns, 64), self.adapter_count, len(rank_offsets))
-        products.pad_kernel[grid](
-            factor, padded, rank_offsets, columns, self.adapter_count, self.width, INPUT=INPUT,
-            RANKS=triton.next_power_of_2(self.width), COLUMNS=64, num_warps=4, **self.overlap,
-        )  # fmt: skip
-
-    @property
-    def batch(self) -> tuple[Tensor, Tensor]:
-        return self.offsets, self.adapters
-
-    def groups(self) -> list[slice]:
-        """The linears, as many at a time as one kernel takes."""
-        return [slice(first, min(first + MOST_LINEARS, self.linears)) for first in range(0, self.linears, MOST_LINEARS)]
+MOST_RANKS = {1: 128, 2: 64, 3: 32}  # that a pass over x has accumulators for, by the number of linears
 
 
 def forward(
@@ -131,7 +28,7 @@ def forward(
     ranks: Sequence[int], max_rank: int, masked: bool, keep_bits: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     """y of each linear, s and the mask bits: see `fused_lora.ops`."""
-    call = _Call(x, weights, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
+    call = Call(x, weights, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
                  max_rank, masked)  # fmt: skip
     bits = draw_masks(call) if masked else _none(x)
     s = x.new_empty(call.linears, call.tokens, call.width)
@@ -149,14 +46,14 @@ def backward(
     s: Tensor, bits: Tensor, ranks: Sequence[int], max_rank: int, masked: bool, wants_x: bool, wants_factors: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, da and db: see `fused_lora.ops`."""
-    call = _Call(x, weights, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
+    call = Call(x, weights, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
                  max_rank, masked)  # fmt: skip
     if masked and not bits.numel():
         bits = draw_masks(call)
     da, db = torch.empty_like(a), torch.empty_like(b)
     dx = x.new_empty(x.shape) if wants_x else x.new_empty(0)
     if not call.tokens:
-        return dx, da.zero_(), db.zero_()
+        return dx, *((da.zero_(), db.zero_()) if wants_factors else (a.new_empty(0), b.new_empty(0)))
     ds = torch.empty_like(s)
     db_parts = [output_pass(call, linear, dys[linear], s, ds) for linear in range(call.linears)]
     gradients(call, dys, ds, bits, db_parts, dx if wants_x else None, da if wants_factors else None, db)
@@ -164,7 +61,7 @@ def backward(
 
 
 def gradients(
-    call: _Call, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, db_parts: Sequence[Tensor], dx: Tensor | None,
+    call: Call, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, db_parts: Sequence[Tensor], dx: Tensor | None,
     da: Tensor | None, db: Tensor,
 ) -> None:  # fmt: skip
     """Fill dx, and da and db, where they are wanted.
@@ -199,8 +96,10 @@ def beside(begun: torch.cuda.Event | None) -> Iterator[None]:
         # A moment's work, so that the other stream's kernel has taken its multiprocessors: in a CUDA graph either may
         # begin first, and a pass that does takes them all, which cost 30 to 70 us in some graphs.
         torch.zeros(1, device=current.device)
-        yield
-    current.wait_stream(side)
+        try:
+            yield
+        finally:  # also after an error, when memory that the side still reads is given back
+            current.wait_stream(side)
 
 
 @lru_cache
@@ -208,7 +107,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def draw_masks(call: _Call) -> Tensor:
+def draw_masks(call: Call) -> Tensor:
     """The mask bits, int32 [P, tokens, words]."""
     bits = torch.empty(call.linears, call.tokens, call.words, dtype=torch.int32, device=call.x.device)
     choice = call.choice("masks", call.columns)
@@ -223,7 +122,7 @@ def draw_masks(call: _Call) -> Tensor:
     return bits
 
 
-def project(call: _Call, bits: Tensor, s: Tensor) -> None:
+def project(call: Call, bits: Tensor, s: Tensor) -> None:
     """Fill s."""
     for group in call.groups():
         linears = group.stop - group.start
@@ -237,7 +136,7 @@ def project(call: _Call, bits: Tensor, s: Tensor) -> None:
         shape = (linears, call.tokens, call.width)
         target = s[group] if whole else s.new_empty(splits, *shape, dtype=torch.float32)
         passes.project_kernel[(call.tiles(choice["rows"]), rank_tiles, splits)](
-            _described(call.x, choice["rows"], choice["columns"]), _described(call.a_like_x, ranks, choice["columns"]),
+            described(call.x, choice["rows"], choice["columns"]), described(call.a_like_x, ranks, choice["columns"]),
             part_of(bits, group), target, call.scales[group], call.rank_offsets[group], *call.batch, call.tokens,
             call.columns, call.width, call.words, call.segments, call.adapter_count, split_columns,
             LINEARS=linears, MASKED=call.masked, WHOLE=whole, PRECISION=call.precision, SEGMENTS=call.segment_block,
@@ -253,7 +152,7 @@ def project(call: _Call, bits: Tensor, s: Tensor) -> None:
         )  # fmt: skip
 
 
-def output_pass(call: _Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor) -> Tensor:
+def output_pass(call: Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor) -> Tensor:
     """Fill ds of one linear; the partial sums of its db, for `finish_db`."""
     columns = call.weights[linear].shape[0]
     choice = call.choice("output_pass", columns)
@@ -263,8 +162,8 @@ def output_pass(call: _Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor) -> 
     db_parts = dy.new_empty(tiles, columns, call.width, dtype=torch.float32)
     tables = (call.rank_offsets[linear], *call.batch)
     passes.output_pass_kernel[(tiles, column_tiles, triton.cdiv(call.max_rank, ranks))](
-        _described(_aligned(dy), choice["rows"], choice["columns"]), call.b_of(linear, call.b),
-        _described(s[linear], choice["rows"], ranks), ds_parts, db_parts, *tables, call.tokens, columns, call.width,
+        described(aligned(dy), choice["rows"], choice["columns"]), call.b_of(linear, call.b),
+        described(s[linear], choice["rows"], ranks), ds_parts, db_parts, *tables, call.tokens, columns, call.width,
         call.segments, PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=ranks, CHUNK=choice["chunk"],
         **call.pass_settings(choice),
     )  # fmt: skip
@@ -276,7 +175,7 @@ def output_pass(call: _Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor) -> 
     return db_parts
 
 
-def finish_db(call: _Call, linear: int, db_parts: Tensor, db: Tensor) -> None:
+def finish_db(call: Call, linear: int, db_parts: Tensor, db: Tensor) -> None:
     """Fill one linear's part of db from `output_pass`'s partial sums."""
     columns = call.weights[linear].shape[0]
     width, rows = call.summed_rows()
@@ -287,7 +186,7 @@ def finish_db(call: _Call, linear: int, db_parts: Tensor, db: Tensor) -> None:
     )  # fmt: skip
 
 
-def input_pass(call: _Call, group: slice, ds: Tensor, bits: Tensor, da: Tensor) -> None:
+def input_pass(call: Call, group: slice, ds: Tensor, bits: Tensor, da: Tensor) -> None:
     """Fill the rows of da that belong to a group of linears."""
     linears = group.stop - group.start
     choice = call.choice("input_pass", call.columns, linears=linears)
@@ -296,8 +195,8 @@ def input_pass(call: _Call, group: slice, ds: Tensor, bits: Tensor, da: Tensor) 
     parts = call.x.new_empty(linears, tiles, call.width, call.columns, dtype=torch.float32)
     tables = (call.rank_offsets[group], *call.batch)
     passes.input_pass_kernel[(tiles, triton.cdiv(call.columns, choice["columns"]), rank_tiles)](
-        _described(call.x, choice["rows"], choice["columns"]),
-        _described(ds[group].flatten(0, 1), choice["rows"], ranks), part_of(bits, group), parts, *tables, call.tokens,
+        described(call.x, choice["rows"], choice["columns"]),
+        described(ds[group].flatten(0, 1), choice["rows"], ranks), part_of(bits, group), parts, *tables, call.tokens,
         call.columns, call.width, call.words, call.segments, call.adapter_count, tiles,
         LINEARS=linears, MASKED=call.masked, PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=ranks,
         CHUNK=choice["chunk"], **call.pass_settings(choice),
@@ -309,20 +208,6 @@ def input_pass(call: _Call, group: slice, ds: Tensor, bits: Tensor, da: Tensor) 
         parts, da, *tables, call.tokens, call.columns, call.width, call.segments, call.adapter_count, tiles,
         CHUNK=choice["chunk"], SEGMENTS=call.segment_block, RANKS=ranks, COLUMNS=columns, num_warps=4, **call.overlap,
     )  # fmt: skip
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it whose rows the copy engine can fetch: they begin at multiples of 16 bytes."""
-    unit = 16 // tensor.element_size()
-    if tensor.stride(0) % unit == 0 and tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0:
-        return tensor
-    rows, columns = tensor.shape
-    copy = tensor.new_empty(rows, triton.cdiv(columns, unit) * unit)[:, :columns]
-    return copy.copy_(tensor)
-
-
-def _described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
 
 
 def _none(x: Tensor) -> Tensor:

@@ -34,10 +34,11 @@ def _dropped(tile, bits, rows, column, words, tokens, MASKED: tl.constexpr, ROWS
 
 @triton.jit
 def _sum_of_parts(parts, count, part_size, place, inside, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The sum of `count` partial sums in a fixed order, float32 [HEIGHT, WIDTH]; sixteen loads are under way."""
+    """The sum of `count` partial sums in a fixed order, float32 [HEIGHT, WIDTH]; AT_ONCE loads are under way."""
+    AT_ONCE: tl.constexpr = 16 if HEIGHT * WIDTH <= 512 else 8
     total = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    for first in range(0, count, 16):
-        part = first + tl.arange(0, 16)
+    for first in range(0, count, AT_ONCE):
+        part = first + tl.arange(0, AT_ONCE)
         pointers = parts + part.to(tl.int64)[:, None, None] * part_size + place[None, :, :]
         total += tl.sum(tl.load(pointers, mask=(part < count)[:, None, None] & inside[None, :, :], other=0.0), 0)
     return total
@@ -102,8 +103,8 @@ def project_kernel(
         row_1, rank_1 = _rank_range(rank_offsets + adapter_count + 1, adapter)
     if LINEARS > 2:
         row_2, rank_2 = _rank_range(rank_offsets + 2 * (adapter_count + 1), adapter)
-    if rank >= tl.maximum(rank_0, tl.maximum(rank_1, rank_2)):
-        return
+    if not WHOLE and rank >= tl.maximum(rank_0, tl.maximum(rank_1, rank_2)):
+        return  # where WHOLE, the zeros of an adapter without factors on these linears are written here, too
     sum_0 = tl.zeros((ROWS, RANKS), tl.float32)
     sum_1 = tl.zeros((ROWS, RANKS), tl.float32)
     sum_2 = tl.zeros((ROWS, RANKS), tl.float32)
@@ -152,26 +153,10 @@ def finish_project_kernel(
 
 @triton.jit
 def output_pass_kernel(
-    dy,
-    b,
-    s,
-    ds_parts,
-    db_parts,
-    rank_offsets,
-    offsets,
-    adapters,
-    tokens,
-    columns,
-    s_width,
-    segments,
-    PRECISION: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    RANKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    dy, b, s, ds_parts, db_parts, rank_offsets, offsets, adapters, tokens, columns, s_width, segments,
+    PRECISION: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """Partial sums of dy b over COLUMNS columns and of dy^T s over CHUNK rows, of one linear, reading dy once.
 
     dy, s: tensor descriptors, s of the linear. b: the linear's part of it. rank_offsets: of the linear.
@@ -275,30 +260,11 @@ def finish_db_kernel(
 
 @triton.jit
 def input_pass_kernel(
-    x,
-    ds,
-    bits,
-    da_parts,
-    rank_offsets,
-    offsets,
-    adapters,
-    tokens,
-    columns,
-    s_width,
-    words,
-    segments,
-    adapter_count,
+    x, ds, bits, da_parts, rank_offsets, offsets, adapters, tokens, columns, s_width, words, segments, adapter_count,
     tiles,
-    LINEARS: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    RANKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    LINEARS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """Partial sums of ds^T m(x) over CHUNK rows, of up to three linears, reading x once.
 
     x, ds: tensor descriptors, ds with the linears' rows one after the other. da_parts [P, tiles, s_width, columns],
@@ -369,23 +335,9 @@ def input_pass_kernel(
 
 @triton.jit
 def finish_input_kernel(
-    da_parts,
-    da,
-    rank_offsets,
-    offsets,
-    adapters,
-    tokens,
-    columns,
-    s_width,
-    segments,
-    adapter_count,
-    tiles,
-    CHUNK: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    RANKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    da_parts, da, rank_offsets, offsets, adapters, tokens, columns, s_width, segments, adapter_count, tiles,
+    CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """da [R, columns] from `input_pass_kernel`'s partial sums. Grid (column tiles, rank tiles, P times adapters)."""
     wait_for_the_kernel_before(OVERLAP)
     linear = tl.program_id(2) // adapter_count

@@ -1,7 +1,7 @@
-"""The LoRA term of y and of dx, written for a library's GEMM to add to; and factors as the GEMM of `hopper` wants them.
+"""The LoRA term of y and of dx, written for a library's GEMM to add to; and factors as `hopper_gemms` want them.
 
-The GEMM of `hopper` adds the term at the cost of one more step along the inner dimension, where `expand_*` write the
-whole output once and the library reads it back: 4 % of a forward pass at 4096 columns.
+These add the term at the cost of one more step along the inner dimension, where `expand_*` write the whole output once
+and the library reads it back: 7 % of the product at 4096 columns.
 """
 
 import triton
@@ -23,34 +23,18 @@ def _segment(rank_offsets, offsets, adapters, segment):
 
 
 @triton.jit
-def _first_segments(rank_offsets, offsets, adapters, adapter_count, LINEARS: tl.constexpr):
-    """`_segment` of the first segment on each of three linears."""
-    first = _segment(rank_offsets, offsets, adapters, 0)
-    second, third = first, first
-    if LINEARS > 1:
-        second = _segment(rank_offsets + adapter_count + 1, offsets, adapters, 0)
-    if LINEARS > 2:
-        third = _segment(rank_offsets + 2 * (adapter_count + 1), offsets, adapters, 0)
-    return first, second, third
-
-
-@triton.jit
 def _add_lora_term(
-    total, s, factor, only, rank_offsets, offsets, adapters, rows, row_stop, cols, columns, s_width, first, last,
-    INPUT: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
+    total, s, factor, rank_offsets, offsets, adapters, rows, tokens, cols, columns, s_width, first, last,
+    INPUT: tl.constexpr, PRECISION: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """total [rows, cols] + s b^T, or + ds a where INPUT, of the segments [first, last).
 
-    factor: one linear's b, or all of a. rank_offsets, s: of the linear. only: `_segment` of the first, which a
-    persistent kernel finds out once: for each tile anew it would wait for four loads that depend on each other.
+    factor: one linear's b, or all of a. rank_offsets, s: of the linear.
     """
     ranks = tl.arange(0, RANKS)
     for segment in range(first, last):
-        if SEGMENTS == 1:
-            start, stop, row_of_a, rank, first_of_a = only
-        else:
-            start, stop, row_of_a, rank, first_of_a = _segment(rank_offsets, offsets, adapters, segment)
-        own = (rows >= start) & (rows < stop) & (rows < row_stop)
+        start, stop, row_of_a, rank, first_of_a = _segment(rank_offsets, offsets, adapters, segment)
+        own = (rows >= start) & (rows < stop) & (rows < tokens)
         s_rows = s + rows.to(tl.int64)[:, None] * s_width
         for rank_first in range(0, rank, RANKS):
             r = rank_first + ranks
@@ -66,31 +50,6 @@ def _add_lora_term(
 
 
 @triton.jit
-def _masked_lora_terms(
-    s, factor, bits, only, rank_offsets, offsets, adapters, rows, column, tokens, columns, s_width, words,
-    first, last, adapter_count,
-    LINEARS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """The sum over the linears of m(ds a), float32 [ROWS, COLUMNS]."""
-    cols = column + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for linear in tl.static_range(LINEARS):
-        term = tl.zeros((ROWS, COLUMNS), tl.float32)
-        term = _add_lora_term(
-            term, s + linear * tl.cast(tokens, tl.int64) * s_width, factor, only[linear],
-            rank_offsets + linear * (adapter_count + 1), offsets, adapters, rows, tokens, cols, columns, s_width,
-            first, last, True, PRECISION, SEGMENTS, RANKS,
-        )  # fmt: skip
-        if MASKED:
-            plane = bits + linear * tl.cast(tokens, tl.int64) * words
-            word = loaded_words(plane, rows, column, words, tokens, COLUMNS)
-            term = tl.where(kept(word, ROWS, COLUMNS), term, 0.0)
-        total += term
-    return total
-
-
-@triton.jit
 def expand_output_kernel(
     y, s, b, bias, rank_offsets, offsets, adapters, tokens, columns, s_width, segments,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
@@ -102,11 +61,10 @@ def expand_output_kernel(
     row = tl.program_id(0) * ROWS
     rows, cols = row + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first, last = segments_meeting(offsets, row, row + ROWS, tokens, segments, SEGMENTS)
-    only = _segment(rank_offsets, offsets, adapters, 0)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     total = _add_lora_term(
-        total, s, b, only, rank_offsets, offsets, adapters, rows, tokens, cols, columns, s_width, first, last,
-        False, PRECISION, SEGMENTS, RANKS,
+        total, s, b, rank_offsets, offsets, adapters, rows, tokens, cols, columns, s_width, first, last,
+        False, PRECISION, RANKS,
     )  # fmt: skip
     if HAS_BIAS:
         total += tl.load(bias + cols, mask=cols < columns, other=0.0).to(tl.float32)[None, :]
@@ -126,11 +84,18 @@ def expand_input_kernel(
     row, column = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
     rows, cols = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     first, last = segments_meeting(offsets, row, row + ROWS, tokens, segments, SEGMENTS)
-    only = _first_segments(rank_offsets, offsets, adapters, adapter_count, LINEARS)
-    total = _masked_lora_terms(
-        ds, a, bits, only, rank_offsets, offsets, adapters, rows, column, tokens, columns, s_width, words,
-        first, last, adapter_count, LINEARS, MASKED, PRECISION, SEGMENTS, RANKS, ROWS, COLUMNS,
-    )  # fmt: skip
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for linear in tl.static_range(LINEARS):
+        term = tl.zeros((ROWS, COLUMNS), tl.float32)
+        term = _add_lora_term(
+            term, ds + linear * tl.cast(tokens, tl.int64) * s_width, a, rank_offsets + linear * (adapter_count + 1),
+            offsets, adapters, rows, tokens, cols, columns, s_width, first, last, True, PRECISION, RANKS,
+        )  # fmt: skip
+        if MASKED:
+            plane = bits + linear * tl.cast(tokens, tl.int64) * words
+            word = loaded_words(plane, rows, column, words, tokens, COLUMNS)
+            term = tl.where(kept(word, ROWS, COLUMNS), term, 0.0)
+        total += term
     place = dx + rows.to(tl.int64)[:, None] * columns + cols[None, :]
     tl.store(place, total.to(dx.dtype.element_ty), mask=(rows < tokens)[:, None] & (cols < columns)[None, :])
 
@@ -141,7 +106,7 @@ def pad_kernel(
     INPUT: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Every adapter's factor with `width` ranks, those beyond its own being zero, for the GEMM of `hopper`.
+    """Every adapter's factor with `width` ranks, those beyond its own being zero, for `hopper_gemms`.
 
     factor: all of a where INPUT, padded [P * adapters * width, columns]; else one linear's b, padded [adapters *
     columns, width]. rank_offsets: of these linears. Grid (column tiles, adapters, P).

@@ -1,0 +1,137 @@
+"""One call of the LoRA linear as its kernels share it: arguments, sizes derived from them, and what fits the GPU."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_lora.gpu import products
+from fused_lora.gpu.choices import Shape, Target, choose
+from fused_lora.ops import rank_width
+from fused_lora.philox import word_count
+
+INTERPRETER = "interpreter"
+MOST_LINEARS = 3  # that one kernel takes
+SUMMED_TILE = 256  # elements of a program that adds partial sums: small, as there are few elements for many programs
+
+
+@lru_cache
+def target_of(device: torch.device) -> Target:
+    """The GPU, as choices know it; a CPU is there for Triton's interpreter."""
+    if device.type == "cpu":
+        return Target(INTERPRETER, (0, 0), 4)
+    properties = torch.cuda.get_device_properties(device)
+    return Target(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
+
+
+def overlap_of(target: Target) -> dict:
+    """Launch settings: does a kernel begin while the one before it ends?"""
+    return {"OVERLAP": True, "launch_pdl": True} if target.capability >= (9, 0) else {"OVERLAP": False}
+
+
+class Call:
+    """The arguments that every kernel of one call shares, and sizes derived from them."""
+
+    def __init__(self, x, weights, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
+                 max_rank, masked) -> None:  # fmt: skip
+        self.x, self.weights, self.a, self.b = aligned(x), weights, a, b
+        self.a_like_x = aligned(a.to(x.dtype))
+        self.scales, self.thresholds, self.keys, self.rank_offsets = scales, thresholds, keys, rank_offsets
+        self.offsets, self.adapters, self.positions = offsets, adapters, positions
+        self.ranks, self.max_rank, self.masked = ranks, max_rank, masked
+        self.tokens, self.columns = x.shape
+        self.linears, self.adapter_count = scales.shape
+        self.segments = adapters.shape[0]
+        self.segment_block = triton.next_power_of_2(self.segments)
+        self.words = word_count(self.columns)
+        self.width = rank_width(max_rank)
+        self.target = target_of(x.device)
+        self.overlap = overlap_of(self.target)
+        self.precision = "ieee" if x.dtype == torch.float32 else "tf32"
+
+    def choice(self, kernel: str, columns: int, inner: int = 0, linears: int = 1) -> dict:
+        bits = 32 if self.x.dtype == torch.float32 else 16
+        shape = Shape(self.tokens, columns, inner, linears, self.width, bits, self.masked)
+        return choose(kernel, shape, self.target)
+
+    def pass_settings(self, choice: dict) -> dict:
+        return {
+            "ROWS": choice["rows"],
+            "COLUMNS": choice["columns"],
+            "num_warps": choice["warps"],
+            "num_stages": choice["stages"],
+            **self.overlap,
+        }
+
+    def summed_rows(self) -> tuple[int, int]:
+        """Width and rows of the tiles whose partial sums one program adds."""
+        width = triton.next_power_of_2(self.width)
+        return width, max(4, SUMMED_TILE // width)
+
+    def tiles(self, rows: int) -> int:
+        """No fewer than the tiles of `rows` rows laid over each segment apart."""
+        if self.segments == 1:
+            return triton.cdiv(self.tokens, rows)
+        return min(self.tokens, self.tokens // rows + self.segments)
+
+    def b_of(self, linear: int, flat: Tensor) -> Tensor:
+        """One linear's part of b, or of db."""
+        first = sum(w.shape[0] * r for w, r in zip(self.weights[:linear], self.ranks, strict=False))
+        return flat[first : first + self.weights[linear].shape[0] * self.ranks[linear]]
+
+    def padded_b(self, linear: int) -> Tensor:
+        """One linear's b in x's dtype, [adapters * N, width]: ranks beyond an adapter's own are zero."""
+        columns, b = self.weights[linear].shape[0], self.b_of(linear, self.b)
+        if self.ranks[linear] == self.adapter_count * self.width:
+            return aligned(b.to(self.x.dtype).view(-1, self.width))
+        padded = self.x.new_empty(self.adapter_count * columns, self.width)
+        self._pad(b, padded, self.rank_offsets[linear : linear + 1], columns, INPUT=False)
+        return padded
+
+    def padded_a(self, group: slice) -> Tensor:
+        """The a of a group of linears in x's dtype, [linears * adapters * width, K], padded likewise."""
+        first, last = sum(self.ranks[: group.start]), sum(self.ranks[: group.stop])
+        rows = (group.stop - group.start) * self.adapter_count * self.width
+        if last - first == rows:
+            return self.a_like_x[first:last]
+        padded = self.x.new_empty(rows, self.columns)
+        self._pad(self.a, padded, self.rank_offsets[group], self.columns, INPUT=True)
+        return padded
+
+    def _pad(self, factor: Tensor, padded: Tensor, rank_offsets: Tensor, columns: int, INPUT: bool) -> None:
+        grid = (triton.cdiv(columns, 64), self.adapter_count, len(rank_offsets))
+        products.pad_kernel[grid](
+            factor, padded, rank_offsets, columns, self.adapter_count, self.width, INPUT=INPUT,
+            RANKS=triton.next_power_of_2(self.width), COLUMNS=64, num_warps=4, **self.overlap,
+        )  # fmt: skip
+
+    @property
+    def batch(self) -> tuple[Tensor, Tensor]:
+        return self.offsets, self.adapters
+
+    def groups(self) -> list[slice]:
+        """The linears, as many at a time as one kernel takes."""
+        return [slice(first, min(first + MOST_LINEARS, self.linears)) for first in range(0, self.linears, MOST_LINEARS)]
+
+
+def part_of(bits: Tensor, group: slice) -> Tensor:
+    """The mask words of a group of linears; empty without masks."""
+    return bits[group] if bits.numel() else bits
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it whose rows the copy engine can fetch: they begin at multiples of 16 bytes."""
+    unit = 16 // tensor.element_size()
+    if tensor.stride(0) % unit == 0 and tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0:
+        return tensor
+    rows, columns = tensor.shape
+    copy = tensor.new_empty(rows, triton.cdiv(columns, unit) * unit)[:, :columns]
+    return copy.copy_(tensor)
+
+
+def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])

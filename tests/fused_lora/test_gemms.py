@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fused_lora import build
-from fused_lora.gpu import choices, gemms
+from fused_lora.gpu import calls, choices, gemms
 
 FETCHABLE = {
     "whole rows": (lambda: torch.zeros(4, 64, dtype=torch.bfloat16), True),
@@ -62,3 +62,26 @@ def test_the_library_takes_what_ours_cannot():
 @pytest.mark.parametrize(("rank", "padded"), [(16, 0), (64, 0), (8, 2), (24, 2)])
 def test_factors_are_padded_where_ranks_are_not_whole_blocks(rank, padded):
     assert launched(rank=rank)["pad_kernel"] == padded
+
+
+UNALIGNED = {
+    "an expanded row": torch.arange(64.0).expand(4, 64),
+    "odd rows": torch.randn(5, 13).bfloat16(),
+    "columns apart": torch.randn(64, 8).t(),
+    "between 16 bytes": torch.randn(257)[1:].view(4, 64),
+}
+
+
+@pytest.mark.parametrize("name", list(UNALIGNED))
+def test_what_the_copy_engine_cannot_fetch_is_copied(name):
+    tensor = UNALIGNED[name]
+    copy = calls.aligned(tensor)
+    assert torch.equal(copy, tensor)
+    assert copy.stride(0) * copy.element_size() % 16 == 0 < copy.stride(0)
+    assert copy.stride(1) == 1
+    assert copy.data_ptr() % 16 == 0
+
+
+def test_what_it_can_fetch_is_not_copied():
+    for tensor in (torch.randn(4, 64), torch.randn(4, 64)[:, :12], torch.randn(1, 8)):
+        assert calls.aligned(tensor) is tensor

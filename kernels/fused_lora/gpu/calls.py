@@ -126,9 +126,10 @@ def part_of(bits: Tensor, group: slice) -> Tensor:
 def aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it whose rows the copy engine can fetch: they begin at multiples of 16 bytes."""
     unit = 16 // tensor.element_size()
-    if tensor.stride(0) % unit == 0 and tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0:
-        return tensor
     rows, columns = tensor.shape
+    apart = tensor.stride(0) >= columns and tensor.stride(0) % unit == 0  # rows of an expanded tensor are one row
+    if apart and tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0:
+        return tensor
     copy = tensor.new_empty(rows, triton.cdiv(columns, unit) * unit)[:, :columns]
     return copy.copy_(tensor)
 

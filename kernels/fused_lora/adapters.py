@@ -165,6 +165,11 @@ class AdapterTables:
         return AdapterTables, ()  # its tensors may be loaded onto another device
 
 
+def rank_width(max_rank: int) -> int:
+    """Columns of s: aligned, so that kernels read whole vectors."""
+    return -(-max_rank // 16) * 16
+
+
 def _settings(name: str, adapter: LoRAAdapter | None) -> tuple[float, float, int]:
     """Scaling, dropout and key, checked."""
     if adapter is None:

@@ -24,14 +24,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fused_lora.adapters import LoRAAdapter, LoRABatch
+from fused_lora.adapters import LoRAAdapter, LoRABatch, rank_width
 from fused_lora.philox import unpack, word_count, words_of_threshold
 from fused_lora.reference import gated, gated_backward, lora_backward, lora_forward
-
-
-def rank_width(max_rank: int) -> int:
-    """Columns of s: aligned, so that kernels read whole vectors."""
-    return -(-max_rank // 16) * 16
 
 
 @torch.library.custom_op("fused_lora::linear", mutates_args=(), device_types="cpu")

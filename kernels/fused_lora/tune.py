@@ -25,11 +25,10 @@ from unittest.mock import patch
 import torch
 import triton
 
-from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment
+from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, rank_width
 from fused_lora.gpu import calls, choices, gemms, launch
 from fused_lora.gpu.calls import Call
 from fused_lora.gpu.choices import Shape, own_gemm
-from fused_lora.ops import rank_width
 
 Choice = dict[str, Any]
 # Sizes of the linears that adapters are trained on, (in, out): Llama-3.1-8B, Qwen2.5-32B, Llama-3.1-70B.

@@ -9,9 +9,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_lora.adapters import rank_width
 from fused_lora.gpu import products
 from fused_lora.gpu.choices import Shape, Target, choose
-from fused_lora.ops import rank_width
 from fused_lora.philox import word_count
 
 INTERPRETER = "interpreter"

@@ -105,7 +105,6 @@ def build_run(spec: RunSpec, device: torch.device) -> TrainingRun:
 
 def _device(spec: RunSpec) -> torch.device:
     if spec.device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("device cuda: this machine has no usable NVIDIA GPU; choose a suite for the CPU, such as smoke")

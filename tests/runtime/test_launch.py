@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from lorafusion.config import CONFIGS, read_model
 from lorafusion.models.stage import build_stage
 from lorafusion.plan import Plan
-from lorafusion.runtime.launch import Outcome, launch, outcome, worker_command
+from lorafusion.runtime.launch import Outcome, launch, outcome, worker_command, worker_environment
 from lorafusion.runtime.result import result_of
 from lorafusion.runtime.spec import RunSpec
 from lorafusion.scheduler import first_fit
@@ -131,6 +131,13 @@ def test_nodes_meet_at_the_first():
     assert "--rdzv-endpoint=10.0.0.7:29400" in command
     assert "--standalone" in worker_command(4, 1, {})
     assert "torch.distributed.run" not in worker_command(1, 1, {})
+
+
+@pytest.mark.parametrize(("cores", "processes", "expected"), [(8, 2, "4"), (8, 3, "2"), (1, 2, "1")])
+def test_workers_share_the_cores_that_this_process_may_use(monkeypatch, cores, processes, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert worker_environment(processes, {})["OMP_NUM_THREADS"] == expected
+    assert worker_environment(processes, {"OMP_NUM_THREADS": "5"})["OMP_NUM_THREADS"] == "5"
 
 
 @pytest.mark.parametrize(

@@ -105,13 +105,15 @@ def test_a_killed_workflow_resumes_without_redoing_finished_cells(checkout):
     """SIGKILL in the middle of the runs; then the same command, to the end; then again, with nothing to do."""
     suite = small_suite(checkout)
     command = [sys.executable, "-m", "snakemake", *LOCAL, "--config", f"suite={suite}"]
-    first = subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    said = checkout / "first.log"
+    with said.open("w") as log:
+        first = subprocess.Popen(command, cwd=checkout, stdout=log, stderr=subprocess.STDOUT)
     runs, logs = (checkout / "results" / "small" / name for name in ("runs", "logs/run"))
     deadline = time.monotonic() + 150
     # A second run has begun: the first one's end is on record.
     while len(list(logs.rglob("repeat~*.log"))) < 2:
-        assert time.monotonic() < deadline, "no cell finished"
-        assert first.poll() is None, "the workflow ended early"
+        assert time.monotonic() < deadline, f"no cell finished:\n{said.read_text()}"
+        assert first.poll() is None, f"the workflow ended early:\n{said.read_text()}"
         time.sleep(0.2)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()

@@ -83,7 +83,7 @@ def lora_linears(
     flat, biases = x.reshape(-1, x.shape[-1]), [x.new_empty(0) if bias is None else bias for bias in biases]
     # The operator's dtypes are those of its arguments: autocast would change them inside it.
     with torch.autocast(x.device.type, enabled=False):
-        settings = _of_adapters(adapters, batch, table, training)
+        settings = operator_arguments(adapters, batch, table, training)
         ys, _, _ = ops.linear(flat, list(weights), biases, *settings, keep_bits)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
@@ -115,7 +115,7 @@ def lora_gated_linear(
     bias = gate.new_empty(0) if bias is None else bias
     flat = [one.reshape(-1, one.shape[-1]) for one in (gate, up)]
     with torch.autocast(gate.device.type, enabled=False):
-        settings = _of_adapters([adapters], batch, table, training)
+        settings = operator_arguments([adapters], batch, table, training)
         y, _, _ = ops.gated_linear(*flat, weight, bias, *settings, keep_bits)
     return y.view(*gate.shape[:-1], y.shape[-1])
 
@@ -129,8 +129,10 @@ def _table(adapters, x, table: AdapterTable | None) -> AdapterTable:
     return table
 
 
-def _of_adapters(adapters, batch: LoRABatch, table: AdapterTable, training: bool) -> tuple:
-    """What the operators take after weights and biases, but for keep_bits."""
+def operator_arguments(
+    adapters: Sequence[Sequence[LoRAAdapter | None]], batch: LoRABatch, table: AdapterTable, training: bool
+) -> tuple:
+    """What the operators of `ops` take after weights and biases, but for keep_bits. adapters [P][G]."""
     present = [adapter for adapter in chain.from_iterable(adapters) if adapter is not None]
     return (
         _stacked([adapter.a for adapter in present]),

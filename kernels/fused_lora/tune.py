@@ -29,6 +29,8 @@ from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegmen
 from fused_lora.gpu import calls, choices, gemms, launch
 from fused_lora.gpu.calls import Call
 from fused_lora.gpu.choices import Shape, own_gemm
+from fused_lora.linear import operator_arguments
+from fused_lora.timing import ColdClock
 
 Choice = dict[str, Any]
 # Sizes of the linears that adapters are trained on, (in, out): Llama-3.1-8B, Qwen2.5-32B, Llama-3.1-70B.
@@ -128,22 +130,18 @@ def runner(kernel: str, shape: Shape, widths: tuple[int, ...]) -> Callable[[], N
         inputs = 64  # of no matter
     x = torch.randn(shape.tokens, inputs, device=device, dtype=torch.bfloat16)
     weights = [torch.randn(width, inputs, device=device, dtype=torch.bfloat16) / inputs**0.5 for width in widths]
-    made = [
-        LoRAAdapter(torch.randn_like(x[: shape.ranks]), torch.randn_like(weight[:, : shape.ranks]), 2.0, 0.1, 5 + index)
-        for index, weight in enumerate(weights)
-    ]
-    table = AdapterTable.of([[one] for one in made], device)
+    adapters = []
+    for index, weight in enumerate(weights):
+        a, b = torch.randn_like(x[: shape.ranks]), torch.randn_like(weight[:, : shape.ranks])
+        adapters.append([LoRAAdapter(a, b, 2.0, 0.1, 5 + index)])
+    table = AdapterTable.of(adapters, device)
     batch = LoRABatch.of([LoRASegment(0, shape.tokens, 0)], torch.arange(shape.tokens, device=device))
-    a, b = torch.cat([one.a for one in made]), torch.cat([one.b.flatten() for one in made])
-    call = Call(
-        x, weights, a, b, table.factors, table.thresholds, table.keys, table.rank_offsets, batch.offsets,
-        batch.adapters, batch.positions, table.total_ranks, table.max_rank, True,
-    )  # fmt: skip
+    call = Call(x, weights, *operator_arguments(adapters, batch, table, training=True))
     bits = launch.draw_masks(call)
     s = torch.randn(call.linears, call.tokens, call.width, device=device, dtype=torch.bfloat16)
     dys = [torch.randn(shape.tokens, width, device=device, dtype=torch.bfloat16) for width in widths]
     group = slice(0, len(widths))
-    no_bias, da, db, dx = x.new_empty(0), torch.empty_like(a), torch.empty_like(b), torch.empty_like(x)
+    no_bias, da, db, dx = x.new_empty(0), torch.empty_like(call.a), torch.empty_like(call.b), torch.empty_like(x)
 
     def output_pass() -> None:
         launch.finish_db(call, 0, launch.output_pass(call, 0, dys[0], s, torch.empty_like(s)), db)
@@ -191,19 +189,12 @@ def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 def microseconds(graphs: dict[int, torch.cuda.CUDAGraph], repeats: int = 15) -> dict[int, float]:
     """The median time of each graph. They take turns without a pause, so that the GPU is as warm, and its clock as low,
-    as in a training, and for all alike. The L2 cache is emptied before each: in a model other tensors went through it.
-    """
-    scratch, mark = torch.empty(1 << 28, dtype=torch.int8, device="cuda"), torch.empty(1, device="cuda")
+    as in a training, and for all alike."""
+    clock = ColdClock(torch.device("cuda"))
     events = {index: [] for index in graphs}
     for _ in range(repeats):
         for index, graph in graphs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            scratch.zero_()
-            mark.zero_()  # a kernel that may begin before the one before it has ended begins beside this one at most
-            begin.record()
-            graph.replay()
-            end.record()
-            events[index].append((begin, end))
+            events[index].append(clock.around(graph.replay))
     torch.cuda.synchronize()
     warm = repeats // 3
     return {

@@ -10,8 +10,9 @@ from typing import TypeVar
 
 import torch
 
+from fused_lora.timing import ColdClock
+
 Key = TypeVar("Key", bound=Hashable)
-FLUSHED = 256 * 2**20  # bytes written between two executions, more than any L2 cache holds
 WARM_UPS = 3
 
 
@@ -49,22 +50,13 @@ def seconds(
                 functions[key]()
                 times[key].append(time.perf_counter() - begin)
         return times
-    flushed, mark = torch.empty(FLUSHED, dtype=torch.int8, device=device), torch.empty(1, device=device)
-    marks = []
+    clock, events = ColdClock(device), []
     for _ in range(replays):
         shuffle.shuffle(order)
         for key in order:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flushed.zero_()
-            # A kernel that may begin before the one before it has ended (a programmatic dependent launch) would do so
-            # beside the emptying, before the clock starts.
-            mark.zero_()
-            begin.record()
-            functions[key]()
-            end.record()
-            marks.append((key, begin, end))
+            events.append((key, *clock.around(functions[key])))
     torch.cuda.synchronize(device)
-    for key, begin, end in marks:
+    for key, begin, end in events:
         times[key].append(begin.elapsed_time(end) / 1000.0)
     return times
 

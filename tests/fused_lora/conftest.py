@@ -1,8 +1,9 @@
-"""What the tests of patched PEFT models share."""
+"""What tests of several files share."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 import fused_lora.peft as fused
 
@@ -18,3 +19,9 @@ def computed(monkeypatch):
 
     monkeypatch.setattr(fused, "lora_linears", counted)
     return counts
+
+
+@pytest.fixture
+def nothing_compiled():
+    """torch.compile knows nothing of earlier tests."""
+    torch.compiler.reset()

@@ -98,6 +98,7 @@ def drawn(seed: int) -> Case:
 def arguments(case: Case, dtype: torch.dtype) -> tuple:
     """What the operators take, the same values in any dtype, x or gate and up first; and dy of each linear."""
     from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment
+    from fused_lora.linear import operator_arguments
 
     generator = torch.Generator().manual_seed(7)
 
@@ -119,26 +120,14 @@ def arguments(case: Case, dtype: torch.dtype) -> tuple:
     table = AdapterTable.of(adapters, torch.device("cpu"))
     positions = torch.tensor([2**32 - 9]) if case.one_position else torch.arange(tokens) * 3 + 2**32 - 9
     batch = LoRABatch.of(segments, positions)
-    masked = case.dropout > 0
-    present = [one for row in adapters for one in row if one is not None]
-    scales = table.factors if masked else table.scalings
+    a, b, scales, *tables = operator_arguments(adapters, batch, table, training=True)
     x = normal(tokens, case.columns)
     weights = [normal(rows, case.columns, size=case.columns**-0.5) for rows in case.rows]
     biases = [normal(rows) if case.bias and index != 1 else normal(0) for index, rows in enumerate(case.rows)]
     dys = [normal(tokens, rows) for rows in case.rows]
-    common = (
-        torch.cat([one.a for one in present]),
-        torch.cat([one.b.flatten() for one in present]),
-        scales if dtype == torch.float64 else scales.float(),
-        table.thresholds,
-        table.keys,
-        table.rank_offsets,
-        batch.offsets,
-        batch.adapters,
-        batch.positions,
-    )
+    common = (a, b, scales if dtype == torch.float64 else scales.float(), *tables[:6])
     inputs = (x, normal(tokens, case.columns)) if case.gated else (x,)
-    return inputs, weights, biases, common, (table.total_ranks, table.max_rank, masked), dys
+    return inputs, weights, biases, common, tuple(tables[6:]), dys
 
 
 def run(forward, backward, case: Case, dtype: torch.dtype, keep_bits: bool = True) -> dict[str, Any]:

@@ -10,18 +10,14 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, lora_gated_linear, lora_linears, ops
+from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, linear, lora_gated_linear, lora_linears, ops
 from fused_lora.reference import gated, gated_backward
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 TOKENS, COLUMNS, ROWS = 11, 37, 9
 CPU = torch.device("cpu")
 SEGMENTS = (LoRASegment(0, 3, 1), LoRASegment(3, 3, 0), LoRASegment(4, 9, 0), LoRASegment(9, 10, 2))
 RANKS = (2, 5, 0)
-
-
-@pytest.fixture(autouse=True)
-def _forget_what_was_compiled():
-    torch.compiler.reset()
 
 
 def arguments(dtype=torch.float64, dropout=0.4, bias=True, segments=SEGMENTS, one_position=False):
@@ -202,26 +198,15 @@ def test_a_bad_argument_is_named(name):
 def operator_arguments(masked=True, keep_bits=True, bias=True, **changes):
     """What `lora_gated_linear` passes to the operator."""
     given = arguments(bias=bias, **changes)
-    adapters, batch = [given["adapters"]], given["batch"]
-    table = AdapterTable.of(adapters, CPU)
-    present = [one for one in given["adapters"] if one is not None]
+    adapters = [given["adapters"]]
+    a, b, *tables = linear.operator_arguments(adapters, given["batch"], AdapterTable.of(adapters, CPU), masked)
     return (
         given["gate"],
         given["up"],
         given["weight"],
         given["bias"] if bias else torch.empty(0, dtype=torch.float64),
-        torch.cat([one.a.detach() for one in present]).requires_grad_(),
-        torch.cat([one.b.detach().flatten() for one in present]).requires_grad_(),
-        table.factors if masked else table.scalings,
-        table.thresholds,
-        table.keys,
-        table.rank_offsets,
-        batch.offsets,
-        batch.adapters,
-        batch.positions,
-        table.total_ranks,
-        table.max_rank,
-        masked,
+        *(factor.detach().requires_grad_() for factor in (a, b)),
+        *tables,
         keep_bits,
     )
 

@@ -26,7 +26,7 @@ FETCHABLE = {
 @pytest.mark.parametrize("name", list(FETCHABLE))
 def test_what_the_copy_engine_can_fetch(name):
     make, expected = FETCHABLE[name]
-    assert gemms._fetchable(make()) is expected
+    assert gemms._takes(make()) is expected
 
 
 @pytest.mark.parametrize(("width", "chunk"), [(16, 16), (32, 32), (48, 16), (64, 32), (96, 32), (240, 16), (256, 32)])

@@ -11,18 +11,14 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, lora_linear, lora_linears, ops
+from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, linear, lora_linear, lora_linears, ops
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 TOKENS, COLUMNS = 11, 37
 CPU = torch.device("cpu")
 SEGMENTS = (LoRASegment(0, 3, 1), LoRASegment(3, 3, 0), LoRASegment(4, 9, 0), LoRASegment(9, 10, 2))
 RANKS = ((2, 5, 1), (0, 3, 4), (1, 0, 17))  # of three adapters on up to three linears
 ROWS = (9, 16, 5)
-
-
-@pytest.fixture(autouse=True)
-def _forget_what_was_compiled():
-    torch.compiler.reset()
 
 
 def linears(count=1, dropout=0.4, dtype=torch.float64, factor_dtype=None, segments=SEGMENTS, one_position=False):
@@ -72,25 +68,14 @@ def assert_close(found, expected):
 def operator_arguments(masked=True, keep_bits=True, **changes):
     """What `lora_linears` passes to the operator."""
     arguments = linears(**changes)
-    adapters, batch = arguments["adapters"], arguments["batch"]
-    table = AdapterTable.of(adapters, CPU)
-    present = [one for one in chain.from_iterable(adapters) if one is not None]
+    adapters = arguments["adapters"]
+    a, b, *tables = linear.operator_arguments(adapters, arguments["batch"], AdapterTable.of(adapters, CPU), masked)
     return (
         arguments["x"],
         arguments["weights"],
         [torch.empty(0, dtype=torch.float64) if bias is None else bias for bias in arguments["biases"]],
-        torch.cat([one.a.detach() for one in present]).requires_grad_(),
-        torch.cat([one.b.detach().flatten() for one in present]).requires_grad_(),
-        table.factors if masked else table.scalings,
-        table.thresholds,
-        table.keys,
-        table.rank_offsets,
-        batch.offsets,
-        batch.adapters,
-        batch.positions,
-        table.total_ranks,
-        table.max_rank,
-        masked,
+        *(factor.detach().requires_grad_() for factor in (a, b)),
+        *tables,
         keep_bits,
     )
 

@@ -151,9 +151,9 @@ def launches(case: Case, target: int) -> list[Launch]:
         caught.append(_describe(kernel, arguments, keywords))
 
     def choose(kernel: str, shape: choices.Shape, gpu: choices.Target) -> dict[str, Any]:
-        return case.gemm if kernel in ("output", "input") else choices.defaults(kernel, shape, gpu)
+        return case.gemm if kernel in choices.GEMMS else choices.defaults(kernel, shape, gpu)
 
-    gpu = choices.Target("none", (target // 10, target % 10), 132)
+    gpu = choices.Target("none", divmod(target, 10), 132)
     with (
         patch.object(JITFunction, "run", catch),
         patch.object(calls, "choose", choose),

@@ -65,12 +65,8 @@ def linear(
 
 @linear.register_fake
 def _(x, weights, biases, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, *settings):
-    _, max_rank, masked, keep_bits = settings
-    tokens, columns = x.shape
-    ys = [x.new_empty(tokens, weight.shape[0]) for weight in weights]
-    s = x.new_empty(len(weights), tokens, rank_width(max_rank))
-    words = word_count(columns) if masked and keep_bits else 0
-    return ys, s, x.new_empty(len(weights), tokens, words, dtype=torch.int32) if words else _no_bits(x)
+    ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+    return ys, *_fake_kept(x, len(weights), *settings)
 
 
 @torch.library.custom_op("fused_lora::linear_backward", mutates_args=(), device_types="cpu")
@@ -119,11 +115,7 @@ def linear_backward(
 @linear_backward.register_fake
 def _(dys, x, weights, a, b, *rest):
     wants_x, wants_factors = rest[-2:]
-    return (
-        x.new_empty(x.shape) if wants_x else x.new_empty(0),
-        a.new_empty(a.shape) if wants_factors else a.new_empty(0),
-        b.new_empty(b.shape) if wants_factors else b.new_empty(0),
-    )
+    return *_fake_gradients(wants_x, x), *_fake_gradients(wants_factors, a, b)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -204,11 +196,7 @@ def gated_linear(
 
 @gated_linear.register_fake
 def _(gate, up, weight, bias, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, *settings):
-    _, max_rank, masked, keep_bits = settings
-    tokens, columns = gate.shape
-    s, words = gate.new_empty(1, tokens, rank_width(max_rank)), word_count(columns)
-    bits = gate.new_empty(1, tokens, words, dtype=torch.int32) if masked and keep_bits else _no_bits(gate)
-    return gate.new_empty(tokens, weight.shape[0]), s, bits
+    return gate.new_empty(gate.shape[0], weight.shape[0]), *_fake_kept(gate, 1, *settings)
 
 
 @torch.library.custom_op("fused_lora::gated_linear_backward", mutates_args=(), device_types="cpu")
@@ -247,11 +235,7 @@ def gated_linear_backward(
 @gated_linear_backward.register_fake
 def _(dy, gate, up, weight, a, b, *rest):
     wants_inputs, wants_factors = rest[-2:]
-    return (
-        *(gate.new_empty(gate.shape if wants_inputs else 0) for _ in range(2)),
-        a.new_empty(a.shape if wants_factors else 0),
-        b.new_empty(b.shape if wants_factors else 0),
-    )
+    return *_fake_gradients(wants_inputs, gate, up), *_fake_gradients(wants_factors, a, b)
 
 
 def _setup_gated_context(ctx, inputs, output) -> None:
@@ -291,6 +275,20 @@ def _(dy, *arguments):
 
     with torch.cuda.device_of(dy):
         return gating.backward(dy, *arguments)
+
+
+def _fake_kept(
+    x: Tensor, linears: int, ranks: Sequence[int], max_rank: int, masked: bool, keep_bits: bool
+) -> tuple[Tensor, Tensor]:
+    """s and the mask bits in the shapes that they would have."""
+    tokens, columns = x.shape
+    shape = (linears, tokens, word_count(columns))
+    bits = x.new_empty(shape, dtype=torch.int32) if masked and keep_bits else _no_bits(x)
+    return x.new_empty(linears, tokens, rank_width(max_rank)), bits
+
+
+def _fake_gradients(wanted: bool, *tensors: Tensor) -> list[Tensor]:
+    return [one.new_empty(one.shape if wanted else 0) for one in tensors]
 
 
 def _no_bits(x: Tensor) -> Tensor:

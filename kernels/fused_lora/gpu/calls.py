@@ -83,6 +83,10 @@ class Call:
         first = sum(w.shape[0] * r for w, r in zip(self.weights[:linear], self.ranks, strict=False))
         return flat[first : first + self.weights[linear].shape[0] * self.ranks[linear]]
 
+    def factor_gradients(self, wanted: bool) -> list[Tensor]:
+        """Memory for da and db; empty where they are not wanted."""
+        return [torch.empty_like(one) if wanted else one.new_empty(0) for one in (self.a, self.b)]
+
     def padded_b(self, linear: int) -> Tensor:
         """One linear's b in x's dtype, [adapters * N, width]: ranks beyond an adapter's own are zero."""
         columns, b = self.weights[linear].shape[0], self.b_of(linear, self.b)
@@ -123,13 +127,19 @@ def part_of(bits: Tensor, group: slice) -> Tensor:
     return bits[group] if bits.numel() else bits
 
 
+def fetchable(tensor: Tensor) -> bool:
+    """Can the copy engine fetch its rows? They must begin at multiples of 16 bytes, and be rows of their own, which
+    those of an expanded tensor are not."""
+    apart = tensor.stride(0) >= tensor.shape[1] and tensor.stride(0) * tensor.element_size() % 16 == 0
+    return apart and tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0
+
+
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it whose rows the copy engine can fetch: they begin at multiples of 16 bytes."""
+    """The tensor, or a copy of it whose rows the copy engine can fetch."""
+    if fetchable(tensor):
+        return tensor
     unit = 16 // tensor.element_size()
     rows, columns = tensor.shape
-    apart = tensor.stride(0) >= columns and tensor.stride(0) % unit == 0  # rows of an expanded tensor are one row
-    if apart and tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0:
-        return tensor
     copy = tensor.new_empty(rows, triton.cdiv(columns, unit) * unit)[:, :columns]
     return copy.copy_(tensor)
 

@@ -38,13 +38,13 @@ def backward(
     """dgate, dup, da and db: see `fused_lora.ops`."""
     gate, up, h = gate.contiguous(), up.contiguous(), gate.new_empty(gate.shape)
     call = calls.Call(h, [weight], a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
-                        max_rank, masked)  # fmt: skip
+                      max_rank, masked)  # fmt: skip
     if masked and not bits.numel():
         bits = launch.draw_masks(call)
-    da, db = torch.empty_like(a), torch.empty_like(b)
+    da, db = call.factor_gradients(wants_factors)
     dgate, dup = (gate.new_empty(gate.shape if wants_inputs else 0) for _ in range(2))
     if not call.tokens:
-        return dgate, dup, *((da.zero_(), db.zero_()) if wants_factors else (a.new_empty(0), b.new_empty(0)))
+        return dgate, dup, da.zero_(), db.zero_()
     ds, alone = torch.empty_like(s), slice(0, 1)
     db_parts = launch.output_pass(call, 0, dy, s, ds)
     if wants_inputs:
@@ -56,7 +56,7 @@ def backward(
         call.x = calls.aligned(h)
         launch.input_pass(call, alone, ds, bits, da)
         launch.finish_db(call, 0, db_parts, db)
-    return dgate, dup, da if wants_factors else a.new_empty(0), db if wants_factors else b.new_empty(0)
+    return dgate, dup, da, db
 
 
 def _run(kernel: JITFunction, gate: Tensor, *tensors: Tensor) -> None:

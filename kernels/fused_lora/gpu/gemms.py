@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fused_lora.gpu import hopper_gemms, products
-from fused_lora.gpu.calls import MOST_LINEARS, Call, part_of
+from fused_lora.gpu.calls import MOST_LINEARS, Call, fetchable, part_of
 from fused_lora.gpu.choices import OWN, TILE_COLUMNS, TILE_ROWS, gemm_programs, rank_block
 from fused_lora.gpu.hopper import DEPTH, REGISTERS, WARPS
 
@@ -25,7 +25,7 @@ def output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
     weight = call.weights[linear]
     columns = weight.shape[0]
     choice = call.choice("output", columns, call.columns)
-    if choice["gemm"] != OWN or not _fetchable(call.x, weight, y):
+    if choice["gemm"] != OWN or not _takes(call.x, weight, y):
         expand_output(call, linear, s, bias, y)
         torch.addmm(y, call.x, weight.t(), out=y)
         return
@@ -45,7 +45,7 @@ def input_product(call: Call, group: slice, dys: Sequence[Tensor], ds: Tensor, b
     inner = [weight.shape[0] for weight in weights]
     choice = call.choice("input", call.columns, sum(inner), len(inner))
     words = [part_of(bits, group).flatten(0, 1)] if call.masked else []
-    if choice["gemm"] == OWN and first_group and _fetchable(*dys, *weights, dx, *words):
+    if choice["gemm"] == OWN and first_group and _takes(*dys, *weights, dx, *words):
         _own_input_product(call, group, choice, dys, ds, words, dx)
         return
     if first_group:
@@ -129,16 +129,9 @@ def _halvings(segments: int) -> int:
     return segments.bit_length() if segments > 1 else 0
 
 
-def _fetchable(*tensors: Tensor) -> bool:
-    """May our GEMM take them? The copy engine wants rows that begin at multiples of 16 bytes, the GEMM 16-bit numbers;
-    the mask's words have 32."""
-    return all(
-        (one.element_size() == 2 or one.dtype == torch.int32)
-        and one.stride(0) * one.element_size() % 16 == 0
-        and one.stride(1) == 1
-        and one.data_ptr() % 16 == 0
-        for one in tensors
-    )
+def _takes(*tensors: Tensor) -> bool:
+    """May our GEMM take them? It wants 16-bit numbers; the mask's words have 32."""
+    return all((one.element_size() == 2 or one.dtype == torch.int32) and fetchable(one) for one in tensors)
 
 
 def _gluon_described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -50,14 +50,13 @@ def backward(
                  max_rank, masked)  # fmt: skip
     if masked and not bits.numel():
         bits = draw_masks(call)
-    da, db = torch.empty_like(a), torch.empty_like(b)
-    dx = x.new_empty(x.shape) if wants_x else x.new_empty(0)
+    dx, (da, db) = x.new_empty(x.shape if wants_x else 0), call.factor_gradients(wants_factors)
     if not call.tokens:
-        return dx, *((da.zero_(), db.zero_()) if wants_factors else (a.new_empty(0), b.new_empty(0)))
+        return dx, da.zero_(), db.zero_()
     ds = torch.empty_like(s)
     db_parts = [output_pass(call, linear, dys[linear], s, ds) for linear in range(call.linears)]
     gradients(call, dys, ds, bits, db_parts, dx if wants_x else None, da if wants_factors else None, db)
-    return dx, da if wants_factors else a.new_empty(0), db if wants_factors else b.new_empty(0)
+    return dx, da, db
 
 
 def gradients(

@@ -85,7 +85,9 @@ def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[s
     wait for each other spinning: the learning check took 20 s alone and 140 s beside another busy process.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    ours = {"PYTHONPATH": os.pathsep.join(_python_path()), "PYTHONUNBUFFERED": "1"}
+    # Baselines are importable from the checkout, whatever the working directory.
+    python_path = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    ours = {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
     return {"OMP_NUM_THREADS": str(threads)} | dict(environment) | ours
 
 
@@ -110,11 +112,6 @@ def outcome(reports: Path, code: int) -> Outcome:
     if code or not report.exists():
         return Outcome("crash", f"ended with status {code} and left no report; its log says more")
     return Outcome("ok", report=json.loads(report.read_text()))
-
-
-def _python_path() -> list[str]:
-    """Baselines are importable from the checkout, whatever the working directory."""
-    return [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
 def _interrupt(*_: object) -> None:

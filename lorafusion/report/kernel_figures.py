@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import pandas as pd
@@ -100,7 +100,9 @@ def draw_kernel_speed(data: pd.DataFrame) -> Figure:
             row[-1].text(1.01, 0.5, PASSES[name], transform=row[-1].transAxes, rotation=270, va="center")
         handles = [Line2D([], [], label=name, **_line_look(look)) for name, look in looks.items()]
         dashed = {"color": IMPLEMENTATIONS["frozen"].colour, "linewidth": 1, "linestyle": (0, (4, 2))}
-        _finish(figure, data, f"LoRA linears, rank {RANK}", [Line2D([], [], label="frozen", **dashed), *handles])
+        handles.insert(0, Line2D([], [], label="frozen", **dashed))
+        # Long enough that a dash shows on either side of the marker: adapters differ by dashes alone.
+        _finish(figure, data, f"LoRA linears, rank {RANK}", handles, handlelength=3.6)
     return figure
 
 
@@ -265,13 +267,13 @@ def _plain_ticks(axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _finish(figure: Figure, data: pd.DataFrame, title: str, handles: list) -> None:
-    """Legend, title, and a footer with suite, commit and device."""
+def _finish(figure: Figure, data: pd.DataFrame, title: str, handles: list, **legend: Any) -> None:
+    """Legend, title, and a footer with suite, commit and device. legend: of `Figure.legend`."""
     measured = data[data["kind"] == "measured"]
     cpu = bool(measured["gpu_name"].isna().any())
     title += f" ({style.CPU_WARNING})" if cpu else ""
     columns = len(handles) if len(handles) < 6 else math.ceil(len(handles) / 2)
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, title=title)
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, title=title, **legend)
     commits = ", ".join(sorted({str(commit)[:10] for commit in measured["git_sha"].dropna()})) or "unknown"
     dirty = " with local changes" if measured["git_dirty"].eq(True).any() else ""
     devices = ", ".join([*sorted(measured["gpu_name"].dropna().unique()), *(["CPU"] if cpu else [])])

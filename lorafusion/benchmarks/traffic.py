@@ -1,8 +1,9 @@
 """Bytes that a LoRA linear's forward and backward pass move to and from the GPU's memory, by its hardware counters.
 
-Nsight Compute (`ncu`) runs this module as a program of its own and reads the counters of every kernel between two
-marks. It empties the caches before each kernel, as for the published numbers: what a kernel finds in the L2 cache from
-the one before it counts as traffic, so that the figure is an upper bound of a training's.
+Nsight Compute (`ncu`) runs this module as a program of its own for each shape and reads the counters of every kernel
+between two marks; a kernel of another kind begins each implementation's part. It empties the caches before each kernel,
+as for the published numbers: what a kernel finds in the L2 cache from the one before it counts as traffic, so that the
+figure is an upper bound of a training's.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import torch
 
 from lorafusion.benchmarks.implementations import Builder, Setting
 from lorafusion.benchmarks.measure import _row, require_device
-from lorafusion.benchmarks.suite import KERNELS, Bench, KernelSuite, LinearBlock, Point, bench_hash, read_kernel_suite
+from lorafusion.benchmarks.suite import KERNELS, Bench, KernelSuite, LinearBlock, bench_hash, read_kernel_suite
 from lorafusion.errors import UserError
 from lorafusion.measure.environment import provenance
 from lorafusion.runtime.result import VERSION, write_result
 
 COUNTERS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}  # decimal, in ncu's words
-SECONDS = 180  # for one program under ncu
+SECONDS = 300  # for one program under ncu
+SEPARATOR = "spin_kernel"  # of torch.cuda._sleep
 
 
 def run_traffic(suite_name: str, out: Path, log: Path | None) -> str:
@@ -42,9 +44,9 @@ def run_traffic(suite_name: str, out: Path, log: Path | None) -> str:
     started, rows = datetime.now(UTC).isoformat(timespec="seconds"), []
     for shape in suite.traffic.shapes:
         bench = traffic_bench(suite, shape)
-        for point in bench.points(suite.traffic.tokens):
-            rows.append(counted(tool, suite_name, bench, point))
-            print(f"{rows[-1]['cell']['cell']}: {rows[-1]['value'] or rows[-1]['note']}", flush=True)
+        for row in counted(tool, suite_name, bench, suite.traffic.tokens):
+            rows.append(row)
+            print(f"{row['cell']['cell']}: {row['value'] or row['note']}", flush=True)
     first = traffic_bench(suite, suite.traffic.shapes[0])
     write_result(out, {
         "version": VERSION, "status": "ok",
@@ -67,49 +69,59 @@ def traffic_bench(suite: KernelSuite, shape: tuple[int, int]) -> Bench:
     return Bench(subject=f"traffic~{shape[0]}x{shape[1]}", rank=16, dropout=0.1, block=block, shape=shape)
 
 
-def counted(tool: str, suite_name: str, bench: Bench, point: Point) -> dict:
-    """The row of one point: bytes read and written in its forward and backward pass."""
+def counted(tool: str, suite_name: str, bench: Bench, tokens: int) -> list[dict]:
+    """A row for each of the bench's points: bytes read and written in its forward and backward pass."""
     command = [
         tool, "--clock-control", "none", "--csv", "--page", "raw", "--profile-from-start", "off",
         "--metrics", ",".join(COUNTERS),
-        sys.executable, "-m", "lorafusion.benchmarks.traffic", suite_name, *map(str, bench.shape), point.implementation,
+        sys.executable, "-m", "lorafusion.benchmarks.traffic", suite_name, *map(str, bench.shape),
     ]  # fmt: skip
-    row = _row(bench, point, "dram_traffic", 0.0, "both")
-    row["cell"] |= dict(zip(("in_features", "out_features"), bench.shape, strict=True))
+    rows = [_row(bench, point, "dram_traffic", 0.0, "both") for point in bench.points(tokens)]
+    for row in rows:
+        row["cell"] |= dict(zip(("in_features", "out_features"), bench.shape, strict=True))
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return row | {"value": None, "status": "timeout", "note": f"ncu took more than {SECONDS} s"}
+        lost = {"value": None, "status": "timeout", "note": f"ncu took more than {SECONDS} s"}
+        return [row | lost for row in rows]
     if done.returncode:
         note = " ".join((done.stderr or done.stdout).split())[-200:]
-        return row | {"value": None, "status": "crash", "note": f"ncu: {note}"}
-    return row | {"value": total_bytes(done.stdout), "note": "ncu, caches emptied before each kernel"}
+        return [row | {"value": None, "status": "crash", "note": f"ncu: {note}"} for row in rows]
+    sums, note = summed_bytes(done.stdout, len(rows)), "ncu, caches emptied before each kernel"
+    return [row | {"value": value, "note": note} for row, value in zip(rows, sums, strict=True)]
 
 
-def total_bytes(text: str) -> float:
-    """The sum over all kernels of ncu's table, whose second line has the units."""
+def summed_bytes(text: str, parts: int) -> list[float]:
+    """The sums over the kernels after each separator in ncu's table, whose second line has the units."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
-    rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
-    if len(rows) < 2:
-        raise UserError("ncu: expected a table with a line for each kernel, found none")
-    units = rows[0]
-    return sum(float(row[name].replace(",", "")) * UNITS[units[name]] for row in rows[1:] for name in COUNTERS)
+    units, *kernels = list(csv.DictReader(io.StringIO("\n".join(lines)))) or [{}]
+    sums: list[float] = []
+    for kernel in kernels:
+        if SEPARATOR in kernel["Kernel Name"]:
+            sums.append(0.0)
+        elif sums:
+            sums[-1] += sum(float(kernel[name].replace(",", "")) * UNITS[units[name]] for name in COUNTERS)
+    found = sum(map(bool, sums))
+    if found != parts:
+        raise UserError(f"ncu: expected a table with the kernels of {parts} implementations, found {found}")
+    return sums
 
 
-def profiled(suite_name: str, inputs: str, outputs: str, implementation: str) -> None:
-    """What ncu runs: the point once to warm up, and once between the marks."""
+def profiled(suite_name: str, inputs: str, outputs: str) -> None:
+    """What ncu runs: each point twice to warm up, and once between the marks."""
     suite = read_kernel_suite(suite_name)
     bench = traffic_bench(suite, (int(inputs), int(outputs)))
-    [point] = [one for one in bench.points(suite.traffic.tokens) if one.implementation == implementation]
-    setting = Setting(torch.device(suite.device), getattr(torch, suite.dtype), suite.seed)
-    subject = Builder(bench, setting).build(point)
-    for _ in range(2):
+    builder = Builder(bench, Setting(torch.device(suite.device), getattr(torch, suite.dtype), suite.seed))
+    for point in bench.points(suite.traffic.tokens):
+        subject = builder.build(point)
+        for _ in range(2):
+            subject.both()
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStart()
+        torch.cuda._sleep(1)
         subject.both()
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStart()
-    subject.both()
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStop()
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStop()
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ def provenance(device: str) -> dict[str, str | float | bool | None]:
     """Commit, package versions and, for a run on a GPU, the device and its state now."""
     import torch
 
+    told = os.environ.get("LORAFUSION_GIT_SHA")  # where a copy is measured, whose own history says nothing
     return {
-        "git_sha": os.environ.get("LORAFUSION_GIT_SHA") or _git("rev-parse", "HEAD"),  # told, where a copy is measured
-        "git_dirty": _dirty(),
+        "git_sha": told or _git("rev-parse", "HEAD"),
+        "git_dirty": None if told else _dirty(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),

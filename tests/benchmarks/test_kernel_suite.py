@@ -14,7 +14,7 @@ from lorafusion.benchmarks.implementations import Builder, Setting
 from lorafusion.benchmarks.measure import measured, run_bench
 from lorafusion.benchmarks.suite import KERNELS, bench_hash, benches, read_kernel_suite, read_kernel_suites
 from lorafusion.benchmarks.timing import saved_bytes, seconds
-from lorafusion.benchmarks.traffic import run_traffic, total_bytes
+from lorafusion.benchmarks.traffic import run_traffic, summed_bytes
 from lorafusion.errors import UserError
 from lorafusion.measure import table
 
@@ -123,10 +123,20 @@ def test_saved_bytes_counts_each_storage_once():
 
 
 def test_bytes_of_ncus_table_are_summed_in_their_units():
-    text = '==PROF== x\n"ID","dram__bytes_read.sum","dram__bytes_write.sum"\n"","Mbyte","Kbyte"\n"0","1,000.5","2"\n'
-    assert total_bytes(text) == 1_000_502_000
-    with pytest.raises(UserError, match="expected a table"):
-        total_bytes("==ERROR== no permission")
+    table = [
+        ("ID", "Kernel Name", "dram__bytes_read.sum", "dram__bytes_write.sum"),
+        ("", "", "Mbyte", "Kbyte"),
+        ("0", "at::cuda::spin_kernel(long)", "7", "7"),
+        ("1", "gemm", "1,000.5", "2"),
+        ("2", "pass", "1", "0"),
+        ("3", "at::cuda::spin_kernel(long)", "7", "7"),
+        ("4", "gemm", "3", "0"),
+    ]
+    text = "==PROF== x\n" + "".join(",".join(f'"{value}"' for value in row) + "\n" for row in table)
+    assert summed_bytes(text, 2) == [1_001_502_000, 3_000_000]
+    for wrong in (text, "==ERROR== no permission"):
+        with pytest.raises(UserError, match="expected a table with the kernels of 3 implementations, found"):
+            summed_bytes(wrong, 3)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -17,7 +17,7 @@ from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRALinear, LoRASeg
 from fused_lora.gpu import calls, choices, hopper_gemms, launch
 from fused_lora.gpu.calls import Call
 from fused_lora.philox import keep_mask, unpack
-from lorafusion.benchmarks.verify import MOST_ERROR, MOST_SCALE_ERROR, errors, kernels, random_problem
+from lorafusion.benchmarks.verify import MOST_ERROR, MOST_SCALE_ERROR, errors, kernels, random_problem, reference
 
 GPU = torch.device("cuda")
 # (in, out, tokens, rank): whole tiles, odd sizes, fewer rows than a tile, rows that the copy engine cannot fetch.
@@ -201,6 +201,37 @@ def test_a_batch_may_be_overwritten_between_replays():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, run(other))
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+def test_dx_is_done_when_the_pass_beside_it_ends_first(monkeypatch, captured):
+    """dx sums over 28672 outputs for long after the pass over 64 columns of x, and what reads it must wait."""
+    monkeypatch.setattr(calls, "choose", with_gemm(choices.own_gemm()))
+    problem = random_problem(64, 28672, 8192, 16, False, GPU, torch.bfloat16, seed=6)
+    adapters = [replace(one, a=one.a.requires_grad_(), b=one.b.requires_grad_()) for one in problem.adapters]
+    table, batch = AdapterTable.of([adapters], GPU), LoRABatch.of(problem.segments, problem.positions)
+    x, dy = problem.x.requires_grad_(), problem.dy.clone()
+
+    def run():
+        [y] = lora_linears(x, [problem.weight], [None], [adapters], batch, table=table)
+        return torch.autograd.grad(y, [x, adapters[0].a, adapters[0].b], dy)[0].clone()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
+    for scale in (1.0, -3.0, 0.5):  # what the memory of dx holds from before is wrong
+        dy.copy_(scale * problem.dy)
+        if captured:
+            graph.replay()
+        else:
+            result = run()
+        wanted = reference(replace(problem, dy=dy))["dx"]
+        assert (result - wanted).float().norm() <= 1e-2 * wanted.float().norm()
 
 
 def test_a_compiled_model_equals_eager():

@@ -88,6 +88,8 @@ def trained(tmp_path, system, **changes):
 
 @pytest.mark.parametrize("system", ["lorafusion", "mlora", "megatron-pp", "peft"])
 def test_every_system_trains_in_bfloat16(tmp_path, system):
+    if system == "megatron-pp":
+        pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     report = trained(tmp_path, system, dtype="bfloat16", adapter_dtype="bfloat16")
     assert report["peak_memory"] > 0
     assert all(values[-1] < values[0] for values in report["losses"].values())

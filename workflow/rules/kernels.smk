@@ -111,11 +111,8 @@ if KERNEL_SUITE.traffic:
         conda:
             "../../environment.yml"
         resources:
-            # Three minutes for each program under ncu, at most.
-            runtime=5
-            + 3
-            * len(KERNEL_SUITE.traffic.shapes)
-            * len(KERNEL_SUITE.traffic.implementations),
+            # Five minutes for each program under ncu, at most.
+            runtime=5 + 5 * len(KERNEL_SUITE.traffic.shapes),
             mem_mb=32000,
             tasks_per_gpu=0,
             gres=kernel_gres,

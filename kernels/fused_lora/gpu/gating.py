@@ -54,7 +54,7 @@ def backward(
         _run(gate_kernel, gate, up, h)
     if wants_factors:
         call.x = calls.aligned(h)
-        launch.input_pass(call, alone, ds, bits, da)
+        launch.input_pass(call, alone, ds, bits, launch.input_parts(call, alone), da)
         launch.finish_db(call, 0, db_parts, db)
     return dgate, dup, da, db
 

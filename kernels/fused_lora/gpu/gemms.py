@@ -39,15 +39,19 @@ def output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
     )  # fmt: skip
 
 
-def input_product(call: Call, group: slice, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, dx: Tensor) -> None:
-    """Fill dx with the sum over a group of linears, or add it where an earlier group has filled it."""
+def input_product(
+    call: Call, group: slice, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, dx: Tensor, let_go: bool = False
+) -> bool:
+    """Fill dx with the sum over a group of linears, or add it where an earlier group has filled it.
+
+    let_go: the next kernel may begin beside this one, if it can be told so. Returns whether it was."""
     weights, dys, first_group = call.weights[group], dys[group], group.start == 0
     inner = [weight.shape[0] for weight in weights]
     choice = call.choice("input", call.columns, sum(inner), len(inner))
     words = [part_of(bits, group).flatten(0, 1)] if call.masked else []
     if choice["gemm"] == OWN and first_group and _takes(*dys, *weights, dx, *words):
-        _own_input_product(call, group, choice, dys, ds, words, dx)
-        return
+        _own_input_product(call, group, choice, dys, ds, words, dx, let_go)
+        return let_go
     if first_group:
         expand_input(call, group, ds, bits, dx)
     else:
@@ -56,11 +60,13 @@ def input_product(call: Call, group: slice, dys: Sequence[Tensor], ds: Tensor, b
         dx += terms
     for dy, weight in zip(dys, weights, strict=True):
         torch.addmm(dx, dy, weight, out=dx)
+    return False
 
 
 def _own_input_product(
-    call: Call, group: slice, choice: dict, dys: Sequence[Tensor], ds: Tensor, words: list[Tensor], dx: Tensor
-) -> None:
+    call: Call, group: slice, choice: dict, dys: Sequence[Tensor], ds: Tensor, words: list[Tensor], dx: Tensor,
+    let_go: bool,
+) -> None:  # fmt: skip
     weights = call.weights[group]
     linears, chunk = len(weights), _chunk(call.width)
     described = [
@@ -75,7 +81,7 @@ def _own_input_product(
         *described, *described[:2] * missing, _gluon_described(dx, TILE_ROWS // 2, TILE_COLUMNS // choice["slices"]),
         described_ds, _gluon_described(call.padded_a(group), chunk, TILE_COLUMNS), described_words, *call.batch,
         call.tokens, call.columns, *inner, *inner[:1] * missing, call.segments, call.adapter_count,
-        LINEARS=linears, MASKED=call.masked,
+        LINEARS=linears, MASKED=call.masked, LET_GO=let_go,
         # A loop over the segments, if only of one: without it the compiler spills the terms of several linears.
         STEPS=max(_halvings(call.segments), int(linears > 1)), **_settings(call, choice),
     )  # fmt: skip

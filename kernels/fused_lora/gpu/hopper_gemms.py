@@ -12,7 +12,7 @@ such as the copy engine can fetch. `gemms` sees to both.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_lora.gpu.hopper import (
     COLUMNS,
@@ -216,15 +216,18 @@ def input_gemm_kernel(
     dy_0, w_0, dy_1, w_1, dy_2, w_2, dx, ds, a, bits, offsets, adapters,
     tokens, columns, inner_0, inner_1, inner_2, segments, adapter_count,
     LINEARS: gl.constexpr, MASKED: gl.constexpr, WIDTH: gl.constexpr, STEPS: gl.constexpr, GROUP: gl.constexpr,
-    SLOTS: gl.constexpr, STORES: gl.constexpr,
+    SLOTS: gl.constexpr, STORES: gl.constexpr, LET_GO: gl.constexpr,
 ):  # fmt: skip
     """dx [tokens, columns] = the sum over up to three linears of dy w + m(ds a). Any grid: programs take turns.
 
     dy [tokens, inner], w [inner, columns], dx, ds [linears * tokens, WIDTH], a [linears * adapters * WIDTH, columns]
     and bits [linears * tokens, words]: tensor descriptors. The LoRA terms come first: a mask can be applied to them
-    only before anything else is added. The other constants: as of `output_gemm_kernel`.
+    only before anything else is added. LET_GO: the next kernel may begin once all programs have their multiprocessors;
+    what it reads before it waits for this one must be older. The other constants: as of `output_gemm_kernel`.
     """
     gdc_wait()
+    if LET_GO:
+        gdc_launch_dependents()
     ring = made_ring(dy_0, w_0, SLOTS)
     dx_slots = gl.allocate_shared_memory(dx.dtype, [2 * STORES] + dx.block_type.shape, dx.layout)
     products, inner = (dy_0, w_0, dy_1, w_1, dy_2, w_2), (inner_0, inner_1, inner_2)

@@ -6,9 +6,7 @@ segments begin is found by the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -65,45 +63,22 @@ def gradients(
 ) -> None:  # fmt: skip
     """Fill dx, and da and db, where they are wanted.
 
-    The tiles of dx are seldom a multiple of the multiprocessors. Those that are left make da meanwhile, on a stream of
-    its own, and all of them what remains of it in the end: forward and backward pass of 8192 x 5120 x 5120 then take
-    1354 us, and 1367 us in turn.
+    The tiles of dx are seldom a multiple of the multiprocessors. Those that are left make da meanwhile, and all of them
+    what remains of it in the end: our GEMM lets the pass over x begin beside it. On a second stream either could begin
+    first, and a pass that did took all multiprocessors: the linear of 4096 x 4096 took 1.05 of the frozen one's time in
+    one CUDA graph and 1.15 in the next.
     """
-    begun = torch.cuda.current_stream().record_event() if dx is not None and dx.is_cuda else None
+    groups, beside = call.groups(), False
+    # Before the GEMM: memory that it gives back must not be written beside it.
+    parts = [input_parts(call, group) for group in groups] if da is not None else []
     if dx is not None:
-        for group in call.groups():
-            input_product(call, group, dys, ds, bits, dx)
+        for group in groups:
+            beside = input_product(call, group, dys, ds, bits, dx, let_go=da is not None and len(groups) == 1)
     if da is not None:
-        for linear, parts in enumerate(db_parts):
-            finish_db(call, linear, parts, db)
-        with beside(begun):
-            for group in call.groups():
-                input_pass(call, group, ds, bits, da)
-
-
-@contextmanager
-def beside(begun: torch.cuda.Event | None) -> Iterator[None]:
-    """Run what follows on a stream of its own, after an event and beside what the current stream was given since; the
-    current stream then waits for it. Without an event, run it in turn."""
-    if begun is None:
-        yield
-        return
-    current = torch.cuda.current_stream()
-    side = _side_stream(current.device)
-    side.wait_event(begun)
-    with torch.cuda.stream(side):
-        # A moment's work, so that the other stream's kernel has taken its multiprocessors: in a CUDA graph either may
-        # begin first, and a pass that does takes them all, which cost 30 to 70 us in some graphs.
-        torch.zeros(1, device=current.device)
-        try:
-            yield
-        finally:  # also after an error, when memory that the side still reads is given back
-            current.wait_stream(side)
-
-
-@lru_cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+        for group, group_parts in zip(groups, parts, strict=True):
+            input_pass(call, group, ds, bits, group_parts, da, beside)
+        for linear, linear_parts in enumerate(db_parts):
+            finish_db(call, linear, linear_parts, db)
 
 
 def draw_masks(call: Call) -> Tensor:
@@ -185,20 +160,29 @@ def finish_db(call: Call, linear: int, db_parts: Tensor, db: Tensor) -> None:
     )  # fmt: skip
 
 
-def input_pass(call: Call, group: slice, ds: Tensor, bits: Tensor, da: Tensor) -> None:
-    """Fill the rows of da that belong to a group of linears."""
+def input_parts(call: Call, group: slice) -> Tensor:
+    """Memory for `input_pass`'s partial sums."""
     linears = group.stop - group.start
+    tiles = call.tiles(call.choice("input_pass", call.columns, linears=linears)["chunk"])
+    return call.x.new_empty(linears, tiles, call.width, call.columns, dtype=torch.float32)
+
+
+def input_pass(
+    call: Call, group: slice, ds: Tensor, bits: Tensor, parts: Tensor, da: Tensor, beside: bool = False
+) -> None:
+    """Fill the rows of da that belong to a group of linears. beside: the kernel before has let this one begin, which
+    reads only what is older."""
+    linears, tiles = parts.shape[:2]
     choice = call.choice("input_pass", call.columns, linears=linears)
     ranks = rank_block(call.max_rank, MOST_RANKS[linears])
-    tiles, rank_tiles = call.tiles(choice["chunk"]), triton.cdiv(call.max_rank, ranks)
-    parts = call.x.new_empty(linears, tiles, call.width, call.columns, dtype=torch.float32)
+    rank_tiles = triton.cdiv(call.max_rank, ranks)
     tables = (call.rank_offsets[group], *call.batch)
     passes.input_pass_kernel[(tiles, triton.cdiv(call.columns, choice["columns"]), rank_tiles)](
         described(call.x, choice["rows"], choice["columns"]),
         described(ds[group].flatten(0, 1), choice["rows"], ranks), part_of(bits, group), parts, *tables, call.tokens,
         call.columns, call.width, call.words, call.segments, call.adapter_count, tiles,
         LINEARS=linears, MASKED=call.masked, PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=ranks,
-        CHUNK=choice["chunk"], **call.pass_settings(choice),
+        CHUNK=choice["chunk"], BESIDE=beside, **call.pass_settings(choice),
     )  # fmt: skip
     ranks = 4
     columns = SUMMED_TILE // ranks

@@ -259,18 +259,29 @@ def finish_db_kernel(
 
 
 @triton.jit
+def _is_last_program():
+    """Is this the program that begins last?"""
+    last = tl.program_id(0) == tl.num_programs(0) - 1
+    return last & (tl.program_id(1) == tl.num_programs(1) - 1) & (tl.program_id(2) == tl.num_programs(2) - 1)
+
+
+@triton.jit
 def input_pass_kernel(
     x, ds, bits, da_parts, rank_offsets, offsets, adapters, tokens, columns, s_width, words, segments, adapter_count,
     tiles,
     LINEARS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BESIDE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of ds^T m(x) over CHUNK rows, of up to three linears, reading x once.
 
     x, ds: tensor descriptors, ds with the linears' rows one after the other. da_parts [P, tiles, s_width, columns],
     float32. Grid (row tiles, column tiles, rank tiles).
+
+    BESIDE: the kernel before has let this one begin, and nothing here reads its results. One program waits for it all
+    the same: kernels that follow wait for this one, and take it that what came before it is done, too.
     """
-    wait_for_the_kernel_before(OVERLAP)
+    if not BESIDE or _is_last_program():
+        wait_for_the_kernel_before(OVERLAP)
     let_the_next_begin(OVERLAP)
     tile = tl.program_id(0)
     segment, first, stop = tile_of_segment(offsets, tile, tokens, segments, CHUNK, SEGMENTS)

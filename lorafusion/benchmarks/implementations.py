@@ -49,8 +49,9 @@ class Setting:
     dtype: torch.dtype
     seed: int
 
-    def random(self, *shape: int, scale: float = 1.0) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(self.seed)
+    def random(self, *shape: int, scale: float = 1.0, stream: int = 0) -> Tensor:
+        """Normal numbers; tensors of different streams are independent."""
+        generator = torch.Generator(self.device).manual_seed(1000 * self.seed + stream)
         return torch.randn(shape, device=self.device, dtype=self.dtype, generator=generator) * scale
 
 
@@ -67,7 +68,7 @@ class Builder:
     def _linear(self, point: Point) -> Subject:
         inputs, outputs = self.bench.shape
         x = self._once(("x", point.tokens), lambda: self._input(point.tokens, inputs)[0].detach().requires_grad_())
-        dy = self._once(("dy", point.tokens), lambda: self.setting.random(point.tokens, outputs))
+        dy = self._once(("dy", point.tokens), lambda: self.setting.random(point.tokens, outputs, stream=1))
         module = self._once((point.implementation, point.adapters), lambda: self._linear_module(point))
         call = module
         if isinstance(module, LoRALinear):
@@ -77,7 +78,7 @@ class Builder:
 
     def _linear_module(self, point: Point) -> nn.Module:
         inputs, outputs = self.bench.shape
-        weight = self._once("weight", lambda: self.setting.random(outputs, inputs, scale=inputs**-0.5))
+        weight = self._once("weight", lambda: self.setting.random(outputs, inputs, scale=inputs**-0.5, stream=2))
         base = nn.Linear(inputs, outputs, bias=False, device="meta")
         base.weight = nn.Parameter(weight, requires_grad=False)
         if point.implementation == "frozen":
@@ -99,7 +100,7 @@ class Builder:
         borders, position_ids = self._once(("samples", point.tokens), lambda: self._samples(point.tokens))
         hidden = read_model(self.bench.model).hidden_size
         x = self._once(("x", point.tokens), lambda: self._input(point.tokens, hidden).requires_grad_())
-        dy = self._once(("dy", point.tokens), lambda: self.setting.random(1, point.tokens, hidden))
+        dy = self._once(("dy", point.tokens), lambda: self.setting.random(1, point.tokens, hidden, stream=1))
         stage, active = self._once((point.implementation, point.adapters), lambda: self._stage(point))
         if active is not None:
             active.batch = _packed(point, borders, position_ids)

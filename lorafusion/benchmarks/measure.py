@@ -13,7 +13,7 @@ import torch
 
 from lorafusion.benchmarks.implementations import Builder, Setting, Subject
 from lorafusion.benchmarks.suite import KERNELS, Bench, KernelSuite, Point, bench_hash, benches, read_kernel_suite
-from lorafusion.benchmarks.timing import own_stream, prepared, saved_bytes, seconds
+from lorafusion.benchmarks.timing import median_ratio, own_stream, prepared, saved_bytes, seconds
 from lorafusion.config import read_model
 from lorafusion.errors import UserError, one_of
 from lorafusion.measure.environment import has_gpu, provenance
@@ -86,12 +86,13 @@ def measured(bench: Bench, tokens: int, builder: Builder, suite: KernelSuite, re
             rows += _failed(bench, point, "oom", str(error))
             for name in PASSES:
                 functions.pop((point, name), None)
-    times = {key: statistics.median(v) for key, v in seconds(functions, device, suite.replays, repeat).items()}
+    times = seconds(functions, device, suite.replays, repeat)
     baseline = next((key[0] for key in times if key[0].implementation == "frozen"), None)
-    for (point, name), time in times.items():
+    for (point, name), samples in times.items():
+        time = statistics.median(samples)
         rows.append(_row(bench, point, "time", time, name))
         if point != baseline and baseline is not None:
-            rows.append(_row(bench, point, "overhead", time / times[baseline, name] - 1, name))
+            rows.append(_row(bench, point, "overhead", median_ratio(samples, times[baseline, name]) - 1, name))
         if name == "both":
             rows.append(_row(bench, point, "tflops", works[point] / time / 1e12, name))
     functions.clear()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
@@ -14,6 +15,9 @@ from fused_lora.timing import ColdClock
 
 Key = TypeVar("Key", bound=Hashable)
 WARM_UPS = 3
+# Of all functions in turns before any is timed on a GPU: within a quarter of a second its power limit lowers the clock
+# by 4 to 10 %. Times from both sides of that moment make medians that differ by 10 % between equal functions.
+WARM_SECONDS = 0.4
 
 
 def own_stream(device: torch.device) -> AbstractContextManager:
@@ -39,7 +43,9 @@ def prepared(function: Callable[[], object], device: torch.device) -> Callable[[
 def seconds(
     functions: Mapping[Key, Callable[[], None]], device: torch.device, replays: int, seed: int = 0
 ) -> dict[Key, list[float]]:
-    """The times of `replays` executions of each function, one round after another, each round in another order."""
+    """The times of `replays` executions of each function, one round after another, each round in another order.
+
+    Compare functions by the ratios of each round (`median_ratio`): a change of the clock is in both of its times."""
     order, shuffle = list(functions), random.Random(seed)
     times: dict[Key, list[float]] = {key: [] for key in functions}
     if device.type != "cuda":
@@ -51,6 +57,11 @@ def seconds(
                 times[key].append(time.perf_counter() - begin)
         return times
     clock, events = ColdClock(device), []
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < WARM_SECONDS:
+        for key in order:
+            clock.around(functions[key])
+        torch.cuda.synchronize(device)
     for _ in range(replays):
         shuffle.shuffle(order)
         for key in order:
@@ -59,6 +70,11 @@ def seconds(
     for key, begin, end in events:
         times[key].append(begin.elapsed_time(end) / 1000.0)
     return times
+
+
+def median_ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
+    """The median over the rounds of a function's time over another's."""
+    return statistics.median(one / other for one, other in zip(times, baseline, strict=True))
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], frozen: set[int]) -> int:

@@ -13,7 +13,7 @@ from lorafusion.benchmarks import verify
 from lorafusion.benchmarks.implementations import Builder, Setting
 from lorafusion.benchmarks.measure import measured, run_bench
 from lorafusion.benchmarks.suite import KERNELS, bench_hash, benches, read_kernel_suite, read_kernel_suites
-from lorafusion.benchmarks.timing import saved_bytes, seconds
+from lorafusion.benchmarks.timing import median_ratio, saved_bytes, seconds
 from lorafusion.benchmarks.traffic import run_traffic, summed_bytes
 from lorafusion.errors import UserError
 from lorafusion.measure import table
@@ -109,6 +109,11 @@ def test_times_are_of_all_functions_in_turns():
     found = seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, replays=5)
     assert [len(times) for times in found.values()] == [5, 5]
     assert all(set(calls[i : i + 2]) == {"a", "b"} for i in range(0, 10, 2))
+
+
+def test_ratios_are_of_each_round():
+    """The clock changes after the second round, for both: the medians' ratio would be 2.2."""
+    assert median_ratio([1.1, 1.1, 2.2, 2.2, 2.2], [1.0, 1.0, 2.0, 2.0, 1.0]) == pytest.approx(1.1)
 
 
 def test_saved_bytes_counts_each_storage_once():

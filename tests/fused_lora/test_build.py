@@ -21,7 +21,7 @@ SOUND = {
 }  # fmt: skip
 LIBRARY_KERNELS = {
     "draw_masks_kernel", "project_kernel", "finish_project_kernel", "expand_output_kernel", "output_pass_kernel",
-    "finish_ds_kernel", "finish_db_kernel", "expand_input_kernel", "input_pass_kernel", "finish_input_kernel",
+    "finish_output_kernel", "expand_input_kernel", "input_pass_kernel", "finish_input_kernel",
 }  # fmt: skip
 GATING = {"gate_kernel", "gate_backward_kernel"}
 OWN_KERNELS = LIBRARY_KERNELS - {"expand_output_kernel", "expand_input_kernel"} | set(build.GEMM_KERNELS)

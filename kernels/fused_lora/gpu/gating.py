@@ -46,7 +46,7 @@ def backward(
     if not call.tokens:
         return dgate, dup, da.zero_(), db.zero_()
     ds, alone = torch.empty_like(s), slice(0, 1)
-    db_parts = launch.output_pass(call, 0, dy, s, ds)
+    launch.output_pass(call, 0, dy, s, ds, db)
     if wants_inputs:
         launch.input_product(call, alone, [dy], ds, bits, h)
         _run(gate_backward_kernel, gate, up, h, dgate, dup)
@@ -55,7 +55,6 @@ def backward(
     if wants_factors:
         call.x = calls.aligned(h)
         launch.input_pass(call, alone, ds, bits, launch.input_parts(call, alone), da)
-        launch.finish_db(call, 0, db_parts, db)
     return dgate, dup, da, db
 
 

@@ -52,21 +52,20 @@ def backward(
     if not call.tokens:
         return dx, da.zero_(), db.zero_()
     ds = torch.empty_like(s)
-    db_parts = [output_pass(call, linear, dys[linear], s, ds) for linear in range(call.linears)]
-    gradients(call, dys, ds, bits, db_parts, dx if wants_x else None, da if wants_factors else None, db)
+    for linear in range(call.linears):
+        output_pass(call, linear, dys[linear], s, ds, db)
+    input_gradients(call, dys, ds, bits, dx if wants_x else None, da if wants_factors else None)
     return dx, da, db
 
 
-def gradients(
-    call: Call, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, db_parts: Sequence[Tensor], dx: Tensor | None,
-    da: Tensor | None, db: Tensor,
-) -> None:  # fmt: skip
-    """Fill dx, and da and db, where they are wanted.
+def input_gradients(
+    call: Call, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, dx: Tensor | None, da: Tensor | None
+) -> None:
+    """Fill dx and da, where they are wanted.
 
     The tiles of dx are seldom a multiple of the multiprocessors. Those that are left make da meanwhile, and all of them
     what remains of it in the end: our GEMM lets the pass over x begin beside it. On a second stream either could begin
-    first, and a pass that did took all multiprocessors: the linear of 4096 x 4096 took 1.05 of the frozen one's time in
-    one CUDA graph and 1.15 in the next.
+    first, and a pass that did took all multiprocessors.
     """
     groups, beside = call.groups(), False
     # Before the GEMM: memory that it gives back must not be written beside it.
@@ -77,8 +76,6 @@ def gradients(
     if da is not None:
         for group, group_parts in zip(groups, parts, strict=True):
             input_pass(call, group, ds, bits, group_parts, da, beside)
-        for linear, linear_parts in enumerate(db_parts):
-            finish_db(call, linear, linear_parts, db)
 
 
 def draw_masks(call: Call) -> Tensor:
@@ -126,8 +123,8 @@ def project(call: Call, bits: Tensor, s: Tensor) -> None:
         )  # fmt: skip
 
 
-def output_pass(call: Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor) -> Tensor:
-    """Fill ds of one linear; the partial sums of its db, for `finish_db`."""
+def output_pass(call: Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor, db: Tensor) -> None:
+    """Fill ds of one linear and, unless it is empty, the linear's part of db."""
     columns = call.weights[linear].shape[0]
     choice = call.choice("output_pass", columns)
     ranks = rank_block(call.max_rank, 128)
@@ -142,21 +139,11 @@ def output_pass(call: Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor) -> T
         **call.pass_settings(choice),
     )  # fmt: skip
     width, rows = call.summed_rows()
-    passes.finish_ds_kernel[(triton.cdiv(call.tokens, rows),)](
-        ds_parts, ds[linear], call.scales[linear], *tables, call.tokens, call.width, call.segments, column_tiles,
+    ds_programs, db_programs = triton.cdiv(call.tokens, rows), triton.cdiv(columns, rows)
+    passes.finish_output_kernel[(ds_programs + (db_programs * call.adapter_count if db.numel() else 0),)](
+        ds_parts, ds[linear], db_parts, call.b_of(linear, db), call.scales[linear], *tables, call.tokens, columns,
+        call.width, call.segments, column_tiles, ds_programs, db_programs, CHUNK=choice["chunk"],
         SEGMENTS=call.segment_block, WIDTH=width, ROWS=rows, num_warps=4, **call.overlap,
-    )  # fmt: skip
-    return db_parts
-
-
-def finish_db(call: Call, linear: int, db_parts: Tensor, db: Tensor) -> None:
-    """Fill one linear's part of db from `output_pass`'s partial sums."""
-    columns = call.weights[linear].shape[0]
-    width, rows = call.summed_rows()
-    passes.finish_db_kernel[(triton.cdiv(columns, rows), call.adapter_count)](
-        db_parts, call.b_of(linear, db), call.rank_offsets[linear], *call.batch, call.tokens, columns, call.width,
-        call.segments, CHUNK=call.choice("output_pass", columns)["chunk"], SEGMENTS=call.segment_block, WIDTH=width,
-        ROWS=rows, num_warps=4, **call.overlap,
     )  # fmt: skip
 
 

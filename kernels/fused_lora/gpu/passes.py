@@ -224,29 +224,12 @@ def _sum_of_tiles(
 
 
 @triton.jit
-def finish_ds_kernel(
-    ds_parts, ds, scales, rank_offsets, offsets, adapters, tokens, s_width, segments, column_tiles,
-    SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """ds [tokens, s_width] = scale dy b of one linear, from `output_pass_kernel`'s partial sums. Grid (row tiles)."""
-    wait_for_the_kernel_before(OVERLAP)
-    _finish_rows(
-        ds_parts, ds, scales, rank_offsets, offsets, adapters, tl.program_id(0) * ROWS + tl.arange(0, ROWS), tokens,
-        s_width, segments, column_tiles, tl.cast(tokens, tl.int64) * s_width, SEGMENTS, WIDTH, ROWS,
-    )  # fmt: skip
-
-
-@triton.jit
-def finish_db_kernel(
-    db_parts, db, rank_offsets, offsets, adapters, tokens, columns, s_width, segments,
+def _finish_columns(
+    db_parts, db, rank_offsets, offsets, adapters, cols, adapter, tokens, columns, s_width, segments,
     CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """db of one linear, from `output_pass_kernel`'s partial sums. Grid (column tiles, adapters)."""
-    wait_for_the_kernel_before(OVERLAP)
-    adapter = tl.program_id(1)
-    cols, ranks = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    """The sum of some columns' partial sums of one adapter's db, of one linear."""
+    ranks = tl.arange(0, WIDTH)
     row_of_a, rank = _rank_range(rank_offsets, adapter)
     inside = (cols < columns)[:, None] & (ranks < rank)[None, :]
     place = cols[:, None] * s_width + ranks[None, :]
@@ -256,6 +239,32 @@ def finish_db_kernel(
     )  # fmt: skip
     db_own = db + (row_of_a - tl.load(rank_offsets)).to(tl.int64) * columns
     tl.store(db_own + cols[:, None] * rank + ranks[None, :], total.to(db.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish_output_kernel(
+    ds_parts, ds, db_parts, db, scales, rank_offsets, offsets, adapters, tokens, columns, s_width, segments,
+    column_tiles, ds_programs, db_programs,
+    CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """ds [tokens, s_width] = scale dy b and db = dy^T s of one linear, from `output_pass_kernel`'s partial sums.
+
+    Grid: ds_programs row tiles, then for each adapter db_programs column tiles, or none where db is not wanted.
+    """
+    wait_for_the_kernel_before(OVERLAP)
+    program = tl.program_id(0)
+    if program < ds_programs:
+        _finish_rows(
+            ds_parts, ds, scales, rank_offsets, offsets, adapters, program * ROWS + tl.arange(0, ROWS), tokens, s_width,
+            segments, column_tiles, tl.cast(tokens, tl.int64) * s_width, SEGMENTS, WIDTH, ROWS,
+        )  # fmt: skip
+    else:
+        program -= ds_programs
+        _finish_columns(
+            db_parts, db, rank_offsets, offsets, adapters, program % db_programs * ROWS + tl.arange(0, ROWS),
+            program // db_programs, tokens, columns, s_width, segments, CHUNK, SEGMENTS, WIDTH, ROWS,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -31,13 +31,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_lora.gpu import calls, choices, gating, hopper_gemms, launch, masks, passes, products
+from fused_lora.gpu import calls, choices, gating, hopper_gemms, hopper_passes, launch, masks, passes, products
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
 REGISTER_FILE = 65_536  # registers of a multiprocessor
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
-MODULES = (gating, hopper_gemms, masks, passes, products)  # that kernels are in
-GEMM_KERNELS = ("output_gemm_kernel", "input_gemm_kernel")
+MODULES = (gating, hopper_gemms, hopper_passes, masks, passes, products)  # that kernels are in
+GLUON_KERNELS = ("output_gemm_kernel", "input_gemm_kernel", "mask_and_project_kernel")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,14 @@ class Case:
     masked: bool = True
     dtype: torch.dtype = torch.bfloat16
     gated: bool = False  # of h, computed from gate and up
+    tokens: int = 8192
     gemm: dict[str, Any] = field(default_factory=lambda: {"gemm": choices.LIBRARY})
 
 
 CASES = (
     Case("one adapter"),
     Case("one adapter, no dropout", masked=False),
+    Case("few tokens", tokens=512),
     Case("four adapters", adapters=4),
     Case("sixteen adapters", adapters=16),
     Case("q, k and v", linears=3),
@@ -163,14 +165,14 @@ def launches(case: Case, target: int) -> list[Launch]:
     return caught
 
 
-def _call(case: Case, tokens: int = 8192, columns: int = 4096, rows: int = 4096) -> None:
-    """Forward and backward on tensors that have no storage."""
+def _call(case: Case, columns: int = 4096, rows: int = 4096) -> None:
+    """Forward and backward on tensors that have no storage; backward as if no mask bits had been kept."""
     total = case.linears * case.adapters * case.rank
 
     def empty(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, weights = empty(tokens, columns), [empty(rows, columns)] * case.linears
+    x, weights = empty(case.tokens, columns), [empty(rows, columns)] * case.linears
     factors = (empty(total, columns), empty(total * rows))
     table = (
         empty(case.linears, case.adapters, dtype=torch.float32),
@@ -181,16 +183,16 @@ def _call(case: Case, tokens: int = 8192, columns: int = 4096, rows: int = 4096)
     batch = (
         empty(case.adapters + 1, dtype=torch.int32),
         empty(case.adapters, dtype=torch.int32),
-        empty(tokens, dtype=torch.int64),
+        empty(case.tokens, dtype=torch.int64),
     )
     settings = ([case.adapters * case.rank] * case.linears, case.rank, case.masked)
     biases = [empty(rows)] + [empty(0)] * (case.linears - 1)
     if case.gated:
         y, s, bits = gating.forward(x, x, weights[0], biases[0], *factors, *table, *batch, *settings, True)
-        gating.backward(y, x, x, weights[0], *factors, *table, *batch, s, bits, *settings, True, True)
+        gating.backward(y, x, x, weights[0], *factors, *table, *batch, s, bits[:0], *settings, True, True)
         return
     ys, s, bits = launch.forward(x, weights, biases, *factors, *table, *batch, *settings, True)
-    launch.backward(ys, x, weights, *factors, *table, *batch, s, bits, *settings, True, True)
+    launch.backward(ys, x, weights, *factors, *table, *batch, s, bits[:0], *settings, True, True)
 
 
 def _describe(kernel: JITFunction, arguments: tuple, keywords: dict[str, Any]) -> Launch:
@@ -275,7 +277,7 @@ def _problem(kernel: str, target: int, found: dict[str, Any], warps: int) -> str
         problems.append(f"{found['registers']} registers in each of {warps * 32} threads")
     if found["float64"]:
         problems.append(f"{found['float64']} instructions in float64")
-    if kernel in GEMM_KERNELS and not (found["wgmma"] and found["bulk_loads"]):
+    if kernel in GLUON_KERNELS and not (found["wgmma"] and found["bulk_loads"]):
         problems.append(f"{found['wgmma']} wgmma and {found['bulk_loads']} bulk loads")
     return "; ".join(problems)
 

@@ -88,7 +88,10 @@ def main() -> None:
         sys.exit("error: tuning needs a GPU, and torch finds none")
     target = calls.target_of(torch.device("cuda", torch.cuda.current_device()))
     out = arguments.out or choices.TUNED / f"{target.slug}.json"
-    tasks = [task for kernel in ORDER if kernel in arguments.kernels for task in shapes(kernel, arguments)]
+    kernels = [kernel for kernel in ORDER if kernel in arguments.kernels]
+    if choices.has_gluon_kernels(16, target):
+        kernels = [kernel for kernel in kernels if kernel != "project"]  # another pass takes its place
+    tasks = [task for kernel in kernels for task in shapes(kernel, arguments)]
     compile_all(tasks, arguments.jobs)
     out.parent.mkdir(parents=True, exist_ok=True)
     old = _entries(out)
@@ -145,7 +148,7 @@ def runner(kernel: str, shape: Shape, widths: tuple[int, ...]) -> Callable[[], N
 
     return {
         "masks": lambda: launch.draw_masks(call),
-        "project": lambda: launch.project(call, bits, s),
+        "project": lambda: launch.project_masked(call, group, bits, s),
         "output_pass": lambda: launch.output_pass(call, 0, dys[0], s, torch.empty_like(s), db),
         # As it runs: beside dx, whose time is in the entry's.
         "input_pass": lambda: launch.input_gradients(call, dys, s, bits, dx, da),

@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_lora.gpu import choices
-from fused_lora.gpu.choices import GEMMS, Shape, Target, choose, defaults, own_gemm, rank_block
+from fused_lora.gpu.choices import (
+    GEMMS,
+    Shape,
+    Target,
+    choose,
+    defaults,
+    has_gluon_kernels,
+    own_gemm,
+    project_slots,
+    rank_block,
+)
 from fused_lora.tune import ORDER as KERNELS
 
 H200 = Target("NVIDIA H200", (9, 0), 132)
@@ -69,6 +79,23 @@ def test_few_tokens_are_split_among_more_programs():
     splits = [defaults("project", replace(SHAPE, tokens=tokens), H200)["splits"] for tokens in (1, 512, 4096, 10**6)]
     assert splits == sorted(splits, reverse=True)
     assert splits[-1] == 1 < splits[0]
+
+
+def test_our_pass_over_x_has_about_a_program_for_each_multiprocessor():
+    """And all the shared memory, but half where segments make more tiles: then no second one waits for the first."""
+    splits = {tokens: defaults("mask_and_project", replace(SHAPE, tokens=tokens), H200)["splits"]
+              for tokens in (0, 1, 2048, 4096, 8192, 8500, 10**6)}  # fmt: skip
+    assert splits == {0: 8, 1: 8, 2048: 4, 4096: 2, 8192: 1, 8500: 1, 10**6: 1}
+    for linears, ranks in ((1, 16), (1, 128), (2, 64), (3, 32)):
+        alone, two = (project_slots(programs, linears, ranks, H200) for programs in (132, 133))
+        step = 2 * 128 * (64 + linears * ranks)
+        assert 2 <= two <= alone / 2
+        assert 160_000 < alone * step <= 2 * 110_592 >= 2 * two * step
+
+
+def test_kernels_in_gluon_are_for_16_bits_on_an_sm_90():
+    found = [(bits, target.name) for bits in (16, 32) for target in TARGETS if has_gluon_kernels(bits, target)]
+    assert found == [(16, "NVIDIA H200")]
 
 
 TILED = ("project", "output_pass", "input_pass", "expand_output", "expand_input")

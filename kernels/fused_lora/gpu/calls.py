@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_lora.adapters import rank_width
@@ -16,6 +18,7 @@ from fused_lora.philox import word_count
 
 INTERPRETER = "interpreter"
 MOST_LINEARS = 3  # that one kernel takes
+GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32}
 SUMMED_TILE = 256  # elements of a program that adds partial sums: small, as there are few elements for many programs
 
 
@@ -48,14 +51,19 @@ class Call:
         self.segments = adapters.shape[0]
         self.segment_block = triton.next_power_of_2(self.segments)
         self.words = word_count(self.columns)
+        self.position_stride = int(len(positions) == self.tokens)  # 0 where positions hold the first row's alone
         self.width = rank_width(max_rank)
         self.target = target_of(x.device)
         self.overlap = overlap_of(self.target)
         self.precision = "ieee" if x.dtype == torch.float32 else "tf32"
 
+    @property
+    def bits(self) -> int:
+        """Of an element of x."""
+        return 8 * self.x.element_size()
+
     def choice(self, kernel: str, columns: int, inner: int = 0, linears: int = 1) -> dict:
-        bits = 32 if self.x.dtype == torch.float32 else 16
-        shape = Shape(self.tokens, columns, inner, linears, self.width, bits, self.masked)
+        shape = Shape(self.tokens, columns, inner, linears, self.width, self.bits, self.masked)
         return choose(kernel, shape, self.target)
 
     def pass_settings(self, choice: dict) -> dict:
@@ -146,3 +154,9 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
+
+
+def gluon_described(tensor: Tensor, rows: int, columns: int) -> GluonDescriptor:
+    """The same for kernels written in Gluon."""
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], GLUON_TYPES[tensor.dtype])
+    return GluonDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)

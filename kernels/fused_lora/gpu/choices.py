@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 TUNED = Path(__file__).parent.parent / "tuned"
+MOST_RANKS = {1: 128, 2: 64, 3: 32}  # that a pass over x has accumulators for, by the number of linears
 GEMMS = ("output", "input")  # the products with a base weight, by their results
 LIBRARY, OWN = "library", "own"
-OWN_CAPABILITY = (9, 0)  # that our GEMM is written for
+OWN_CAPABILITY = (9, 0)  # that the kernels in Gluon are written for
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of our GEMM
+PROJECT_ROWS, PROJECT_COLUMNS = 64, 128  # of a tile of mask_and_project, and of a step of it
+PROJECT_SHARED = 216 * 1024  # bytes of shared memory for its steps on their way
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ def defaults(kernel: str, shape: Shape, target: Target) -> dict[str, Any]:
     less = 2 if target.capability[0] == 8 else 1
     if kernel == "masks":
         return {"rows": 16, "columns": 32, "warps": 4}
+    if kernel == "mask_and_project":  # about a program for each multiprocessor
+        tiles = max(1, -(-shape.tokens // PROJECT_ROWS))
+        return {"splits": max(1, min(target.processors // tiles, shape.columns // (4 * PROJECT_COLUMNS)))}
     if kernel == "project":
         columns = max(32, (128 if wide <= 32 else 64) // narrow // less)
         # Four programs a multiprocessor, for as long as each has a few tiles of columns.
@@ -89,14 +95,25 @@ def defaults(kernel: str, shape: Shape, target: Target) -> dict[str, Any]:
     if kernel in ("expand_output", "expand_input"):
         return {"rows": 64 // less, "columns": 128 // narrow, "warps": 4}
     # Measured on the H200 alone, but to write the output once less helps any GPU of its kind.
-    own = target.capability == OWN_CAPABILITY and shape.bits == 16
-    return own_gemm() if own else {"gemm": LIBRARY}
+    return own_gemm() if has_gluon_kernels(shape.bits, target) else {"gemm": LIBRARY}
+
+
+def has_gluon_kernels(bits: int, target: Target) -> bool:
+    """May the kernels in Gluon be launched, for a dtype of so many bits?"""
+    return target.capability == OWN_CAPABILITY and bits == 16
 
 
 def own_gemm(**settings: Any) -> dict[str, Any]:
     """Settings of our GEMM, defaults filled in. group: rows of tiles that go through the columns together. slices: of
     a tile that is stored. slots, stores: for steps on their way in, and slices on their way out."""
     return {"gemm": OWN, "group": 8, "slices": 2, "slots": 4, "stores": 1} | settings
+
+
+def project_slots(programs: int, linears: int, ranks: int, target: Target) -> int:
+    """Steps of mask_and_project that are on their way. A program takes all shared memory, so that no second one begins
+    on its multiprocessor while others are free; half of it where there are more programs than multiprocessors."""
+    room = PROJECT_SHARED if programs <= target.processors else PROJECT_SHARED // 2
+    return room // (2 * PROJECT_COLUMNS * (PROJECT_ROWS + linears * ranks))
 
 
 def gemm_programs(tokens: int, columns: int, target: Target) -> int:

@@ -8,16 +8,13 @@ from collections.abc import Sequence
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fused_lora.gpu import hopper_gemms, products
-from fused_lora.gpu.calls import MOST_LINEARS, Call, fetchable, part_of
+from fused_lora.gpu.calls import MOST_LINEARS, Call, fetchable, gluon_described, part_of
 from fused_lora.gpu.choices import OWN, TILE_COLUMNS, TILE_ROWS, gemm_programs, rank_block
 from fused_lora.gpu.hopper import DEPTH, REGISTERS, WARPS
 
 RANK_CHUNK = 32  # ranks that our GEMM takes at a time: half a slot, and few steps for the usual ranks
-TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32}
 
 
 def output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
@@ -31,9 +28,9 @@ def output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
         return
     b, chunk = call.padded_b(linear), _chunk(call.width)
     hopper_gemms.output_gemm_kernel[(gemm_programs(call.tokens, columns, call.target),)](
-        _gluon_described(call.x, TILE_ROWS, DEPTH), _gluon_described(weight, TILE_COLUMNS, DEPTH),
-        _gluon_described(y, TILE_ROWS // 2, TILE_COLUMNS // choice["slices"]),
-        _gluon_described(s[linear], TILE_ROWS, chunk), _gluon_described(b, TILE_COLUMNS, chunk), bias, *call.batch,
+        gluon_described(call.x, TILE_ROWS, DEPTH), gluon_described(weight, TILE_COLUMNS, DEPTH),
+        gluon_described(y, TILE_ROWS // 2, TILE_COLUMNS // choice["slices"]),
+        gluon_described(s[linear], TILE_ROWS, chunk), gluon_described(b, TILE_COLUMNS, chunk), bias, *call.batch,
         call.tokens, columns, call.columns, call.segments, HAS_BIAS=bias.numel() > 0,
         STEPS=_halvings(call.segments), **_settings(call, choice),
     )  # fmt: skip
@@ -72,14 +69,14 @@ def _own_input_product(
     described = [
         one
         for dy, weight in zip(dys, weights, strict=True)
-        for one in (_gluon_described(dy, TILE_ROWS, DEPTH), _gluon_described(weight, DEPTH, TILE_COLUMNS))
+        for one in (gluon_described(dy, TILE_ROWS, DEPTH), gluon_described(weight, DEPTH, TILE_COLUMNS))
     ]  # fmt: skip
     inner, missing = [weight.shape[0] for weight in weights], MOST_LINEARS - linears
-    described_ds = _gluon_described(ds[group].flatten(0, 1), TILE_ROWS, chunk)
-    described_words = _gluon_described(words[0], TILE_ROWS, TILE_COLUMNS // 32) if words else described_ds
+    described_ds = gluon_described(ds[group].flatten(0, 1), TILE_ROWS, chunk)
+    described_words = gluon_described(words[0], TILE_ROWS, TILE_COLUMNS // 32) if words else described_ds
     hopper_gemms.input_gemm_kernel[(gemm_programs(call.tokens, call.columns, call.target),)](
-        *described, *described[:2] * missing, _gluon_described(dx, TILE_ROWS // 2, TILE_COLUMNS // choice["slices"]),
-        described_ds, _gluon_described(call.padded_a(group), chunk, TILE_COLUMNS), described_words, *call.batch,
+        *described, *described[:2] * missing, gluon_described(dx, TILE_ROWS // 2, TILE_COLUMNS // choice["slices"]),
+        described_ds, gluon_described(call.padded_a(group), chunk, TILE_COLUMNS), described_words, *call.batch,
         call.tokens, call.columns, *inner, *inner[:1] * missing, call.segments, call.adapter_count,
         LINEARS=linears, MASKED=call.masked, LET_GO=let_go,
         # A loop over the segments, if only of one: without it the compiler spills the terms of several linears.
@@ -138,8 +135,3 @@ def _halvings(segments: int) -> int:
 def _takes(*tensors: Tensor) -> bool:
     """May our GEMM take them? It wants 16-bit numbers; the mask's words have 32."""
     return all((one.element_size() == 2 or one.dtype == torch.int32) and fetchable(one) for one in tensors)
-
-
-def _gluon_described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], TYPES[tensor.dtype])
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)

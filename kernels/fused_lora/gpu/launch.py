@@ -6,18 +6,24 @@ segments begin is found by the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 from torch import Tensor
 
-from fused_lora.gpu import masks, passes
-from fused_lora.gpu.calls import SUMMED_TILE, Call, aligned, described, part_of
-from fused_lora.gpu.choices import rank_block
+from fused_lora.gpu import hopper_passes, masks, passes
+from fused_lora.gpu.calls import SUMMED_TILE, Call, aligned, described, gluon_described, part_of
+from fused_lora.gpu.choices import (
+    MOST_RANKS,
+    PROJECT_COLUMNS,
+    PROJECT_ROWS,
+    has_gluon_kernels,
+    project_slots,
+    rank_block,
+)
 from fused_lora.gpu.gemms import input_product, output
-
-MOST_RANKS = {1: 128, 2: 64, 3: 32}  # that a pass over x has accumulators for, by the number of linears
 
 
 def forward(
@@ -28,11 +34,10 @@ def forward(
     """y of each linear, s and the mask bits: see `fused_lora.ops`."""
     call = Call(x, weights, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
                  max_rank, masked)  # fmt: skip
-    bits = draw_masks(call) if masked else _none(x)
     s = x.new_empty(call.linears, call.tokens, call.width)
     ys = [x.new_empty(call.tokens, weight.shape[0]) for weight in weights]
+    bits = project(call, s)
     if call.tokens:
-        project(call, bits, s)
         for linear in range(call.linears):
             output(call, linear, s, biases[linear], ys[linear])
     return ys, s, bits if keep_bits else _none(x)
@@ -78,49 +83,99 @@ def input_gradients(
             input_pass(call, group, ds, bits, group_parts, da, beside)
 
 
+def project(call: Call, s: Tensor) -> Tensor:
+    """Fill s; the mask bits, int32 [P, tokens, words], or an empty tensor without masks."""
+    at_once = has_gluon_kernels(call.bits, call.target)  # each group's masks are drawn by the pass that applies them
+    if not call.masked:
+        bits = _none(call.x)
+    elif at_once:
+        bits = _new_bits(call)
+    else:
+        bits = draw_masks(call)
+    for group in call.groups() if call.tokens else ():
+        (mask_and_project if at_once else project_masked)(call, group, bits, s)
+    return bits
+
+
+def _new_bits(call: Call) -> Tensor:
+    return torch.empty(call.linears, call.tokens, call.words, dtype=torch.int32, device=call.x.device)
+
+
 def draw_masks(call: Call) -> Tensor:
     """The mask bits, int32 [P, tokens, words]."""
-    bits = torch.empty(call.linears, call.tokens, call.words, dtype=torch.int32, device=call.x.device)
+    bits = _new_bits(call)
     choice = call.choice("masks", call.columns)
     rows, columns = choice["rows"], choice["columns"]
     grid = (triton.cdiv(call.tokens, rows), triton.cdiv(call.words, columns), call.linears)
     if call.tokens:
         masks.draw_masks_kernel[grid](
             bits, call.positions, call.thresholds, call.keys, *call.batch, call.tokens, call.words, call.segments,
-            call.adapter_count, POSITION_STRIDE=int(len(call.positions) == call.tokens), SEGMENTS=call.segment_block,
+            call.adapter_count, POSITION_STRIDE=call.position_stride, SEGMENTS=call.segment_block,
             ROWS=rows, COLUMNS=columns, num_warps=choice["warps"], **call.overlap,
         )  # fmt: skip
     return bits
 
 
-def project(call: Call, bits: Tensor, s: Tensor) -> None:
-    """Fill s."""
-    for group in call.groups():
-        linears = group.stop - group.start
-        choice = call.choice("project", call.columns, linears=linears)
-        ranks = rank_block(call.max_rank, MOST_RANKS[linears])
-        rank_tiles = triton.cdiv(call.max_rank, ranks)
-        # Whole tiles of columns to each split, so that no tile is read by two.
-        split_columns = triton.cdiv(triton.cdiv(call.columns, choice["splits"]), choice["columns"]) * choice["columns"]
-        splits = triton.cdiv(call.columns, split_columns)
-        whole = splits == rank_tiles == 1  # then sums are complete, and an adapter's row is written by one program
-        shape = (linears, call.tokens, call.width)
-        target = s[group] if whole else s.new_empty(splits, *shape, dtype=torch.float32)
-        passes.project_kernel[(call.tiles(choice["rows"]), rank_tiles, splits)](
-            described(call.x, choice["rows"], choice["columns"]), described(call.a_like_x, ranks, choice["columns"]),
-            part_of(bits, group), target, call.scales[group], call.rank_offsets[group], *call.batch, call.tokens,
-            call.columns, call.width, call.words, call.segments, call.adapter_count, split_columns,
-            LINEARS=linears, MASKED=call.masked, WHOLE=whole, PRECISION=call.precision, SEGMENTS=call.segment_block,
-            RANKS=ranks, **call.pass_settings(choice),
+def mask_and_project(call: Call, group: slice, bits: Tensor, s: Tensor) -> None:
+    """Fill the bits and s of a group of linears."""
+    linears = group.stop - group.start
+    ranks = rank_block(call.max_rank, MOST_RANKS[linears])
+    splits = call.choice("mask_and_project", call.columns, linears=linears)["splits"]
+    tiles = call.tiles(PROJECT_ROWS)
+
+    def launch(grid: tuple[int, ...], *arguments, **settings) -> None:
+        hopper_passes.mask_and_project_kernel[grid](
+            gluon_described(call.x, PROJECT_ROWS, PROJECT_COLUMNS),
+            gluon_described(call.a_like_x, ranks, PROJECT_COLUMNS), *arguments, call.positions,
+            call.thresholds[group], call.keys[group], **settings, POSITION_STRIDE=call.position_stride,
+            SLOTS=project_slots(math.prod(grid), linears, ranks, call.target), num_warps=hopper_passes.WARPS,
+            maxnreg=hopper_passes.registers(linears, ranks), launch_pdl=True,
         )  # fmt: skip
-        if whole:
-            continue
-        width, rows = call.summed_rows()
-        passes.finish_project_kernel[(triton.cdiv(call.tokens, rows), linears)](
-            target, s[group], call.scales[group], call.rank_offsets[group], *call.batch, call.tokens, call.width,
-            call.segments, call.adapter_count, splits, target.stride(0), SEGMENTS=call.segment_block, WIDTH=width,
-            ROWS=rows, num_warps=4, **call.overlap,
+
+    _project(call, group, bits, s, ranks, tiles, splits, PROJECT_COLUMNS, launch)
+
+
+def project_masked(call: Call, group: slice, bits: Tensor, s: Tensor) -> None:
+    """Fill s of a group of linears, from masks that are drawn."""
+    linears = group.stop - group.start
+    ranks = rank_block(call.max_rank, MOST_RANKS[linears])
+    choice = call.choice("project", call.columns, linears=linears)
+    rows, columns = choice["rows"], choice["columns"]
+
+    def launch(grid: tuple[int, ...], *arguments, **settings) -> None:
+        passes.project_kernel[grid](
+            described(call.x, rows, columns), described(call.a_like_x, ranks, columns), *arguments, **settings,
+            PRECISION=call.precision, **call.pass_settings(choice),
         )  # fmt: skip
+
+    _project(call, group, bits, s, ranks, call.tiles(rows), choice["splits"], columns, launch)
+
+
+def _project(
+    call: Call, group: slice, bits: Tensor, s: Tensor, ranks: int, tiles: int, splits: int, columns: int,
+    launch: Callable[..., None],
+) -> None:  # fmt: skip
+    """What both have in common: how the columns are split, and the sums of the splits."""
+    linears, rank_tiles = group.stop - group.start, triton.cdiv(call.max_rank, ranks)
+    # Whole tiles of columns to each split, so that no tile is read by two.
+    split_columns = triton.cdiv(triton.cdiv(call.columns, splits), columns) * columns
+    splits = triton.cdiv(call.columns, split_columns)
+    whole = splits == rank_tiles == 1  # then sums are complete, and an adapter's row is written by one program
+    shape = (linears, call.tokens, call.width)
+    target = s[group] if whole else s.new_empty(splits, *shape, dtype=torch.float32)
+    launch(
+        (tiles, rank_tiles, splits), part_of(bits, group), target, call.scales[group], call.rank_offsets[group],
+        *call.batch, call.tokens, call.columns, call.width, call.words, call.segments, call.adapter_count,
+        split_columns, LINEARS=linears, MASKED=call.masked, WHOLE=whole, SEGMENTS=call.segment_block, RANKS=ranks,
+    )  # fmt: skip
+    if whole:
+        return
+    width, rows = call.summed_rows()
+    passes.finish_project_kernel[(triton.cdiv(call.tokens, rows), linears)](
+        target, s[group], call.scales[group], call.rank_offsets[group], *call.batch, call.tokens, call.width,
+        call.segments, call.adapter_count, splits, target.stride(0), SEGMENTS=call.segment_block, WIDTH=width,
+        ROWS=rows, num_warps=4, **call.overlap,
+    )  # fmt: skip
 
 
 def output_pass(call: Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor, db: Tensor) -> None:

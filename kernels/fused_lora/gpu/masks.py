@@ -35,7 +35,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def _compared(keep, random, threshold, BIT: tl.constexpr):
+def compared(keep, random, threshold, BIT: tl.constexpr):
     """One bit of 32 numbers against the threshold's: where they differ it decides, else the lower bits have."""
     clear = (((threshold >> BIT) & 1) - 1).to(tl.uint32, bitcast=True)  # all ones where the threshold's bit is not set
     return (keep & random) | ((keep | random) & clear)
@@ -70,10 +70,10 @@ def draw_masks_kernel(
     for call in tl.static_range(4):
         counter = (columns * 4 + call).to(tl.uint32)[None, :]
         r0, r1, r2, r3 = philox4x32(counter, low, high, tl.zeros((1, 1), tl.uint32), key_0, key_1)
-        keep = _compared(keep, r0, threshold, 4 * call)
-        keep = _compared(keep, r1, threshold, 4 * call + 1)
-        keep = _compared(keep, r2, threshold, 4 * call + 2)
-        keep = _compared(keep, r3, threshold, 4 * call + 3)
+        keep = compared(keep, r0, threshold, 4 * call)
+        keep = compared(keep, r1, threshold, 4 * call + 1)
+        keep = compared(keep, r2, threshold, 4 * call + 2)
+        keep = compared(keep, r3, threshold, 4 * call + 3)
     target = bits + (linear * tokens + rows[:, None]).to(tl.int64) * words + columns[None, :]
     inside = (rows < tokens)[:, None] & (columns < words)[None, :]
     tl.store(target, keep.to(tl.int32, bitcast=True), mask=inside)

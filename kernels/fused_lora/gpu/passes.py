@@ -34,8 +34,9 @@ def _dropped(tile, bits, rows, column, words, tokens, MASKED: tl.constexpr, ROWS
 
 @triton.jit
 def _sum_of_parts(parts, count, part_size, place, inside, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The sum of `count` partial sums in a fixed order, float32 [HEIGHT, WIDTH]; AT_ONCE loads are under way."""
-    AT_ONCE: tl.constexpr = 16 if HEIGHT * WIDTH <= 512 else 8
+    """The sum of `count` partial sums in a fixed order, float32 [HEIGHT, WIDTH]; AT_ONCE loads are under way, few
+    enough that all programs find registers at once."""
+    AT_ONCE: tl.constexpr = 8
     total = tl.zeros((HEIGHT, WIDTH), tl.float32)
     for first in range(0, count, AT_ONCE):
         part = first + tl.arange(0, AT_ONCE)

@@ -16,6 +16,7 @@ import torch
 from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRALinear, LoRASegment, LoRASettings, lora_linears
 from fused_lora.gpu import calls, choices, hopper_gemms, launch
 from fused_lora.gpu.calls import Call
+from fused_lora.linear import operator_arguments
 from fused_lora.philox import keep_mask, unpack
 from lorafusion.benchmarks.verify import MOST_ERROR, MOST_SCALE_ERROR, errors, kernels, random_problem, reference
 
@@ -126,6 +127,49 @@ def test_masks_are_bitwise_those_of_the_reference():
     )  # fmt: skip
     ours = unpack(launch.draw_masks(call)[0], 4099)
     assert torch.equal(ours, keep_mask(2**64 - 5, positions, 4099, 0.3))
+
+
+# tokens, columns, ranks of each linear's adapters, dropout, dtype: one tile and many, odd sizes, several linears, more
+# ranks than a program takes, fewer tokens than fill the GPU.
+PROJECTIONS = [
+    (8192, 4096, [[16]], 0.1, torch.bfloat16),
+    (1, 64, [[16]], 0.1, torch.bfloat16),
+    (777, 1032, [[16, 5, 16, 40]], 0.1, torch.bfloat16),
+    (333, 44, [[8, 2, 8, 1]], 0.5, torch.float16),
+    (2048, 4096, [[16], [16], [16]], 0.1, torch.bfloat16),
+    (700, 520, [[40, 13, 40, 7], [40, 13, 2, 7]], 0.3, torch.float16),
+    (900, 256, [[200, 66, 200, 9]], 0.1, torch.bfloat16),
+    (500, 2048, [[16, 5, 16, 16]] * 4, 0.1, torch.bfloat16),
+    (777, 1032, [[16, 5, 16, 40]], 0.0, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("tokens", "columns", "ranks", "dropout", "dtype"), PROJECTIONS)
+def test_the_pass_that_draws_masks_equals_two_kernels(monkeypatch, tokens, columns, ranks, dropout, dtype):
+    """Equal bits, and s to a rounding, as its sums are in another order."""
+    if torch.cuda.get_device_capability() != choices.OWN_CAPABILITY:
+        pytest.skip("the pass is for sm_90")
+    generator = torch.Generator(GPU).manual_seed(11)
+
+    def normal(*shape):
+        return torch.randn(*shape, device=GPU, generator=generator).to(dtype)
+
+    adapters = [[LoRAAdapter(normal(r, columns) * columns**-0.5, normal(64, r), 1.5 + g, dropout, 7 + g + 10 * i)
+                 for g, r in enumerate(row)] for i, row in enumerate(ranks)]  # fmt: skip
+    borders = (0, tokens // 3, tokens // 3, tokens // 3 + 1, tokens) if len(ranks[0]) > 1 else (0, tokens)
+    batch = LoRABatch.of([LoRASegment(*span, i) for i, span in enumerate(itertools.pairwise(borders))],
+                         torch.arange(tokens, device=GPU) + 2**33)  # fmt: skip
+    weights, table = [normal(64, columns) for _ in ranks], AdapterTable.of(adapters, GPU)
+    call = Call(normal(tokens, columns), weights, *operator_arguments(adapters, batch, table, training=True))
+    found = []
+    for at_once in (True, False):
+        monkeypatch.setattr(launch, "has_gluon_kernels", lambda bits, target, at_once=at_once: at_once)
+        s = torch.full((len(ranks), tokens, call.width), float("nan"), device=GPU, dtype=dtype)
+        found.append((launch.project(call, s), s))
+    (bits, s), (expected_bits, expected_s) = found
+    assert torch.equal(bits, expected_bits)
+    assert s.isfinite().all()
+    assert (s - expected_s).float().abs().max() <= 1e-2 * expected_s.float().abs().max()
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["bits kept", "bits drawn again"])

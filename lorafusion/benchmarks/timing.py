@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -26,7 +27,9 @@ def own_stream(device: torch.device) -> AbstractContextManager:
 
 
 def prepared(function: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """The function, run a few times, and on a GPU captured in a graph: the host's own time does not count."""
+    """The function, run a few times, and on a GPU captured in a graph: the host's own time does not count.
+
+    What is returned keeps the function, and with it all that the graph reads."""
     if device.type != "cuda":
         function()
         return function
@@ -37,7 +40,13 @@ def prepared(function: Callable[[], object], device: torch.device) -> Callable[[
     # On the stream of the warm-up: autograd remembers the stream that a leaf was first used on.
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
         function()
-    return graph.replay
+    return partial(_replay, graph, function)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, _kept: Callable[[], object]) -> None:
+    """Replay a graph. The function that it is of is kept: without that, a batch's borders were freed, other tensors
+    took their memory, and kernels skipped tokens or read beyond the batch."""
+    graph.replay()
 
 
 def seconds(

@@ -249,7 +249,7 @@ def _draw_bars(ax: Axes, data: pd.DataFrame, groups: list, looks: dict[str, Vari
             ends = [[row.value - row.ci_low], [row.ci_high - row.value]]
             ax.errorbar(x, row.value, yerr=ends, color="black", linewidth=0.6, capsize=1.5, capthick=0.6)
         if numbers:
-            ax.annotate(f"{row.value:.3g}", (x, row.value if pd.isna(row.ci_high) else row.ci_high), **note)
+            ax.annotate(f"{row.value:.2f}", (x, row.value if pd.isna(row.ci_high) else row.ci_high), **note)
     ax.set(xticks=range(len(groups)), xticklabels=groups, xlim=(-0.55, len(groups) - 0.45))
 
 

@@ -1,7 +1,8 @@
 """Dropout masks as packed bits: the kernel that draws them, and how other kernels read them.
 
-They are drawn by a kernel of their own, which depends on nothing but keys and positions. Drawn inside the pass over x
-they cost more, not less: 55 us for 8192 x 4096 on an H200, against 12 us here and 28 us for the pass that reads them.
+They are drawn by a kernel of their own, which depends on nothing but keys and positions: drawn by the threads that
+multiply they cost more, 55 us for 8192 x 4096 on an H200 against 12 us here and 28 us for the pass that reads them. On
+sm_90 `hopper_passes` draws them by other warps of the same pass; there this kernel is for bits that were not kept.
 """
 
 import triton

@@ -12,10 +12,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def wait_for_the_kernel_before(OVERLAP: tl.constexpr):
-    """Comes first in every kernel but two: `output_gemm_kernel` waits before it reads s, since its other operands and the
-    memory of y are older than the kernel before it, and so is all that `input_pass_kernel` reads where that runs beside
-    the GEMM for dx. Where OVERLAP (sm_90 and later), a kernel is launched while the one
-    before it ends, and waits here for its results: that hides a microsecond or two of each launch."""
+    """Comes first in every kernel but two. `output_gemm_kernel` waits before it reads s: its other operands and the
+    memory of y are older than the kernel before it; so is all that `input_pass_kernel` reads where it runs beside the
+    GEMM for dx. Where OVERLAP (sm_90 and later), a kernel is launched while the one before it ends, and waits here for
+    its results: that hides a microsecond or two of each launch."""
     if OVERLAP:
         gdc_wait()
 

@@ -2,8 +2,9 @@
 
 What is compiled is what would be launched: the host code of `gpu.launch` runs on tensors without storage, its launches
 are caught, and each distinct one is compiled for the targets. Checked: nothing spills, shared memory and registers stay
-within the GPU's limits, no arithmetic in float64 (a scalar that was promoted by mistake), and on sm_90 that the GEMMs
-use wgmma and the copy engine. A kernel that fails a check makes the command fail, after the table is written.
+within the GPU's limits, no arithmetic in float64 (a scalar that was promoted by mistake), and that what is written in
+Gluon for sm_90 uses wgmma and the copy engine. A kernel that fails a check makes the command fail, after the table is
+written.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ CASES = (
     Case("one adapter"),
     Case("one adapter, no dropout", masked=False),
     Case("few tokens", tokens=512),
+    Case("gate and up, four adapters, rank 32", linears=2, adapters=4, rank=32),
     Case("four adapters", adapters=4),
     Case("sixteen adapters", adapters=16),
     Case("q, k and v", linears=3),

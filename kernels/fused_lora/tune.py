@@ -90,12 +90,12 @@ def main() -> None:
     out = arguments.out or choices.TUNED / f"{target.slug}.json"
     kernels = [kernel for kernel in ORDER if kernel in arguments.kernels]
     if choices.has_gluon_kernels(16, target):
-        kernels = [kernel for kernel in kernels if kernel != "project"]  # another pass takes its place
+        kernels = [kernel for kernel in kernels if kernel != "project"]  # another pass, which is not tuned, does it
     tasks = [task for kernel in kernels for task in shapes(kernel, arguments)]
     compile_all(tasks, arguments.jobs)
     out.parent.mkdir(parents=True, exist_ok=True)
     old = _entries(out)
-    entries = [item for item in old if item["kernel"] not in arguments.kernels]
+    entries = [item for item in old if item["kernel"] not in kernels]
     for kernel, shape, widths in tasks:
         entries.append(tuned(kernel, shape, widths, entries))
         print(_line(entries[-1]), flush=True)

@@ -51,7 +51,7 @@ class Setting:
 
     def random(self, *shape: int, scale: float = 1.0, stream: int = 0) -> Tensor:
         """Normal numbers; tensors of different streams are independent."""
-        generator = torch.Generator(self.device).manual_seed(1000 * self.seed + stream)
+        generator = torch.Generator(self.device).manual_seed(1000 * (self.seed + 1) + stream)
         return torch.randn(shape, device=self.device, dtype=self.dtype, generator=generator) * scale
 
 

@@ -87,7 +87,11 @@ def counted(tool: str, suite_name: str, bench: Bench, tokens: int) -> list[dict]
     if done.returncode:
         note = " ".join((done.stderr or done.stdout).split())[-200:]
         return [row | {"value": None, "status": "crash", "note": f"ncu: {note}"} for row in rows]
-    sums, note = summed_bytes(done.stdout, len(rows)), "ncu, caches emptied before each kernel"
+    try:
+        sums = summed_bytes(done.stdout, len(rows))
+    except UserError as error:
+        return [row | {"value": None, "status": "crash", "note": str(error)} for row in rows]
+    note = "ncu, caches emptied before each kernel"
     return [row | {"value": value, "note": note} for row, value in zip(rows, sums, strict=True)]
 
 

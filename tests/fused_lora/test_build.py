@@ -35,7 +35,9 @@ def expected_kernels(case, target):
     kernels = kernels | GATING if case.gated else kernels
     if case.gemm["gemm"] == choices.OWN and case.rank % 16:
         kernels = kernels | {"pad_kernel"}
-    if target == 90 and case.dtype != torch.float32 and case.tokens == 8192 and case.rank * case.linears <= 128:
+    if target == 90 and case.rank > choices.MOST_RANKS[case.linears]:
+        kernels = kernels - {"mask_and_project_kernel"} | {"project_kernel"}
+    elif target == 90 and case.dtype != torch.float32 and case.tokens == 8192:
         kernels = kernels - {"finish_project_kernel"}
     return kernels if case.masked else kernels - {"draw_masks_kernel"}
 

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from fused_lora.gpu import choices
 from fused_lora.gpu.choices import (
     GEMMS,
+    MOST_RANKS,
     Shape,
     Target,
     choose,
     defaults,
+    draws_while_projecting,
     has_gluon_kernels,
     own_gemm,
+    project_registers,
     project_slots,
     rank_block,
 )
@@ -86,11 +89,24 @@ def test_our_pass_over_x_has_about_a_program_for_each_multiprocessor():
     splits = {tokens: defaults("mask_and_project", replace(SHAPE, tokens=tokens), H200)["splits"]
               for tokens in (0, 1, 2048, 4096, 8192, 8500, 10**6)}  # fmt: skip
     assert splits == {0: 8, 1: 8, 2048: 4, 4096: 2, 8192: 1, 8500: 1, 10**6: 1}
-    for linears, ranks in ((1, 16), (1, 128), (2, 64), (3, 32)):
-        alone, two = (project_slots(programs, linears, ranks, H200) for programs in (132, 133))
+    for linears, ranks in itertools.product((1, 2, 3), (16, 32, 64, 128)):
+        if ranks > MOST_RANKS[linears]:
+            continue
+        alone, more = (project_slots(programs, linears, ranks, H200) for programs in (132, 133))
+        registers, drawing = project_registers(linears, ranks)
+        multiplying = 3 * registers - drawing - 24
+        assert (multiplying % 8, drawing % 8) == (0, 0)
+        two = 2 * 12 * 32 * registers <= 65_536
         step = 2 * 128 * (64 + linears * ranks)
-        assert 2 <= two <= alone / 2
-        assert 160_000 < alone * step <= 2 * 110_592 >= 2 * two * step
+        assert 2 <= more <= alone / (1 + two)
+        assert 160_000 < alone * step <= 221_184 >= (1 + two) * more * step
+
+
+def test_masks_are_drawn_once():
+    assert [draws_while_projecting(1, rank, 16, H200) for rank in (1, 128, 129)] == [True, True, False]
+    assert [draws_while_projecting(3, rank, 16, H200) for rank in (32, 33)] == [True, False]
+    assert not draws_while_projecting(1, 16, 32, H200)
+    assert not draws_while_projecting(1, 16, 16, B200)
 
 
 def test_kernels_in_gluon_are_for_16_bits_on_an_sm_90():

@@ -98,6 +98,12 @@ def defaults(kernel: str, shape: Shape, target: Target) -> dict[str, Any]:
     return own_gemm() if has_gluon_kernels(shape.bits, target) else {"gemm": LIBRARY}
 
 
+def draws_while_projecting(linears: int, max_rank: int, bits: int, target: Target) -> bool:
+    """Does one pass draw the masks of so many linears and project? Not where its programs hold only a part of the
+    ranks: each would draw all masks again."""
+    return has_gluon_kernels(bits, target) and max_rank <= MOST_RANKS[linears]
+
+
 def has_gluon_kernels(bits: int, target: Target) -> bool:
     """May the kernels in Gluon be launched, for a dtype of so many bits?"""
     return target.capability == OWN_CAPABILITY and bits == 16
@@ -109,11 +115,23 @@ def own_gemm(**settings: Any) -> dict[str, Any]:
     return {"gemm": OWN, "group": 8, "slices": 2, "slots": 4, "stores": 1} | settings
 
 
+def project_registers(linears: int, ranks: int) -> tuple[int, int]:
+    """Of a thread of mask_and_project, were all alike, and of one that draws.
+
+    The eight warps that multiply and draw and the loader's, which counts as four, share them. With 80 two programs fit
+    on a multiprocessor, but not the sums of three linears or of more than 64 ranks; those of two linears with 32 ranks
+    only if the warps that draw have fewer."""
+    if linears == 3 or linears * ranks > 64:
+        return 112, 96
+    return 80, 72 if linears * ranks == 64 and linears == 2 else 96
+
+
 def project_slots(programs: int, linears: int, ranks: int, target: Target) -> int:
     """Steps of mask_and_project that are on their way. A program takes all shared memory, so that no second one begins
-    on its multiprocessor while others are free; half of it where there are more programs than multiprocessors."""
-    room = PROJECT_SHARED if programs <= target.processors else PROJECT_SHARED // 2
-    return room // (2 * PROJECT_COLUMNS * (PROJECT_ROWS + linears * ranks))
+    on its multiprocessor while others are free; half of it where there are more programs than multiprocessors, and the
+    registers of two."""
+    two = programs > target.processors and project_registers(linears, ranks)[0] == 80
+    return PROJECT_SHARED // (1 + two) // (2 * PROJECT_COLUMNS * (PROJECT_ROWS + linears * ranks))
 
 
 def gemm_programs(tokens: int, columns: int, target: Target) -> int:

@@ -1,7 +1,8 @@
 """The pass over x for s on sm_90, which draws the dropout masks that it applies.
 
 Drawing is bound by arithmetic and reading x by memory, so they overlap: one warp orders copies, four draw masks, four
-mask and multiply. On an H200 two kernels took 12 and 26 us for 8192 x 4096, of the 17 that the memory needs.
+mask and multiply. In the graph of a linear of 8192 x 4096 on an H200 it takes 33 us, where two kernels took 13 and
+31; x alone takes the memory 16.
 
 Written in Gluon for what Triton does not do, warp roles and this: x goes from where the copy engine put it straight to
 the registers that the matrix unit reads, is masked there, and is multiplied from there.
@@ -13,25 +14,19 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_lora.gpu.choices import PROJECT_COLUMNS, PROJECT_ROWS
-from fused_lora.gpu.hopper import HALF_WORDS, LOADER_REGISTERS, after
+from fused_lora.gpu.hopper import HALF, HALF_WORDS, LOADER_REGISTERS, PART, after
 from fused_lora.gpu.masks import compared, philox4x32
 
 WARPS = 4  # that multiply; as many draw
 
 ROWS, STEP = gl.constexpr(PROJECT_ROWS), gl.constexpr(PROJECT_COLUMNS)
 STEP_WORDS = gl.constexpr(PROJECT_COLUMNS // 32)
-ROLE_WARPS, DRAWING_REGISTERS = gl.constexpr(WARPS), gl.constexpr(96)
+ROLE_WARPS = gl.constexpr(WARPS)
 WORD_SLOTS = gl.constexpr(4)  # steps whose masks are drawn ahead
 WORDS = gl.constexpr(gl.SliceLayout(2, HALF_WORDS.value))  # a step's mask words, who holds an element holding its word
 DRAWN = gl.constexpr(gl.BlockedLayout([1, 2], [16, 2], [WARPS, 1], [1, 0]))
 WORDS_SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 SCAN = gl.constexpr(gl.BlockedLayout([1], [32], [WARPS], [0]))
-
-
-def registers(linears: int, ranks: int) -> int:
-    """Of a thread, were all alike: of the eight warps that multiply and draw and the loader's, which counts as four.
-    With 80 two programs fit on a multiprocessor, but not the sums of three linears or of more than 64 ranks."""
-    return 80 if linears < 3 and linears * ranks <= 64 else 112
 
 
 @gluon.jit
@@ -120,14 +115,7 @@ def _draw(
             inside = (rows < row_stop)[:, None] & (word < words)[None, :]
             gl.store(bits + row[:, None] * words + word[None, :], drawn, mask=inside)
         mbarrier.arrive(filled.index(slot), count=1)
-        slot, phase = after_word(slot, phase)
-
-
-@gluon.jit
-def after_word(slot, phase):
-    """The next slot of the ring of mask words, and the parity of its turn."""
-    last = slot == WORD_SLOTS - 1
-    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+        slot, phase = after(slot, phase, (filled,))
 
 
 @gluon.jit
@@ -192,7 +180,7 @@ def _multiply(
         slot, phase = after(slot, phase, ring)
         if MASKED:
             mbarrier.arrive(used.index(word_slot), count=1)
-            word_slot, word_phase = after_word(word_slot, word_phase)
+            word_slot, word_phase = after(word_slot, word_phase, (drawn,))
     rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, PRODUCT))
     ranks = rank + gl.arange(0, RANKS, gl.SliceLayout(0, PRODUCT))
     for linear in gl.static_range(LINEARS):
@@ -213,13 +201,14 @@ def mask_and_project_kernel(
     x, a, bits, target, scales, rank_offsets, offsets, adapters, tokens, columns, s_width, words, segments,
     adapter_count, split_columns, positions, thresholds, keys,
     LINEARS: gl.constexpr, MASKED: gl.constexpr, WHOLE: gl.constexpr, SEGMENTS: gl.constexpr, RANKS: gl.constexpr,
-    POSITION_STRIDE: gl.constexpr, SLOTS: gl.constexpr,
+    POSITION_STRIDE: gl.constexpr, SLOTS: gl.constexpr, DRAWING_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """What `masks.draw_masks_kernel` and `passes.project_kernel` compute, for elements of 16 bits, by tiles of ROWS
     rows and steps of STEP columns. Rows of bits whose tokens have no adapter, or one without ranks, are not written.
 
-    Grid (row tiles, rank tiles, splits); each rank tile writes the same bits.
+    Grid (row tiles, rank tiles, splits), with one rank tile where MASKED.
     """
+    gl.static_assert(ROWS == PART and STEP == HALF)  # whose layout of words the warps that multiply use
     gdc_wait()
     gdc_launch_dependents()
     segment, first, row_stop = _tile_of_segment(offsets, gl.program_id(0), tokens, segments, SEGMENTS)

@@ -19,7 +19,8 @@ from fused_lora.gpu.choices import (
     MOST_RANKS,
     PROJECT_COLUMNS,
     PROJECT_ROWS,
-    has_gluon_kernels,
+    draws_while_projecting,
+    project_registers,
     project_slots,
     rank_block,
 )
@@ -72,20 +73,25 @@ def input_gradients(
     what remains of it in the end: our GEMM lets the pass over x begin beside it. On a second stream either could begin
     first, and a pass that did took all multiprocessors.
     """
-    groups, beside = call.groups(), False
-    # Before the GEMM: memory that it gives back must not be written beside it.
-    parts = [input_parts(call, group) for group in groups] if da is not None else []
+    groups = call.groups()
+    let_go = beside = dx is not None and da is not None and len(groups) == 1
+    # Before the GEMM: memory that its launch gives back must not be written beside it.
+    early = input_parts(call, groups[0]) if let_go else None
     if dx is not None:
         for group in groups:
-            beside = input_product(call, group, dys, ds, bits, dx, let_go=da is not None and len(groups) == 1)
+            beside = input_product(call, group, dys, ds, bits, dx, let_go)
     if da is not None:
-        for group, group_parts in zip(groups, parts, strict=True):
-            input_pass(call, group, ds, bits, group_parts, da, beside)
+        for group in groups:
+            parts = input_parts(call, group) if early is None else early
+            input_pass(call, group, ds, bits, parts, da, beside)
 
 
 def project(call: Call, s: Tensor) -> Tensor:
     """Fill s; the mask bits, int32 [P, tokens, words], or an empty tensor without masks."""
-    at_once = has_gluon_kernels(call.bits, call.target)  # each group's masks are drawn by the pass that applies them
+    at_once = all(
+        draws_while_projecting(group.stop - group.start, call.max_rank, call.bits, call.target)
+        for group in call.groups()
+    )
     if not call.masked:
         bits = _none(call.x)
     elif at_once:
@@ -121,15 +127,15 @@ def mask_and_project(call: Call, group: slice, bits: Tensor, s: Tensor) -> None:
     linears = group.stop - group.start
     ranks = rank_block(call.max_rank, MOST_RANKS[linears])
     splits = call.choice("mask_and_project", call.columns, linears=linears)["splits"]
-    tiles = call.tiles(PROJECT_ROWS)
+    tiles, (registers, drawing) = call.tiles(PROJECT_ROWS), project_registers(linears, ranks)
 
     def launch(grid: tuple[int, ...], *arguments, **settings) -> None:
         hopper_passes.mask_and_project_kernel[grid](
             gluon_described(call.x, PROJECT_ROWS, PROJECT_COLUMNS),
             gluon_described(call.a_like_x, ranks, PROJECT_COLUMNS), *arguments, call.positions,
             call.thresholds[group], call.keys[group], **settings, POSITION_STRIDE=call.position_stride,
-            SLOTS=project_slots(math.prod(grid), linears, ranks, call.target), num_warps=hopper_passes.WARPS,
-            maxnreg=hopper_passes.registers(linears, ranks), launch_pdl=True,
+            SLOTS=project_slots(math.prod(grid), linears, ranks, call.target), DRAWING_REGISTERS=drawing,
+            num_warps=hopper_passes.WARPS, maxnreg=registers, launch_pdl=True,
         )  # fmt: skip
 
     _project(call, group, bits, s, ranks, tiles, splits, PROJECT_COLUMNS, launch)

@@ -23,10 +23,11 @@ def wait_for_the_kernel_before(OVERLAP: tl.constexpr):
 @triton.jit
 def let_the_next_begin(OVERLAP: tl.constexpr):
     """Follows the wait in the passes, whose sums are added by a small kernel or used by a GEMM: these may take places
-    that become free one by one. Not in other kernels: programs of a pass that come early crowd where there is room
-    first, and the pass over x took 47 us instead of 28.
+    that become free one by one. Of other kernels only the GEMM for dx does the same, for a pass that may run beside it:
+    programs of a pass that come early crowd where there is room first, and the pass over x took 47 us instead of 29.
 
-    After the wait, so that the next kernel may read what is older than this one before a wait of its own."""
+    After the wait, so that the next kernel may read what is older than this one before a wait of its own. Beside the
+    GEMM one program of the pass waits, and the next kernel begins only after all programs have come this far."""
     if OVERLAP:
         gdc_launch_dependents()
 

@@ -249,7 +249,7 @@ def _draw_bars(ax: Axes, data: pd.DataFrame, groups: list, looks: dict[str, Vari
             ends = [[row.value - row.ci_low], [row.ci_high - row.value]]
             ax.errorbar(x, row.value, yerr=ends, color="black", linewidth=0.6, capsize=1.5, capthick=0.6)
         if numbers:
-            ax.annotate(f"{row.value:.2f}", (x, row.value if pd.isna(row.ci_high) else row.ci_high), **note)
+            ax.annotate(_three_digits(row.value), (x, row.value if pd.isna(row.ci_high) else row.ci_high), **note)
     ax.set(xticks=range(len(groups)), xticklabels=groups, xlim=(-0.55, len(groups) - 0.45))
 
 
@@ -259,6 +259,11 @@ def _bar_handles(data: pd.DataFrame, looks: dict[str, Variant]) -> list[Patch]:
     if (data["kind"] == "published").any():
         handles.append(Patch(label="published", **_bar_look(Variant("", "0.3", 0), "published")))
     return handles
+
+
+def _three_digits(value: float) -> str:
+    """1.1 as 1.10, beside 1.05."""
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _plain_ticks(axis) -> None:

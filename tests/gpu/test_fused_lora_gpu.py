@@ -44,11 +44,15 @@ def with_gemm(settings):
     return replaced.object(calls, "choose", choose)
 
 
+def skip_unless_sm_90(reason):
+    if torch.cuda.get_device_capability() != choices.OWN_CAPABILITY:
+        pytest.skip(reason)
+
+
 @pytest.fixture
 def of_our_gemm(monkeypatch):
     """How often our GEMM was launched."""
-    if torch.cuda.get_device_capability() != choices.OWN_CAPABILITY:
-        pytest.skip("our GEMM is for sm_90")
+    skip_unless_sm_90("our GEMM is for sm_90")
     launches = []
     for name in ("output_gemm_kernel", "input_gemm_kernel"):
         kernel = getattr(hopper_gemms, name)
@@ -61,8 +65,8 @@ def of_our_gemm(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_close_to_float64_as_eager(shape, dtype, mixed, gemm):
-    if gemm != "library" and torch.cuda.get_device_capability() != choices.OWN_CAPABILITY:
-        pytest.skip("our GEMM is for sm_90")
+    if gemm != "library":
+        skip_unless_sm_90("our GEMM is for sm_90")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     problem = random_problem(*shape, mixed, GPU, dtype, seed=1)
     with with_gemm(GEMMS[gemm]):
@@ -85,8 +89,7 @@ def test_our_gemm_is_what_runs(of_our_gemm):
 def test_our_gemm_for_linears_that_share_their_input(linears, dropout, factors):
     """dx in one product for all, with the masks of each; the library's, one after the other, is the reference. One
     adapter has no factors on the first linear, and its s there is nothing but zeros."""
-    if torch.cuda.get_device_capability() != choices.OWN_CAPABILITY:
-        pytest.skip("our GEMM is for sm_90")
+    skip_unless_sm_90("our GEMM is for sm_90")
     generator = torch.Generator(GPU).manual_seed(7)
 
     def normal(*shape, scale=1.0):
@@ -152,8 +155,7 @@ PROJECTIONS = [
 @pytest.mark.parametrize(("tokens", "columns", "ranks", "dropout", "dtype"), PROJECTIONS)
 def test_the_pass_that_draws_masks_equals_two_kernels(monkeypatch, tokens, columns, ranks, dropout, dtype, places):
     """Equal bits, and s to a rounding, as its sums are in another order."""
-    if torch.cuda.get_device_capability() != choices.OWN_CAPABILITY:
-        pytest.skip("the pass is for sm_90")
+    skip_unless_sm_90("the pass is for sm_90")
     generator = torch.Generator(GPU).manual_seed(11)
 
     def normal(*shape):
@@ -260,8 +262,7 @@ def test_a_batch_may_be_overwritten_between_replays():
 def test_dx_is_done_when_the_pass_beside_it_ends_first(captured):
     """dx sums over 28672 outputs for long after the pass over 64 columns of x, and what reads it must wait. da too must
     be right: a of rank 8 is padded for the GEMM, in memory that the pass beside it must not be given."""
-    if torch.cuda.get_device_capability() != choices.OWN_CAPABILITY:
-        pytest.skip("our GEMM is for sm_90")
+    skip_unless_sm_90("our GEMM is for sm_90")
     problem = random_problem(64, 28672, 8192, 8, False, GPU, torch.bfloat16, seed=6)
     adapters = [replace(one, a=one.a.requires_grad_(), b=one.b.requires_grad_()) for one in problem.adapters]
     table, batch = AdapterTable.of([adapters], GPU), LoRABatch.of(problem.segments, problem.positions)

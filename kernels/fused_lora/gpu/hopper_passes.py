@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_lora.gpu.choices import PROJECT_COLUMNS, PROJECT_ROWS
 from fused_lora.gpu.hopper import HALF, HALF_WORDS, LOADER_REGISTERS, PART, after
-from fused_lora.gpu.masks import compared, philox4x32
+from fused_lora.gpu.masks import drawn, without_dropped
 
 WARPS = 4  # that multiply; as many draw
 
@@ -103,17 +103,12 @@ def _draw(
         for linear in gl.static_range(LINEARS):
             threshold, key_low, key_high = settings[linear]
             keep = gl.full((ROWS, STEP_WORDS), 0xFFFFFFFF, gl.uint32, DRAWN)
-            for call in gl.static_range(4):
-                counter = (word * 4 + call).to(gl.uint32)[None, :]
-                zero = gl.zeros((1, 1), gl.uint32, DRAWN)
-                random = philox4x32(counter, low, high, zero, key_low, key_high)
-                for index in gl.static_range(4):
-                    keep = compared(keep, random[index], threshold, 4 * call + index)
-            drawn = keep.to(gl.int32, bitcast=True)
-            word_slots.index(slot * LINEARS + linear).store(drawn)
+            zero = gl.zeros((1, 1), gl.uint32, DRAWN)
+            found = drawn(keep, word, low, high, zero, key_low, key_high, threshold).to(gl.int32, bitcast=True)
+            word_slots.index(slot * LINEARS + linear).store(found)
             row = linear * gl.to_tensor(tokens).to(gl.int64) + rows
             inside = (rows < row_stop)[:, None] & (word < words)[None, :]
-            gl.store(bits + row[:, None] * words + word[None, :], drawn, mask=inside)
+            gl.store(bits + row[:, None] * words + word[None, :], found, mask=inside)
         mbarrier.arrive(filled.index(slot), count=1)
         slot, phase = after(slot, phase, (filled,))
 
@@ -125,22 +120,7 @@ def _masked(tile, word, OPERAND: gl.constexpr):
     spread = gl.convert_layout(spread.reshape((ROWS, STEP)), OPERAND, assert_trivial=True)
     shift = (31 - gl.arange(0, STEP, gl.SliceLayout(0, OPERAND)) % 32)[None, :]
     shift = gl.full((ROWS, STEP), 0, gl.int32, OPERAND) + shift
-    return gl.inline_asm_elementwise(
-        """
-        {
-            .reg .b32 first, second;
-            shl.b32 first, $2, $4;
-            shl.b32 second, $3, $5;
-            prmt.b32 first, first, second, 0xFFBB;
-            and.b32 $0, $1, first;
-        }
-        """,
-        "=r,r,r,r,r,r",
-        [tile, spread, shift],
-        dtype=tile.dtype,
-        is_pure=True,
-        pack=2,
-    )
+    return without_dropped(tile, spread, shift)
 
 
 @gluon.jit
@@ -153,7 +133,7 @@ def _multiply(
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=PRODUCT, k_width=2)
     target, scales, rank_offsets = outputs
     x_slots, a_slots, filled, emptied = ring
-    word_slots, drawn, used = word_ring
+    word_slots, ready, used = word_ring
     first, row_stop, rank, adapter = place
     tokens, s_width, _, adapter_count = sizes
     sums = ()
@@ -164,7 +144,7 @@ def _multiply(
     for _ in range(start, stop, STEP):
         mbarrier.wait(filled.index(slot), phase)
         if MASKED:
-            mbarrier.wait(drawn.index(word_slot), word_phase)
+            mbarrier.wait(ready.index(word_slot), word_phase)
         x_slot, added = x_slots.index(slot), ()
         for linear in gl.static_range(LINEARS):
             a_slot = a_slots.index(slot * LINEARS + linear).permute((1, 0))
@@ -180,7 +160,7 @@ def _multiply(
         slot, phase = after(slot, phase, ring)
         if MASKED:
             mbarrier.arrive(used.index(word_slot), count=1)
-            word_slot, word_phase = after(word_slot, word_phase, (drawn,))
+            word_slot, word_phase = after(word_slot, word_phase, (ready,))
     rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, PRODUCT))
     ranks = rank + gl.arange(0, RANKS, gl.SliceLayout(0, PRODUCT))
     for linear in gl.static_range(LINEARS):
@@ -229,8 +209,8 @@ def mask_and_project_kernel(
     a_slots = gl.allocate_shared_memory(a.dtype, [SLOTS * LINEARS] + a.block_type.shape, a.layout)
     word_slots = gl.allocate_shared_memory(gl.int32, [WORD_SLOTS * LINEARS, ROWS, STEP_WORDS], WORDS_SHARED)
     filled, emptied = _barriers(SLOTS)
-    drawn, used = _barriers(WORD_SLOTS)
-    ring, word_ring = (x_slots, a_slots, filled, emptied), (word_slots, drawn, used)
+    ready, used = _barriers(WORD_SLOTS)
+    ring, word_ring = (x_slots, a_slots, filled, emptied), (word_slots, ready, used)
     place, sizes = (first, row_stop, rank, gl.maximum(adapter, 0)), (tokens, s_width, words, adapter_count)
     outputs = (target, scales, rank_offsets)
     if MASKED:

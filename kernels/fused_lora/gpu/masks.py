@@ -36,10 +36,24 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def compared(keep, random, threshold, BIT: tl.constexpr):
+def _compared(keep, random, threshold, BIT: tl.constexpr):
     """One bit of 32 numbers against the threshold's: where they differ it decides, else the lower bits have."""
     clear = (((threshold >> BIT) & 1) - 1).to(tl.uint32, bitcast=True)  # all ones where the threshold's bit is not set
     return (keep & random) | ((keep | random) & clear)
+
+
+@triton.jit
+def drawn(keep, words, low, high, zero, key_0, key_1, threshold):
+    """The mask words [rows, words] of places `words` and positions (low, high [rows, 1]): a bit for each element.
+
+    keep: all ones. zero: [1, 1]. key_0, key_1 and threshold: [rows, 1], or of all rows. Kernels in Gluon call it, too:
+    it makes no tensor, so layouts are those of the arguments."""
+    for call in tl.static_range(4):
+        counter = (words * 4 + call).to(tl.uint32)[None, :]
+        random = philox4x32(counter, low, high, zero, key_0, key_1)
+        for index in tl.static_range(4):
+            keep = _compared(keep, random[index], threshold, 4 * call + index)
+    return keep
 
 
 @triton.jit
@@ -68,13 +82,7 @@ def draw_masks_kernel(
     key_0, key_1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
     keep = tl.full((ROWS, COLUMNS), 0xFFFFFFFF, tl.uint32)
-    for call in tl.static_range(4):
-        counter = (columns * 4 + call).to(tl.uint32)[None, :]
-        r0, r1, r2, r3 = philox4x32(counter, low, high, tl.zeros((1, 1), tl.uint32), key_0, key_1)
-        keep = compared(keep, r0, threshold, 4 * call)
-        keep = compared(keep, r1, threshold, 4 * call + 1)
-        keep = compared(keep, r2, threshold, 4 * call + 2)
-        keep = compared(keep, r3, threshold, 4 * call + 3)
+    keep = drawn(keep, columns, low, high, tl.zeros((1, 1), tl.uint32), key_0, key_1, threshold)
     target = bits + (linear * tokens + rows[:, None]).to(tl.int64) * words + columns[None, :]
     inside = (rows < tokens)[:, None] & (columns < words)[None, :]
     tl.store(target, keep.to(tl.int32, bitcast=True), mask=inside)
@@ -101,6 +109,28 @@ def kept(word, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def without_dropped(tile, word, shift):
+    """tile of 16-bit elements, zero where an element's word, shifted left, has no sign; all of one shape. Kernels in
+    Gluon call it, too, with all in one layout."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+            .reg .b32 first, second;
+            shl.b32 first, $2, $4;
+            shl.b32 second, $3, $5;
+            prmt.b32 first, first, second, 0xFFBB;
+            and.b32 $0, $1, first;
+        }
+        """,
+        "=r,r,r,r,r,r",
+        [tile, word, shift],
+        dtype=tile.dtype,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
 def masked(tile, word, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """tile [ROWS, COLUMNS], zero where the words [ROWS, COLUMNS // 32] drop it.
 
@@ -109,20 +139,5 @@ def masked(tile, word, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """
     if tile.dtype.primitive_bitwidth == 16 and not INTERPRETED:
         shift = tl.broadcast_to((31 - tl.arange(0, COLUMNS) % 32)[None, :], (ROWS, COLUMNS))
-        return tl.inline_asm_elementwise(
-            """
-            {
-                .reg .b32 first, second;
-                shl.b32 first, $2, $4;
-                shl.b32 second, $3, $5;
-                prmt.b32 first, first, second, 0xFFBB;
-                and.b32 $0, $1, first;
-            }
-            """,
-            "=r,r,r,r,r,r",
-            [tile, _spread(word, ROWS, COLUMNS), shift],
-            dtype=tile.dtype,
-            is_pure=True,
-            pack=2,
-        )
+        return without_dropped(tile, _spread(word, ROWS, COLUMNS), shift)
     return tl.where(kept(word, ROWS, COLUMNS), tile, tl.zeros_like(tile))

@@ -71,6 +71,7 @@ GEMM_CANDIDATES = [
 INPUT_PASS = [
     *_grid(chunk=(128, 256, 512, 1024), rows=(32, 64), columns=(128, 256), warps=(4,), stages=(3,)),
     *_grid(chunk=(256, 512), rows=(64,), columns=(128,), warps=(4,), stages=(2, 4)),
+    *_grid(chunk=(512, 1024, 2048), rows=(64,), columns=(128, 256), warps=(8,), stages=(2, 3)),
 ]
 CANDIDATES |= {"output": GEMM_CANDIDATES, "input": GEMM_CANDIDATES, "input_pass": INPUT_PASS}
 ORDER = tuple(CANDIDATES)  # in which a kernel's choice is known before others are measured with it
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to write; the default is where the kernels look for it")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--kernels", nargs="+", choices=ORDER, default=ORDER)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -95,7 +96,8 @@ def main() -> None:
     compile_all(tasks, arguments.jobs)
     out.parent.mkdir(parents=True, exist_ok=True)
     old = _entries(out)
-    entries = [item for item in old if item["kernel"] not in kernels]
+    again = {(kernel, shape.ranks) for kernel, shape, _ in tasks}
+    entries = [item for item in old if (item["kernel"], item["shape"]["ranks"]) not in again]
     for kernel, shape, widths in tasks:
         entries.append(tuned(kernel, shape, widths, entries))
         print(_line(entries[-1]), flush=True)
@@ -108,9 +110,10 @@ def shapes(kernel: str, arguments: argparse.Namespace) -> Iterator[tuple[str, Sh
     """Kernel, shape and the linears' output widths of everything that is tuned."""
     single = [(inputs, (outputs,)) for inputs, outputs in LINEARS]
     linears = [*single, *SHARED] if kernel in ("project", "input_pass", "expand_input", "input") else single
+    ranks = arguments.ranks[: 1 if kernel in choices.OF_ANY_RANK else None]
     seen: set[Shape] = set()
-    for tokens, (inputs, widths) in itertools.product(arguments.tokens, linears):
-        shape = Shape(tokens, *_sizes(kernel, inputs, widths), len(widths), rank_width(arguments.rank))
+    for rank, tokens, (inputs, widths) in itertools.product(ranks, arguments.tokens, linears):
+        shape = Shape(tokens, *_sizes(kernel, inputs, widths), len(widths), rank_width(rank))
         if shape not in seen:  # a pass does not see the linear's other side
             seen.add(shape)
             yield kernel, shape, widths
@@ -205,21 +208,31 @@ def microseconds(graphs: dict[int, torch.cuda.CUDAGraph], repeats: int = 15) -> 
 
 def _forced(kernel: str, candidate: Choice, entries: list[dict]):
     """The candidate for its kernel, what was tuned before for the others, else the defaults."""
-    known = {(item["kernel"], json.dumps(item["shape"])): item["choice"] for item in entries}
+    known = {_key_of(item): item["choice"] for item in entries}
 
     def choose(name: str, shape: Shape, target: choices.Target) -> Choice:
         default = choices.defaults(name, shape, target)
-        if name == kernel:
-            return default | candidate
-        near = shape if name in choices.GEMMS else replace(shape, inner=0)
-        return default | known.get((name, json.dumps(choices.asdict(near))), {})
+        return default | (candidate if name == kernel else known.get(_key(name, shape), {}))
 
     return patch.object(calls, "choose", choose)
 
 
+def _key(kernel: str, shape: Shape) -> tuple[str, Shape]:
+    """A kernel and what of the shape its choice depends on."""
+    return kernel, replace(
+        shape,
+        inner=shape.inner if kernel in choices.GEMMS else 0,
+        ranks=0 if kernel in choices.OF_ANY_RANK else shape.ranks,
+    )
+
+
+def _key_of(entry: dict) -> tuple[str, Shape]:
+    return _key(entry["kernel"], Shape(**entry["shape"]))
+
+
 def compile_all(tasks: list, jobs: int) -> None:
     """Compile all candidates in processes of their own, which fills Triton's cache: twelve times as fast."""
-    work = {(kernel, shape.linears, index): (kernel, shape, widths, index)
+    work = {(kernel, shape.linears, shape.ranks, index): (kernel, shape, widths, index)
             for kernel, shape, widths in tasks for index in range(len(CANDIDATES[kernel]))}  # fmt: skip
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile, work.values(), chunksize=4))
@@ -241,12 +254,8 @@ def _entries(out: Path) -> list[dict]:
 
 def _replaced(old: list[dict], new: list[dict]) -> list[dict]:
     """The old entries, new ones of the same kernel and shape in their place, and the other new ones."""
-
-    def key(item: dict) -> tuple[str, str]:
-        return item["kernel"], json.dumps(item["shape"])
-
-    fresh = {key(item): item for item in new}
-    return [fresh.pop(key(item), item) for item in old] + list(fresh.values())
+    fresh = {_key_of(item): item for item in new}
+    return [fresh.pop(_key_of(item), item) for item in old] + list(fresh.values())
 
 
 def _text(entries: list[dict], target: choices.Target) -> str:

@@ -12,7 +12,7 @@ from fused_lora.gpu import choices
 from fused_lora.gpu.choices import Shape, Target
 
 H200 = Target("NVIDIA H200", (9, 0), 132)
-ARGUMENTS = Namespace(tokens=[2048, 8192], rank=16)
+ARGUMENTS = Namespace(tokens=[2048, 8192], ranks=[16, 64])
 
 
 @pytest.mark.parametrize("kernel", tune.ORDER)
@@ -35,6 +35,7 @@ def test_every_shape_is_measured_once(kernel):
     shapes = [shape for _, shape, _ in tune.shapes(kernel, ARGUMENTS)]
     assert len(set(shapes)) == len(shapes) > 0
     assert {shape.tokens for shape in shapes} == {2048, 8192}
+    assert {shape.ranks for shape in shapes} == ({16} if kernel in choices.OF_ANY_RANK else {16, 64})
     grouped = kernel in ("project", "input_pass", "expand_input", "input")
     assert {shape.linears for shape in shapes} == ({1, 2, 3} if grouped else {1})
 

@@ -17,6 +17,7 @@ from typing import Any
 TUNED = Path(__file__).parent.parent / "tuned"
 MOST_RANKS = {1: 128, 2: 64, 3: 32}  # that a pass over x has accumulators for, by the number of linears
 GEMMS = ("output", "input")  # the products with a base weight, by their results
+OF_ANY_RANK = (*GEMMS, "masks")  # kernels whose choice is no matter of ranks
 LIBRARY, OWN = "library", "own"
 OWN_CAPABILITY = (9, 0)  # that the kernels in Gluon are written for
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of our GEMM
@@ -147,8 +148,8 @@ def entry(kernel: str, shape: Shape, choice: dict[str, Any], **measured: Any) ->
 
 
 def _group(kernel: str, shape: Shape) -> tuple:
-    """Shapes that may stand for each other. Whose GEMM is faster is no matter of ranks."""
-    return kernel, shape.linears, 0 if kernel in GEMMS else rank_block(shape.ranks, 128), shape.bits
+    """Shapes that may stand for each other."""
+    return kernel, shape.linears, 0 if kernel in OF_ANY_RANK else rank_block(shape.ranks, 128), shape.bits
 
 
 def _distance(first: Shape, second: Shape) -> float:

@@ -192,15 +192,15 @@ NEAR = {
 @pytest.mark.parametrize("name", list(NEAR))
 def test_the_nearest_entry_is_taken(tuned, name):
     tuned(
-        choices.entry("masks", SHAPE, {"rows": "base"}, microseconds=1.5),
-        choices.entry("masks", Shape(4096, 14336), {"rows": "wide"}),
-        choices.entry("masks", Shape(65536, 14336), {"rows": "wide, many tokens"}),
-        choices.entry("masks", replace(SHAPE, ranks=64), {"rows": "rank 64"}),
-        choices.entry("masks", Shape(10, 10, ranks=64, masked=False), {"rows": "rank 64, no dropout"}),
+        choices.entry("output_pass", SHAPE, {"rows": "base"}, microseconds=1.5),
+        choices.entry("output_pass", Shape(4096, 14336), {"rows": "wide"}),
+        choices.entry("output_pass", Shape(65536, 14336), {"rows": "wide, many tokens"}),
+        choices.entry("output_pass", replace(SHAPE, ranks=64), {"rows": "rank 64"}),
+        choices.entry("output_pass", Shape(10, 10, ranks=64, masked=False), {"rows": "rank 64, no dropout"}),
         choices.entry("project", SHAPE, {"rows": "another kernel"}),
     )
     shape, expected = NEAR[name]
-    assert choose("masks", shape, H200) == defaults("masks", shape, H200) | {"rows": expected}
+    assert choose("output_pass", shape, H200) == defaults("output_pass", shape, H200) | {"rows": expected}
 
 
 def test_whose_gemm_is_faster_does_not_depend_on_ranks(tuned):

@@ -136,10 +136,7 @@ def runner(kernel: str, shape: Shape, widths: tuple[int, ...]) -> Callable[[], N
         inputs = 64  # of no matter
     x = torch.randn(shape.tokens, inputs, device=device, dtype=torch.bfloat16)
     weights = [torch.randn(width, inputs, device=device, dtype=torch.bfloat16) / inputs**0.5 for width in widths]
-    adapters = []
-    for index, weight in enumerate(weights):
-        a, b = torch.randn_like(x[: shape.ranks]), torch.randn_like(weight[:, : shape.ranks])
-        adapters.append([LoRAAdapter(a, b, 2.0, 0.1, 5 + index)])
+    adapters = random_adapters(shape.ranks, inputs, widths, device)
     table = AdapterTable.of(adapters, device)
     batch = LoRABatch.of([LoRASegment(0, shape.tokens, 0)], torch.arange(shape.tokens, device=device))
     call = Call(x, weights, *operator_arguments(adapters, batch, table, training=True))
@@ -160,6 +157,18 @@ def runner(kernel: str, shape: Shape, widths: tuple[int, ...]) -> Callable[[], N
         "expand_input": lambda: gemms.expand_input(call, group, s, bits, dx),
         "input": lambda: gemms.input_product(call, group, dys, s, bits, dx),
     }[kernel]
+
+
+def random_adapters(rank: int, inputs: int, widths: tuple[int, ...], device: torch.device) -> list[list[LoRAAdapter]]:
+    """One adapter in bf16 on each linear."""
+
+    def factor(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    return [
+        [LoRAAdapter(factor(rank, inputs), factor(outputs, rank), 2.0, 0.1, key=5 + linear)]
+        for linear, outputs in enumerate(widths)
+    ]
 
 
 def tuned(kernel: str, shape: Shape, widths: tuple[int, ...], entries: list[dict]) -> dict[str, Any]:

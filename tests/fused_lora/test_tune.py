@@ -6,6 +6,7 @@ import json
 from argparse import Namespace
 
 import pytest
+import torch
 
 from fused_lora import tune
 from fused_lora.gpu import choices
@@ -38,6 +39,14 @@ def test_every_shape_is_measured_once(kernel):
     assert {shape.ranks for shape in shapes} == ({16} if kernel in choices.OF_ANY_RANK else {16, 64})
     grouped = kernel in ("project", "input_pass", "expand_input", "input")
     assert {shape.linears for shape in shapes} == ({1, 2, 3} if grouped else {1})
+
+
+@pytest.mark.parametrize("rank", [16, 128])
+def test_adapters_are_whole_where_the_rank_exceeds_the_input(rank):
+    """They were slices of x and the weights once: at rank 128 the kernels read beyond B, whose input was 64 wide."""
+    adapters = tune.random_adapters(rank, 64, (4096, 1024), torch.device("cpu"))
+    assert [[tuple(one.a.shape) for one in linear] for linear in adapters] == [[(rank, 64)]] * 2
+    assert [tuple(linear[0].b.shape) for linear in adapters] == [(4096, rank), (1024, rank)]
 
 
 def entry(kernel, tokens, microseconds):

@@ -83,6 +83,8 @@ CASES = (
     Case("own GEMM, gate and up", gemm=choices.own_gemm(), linears=2),
     Case("own GEMM, q, k and v, four adapters", gemm=choices.own_gemm(), linears=3, adapters=4),
     Case("own GEMM, rank 128", gemm=choices.own_gemm(), rank=128),
+    Case("own GEMM, rank 128, gate and up", gemm=choices.own_gemm(slices=4, stores=2), rank=128, linears=2),
+    Case("own GEMM, rank 128, q, k and v", gemm=choices.own_gemm(), rank=128, linears=3),
 )
 
 

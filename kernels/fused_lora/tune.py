@@ -2,7 +2,7 @@
 
 Writes `fused_lora/tuned/<gpu>.json`, which `gpu.choices` reads: for each kernel and shape the fastest of the candidates
 below, with its time, the library GEMM's among the GEMMs, and where it was measured. A candidate that does not compile
-or run is counted and left out.
+or run, or keeps registers in memory, is counted and left out.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
 from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, rank_width
 from fused_lora.gpu import calls, choices, gemms, launch
@@ -99,7 +100,11 @@ def main() -> None:
     again = {(kernel, shape.ranks) for kernel, shape, _ in tasks}
     entries = [item for item in old if (item["kernel"], item["shape"]["ranks"]) not in again]
     for kernel, shape, widths in tasks:
-        entries.append(tuned(kernel, shape, widths, entries))
+        found = tuned(kernel, shape, widths, entries)
+        if found is None:
+            print(f"{kernel} {shape}: no candidate runs without a spill; the defaults stay", flush=True)
+            continue
+        entries.append(found)
         print(_line(entries[-1]), flush=True)
         out.write_text(_text(_replaced(old, entries), target))  # whenever it is stopped, what was measured stays
     out.write_text(_text(entries, target))
@@ -171,22 +176,41 @@ def random_adapters(rank: int, inputs: int, widths: tuple[int, ...], device: tor
     ]
 
 
-def tuned(kernel: str, shape: Shape, widths: tuple[int, ...], entries: list[dict]) -> dict[str, Any]:
+def tuned(kernel: str, shape: Shape, widths: tuple[int, ...], entries: list[dict]) -> dict[str, Any] | None:
     """The entry of the fastest candidate; earlier entries are the choices of the other kernels that it runs with."""
     run = runner(kernel, shape, widths)
-    graphs, failed = {}, 0
+    graphs = {}
     for index, candidate in enumerate(CANDIDATES[kernel]):
         try:
             with _forced(kernel, candidate, entries):
-                graphs[index] = captured(run)
+                if not spills(run):
+                    graphs[index] = captured(run)
         except Exception:  # out of shared memory, or the compiler fails: data, not an error
-            failed += 1
+            pass
+    if not graphs:
+        return None
     times = microseconds(graphs)
     best = min(times, key=times.get)
+    failed = len(CANDIDATES[kernel]) - len(times)
     measured = {"microseconds": round(times[best], 2), "candidates": len(times), "failed": failed}
-    if kernel in choices.GEMMS:
+    if 0 in times and kernel in choices.GEMMS:
         measured["library_microseconds"] = round(times[0], 2)
     return choices.entry(kernel, shape, CANDIDATES[kernel][best], **measured)
+
+
+def spills(run: Callable[[], None]) -> bool:
+    """Does one of the kernels that a function launches keep registers in memory? How much that costs is the next
+    compiler's to say, and `fused_lora.build` lets none pass."""
+    launched = []
+    original = JITFunction.run
+
+    def note(*arguments: Any, **keywords: Any) -> Any:
+        launched.append(original(*arguments, **keywords))
+        return launched[-1]
+
+    with patch.object(JITFunction, "run", note):
+        run()
+    return any(one.n_spills for one in launched)
 
 
 def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -135,7 +135,7 @@ def load_product(x, w, ring, row, column, inner, slot, phase, TRANSPOSED: gl.con
 @gluon.jit
 def load_lora(
     s, factor, tables, ring, s_row, factor_row, height, row, row_stop, column, first, last, slot, phase,
-    WIDTH: gl.constexpr, TRANSPOSED: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     """Order the operands of the LoRA terms of segments [first, last).
 
@@ -147,7 +147,8 @@ def load_lora(
         start, stop = span(offsets, adapters, segment, row, row_stop)
         place = factor_row + gl.load(adapters + segment) * height
         if start < stop:
-            for chunk in range(WIDTH // RANKS):
+            # A constant's turns are unrolled, and this warp's 24 registers do not suffice for the four of 128 ranks.
+            for chunk in range(s.shape[1] // RANKS):
                 bar = filled.index(slot)
                 mbarrier.wait(emptied.index(slot), phase ^ 1)
                 mbarrier.expect(bar, s.block_type.nbytes + factor.block_type.nbytes)

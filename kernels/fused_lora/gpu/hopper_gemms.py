@@ -44,7 +44,7 @@ from fused_lora.gpu.hopper import (
 
 
 @gluon.jit
-def _output_loader(operands, tables, ring, sizes, WIDTH: gl.constexpr, STEPS: gl.constexpr, GROUP: gl.constexpr):
+def _output_loader(operands, tables, ring, sizes, STEPS: gl.constexpr, GROUP: gl.constexpr):
     x, w, s, b = operands
     tokens, columns, inner, segments = sizes
     slot, phase = gl.to_tensor(0), gl.to_tensor(0)
@@ -55,7 +55,7 @@ def _output_loader(operands, tables, ring, sizes, WIDTH: gl.constexpr, STEPS: gl
         gdc_wait()  # before s, of the kernel before; x is older
         first, last = segments_meeting(tables[0], row, row_stop, segments, STEPS)
         slot, phase = load_lora(
-            s, b, tables, ring, 0, 0, columns, row, row_stop, column, first, last, slot, phase, WIDTH, True
+            s, b, tables, ring, 0, 0, columns, row, row_stop, column, first, last, slot, phase, True
         )
 
 
@@ -112,7 +112,7 @@ def output_gemm_kernel(
                                   UPPER, HAS_BIAS, WIDTH, STEPS, GROUP)),
             (_output_multiplier, (operands, y, bias, tables, ring, y_slots, sizes,
                                   LOWER, HAS_BIAS, WIDTH, STEPS, GROUP)),
-            (_output_loader, (operands, tables, ring, sizes, WIDTH, STEPS, GROUP)),
+            (_output_loader, (operands, tables, ring, sizes, STEPS, GROUP)),
         ],
         [MULTIPLIER_WARPS, 1],
         [MULTIPLIER_REGISTERS, LOADER_REGISTERS],
@@ -135,7 +135,7 @@ def _input_loader(
             if MASKED:
                 slot, phase = load_words(bits, ring, s_row + row, column, slot, phase)
             slot, phase = load_lora(
-                ds, a, tables, ring, s_row, a_row, WIDTH, row, row_stop, column, first, last, slot, phase, WIDTH, False
+                ds, a, tables, ring, s_row, a_row, WIDTH, row, row_stop, column, first, last, slot, phase, False
             )
         for linear in gl.static_range(LINEARS):
             dy, w = products[2 * linear], products[2 * linear + 1]

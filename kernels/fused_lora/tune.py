@@ -1,8 +1,8 @@
 """Measure the launch choices of every kernel on this GPU: `python -m fused_lora.tune`.
 
 Writes `fused_lora/tuned/<gpu>.json`, which `gpu.choices` reads: for each kernel and shape the fastest of the candidates
-below, with its time, the library GEMM's among the GEMMs, and where it was measured. A candidate that does not compile
-or run, or keeps registers in memory, is counted and left out.
+below, with its time, the library GEMM's among the GEMMs, and the commit it was measured at. A candidate that does not
+compile or run, or keeps registers in memory, is counted and left out. Entries of other shapes stay as they are.
 """
 
 from __future__ import annotations
@@ -91,24 +91,26 @@ def main() -> None:
     target = calls.target_of(torch.device("cuda", torch.cuda.current_device()))
     out = arguments.out or choices.TUNED / f"{target.slug}.json"
     kernels = [kernel for kernel in ORDER if kernel in arguments.kernels]
-    if choices.has_gluon_kernels(16, target):
-        kernels = [kernel for kernel in kernels if kernel != "project"]  # another pass, which is not tuned, does it
     tasks = [task for kernel in kernels for task in shapes(kernel, arguments)]
     compile_all(tasks, arguments.jobs)
+    entries = measure_all(tasks, out, target)
+    print(f"{out}: {len(entries)} entries")
+
+
+def measure_all(tasks: list, out: Path, target: choices.Target) -> list[dict]:
+    """The file's entries, with those of the tasks measured anew; it is written after each, so that what was measured
+    stays whenever this is stopped."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    old = _entries(out)
-    again = {(kernel, shape.ranks) for kernel, shape, _ in tasks}
-    entries = [item for item in old if (item["kernel"], item["shape"]["ranks"]) not in again]
+    entries = json.loads(out.read_text())["entries"] if out.is_file() else []
     for kernel, shape, widths in tasks:
         found = tuned(kernel, shape, widths, entries)
         if found is None:
-            print(f"{kernel} {shape}: no candidate runs without a spill; the defaults stay", flush=True)
+            print(f"{kernel} {shape}: every candidate that runs spills; no entry of its own", flush=True)
             continue
-        entries.append(found)
-        print(_line(entries[-1]), flush=True)
-        out.write_text(_text(_replaced(old, entries), target))  # whenever it is stopped, what was measured stays
-    out.write_text(_text(entries, target))
-    print(f"{out}: {len(entries)} entries")
+        entries = replaced(entries, found)
+        print(_line(found), flush=True)
+        out.write_text(_text(entries, target))
+    return entries
 
 
 def shapes(kernel: str, arguments: argparse.Namespace) -> Iterator[tuple[str, Shape, tuple[int, ...]]]:
@@ -177,24 +179,31 @@ def random_adapters(rank: int, inputs: int, widths: tuple[int, ...], device: tor
 
 
 def tuned(kernel: str, shape: Shape, widths: tuple[int, ...], entries: list[dict]) -> dict[str, Any] | None:
-    """The entry of the fastest candidate; earlier entries are the choices of the other kernels that it runs with."""
+    """The entry of the fastest candidate, or None where all that run spill; earlier entries are the choices of the
+    other kernels that it runs with. Raises what the last candidate did where none runs."""
     run = runner(kernel, shape, widths)
-    graphs = {}
+    graphs, spilled, error = {}, 0, None
     for index, candidate in enumerate(CANDIDATES[kernel]):
         try:
             with _forced(kernel, candidate, entries):
-                if not spills(run):
+                if spills(run):
+                    spilled += 1
+                else:
                     graphs[index] = captured(run)
-        except Exception:  # out of shared memory, or the compiler fails: data, not an error
-            pass
+        except Exception as caught:  # out of shared memory, or the compiler fails: data, not an error
+            error = caught
     if not graphs:
+        if not spilled:
+            raise error
         return None
     times = microseconds(graphs)
     best = min(times, key=times.get)
-    failed = len(CANDIDATES[kernel]) - len(times)
-    measured = {"microseconds": round(times[best], 2), "candidates": len(times), "failed": failed}
-    if 0 in times and kernel in choices.GEMMS:
+    failed = len(CANDIDATES[kernel]) - len(times) - spilled
+    measured = {"microseconds": round(times[best], 2), "candidates": len(times), "failed": failed, "spilled": spilled}
+    if kernel in choices.GEMMS and 0 in times:
         measured["library_microseconds"] = round(times[0], 2)
+    measured["commit"] = os.environ.get("LORAFUSION_GIT_SHA")
+    measured["measured_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     return choices.entry(kernel, shape, CANDIDATES[kernel][best], **measured)
 
 
@@ -281,14 +290,12 @@ def _compile(task: tuple) -> None:
         pass
 
 
-def _entries(out: Path) -> list[dict]:
-    return json.loads(out.read_text())["entries"] if out.is_file() else []
-
-
-def _replaced(old: list[dict], new: list[dict]) -> list[dict]:
-    """The old entries, new ones of the same kernel and shape in their place, and the other new ones."""
-    fresh = {_key_of(item): item for item in new}
-    return [fresh.pop(_key_of(item), item) for item in old] + list(fresh.values())
+def replaced(entries: list[dict], new: dict) -> list[dict]:
+    """The entries with a new one, in the place of those that it stands for."""
+    key = _key_of(new)
+    index = next((i for i, item in enumerate(entries) if _key_of(item) == key), len(entries))
+    rest = [item for item in entries if _key_of(item) != key]
+    return [*rest[:index], new, *rest[index:]]
 
 
 def _text(entries: list[dict], target: choices.Target) -> str:
@@ -297,8 +304,6 @@ def _text(entries: list[dict], target: choices.Target) -> str:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
-        "commit": os.environ.get("LORAFUSION_GIT_SHA"),
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     lines = ",\n".join("    " + json.dumps(item) for item in entries)
     return f'{{\n  "provenance": {json.dumps(provenance)},\n  "entries": [\n{lines}\n  ]\n}}\n'
@@ -306,10 +311,10 @@ def _text(entries: list[dict], target: choices.Target) -> str:
 
 def _line(item: dict) -> str:
     shape = item["shape"]
-    sizes = f"{shape['tokens']}x{shape['columns']}x{shape['inner']} P{shape['linears']}"
+    sizes = f"{shape['tokens']}x{shape['columns']}x{shape['inner']} P{shape['linears']} r{shape['ranks']}"
     library = f" (library {item['library_microseconds']})" if "library_microseconds" in item else ""
     settings = " ".join(f"{name}={value}" for name, value in item["choice"].items())
-    return f"{item['kernel']:14} {sizes:24} {item['microseconds']:9.1f} us{library}  {settings}"
+    return f"{item['kernel']:14} {sizes:28} {item['microseconds']:9.1f} us{library}  {settings}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,20 +50,78 @@ def test_adapters_are_whole_where_the_rank_exceeds_the_input(rank):
     assert [tuple(linear[0].b.shape) for linear in adapters] == [(4096, rank), (1024, rank)]
 
 
-def entry(kernel, tokens, microseconds):
-    return choices.entry(kernel, Shape(tokens, 64), {"rows": 16}, microseconds=microseconds)
+def entry(kernel, tokens, microseconds, ranks=16):
+    return choices.entry(kernel, Shape(tokens, 64, ranks=ranks), {"rows": 16}, microseconds=microseconds)
 
 
 def test_what_is_measured_anew_takes_the_place_of_the_old():
     old = [entry("masks", 1, 1.0), entry("project", 1, 2.0), entry("project", 2, 3.0)]
-    new = [entry("project", 2, 4.0), entry("project", 3, 5.0)]
-    assert tune._replaced(old, new) == [old[0], old[1], new[0], new[1]]
-    assert tune._replaced([], new) == new
+    new = entry("project", 1, 4.0)
+    assert tune.replaced(old, new) == [old[0], new, old[2]]
+    assert tune.replaced(old, entry("project", 3, 5.0)) == [*old, entry("project", 3, 5.0)]
 
 
-def test_the_file_is_read_back(tmp_path):
-    path, entries = tmp_path / "gpu.json", [entry("masks", 1, 1.5)]
-    path.write_text(tune._text(entries, H200))
-    assert tune._entries(path) == entries
+def test_masks_of_any_rank_have_one_entry():
+    """Their choice is no matter of ranks: of two entries the first would be read, which was the old one."""
+    new = entry("masks", 1, 4.0, ranks=64)
+    assert tune.replaced([entry("masks", 1, 1.0), entry("masks", 2, 1.0)], new) == [new, entry("masks", 2, 1.0)]
+    assert len(tune.replaced([entry("project", 1, 1.0)], entry("project", 1, 1.0, ranks=64))) == 2
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """`tuned` without a GPU: what a candidate's launch does, by its index; the last to be captured is the fastest."""
+    results = {}
+
+    def spills(run):
+        found = results.get(run(), False)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    running = iter(range(1000))
+    monkeypatch.setattr(tune, "runner", lambda *_: lambda: next(running))
+    monkeypatch.setattr(tune, "spills", spills)
+    monkeypatch.setattr(tune, "captured", lambda run: None)
+    monkeypatch.setattr(tune, "microseconds", lambda graphs: {index: 1000.0 - index for index in graphs})
+    monkeypatch.setenv("LORAFUSION_GIT_SHA", "abc")
+    return results
+
+
+def test_the_fastest_candidate_that_runs_and_does_not_spill(measured):
+    count = len(tune.CANDIDATES["output"])
+    measured |= {0: RuntimeError("no memory"), count - 1: True}
+    found = tune.tuned("output", Shape(8192, 64, 64), (64,), [])
+    assert found["choice"] == tune.CANDIDATES["output"][count - 2]
+    assert (found["candidates"], found["failed"], found["spilled"]) == (count - 2, 1, 1)
+    assert "library_microseconds" not in found  # the first, which failed
+    assert found["commit"] == "abc"
+
+
+def test_nothing_but_spills_is_no_entry_and_nothing_but_errors_is_an_error(measured):
+    measured |= dict.fromkeys(range(1000), True)
+    assert tune.tuned("masks", Shape(8192, 64), (64,), []) is None
+    measured |= dict.fromkeys(range(1000), MemoryError("all gone"))
+    with pytest.raises(MemoryError, match="all gone"):
+        tune.tuned("masks", Shape(8192, 64), (64,), [])
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (0, 2)])
+def test_a_spill_of_any_launched_kernel_counts(counts, monkeypatch):
+    compiled = iter([SimpleNamespace(n_spills=count) for count in counts])
+    monkeypatch.setattr(tune.JITFunction, "run", lambda self, *args, **kw: next(compiled))
+    kernel = tune.launch.masks.draw_masks_kernel
+    assert tune.spills(lambda: [kernel.run(grid=(1,), warmup=False) for _ in counts]) == any(counts)
+
+
+def test_a_part_measured_anew_leaves_the_rest_of_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "gpu.json"
+    old = [entry("masks", 2048, 1.0), entry("masks", 8192, 2.0), entry("project", 8192, 3.0)]
+    path.write_text(tune._text(old, H200))
+    answers = iter([entry("masks", 2048, 9.0), None])
+    monkeypatch.setattr(tune, "tuned", lambda *_: next(answers))
+    tasks = [("masks", Shape(2048, 64), (64,)), ("project", Shape(8192, 64), (64,))]
+    entries = tune.measure_all(tasks, path, H200)
+    assert entries == [entry("masks", 2048, 9.0), *old[1:]]
+    assert json.loads(path.read_text())["entries"] == entries
     assert json.loads(path.read_text())["provenance"]["gpu"] == "NVIDIA H200"
-    assert tune._entries(tmp_path / "none.json") == []

@@ -16,8 +16,7 @@ from lorafusion.benchmarks.timing import own_stream, prepared, saved_bytes
 from lorafusion.benchmarks.verify import MOST_ERROR, random_problem
 
 GPU = torch.device("cuda")
-# in, out, tokens, rank. Never so few tokens and ranks that one sum which cancels would decide, by luck: of two tokens
-# the five adapters leave one, of rank 1.
+# in, out, tokens, rank. Never a single token of rank 1, whose one number is as wrong as luck has it.
 SHAPES = [(512, 384, 1024, 16), (1027, 515, 777, 5), (96, 1000, 33, 40), (256, 136, 6, 16), (256, 136, 70, 1)]
 
 

@@ -108,6 +108,7 @@ def make_plan(
     *,
     stages: int,
     capacity: int,
+    data_parallel: int = 1,
     flush: bool = False,
 ) -> Plan:
     """A checked plan with its statistics. Raises `PlanError` where the order is not exact."""
@@ -115,6 +116,7 @@ def make_plan(
         system=system,
         workload_hash=workload.content_hash,
         stages=stages,
+        data_parallel=data_parallel,
         capacity=capacity,
         flush=flush,
         microbatches=tuple(microbatches),

@@ -69,24 +69,26 @@ def fixed_size_batches(workload: Workload, adapter: int, capacity: int) -> list[
     return batches
 
 
-def insert_noops(microbatches: Iterable[Microbatch], workload: Workload, stages: int) -> list[Microbatch]:
-    """The same order with the no-ops that the dependency rule asks for, each as late as can be.
+def insert_noops(
+    microbatches: Iterable[Microbatch], workload: Workload, stages: int, data_parallel: int = 1
+) -> list[Microbatch]:
+    """The same order with the no-ops that the dependency rule asks for, each as late as can be, and in whole slots.
 
     A microbatch waits until `stages` slots after the last step of each of its adapters, which in an order where
     an adapter's global batches do not interleave is exactly the rule of `lorafusion.plan`.
     """
     out: list[Microbatch] = []
-    earliest = [0] * len(workload.jobs)
+    earliest = [0] * len(workload.jobs)  # slots
     current = [-1] * len(workload.jobs)
     for microbatch in microbatches:
         start = len(out)
         for part in microbatch.segments:
             batch = workload.jobs[part.adapter].batch_of(part.samples[0])
             if batch != current[part.adapter]:
-                start = max(start, earliest[part.adapter])
+                start = max(start, earliest[part.adapter] * data_parallel)
                 current[part.adapter] = batch
         out += [NOOP] * (start - len(out))
         for adapter in microbatch.step_after:
-            earliest[adapter] = len(out) + stages
+            earliest[adapter] = len(out) // data_parallel + stages
         out.append(microbatch)
-    return out
+    return out + [NOOP] * (-len(out) % data_parallel)

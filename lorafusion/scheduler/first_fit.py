@@ -13,7 +13,7 @@ from lorafusion.scheduler.common import insert_noops, require_samples_fit, segme
 from lorafusion.workload import Workload
 
 
-def plan(workload: Workload, system: str, stages: int, capacity: int) -> Plan:
+def plan(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
     """A plan that packs each (global batch, group of adapters) by first-fit-decreasing."""
     require_samples_fit(workload, capacity)
     groups = group_adapters(workload, stages)
@@ -21,8 +21,8 @@ def plan(workload: Workload, system: str, stages: int, capacity: int) -> Plan:
     for batch in range(max(len(job.batches) for job in workload.jobs)):
         for group in groups:
             order += pack(workload, group, batch, capacity)
-    microbatches = insert_noops(order, workload, stages)
-    return make_plan(system, workload, microbatches, stages=stages, capacity=capacity)
+    microbatches = insert_noops(order, workload, stages, data_parallel)
+    return make_plan(system, workload, microbatches, stages=stages, capacity=capacity, data_parallel=data_parallel)
 
 
 def group_adapters(workload: Workload, stages: int) -> list[list[int]]:
@@ -51,17 +51,13 @@ def pack(workload: Workload, group: list[int], batch: int, capacity: int) -> lis
         if batch < len(workload.jobs[adapter].batches)
         for position in workload.jobs[adapter].batches[batch]
     ]
-    bins: list[dict[int, list[int]]] = []
-    loads: list[int] = []
-    for tokens, adapter, position in sorted(items, key=lambda item: (-item[0], item[1], item[2])):
-        index = next((i for i, load in enumerate(loads) if load + tokens <= capacity), len(bins))
-        if index == len(bins):
-            bins.append({})
-            loads.append(0)
-        bins[index].setdefault(adapter, []).append(position)
-        loads[index] += tokens
-
-    fullest_first = [bins[i] for i in sorted(range(len(bins)), key=lambda i: (-loads[i], i))]
+    bins = []
+    for indices in first_fit_decreasing([tokens for tokens, _, _ in items], capacity):
+        content: dict[int, list[int]] = {}
+        for _, adapter, position in (items[index] for index in indices):
+            content.setdefault(adapter, []).append(position)
+        bins.append((sum(items[index][0] for index in indices), content))
+    fullest_first = [content for _, content in sorted(bins, key=lambda loaded: -loaded[0])]
     last = {adapter: index for index, content in enumerate(fullest_first) for adapter in content}
     return [
         Microbatch(
@@ -70,3 +66,17 @@ def pack(workload: Workload, group: list[int], batch: int, capacity: int) -> lis
         )
         for index, content in enumerate(fullest_first)
     ]
+
+
+def first_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
+    """The indices of lengths in bins: longest first, each into the first bin with room."""
+    bins: list[list[int]] = []
+    loads: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((i for i, load in enumerate(loads) if load + lengths[index] <= capacity), len(bins))
+        if place == len(bins):
+            bins.append([])
+            loads.append(0)
+        bins[place].append(index)
+        loads[place] += lengths[index]
+    return bins

@@ -14,7 +14,7 @@ from lorafusion.scheduler.common import fixed_size_batches, insert_noops, requir
 from lorafusion.workload import Workload
 
 
-def plan(workload: Workload, system: str, stages: int, capacity: int) -> Plan:
+def plan(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
     """Batch j of every adapter in turn, then batch j+1."""
     require_samples_fit(workload, capacity)
     by_adapter = [fixed_size_batches(workload, adapter, capacity) for adapter in range(len(workload.jobs))]
@@ -24,5 +24,5 @@ def plan(workload: Workload, system: str, stages: int, capacity: int) -> Plan:
         for batch in round_of_batches
         for microbatch in batch
     ]
-    microbatches = insert_noops(order, workload, stages)
-    return make_plan(system, workload, microbatches, stages=stages, capacity=capacity)
+    microbatches = insert_noops(order, workload, stages, data_parallel)
+    return make_plan(system, workload, microbatches, stages=stages, capacity=capacity, data_parallel=data_parallel)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from lorafusion.plan import Plan, make_plan
-from lorafusion.scheduler.common import fixed_size_batches, require_samples_fit
+from lorafusion.scheduler.common import fixed_size_batches, insert_noops, require_samples_fit
 from lorafusion.workload import Workload
 
 
-def plan(workload: Workload, system: str, stages: int, capacity: int) -> Plan:
+def plan(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
     """All global batches of the first adapter, then of the second; the pipeline drains after each (1F1B with flush)."""
     require_samples_fit(workload, capacity)
-    microbatches = [
+    order = [
         microbatch
         for adapter in range(len(workload.jobs))
         for batch in fixed_size_batches(workload, adapter, capacity)
         for microbatch in batch
     ]
-    return make_plan(system, workload, microbatches, stages=stages, capacity=capacity, flush=True)
+    return make_plan(
+        system,
+        workload,
+        insert_noops(order, workload, 1, data_parallel),  # after a flush the next slot sees the step
+        stages=stages,
+        capacity=capacity,
+        data_parallel=data_parallel,
+        flush=True,
+    )

@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 
 from lorafusion.errors import UserError
 from lorafusion.plan import check, statistics_of, violations
-from lorafusion.scheduler import first_fit, round_robin, sequential
+from lorafusion.scheduler import STRATEGIES, bounds, first_fit, plan_workload, round_robin, sequential
 from lorafusion.scheduler.common import insert_noops, largest_microbatch
 from lorafusion.workload import Job, Sample, Workload
 
-STRATEGIES = {"first_fit": first_fit.plan, "round_robin": round_robin.plan, "sequential": sequential.plan}
 CAPACITY = 20
 
 
@@ -37,12 +36,13 @@ def workloads(draw) -> Workload:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(max_examples=60, deadline=None)
-@given(workload=workloads(), stages=st.integers(1, 5))
-def test_every_plan_passes_the_checker(strategy, workload, stages):
-    plan = STRATEGIES[strategy](workload, strategy, stages, CAPACITY)
+@given(workload=workloads(), stages=st.integers(1, 5), data_parallel=st.integers(1, 3))
+def test_every_plan_passes_the_checker_and_none_is_below_the_bound(strategy, workload, stages, data_parallel):
+    plan = plan_workload(workload, strategy, stages=stages, capacity=CAPACITY, data_parallel=data_parallel)
     check(plan, workload)
     assert plan.statistics.tokens == workload.tokens
-    assert len(plan.microbatches) >= plan.statistics.lower_bound
+    least = bounds.lower_bound(workload, 1 if plan.flush else stages, CAPACITY, data_parallel)
+    assert len(plan.slots()) >= least
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,12 +61,13 @@ def test_no_noop_is_superfluous(workload, stages):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_sample_above_capacity_is_named(strategy, make_workload):
     with pytest.raises(UserError, match="sample 3 of 'b' has 9 tokens, more than the capacity of 8"):
-        STRATEGIES[strategy](make_workload(), "test", 1, 8)
+        plan_workload(make_workload(), strategy, stages=1, capacity=8)
 
 
 def test_the_plan_is_the_same_every_time(make_workload):
-    for strategy in STRATEGIES.values():
-        assert strategy(make_workload(), "x", 3, 16).to_json() == strategy(make_workload(), "x", 3, 16).to_json()
+    for strategy in STRATEGIES:
+        first, second = (plan_workload(make_workload(), strategy, stages=3, capacity=16) for _ in range(2))
+        assert first.to_json() == second.to_json()
 
 
 def test_mlora_takes_turns_by_whole_batches(make_job, make_workload):

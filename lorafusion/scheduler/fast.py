@@ -1,0 +1,129 @@
+"""The default: packed slot by slot, at the capacity that the simulator finds fastest.
+
+Full microbatches are the fewest, but not always the fastest: where the dependency rule leaves slots empty or nearly so,
+smaller microbatches of equal size take the same turns with less waiting. So the capacity is an upper limit here, and a
+few lower ones are tried on the first samples of the jobs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lorafusion.plan import Microbatch, Plan, make_plan
+from lorafusion.scheduler.common import NOOP, require_samples_fit, segment
+from lorafusion.scheduler.packer import Item, Packer
+from lorafusion.simulator.costs import CostModel, Costs, even_costs
+from lorafusion.simulator.schedules import simulate_stream
+from lorafusion.workload import Job, Workload
+
+FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the capacity, that are tried
+TRIED_SAMPLES = 2000  # of all jobs together
+GOOD_BUBBLE = 0.015  # of full microbatches, with which nothing else is tried
+GAIN = 0.01  # of the time, that a lower capacity must save
+
+Slots = list[tuple[list[list[Item]], set[int]]]
+
+
+def plan(
+    workload: Workload,
+    system: str,
+    stages: int,
+    capacity: int,
+    data_parallel: int = 1,
+    costs: CostModel | None = None,
+) -> Plan:
+    """A plan of little waiting; costs: of the stages, by default of equal ones."""
+    require_samples_fit(workload, capacity)
+    model = costs or even_costs(stages)
+    limit = fastest_capacity(workload, stages, capacity, data_parallel, model)
+    return _plan(workload, system, stages, capacity, data_parallel, limit)
+
+
+def fewest(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
+    """A plan of few microbatches, whatever the time: all as full as can be."""
+    require_samples_fit(workload, capacity)
+    return _plan(workload, system, stages, capacity, data_parallel, capacity)
+
+
+def _plan(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int, limit: int) -> Plan:
+    microbatches = [
+        microbatch
+        for bins, ended in pack(workload.jobs, stages, limit, data_parallel)
+        for microbatch in slot_microbatches(workload, bins, ended, data_parallel)
+    ]
+    return make_plan(system, workload, microbatches, stages=stages, capacity=capacity, data_parallel=data_parallel)
+
+
+def pack(jobs: tuple[Job, ...], stages: int, capacity: int, data_parallel: int, samples: int | None = None) -> Slots:
+    """The slots of jobs, empty ones included; not many more than hold a number of samples, where it is given."""
+    packer = Packer(stages, capacity, data_parallel)
+    for adapter, job in enumerate(jobs):
+        packer.add(adapter, job)
+    slots: Slots = []
+    placed = 0
+    while packer.streams and (samples is None or placed < samples):
+        slots.append(packer.next_slot())
+        placed += sum(map(len, slots[-1][0]))
+    return slots
+
+
+def slot_microbatches(
+    workload: Workload, bins: list[list[Item]], ended: set[int], data_parallel: int
+) -> list[Microbatch]:
+    """A slot's microbatches, of which each adapter's last one steps it; no-ops where bins are missing."""
+    contents: list[dict[int, list[int]]] = []
+    for items in bins:
+        content: dict[int, list[int]] = {}
+        for item in items:
+            content.setdefault(item.adapter, []).append(item.position)
+        contents.append(content)
+    last = {adapter: index for index, content in enumerate(contents) for adapter in content}
+    out = [
+        Microbatch(
+            segments=tuple(segment(workload, adapter, content[adapter]) for adapter in sorted(content)),
+            step_after=tuple(adapter for adapter in sorted(content) if adapter in ended and last[adapter] == index),
+        )
+        for index, content in enumerate(contents)
+    ]
+    return out + [NOOP] * (data_parallel - len(out))
+
+
+def fastest_capacity(workload: Workload, stages: int, capacity: int, data_parallel: int, model: CostModel) -> int:
+    """The capacity, up to the given one, at which the first samples train at the highest simulated throughput."""
+    longest = max(sample.tokens for job in workload.jobs for sample in job.samples)
+    best, fastest = capacity, None
+    for fraction in FRACTIONS:
+        tried = int(capacity * fraction)
+        if tried < longest:
+            break
+        slots = pack(workload.jobs, stages, tried, data_parallel, TRIED_SAMPLES)
+        costs, tokens = _costs(slots, data_parallel, model)
+        timeline = simulate_stream(costs, tokens, data_parallel)
+        throughput = timeline.throughput("steady")
+        if fastest is None:
+            fastest = throughput
+            if timeline.bubble().mean() <= GOOD_BUBBLE + _uneven(costs):
+                break
+        elif throughput > fastest * (1 + GAIN):
+            best, fastest = tried, throughput
+    return best
+
+
+def _uneven(costs: Costs) -> float:
+    """The bubble that no order takes away: the idle share of stages that have less to do than the slowest."""
+    work = costs.forward.sum(axis=1) + costs.backward.sum(axis=1)
+    return 1 - float(work.mean() / work.max())
+
+
+def _costs(slots: Slots, data_parallel: int, model: CostModel) -> tuple[Costs, np.ndarray]:
+    """The cost table of slots and their microbatches' tokens."""
+    held, steps = [], []
+    for bins, ended in slots:
+        bins = bins + [[]] * (data_parallel - len(bins))
+        held += [
+            (sum(one.tokens for one in items), sum(one.tokens**2 for one in items), len({one.adapter for one in items}))
+            for items in bins
+        ]
+        steps += [len(ended)] + [0] * (data_parallel - 1)
+    tokens, squares, adapters = (np.array(column, float) for column in zip(*held, strict=True))
+    return model.costs(tokens, squares, adapters, np.array(steps, float)), tokens.astype(np.int64)

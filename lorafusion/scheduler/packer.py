@@ -1,0 +1,184 @@
+"""One slot after another: which samples of which adapters a microbatch holds.
+
+Each turn looks at the adapters that may enter, those whose last step is S slots ago, and takes first the ones with the
+most work after their current global batch: every further batch of an adapter costs its slots and S - 1 of waiting, so
+the longest such tail decides when the plan can end (the rule of the longest path in list scheduling). Whole remainders
+of global batches are taken for as long as they fit. The rest of the room is filled as exactly as the samples at hand
+allow: from the next adapter alone where that is enough, else from the ones after it as well. So nothing is divided into
+groups, and a microbatch begins the next adapter's batch where one ends, which is what the published algorithm merges
+for.
+
+A packer can be fed while it runs: jobs come and go between global batches.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lorafusion.scheduler.bounds import fewest_slots
+from lorafusion.workload import Job
+
+SLACK = 256  # the part of the capacity that may stay empty before other adapters' samples are asked
+RESOLUTION = 1 << 16  # lengths are told apart to this part of the room
+
+
+class Item(NamedTuple):
+    """A sample that waits."""
+
+    tokens: int
+    adapter: int
+    position: int
+
+
+@dataclass
+class _Stream:
+    """What an adapter still has to do."""
+
+    job: Job
+    tails: list[int]  # slots that come after each of its batches at least, waiting included
+    batch: int = 0
+    items: list[Item] = field(default_factory=list)  # of the batch, those not placed yet, longest first
+    tokens: int = 0  # theirs
+
+
+class Packer:
+    """Bins of at most `capacity` tokens, slot after slot, for jobs that are added and withdrawn at any time."""
+
+    def __init__(self, stages: int, capacity: int, data_parallel: int = 1) -> None:
+        self.stages, self.capacity, self.data_parallel = stages, capacity, data_parallel
+        self.slot = 0
+        self.streams: dict[int, _Stream] = {}
+        self._ready: list[tuple[int, int]] = []  # heap: (-tail, adapter), the most urgent first
+        self._waiting: list[tuple[int, int]] = []  # heap: (release, adapter)
+
+    def add(self, adapter: int, job: Job, batch: int = 0) -> None:
+        """Let a job in from one of its global batches on. Its samples must fit the capacity."""
+        slots = fewest_slots(job, self.capacity, self.data_parallel)
+        tails = [0] * len(slots)
+        for index in range(len(slots) - 2, -1, -1):
+            tails[index] = tails[index + 1] + slots[index + 1] + self.stages - 1
+        self.streams[adapter] = _Stream(job, tails, batch)
+        self._load(adapter)
+
+    def withdraw(self, adapter: int) -> list[Item]:
+        """Let a job go; the samples of its current global batch that have not been placed yet. With none of that batch
+        placed it ends between two batches, else its owner must train these, or give up the ones placed."""
+        self._ready = [one for one in self._ready if one[1] != adapter]
+        self._waiting = [one for one in self._waiting if one[1] != adapter]
+        heapq.heapify(self._ready)
+        heapq.heapify(self._waiting)
+        return self.streams.pop(adapter).items
+
+    def _load(self, adapter: int, release: int | None = None) -> None:
+        """Take a stream's batch in hand, which may enter from a slot on, or at once."""
+        stream = self.streams[adapter]
+        stream.items = sorted(
+            (
+                Item(stream.job.sample_at(position).tokens, adapter, position)
+                for position in stream.job.batches[stream.batch]
+            ),
+            key=lambda item: (-item.tokens, item.position),
+        )
+        stream.tokens = sum(item.tokens for item in stream.items)
+        heapq.heappush(self._waiting, (self.slot if release is None else release, adapter))
+
+    def next_slot(self) -> tuple[list[list[Item]], set[int]]:
+        """The bins of the next slot, none where everybody waits, and the adapters whose global batch ends in it."""
+        while self._waiting and self._waiting[0][0] <= self.slot:
+            self._let_in(heapq.heappop(self._waiting)[1])
+        bins: list[list[Item]] = []
+        for replica in range(self.data_parallel):
+            content = self._fill(self._room(self.data_parallel - replica))
+            if not content:
+                break
+            bins.append(content)
+        ended = {item.adapter for content in bins for item in content if not self.streams[item.adapter].items}
+        for adapter in ended:
+            self._end_batch(adapter)
+        self.slot += 1
+        return bins, ended
+
+    def _let_in(self, adapter: int) -> None:
+        stream = self.streams[adapter]
+        heapq.heappush(self._ready, (-stream.tails[stream.batch], adapter))
+
+    def _room(self, replicas: int) -> int:
+        """Tokens for the next of some replicas. With little left they share it: the slowest decides when all are
+        done."""
+        if replicas == 1 or not self._ready:
+            return self.capacity
+        ready = [self.streams[adapter] for _, adapter in self._ready]
+        share = -(-sum(stream.tokens for stream in ready) // replicas)
+        return min(self.capacity, max(share, max(stream.items[0].tokens for stream in ready)))
+
+    def _fill(self, room: int) -> list[Item]:
+        """Take what goes into a bin out of the streams."""
+        content: list[Item] = []
+        while self._ready:
+            _, adapter = heapq.heappop(self._ready)
+            stream = self.streams[adapter]
+            if stream.tokens > room:
+                looked_at = [adapter]
+                content += fill(self._groups(looked_at), room, self.capacity // SLACK)
+                self._take(content)
+                for one in looked_at:
+                    if self.streams[one].items:
+                        self._let_in(one)
+                return content
+            content += stream.items
+            room -= stream.tokens
+        self._take(content)
+        return content
+
+    def _groups(self, looked_at: list[int]) -> Iterator[list[Item]]:
+        """The items of the adapters looked at and of those next in urgency, which it adds to them as it goes on."""
+        yield self.streams[looked_at[0]].items
+        while self._ready:
+            looked_at.append(heapq.heappop(self._ready)[1])
+            yield self.streams[looked_at[-1]].items
+
+    def _take(self, content: list[Item]) -> None:
+        taken: dict[int, set[int]] = {}
+        for item in content:
+            taken.setdefault(item.adapter, set()).add(item.position)
+            self.streams[item.adapter].tokens -= item.tokens
+        for adapter, positions in taken.items():
+            stream = self.streams[adapter]
+            stream.items = [item for item in stream.items if item.position not in positions]
+
+    def _end_batch(self, adapter: int) -> None:
+        stream = self.streams[adapter]
+        stream.batch += 1
+        if stream.batch == len(stream.job.batches):
+            del self.streams[adapter]
+            return
+        self._load(adapter, self.slot + self.stages)
+
+
+def fill(groups: Iterable[Sequence[Item]], room: int, slack: int) -> list[Item]:
+    """Items whose tokens come as close to the room as any choice of them, from as few groups as reach room - slack.
+
+    The sums that can be reached are the bits of an integer, so one addition is a shift: 100 items and 8192 tokens take
+    0.1 ms, and the choice is exact. Long samples are the first to be taken, since short ones fit anywhere later. Rooms
+    beyond 65536 tokens are counted in coarser units.
+    """
+    unit = max(1, -(-room // RESOLUTION))
+    limit, enough = room // unit, (room - slack) // unit
+    mask = (1 << (limit + 1)) - 1
+    reached, before, items = 1, [], []
+    for group in groups:
+        for item in group:
+            before.append(reached)
+            items.append(item)
+            reached |= (reached << -(-item.tokens // unit)) & mask
+        if reached.bit_length() > enough:
+            break
+    left, chosen = reached.bit_length() - 1, []
+    for item, sums in zip(reversed(items), reversed(before), strict=True):
+        if not sums >> left & 1:  # not to be had without this one
+            chosen.append(item)
+            left -= -(-item.tokens // unit)
+    return chosen

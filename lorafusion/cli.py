@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lorafusion.cli_plan import plan_app
 from lorafusion.errors import UserError
+from lorafusion.files import write
 
 # Plain text: an error stays one line in a log too.
 plain = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
@@ -17,11 +18,14 @@ app = typer.Typer(**plain, help=__doc__)
 check_app = typer.Typer(**plain, help="Prove that results are right; exit 1 where they are not.")
 figure_app = typer.Typer(**plain, help="Draw a figure from the measurement table.")
 page_app = typer.Typer(**plain, help="Make a page of the report.")
+app.add_typer(plan_app, name="plan")
 app.add_typer(check_app, name="check")
 app.add_typer(figure_app, name="figure")
 app.add_typer(page_app, name="page")
 kernels_app = typer.Typer(**plain, help="Measure LoRA linears and decoder layers; suites: configs/kernels.yaml.")
 app.add_typer(kernels_app, name="kernels")
+scheduler_app = typer.Typer(**plain, help="Judge the scheduler's strategies; suites: configs/scheduler.yaml.")
+app.add_typer(scheduler_app, name="scheduler")
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="file to write")]
 SuiteFile = Annotated[Path, typer.Option("--suite", help="a file of configs/suites")]
@@ -53,30 +57,6 @@ def workload(
     made = make_workload(config, samples=samples, global_batch=global_batch, scale=length_scale, seed=seed)
     write(out, made.to_json())
     print(f"{out}: {len(made.jobs)} adapters, {made.tokens} tokens, hash {made.content_hash}")
-
-
-@app.command()
-def plan(
-    workload: Annotated[Path, typer.Argument(help="a workload file")],
-    out: Out,
-    system: Annotated[str, typer.Option(help="a name of configs/systems.yaml")] = "lorafusion",
-    stages: Annotated[int, typer.Option(min=1, help="pipeline stages")] = 1,
-    capacity: Annotated[int, typer.Option(min=1, help="tokens a microbatch may hold")] = 8192,
-) -> None:
-    """Plan a workload for a system, and check the plan."""
-    from lorafusion.config import read_systems
-    from lorafusion.errors import one_of
-    from lorafusion.imports import load
-    from lorafusion.workload import Workload
-
-    systems = read_systems()
-    one_of("system", system, set(systems), "--system")
-    if systems[system].unavailable:
-        raise UserError(f"system {system!r} cannot plan: {systems[system].unavailable}")
-    made = load(systems[system].planner, "planner")(Workload.read(workload), system, stages, capacity)
-    write(out, made.to_json())
-    s = made.statistics
-    print(f"{out}: {s.microbatches} microbatches ({s.noops} no-ops, at least {s.lower_bound}), fill {s.fill:.3f}")
 
 
 @app.command()
@@ -177,6 +157,29 @@ def kernels_traffic(
     from lorafusion.benchmarks.traffic import run_traffic
 
     print(f"{out}: {run_traffic(suite, out, log)}")
+
+
+@scheduler_app.command("benches")
+def scheduler_benches(suite: Annotated[str, typer.Option(help="an entry of configs/scheduler.yaml")]) -> None:
+    """List the benches of a scheduler suite: each is one process."""
+    from lorafusion.benchmarks.scheduler import benches, read_scheduler_suite
+
+    for name in benches(read_scheduler_suite(suite)):
+        print(name)
+
+
+@scheduler_app.command("measure")
+def scheduler_measure(
+    suite: Annotated[str, typer.Option(help="an entry of configs/scheduler.yaml")],
+    bench: Annotated[str, typer.Option(help="a bench of the suite")],
+    out: Out,
+    repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
+    log: Annotated[Path | None, typer.Option(help="where this command's output goes, for the record")] = None,
+) -> None:
+    """Plan and simulate all points of a bench and write its result file."""
+    from lorafusion.benchmarks.scheduler import run_bench
+
+    print(f"{out}: {run_bench(suite, bench, repeat, out, log)}")
 
 
 @app.command()
@@ -304,14 +307,6 @@ def _report(verdict, out: Path) -> None:
     if not verdict.passed:
         raise typer.Exit(1)
     write_verdict(verdict, out)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def measurements_page(table: pd.DataFrame) -> str:
     """Medians, single runs, and for each run its result file, log, command and commit."""
     single = table["statistic"] == "single"
     origins = table[single][ORIGIN_COLUMNS].drop_duplicates(["cell", "repeat"])
-    return _page(
+    return page(
         "Measurements",
         "<h2>Medians over the fresh processes of a cell</h2>",
         _table(table[~single][[*CELL_COLUMNS, *NUMBER_COLUMNS]]),
@@ -49,10 +49,10 @@ def checks_page(paths: list[Path]) -> str:
         figures = pd.DataFrame({"figure": list(verdict["figures"]), "value": list(verdict["figures"].values())})
         parts.append(_table(figures))
         parts.append(f"<p><code>{escape(str(path))}</code></p>")
-    return _page("Checks", *parts)
+    return page("Checks", *parts)
 
 
-def _page(title: str, *parts: str) -> str:
+def page(title: str, *parts: str) -> str:
     body = "\n".join(parts)
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"

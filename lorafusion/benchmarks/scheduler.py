@@ -1,0 +1,161 @@
+"""The scheduler suite: plans of every strategy over a grid of workloads, their sizes counted, their times simulated.
+
+configs/scheduler.yaml has an entry for each suite. A *bench* is one process: a workload and a number of stages, over
+all global batches, adapters and strategies.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+
+from pydantic import Field
+
+from lorafusion.config import CONFIGS, Config, names_in, read_model, read_yaml
+from lorafusion.data.lengths import make_workload
+from lorafusion.errors import UserError, one_of, validated
+from lorafusion.measure.environment import provenance
+from lorafusion.measure.vocabulary import METRICS
+from lorafusion.plan import Plan
+from lorafusion.runtime.result import VERSION, write_result
+from lorafusion.scheduler import STRATEGIES, bounds, plan_workload
+from lorafusion.simulator import CostModel, costs_of, model_costs, simulate
+from lorafusion.workload import Workload, content_hash
+
+SUITES = CONFIGS / "scheduler.yaml"
+# mLoRA's executor chooses as it goes, and needs no no-ops; the others keep their plan's order.
+SCHEDULES = {"mlora": "greedy"}
+
+
+class Grid(Config):
+    """Points of the suite: the product of all lists."""
+
+    workloads: list[str] = Field(min_length=1)
+    stages: list[int] = Field(min_length=1)
+    global_batch: list[int] = Field(min_length=1, description="samples of one optimizer step of an adapter")
+    adapters: list[int] = Field(min_length=1, description="the workload's adapters are repeated to as many")
+    samples: int = Field(ge=1, description="samples an adapter")
+    strategies: list[str] = Field(min_length=1)
+
+
+class SchedulerSuite(Config):
+    """An entry of configs/scheduler.yaml."""
+
+    model: str = Field(description="a file of configs/models, whose costs are simulated")
+    capacity: int = Field(ge=1, description="tokens a microbatch may hold")
+    repeats: int = Field(default=1, ge=1, description="fresh processes a bench")
+    seed: int = Field(default=1, ge=0)
+    minutes: int = Field(default=10, ge=1, description="time limit of a process")
+    grids: list[Grid] = Field(min_length=1)
+
+
+def read_scheduler_suites() -> dict[str, SchedulerSuite]:
+    """All entries; `UserError` names the key that is wrong, or a workload, strategy or model that is unknown."""
+    suites = {}
+    for name, entry in read_yaml(SUITES).items():
+        suite = validated(SchedulerSuite, entry, f"{SUITES}: {name}")
+        one_of("model", suite.model, names_in("models"), f"{SUITES}: {name}.model")
+        for index, grid in enumerate(suite.grids):
+            where = f"{SUITES}: {name}.grids.{index}"
+            for workload in grid.workloads:
+                one_of("workload", workload, names_in("workloads"), where)
+            for strategy in grid.strategies:
+                one_of("strategy", strategy, set(STRATEGIES), where)
+        suites[name] = suite
+    return suites
+
+
+def read_scheduler_suite(name: str) -> SchedulerSuite:
+    suites = read_scheduler_suites()
+    one_of("suite", name, set(suites), SUITES)
+    return suites[name]
+
+
+def benches(suite: SchedulerSuite) -> dict[str, tuple[Grid, str, int]]:
+    """The benches by name: a grid, one of its workloads and one of its numbers of stages."""
+    found = {}
+    for grid in suite.grids:
+        for workload, stages in product(grid.workloads, grid.stages):
+            name = f"workload~{workload}/stages~{stages}/samples~{grid.samples}"
+            if name in found:
+                raise UserError(f"{SUITES}: two grids have the bench {name}")
+            found[name] = grid, workload, stages
+    return found
+
+
+def bench_hash(suite: SchedulerSuite, name: str) -> str:
+    """Changes with anything that the numbers of a bench depend on."""
+    grid, _, _ = benches(suite)[name]
+    return content_hash(suite.model_dump(mode="json", exclude={"grids", "minutes", "repeats"}) | grid.model_dump())
+
+
+def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | None) -> str:
+    """Plan and simulate all points of a bench and write its result file; returns a line about it."""
+    suite = read_scheduler_suite(suite_name)
+    known = benches(suite)
+    one_of("bench", name, set(known), f"{SUITES}: {suite_name}")
+    grid, workload_name, stages = known[name]
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    costs = model_costs(read_model(suite.model), stages)
+    metrics = []
+    for global_batch, adapters in product(grid.global_batch, grid.adapters):
+        workload = repeated_workload(workload_name, grid.samples, global_batch, adapters, suite.seed)
+        for strategy in grid.strategies:
+            metrics += list(measured(workload, strategy, stages, global_batch, suite.capacity, costs, name))
+        print(f"{name}: global batch {global_batch}, {adapters} adapters", flush=True)
+    write_result(out, {
+        "version": VERSION, "status": "ok",
+        "cell": {"suite": suite_name, "kind": "simulated", "cell": name, "model": suite.model,
+                 "workload": workload_name, "gpus": stages, "repeat": repeat, "stages": stages,
+                 "capacity": suite.capacity},
+        "expected": [], "metrics": metrics,
+        "provenance": provenance("cpu") | {
+            "config_hash": bench_hash(suite, name), "seed": suite.seed, "started_at": started,
+            "log": str(log) if log else None, "command": shlex.join(["lorafusion", *sys.argv[1:]]),
+        },
+    })  # fmt: skip
+    return f"{len(metrics)} numbers"
+
+
+def repeated_workload(name: str, samples: int, global_batch: int, adapters: int, seed: int) -> Workload:
+    """A workload of configs/workloads whose adapters are repeated, or cut, to a number, each with its own samples."""
+    path, jobs = CONFIGS / "workloads" / f"{name}.yaml", []
+    while len(jobs) < adapters:
+        made = make_workload(path, samples=samples, global_batch=global_batch, seed=seed + len(jobs))
+        jobs += [job.model_copy(update={"name": f"adapter-{len(jobs) + index}"}) for index, job in enumerate(made.jobs)]
+    return Workload(name=name, jobs=tuple(jobs[:adapters]))
+
+
+def measured(
+    workload: Workload, strategy: str, stages: int, global_batch: int, capacity: int, costs: CostModel, bench: str
+) -> Iterator[dict]:
+    """The rows of one plan: how long it took, how many microbatches it has, and what the simulator makes of them."""
+    begun = time.perf_counter()
+    plan = plan_workload(workload, strategy, stages=stages, capacity=capacity)
+    solve_time = time.perf_counter() - begun
+    timeline = simulate(plan, costs_of(plan, workload, costs), SCHEDULES.get(strategy), workload)
+    cell = f"{bench}/batch~{global_batch}/adapters~{len(workload.jobs)}/strategy~{strategy}"
+    for metric, window, value in (
+        ("solve_time", "whole", solve_time),
+        ("microbatch_ratio", "whole", len(plan.microbatches) / bounds.lower_bound(workload, stages, capacity)),
+        ("fill", "whole", plan.statistics.fill),
+        *(("bubble", window, timeline.bubble(window).mean()) for window in ("whole", "steady")),
+        *(("throughput", window, timeline.throughput(window)) for window in ("whole", "steady")),
+    ):
+        unit, direction, _ = METRICS[metric]
+        yield {
+            "metric": metric, "value": float(value), "unit": unit, "direction": direction, "window": window,
+            "status": "ok", "note": _note(plan) if metric == "microbatch_ratio" else "",
+            "cell": {"cell": cell, "system": strategy, "adapters": len(workload.jobs), "global_batch": global_batch,
+                     "kind": "measured" if metric == "solve_time" else "simulated"},
+        }  # fmt: skip
+
+
+def _note(plan: Plan) -> str:
+    most = max(microbatch.tokens for microbatch in plan.microbatches)
+    return f"{len(plan.microbatches)} microbatches, {plan.statistics.noops} of them no-ops; at most {most} tokens"

@@ -1,0 +1,98 @@
+"""`lorafusion plan`: make a plan, look at one, and choose how to run a workload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from lorafusion.errors import UserError, one_of
+from lorafusion.files import write
+
+MAKE = "make"
+
+
+class _MakesByDefault(TyperGroup):
+    """`lorafusion plan workload.json` is `lorafusion plan make workload.json`."""
+
+    def parse_args(self, ctx, args):
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = [MAKE, *args]
+        return super().parse_args(ctx, args)
+
+
+plan_app = typer.Typer(
+    cls=_MakesByDefault,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Plan a workload (`plan WORKLOAD.json`), or look at a plan (`plan show PLAN.json`).",
+)
+
+
+@plan_app.command(MAKE)
+def make(
+    workload: Annotated[Path, typer.Argument(help="a workload file")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="file to write")],
+    system: Annotated[str, typer.Option(help="a name of configs/systems.yaml, whose planner is used")] = "lorafusion",
+    strategy: Annotated[str | None, typer.Option(help="a strategy of the scheduler instead: fast, paper, …")] = None,
+    stages: Annotated[int, typer.Option(min=1, help="pipeline stages")] = 1,
+    capacity: Annotated[int, typer.Option(min=1, help="tokens a microbatch may hold")] = 8192,
+    data_parallel: Annotated[int, typer.Option(min=1, help="replicas of the pipeline")] = 1,
+) -> None:
+    """Plan a workload for a system, and check the plan."""
+    from lorafusion.config import read_systems
+    from lorafusion.imports import load
+    from lorafusion.scheduler import plan_workload
+    from lorafusion.workload import Workload
+
+    if strategy is not None:
+        read = Workload.read(workload)
+        made = plan_workload(read, strategy, stages=stages, capacity=capacity, data_parallel=data_parallel)
+    else:
+        systems = read_systems()
+        one_of("system", system, set(systems), "--system")
+        if systems[system].unavailable:
+            raise UserError(f"system {system!r} cannot plan: {systems[system].unavailable}")
+        planner = load(systems[system].planner, "planner")
+        made = planner(Workload.read(workload), system, stages, capacity, data_parallel)
+    write(out, made.to_json())
+    s = made.statistics
+    print(f"{out}: {s.microbatches} microbatches ({s.noops} no-ops, at least {s.lower_bound}), fill {s.fill:.3f}")
+
+
+@plan_app.command("show")
+def show(
+    plan: Annotated[Path, typer.Argument(help="a plan file")],
+    workload: Annotated[Path | None, typer.Option(help="its workload, for sample lengths and names")] = None,
+    model: Annotated[str | None, typer.Option(help="a name of configs/models, whose costs are simulated")] = None,
+    costs: Annotated[Path | None, typer.Option(help="a cost model (YAML) instead")] = None,
+    schedule: Annotated[str | None, typer.Option(help="stream, flush, gpipe, greedy, sharded")] = None,
+    first: Annotated[int, typer.Option(min=0, help="first microbatch of the chart")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="microbatches of the chart")] = 24,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="write the chart: .png, .svg, .pdf or .html")] = None,
+    trace: Annotated[Path | None, typer.Option(help="write a Chrome trace for ui.perfetto.dev")] = None,
+) -> None:
+    """Statistics and a Gantt chart of a plan, simulated."""
+    from lorafusion.plan import Plan, check
+    from lorafusion.report import gantt
+    from lorafusion.simulator import simulate_plan
+    from lorafusion.simulator.trace import write_trace
+    from lorafusion.workload import Workload
+
+    made = Plan.read(plan)
+    jobs = Workload.read(workload) if workload else None
+    if jobs is not None:
+        check(made, jobs, plan)
+    timeline, unit = simulate_plan(made, jobs, model, costs, schedule)
+    window = gantt.window_of(timeline, first, count)
+    gantt.print_plan(made, timeline, unit, window, [job.name for job in jobs.jobs] if jobs else None)
+    if trace:
+        write_trace(timeline, made, trace)
+        print(f"{trace}: open it in https://ui.perfetto.dev")
+    if out:
+        gantt.save(made, timeline, unit, window, out)
+        print(out)

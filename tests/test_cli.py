@@ -91,8 +91,9 @@ def test_a_mistake_is_one_line_and_status_2(planned, name):
 def test_planning_needs_no_torch(planned):
     """Plans are made in seconds on any machine: nothing on that path imports torch."""
     code = (
-        "import sys, lorafusion.scheduler.first_fit, lorafusion.scheduler.round_robin, lorafusion.data.lengths, "
-        "lorafusion.config, lorafusion.scheduler.sequential; sys.exit('torch' in sys.modules)"
+        "import sys, lorafusion.scheduler.fast, lorafusion.scheduler.paper, lorafusion.scheduler.round_robin, "
+        "lorafusion.data.lengths, lorafusion.config, lorafusion.scheduler.sequential, lorafusion.simulator.trace; "
+        "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

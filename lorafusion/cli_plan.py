@@ -96,3 +96,33 @@ def show(
     if out:
         gantt.save(made, timeline, unit, window, out)
         print(out)
+
+
+@plan_app.command("propose")
+def propose(
+    workload: Annotated[Path, typer.Argument(help="a workload file")],
+    model: Annotated[str, typer.Option(help="a name of configs/models")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs to use, all of them")],
+    memory: Annotated[float, typer.Option(min=1, help="GiB of a GPU")] = 80.0,
+    checkpointing: Annotated[bool, typer.Option(help="recompute activations in the backward pass")] = False,
+) -> None:
+    """Propose stages, replicas and capacity, with the throughput that the simulator predicts for each choice."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lorafusion.config import read_model
+    from lorafusion.scheduler.propose import propose
+    from lorafusion.workload import Workload
+
+    choices = propose(Workload.read(workload), read_model(model), gpus, int(memory * 2**30), checkpointing)
+    table = Table(box=None)
+    for name in ("stages", "replicas", "capacity", "of at most", "tokens/s", "bubble", "GiB", ""):
+        table.add_column(name, justify="left" if not name else "right")
+    for choice in choices:
+        numbers = ["", "", "", ""]
+        if not choice.reason:
+            numbers = [f"{choice.capacity}", f"{choice.throughput:,.0f}", f"{choice.bubble:.1%}",
+                       f"{choice.memory / 2**30:.1f}"]  # fmt: skip
+        table.add_row(f"{choice.stages}", f"{choice.data_parallel}", numbers[0], f"{choice.largest_capacity}",
+                      *numbers[1:], choice.reason)  # fmt: skip
+    Console(highlight=False).print(table)

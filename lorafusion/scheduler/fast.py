@@ -7,6 +7,8 @@ few lower ones are tried on the first samples of the jobs.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from lorafusion.plan import Microbatch, Plan, make_plan
@@ -16,7 +18,7 @@ from lorafusion.simulator.costs import CostModel, Costs, even_costs
 from lorafusion.simulator.schedules import simulate_stream
 from lorafusion.workload import Job, Workload
 
-FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the capacity, that are tried
+FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.22, 0.16)  # of the capacity, that are tried
 TRIED_SAMPLES = 2000  # of all jobs together
 GOOD_BUBBLE = 0.015  # of full microbatches, with which nothing else is tried
 GAIN = 0.01  # of the time, that a lower capacity must save
@@ -35,7 +37,7 @@ def plan(
     """A plan of little waiting; costs: of the stages, by default of equal ones."""
     require_samples_fit(workload, capacity)
     model = costs or even_costs(stages)
-    limit = fastest_capacity(workload, stages, capacity, data_parallel, model)
+    limit = fastest(workload, stages, capacity, data_parallel, model).capacity
     return _plan(workload, system, stages, capacity, data_parallel, limit)
 
 
@@ -88,24 +90,32 @@ def slot_microbatches(
     return out + [NOOP] * (data_parallel - len(out))
 
 
-def fastest_capacity(workload: Workload, stages: int, capacity: int, data_parallel: int, model: CostModel) -> int:
+class Trial(NamedTuple):
+    """A capacity with what the simulator predicts for it: tokens a second and bubble, steady."""
+
+    capacity: int
+    throughput: float
+    bubble: float
+
+
+def fastest(workload: Workload, stages: int, capacity: int, data_parallel: int, model: CostModel) -> Trial:
     """The capacity, up to the given one, at which the first samples train at the highest simulated throughput."""
     longest = max(sample.tokens for job in workload.jobs for sample in job.samples)
-    best, fastest = capacity, None
+    best: Trial | None = None
     for fraction in FRACTIONS:
         tried = int(capacity * fraction)
-        if tried < longest:
+        if best is not None and tried < longest:
             break
         slots = pack(workload.jobs, stages, tried, data_parallel, TRIED_SAMPLES)
         costs, tokens = _costs(slots, data_parallel, model)
         timeline = simulate_stream(costs, tokens, data_parallel)
-        throughput = timeline.throughput("steady")
-        if fastest is None:
-            fastest = throughput
-            if timeline.bubble().mean() <= GOOD_BUBBLE + _uneven(costs):
+        trial = Trial(tried, timeline.throughput("steady"), float(timeline.bubble("steady").mean()))
+        if best is None:
+            best = trial
+            if trial.bubble <= GOOD_BUBBLE + _uneven(costs):
                 break
-        elif throughput > fastest * (1 + GAIN):
-            best, fastest = tried, throughput
+        elif trial.throughput > best.throughput * (1 + GAIN):
+            best = trial
     return best
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lorafusion.plan import check, make_plan
 from lorafusion.scheduler import STRATEGIES, bounds, fast, plan_workload
 from lorafusion.scheduler.packer import Item, Packer, fill
+from lorafusion.simulator import even_costs
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=9)
 
@@ -111,8 +112,8 @@ def test_lower_capacities_are_chosen_where_waiting_rules(make_job, make_workload
     """Two adapters, four stages: full microbatches wait for each other's steps, halves of them fill the pipeline."""
     jobs = [make_job(name, (10, 11, 9, 10) * 20, global_batch_size=4) for name in "ab"]
     workload = make_workload(*jobs)
-    assert fast.fastest_capacity(workload, 4, 80, 1, fast.even_costs(4)) < 80
-    assert fast.fastest_capacity(workload, 1, 80, 1, fast.even_costs(1)) == 80
+    assert fast.fastest(workload, 4, 80, 1, even_costs(4)).capacity < 80
+    assert fast.fastest(workload, 1, 80, 1, even_costs(1)).capacity == 80
 
 
 def test_an_under_full_order_is_what_its_owner_may_check(make_job, make_workload):

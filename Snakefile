@@ -22,6 +22,11 @@ if KERNEL_SUITE:
     include: "workflow/rules/kernels.smk"
 
 
+if SCHEDULER_SUITE:
+
+    include: "workflow/rules/scheduler.smk"
+
+
 rule all:
     default_target: True
     input:
@@ -31,6 +36,7 @@ rule all:
         [f"{RESULTS}/figures/end_to_end~{model}.png" for model in MODELS],
         f"{RESULTS}/wandb/runs.json",
         KERNEL_RESULTS,
+        SCHEDULER_RESULTS,
     localrule: True
 
 

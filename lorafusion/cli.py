@@ -213,25 +213,29 @@ def figure_end_to_end(
     print(f"{out}.png, .pdf, .csv")
 
 
-def _kernel_figure(name: str, text: str) -> None:
-    """Add a command that draws a figure of `lorafusion.report.kernel_figures`."""
+def _suite_figure(module: str, name: str, text: str) -> None:
+    """Add a command that draws a figure of a module of `lorafusion.report`."""
 
     @figure_app.command(name, help=text)
     def _draw(
         table: Annotated[Path, typer.Argument(help="the measurement table")],
         out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
     ) -> None:
-        from lorafusion.measure.table import read
-        from lorafusion.report import kernel_figures
+        from importlib import import_module
 
-        getattr(kernel_figures, name)(read(table), out)
+        from lorafusion.measure.table import read
+
+        getattr(import_module(f"lorafusion.report.{module}"), name)(read(table), out)
         print(f"{out}.png, .pdf, .csv")
 
 
-_kernel_figure("kernel_speed", "Time of LoRA linears over the frozen one's, by tokens.")
-_kernel_figure("layer_speed", "Time and memory of decoder layers, by model and tokens.")
-_kernel_figure("dram_traffic", "GiB that LoRA linears move, beside the published values.")
-_kernel_figure("roofline", "LoRA linears under the measured ceilings of the GPU.")
+_suite_figure("kernel_figures", "kernel_speed", "Time of LoRA linears over the frozen one's, by tokens.")
+_suite_figure("kernel_figures", "layer_speed", "Time and memory of decoder layers, by model and tokens.")
+_suite_figure("kernel_figures", "dram_traffic", "GiB that LoRA linears move, beside the published values.")
+_suite_figure("kernel_figures", "roofline", "LoRA linears under the measured ceilings of the GPU.")
+_suite_figure("scheduler_figures", "scheduler_bubble", "Simulated bubble of every strategy, by workload and batch.")
+_suite_figure("scheduler_figures", "scheduler_fill", "Microbatches of every strategy over their lower bound.")
+_suite_figure("scheduler_figures", "scheduler_time", "Time that a plan takes, by its samples.")
 
 
 @page_app.command("checks")

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from lorafusion.benchmarks.scheduler import bench_hash as scheduler_hash
+from lorafusion.benchmarks.scheduler import benches as scheduler_benches
+from lorafusion.benchmarks.scheduler import read_scheduler_suites
 from lorafusion.benchmarks.suite import bench_hash, benches, read_kernel_suites
 from lorafusion.cells import config_hash, unavailable
 from lorafusion.config import (
@@ -38,6 +41,7 @@ try:
     )
     SUITE = read_suite(SUITE_PATH)
     KERNEL_SUITE = read_kernel_suites().get(SUITE.name)  # none: no kernels measured
+    SCHEDULER_SUITE = read_scheduler_suites().get(SUITE.name)  # none: no plans judged
     # Dry runs and jobs that Slurm has already placed need no GPU here.
     if (
         SUITE.device == "cuda"
@@ -90,6 +94,23 @@ KERNEL_RESULTS = [
     *[f"{RESULTS}/figures/{figure}.png" for figure in KERNEL_FIGURES],
 ]
 
+SCHEDULER_FOLDER = f"{RESULTS}/scheduler"
+SCHEDULER_RUNS = []
+SCHEDULER_RESULTS = []
+if SCHEDULER_SUITE:
+    SCHEDULER_RUNS = [
+        f"{SCHEDULER_FOLDER}/runs/{name}/repeat~{repeat}.json"
+        for repeat in range(1, SCHEDULER_SUITE.repeats + 1)
+        for name in scheduler_benches(SCHEDULER_SUITE)
+    ]
+    SCHEDULER_RESULTS = [
+        *[f"{SCHEDULER_FOLDER}/measurements.{form}" for form in ("csv", "html")],
+        *[
+            f"{RESULTS}/figures/scheduler_{figure}.png"
+            for figure in ("bubble", "fill", "time")
+        ],
+    ]
+
 
 wildcard_constraints:
     cell="model~[^/]+/workload~[^/]+/gpus~[0-9]+/batch~[0-9]+/system~[^/]+",
@@ -99,6 +120,8 @@ wildcard_constraints:
     model="[^/]+",
     bench="(linear|layer)~[^/]+/rank~[0-9]+/dropout~[^/]+",
     figure="kernel_speed|layer_speed|dram_traffic|roofline",
+    planned="workload~[^/]+/stages~[0-9]+/samples~[0-9]+",
+    scheduler_figure="scheduler_(bubble|fill|time)",
 
 
 def cell_of(wildcards):

@@ -1,0 +1,125 @@
+"""The scheduler suite: what it would run, what a bench writes, and the figures of that."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import yaml
+
+from lorafusion.benchmarks import scheduler
+from lorafusion.errors import UserError
+from lorafusion.measure import table
+from lorafusion.measure.table import MeasurementError
+from lorafusion.report import scheduler_figures
+
+SUITE = {
+    "model": "llama-3.1-8b",
+    "capacity": 8192,
+    "grids": [
+        {
+            "workloads": ["xsum", "heterogeneous"],
+            "stages": [4],
+            "global_batch": [4],
+            "adapters": [2, 4],
+            "samples": 8,
+            "strategies": ["fast", "mlora", "sequential"],
+        }
+    ],
+}
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """A file with one suite; returns a function that changes it."""
+    path = tmp_path / "scheduler.yaml"
+    monkeypatch.setattr(scheduler, "SUITES", path)
+
+    def write(changes=None):
+        grid = SUITE["grids"][0] | (changes or {})
+        path.write_text(yaml.safe_dump({"toy": SUITE | {"grids": [grid]}}))
+
+    write()
+    return write
+
+
+@pytest.fixture
+def measured(suite, tmp_path):
+    """The table of both benches."""
+    paths = [tmp_path / f"{index}.json" for index in range(2)]
+    for name, path in zip(scheduler.benches(scheduler.read_scheduler_suite("toy")), paths, strict=True):
+        scheduler.run_bench("toy", name, 1, path, None)
+    frame = table.summarise(table.read_results(paths))
+    table.validate(frame)
+    return frame
+
+
+def test_the_suites_that_come_with_the_project_are_sound():
+    suites = scheduler.read_scheduler_suites()
+    assert {"smoke", "cpu", "paper"} <= set(suites)
+    names = list(scheduler.benches(suites["cpu"]))
+    assert "workload~xsum/stages~8/samples~1000" in names
+    assert len(names) == len(set(names)) == 40
+
+
+def test_a_bench_has_a_row_for_each_metric_of_each_plan(measured):
+    single = measured[measured["statistic"] == "single"]
+    assert len(single) == 2 * 2 * 3 * 7  # workloads, adapters, strategies, metrics
+    assert set(single["kind"][single["metric"] == "solve_time"]) == {"measured"}
+    assert set(single["kind"][single["metric"] != "solve_time"]) == {"simulated"}
+    ratios = single[single["metric"] == "microbatch_ratio"]
+    assert ratios["value"][ratios["system"] == "fast"].min() >= 1
+    assert ratios["note"].str.contains("of them no-ops").all()
+    bubbles = single[single["metric"] == "bubble"]["value"]
+    assert bubbles.between(0, 1).all()
+
+
+def test_adapters_are_repeated_with_their_own_samples():
+    workload = scheduler.repeated_workload("heterogeneous", 8, 4, 6, 1)
+    assert [job.dataset for job in workload.jobs] == [
+        "xsum",
+        "cnn_dailymail",
+        "wikisum",
+        "mixed",
+        "xsum",
+        "cnn_dailymail",
+    ]
+    assert workload.jobs[0].samples != workload.jobs[4].samples
+    assert len({job.name for job in workload.jobs}) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategies": ["best"]}, "toy.grids.0: unknown strategy 'best'; known: fast, fewest"),
+        ({"workloads": ["xsums"]}, "toy.grids.0: unknown workload 'xsums'"),
+        ({"samples": 0}, "grids.0.samples"),
+    ],
+)
+def test_mistakes_in_the_file_are_named(suite, changes, message):
+    suite(changes)
+    with pytest.raises(UserError, match=message):
+        scheduler.read_scheduler_suites()
+
+
+def test_the_hash_changes_with_what_a_bench_depends_on(suite):
+    name = "workload~xsum/stages~4/samples~8"
+    before = scheduler.bench_hash(scheduler.read_scheduler_suite("toy"), name)
+    suite({"adapters": [2]})
+    assert scheduler.bench_hash(scheduler.read_scheduler_suite("toy"), name) != before
+
+
+@pytest.mark.parametrize("figure", ["scheduler_bubble", "scheduler_fill", "scheduler_time"])
+def test_figures_are_drawn_from_their_csv(measured, tmp_path, figure):
+    paths = getattr(scheduler_figures, figure)(measured, tmp_path / figure)
+    assert [path.suffix for path in paths] == [".pdf", ".png", ".csv"]
+    data = pd.read_csv(paths[2])
+    assert set(data["system"]) == {"fast", "mlora", "sequential"}
+    assert len(data) == (12 if figure == "scheduler_time" else 6)  # bars: four adapters alone
+    first = paths[1].read_bytes()
+    getattr(scheduler_figures, figure)(measured, tmp_path / figure)
+    assert paths[1].read_bytes() == first
+
+
+def test_a_table_without_strategies_has_no_figure(measured):
+    with pytest.raises(MeasurementError, match="no median of bubble of a strategy"):
+        scheduler_figures.scheduler_bubble(measured[measured["metric"] == "fill"], "x")

@@ -18,10 +18,11 @@ from lorafusion.simulator.costs import CostModel, Costs, even_costs
 from lorafusion.simulator.schedules import simulate_stream
 from lorafusion.workload import Job, Workload
 
-FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.22, 0.16)  # of the capacity, that are tried
-TRIED_SAMPLES = 2000  # of all jobs together
-GOOD_BUBBLE = 0.015  # of full microbatches, with which nothing else is tried
-GAIN = 0.01  # of the time, that a lower capacity must save
+FRACTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.22, 0.16)  # of the capacity, that are tried
+TRIED_SAMPLES, TRIED_BATCHES = 2000, 3  # of all jobs together, or global batches of each where that is more
+COMPARED_SAMPLES = 20_000
+GOOD_BUBBLE = 0.015  # of full microbatches, beyond what uneven stages cost, with which nothing else is tried
+GAIN = 0.01  # of the throughput, for which a lower capacity is worth more microbatches
 
 Slots = list[tuple[list[list[Item]], set[int]]]
 
@@ -91,32 +92,47 @@ def slot_microbatches(
 
 
 class Trial(NamedTuple):
-    """A capacity with what the simulator predicts for it: tokens a second and bubble, steady."""
+    """A capacity with what the simulator predicts for it, steady: tokens a second, the bubble, and what of it stages of
+    equal size would have too."""
 
     capacity: int
     throughput: float
     bubble: float
+    waiting: float
 
 
 def fastest(workload: Workload, stages: int, capacity: int, data_parallel: int, model: CostModel) -> Trial:
-    """The capacity, up to the given one, at which the first samples train at the highest simulated throughput."""
-    longest = max(sample.tokens for job in workload.jobs for sample in job.samples)
-    best: Trial | None = None
-    for fraction in FRACTIONS:
-        tried = int(capacity * fraction)
-        if best is not None and tried < longest:
-            break
-        slots = pack(workload.jobs, stages, tried, data_parallel, TRIED_SAMPLES)
-        costs, tokens = _costs(slots, data_parallel, model)
+    """The capacity, up to the given one, at which the first samples train at the highest simulated throughput; of
+    those within GAIN of it the largest."""
+
+    def trial(tried: int, samples: int) -> Trial:
+        costs, tokens = _costs(pack(workload.jobs, stages, tried, data_parallel, samples), data_parallel, model)
         timeline = simulate_stream(costs, tokens, data_parallel)
-        trial = Trial(tried, timeline.throughput("steady"), float(timeline.bubble("steady").mean()))
-        if best is None:
-            best = trial
-            if trial.bubble <= GOOD_BUBBLE + _uneven(costs):
-                break
-        elif trial.throughput > best.throughput * (1 + GAIN):
-            best = trial
-    return best
+        waiting = float(timeline.bubble("steady").mean()) - _uneven(costs)
+        return Trial(tried, timeline.throughput("steady"), float(timeline.bubble("steady").mean()), waiting)
+
+    longest = max(sample.tokens for job in workload.jobs for sample in job.samples)
+    first = max(TRIED_SAMPLES, TRIED_BATCHES * sum(job.global_batch_size for job in workload.jobs))
+    full = trial(capacity, first)
+    if full.waiting <= GOOD_BUBBLE:
+        return full
+    trials = [full]
+    for tried in (int(capacity * fraction) for fraction in FRACTIONS):
+        if tried < longest or _falling([one.throughput for one in trials]):
+            break
+        trials.append(trial(tried, first))
+    most = max(one.throughput for one in trials)
+    best = next(one for one in trials if one.throughput >= most * (1 - GAIN))
+    if best is full:
+        return full
+    # The first samples may mislead: a lower capacity must be faster with more of them too.
+    full, best = trial(capacity, COMPARED_SAMPLES), trial(best.capacity, COMPARED_SAMPLES)
+    return best if best.throughput > full.throughput * (1 + GAIN) else full
+
+
+def _falling(values: list[float]) -> bool:
+    """Were the last two below the largest, and the last the lowest of them?"""
+    return len(values) > 2 and values[-1] < values[-2] < max(values) * (1 - GAIN / 2)
 
 
 def _uneven(costs: Costs) -> float:

@@ -52,6 +52,40 @@ def test_a_broken_plan_is_refused(planned):
     assert not (planned / "no.json").exists()
 
 
+def test_showing_a_plan(planned):
+    """Statistics and chart in the terminal, a picture, a page and a trace; with the costs of a model, in seconds."""
+    chart, page, trace = (planned / name for name in ("chart.png", "page.html", "trace.json"))
+    done = lorafusion(
+        "plan", "show", planned / "p.json", "--workload", planned / "deep/w.json", "--model", "llama-3.1-8b",
+        "-o", chart, "--trace", trace,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "bubble, steady" in done.stdout
+    assert "stage 1" in done.stdout
+    assert chart.read_bytes()[:4] == b"\x89PNG"
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert lorafusion("plan", "show", planned / "p.json", "-o", page).returncode == 0
+    assert "<svg" in page.read_text()
+
+
+def test_a_strategy_by_name_and_replicas(planned):
+    done = lorafusion(
+        "plan", planned / "deep/w.json", "--strategy", "fewest", "--data-parallel", 2, "--capacity", 256,
+        "-o", planned / "two.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((planned / "two.json").read_text())["data_parallel"] == 2
+
+
+def test_a_proposal_names_each_division_of_the_gpus(planned):
+    done = lorafusion("plan", "propose", planned / "deep/w.json", "--model", "llama-3.1-8b", "--gpus", 2)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] in (
+        [["1", "2"], ["2", "1"]],
+        [["2", "1"], ["1", "2"]],
+    )
+
+
 MISTAKES = {
     "unknown system": (["plan", "{folder}/deep/w.json", "--system", "x", "-o", "{folder}/x"], "unknown system 'x'"),
     "missing file": (["plan", "{folder}/none.json", "-o", "{folder}/x"], "none.json: no such workload file"),
@@ -64,6 +98,16 @@ MISTAKES = {
         "system 'megatron-fsdp' cannot plan: the fully sharded executor is not built yet",
     ),
     "a plan for a workload": (["plan", "{folder}/p.json", "-o", "{folder}/x"], "p.json: "),
+    "unknown strategy": (
+        ["plan", "{folder}/deep/w.json", "--strategy", "best", "-o", "{folder}/x"],
+        "plan: unknown strategy 'best'; known: fast, fewest, ffd, mlora, paper, sequential",
+    ),
+    "costs without samples": (["plan", "show", "{folder}/p.json", "--model", "tiny"], "need the plan's workload"),
+    "unknown chart": (["plan", "show", "{folder}/p.json", "-o", "{folder}/x.gif"], "unknown form of chart '.gif'"),
+    "nothing fits": (
+        ["plan", "propose", "{folder}/deep/w.json", "--model", "llama-3.1-70b", "--gpus", "1"],
+        "1 GPUs of 80 GiB: nothing fits",
+    ),
     "zero stages": (["plan", "{folder}/deep/w.json", "--stages", "0", "-o", "{folder}/x"], "--stages"),
     "no such command": (["dance"], "No such command 'dance'"),
     "bad scale": (["workload", XSUM, "--length-scale", "0", "-o", "{folder}/x"], "expected a number above 0"),

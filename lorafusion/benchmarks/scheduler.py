@@ -24,7 +24,7 @@ from lorafusion.measure.vocabulary import METRICS
 from lorafusion.plan import Plan
 from lorafusion.runtime.result import VERSION, write_result
 from lorafusion.scheduler import STRATEGIES, bounds, plan_workload
-from lorafusion.simulator import CostModel, costs_of, model_costs, simulate
+from lorafusion.simulator import CostModel, costs_of, even_costs, model_costs, simulate
 from lorafusion.workload import Workload, content_hash
 
 SUITES = CONFIGS / "scheduler.yaml"
@@ -46,7 +46,9 @@ class Grid(Config):
 class SchedulerSuite(Config):
     """An entry of configs/scheduler.yaml."""
 
-    model: str = Field(description="a file of configs/models, whose costs are simulated")
+    model: str | None = Field(
+        default=None, description="a file of configs/models, whose costs are simulated; else stages are equal"
+    )
     capacity: int = Field(ge=1, description="tokens a microbatch may hold")
     repeats: int = Field(default=1, ge=1, description="fresh processes a bench")
     seed: int = Field(default=1, ge=0)
@@ -59,7 +61,8 @@ def read_scheduler_suites() -> dict[str, SchedulerSuite]:
     suites = {}
     for name, entry in read_yaml(SUITES).items():
         suite = validated(SchedulerSuite, entry, f"{SUITES}: {name}")
-        one_of("model", suite.model, names_in("models"), f"{SUITES}: {name}.model")
+        if suite.model:
+            one_of("model", suite.model, names_in("models"), f"{SUITES}: {name}.model")
         for index, grid in enumerate(suite.grids):
             where = f"{SUITES}: {name}.grids.{index}"
             for workload in grid.workloads:
@@ -101,12 +104,14 @@ def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | No
     one_of("bench", name, set(known), f"{SUITES}: {suite_name}")
     grid, workload_name, stages = known[name]
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    costs = model_costs(read_model(suite.model), stages)
+    costs = model_costs(read_model(suite.model), stages) if suite.model else even_costs(stages)
     metrics = []
     for global_batch, adapters in product(grid.global_batch, grid.adapters):
         workload = repeated_workload(workload_name, grid.samples, global_batch, adapters, suite.seed)
         for strategy in grid.strategies:
-            metrics += list(measured(workload, strategy, stages, global_batch, suite.capacity, costs, name))
+            metrics += measured(
+                workload, strategy, stages, global_batch, suite.capacity, costs, name, in_seconds=bool(suite.model)
+            )
         print(f"{name}: global batch {global_batch}, {adapters} adapters", flush=True)
     write_result(out, {
         "version": VERSION, "status": "ok",
@@ -132,7 +137,14 @@ def repeated_workload(name: str, samples: int, global_batch: int, adapters: int,
 
 
 def measured(
-    workload: Workload, strategy: str, stages: int, global_batch: int, capacity: int, costs: CostModel, bench: str
+    workload: Workload,
+    strategy: str,
+    stages: int,
+    global_batch: int,
+    capacity: int,
+    costs: CostModel,
+    bench: str,
+    in_seconds: bool,
 ) -> Iterator[dict]:
     """The rows of one plan: how long it took, how many microbatches it has, and what the simulator makes of them."""
     begun = time.perf_counter()
@@ -147,6 +159,8 @@ def measured(
         *(("bubble", window, timeline.bubble(window).mean()) for window in ("whole", "steady")),
         *(("throughput", window, timeline.throughput(window)) for window in ("whole", "steady")),
     ):
+        if metric == "throughput" and not in_seconds:
+            continue
         unit, direction, _ = METRICS[metric]
         yield {
             "metric": metric, "value": float(value), "unit": unit, "direction": direction, "window": window,

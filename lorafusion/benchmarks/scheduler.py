@@ -28,7 +28,7 @@ from lorafusion.simulator import CostModel, costs_of, even_costs, model_costs, s
 from lorafusion.workload import Workload, content_hash
 
 SUITES = CONFIGS / "scheduler.yaml"
-# mLoRA's executor chooses as it goes, and needs no no-ops; the others keep their plan's order.
+# mLoRA's own executor chooses as it goes, and needs no no-ops; the one that trains its plans here keeps their order.
 SCHEDULES = {"mlora": "greedy"}
 
 
@@ -148,13 +148,15 @@ def measured(
 ) -> Iterator[dict]:
     """The rows of one plan: how long it took, how many microbatches it has, and what the simulator makes of them."""
     begun = time.perf_counter()
-    plan = plan_workload(workload, strategy, stages=stages, capacity=capacity)
+    plan = plan_workload(workload, strategy, stages=stages, capacity=capacity, costs=costs)
     solve_time = time.perf_counter() - begun
     timeline = simulate(plan, costs_of(plan, workload, costs), SCHEDULES.get(strategy), workload)
+    # A pipeline that drains needs no slots between an adapter's global batches.
+    least = bounds.lower_bound(workload, 1 if plan.flush else stages, capacity)
     cell = f"{bench}/batch~{global_batch}/adapters~{len(workload.jobs)}/strategy~{strategy}"
     for metric, window, value in (
         ("solve_time", "whole", solve_time),
-        ("microbatch_ratio", "whole", len(plan.microbatches) / bounds.lower_bound(workload, stages, capacity)),
+        ("microbatch_ratio", "whole", len(plan.microbatches) / least),
         ("fill", "whole", plan.statistics.fill),
         *(("bubble", window, timeline.bubble(window).mean()) for window in ("whole", "steady")),
         *(("throughput", window, timeline.throughput(window)) for window in ("whole", "steady")),

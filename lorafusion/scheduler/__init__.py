@@ -1,4 +1,4 @@
-"""From a workload to a plan. Pure Python and NumPy: no torch, no clock, no randomness.
+"""From a workload to a plan. No torch, no clock, no randomness; the integer programs are SciPy's HiGHS.
 
 Every strategy is a function `plan(workload, system, stages, capacity, data_parallel)` that returns a checked plan, or
 raises `UserError` for an input that no plan can serve; `bounds` says how few microbatches any of them may need.
@@ -6,9 +6,10 @@ raises `UserError` for an input that no plan can serve; `bounds` says how few mi
 
 from __future__ import annotations
 
-from lorafusion.errors import one_of
+from lorafusion.errors import UserError, one_of
 from lorafusion.imports import load
 from lorafusion.plan import Plan
+from lorafusion.simulator.costs import CostModel
 from lorafusion.workload import Workload
 
 STRATEGIES = {
@@ -29,7 +30,14 @@ def plan_workload(
     capacity: int,
     data_parallel: int = 1,
     system: str | None = None,
+    costs: CostModel | None = None,
 ) -> Plan:
-    """A checked plan by the strategy of that name; system: the plan's name for it, by default the strategy's."""
+    """A checked plan by the strategy of that name. system: the plan's name for it, by default the strategy's. costs: of
+    the stages, which `fast` judges by. Raises `UserError` for a strategy or sizes that cannot be."""
     one_of("strategy", strategy, set(STRATEGIES), "plan")
-    return load(STRATEGIES[strategy], "planner")(workload, system or strategy, stages, capacity, data_parallel)
+    for name, value in (("stages", stages), ("capacity", capacity), ("data_parallel", data_parallel)):
+        if value < 1:
+            raise UserError(f"plan: {name} must be at least 1, found {value}")
+    options = {"costs": costs} if strategy == "fast" and costs else {}
+    planner = load(STRATEGIES[strategy], "planner")
+    return planner(workload, system or strategy, stages, capacity, data_parallel, **options)

@@ -38,8 +38,8 @@ def plan(
     """A plan of little waiting; costs: of the stages, by default of equal ones."""
     require_samples_fit(workload, capacity)
     model = costs or even_costs(stages)
-    limit = fastest(workload, stages, capacity, data_parallel, model).capacity
-    return _plan(workload, system, stages, capacity, data_parallel, limit)
+    target = fastest(workload, stages, capacity, data_parallel, model).target
+    return _plan(workload, system, stages, capacity, data_parallel, target)
 
 
 def fewest(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
@@ -48,18 +48,25 @@ def fewest(workload: Workload, system: str, stages: int, capacity: int, data_par
     return _plan(workload, system, stages, capacity, data_parallel, capacity)
 
 
-def _plan(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int, limit: int) -> Plan:
+def _plan(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int, target: int) -> Plan:
     microbatches = [
         microbatch
-        for bins, ended in pack(workload.jobs, stages, limit, data_parallel)
+        for bins, ended in pack(workload.jobs, stages, capacity, data_parallel, target)
         for microbatch in slot_microbatches(workload, bins, ended, data_parallel)
     ]
     return make_plan(system, workload, microbatches, stages=stages, capacity=capacity, data_parallel=data_parallel)
 
 
-def pack(jobs: tuple[Job, ...], stages: int, capacity: int, data_parallel: int, samples: int | None = None) -> Slots:
+def pack(
+    jobs: tuple[Job, ...],
+    stages: int,
+    capacity: int,
+    data_parallel: int,
+    target: int,
+    samples: int | None = None,
+) -> Slots:
     """The slots of jobs, empty ones included; not many more than hold a number of samples, where it is given."""
-    packer = Packer(stages, capacity, data_parallel)
+    packer = Packer(stages, capacity, data_parallel, target)
     for adapter, job in enumerate(jobs):
         packer.add(adapter, job)
     slots: Slots = []
@@ -92,33 +99,33 @@ def slot_microbatches(
 
 
 class Trial(NamedTuple):
-    """A capacity with what the simulator predicts for it, steady: tokens a second, the bubble, and what of it stages of
-    equal size would have too."""
+    """Tokens of a microbatch with what the simulator predicts for them, steady: tokens a second, the bubble, and what
+    of it stages of equal size would have too."""
 
-    capacity: int
+    target: int
     throughput: float
     bubble: float
     waiting: float
 
 
 def fastest(workload: Workload, stages: int, capacity: int, data_parallel: int, model: CostModel) -> Trial:
-    """The capacity, up to the given one, at which the first samples train at the highest simulated throughput; of
-    those within GAIN of it the largest."""
+    """The tokens of a microbatch, up to the capacity, at which the first samples train at the highest simulated
+    throughput; of those within GAIN of it the most."""
 
     def trial(tried: int, samples: int) -> Trial:
-        costs, tokens = _costs(pack(workload.jobs, stages, tried, data_parallel, samples), data_parallel, model)
-        timeline = simulate_stream(costs, tokens, data_parallel)
+        slots = pack(workload.jobs, stages, capacity, data_parallel, tried, samples)
+        costs, tokens = _costs(slots, data_parallel, model)
+        timeline = simulate_stream(costs, tokens, [bool(ended) for _, ended in slots], data_parallel)
         waiting = float(timeline.bubble("steady").mean()) - _uneven(costs)
         return Trial(tried, timeline.throughput("steady"), float(timeline.bubble("steady").mean()), waiting)
 
-    longest = max(sample.tokens for job in workload.jobs for sample in job.samples)
     first = max(TRIED_SAMPLES, TRIED_BATCHES * sum(job.global_batch_size for job in workload.jobs))
     full = trial(capacity, first)
     if full.waiting <= GOOD_BUBBLE:
         return full
     trials = [full]
     for tried in (int(capacity * fraction) for fraction in FRACTIONS):
-        if tried < longest or _falling([one.throughput for one in trials]):
+        if tried < 1 or _falling([one.throughput for one in trials]):
             break
         trials.append(trial(tried, first))
     most = max(one.throughput for one in trials)
@@ -126,7 +133,7 @@ def fastest(workload: Workload, stages: int, capacity: int, data_parallel: int, 
     if best is full:
         return full
     # The first samples may mislead: a lower capacity must be faster with more of them too.
-    full, best = trial(capacity, COMPARED_SAMPLES), trial(best.capacity, COMPARED_SAMPLES)
+    full, best = trial(capacity, COMPARED_SAMPLES), trial(best.target, COMPARED_SAMPLES)
     return best if best.throughput > full.throughput * (1 + GAIN) else full
 
 

@@ -18,11 +18,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lorafusion.errors import UserError
 from lorafusion.scheduler.bounds import fewest_slots
 from lorafusion.workload import Job
 
 SLACK = 256  # the part of the capacity that may stay empty before other adapters' samples are asked
-RESOLUTION = 1 << 16  # lengths are told apart to this part of the room
+EXACT_ROOM = 1 << 16  # tokens that are filled exactly; of a larger room what is before them goes to the longest
 
 
 class Item(NamedTuple):
@@ -45,18 +46,31 @@ class _Stream:
 
 
 class Packer:
-    """Bins of at most `capacity` tokens, slot after slot, for jobs that are added and withdrawn at any time."""
+    """Bins of at most `capacity` tokens, slot after slot, for jobs that are added and withdrawn at any time.
 
-    def __init__(self, stages: int, capacity: int, data_parallel: int = 1) -> None:
+    target: tokens that a bin is filled to, by default the capacity; a longer sample has a bin to itself."""
+
+    def __init__(self, stages: int, capacity: int, data_parallel: int = 1, target: int | None = None) -> None:
         self.stages, self.capacity, self.data_parallel = stages, capacity, data_parallel
+        self.target = capacity if target is None else target
         self.slot = 0
+        self._enters: dict[int, int] = {}  # the first slot that an adapter's next global batch may enter
         self.streams: dict[int, _Stream] = {}
         self._ready: list[tuple[int, int]] = []  # heap: (-tail, adapter), the most urgent first
         self._waiting: list[tuple[int, int]] = []  # heap: (release, adapter)
 
     def add(self, adapter: int, job: Job, batch: int = 0) -> None:
-        """Let a job in from one of its global batches on. Its samples must fit the capacity."""
-        slots = fewest_slots(job, self.capacity, self.data_parallel)
+        """Let a job in from one of its global batches on, S slots after the last one of the same adapter if it was
+        there before. Raises `UserError` for an adapter that is there, a batch that it has not, and a sample above the
+        capacity."""
+        if adapter in self.streams:
+            raise UserError(f"packer: adapter {adapter} is there already")
+        if not 0 <= batch < len(job.batches):
+            raise UserError(f"packer: {job.name!r} has {len(job.batches)} global batches, found {batch}")
+        longest = max(sample.tokens for sample in job.samples)
+        if longest > self.capacity:
+            raise UserError(f"packer: a sample of {job.name!r} has {longest} tokens, the capacity is {self.capacity}")
+        slots = fewest_slots(job, self.target, self.data_parallel)
         tails = [0] * len(slots)
         for index in range(len(slots) - 2, -1, -1):
             tails[index] = tails[index + 1] + slots[index + 1] + self.stages - 1
@@ -65,15 +79,18 @@ class Packer:
 
     def withdraw(self, adapter: int) -> list[Item]:
         """Let a job go; the samples of its current global batch that have not been placed yet. With none of that batch
-        placed it ends between two batches, else its owner must train these, or give up the ones placed."""
+        placed it ends between two batches, else its owner must train these, or give up the ones placed. Raises
+        `UserError` for an adapter that is not there, or not any more."""
+        if adapter not in self.streams:
+            raise UserError(f"packer: adapter {adapter} is not there")
         self._ready = [one for one in self._ready if one[1] != adapter]
         self._waiting = [one for one in self._waiting if one[1] != adapter]
         heapq.heapify(self._ready)
         heapq.heapify(self._waiting)
         return self.streams.pop(adapter).items
 
-    def _load(self, adapter: int, release: int | None = None) -> None:
-        """Take a stream's batch in hand, which may enter from a slot on, or at once."""
+    def _load(self, adapter: int) -> None:
+        """Take a stream's batch in hand."""
         stream = self.streams[adapter]
         stream.items = sorted(
             (
@@ -83,7 +100,7 @@ class Packer:
             key=lambda item: (-item.tokens, item.position),
         )
         stream.tokens = sum(item.tokens for item in stream.items)
-        heapq.heappush(self._waiting, (self.slot if release is None else release, adapter))
+        heapq.heappush(self._waiting, (max(self.slot, self._enters.get(adapter, 0)), adapter))
 
     def next_slot(self) -> tuple[list[list[Item]], set[int]]:
         """The bins of the next slot, none where everybody waits, and the adapters whose global batch ends in it."""
@@ -109,10 +126,10 @@ class Packer:
         """Tokens for the next of some replicas. With little left they share it: the slowest decides when all are
         done."""
         if replicas == 1 or not self._ready:
-            return self.capacity
+            return self.target
         ready = [self.streams[adapter] for _, adapter in self._ready]
         share = -(-sum(stream.tokens for stream in ready) // replicas)
-        return min(self.capacity, max(share, max(stream.items[0].tokens for stream in ready)))
+        return min(self.target, max(share, max(stream.items[0].tokens for stream in ready)))
 
     def _fill(self, room: int) -> list[Item]:
         """Take what goes into a bin out of the streams."""
@@ -120,9 +137,15 @@ class Packer:
         while self._ready:
             _, adapter = heapq.heappop(self._ready)
             stream = self.streams[adapter]
+            if not content and stream.items[0].tokens > room:
+                content = stream.items[:1]
+                self._take(content)
+                if stream.items:
+                    self._let_in(adapter)
+                return content
             if stream.tokens > room:
                 looked_at = [adapter]
-                content += fill(self._groups(looked_at), room, self.capacity // SLACK)
+                content += fill(self._groups(looked_at), room, self.target // SLACK)
                 self._take(content)
                 for one in looked_at:
                     if self.streams[one].items:
@@ -148,6 +171,7 @@ class Packer:
         for adapter, positions in taken.items():
             stream = self.streams[adapter]
             stream.items = [item for item in stream.items if item.position not in positions]
+            self._enters[adapter] = self.slot + self.stages
 
     def _end_batch(self, adapter: int) -> None:
         stream = self.streams[adapter]
@@ -155,30 +179,32 @@ class Packer:
         if stream.batch == len(stream.job.batches):
             del self.streams[adapter]
             return
-        self._load(adapter, self.slot + self.stages)
+        self._load(adapter)
 
 
 def fill(groups: Iterable[Sequence[Item]], room: int, slack: int) -> list[Item]:
     """Items whose tokens come as close to the room as any choice of them, from as few groups as reach room - slack.
 
     The sums that can be reached are the bits of an integer, so one addition is a shift: 100 items and 8192 tokens take
-    0.1 ms, and the choice is exact. Long samples are the first to be taken, since short ones fit anywhere later. Rooms
-    beyond 65536 tokens are counted in coarser units.
+    0.1 ms, and the choice is exact. Long samples are the first to be taken, since short ones fit anywhere later; in
+    rooms beyond 65536 tokens they are taken as they come until no more is left.
     """
-    unit = max(1, -(-room // RESOLUTION))
-    limit, enough = room // unit, (room - slack) // unit
-    mask = (1 << (limit + 1)) - 1
-    reached, before, items = 1, [], []
+    reached, before, items, chosen = 1, [], [], []
     for group in groups:
         for item in group:
+            if room - item.tokens >= EXACT_ROOM:
+                chosen.append(item)
+                room -= item.tokens
+                continue
             before.append(reached)
             items.append(item)
-            reached |= (reached << -(-item.tokens // unit)) & mask
-        if reached.bit_length() > enough:
+            reached |= (reached << item.tokens) & ((1 << (room + 1)) - 1)
+        reached &= (1 << (room + 1)) - 1
+        if reached.bit_length() > room - slack:
             break
-    left, chosen = reached.bit_length() - 1, []
+    left = reached.bit_length() - 1
     for item, sums in zip(reversed(items), reversed(before), strict=True):
         if not sums >> left & 1:  # not to be had without this one
             chosen.append(item)
-            left -= -(-item.tokens // unit)
+            left -= item.tokens
     return chosen

@@ -15,8 +15,9 @@ from lorafusion.simulator.costs import CostModel, model_costs
 from lorafusion.workload import Job, Workload
 
 USABLE = 0.94  # of a GPU's memory: the rest is the driver's, the libraries' and the allocator's
-WORKSPACE = 2 << 30  # bytes: products on their way, and a part of the logits at a time
-ADAPTER_BYTES = 2 + 2 + 4 + 8  # of a parameter: itself, its gradient, a float32 copy, AdamW's two moments
+WORKSPACE = 2 << 30  # bytes: products on their way
+ADAPTER_BYTES = 4 * 4  # of a parameter in float32: itself, its gradient, AdamW's two moments
+LOGIT_BYTES = 2 + 4 + 4 + 2  # of a logit: in 16 bits, in float32 for the loss, and the gradients of both
 STEP = 256  # tokens that a capacity is rounded down to
 
 
@@ -66,7 +67,9 @@ def stage_bytes(config: ModelConfig, model: CostModel, stage: int, jobs: tuple[J
 def token_bytes(config: ModelConfig, model: CostModel, stage: int, checkpointing: bool) -> float:
     """Bytes that a token of the capacity takes on a stage, of which 1F1B holds S - stage microbatches."""
     kept = model.layers[stage] * saved_bytes(config, checkpointing) * (model.stages - stage)
-    return kept + (saved_bytes(config) if checkpointing else 0)  # and the layer that is computed again
+    if checkpointing:
+        kept += saved_bytes(config)  # the layer that is computed again
+    return kept + (LOGIT_BYTES * config.vocab_size if stage == model.stages - 1 else 0)
 
 
 def largest_capacity(
@@ -100,11 +103,11 @@ def propose(
         trial = fastest(workload, stages, largest, replicas, model)
         used = max(
             stage_bytes(config, model, stage, workload.jobs)
-            + trial.capacity * token_bytes(config, model, stage, checkpointing)
+            + max(trial.target, longest) * token_bytes(config, model, stage, checkpointing)
             for stage in range(stages)
         )
         choices.append(
-            Choice(stages, replicas, trial.capacity, largest, trial.throughput, trial.bubble, int(used + WORKSPACE))
+            Choice(stages, replicas, trial.target, largest, trial.throughput, trial.bubble, int(used + WORKSPACE))
         )
     choices.sort(key=lambda choice: (-choice.throughput, choice.stages))
     if not choices[0].throughput:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,11 +21,14 @@ from lorafusion.plan import Microbatch, Plan
 from lorafusion.workload import Workload
 
 # Measured on the H200 (results/reference/nvidia-h200/kernels.csv, commit 09b1e6e): a decoder layer of Llama-3.1-70B
-# with one adapter of rank 16 takes 2.94 us a token forward, 6.08 both ways, which is 1.71 GFLOP a token each way.
+# with one adapter of rank 16 takes 2.94 us more for each further token forward, 6.08 both ways (a line through 2048 to
+# 9728 tokens), which is 1.71 GFLOP a token each way.
 FLOP_RATE = 583e12  # FLOP/s
 BACKWARD = 1.07  # the backward pass over the forward's time: base weights have no gradients
 ATTENTION_BACKWARD = 2.5  # its products over the forward's: five for two
-ADAPTER = 0.004  # more time for each adapter of a microbatch beyond the first; 16 adapters took 2.1 % more than one
+# Seconds of each adapter of a microbatch beyond the first in a layer of Llama-3.1-70B, forward: with 2048, 3584 and
+# 8192 tokens 16 adapters took 75 to 85 us more for each than one did, both ways. Taken to grow with the hidden size.
+ADAPTER, ADAPTER_HIDDEN = 38e-6, 8192
 TILE = 128  # rows of a GEMM's tile, which a microbatch's tokens are rounded up to
 
 
@@ -68,9 +72,9 @@ class Costs:
 class CostModel(BaseModel):
     """The costs of a base model on a number of stages, as a function of a microbatch; times in seconds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    layers: tuple[int, ...] = Field(min_length=1, description="decoder layers of each stage")
+    layers: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, description="decoder layers of each stage")
     token: float = Field(gt=0, description="of a token in a layer, forward")
     square: float = Field(default=0.0, ge=0, description="of a squared token of a sample in a layer, forward")
     fixed: float = Field(default=0.0, ge=0, description="of a microbatch in a layer, forward")
@@ -78,7 +82,7 @@ class CostModel(BaseModel):
     backward: float = Field(default=BACKWARD, gt=0, description="backward over forward, all but attention")
     attention_backward: float = Field(default=ATTENTION_BACKWARD, gt=0, description="backward over forward, attention")
     checkpointing: bool = Field(default=False, description="the backward pass computes the forward of a layer again")
-    adapter: float = Field(default=0.0, ge=0, description="share of a layer's time for each adapter beyond the first")
+    adapter: float = Field(default=0.0, ge=0, description="of each adapter beyond the first in a layer, forward")
     tile: int = Field(default=1, ge=1, description="tokens are rounded up to it")
     step: float = Field(default=0.0, ge=0, description="of an adapter's optimizer step, for a layer")
     latency: float = Field(default=0.0, ge=0, description="of a transfer between stages")
@@ -92,14 +96,14 @@ class CostModel(BaseModel):
         """Seconds of one layer for each microbatch, forward and backward; tokens, sums of squared sample lengths and
         numbers of adapters are arrays [microbatches]."""
         rows = -(-tokens // self.tile) * self.tile
-        dense = (self.token * rows + self.fixed * (tokens > 0)) * (1 + self.adapter * np.maximum(adapters - 1, 0))
+        dense = self.token * rows + self.fixed * (tokens > 0) + self.adapter * np.maximum(adapters - 1, 0)
         attention = self.square * squares
         forward = dense + attention
         backward = self.backward * dense + self.attention_backward * attention
         return forward, backward + forward * self.checkpointing
 
     def costs(self, tokens: np.ndarray, squares: np.ndarray, adapters: np.ndarray, steps: np.ndarray) -> Costs:
-        """The table for microbatches; steps: adapters that step after each, and of its data-parallel slot."""
+        """The table for microbatches; steps: adapters whose last microbatch each is."""
         forward, backward = self.layer(tokens, squares, adapters)
         layers = np.array(self.layers, float)[:, None]
         last = np.arange(self.stages)[:, None] == self.stages - 1
@@ -157,7 +161,7 @@ def model_costs(
         square=2 * hidden / flop_rate,  # two products of 2 h FLOP for each pair of tokens, of which half are masked
         head=2 * hidden * config.vocab_size / flop_rate,
         checkpointing=checkpointing,
-        adapter=ADAPTER,
+        adapter=ADAPTER * hidden / ADAPTER_HIDDEN,
         tile=TILE,
         step=30e-6,
         latency=10e-6,

@@ -40,10 +40,8 @@ def simulate(plan: Plan, costs: Costs, schedule: str | None = None, workload: Wo
     return SCHEDULES[name](plan, costs, tokens, workload)
 
 
-def simulate_stream(costs: Costs, tokens: np.ndarray, data_parallel: int = 1) -> Timeline:
-    """The `stream` of microbatches that are no plan yet; an optimizer steps where it has a cost."""
-    stepping = [bool(costs.step[:, begin : begin + data_parallel].any())
-                for begin in range(0, costs.microbatches, data_parallel)]  # fmt: skip
+def simulate_stream(costs: Costs, tokens: np.ndarray, stepping: list[bool], data_parallel: int = 1) -> Timeline:
+    """The `stream` of microbatches that are no plan yet; stepping: for each slot, does an optimizer step after it?"""
     return run_orders(_orders(costs.stages, stepping, data_parallel), costs, tokens, data_parallel)
 
 
@@ -104,7 +102,7 @@ def _sharded(plan: Plan, costs: Costs, tokens: np.ndarray, workload: Workload | 
         of_slot = range(slot * width, (slot + 1) * width)
         passes = [(FORWARD, costs.forward[0]), (BACKWARD, costs.backward[0])]
         if steps:
-            passes.append((STEP, np.full(costs.microbatches, costs.step[0, of_slot].max())))
+            passes.append((STEP, np.full(costs.microbatches, costs.step[0, of_slot].sum())))
         for kind, seconds in passes:
             for replica, index in enumerate(of_slot):
                 operations[replica].append((kind, index))

@@ -121,7 +121,7 @@ def run_orders(orders: list[list[Operation]], costs: Costs, tokens: np.ndarray, 
                     if None in arrivals:
                         break
                     start = max(time, *arrivals)
-                    time = start + max(step[stage][one] for one in slot)
+                    time = start + sum(step[stage][one] for one in slot)  # every replica steps all that ended
                 elif not real[index]:
                     start = time
                     (own_forward if kind == FORWARD else own_backward)[index] = time

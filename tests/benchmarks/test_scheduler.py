@@ -67,7 +67,7 @@ def test_a_bench_has_a_row_for_each_metric_of_each_plan(measured):
     assert set(single["kind"][single["metric"] == "solve_time"]) == {"measured"}
     assert set(single["kind"][single["metric"] != "solve_time"]) == {"simulated"}
     ratios = single[single["metric"] == "microbatch_ratio"]
-    assert ratios["value"][ratios["system"] == "fast"].min() >= 1
+    assert ratios["value"].min() >= 1
     assert ratios["note"].str.contains("of them no-ops").all()
     bubbles = single[single["metric"] == "bubble"]["value"]
     assert bubbles.between(0, 1).all()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorafusion.errors import UserError
 from lorafusion.plan import check, make_plan
 from lorafusion.scheduler import STRATEGIES, bounds, fast, plan_workload
 from lorafusion.scheduler.packer import Item, Packer, fill
@@ -35,10 +36,28 @@ def test_another_adapter_is_asked_only_where_the_first_does_not_fill_the_room():
     assert {item.adapter for item in fill([first, second], 8, 3)} == {0}  # 5 is enough
 
 
-def test_large_rooms_are_counted_coarsely_and_never_overfilled():
-    items = [Item(100_001, 0, 0), Item(99_999, 0, 1), Item(50_000, 0, 2)]
-    chosen = fill([items], 200_000, 0)
-    assert 150_000 <= sum(item.tokens for item in chosen) <= 200_000
+@pytest.mark.parametrize(
+    ("lengths", "room", "least"),
+    [
+        ((100_001, 99_999, 50_000), 200_000, 200_000),
+        ((70_001, 70_001), 70_001, 70_001),
+        ((101,) * 20_000, 1_000_000, 999_900),
+        ((200_000,), 200_000, 200_000),
+    ],
+)
+def test_large_rooms_are_filled_too(lengths, room, least):
+    """Their lengths were once counted in units, so that a sample as long as the room found no place, ever."""
+    chosen = fill([[Item(tokens, 0, position) for position, tokens in enumerate(lengths)]], room, 0)
+    assert least <= sum(item.tokens for item in chosen) <= room
+    assert len({item.position for item in chosen}) == len(chosen)
+
+
+@pytest.mark.parametrize("data_parallel", [1, 2])
+def test_capacities_beyond_the_exact_room_are_planned(make_job, make_workload, data_parallel):
+    workload = make_workload(make_job("a", (70_001, 70_001, 150_003), global_batch_size=2))
+    for capacity in (150_003, 200_000):
+        plan = plan_workload(workload, "fast", stages=2, capacity=capacity, data_parallel=data_parallel)
+        check(plan, workload)
 
 
 def test_the_adapter_with_the_longest_way_to_go_comes_first(make_job):
@@ -84,6 +103,40 @@ def test_jobs_come_and_go_while_others_train(make_job):
     assert not packer.streams
 
 
+def test_an_adapter_that_comes_back_waits_for_its_own_step(make_job):
+    packer, job = Packer(stages=3, capacity=12), make_job("a", (6,) * 8, global_batch_size=2)
+    packer.add(0, job)
+    packer.next_slot()
+    packer.withdraw(0)
+    packer.add(0, job, batch=1)
+    slots = [packer.next_slot()[0] for _ in range(3)]
+    assert [len(bins) for bins in slots] == [0, 0, 1]
+
+
+def test_mistakes_of_the_packers_owner_are_named(make_job):
+    packer, job = Packer(stages=1, capacity=12), make_job("a", (6,) * 8, global_batch_size=2)
+    packer.add(0, job)
+    with pytest.raises(UserError, match="adapter 0 is there already"):
+        packer.add(0, job)
+    with pytest.raises(UserError, match="'a' has 4 global batches, found 4"):
+        packer.add(1, job, batch=4)
+    with pytest.raises(UserError, match="adapter 5 is not there"):
+        packer.withdraw(5)
+    with pytest.raises(UserError, match="a sample of 'b' has 13 tokens, the capacity is 12"):
+        packer.add(1, make_job("b", (13,)))
+
+
+def test_a_sample_longer_than_the_target_is_alone(make_job):
+    """One long sample must not make all microbatches as long."""
+    packer = Packer(stages=1, capacity=100, target=10)
+    packer.add(0, make_job("a", (90, 5, 5, 4, 4, 2), global_batch_size=6))
+    loads = []
+    while packer.streams:
+        bins, _ = packer.next_slot()
+        loads.append(sum(item.tokens for content in bins for item in content))
+    assert loads == [90, 10, 10]
+
+
 def test_a_job_resumes_at_a_batch(make_job):
     packer = Packer(stages=1, capacity=12)
     packer.add(0, make_job("a", (6,) * 8, global_batch_size=2), batch=3)
@@ -112,8 +165,8 @@ def test_lower_capacities_are_chosen_where_waiting_rules(make_job, make_workload
     """Two adapters, four stages: full microbatches wait for each other's steps, halves of them fill the pipeline."""
     jobs = [make_job(name, (10, 11, 9, 10) * 20, global_batch_size=4) for name in "ab"]
     workload = make_workload(*jobs)
-    assert fast.fastest(workload, 4, 80, 1, even_costs(4)).capacity < 80
-    assert fast.fastest(workload, 1, 80, 1, even_costs(1)).capacity == 80
+    assert fast.fastest(workload, 4, 80, 1, even_costs(4)).target < 80
+    assert fast.fastest(workload, 1, 80, 1, even_costs(1)).target == 80
 
 
 def test_an_under_full_order_is_what_its_owner_may_check(make_job, make_workload):
@@ -127,6 +180,13 @@ def test_an_under_full_order_is_what_its_owner_may_check(make_job, make_workload
         bins, ended = packer.next_slot()
         microbatches += fast.slot_microbatches(workload, bins, ended, 1)
     check(make_plan("x", workload, microbatches, stages=2, capacity=9), workload)
+
+
+@pytest.mark.parametrize("name", ["stages", "capacity", "data_parallel"])
+def test_sizes_below_one_are_refused(make_workload, name):
+    sizes = {"stages": 1, "capacity": 16, "data_parallel": 1} | {name: 0}
+    with pytest.raises(UserError, match=f"plan: {name} must be at least 1, found 0"):
+        plan_workload(make_workload(), "fast", **sizes)
 
 
 def test_strategies_have_names(make_workload):

@@ -29,7 +29,7 @@ def test_a_microbatch_costs_what_it_holds():
         tile=8, step=7.0, latency=0.25, transfer=0.5,
     )  # fmt: skip
     table = costs(model, [5], [9], [2], [1])
-    dense, attention = (8 + 10) * 1.1, 4.5
+    dense, attention = 8 + 10 + 0.1, 4.5
     assert table.forward[:, 0].tolist() == pytest.approx([2 * (dense + attention), 3 * (dense + attention) + 20])
     backward = 2 * dense + 3 * attention
     assert table.backward[:, 0].tolist() == pytest.approx([2 * backward, 3 * backward + 40])

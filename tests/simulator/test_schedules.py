@@ -14,6 +14,7 @@ from lorafusion.errors import UserError
 from lorafusion.plan import Microbatch, Plan, Segment, statistics_of
 from lorafusion.scheduler.common import NOOP
 from lorafusion.simulator import SCHEDULES, Costs, simulate
+from lorafusion.simulator.schedules import simulate_stream
 from lorafusion.simulator.timeline import BACKWARD, FORWARD, STEP, run_orders
 
 IN_ORDER = ("stream", "flush", "gpipe")
@@ -110,10 +111,30 @@ def test_sharded_ranks_wait_for_the_slowest_in_each_pass():
     plan = a_plan(4, 1, steps=[3], data_parallel=2)
     costs = equal_costs(plan, step=0.5)
     costs.forward[0, 1] = costs.backward[0, 2] = 7.0
+    costs.step[0, :3] = 0.0
     timeline = simulate(plan, costs, "sharded")
     assert timeline.makespan == 7 + 2 + 1 + 7 + 0.5
     with pytest.raises(UserError, match="sharded: has no stages, but the plan has 2"):
         simulate(a_plan(2, 2), equal_costs(a_plan(2, 2)), "sharded")
+
+
+def test_every_replica_steps_all_adapters_that_end_in_a_slot():
+    """Two adapters end in one slot on two replicas, and each replica has a copy of both."""
+    plan = a_plan(2, 1, steps=[0, 1], data_parallel=2)
+    assert simulate(plan, equal_costs(plan, step=0.5)).makespan == 1 + 2 + 2 * 0.5
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_a_stream_that_is_no_plan_yet_is_simulated_as_its_plan(replicas):
+    for seed in range(30):
+        draw = random.Random(seed)
+        count = replicas * draw.randint(1, 8)
+        steps = [index for index in range(count) if draw.random() < 0.3]
+        plan = a_plan(count, draw.randint(1, 4), steps, data_parallel=replicas)
+        costs = random_costs(plan, seed)
+        tokens = np.array([microbatch.tokens for microbatch in plan.microbatches])
+        stepping = [any(one.step_after for one in slot) for slot in plan.slots()]
+        assert simulate_stream(costs, tokens, stepping, replicas).makespan == simulate(plan, costs).makespan
 
 
 def greedy_case(make_job, make_workload, stages, adapters, batches):

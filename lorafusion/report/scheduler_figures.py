@@ -38,7 +38,7 @@ def scheduler_bubble(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
 def scheduler_fill(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
     """Microbatches over their lower bound, by workload and global batch."""
     data = _bars(table, "microbatch_ratio", "whole")
-    return _written(data, _draw_bars_of("microbatches over the lower bound", percent=False), out_stem)
+    return _written(data, _draw_bars_of("microbatches over bound", percent=False), out_stem)
 
 
 def scheduler_time(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
@@ -68,7 +68,7 @@ def _rows(table: pd.DataFrame, metric: str, window: str) -> pd.DataFrame:
 
 
 def _bars(table: pd.DataFrame, metric: str, window: str) -> pd.DataFrame:
-    """Of the points with the bars' stages and adapters those with the samples that most strategies have."""
+    """The points with the stages and adapters of the bars."""
     rows = _rows(table, metric, window)
     here = rows[(rows["stages"] == STAGES) & (rows["adapters"] == ADAPTERS)]
     if here.empty:

@@ -13,7 +13,7 @@ from lorafusion.simulator.costs import CostModel
 from lorafusion.workload import Workload
 
 STRATEGIES = {
-    "fast": "lorafusion.scheduler.fast:plan",  # the default
+    "fast": "lorafusion.scheduler.fast:plan",
     "fewest": "lorafusion.scheduler.fast:fewest",  # the same, for few microbatches and not for time
     "paper": "lorafusion.scheduler.paper:plan",  # arXiv 2510.00206
     "ffd": "lorafusion.scheduler.first_fit:plan",  # its order, packed first-fit-decreasing

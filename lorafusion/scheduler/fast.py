@@ -1,4 +1,4 @@
-"""The default: packed slot by slot, at the capacity that the simulator finds fastest.
+"""Packed slot by slot, to the tokens a microbatch that the simulator finds fastest.
 
 Full microbatches are the fewest, but not always the fastest: where the dependency rule leaves slots empty or nearly so,
 smaller microbatches of equal size take the same turns with less waiting. So the capacity is an upper limit here, and a

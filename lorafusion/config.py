@@ -46,6 +46,21 @@ class ModelConfig(Config):
     )
     revision: str | None = Field(default=None, description="commit or tag on the hub")
 
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of the seven linears of a decoder layer, by the names that PEFT targets."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        keys = hidden * self.num_key_value_heads // self.num_attention_heads
+        return {
+            "q_proj": (hidden, hidden),
+            "k_proj": (hidden, keys),
+            "v_proj": (hidden, keys),
+            "o_proj": (hidden, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+
 
 class SystemConfig(Config):
     """An entry of configs/systems.yaml: planner, executor and LoRA kind by import path, or why it cannot run."""

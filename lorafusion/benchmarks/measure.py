@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import gc
-import shlex
 import statistics
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from lorafusion.benchmarks.implementations import Builder, Setting, Subject
+from lorafusion.benchmarks.results import row, write_bench
 from lorafusion.benchmarks.suite import KERNELS, Bench, KernelSuite, Point, bench_hash, benches, read_kernel_suite
 from lorafusion.benchmarks.timing import median_ratio, own_stream, prepared, saved_bytes, seconds
 from lorafusion.config import read_model
 from lorafusion.errors import UserError, one_of
 from lorafusion.measure.environment import has_gpu, provenance
 from lorafusion.measure.timers import canary
-from lorafusion.measure.vocabulary import METRICS
-from lorafusion.runtime.result import VERSION, write_result
 
 PASSES = ("forward", "both")  # of a `Subject`; forward too as in training, recorded by autograd
 
@@ -49,21 +46,13 @@ def run_bench(
             metrics += measured(bench, tokens, builder, suite, repeat)
             print(f"{name}: {tokens} tokens measured", flush=True)
     failed = [row for row in metrics if row["status"] != "ok"]
-    write_result(out, {
-        "version": VERSION,
-        "status": "ok",
-        "cell": {
-            "suite": suite_name, "kind": "measured", "cell": f"{bench.name}/canary", "model": bench.model, "gpus": 1,
-            "repeat": repeat, "rank": bench.rank, "dropout": bench.dropout, "dtype": suite.dtype,
-            **(dict(zip(("in_features", "out_features"), bench.shape, strict=True)) if bench.shape else {}),
-        },
-        "expected": [],
-        "metrics": metrics,
-        "provenance": origin | {
-            "config_hash": bench_hash(suite, bench), "seed": suite.seed, "started_at": started,
-            "log": str(log) if log else None, "command": shlex.join(["lorafusion", *sys.argv[1:]]),
-        },
-    })  # fmt: skip
+    cell = {
+        "suite": suite_name, "kind": "measured", "cell": f"{bench.name}/canary", "model": bench.model, "gpus": 1,
+        "repeat": repeat, "rank": bench.rank, "dropout": bench.dropout, "dtype": suite.dtype,
+        **(dict(zip(("in_features", "out_features"), bench.shape, strict=True)) if bench.shape else {}),
+    }  # fmt: skip
+    write_bench(out, cell, metrics, origin, config_hash=bench_hash(suite, bench), seed=suite.seed, started=started,
+                log=log)  # fmt: skip
     return f"{len(metrics)} numbers, {len(failed)} failed"
 
 
@@ -117,11 +106,7 @@ def _products(bench: Bench) -> list[tuple[tuple[int, int], int]]:
     """(in, out) and rank of the bench's linears."""
     if bench.shape:
         return [(bench.shape, bench.rank)]
-    model = read_model(bench.model)
-    hidden, inner = model.hidden_size, model.intermediate_size
-    keys = hidden * model.num_key_value_heads // model.num_attention_heads
-    shapes = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 2 + [(inner, hidden)]
-    return [(shape, bench.rank) for shape in shapes]
+    return [(shape, bench.rank) for shape in read_model(bench.model).linears.values()]
 
 
 def _existing(subject: Subject) -> set[int]:
@@ -131,11 +116,7 @@ def _existing(subject: Subject) -> set[int]:
 
 def _row(bench: Bench, point: Point, metric: str, value: float, passes: str | None = None) -> dict:
     cell = {"cell": point.cell(bench), "tokens": point.tokens, "adapters": point.adapters, "pass": passes}
-    unit, direction, _ = METRICS[metric]
-    return {
-        "metric": metric, "value": float(value), "unit": unit, "direction": direction, "window": "steady",
-        "implementation": point.implementation, "status": "ok", "cell": cell,
-    }  # fmt: skip
+    return row(metric, value, "steady", cell, implementation=point.implementation)
 
 
 def _failed(bench: Bench, point: Point, status: str, note: str) -> list[dict]:
@@ -149,7 +130,4 @@ def _failed(bench: Bench, point: Point, status: str, note: str) -> list[dict]:
 
 
 def _canary_row(bench: Bench, name: str, time: float) -> dict:
-    return {
-        "metric": "time", "value": time, "unit": "s", "direction": "lower", "window": "steady", "implementation": name,
-        "status": "ok", "cell": {"cell": f"{bench.name}/{name}"},
-    }  # fmt: skip
+    return row("time", time, "steady", {"cell": f"{bench.name}/{name}"}, implementation=name)

@@ -6,8 +6,6 @@ all global batches, adapters and strategies.
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -16,13 +14,12 @@ from pathlib import Path
 
 from pydantic import Field
 
+from lorafusion.benchmarks.results import row, write_bench
 from lorafusion.config import CONFIGS, Config, names_in, read_model, read_yaml
 from lorafusion.data.lengths import make_workload
 from lorafusion.errors import UserError, one_of, validated
 from lorafusion.measure.environment import provenance
-from lorafusion.measure.vocabulary import METRICS
 from lorafusion.plan import Plan
-from lorafusion.runtime.result import VERSION, write_result
 from lorafusion.scheduler import STRATEGIES, bounds, plan_workload
 from lorafusion.simulator import CostModel, costs_of, even_costs, model_costs, simulate
 from lorafusion.workload import Workload, content_hash
@@ -113,17 +110,10 @@ def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | No
                 workload, strategy, stages, global_batch, suite.capacity, costs, name, in_seconds=bool(suite.model)
             )
         print(f"{name}: global batch {global_batch}, {adapters} adapters", flush=True)
-    write_result(out, {
-        "version": VERSION, "status": "ok",
-        "cell": {"suite": suite_name, "kind": "simulated", "cell": name, "model": suite.model,
-                 "workload": workload_name, "gpus": stages, "repeat": repeat, "stages": stages,
-                 "capacity": suite.capacity},
-        "expected": [], "metrics": metrics,
-        "provenance": provenance("cpu") | {
-            "config_hash": bench_hash(suite, name), "seed": suite.seed, "started_at": started,
-            "log": str(log) if log else None, "command": shlex.join(["lorafusion", *sys.argv[1:]]),
-        },
-    })  # fmt: skip
+    cell = {"suite": suite_name, "kind": "simulated", "cell": name, "model": suite.model, "workload": workload_name,
+            "gpus": stages, "repeat": repeat, "stages": stages, "capacity": suite.capacity}  # fmt: skip
+    write_bench(out, cell, metrics, provenance("cpu"), config_hash=bench_hash(suite, name), seed=suite.seed,
+                started=started, log=log)  # fmt: skip
     return f"{len(metrics)} numbers"
 
 
@@ -163,13 +153,10 @@ def measured(
     ):
         if metric == "throughput" and not in_seconds:
             continue
-        unit, direction, _ = METRICS[metric]
-        yield {
-            "metric": metric, "value": float(value), "unit": unit, "direction": direction, "window": window,
-            "status": "ok", "note": _note(plan) if metric == "microbatch_ratio" else "",
-            "cell": {"cell": cell, "system": strategy, "adapters": len(workload.jobs), "global_batch": global_batch,
-                     "kind": "measured" if metric == "solve_time" else "simulated"},
-        }  # fmt: skip
+        kind = "measured" if metric == "solve_time" else "simulated"
+        own = {"cell": cell, "system": strategy, "adapters": len(workload.jobs), "global_batch": global_batch,
+               "kind": kind}  # fmt: skip
+        yield row(metric, value, window, own, note=_note(plan) if metric == "microbatch_ratio" else "")
 
 
 def _note(plan: Plan) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shlex
 import shutil
 import subprocess
 import sys
@@ -21,10 +20,10 @@ import torch
 
 from lorafusion.benchmarks.implementations import Builder, Setting
 from lorafusion.benchmarks.measure import _row, require_device
+from lorafusion.benchmarks.results import write_bench
 from lorafusion.benchmarks.suite import KERNELS, Bench, KernelSuite, LinearBlock, bench_hash, read_kernel_suite
 from lorafusion.errors import UserError
 from lorafusion.measure.environment import provenance
-from lorafusion.runtime.result import VERSION, write_result
 
 COUNTERS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}  # decimal, in ncu's words
@@ -48,16 +47,10 @@ def run_traffic(suite_name: str, out: Path, log: Path | None) -> str:
             rows.append(row)
             print(f"{row['cell']['cell']}: {row['value'] or row['note']}", flush=True)
     first = traffic_bench(suite, suite.traffic.shapes[0])
-    write_result(out, {
-        "version": VERSION, "status": "ok",
-        "cell": {"suite": suite_name, "kind": "measured", "cell": "traffic", "gpus": 1, "repeat": 1,
-                 "rank": first.rank, "dropout": first.dropout, "dtype": suite.dtype},
-        "expected": [], "metrics": rows,
-        "provenance": provenance(suite.device) | {
-            "config_hash": bench_hash(suite, first), "seed": suite.seed, "started_at": started,
-            "log": str(log) if log else None, "command": shlex.join(["lorafusion", *sys.argv[1:]]),
-        },
-    })  # fmt: skip
+    cell = {"suite": suite_name, "kind": "measured", "cell": "traffic", "gpus": 1, "repeat": 1, "rank": first.rank,
+            "dropout": first.dropout, "dtype": suite.dtype}  # fmt: skip
+    write_bench(out, cell, rows, provenance(suite.device), config_hash=bench_hash(suite, first), seed=suite.seed,
+                started=started, log=log)  # fmt: skip
     return f"{len(rows)} numbers, {sum(row['status'] != 'ok' for row in rows)} failed"
 
 

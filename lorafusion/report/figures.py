@@ -6,7 +6,7 @@ tables give equal bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -43,15 +43,20 @@ def end_to_end(table: pd.DataFrame, model: str, out_stem: str | Path, footer: st
     footer: in place of the line that names suite, commit and device.
     Raises `MeasurementError` where the table has no throughput of the model, or two for one bar.
     """
+    return written(end_to_end_data(table, model), lambda data: draw_end_to_end(data, footer), out_stem)
+
+
+def written(data: pd.DataFrame, draw: Callable[[pd.DataFrame], Figure], out_stem: str | Path) -> list[Path]:
+    """Write what a figure shows as CSV, draw it from there, and save it; equal tables give equal bytes."""
     stem = Path(out_stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     csv = stem.with_name(stem.name + ".csv")
-    end_to_end_data(table, model).to_csv(csv, index=False, lineterminator="\n")
-    return [*save(draw_end_to_end(read_data(csv), footer), stem), csv]
+    data.to_csv(csv, index=False, lineterminator="\n")
+    return [*save(draw(read_data(csv)), stem), csv]
 
 
 def read_data(path: str | Path) -> pd.DataFrame:
-    """A figure's CSV, as `draw_end_to_end` takes it; only an empty field is empty."""
+    """A figure's CSV, as its drawing takes it; only an empty field is empty."""
     return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 

@@ -33,8 +33,8 @@ def window_of(timeline: Timeline, first: int, count: int) -> Window:
     """From when the first of some microbatches begins on any stage to when the last of them has ended on all."""
     times = [
         (start, end)
-        for operations, starts, ends in zip(timeline.operations, timeline.starts, timeline.ends, strict=True)
-        for (_, index), start, end in zip(operations, starts, ends, strict=True)
+        for processor in range(len(timeline.operations))
+        for _, index, start, end in timeline.of(processor)
         if first <= index < first + count and end > start
     ]
     return (min(start for start, _ in times), max(end for _, end in times)) if times else (0.0, timeline.makespan)
@@ -74,9 +74,8 @@ def print_plan(plan: Plan, timeline: Timeline, unit: str, window: Window, names:
     begin, end = window
     console.print(f"\n{begin:,.4g} to {end:,.4g} {unit}; f forward, B backward, · idle")
     for processor in range(len(timeline.operations)):
-        replica, stage = divmod(processor, timeline.stages)
-        label = f"stage {stage}" if plan.data_parallel == 1 else f"replica {replica} stage {stage}"
-        console.print(_row(plan, timeline, processor, window, max(20, console.width - 20), f"{label:18}"))
+        label = f"{_label(plan, timeline, processor):18}"
+        console.print(_row(plan, timeline, processor, window, max(20, console.width - 20), label))
     console.print(_legend(plan, names))
 
 
@@ -85,9 +84,7 @@ def _row(plan: Plan, timeline: Timeline, processor: int, window: Window, width: 
     begin, end = window
     shares = np.zeros((width, 2, _count(plan)))
     edges = np.linspace(begin, end, width + 1)
-    for (kind, index), start, stop in zip(
-        timeline.operations[processor], timeline.starts[processor], timeline.ends[processor], strict=True
-    ):
+    for kind, index, start, stop in timeline.of(processor):
         segments = plan.microbatches[index].segments
         if stop <= begin or start >= end or not segments or kind == STEP:
             continue
@@ -100,11 +97,13 @@ def _row(plan: Plan, timeline: Timeline, processor: int, window: Window, width: 
             text.append("·", "dim")
             continue
         kind = int(column[BACKWARD].sum() > column[FORWARD].sum())
-        adapter = int(column.sum(axis=0).argmax())
-        text.append(
-            "fB"[kind], f"black on {COLOURS[adapter % len(COLOURS)]}" if kind else COLOURS[adapter % len(COLOURS)]
-        )
+        colour = _colour(int(column.sum(axis=0).argmax()))
+        text.append("fB"[kind], f"black on {colour}" if kind else colour)
     return text
+
+
+def _colour(adapter: int) -> str:
+    return COLOURS[adapter % len(COLOURS)]
 
 
 def _count(plan: Plan) -> int:
@@ -115,7 +114,7 @@ def _legend(plan: Plan, names: list[str] | None) -> Text:
     text = Text(" " * 18)
     for adapter in range(min(_count(plan), MOST_NAMES)):
         name = names[adapter] if names else f"adapter {adapter}"
-        text.append(f"{name}  ", COLOURS[adapter % len(COLOURS)])
+        text.append(f"{name}  ", _colour(adapter))
     return text
 
 
@@ -132,7 +131,7 @@ def draw(plan: Plan, timeline: Timeline, unit: str, window: Window) -> Figure:
         ax.set_yticks(range(rows), [_label(plan, timeline, processor) for processor in range(rows)])
         ax.set_xlabel(f"time in {unit}")
         handles = [
-            Patch(facecolor=COLOURS[adapter % len(COLOURS)], label=f"adapter {adapter}")
+            Patch(facecolor=_colour(adapter), label=f"adapter {adapter}")
             for adapter in range(min(_count(plan), MOST_NAMES))
         ]
         handles.append(Patch(facecolor="white", edgecolor="0.3", hatch="////", label="backward"))
@@ -142,14 +141,12 @@ def draw(plan: Plan, timeline: Timeline, unit: str, window: Window) -> Figure:
 
 def _label(plan: Plan, timeline: Timeline, processor: int) -> str:
     replica, stage = divmod(processor, timeline.stages)
-    return f"stage {stage}" if plan.data_parallel == 1 else f"{replica}/{stage}"
+    return f"stage {stage}" if plan.data_parallel == 1 else f"replica {replica} stage {stage}"
 
 
 def _draw_row(ax: Axes, plan: Plan, timeline: Timeline, processor: int, window: Window) -> None:
     height = 0.8
-    for (kind, index), start, stop in zip(
-        timeline.operations[processor], timeline.starts[processor], timeline.ends[processor], strict=True
-    ):
+    for kind, index, start, stop in timeline.of(processor):
         if stop <= start or stop < window[0] or start > window[1]:
             continue
         microbatch, bottom = plan.microbatches[index], processor - height / 2
@@ -158,7 +155,7 @@ def _draw_row(ax: Axes, plan: Plan, timeline: Timeline, processor: int, window: 
             continue
         for segment in microbatch.segments:
             part = height * segment.tokens / microbatch.tokens
-            colour = COLOURS[segment.adapter % len(COLOURS)]
+            colour = _colour(segment.adapter)
             hatch = {"hatch": "////", "edgecolor": "white", "linewidth": 0} if kind == BACKWARD else {"linewidth": 0}
             ax.bar(start, part, stop - start, bottom, align="edge", facecolor=colour, **hatch)
             bottom += part

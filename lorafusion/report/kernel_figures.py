@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
 from lorafusion.report import kernel_data, style
-from lorafusion.report.figures import read_data, save
+from lorafusion.report.figures import written
 from lorafusion.report.kernel_data import BANDWIDTH, COMPUTE, RANK, SAVED, TFLOPS, TIME
 
 # Okabe and Ito's colours; the hatch tells bars apart in greyscale.
@@ -48,22 +47,22 @@ class Variant(NamedTuple):
 
 def kernel_speed(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
     """Time of the square linears over the frozen one's, by tokens."""
-    return _written(kernel_data.kernel_speed_data(table), draw_kernel_speed, out_stem)
+    return written(kernel_data.kernel_speed_data(table), draw_kernel_speed, out_stem)
 
 
 def layer_speed(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
     """Time of decoder layers over the frozen one's, and what they keep for the backward pass."""
-    return _written(kernel_data.layer_speed_data(table), draw_layer_speed, out_stem)
+    return written(kernel_data.layer_speed_data(table), draw_layer_speed, out_stem)
 
 
 def dram_traffic(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
     """GiB that a linear's forward and backward pass move, beside the published values."""
-    return _written(kernel_data.dram_traffic_data(table), draw_dram_traffic, out_stem)
+    return written(kernel_data.dram_traffic_data(table), draw_dram_traffic, out_stem)
 
 
 def roofline(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
     """TFLOP/s of the linears over their FLOP per byte, under the measured ceilings."""
-    return _written(kernel_data.roofline_data(table), draw_roofline, out_stem)
+    return written(kernel_data.roofline_data(table), draw_roofline, out_stem)
 
 
 def draw_kernel_speed(data: pd.DataFrame) -> Figure:
@@ -181,15 +180,6 @@ def draw_roofline(data: pd.DataFrame) -> Figure:
         handles += [Line2D([], [], marker=mark, label=name, **blank) for name, mark in markers.items()]
         _finish(figure, data, f"Roofline of LoRA linears, rank {RANK}, forward + backward", handles)
     return figure
-
-
-def _written(data: pd.DataFrame, draw: Callable[[pd.DataFrame], Figure], out_stem: str | Path) -> list[Path]:
-    """Write the CSV, draw it, and save the figure; equal tables give equal bytes."""
-    stem = Path(out_stem)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    csv = stem.with_name(stem.name + ".csv")
-    data.to_csv(csv, index=False, lineterminator="\n")
-    return [*save(draw(read_data(csv)), stem), csv]
 
 
 def _variants(data: pd.DataFrame) -> dict[str, Variant]:

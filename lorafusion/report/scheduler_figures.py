@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 from lorafusion.measure.table import MeasurementError
 from lorafusion.report import style
-from lorafusion.report.figures import read_data, save
+from lorafusion.report.figures import written
 
 STAGES, ADAPTERS = 4, 4  # of the bars; the issue of the paper: four adapters on a pipeline of four
 STRATEGIES = {
@@ -32,26 +32,18 @@ DATA = [*IDENTITY, "value", "git_sha", "git_dirty", "model", "capacity"]
 
 def scheduler_bubble(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
     """Simulated idle share of the stages in the steady state, by workload and global batch."""
-    return _written(_bars(table, "bubble", "steady"), _draw_bars_of("bubble, steady state", percent=True), out_stem)
+    return written(_bars(table, "bubble", "steady"), _draw_bars_of("bubble, steady state", percent=True), out_stem)
 
 
 def scheduler_fill(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
     """Microbatches over their lower bound, by workload and global batch."""
     data = _bars(table, "microbatch_ratio", "whole")
-    return _written(data, _draw_bars_of("microbatches over bound", percent=False), out_stem)
+    return written(data, _draw_bars_of("microbatches over bound", percent=False), out_stem)
 
 
 def scheduler_time(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
     """Time that a plan takes, by the samples of all adapters."""
-    return _written(_rows(table, "solve_time", "whole"), draw_times, out_stem)
-
-
-def _written(data: pd.DataFrame, draw: Callable[[pd.DataFrame], Figure], out_stem: str | Path) -> list[Path]:
-    stem = Path(out_stem)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    csv = stem.with_name(stem.name + ".csv")
-    data.to_csv(csv, index=False, lineterminator="\n")
-    return [*save(draw(read_data(csv)), stem), csv]
+    return written(_rows(table, "solve_time", "whole"), draw_times, out_stem)
 
 
 def _rows(table: pd.DataFrame, metric: str, window: str) -> pd.DataFrame:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lorafusion.files import write
 from lorafusion.plan import Plan
 from lorafusion.runtime.launch import Outcome
 
@@ -96,8 +96,4 @@ def steady_throughput(seconds: dict[int, float], plan: Plan) -> tuple[float, str
 
 def write_result(path: str | Path, content: dict) -> None:
     """Write the file whole or not at all."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(target)
+    write(Path(path), json.dumps(content, indent=1) + "\n")

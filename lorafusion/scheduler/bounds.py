@@ -2,7 +2,7 @@
 
 A slot holds D microbatches, one for each data-parallel replica, of at most C tokens each.
 
-*Tokens.* All tokens have to be somewhere: slots >= ceil(ceil(T / C) / D).
+*Tokens.* All tokens have to be somewhere: slots >= ceil(T / (C D)).
 
 *Dependencies.* Let global batch b of an adapter need at least m_b microbatches: the larger of ceil(T_b / C) and the
 number of its samples above C / 2, of which no two share a microbatch. Its samples then lie in at least
@@ -13,9 +13,6 @@ Neither bound can always be met: samples cannot be split, and adapters that wait
 """
 
 from __future__ import annotations
-
-import math
-from fractions import Fraction
 
 from lorafusion.workload import Job, Workload
 
@@ -33,7 +30,7 @@ def fewest_slots(job: Job, capacity: int, data_parallel: int = 1) -> list[int]:
 
 def token_bound(workload: Workload, capacity: int, data_parallel: int = 1) -> int:
     """Slots without which the tokens have no room."""
-    return math.ceil(math.ceil(Fraction(workload.tokens, capacity)) / Fraction(data_parallel))
+    return -(-workload.tokens // (capacity * data_parallel))
 
 
 def dependency_bound(workload: Workload, stages: int, capacity: int, data_parallel: int = 1) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from lorafusion.errors import UserError
 from lorafusion.plan import Microbatch, Segment
@@ -31,6 +31,47 @@ def segment(workload: Workload, adapter: int, positions: Iterable[int]) -> Segme
         samples=ordered,
         tokens=sum(job.sample_at(position).tokens for position in ordered),
     )
+
+
+def batch_items(workload: Workload, adapters: Iterable[int], batch: int) -> list[tuple[int, int, int]]:
+    """(tokens, adapter, position) of the samples of one global batch of each adapter that has it."""
+    return [
+        (workload.jobs[adapter].sample_at(position).tokens, adapter, position)
+        for adapter in adapters
+        if batch < len(workload.jobs[adapter].batches)
+        for position in workload.jobs[adapter].batches[batch]
+    ]
+
+
+def by_adapter(places: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    """The positions of each adapter, from pairs of both."""
+    content: dict[int, list[int]] = {}
+    for adapter, position in places:
+        content.setdefault(adapter, []).append(position)
+    return content
+
+
+def microbatches_of(
+    workload: Workload, contents: Sequence[dict[int, list[int]]], ended: Container[int] | None = None
+) -> list[Microbatch]:
+    """Microbatches of the positions that each holds by adapter, of one global batch of it; after the last one of each
+    global batch its adapter steps, if it is among those ended (all have, where that is not said)."""
+
+    def batch(adapter: int, content: dict[int, list[int]]) -> tuple[int, int]:
+        return adapter, workload.jobs[adapter].batch_of(content[adapter][0])
+
+    last = {batch(adapter, content): index for index, content in enumerate(contents) for adapter in content}
+    return [
+        Microbatch(
+            segments=tuple(segment(workload, adapter, content[adapter]) for adapter in sorted(content)),
+            step_after=tuple(
+                adapter
+                for adapter in sorted(content)
+                if last[batch(adapter, content)] == index and (ended is None or adapter in ended)
+            ),
+        )
+        for index, content in enumerate(contents)
+    ]
 
 
 def largest_microbatch(job: Job, capacity: int) -> int:

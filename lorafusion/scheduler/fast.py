@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lorafusion.plan import Microbatch, Plan, make_plan
-from lorafusion.scheduler.common import NOOP, require_samples_fit, segment
+from lorafusion.scheduler.common import NOOP, by_adapter, microbatches_of, require_samples_fit
 from lorafusion.scheduler.packer import Item, Packer
 from lorafusion.simulator.costs import CostModel, Costs, even_costs
 from lorafusion.simulator.schedules import simulate_stream
@@ -81,21 +81,8 @@ def slot_microbatches(
     workload: Workload, bins: list[list[Item]], ended: set[int], data_parallel: int
 ) -> list[Microbatch]:
     """A slot's microbatches, of which each adapter's last one steps it; no-ops where bins are missing."""
-    contents: list[dict[int, list[int]]] = []
-    for items in bins:
-        content: dict[int, list[int]] = {}
-        for item in items:
-            content.setdefault(item.adapter, []).append(item.position)
-        contents.append(content)
-    last = {adapter: index for index, content in enumerate(contents) for adapter in content}
-    out = [
-        Microbatch(
-            segments=tuple(segment(workload, adapter, content[adapter]) for adapter in sorted(content)),
-            step_after=tuple(adapter for adapter in sorted(content) if adapter in ended and last[adapter] == index),
-        )
-        for index, content in enumerate(contents)
-    ]
-    return out + [NOOP] * (data_parallel - len(out))
+    contents = [by_adapter((item.adapter, item.position) for item in items) for items in bins]
+    return microbatches_of(workload, contents, ended) + [NOOP] * (data_parallel - len(bins))
 
 
 class Trial(NamedTuple):
@@ -116,8 +103,8 @@ def fastest(workload: Workload, stages: int, capacity: int, data_parallel: int, 
         slots = pack(workload.jobs, stages, capacity, data_parallel, tried, samples)
         costs, tokens = _costs(slots, data_parallel, model)
         timeline = simulate_stream(costs, tokens, [bool(ended) for _, ended in slots], data_parallel)
-        waiting = float(timeline.bubble("steady").mean()) - _uneven(costs)
-        return Trial(tried, timeline.throughput("steady"), float(timeline.bubble("steady").mean()), waiting)
+        bubble = float(timeline.bubble("steady").mean())
+        return Trial(tried, timeline.throughput("steady"), bubble, bubble - _uneven(costs))
 
     first = max(TRIED_SAMPLES, TRIED_BATCHES * sum(job.global_batch_size for job in workload.jobs))
     full = trial(capacity, first)

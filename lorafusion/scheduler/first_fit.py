@@ -9,7 +9,7 @@ the S-1 slots of the dependency rule, no-ops do.
 from __future__ import annotations
 
 from lorafusion.plan import Microbatch, Plan, make_plan
-from lorafusion.scheduler.common import insert_noops, require_samples_fit, segment
+from lorafusion.scheduler.common import batch_items, by_adapter, insert_noops, microbatches_of, require_samples_fit
 from lorafusion.workload import Workload
 
 
@@ -45,27 +45,12 @@ def group_adapters(workload: Workload, stages: int) -> list[list[int]]:
 
 def pack(workload: Workload, group: list[int], batch: int, capacity: int) -> list[Microbatch]:
     """One global batch of each adapter of a group in microbatches, fullest first; each adapter steps after its last."""
-    items = [
-        (workload.jobs[adapter].sample_at(position).tokens, adapter, position)
-        for adapter in group
-        if batch < len(workload.jobs[adapter].batches)
-        for position in workload.jobs[adapter].batches[batch]
-    ]
+    items = batch_items(workload, group, batch)
     bins = []
     for indices in first_fit_decreasing([tokens for tokens, _, _ in items], capacity):
-        content: dict[int, list[int]] = {}
-        for _, adapter, position in (items[index] for index in indices):
-            content.setdefault(adapter, []).append(position)
+        content = by_adapter(items[index][1:] for index in indices)
         bins.append((sum(items[index][0] for index in indices), content))
-    fullest_first = [content for _, content in sorted(bins, key=lambda loaded: -loaded[0])]
-    last = {adapter: index for index, content in enumerate(fullest_first) for adapter in content}
-    return [
-        Microbatch(
-            segments=tuple(segment(workload, adapter, content[adapter]) for adapter in sorted(content)),
-            step_after=tuple(adapter for adapter in sorted(content) if last[adapter] == index),
-        )
-        for index, content in enumerate(fullest_first)
-    ]
+    return microbatches_of(workload, [content for _, content in sorted(bins, key=lambda loaded: -loaded[0])])
 
 
 def first_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:

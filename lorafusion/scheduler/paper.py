@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import Progress
 
-from lorafusion.plan import Microbatch, Plan, make_plan
-from lorafusion.scheduler.common import insert_noops, require_samples_fit, segment
+from lorafusion.plan import Plan, make_plan
+from lorafusion.scheduler.common import batch_items, by_adapter, insert_noops, microbatches_of, require_samples_fit
 from lorafusion.scheduler.first_fit import first_fit_decreasing
 from lorafusion.scheduler.programs import emptiest_bin, fewest_bins
 from lorafusion.workload import Job, Workload
@@ -32,7 +30,7 @@ SPREAD = 0.25  # standard deviations below its mean that a batch of an adapter i
 MUCH_WORK = 50_000  # squared samples of all tasks, from which on processes share them and a progress bar shows
 
 Bin = dict[int, list[int]]  # adapter -> positions
-Task = tuple[list[int], list[int], list[int], int]  # tokens, adapters, positions, capacity
+Task = tuple[list[tuple[int, int, int]], int]  # items of `batch_items`, capacity
 
 
 def plan(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
@@ -40,11 +38,10 @@ def plan(workload: Workload, system: str, stages: int, capacity: int, data_paral
     require_samples_fit(workload, capacity)
     groups = group_adapters(workload.jobs, stages, capacity)
     batches = max(len(job.batches) for job in workload.jobs)
-    tasks = [_task(workload, group, batch, capacity) for batch in range(batches) for group in groups]
-    steps = [bins for bins in _packed([task for task in tasks if task[0]]) if bins]
+    tasks = [(batch_items(workload, group, batch), capacity) for batch in range(batches) for group in groups]
+    steps = _packed([task for task in tasks if task[0]])
     merge(workload, steps, stages, capacity)
-    order = [microbatch for step in steps for microbatch in _microbatches(workload, step)]
-    order = _with_steps(workload, order)
+    order = microbatches_of(workload, [content for step in steps for content in step])
     microbatches = insert_noops(order, workload, stages, data_parallel)
     return make_plan(system, workload, microbatches, stages=stages, capacity=capacity, data_parallel=data_parallel)
 
@@ -69,20 +66,10 @@ def group_adapters(jobs: tuple[Job, ...], stages: int, capacity: int) -> list[li
     return groups
 
 
-def _task(workload: Workload, group: list[int], batch: int, capacity: int) -> Task:
-    places = [
-        (adapter, position)
-        for adapter in group
-        if batch < len(workload.jobs[adapter].batches)
-        for position in workload.jobs[adapter].batches[batch]
-    ]
-    tokens = [workload.jobs[adapter].sample_at(position).tokens for adapter, position in places]
-    return tokens, [adapter for adapter, _ in places], [position for _, position in places], capacity
-
-
 def pack_task(task: Task) -> list[Bin]:
     """The bins of one task, fullest first."""
-    tokens, adapters, positions, capacity = task
+    items, capacity = task
+    tokens = [item[0] for item in items]
     packed = first_fit_decreasing(tokens, capacity)
     if len(packed) > -(-sum(tokens) // capacity):  # else no fewer are possible
         packed = fewest_bins(tokens, capacity, len(packed) - 1) or packed
@@ -90,13 +77,8 @@ def pack_task(task: Task) -> list[Bin]:
     emptier = emptiest_bin(tokens, capacity, len(packed))
     if emptier is not None and min(_loads(tokens, emptier)) < smallest:
         packed = emptier
-    bins = []
-    for content in sorted(packed, key=lambda content: (-sum(tokens[i] for i in content), content)):
-        held: Bin = {}
-        for i in content:
-            held.setdefault(adapters[i], []).append(positions[i])
-        bins.append(held)
-    return bins
+    fullest_first = sorted(packed, key=lambda content: (-sum(tokens[i] for i in content), content))
+    return [by_adapter(items[i][1:] for i in content) for content in fullest_first]
 
 
 def _loads(tokens: list[int], packed: list[list[int]]) -> list[int]:
@@ -106,23 +88,10 @@ def _loads(tokens: list[int], packed: list[list[int]]) -> list[int]:
 def _packed(tasks: list[Task]) -> list[list[Bin]]:
     if sum(len(task[0]) ** 2 for task in tasks) < MUCH_WORK:
         return [pack_task(task) for task in tasks]
-    with ProcessPoolExecutor() as pool:
-        return list(_progress(pool.map(pack_task, tasks, chunksize=4), len(tasks)))
-
-
-def _progress(results: Iterable, total: int) -> Iterator:
     console = Console(stderr=True)
-    with _bar(console) as bar:
-        task = bar.add_task("packing", total=total)
-        for result in results:
-            bar.advance(task)
-            yield result
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Progress]:
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield bar
+    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with ProcessPoolExecutor() as pool, shown as bar:
+        return list(bar.track(pool.map(pack_task, tasks, chunksize=4), len(tasks), description="packing"))
 
 
 def merge(workload: Workload, steps: list[list[Bin]], stages: int, capacity: int) -> None:
@@ -166,23 +135,3 @@ def _tokens(workload: Workload, content: Bin) -> int:
         for adapter, positions in content.items()
         for position in positions
     )
-
-
-def _microbatches(workload: Workload, step: list[Bin]) -> Iterator[Microbatch]:
-    for content in step:
-        yield Microbatch(segments=tuple(segment(workload, adapter, content[adapter]) for adapter in sorted(content)))
-
-
-def _with_steps(workload: Workload, order: list[Microbatch]) -> list[Microbatch]:
-    """The order, each adapter stepping after the last microbatch of each of its global batches."""
-    last: dict[tuple[int, int], int] = {}
-    for index, microbatch in enumerate(order):
-        for part in microbatch.segments:
-            last[part.adapter, workload.jobs[part.adapter].batch_of(part.samples[0])] = index
-    stepping: dict[int, list[int]] = {}
-    for (adapter, _), index in last.items():
-        stepping.setdefault(index, []).append(adapter)
-    return [
-        microbatch.model_copy(update={"step_after": tuple(sorted(stepping.get(index, ())))})
-        for index, microbatch in enumerate(order)
-    ]

@@ -49,13 +49,7 @@ def saved_bytes(config: ModelConfig, checkpointing: bool = False) -> float:
 
 def stage_bytes(config: ModelConfig, model: CostModel, stage: int, jobs: tuple[Job, ...]) -> int:
     """Bytes of a stage's weights in 16 bits, and of its adapters with their optimizer states."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    keys = config.num_key_value_heads * hidden // config.num_attention_heads
-    layers, table = model.layers[stage], config.vocab_size * hidden
-    shapes = {
-        "q_proj": (hidden, hidden), "k_proj": (hidden, keys), "v_proj": (hidden, keys), "o_proj": (hidden, hidden),
-        "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden),
-    }  # fmt: skip
+    layers, table, shapes = model.layers[stage], config.vocab_size * config.hidden_size, config.linears
     weights = layers * sum(a * b for a, b in shapes.values())
     weights += table * ((stage == 0) + (stage == model.stages - 1 and not (config.tie_word_embeddings and stage == 0)))
     adapters = sum(

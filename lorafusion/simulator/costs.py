@@ -152,9 +152,8 @@ def model_costs(
 ) -> CostModel:
     """The cost model of a base model by its FLOP: those of the GEMMs, of causal attention and of the head, at the rate
     that a decoder layer reached, and hidden states in 16 bits over a link of `bandwidth` B/s."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads = config.num_key_value_heads * hidden // config.num_attention_heads
-    dense = 2 * (hidden * (2 * hidden + 2 * heads) + 3 * hidden * inner)
+    hidden = config.hidden_size
+    dense = 2 * sum(inputs * outputs for inputs, outputs in config.linears.values())
     return CostModel(
         layers=split_layers(config.num_hidden_layers, stages, 2 * hidden * config.vocab_size / dense),
         token=dense / flop_rate,

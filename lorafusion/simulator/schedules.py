@@ -100,14 +100,14 @@ def _sharded(plan: Plan, costs: Costs, tokens: np.ndarray, workload: Workload | 
     ends: list[list[float]] = [[] for _ in range(width)]
     for slot, steps in enumerate(_stepping(plan)):
         of_slot = range(slot * width, (slot + 1) * width)
-        passes = [(FORWARD, costs.forward[0]), (BACKWARD, costs.backward[0])]
+        passes = [(FORWARD, costs.forward[0, of_slot]), (BACKWARD, costs.backward[0, of_slot])]
         if steps:
-            passes.append((STEP, np.full(costs.microbatches, costs.step[0, of_slot].sum())))
+            passes.append((STEP, np.full(width, costs.step[0, of_slot].sum())))
         for kind, seconds in passes:
             for replica, index in enumerate(of_slot):
                 operations[replica].append((kind, index))
                 starts[replica].append(time)
-                ends[replica].append(time + float(seconds[index]))
+                ends[replica].append(time + float(seconds[replica]))
             time = max(one[-1] for one in ends)  # layers are gathered together: nobody is ahead by a pass
     return Timeline(1, operations, starts, ends, tokens)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,6 +30,13 @@ class Timeline:
     ends: list[list[float]]
     tokens: np.ndarray
 
+    def of(self, processor: int) -> Iterator[tuple[int, int, float, float]]:
+        """A processor's operations: kind, microbatch, start and end."""
+        for (kind, index), start, end in zip(
+            self.operations[processor], self.starts[processor], self.ends[processor], strict=True
+        ):
+            yield kind, index, start, end
+
     @cached_property
     def makespan(self) -> float:
         """Seconds from the first forward to the last step."""
@@ -40,8 +48,8 @@ class Timeline:
         its last forward. The whole run where that is empty."""
         begin = max(starts[0] for starts in self.starts)
         end = min(
-            max(end for (kind, _), end in zip(operations, ends, strict=True) if kind == FORWARD)
-            for operations, ends in zip(self.operations[:: self.stages], self.ends[:: self.stages], strict=True)
+            max(end for kind, _, _, end in self.of(processor) if kind == FORWARD)
+            for processor in range(0, len(self.operations), self.stages)
         )
         return (begin, end) if begin < end else (0.0, self.makespan)
 
@@ -61,13 +69,12 @@ class Timeline:
         if window == "whole":
             return float(self.tokens.sum()) / self.makespan
         begin, end = self.steady_window
-        done = 0
-        for operations, ends in zip(self.operations[:: self.stages], self.ends[:: self.stages], strict=True):
-            done += sum(
-                int(self.tokens[index])
-                for (kind, index), at in zip(operations, ends, strict=True)
-                if kind == BACKWARD and begin < at <= end
-            )
+        done = sum(
+            int(self.tokens[index])
+            for processor in range(0, len(self.operations), self.stages)
+            for kind, index, _, at in self.of(processor)
+            if kind == BACKWARD and begin < at <= end
+        )
         return done / (end - begin)
 
     def peak_in_flight(self) -> list[tuple[int, int]]:

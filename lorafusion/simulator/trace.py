@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lorafusion.files import write
 from lorafusion.plan import Plan
 from lorafusion.simulator.timeline import KINDS, STEP, Timeline
 
@@ -14,15 +15,13 @@ COLOURS = ("good", "thread_state_running", "bad")  # names that the viewers know
 def write_trace(timeline: Timeline, plan: Plan, path: str | Path) -> None:
     """Write the operations that take time: a process for each replica, a thread for each stage, microseconds."""
     events: list[dict] = []
-    for processor, operations in enumerate(timeline.operations):
+    for processor in range(len(timeline.operations)):
         replica, stage = divmod(processor, timeline.stages)
         where = {"pid": replica, "tid": stage}
         events.append({"ph": "M", "name": "process_name", **where, "args": {"name": f"replica {replica}"}})
         events.append({"ph": "M", "name": "thread_name", **where, "args": {"name": f"stage {stage}"}})
         events.append({"ph": "M", "name": "thread_sort_index", **where, "args": {"sort_index": stage}})
-        for (kind, index), start, end in zip(
-            operations, timeline.starts[processor], timeline.ends[processor], strict=True
-        ):
+        for kind, index, start, end in timeline.of(processor):
             if end > start:
                 microbatch = plan.microbatches[index]
                 adapters = microbatch.step_after if kind == STEP else [part.adapter for part in microbatch.segments]
@@ -38,6 +37,4 @@ def write_trace(timeline: Timeline, plan: Plan, path: str | Path) -> None:
                         "args": {"microbatch": index, "tokens": microbatch.tokens, "adapters": list(adapters)},
                     }
                 )
-    out = Path(path)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": events}) + "\n")
+    write(Path(path), json.dumps({"displayTimeUnit": "ms", "traceEvents": events}) + "\n")

@@ -13,7 +13,7 @@ from lorafusion import cli
 from lorafusion.measure import table as measurements
 from lorafusion.measure.table import MeasurementError
 from lorafusion.measure.vocabulary import METRICS
-from lorafusion.report import kernel_data, kernel_figures, style
+from lorafusion.report import figures, kernel_data, kernel_figures, style
 
 FIGURES = ("kernel_speed", "layer_speed", "dram_traffic", "roofline")
 SLOWNESS = {"frozen": 1.0, "peft": 1.7, "peft-bf16": 1.45, "fused": 1.12, "fused-multi": 1.16}
@@ -119,10 +119,10 @@ def drawn(monkeypatch):
     kept = []
 
     def call(name, table, stem):
-        save = kernel_figures.save
-        monkeypatch.setattr(kernel_figures, "save", lambda figure, path: kept.append(figure) or save(figure, path))
+        save = figures.save
+        monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure) or save(figure, path))
         paths = getattr(kernel_figures, name)(table, stem)
-        monkeypatch.setattr(kernel_figures, "save", save)
+        monkeypatch.setattr(figures, "save", save)
         return kept[-1], pd.read_csv(paths[-1])
 
     return call

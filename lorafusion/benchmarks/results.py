@@ -1,0 +1,44 @@
+"""What the benchmark suites write: rows in the table's words, and the result file of one process."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from lorafusion.measure.vocabulary import METRICS
+from lorafusion.runtime.result import VERSION, write_result
+
+
+def row(metric: str, value: float, window: str, cell: dict, **more: object) -> dict:
+    """A number with the unit and the direction of its metric. cell: columns in which it differs from its file's."""
+    unit, direction, _ = METRICS[metric]
+    return {"metric": metric, "value": float(value), "unit": unit, "direction": direction, "window": window,
+            "status": "ok", "cell": cell, **more}  # fmt: skip
+
+
+def write_bench(
+    out: Path,
+    cell: dict,
+    rows: list[dict],
+    origin: dict,
+    *,
+    config_hash: str,
+    seed: int,
+    started: str,
+    log: Path | None,
+) -> None:
+    """The result file of one process. origin: of `measure.environment.provenance`; started: when, in ISO 8601."""
+    told = {"config_hash": config_hash, "seed": seed, "started_at": started, "log": str(log) if log else None,
+            "command": shlex.join(["lorafusion", *sys.argv[1:]])}  # fmt: skip
+    write_result(
+        out,
+        {
+            "version": VERSION,
+            "status": "ok",
+            "cell": cell,
+            "expected": [],
+            "metrics": rows,
+            "provenance": origin | told,
+        },
+    )

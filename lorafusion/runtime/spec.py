@@ -8,7 +8,7 @@ from pydantic import Field
 
 from lorafusion.config import Config
 
-DType = Literal["float32", "bfloat16", "float16"]
+DType = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 class RunSpec(Config):

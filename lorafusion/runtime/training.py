@@ -21,7 +21,7 @@ class Record:
     """What happened on this stage: when, and with which losses. Tensors and marks stay on the device until read.
 
     done: after the backward of microbatch k, and the steps that follow it, the mark (k, mark).
-    losses: an adapter's share of its global batch's loss in one microbatch, (adapter, batch, float32 scalar).
+    losses: an adapter's share of its global batch's loss in one microbatch, (adapter, batch, scalar).
     position: what the stage is doing, for the message of a failure.
     """
 

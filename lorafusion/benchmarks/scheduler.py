@@ -6,6 +6,7 @@ all global batches, adapters and strategies.
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -110,6 +111,8 @@ def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | No
                 workload, strategy, stages, global_batch, suite.capacity, costs, name, in_seconds=bool(suite.model)
             )
         print(f"{name}: global batch {global_batch}, {adapters} adapters", flush=True)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+    metrics.append(row("peak_memory", memory, "whole", {"cell": name, "kind": "measured"}))
     cell = {"suite": suite_name, "kind": "simulated", "cell": name, "model": suite.model, "workload": workload_name,
             "gpus": stages, "repeat": repeat, "stages": stages, "capacity": suite.capacity}  # fmt: skip
     write_bench(out, cell, metrics, provenance("cpu"), config_hash=bench_hash(suite, name), seed=suite.seed,
@@ -140,12 +143,15 @@ def measured(
     begun = time.perf_counter()
     plan = plan_workload(workload, strategy, stages=stages, capacity=capacity, costs=costs)
     solve_time = time.perf_counter() - begun
-    timeline = simulate(plan, costs_of(plan, workload, costs), SCHEDULES.get(strategy), workload)
+    table = costs_of(plan, workload, costs)
+    begun = time.perf_counter()
+    timeline = simulate(plan, table, SCHEDULES.get(strategy), workload)
+    simulation_time = time.perf_counter() - begun
     # A pipeline that drains needs no slots between an adapter's global batches.
     least = bounds.lower_bound(workload, 1 if plan.flush else stages, capacity)
-    cell = f"{bench}/batch~{global_batch}/adapters~{len(workload.jobs)}/strategy~{strategy}"
+    own = {"system": strategy, "adapters": len(workload.jobs), "global_batch": global_batch}
+    own["cell"] = f"{bench}/batch~{global_batch}/adapters~{len(workload.jobs)}/strategy~{strategy}"
     for metric, window, value in (
-        ("solve_time", "whole", solve_time),
         ("microbatch_ratio", "whole", len(plan.microbatches) / least),
         ("fill", "whole", plan.statistics.fill),
         *(("bubble", window, timeline.bubble(window).mean()) for window in ("whole", "steady")),
@@ -153,10 +159,10 @@ def measured(
     ):
         if metric == "throughput" and not in_seconds:
             continue
-        kind = "measured" if metric == "solve_time" else "simulated"
-        own = {"cell": cell, "system": strategy, "adapters": len(workload.jobs), "global_batch": global_batch,
-               "kind": kind}  # fmt: skip
         yield row(metric, value, window, own, note=_note(plan) if metric == "microbatch_ratio" else "")
+    of_machine = own | {"kind": "measured"}
+    yield row("solve_time", solve_time, "whole", of_machine)
+    yield row("time", simulation_time, "whole", of_machine | {"implementation": "simulator"})
 
 
 def _note(plan: Plan) -> str:

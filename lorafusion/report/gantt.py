@@ -33,7 +33,7 @@ def window_of(timeline: Timeline, first: int, count: int) -> Window:
     """From when the first of some microbatches begins on any stage to when the last of them has ended on all."""
     times = [
         (start, end)
-        for processor in range(len(timeline.operations))
+        for processor in range(timeline.processors)
         for _, index, start, end in timeline.of(processor)
         if first <= index < first + count and end > start
     ]
@@ -73,7 +73,7 @@ def print_plan(plan: Plan, timeline: Timeline, unit: str, window: Window, names:
     console.print(table)
     begin, end = window
     console.print(f"\n{begin:,.4g} to {end:,.4g} {unit}; f forward, B backward, · idle")
-    for processor in range(len(timeline.operations)):
+    for processor in range(timeline.processors):
         label = f"{_label(plan, timeline, processor):18}"
         console.print(_row(plan, timeline, processor, window, max(20, console.width - 20), label))
     console.print(_legend(plan, names))
@@ -121,7 +121,7 @@ def _legend(plan: Plan, names: list[str] | None) -> Text:
 def draw(plan: Plan, timeline: Timeline, unit: str, window: Window) -> Figure:
     """A row for each processor; a microbatch is divided by the tokens of its adapters, a backward is darker."""
     with matplotlib.rc_context(style.PARAMETERS | {"axes.grid": False}):
-        rows = len(timeline.operations)
+        rows = timeline.processors
         figure = Figure(figsize=(style.TEXT_WIDTH, 0.9 + 0.34 * rows), layout="constrained")
         ax = figure.subplots()
         for processor in range(rows):

@@ -14,18 +14,18 @@ Neither bound can always be met: samples cannot be split, and adapters that wait
 
 from __future__ import annotations
 
+import numpy as np
+
 from lorafusion.workload import Job, Workload
 
 
 def fewest_slots(job: Job, capacity: int, data_parallel: int = 1) -> list[int]:
     """For each global batch of a job the slots that its samples need at least, alone."""
-    out = []
-    for batch in job.batches:
-        lengths = [job.sample_at(position).tokens for position in batch]
-        halves = sum(2 * length > capacity for length in lengths)
-        microbatches = max(-(-sum(lengths) // capacity), halves)
-        out.append(-(-microbatches // data_parallel))
-    return out
+    lengths = np.array([sample.tokens for sample in job.samples])
+    starts = np.arange(0, len(lengths), job.global_batch_size)  # a batch ends with its epoch
+    tokens, halves = np.add.reduceat(lengths, starts), np.add.reduceat(2 * lengths > capacity, starts, dtype=int)
+    slots = -(-np.maximum(-(-tokens // capacity), halves) // data_parallel)
+    return slots.tolist() * job.epochs
 
 
 def token_bound(workload: Workload, capacity: int, data_parallel: int = 1) -> int:

@@ -1,28 +1,35 @@
-"""Packed slot by slot, to the tokens a microbatch that the simulator finds fastest.
+"""Packed slot by slot, in the order and to the tokens a microbatch that the simulator finds fastest.
 
 Full microbatches are the fewest, but not always the fastest: where the dependency rule leaves slots empty or nearly so,
 smaller microbatches of equal size take the same turns with less waiting. So the capacity is an upper limit here, and a
-few lower ones are tried on the first samples of the jobs.
+few lower ones are tried on the first samples of the jobs, then the packer's orders, and how much of a microbatch may
+stay empty before a further adapter is let in.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from lorafusion.plan import Microbatch, Plan, make_plan
 from lorafusion.scheduler.common import NOOP, by_adapter, microbatches_of, require_samples_fit
-from lorafusion.scheduler.packer import Item, Packer
+from lorafusion.scheduler.packer import EXACT, ORDERS, Item, Packer, batch_items
 from lorafusion.simulator.costs import CostModel, Costs, even_costs
-from lorafusion.simulator.schedules import simulate_stream
+from lorafusion.simulator.stream import simulate_stream
 from lorafusion.workload import Job, Workload
 
-FRACTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.22, 0.16)  # of the capacity, that are tried
-TRIED_SAMPLES, TRIED_BATCHES = 2000, 3  # of all jobs together, or global batches of each where that is more
-COMPARED_SAMPLES = 20_000
-GOOD_BUBBLE = 0.015  # of full microbatches, beyond what uneven stages cost, with which nothing else is tried
+FRACTIONS = (0.75, 0.55, 0.4, 0.3, 0.22, 0.16)  # of the capacity, that are tried, and then two beside the best
+HOPELESS = 0.92  # of the highest throughput, below which no lower target is tried; before a rise it fell by 3 %
+TRIED_SAMPLES, TRIED_BATCHES = 1000, 3  # of all jobs together, and global batches of each, at least
+COMPARED_SAMPLES = 20_000  # of all jobs together, for what was within MISLED of the best of the first ones
+MISLED = 0.05  # of the throughput: the first samples put ways in the wrong order by up to 2 %
+GOOD_BUBBLE = 0.005  # of full microbatches, beyond what uneven stages cost, with which nothing else is tried
+LOOSE = 4  # the part of a microbatch below the capacity that may stay empty rather than begin another adapter's batch
 GAIN = 0.01  # of the throughput, for which a lower capacity is worth more microbatches
+
+USUAL = next(iter(ORDERS))
 
 Slots = list[tuple[list[list[Item]], set[int]]]
 
@@ -37,44 +44,28 @@ def plan(
 ) -> Plan:
     """A plan of little waiting; costs: of the stages, by default of equal ones."""
     require_samples_fit(workload, capacity)
-    model = costs or even_costs(stages)
-    target = fastest(workload, stages, capacity, data_parallel, model).target
-    return _plan(workload, system, stages, capacity, data_parallel, target)
+    trials = Trials(workload.jobs, stages, capacity, data_parallel)
+    best = trials.fastest(costs or even_costs(stages))
+    return _plan(workload, system, trials, trials.pack(best.way))
 
 
 def fewest(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
     """A plan of few microbatches, whatever the time: all as full as can be."""
     require_samples_fit(workload, capacity)
-    return _plan(workload, system, stages, capacity, data_parallel, capacity)
+    trials = Trials(workload.jobs, stages, capacity, data_parallel)
+    ways = [Way(capacity, order, capacity // EXACT) for order in ORDERS]
+    best = min(ways, key=lambda way: len(trials.pack(way, COMPARED_SAMPLES)))
+    return _plan(workload, system, trials, trials.pack(best))
 
 
-def _plan(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int, target: int) -> Plan:
+def _plan(workload: Workload, system: str, trials: Trials, slots: Slots) -> Plan:
+    sizes = {"stages": trials.stages, "capacity": trials.capacity, "data_parallel": trials.data_parallel}
     microbatches = [
         microbatch
-        for bins, ended in pack(workload.jobs, stages, capacity, data_parallel, target)
-        for microbatch in slot_microbatches(workload, bins, ended, data_parallel)
+        for bins, ended in slots
+        for microbatch in slot_microbatches(workload, bins, ended, trials.data_parallel)
     ]
-    return make_plan(system, workload, microbatches, stages=stages, capacity=capacity, data_parallel=data_parallel)
-
-
-def pack(
-    jobs: tuple[Job, ...],
-    stages: int,
-    capacity: int,
-    data_parallel: int,
-    target: int,
-    samples: int | None = None,
-) -> Slots:
-    """The slots of jobs, empty ones included; not many more than hold a number of samples, where it is given."""
-    packer = Packer(stages, capacity, data_parallel, target)
-    for adapter, job in enumerate(jobs):
-        packer.add(adapter, job)
-    slots: Slots = []
-    placed = 0
-    while packer.streams and (samples is None or placed < samples):
-        slots.append(packer.next_slot())
-        placed += sum(map(len, slots[-1][0]))
-    return slots
+    return make_plan(system, workload, microbatches, **sizes)
 
 
 def slot_microbatches(
@@ -85,48 +76,93 @@ def slot_microbatches(
     return microbatches_of(workload, contents, ended) + [NOOP] * (data_parallel - len(bins))
 
 
-class Trial(NamedTuple):
-    """Tokens of a microbatch with what the simulator predicts for them, steady: tokens a second, the bubble, and what
-    of it stages of equal size would have too."""
+class Way(NamedTuple):
+    """How to pack: the packer's arguments of these names."""
 
     target: int
+    order: str
+    slack: int
+
+
+class Trial(NamedTuple):
+    """What the simulator predicts for a way to pack, steady: tokens a second, the bubble, and what of it stages of
+    equal size would have too."""
+
+    way: Way
     throughput: float
     bubble: float
     waiting: float
 
 
-def fastest(workload: Workload, stages: int, capacity: int, data_parallel: int, model: CostModel) -> Trial:
-    """The tokens of a microbatch, up to the capacity, at which the first samples train at the highest simulated
-    throughput; of those within GAIN of it the most."""
+class Trials:
+    """Jobs packed in several ways, which share what does not depend on the way."""
 
-    def trial(tried: int, samples: int) -> Trial:
-        slots = pack(workload.jobs, stages, capacity, data_parallel, tried, samples)
-        costs, tokens = _costs(slots, data_parallel, model)
-        timeline = simulate_stream(costs, tokens, [bool(ended) for _, ended in slots], data_parallel)
+    def __init__(self, jobs: tuple[Job, ...], stages: int, capacity: int, data_parallel: int = 1) -> None:
+        self.jobs, self.stages, self.capacity, self.data_parallel = jobs, stages, capacity, data_parallel
+        self._remembered: dict[tuple[int, int], list[Item]] = {}
+
+    def pack(self, way: Way, samples: int | None = None) -> Slots:
+        """The slots of the jobs, empty ones included. samples: not many more, as large a part of each job."""
+        items = batch_items if samples is None else self._items
+        packer = Packer(self.stages, self.capacity, self.data_parallel, *way, items)
+        part = 1 if samples is None else samples / sum(job.stream_length for job in self.jobs)
+        for adapter, job in enumerate(self.jobs):
+            # To the end of each part, for an order may leave the adapter with the longest way alone there.
+            batches = max(TRIED_BATCHES, math.ceil(len(job.batches) * part))
+            packer.add(adapter, job, end=min(batches, len(job.batches)))
+        slots: Slots = []
+        while packer.streams:
+            slots.append(packer.next_slot())
+        return slots
+
+    def _items(self, adapter: int, job: Job, batch: int) -> list[Item]:
+        if (adapter, batch) not in self._remembered:
+            self._remembered[adapter, batch] = batch_items(adapter, job, batch)
+        return self._remembered[adapter, batch]
+
+    def fastest(self, model: CostModel) -> Trial:
+        """The way in which the jobs train at the highest simulated throughput, of those that are tried."""
+        full = self.trial(model, Way(self.capacity, USUAL, self.capacity // EXACT), TRIED_SAMPLES)
+        if full.waiting <= GOOD_BUBBLE:
+            return full
+        filled = best = self._best_target(model, full)
+        orders = [filled.way._replace(order=order) for order in ORDERS if order != USUAL]
+        best = self._faster(model, best, orders)
+        part = EXACT if best.way.target < self.capacity else LOOSE
+        best = self._faster(model, best, [best.way._replace(slack=best.way.target // part)])
+        near = [one.way for one in (full, filled, best) if one.throughput > best.throughput * (1 - MISLED)]
+        compared = [self.trial(model, way, COMPARED_SAMPLES) for way in dict.fromkeys(near)]
+        return max(compared, key=lambda one: one.throughput)
+
+    def _best_target(self, model: CostModel, full: Trial) -> Trial:
+        """The fastest target in the usual order; of those within GAIN of it the one with the most tokens."""
+        trials = [full]
+        for fraction in FRACTIONS:
+            trials.append(self._lower(model, fraction))
+            if trials[-1].throughput < HOPELESS * max(one.throughput for one in trials):
+                break
+        tried = [1.0, *FRACTIONS][: len(trials)]
+        at = max(range(len(trials)), key=lambda index: trials[index].throughput)
+        for beside in (at - 1, at + 1):
+            if 0 <= beside < len(tried):
+                trials.append(self._lower(model, math.sqrt(tried[at] * tried[beside])))
+        most = max(one.throughput for one in trials)
+        return max((one for one in trials if one.throughput >= most * (1 - GAIN)), key=lambda one: one.way.target)
+
+    def _lower(self, model: CostModel, fraction: float) -> Trial:
+        target = max(1, int(self.capacity * fraction))
+        return self.trial(model, Way(target, USUAL, target // LOOSE), TRIED_SAMPLES)
+
+    def _faster(self, model: CostModel, best: Trial, ways: list[Way]) -> Trial:
+        """The fastest of a trial and of those of some other ways."""
+        return max([best, *(self.trial(model, way, TRIED_SAMPLES) for way in ways)], key=lambda one: one.throughput)
+
+    def trial(self, model: CostModel, way: Way, samples: int) -> Trial:
+        slots = self.pack(way, samples)
+        costs, tokens = _costs(slots, self.data_parallel, model)
+        timeline = simulate_stream(costs, tokens, [bool(ended) for _, ended in slots], self.data_parallel)
         bubble = float(timeline.bubble("steady").mean())
-        return Trial(tried, timeline.throughput("steady"), bubble, bubble - _uneven(costs))
-
-    first = max(TRIED_SAMPLES, TRIED_BATCHES * sum(job.global_batch_size for job in workload.jobs))
-    full = trial(capacity, first)
-    if full.waiting <= GOOD_BUBBLE:
-        return full
-    trials = [full]
-    for tried in (int(capacity * fraction) for fraction in FRACTIONS):
-        if tried < 1 or _falling([one.throughput for one in trials]):
-            break
-        trials.append(trial(tried, first))
-    most = max(one.throughput for one in trials)
-    best = next(one for one in trials if one.throughput >= most * (1 - GAIN))
-    if best is full:
-        return full
-    # The first samples may mislead: a lower capacity must be faster with more of them too.
-    full, best = trial(capacity, COMPARED_SAMPLES), trial(best.target, COMPARED_SAMPLES)
-    return best if best.throughput > full.throughput * (1 + GAIN) else full
-
-
-def _falling(values: list[float]) -> bool:
-    """Were the last two below the largest, and the last the lowest of them?"""
-    return len(values) > 2 and values[-1] < values[-2] < max(values) * (1 - GAIN / 2)
+        return Trial(way, timeline.throughput("steady"), bubble, bubble - _uneven(costs))
 
 
 def _uneven(costs: Costs) -> float:

@@ -1,12 +1,12 @@
 """One slot after another: which samples of which adapters a microbatch holds.
 
-Each turn looks at the adapters that may enter, those whose last step is S slots ago, and takes first the ones with the
-most work after their current global batch: every further batch of an adapter costs its slots and S - 1 of waiting, so
-the longest such tail decides when the plan can end (the rule of the longest path in list scheduling). Whole remainders
-of global batches are taken for as long as they fit. The rest of the room is filled as exactly as the samples at hand
-allow: from the next adapter alone where that is enough, else from the ones after it as well. So nothing is divided into
-groups, and a microbatch begins the next adapter's batch where one ends, which is what the published algorithm merges
-for.
+Each turn looks at the adapters that may enter, those whose last step is S slots ago, and takes them in an order: by
+default first the one with the most work after its current global batch, for every further batch of an adapter costs
+its slots and S - 1 of waiting, so that the longest such tail decides when the plan can end (the rule of the longest
+path in list scheduling). Whole remainders of global batches are taken for as long as they fit. The rest of the room is
+filled as exactly as the samples at hand allow: from the next adapter alone where that is enough, else from the ones
+after it as well. So nothing is divided into groups, and a microbatch begins the next adapter's batch where one ends,
+which is what the published algorithm merges for.
 
 A packer can be fed while it runs: jobs come and go between global batches.
 """
@@ -14,7 +14,7 @@ A packer can be fed while it runs: jobs come and go between global batches.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from lorafusion.errors import UserError
 from lorafusion.scheduler.bounds import fewest_slots
 from lorafusion.workload import Job
 
-SLACK = 256  # the part of the capacity that may stay empty before other adapters' samples are asked
+EXACT = 256  # the part of a bin that may stay empty before other adapters' samples are asked
 EXACT_ROOM = 1 << 16  # tokens that are filled exactly; of a larger room what is before them goes to the longest
 
 
@@ -40,41 +40,78 @@ class _Stream:
 
     job: Job
     tails: list[int]  # slots that come after each of its batches at least, waiting included
+    end: int  # the batch that it stops before
     batch: int = 0
     items: list[Item] = field(default_factory=list)  # of the batch, those not placed yet, longest first
     tokens: int = 0  # theirs
+
+    @property
+    def begun(self) -> bool:
+        return len(self.items) < len(self.job.batches[self.batch])
+
+
+# Which adapter a slot takes first, by a stream's key, the lowest first. Where many adapters may enter the first is as
+# good as any; where two to eight leave slots empty, each was the fastest in some of 180 workloads, by up to 7 %.
+ORDERS: dict[str, Callable[[_Stream], tuple[float, ...]]] = {
+    "longest-way": lambda stream: (-stream.tails[stream.batch],),
+    "in-hand": lambda stream: (not stream.begun, -stream.tails[stream.batch]),
+    "abreast": lambda stream: (stream.batch, not stream.begun),
+    "nearly-done": lambda stream: (stream.tokens,),
+}
+
+
+def batch_items(adapter: int, job: Job, batch: int) -> list[Item]:
+    """The samples of one of a job's global batches, the longest first."""
+    samples, count = job.samples, len(job.samples)
+    items = [Item(samples[position % count].tokens, adapter, position) for position in job.batches[batch]]
+    return sorted(items, key=lambda item: (-item.tokens, item.position))
 
 
 class Packer:
     """Bins of at most `capacity` tokens, slot after slot, for jobs that are added and withdrawn at any time.
 
-    target: tokens that a bin is filled to, by default the capacity; a longer sample has a bin to itself."""
+    target: tokens that a bin is filled to, by default the capacity; a longer sample has a bin to itself. order: a name
+    of ORDERS. slack: tokens of the target that may stay empty before samples of further adapters are asked for. items:
+    makes the items of a batch; one that remembers them serves several packers of the same jobs."""
 
-    def __init__(self, stages: int, capacity: int, data_parallel: int = 1, target: int | None = None) -> None:
+    def __init__(
+        self,
+        stages: int,
+        capacity: int,
+        data_parallel: int = 1,
+        target: int | None = None,
+        order: str = "longest-way",
+        slack: int | None = None,
+        items: Callable[[int, Job, int], list[Item]] = batch_items,
+    ) -> None:
         self.stages, self.capacity, self.data_parallel = stages, capacity, data_parallel
         self.target = capacity if target is None else target
+        self.slack = self.target // EXACT if slack is None else slack
+        self._priority, self._items = ORDERS[order], items
         self.slot = 0
         self._enters: dict[int, int] = {}  # the first slot that an adapter's next global batch may enter
         self.streams: dict[int, _Stream] = {}
-        self._ready: list[tuple[int, int]] = []  # heap: (-tail, adapter), the most urgent first
+        self._ready: list[tuple[tuple[float, ...], int]] = []  # heap: (priority, adapter), the most urgent first
         self._waiting: list[tuple[int, int]] = []  # heap: (release, adapter)
 
-    def add(self, adapter: int, job: Job, batch: int = 0) -> None:
-        """Let a job in from one of its global batches on, S slots after the last one of the same adapter if it was
-        there before. Raises `UserError` for an adapter that is there, a batch that it has not, and a sample above the
-        capacity."""
+    def add(self, adapter: int, job: Job, batch: int = 0, end: int | None = None) -> None:
+        """Let a job in from one of its global batches on, until before another or all of them, S slots after the last
+        one of the same adapter if it was there before. Raises `UserError` for an adapter that is there, batches that it
+        has not, and a sample above the capacity."""
         if adapter in self.streams:
             raise UserError(f"packer: adapter {adapter} is there already")
-        if not 0 <= batch < len(job.batches):
-            raise UserError(f"packer: {job.name!r} has {len(job.batches)} global batches, found {batch}")
+        end = len(job.batches) if end is None else end
+        if not 0 <= batch < end <= len(job.batches):
+            found = batch if end == len(job.batches) else f"{batch} to {end}"
+            raise UserError(f"packer: {job.name!r} has {len(job.batches)} global batches, found {found}")
         longest = max(sample.tokens for sample in job.samples)
         if longest > self.capacity:
             raise UserError(f"packer: a sample of {job.name!r} has {longest} tokens, the capacity is {self.capacity}")
-        slots = fewest_slots(job, self.target, self.data_parallel)
+        slots = fewest_slots(job, self.target, self.data_parallel)[:end]
         tails = [0] * len(slots)
         for index in range(len(slots) - 2, -1, -1):
             tails[index] = tails[index + 1] + slots[index + 1] + self.stages - 1
-        self.streams[adapter] = _Stream(job, tails, batch)
+        self.streams[adapter] = _Stream(job, tails, end, batch)
         self._load(adapter)
 
     def withdraw(self, adapter: int) -> list[Item]:
@@ -92,13 +129,7 @@ class Packer:
     def _load(self, adapter: int) -> None:
         """Take a stream's batch in hand."""
         stream = self.streams[adapter]
-        stream.items = sorted(
-            (
-                Item(stream.job.sample_at(position).tokens, adapter, position)
-                for position in stream.job.batches[stream.batch]
-            ),
-            key=lambda item: (-item.tokens, item.position),
-        )
+        stream.items = self._items(adapter, stream.job, stream.batch)
         stream.tokens = sum(item.tokens for item in stream.items)
         heapq.heappush(self._waiting, (max(self.slot, self._enters.get(adapter, 0)), adapter))
 
@@ -119,8 +150,7 @@ class Packer:
         return bins, ended
 
     def _let_in(self, adapter: int) -> None:
-        stream = self.streams[adapter]
-        heapq.heappush(self._ready, (-stream.tails[stream.batch], adapter))
+        heapq.heappush(self._ready, (self._priority(self.streams[adapter]), adapter))
 
     def _room(self, replicas: int) -> int:
         """Tokens for the next of some replicas. With little left they share it: the slowest decides when all are
@@ -145,7 +175,7 @@ class Packer:
                 return content
             if stream.tokens > room:
                 looked_at = [adapter]
-                content += fill(self._groups(looked_at), room, self.target // SLACK)
+                content += fill(self._groups(looked_at), room, self.slack)
                 self._take(content)
                 for one in looked_at:
                     if self.streams[one].items:
@@ -176,7 +206,7 @@ class Packer:
     def _end_batch(self, adapter: int) -> None:
         stream = self.streams[adapter]
         stream.batch += 1
-        if stream.batch == len(stream.job.batches):
+        if stream.batch == stream.end:
             del self.streams[adapter]
             return
         self._load(adapter)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lorafusion.config import ModelConfig
 from lorafusion.errors import UserError
-from lorafusion.scheduler.fast import fastest
+from lorafusion.scheduler.fast import Trials
 from lorafusion.simulator.costs import CostModel, model_costs
 from lorafusion.workload import Job, Workload
 
@@ -94,14 +94,14 @@ def propose(
             reason = "the weights do not fit" if largest < 1 else f"holds {largest} tokens, a sample has {longest}"
             choices.append(Choice(stages, replicas, 0, max(largest, 0), 0.0, 0.0, 0, reason))
             continue
-        trial = fastest(workload, stages, largest, replicas, model)
+        trial = Trials(workload.jobs, stages, largest, replicas).fastest(model)
         used = max(
             stage_bytes(config, model, stage, workload.jobs)
-            + max(trial.target, longest) * token_bytes(config, model, stage, checkpointing)
+            + max(trial.way.target, longest) * token_bytes(config, model, stage, checkpointing)
             for stage in range(stages)
         )
         choices.append(
-            Choice(stages, replicas, trial.target, largest, trial.throughput, trial.bubble, int(used + WORKSPACE))
+            Choice(stages, replicas, trial.way.target, largest, trial.throughput, trial.bubble, int(used + WORKSPACE))
         )
     choices.sort(key=lambda choice: (-choice.throughput, choice.stages))
     if not choices[0].throughput:

@@ -19,6 +19,7 @@ import numpy as np
 from lorafusion.errors import UserError, one_of
 from lorafusion.plan import Plan
 from lorafusion.simulator.costs import Costs
+from lorafusion.simulator.stream import simulate_stream
 from lorafusion.simulator.timeline import BACKWARD, FORWARD, STEP, Operation, Timeline, run_orders
 from lorafusion.workload import Workload
 
@@ -40,36 +41,29 @@ def simulate(plan: Plan, costs: Costs, schedule: str | None = None, workload: Wo
     return SCHEDULES[name](plan, costs, tokens, workload)
 
 
-def simulate_stream(costs: Costs, tokens: np.ndarray, stepping: list[bool], data_parallel: int = 1) -> Timeline:
-    """The `stream` of microbatches that are no plan yet; stepping: for each slot, does an optimizer step after it?"""
-    return run_orders(_orders(costs.stages, stepping, data_parallel), costs, tokens, data_parallel)
-
-
 def _stepping(plan: Plan) -> list[bool]:
     """For each slot, does an optimizer step after it?"""
     return [any(microbatch.step_after for microbatch in replicas) for replicas in plan.slots()]
 
 
-def _windows(stepping: list[bool], drains: bool) -> Iterator[range]:
-    """Runs of slots, each ended by one with a step; a single one where nothing drains."""
+def _windows(stepping: list[bool]) -> Iterator[range]:
+    """Runs of slots, each ended by one with a step."""
     begin = 0
     for slot, steps in enumerate(stepping):
-        if drains and steps:
+        if steps:
             yield range(begin, slot + 1)
             begin = slot + 1
     if begin < len(stepping):
         yield range(begin, len(stepping))
 
 
-def _orders(
-    stages: int, stepping: list[bool], data_parallel: int, drains: bool = False, ahead_of_all: bool = False
-) -> list[list[Operation]]:
+def _orders(stages: int, stepping: list[bool], data_parallel: int, ahead_of_all: bool) -> list[list[Operation]]:
     """Every processor's operations. ahead_of_all: all forwards of a window come before its backwards."""
     orders = []
     for replica in range(data_parallel):
         for stage in range(stages):
             order: list[Operation] = []
-            for window in _windows(stepping, drains):
+            for window in _windows(stepping):
                 ahead = len(window) if ahead_of_all else min(stages - 1 - stage, len(window))
                 for turn in range(len(window) + ahead):
                     if turn < len(window):
@@ -83,9 +77,13 @@ def _orders(
     return orders
 
 
-def _in_order(drains: bool, ahead_of_all: bool = False) -> Callable[..., Timeline]:
+def _stream(plan: Plan, costs: Costs, tokens: np.ndarray, workload: Workload | None) -> Timeline:
+    return simulate_stream(costs, tokens, _stepping(plan), plan.data_parallel)
+
+
+def _draining(ahead_of_all: bool) -> Callable[..., Timeline]:
     def schedule(plan: Plan, costs: Costs, tokens: np.ndarray, workload: Workload | None) -> Timeline:
-        orders = _orders(plan.stages, _stepping(plan), plan.data_parallel, drains, ahead_of_all)
+        orders = _orders(plan.stages, _stepping(plan), plan.data_parallel, ahead_of_all)
         return run_orders(orders, costs, tokens, plan.data_parallel)
 
     return schedule
@@ -109,7 +107,7 @@ def _sharded(plan: Plan, costs: Costs, tokens: np.ndarray, workload: Workload | 
                 starts[replica].append(time)
                 ends[replica].append(time + float(seconds[replica]))
             time = max(one[-1] for one in ends)  # layers are gathered together: nobody is ahead by a pass
-    return Timeline(1, operations, starts, ends, tokens)
+    return Timeline.of_operations(1, operations, starts, ends, tokens)
 
 
 def _greedy(plan: Plan, costs: Costs, tokens: np.ndarray, workload: Workload | None) -> Timeline:
@@ -150,7 +148,7 @@ class _Greedy:
                 self.happened(now, stage, kind, index)
             for stage in sorted(touched):
                 self.choose(stage, now)
-        return Timeline(self.stages, self.operations, self.starts, self.ends, self.tokens)
+        return Timeline.of_operations(self.stages, self.operations, self.starts, self.ends, self.tokens)
 
     def happened(self, now: float, stage: int, kind: int, index: int) -> None:
         """An operation's end, or the arrival of what it sent (kinds from ARRIVED on)."""
@@ -204,9 +202,9 @@ class _Greedy:
 
 ARRIVED = 10
 SCHEDULES: dict[str, Callable[[Plan, Costs, np.ndarray, Workload | None], Timeline]] = {
-    "stream": _in_order(drains=False),
-    "flush": _in_order(drains=True),
-    "gpipe": _in_order(drains=True, ahead_of_all=True),
+    "stream": _stream,
+    "flush": _draining(ahead_of_all=False),
+    "gpipe": _draining(ahead_of_all=True),
     "greedy": _greedy,
     "sharded": _sharded,
 }

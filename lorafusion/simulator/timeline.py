@@ -20,36 +20,54 @@ Operation = tuple[int, int]  # kind, microbatch
 class Timeline:
     """The operations of every stage in the order in which it does them.
 
-    operations: for each processor a list of (kind, microbatch); starts, ends: seconds, as long. Processor
-    replica * stages + stage is that stage of a data-parallel replica. tokens: int64 [microbatches].
+    kinds, microbatches: int64, starts, ends: seconds in float64, each a list with an array [operations] of every
+    processor. Processor replica * stages + stage is that stage of a data-parallel replica. tokens: int64
+    [microbatches].
     """
 
     stages: int
-    operations: list[list[Operation]]
-    starts: list[list[float]]
-    ends: list[list[float]]
+    kinds: list[np.ndarray]
+    microbatches: list[np.ndarray]
+    starts: list[np.ndarray]
+    ends: list[np.ndarray]
     tokens: np.ndarray
+
+    @classmethod
+    def of_operations(
+        cls,
+        stages: int,
+        operations: list[list[Operation]],
+        starts: list[list[float]],
+        ends: list[list[float]],
+        tokens: np.ndarray,
+    ) -> Timeline:
+        """From a list of operations, of their starts and of their ends for each processor."""
+        pairs = [np.array(own, np.int64).reshape(-1, 2) for own in operations]
+        times = ([np.array(own, float) for own in lists] for lists in (starts, ends))
+        return cls(stages, [own[:, 0] for own in pairs], [own[:, 1] for own in pairs], *times, tokens)
+
+    @property
+    def processors(self) -> int:
+        return len(self.kinds)
 
     def of(self, processor: int) -> Iterator[tuple[int, int, float, float]]:
         """A processor's operations: kind, microbatch, start and end."""
-        for (kind, index), start, end in zip(
-            self.operations[processor], self.starts[processor], self.ends[processor], strict=True
-        ):
-            yield kind, index, start, end
+        columns = (self.kinds, self.microbatches, self.starts, self.ends)
+        yield from zip(*(column[processor].tolist() for column in columns), strict=True)
 
     @cached_property
     def makespan(self) -> float:
         """Seconds from the first forward to the last step."""
-        return max((ends[-1] for ends in self.ends if ends), default=0.0)
+        return max((float(ends[-1]) for ends in self.ends if len(ends)), default=0.0)
 
     @cached_property
     def steady_window(self) -> tuple[float, float]:
         """Without fill and drain: from when the last stage has its first microbatch to when the first stage has done
         its last forward. The whole run where that is empty."""
-        begin = max(starts[0] for starts in self.starts)
+        begin = max(float(starts[0]) for starts in self.starts)
         end = min(
-            max(end for kind, _, _, end in self.of(processor) if kind == FORWARD)
-            for processor in range(0, len(self.operations), self.stages)
+            float(self.ends[processor][self.kinds[processor] == FORWARD].max())
+            for processor in range(0, self.processors, self.stages)
         )
         return (begin, end) if begin < end else (0.0, self.makespan)
 
@@ -60,7 +78,7 @@ class Timeline:
             return np.zeros(self.stages)
         busy = [
             np.clip(np.minimum(ends, end) - np.maximum(starts, begin), 0, None).sum()
-            for starts, ends in zip(map(np.array, self.starts), map(np.array, self.ends), strict=True)
+            for starts, ends in zip(self.starts, self.ends, strict=True)
         ]
         return 1 - np.array(busy).reshape(-1, self.stages).mean(axis=0) / (end - begin)
 
@@ -69,27 +87,21 @@ class Timeline:
         if window == "whole":
             return float(self.tokens.sum()) / self.makespan
         begin, end = self.steady_window
-        done = sum(
-            int(self.tokens[index])
-            for processor in range(0, len(self.operations), self.stages)
-            for kind, index, _, at in self.of(processor)
-            if kind == BACKWARD and begin < at <= end
-        )
+        done = 0
+        for processor in range(0, self.processors, self.stages):
+            at = self.ends[processor]
+            counted = (self.kinds[processor] == BACKWARD) & (begin < at) & (at <= end)
+            done += int(self.tokens[self.microbatches[processor][counted]].sum())
         return done / (end - begin)
 
     def peak_in_flight(self) -> list[tuple[int, int]]:
         """For each stage the most microbatches, and the most tokens, whose activations a processor holds at once."""
-        peaks = [(0, 0)] * self.stages
-        for processor, operations in enumerate(self.operations):
-            count = tokens = 0
-            for kind, index in operations:
-                held = int(self.tokens[index])
-                if kind == STEP or not held:
-                    continue
-                count, tokens = (count + 1, tokens + held) if kind == FORWARD else (count - 1, tokens - held)
-                most = peaks[processor % self.stages]
-                peaks[processor % self.stages] = (max(most[0], count), max(most[1], tokens))
-        return peaks
+        peaks = np.zeros((self.stages, 2), np.int64)
+        for processor, (kinds, microbatches) in enumerate(zip(self.kinds, self.microbatches, strict=True)):
+            held = self.tokens[microbatches] * np.select([kinds == FORWARD, kinds == BACKWARD], [1, -1])
+            own = peaks[processor % self.stages]
+            own[:] = np.maximum(own, [np.sign(held).cumsum().max(initial=0), held.cumsum().max(initial=0)])
+        return [(count, tokens) for count, tokens in peaks.tolist()]
 
 
 def run_orders(orders: list[list[Operation]], costs: Costs, tokens: np.ndarray, replicas: int = 1) -> Timeline:
@@ -165,4 +177,4 @@ def run_orders(orders: list[list[Operation]], costs: Costs, tokens: np.ndarray, 
             raise UserError(
                 f"schedule: stage {stuck % stages} waits for ever for the {KINDS[kind]} of microbatch {index}"
             )
-    return Timeline(stages, orders, starts, ends, tokens)
+    return Timeline.of_operations(stages, orders, starts, ends, tokens)

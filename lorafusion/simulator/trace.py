@@ -15,7 +15,7 @@ COLOURS = ("good", "thread_state_running", "bad")  # names that the viewers know
 def write_trace(timeline: Timeline, plan: Plan, path: str | Path) -> None:
     """Write the operations that take time: a process for each replica, a thread for each stage, microseconds."""
     events: list[dict] = []
-    for processor in range(len(timeline.operations)):
+    for processor in range(timeline.processors):
         replica, stage = divmod(processor, timeline.stages)
         where = {"pid": replica, "tid": stage}
         events.append({"ph": "M", "name": "process_name", **where, "args": {"name": f"replica {replica}"}})

@@ -63,9 +63,11 @@ def test_the_suites_that_come_with_the_project_are_sound():
 
 def test_a_bench_has_a_row_for_each_metric_of_each_plan(measured):
     single = measured[measured["statistic"] == "single"]
-    assert len(single) == 2 * 2 * 3 * 7  # workloads, adapters, strategies, metrics
-    assert set(single["kind"][single["metric"] == "solve_time"]) == {"measured"}
-    assert set(single["kind"][single["metric"] != "solve_time"]) == {"simulated"}
+    assert len(single) == 2 * 2 * 3 * 8 + 2  # workloads, adapters, strategies, metrics; the memory of a process
+    of_machine = single["metric"].isin(["solve_time", "time", "peak_memory"])
+    assert set(single["kind"][of_machine]) == {"measured"}
+    assert set(single["kind"][~of_machine]) == {"simulated"}
+    assert single[single["metric"] == "time"]["implementation"].eq("simulator").all()
     ratios = single[single["metric"] == "microbatch_ratio"]
     assert ratios["value"].min() >= 1
     assert ratios["note"].str.contains("of them no-ops").all()

@@ -41,8 +41,8 @@ def test_the_terminal_says_what_the_plan_is(shown, capsys):
 def test_a_window_is_that_of_its_microbatches(shown):
     plan, timeline, _ = shown
     begin, end = gantt.window_of(timeline, 1, 1)
-    assert begin == timeline.starts[0][timeline.operations[0].index((0, 1))]
-    assert end == timeline.ends[0][timeline.operations[0].index((1, 1))]
+    assert begin == next(start for kind, index, start, _ in timeline.of(0) if (kind, index) == (0, 1))
+    assert end == next(end for kind, index, _, end in timeline.of(0) if (kind, index) == (1, 1))
     assert gantt.window_of(timeline, 10_000, 1) == (0.0, timeline.makespan)
 
 
@@ -79,6 +79,5 @@ def test_the_trace_is_one_that_perfetto_reads(shown, tmp_path):
     assert len(real) == 2 * 3 * count
     assert max(event["ts"] + event["dur"] for event in real) == pytest.approx(timeline.makespan * 1e6)
     assert sum(event["dur"] for event in real if event["cat"] == "forward" and event["tid"] == 0) == pytest.approx(
-        1e6 * sum(end - start for (kind, _), start, end in zip(
-            timeline.operations[0], timeline.starts[0], timeline.ends[0], strict=True) if kind == 0)
-    )  # fmt: skip
+        1e6 * sum(end - start for kind, _, start, end in timeline.of(0) if kind == 0)
+    )

@@ -165,8 +165,8 @@ def test_lower_capacities_are_chosen_where_waiting_rules(make_job, make_workload
     """Two adapters, four stages: full microbatches wait for each other's steps, halves of them fill the pipeline."""
     jobs = [make_job(name, (10, 11, 9, 10) * 20, global_batch_size=4) for name in "ab"]
     workload = make_workload(*jobs)
-    assert fast.fastest(workload, 4, 80, 1, even_costs(4)).target < 80
-    assert fast.fastest(workload, 1, 80, 1, even_costs(1)).target == 80
+    assert fast.Trials(workload.jobs, 4, 80).fastest(even_costs(4)).way.target < 80
+    assert fast.Trials(workload.jobs, 1, 80).fastest(even_costs(1)).way.target == 80
 
 
 def test_an_under_full_order_is_what_its_owner_may_check(make_job, make_workload):

@@ -14,7 +14,7 @@ from lorafusion.errors import UserError
 from lorafusion.plan import Microbatch, Plan, Segment, statistics_of
 from lorafusion.scheduler.common import NOOP
 from lorafusion.simulator import SCHEDULES, Costs, simulate
-from lorafusion.simulator.schedules import simulate_stream
+from lorafusion.simulator.stream import simulate_stream
 from lorafusion.simulator.timeline import BACKWARD, FORWARD, STEP, run_orders
 
 IN_ORDER = ("stream", "flush", "gpipe")
@@ -101,7 +101,7 @@ def test_data_parallel_replicas_meet_at_steps():
     costs = equal_costs(plan)
     costs.forward[0, 1] = 7.0  # the second replica's first microbatch is slow
     timeline = simulate(plan, costs)
-    assert timeline.operations == [
+    assert [[operation[:2] for operation in timeline.of(processor)] for processor in (0, 1)] == [
         [(kind, index) for index in own for kind in (FORWARD, BACKWARD, STEP)] for own in ((0, 2), (1, 3))
     ]
     assert timeline.starts[0][2] == timeline.starts[1][2] == 9.0
@@ -125,16 +125,30 @@ def test_every_replica_steps_all_adapters_that_end_in_a_slot():
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_a_stream_that_is_no_plan_yet_is_simulated_as_its_plan(replicas):
+def test_a_stream_does_what_its_order_does_step_by_step(replicas):
+    """Its own loop against the one that goes through any order, with no-ops, and with fewer slots than stages."""
     for seed in range(30):
         draw = random.Random(seed)
-        count = replicas * draw.randint(1, 8)
-        steps = [index for index in range(count) if draw.random() < 0.3]
-        plan = a_plan(count, draw.randint(1, 4), steps, data_parallel=replicas)
+        slots, stages = draw.randint(1, 8), draw.randint(1, 5)
+        stepping = [draw.random() < 0.4 for _ in range(slots)]
+        steps = [slot * replicas + draw.randrange(replicas) for slot in range(slots) if stepping[slot]]
+        noops = [index for index in range(slots * replicas) if index not in steps and draw.random() < 0.2]
+        plan = a_plan(slots * replicas, stages, steps, noops, replicas)
         costs = random_costs(plan, seed)
         tokens = np.array([microbatch.tokens for microbatch in plan.microbatches])
-        stepping = [any(one.step_after for one in slot) for slot in plan.slots()]
-        assert simulate_stream(costs, tokens, stepping, replicas).makespan == simulate(plan, costs).makespan
+        orders = []
+        for processor in range(stages * replicas):
+            replica, ahead = processor // stages, stages - 1 - processor % stages
+            turns = [[(FORWARD, slot * replicas + replica)] for slot in range(slots)] + [[] for _ in range(ahead)]
+            for slot in range(slots):
+                index = slot * replicas + replica
+                turns[slot + ahead] += [(BACKWARD, index)] + [(STEP, index)] * stepping[slot]
+            orders.append([operation for turn in turns for operation in turn])
+        fast, slow = simulate_stream(costs, tokens, stepping, replicas), run_orders(orders, costs, tokens, replicas)
+        assert fast.processors == slow.processors
+        for processor in range(fast.processors):
+            assert list(fast.of(processor)) == list(slow.of(processor)), seed
+        assert simulate(plan, costs).makespan == fast.makespan
 
 
 def greedy_case(make_job, make_workload, stages, adapters, batches):
@@ -177,10 +191,9 @@ def test_a_stage_does_one_thing_at_a_time_and_nothing_before_its_input(schedule,
     plan, costs = drawn(shape)
     timeline = simulate(plan, costs, schedule)
     begun, done = defaultdict(dict), defaultdict(dict)
-    for stage, operations in enumerate(timeline.operations):
-        starts, ends = timeline.starts[stage], timeline.ends[stage]
-        assert all(end <= start + 1e-12 for end, start in zip(ends, starts[1:], strict=False))
-        for (kind, index), start, end in zip(operations, starts, ends, strict=True):
+    for stage in range(plan.stages):
+        assert np.all(timeline.ends[stage][:-1] <= timeline.starts[stage][1:] + 1e-12)
+        for kind, index, start, end in timeline.of(stage):
             begun[kind][stage, index], done[kind][stage, index] = start, end
     for index, microbatch in enumerate(plan.microbatches):
         for stage in range(0 if not microbatch.noop else plan.stages, plan.stages):

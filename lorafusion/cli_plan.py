@@ -42,23 +42,30 @@ def make(
     stages: Annotated[int, typer.Option(min=1, help="pipeline stages")] = 1,
     capacity: Annotated[int, typer.Option(min=1, help="tokens a microbatch may hold")] = 8192,
     data_parallel: Annotated[int, typer.Option(min=1, help="replicas of the pipeline")] = 1,
+    model: Annotated[str | None, typer.Option(help="plan by `fast` with the costs of a name of configs/models")] = None,
+    costs: Annotated[Path | None, typer.Option(help="a cost model (YAML) instead; by default stages are equal")] = None,
 ) -> None:
     """Plan a workload for a system, and check the plan."""
     from lorafusion.config import read_systems
     from lorafusion.imports import load
     from lorafusion.scheduler import plan_workload
+    from lorafusion.simulator import chosen_costs
     from lorafusion.workload import Workload
 
+    if model or costs:
+        if strategy not in (None, "fast"):
+            raise UserError(f"--model, --costs: the strategy {strategy} does not look at costs; fast does")
+        strategy = "fast"
+    read = Workload.read(workload)
     if strategy is not None:
-        read = Workload.read(workload)
-        made = plan_workload(read, strategy, stages=stages, capacity=capacity, data_parallel=data_parallel)
+        judge = chosen_costs(stages, model, costs)
+        made = plan_workload(read, strategy, stages=stages, capacity=capacity, data_parallel=data_parallel, costs=judge)
     else:
         systems = read_systems()
         one_of("system", system, set(systems), "--system")
         if systems[system].unavailable:
             raise UserError(f"system {system!r} cannot plan: {systems[system].unavailable}")
-        planner = load(systems[system].planner, "planner")
-        made = planner(Workload.read(workload), system, stages, capacity, data_parallel)
+        made = load(systems[system].planner, "planner")(read, system, stages, capacity, data_parallel)
     write(out, made.to_json())
     s = made.statistics
     print(f"{out}: {s.microbatches} microbatches ({s.noops} no-ops, at least {s.lower_bound}), fill {s.fill:.3f}")

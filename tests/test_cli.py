@@ -29,6 +29,7 @@ def planned(tmp_path_factory):
     done = lorafusion("plan", folder / "deep/w.json", "--stages", 2, "--capacity", 256, "-o", folder / "p.json")
     assert done.returncode == 0, done.stderr
     assert "microbatches" in done.stdout
+    (folder / "costs.yaml").write_text("layers: [1, 1, 1]\ntoken: 1.0\n")
     return folder
 
 
@@ -77,6 +78,15 @@ def test_a_strategy_by_name_and_replicas(planned):
     assert json.loads((planned / "two.json").read_text())["data_parallel"] == 2
 
 
+def test_a_plan_by_the_costs_of_a_model(planned):
+    done = lorafusion(
+        "plan", planned / "deep/w.json", "--model", "llama-3.1-8b", "--stages", 2, "--capacity", 256,
+        "-o", planned / "m.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((planned / "m.json").read_text())["system"] == "fast"
+
+
 def test_a_proposal_names_each_division_of_the_gpus(planned):
     done = lorafusion("plan", "propose", planned / "deep/w.json", "--model", "llama-3.1-8b", "--gpus", 2)
     assert done.returncode == 0, done.stderr
@@ -101,6 +111,14 @@ MISTAKES = {
     "unknown strategy": (
         ["plan", "{folder}/deep/w.json", "--strategy", "best", "-o", "{folder}/x"],
         "plan: unknown strategy 'best'; known: fast, fewest, ffd, mlora, paper, sequential",
+    ),
+    "costs that are not looked at": (
+        ["plan", "{folder}/deep/w.json", "--strategy", "paper", "--model", "tiny", "-o", "{folder}/x"],
+        "the strategy paper does not look at costs; fast does",
+    ),
+    "costs of other stages": (
+        ["plan", "{folder}/deep/w.json", "--costs", "{folder}/costs.yaml", "--stages", "2", "-o", "{folder}/x"],
+        "costs.yaml: 3 stages, expected 2",
     ),
     "costs without samples": (["plan", "show", "{folder}/p.json", "--model", "tiny"], "need the plan's workload"),
     "unknown chart": (["plan", "show", "{folder}/p.json", "-o", "{folder}/x.gif"], "unknown form of chart '.gif'"),

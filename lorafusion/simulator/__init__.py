@@ -16,8 +16,22 @@ from lorafusion.simulator.schedules import SCHEDULES, simulate
 from lorafusion.simulator.timeline import Timeline
 from lorafusion.workload import Workload
 
-__all__ = ["SCHEDULES", "CostModel", "Costs", "Timeline", "costs_of", "even_costs", "model_costs", "read_cost_model",
-           "simulate", "simulate_plan"]  # fmt: skip
+__all__ = ["SCHEDULES", "CostModel", "Costs", "Timeline", "chosen_costs", "costs_of", "even_costs", "model_costs",
+           "read_cost_model", "simulate", "simulate_plan"]  # fmt: skip
+
+
+def chosen_costs(stages: int, model: str | None = None, costs: str | Path | None = None) -> CostModel:
+    """The costs of a model of configs/models, or of a file with a cost model, else of stages of equal size."""
+    if model and costs:
+        raise UserError("either a model or a file with costs, found both")
+    if model:
+        return model_costs(read_model(model), stages)
+    if not costs:
+        return even_costs(stages)
+    read = read_cost_model(costs)
+    if read.stages != stages:
+        raise UserError(f"{costs}: {read.stages} stages, expected {stages}")
+    return read
 
 
 def simulate_plan(
@@ -30,12 +44,7 @@ def simulate_plan(
     """A plan's timeline, and the unit of its times: seconds by the costs of a model of configs/models or of a file with
     a cost model; else units of a token's forward on a stage, all stages equal, and without attention where there is no
     workload to tell the samples' lengths."""
-    if model and costs:
-        raise UserError("either a model or a file with costs, found both")
+    chosen = chosen_costs(plan.stages, model, costs)
     if (model or costs) and workload is None:
         raise UserError("the costs of a model need the plan's workload, for the lengths of its samples")
-    if model:
-        chosen = model_costs(read_model(model), plan.stages)
-    else:
-        chosen = read_cost_model(costs) if costs else even_costs(plan.stages)
     return simulate(plan, costs_of(plan, workload, chosen), schedule, workload), "s" if model or costs else "units"

@@ -145,6 +145,17 @@ def test_a_job_resumes_at_a_batch(make_job):
     assert not packer.streams
 
 
+def test_a_job_ends_before_a_batch(make_job):
+    packer, job = Packer(stages=1, capacity=12), make_job("a", (6,) * 8, global_batch_size=2)
+    packer.add(0, job, batch=1, end=3)
+    bins = [packer.next_slot()[0] for _ in range(2)]
+    assert [[item.position for item in one[0]] for one in bins] == [[2, 3], [4, 5]]
+    assert not packer.streams
+    for batch, end in ((2, 2), (1, 5)):
+        with pytest.raises(UserError, match=f"'a' has 4 global batches, found {batch} to {end}"):
+            packer.add(0, job, batch, end)
+
+
 @pytest.mark.parametrize(("stages", "slots"), [(1, 4), (2, 5), (4, 7)])
 def test_the_dependency_bound_counts_waiting(make_job, make_workload, stages, slots):
     """Two batches of two microbatches each, and S - 1 slots between them."""

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 
+from rich.console import Console
+from rich.progress import Progress
+
 from lorafusion.errors import UserError
 from lorafusion.plan import Microbatch, Segment
 from lorafusion.workload import Job, Workload
 
 NOOP = Microbatch(noop=True)
+
+
+def progress(show: bool = True) -> Progress:
+    """A bar on standard error for work that takes long, where that is a terminal."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not (show and console.is_terminal))
 
 
 def require_samples_fit(workload: Workload, capacity: int) -> None:

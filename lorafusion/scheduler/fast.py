@@ -9,12 +9,13 @@ stay empty before a further adapter is let in.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from lorafusion.plan import Microbatch, Plan, make_plan
-from lorafusion.scheduler.common import NOOP, by_adapter, microbatches_of, require_samples_fit
+from lorafusion.scheduler.common import NOOP, by_adapter, microbatches_of, progress, require_samples_fit
 from lorafusion.scheduler.packer import EXACT, ORDERS, Item, Packer, batch_items
 from lorafusion.simulator.costs import CostModel, Costs, even_costs
 from lorafusion.simulator.stream import simulate_stream
@@ -26,12 +27,13 @@ TRIED_SAMPLES, TRIED_BATCHES = 1000, 3  # of all jobs together, and global batch
 COMPARED_SAMPLES = 20_000  # of all jobs together, for what was within MISLED of the best of the first ones
 MISLED = 0.05  # of the throughput: the first samples put ways in the wrong order by up to 2 %
 GOOD_BUBBLE = 0.005  # of full microbatches, beyond what uneven stages cost, with which nothing else is tried
+LONG_WORK = 100_000  # samples that take seconds to pack
 LOOSE = 4  # the part of a microbatch below the capacity that may stay empty rather than begin another adapter's batch
 GAIN = 0.01  # of the throughput, for which a lower capacity is worth more microbatches
 
 USUAL = next(iter(ORDERS))
 
-Slots = list[tuple[list[list[Item]], set[int]]]
+Slot = tuple[list[list[Item]], set[int]]  # the items of its bins, and the adapters whose global batch ends in it
 
 
 def plan(
@@ -46,7 +48,7 @@ def plan(
     require_samples_fit(workload, capacity)
     trials = Trials(workload.jobs, stages, capacity, data_parallel)
     best = trials.fastest(costs or even_costs(stages))
-    return _plan(workload, system, trials, trials.pack(best.way))
+    return _plan(workload, system, trials, best.way)
 
 
 def fewest(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
@@ -54,17 +56,19 @@ def fewest(workload: Workload, system: str, stages: int, capacity: int, data_par
     require_samples_fit(workload, capacity)
     trials = Trials(workload.jobs, stages, capacity, data_parallel)
     ways = [Way(capacity, order, capacity // EXACT) for order in ORDERS]
-    best = min(ways, key=lambda way: len(trials.pack(way, COMPARED_SAMPLES)))
-    return _plan(workload, system, trials, trials.pack(best))
+    best = min(ways, key=lambda way: sum(1 for _ in trials.slots(way, COMPARED_SAMPLES)))
+    return _plan(workload, system, trials, best)
 
 
-def _plan(workload: Workload, system: str, trials: Trials, slots: Slots) -> Plan:
+def _plan(workload: Workload, system: str, trials: Trials, way: Way) -> Plan:
     sizes = {"stages": trials.stages, "capacity": trials.capacity, "data_parallel": trials.data_parallel}
-    microbatches = [
-        microbatch
-        for bins, ended in slots
-        for microbatch in slot_microbatches(workload, bins, ended, trials.data_parallel)
-    ]
+    samples = sum(job.stream_length for job in workload.jobs)
+    microbatches: list[Microbatch] = []
+    with progress(samples >= LONG_WORK) as bar:
+        task = bar.add_task("packing", total=samples)
+        for bins, ended in trials.slots(way):
+            microbatches += slot_microbatches(workload, bins, ended, trials.data_parallel)
+            bar.advance(task, sum(map(len, bins)))
     return make_plan(system, workload, microbatches, **sizes)
 
 
@@ -101,7 +105,7 @@ class Trials:
         self.jobs, self.stages, self.capacity, self.data_parallel = jobs, stages, capacity, data_parallel
         self._remembered: dict[tuple[int, int], list[Item]] = {}
 
-    def pack(self, way: Way, samples: int | None = None) -> Slots:
+    def slots(self, way: Way, samples: int | None = None) -> Iterator[Slot]:
         """The slots of the jobs, empty ones included. samples: not many more, as large a part of each job."""
         items = batch_items if samples is None else self._items
         packer = Packer(self.stages, self.capacity, self.data_parallel, *way, items)
@@ -110,10 +114,8 @@ class Trials:
             # To the end of each part, for an order may leave the adapter with the longest way alone there.
             batches = max(TRIED_BATCHES, math.ceil(len(job.batches) * part))
             packer.add(adapter, job, end=min(batches, len(job.batches)))
-        slots: Slots = []
         while packer.streams:
-            slots.append(packer.next_slot())
-        return slots
+            yield packer.next_slot()
 
     def _items(self, adapter: int, job: Job, batch: int) -> list[Item]:
         if (adapter, batch) not in self._remembered:
@@ -158,7 +160,7 @@ class Trials:
         return max([best, *(self.trial(model, way, TRIED_SAMPLES) for way in ways)], key=lambda one: one.throughput)
 
     def trial(self, model: CostModel, way: Way, samples: int) -> Trial:
-        slots = self.pack(way, samples)
+        slots = list(self.slots(way, samples))
         costs, tokens = _costs(slots, self.data_parallel, model)
         timeline = simulate_stream(costs, tokens, [bool(ended) for _, ended in slots], self.data_parallel)
         bubble = float(timeline.bubble("steady").mean())
@@ -171,7 +173,7 @@ def _uneven(costs: Costs) -> float:
     return 1 - float(work.mean() / work.max())
 
 
-def _costs(slots: Slots, data_parallel: int, model: CostModel) -> tuple[Costs, np.ndarray]:
+def _costs(slots: list[Slot], data_parallel: int, model: CostModel) -> tuple[Costs, np.ndarray]:
     """The cost table of slots and their microbatches' tokens."""
     held, steps = [], []
     for bins, ended in slots:

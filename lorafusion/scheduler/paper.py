@@ -17,11 +17,15 @@ import math
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 
-from rich.console import Console
-from rich.progress import Progress
-
 from lorafusion.plan import Plan, make_plan
-from lorafusion.scheduler.common import batch_items, by_adapter, insert_noops, microbatches_of, require_samples_fit
+from lorafusion.scheduler.common import (
+    batch_items,
+    by_adapter,
+    insert_noops,
+    microbatches_of,
+    progress,
+    require_samples_fit,
+)
 from lorafusion.scheduler.first_fit import first_fit_decreasing
 from lorafusion.scheduler.programs import emptiest_bin, fewest_bins
 from lorafusion.workload import Job, Workload
@@ -88,9 +92,7 @@ def _loads(tokens: list[int], packed: list[list[int]]) -> list[int]:
 def _packed(tasks: list[Task]) -> list[list[Bin]]:
     if sum(len(task[0]) ** 2 for task in tasks) < MUCH_WORK:
         return [pack_task(task) for task in tasks]
-    console = Console(stderr=True)
-    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with ProcessPoolExecutor() as pool, shown as bar:
+    with ProcessPoolExecutor() as pool, progress() as bar:
         return list(bar.track(pool.map(pack_task, tasks, chunksize=4), len(tasks), description="packing"))
 
 

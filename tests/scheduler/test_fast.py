@@ -25,7 +25,7 @@ def test_every_way_to_pack_is_a_plan(workload, stages, data_parallel, order, tar
     trials = fast.Trials(workload.jobs, stages, CAPACITY, data_parallel)
     microbatches = [
         microbatch
-        for bins, ended in trials.pack(fast.Way(target, order, slack))
+        for bins, ended in trials.slots(fast.Way(target, order, slack))
         for microbatch in fast.slot_microbatches(workload, bins, ended, data_parallel)
     ]
     sizes = {"stages": stages, "capacity": CAPACITY, "data_parallel": data_parallel}
@@ -67,7 +67,7 @@ def test_a_slack_keeps_other_adapters_out(make_job):
 def test_trials_hold_the_same_part_of_every_job(make_job):
     """An order that leaves the longest job alone at the end must pay for it in a trial of the first samples too."""
     jobs = (make_job("short", (4,) * 40, global_batch_size=2), make_job("long", (9,) * 400, global_batch_size=2))
-    slots = fast.Trials(jobs, 2, 10).pack(fast.Way(10, "nearly-done", 0), samples=110)
+    slots = list(fast.Trials(jobs, 2, 10).slots(fast.Way(10, "nearly-done", 0), samples=110))
     counts = [sum(item.adapter == adapter for bins, _ in slots for one in bins for item in one) for adapter in (0, 1)]
     assert counts == [10, 100]
 

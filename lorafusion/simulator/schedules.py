@@ -155,7 +155,14 @@ class _Greedy:
         if kind >= ARRIVED:
             (self.forwards if kind - ARRIVED == FORWARD else self.backwards)[stage].append(index)
             return
-        self.busy[stage] = False
+        steps = self.plan.microbatches[index].step_after
+        if kind == STEP:
+            self.busy[stage] = False
+            if not stage:
+                for adapter in steps:
+                    self.stepped[adapter] += 1
+            return
+        self.busy[stage] = kind == BACKWARD and bool(steps)  # the step follows
         sent = now + float(self.costs.transfer[index])
         if kind == FORWARD:
             if stage + 1 < self.stages:
@@ -166,9 +173,6 @@ class _Greedy:
         self.under_way[stage] -= 1
         if stage:
             heapq.heappush(self.events, (sent, stage - 1, ARRIVED + BACKWARD, index))
-        else:
-            for adapter in self.plan.microbatches[index].step_after:
-                self.stepped[adapter] += 1
 
     def choose(self, stage: int, now: float) -> None:
         if self.busy[stage]:
@@ -190,14 +194,10 @@ class _Greedy:
         self.operations[stage].append((kind, index))
         self.starts[stage].append(now)
         self.ends[stage].append(now + seconds)
-        end = now + seconds
-        if kind == BACKWARD and self.plan.microbatches[index].step_after:
-            self.operations[stage].append((STEP, index))
-            self.starts[stage].append(end)
-            end += float(self.costs.step[stage, index])
-            self.ends[stage].append(end)
         self.busy[stage] = True
-        heapq.heappush(self.events, (end, stage, kind, index))
+        heapq.heappush(self.events, (now + seconds, stage, kind, index))
+        if kind == BACKWARD and self.plan.microbatches[index].step_after:
+            self.begin(stage, STEP, index, now + seconds, float(self.costs.step[stage, index]))
 
 
 ARRIVED = 10

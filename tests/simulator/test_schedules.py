@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lorafusion.errors import UserError
 from lorafusion.plan import Microbatch, Plan, Segment, statistics_of
+from lorafusion.scheduler import round_robin
 from lorafusion.scheduler.common import NOOP
 from lorafusion.simulator import SCHEDULES, Costs, simulate
 from lorafusion.simulator.stream import simulate_stream
@@ -152,8 +153,6 @@ def test_a_stream_does_what_its_order_does_step_by_step(replicas):
 
 
 def greedy_case(make_job, make_workload, stages, adapters, batches):
-    from lorafusion.scheduler import round_robin
-
     workload = make_workload(*(make_job(f"a{i}", (4,) * batches, global_batch_size=1) for i in range(adapters)))
     plan = round_robin.plan(workload, "mlora", stages, 4)
     return plan, equal_costs(plan), workload
@@ -250,8 +249,9 @@ class Channels:
         return max(times)
 
 
-def process(stage, plan, costs, windows, all_first):
-    last = plan.stages - 1
+def process(processor, plan, costs, windows, all_first):
+    """A stage of a replica. windows: slots that drain together."""
+    (replica, stage), last, width = divmod(processor, plan.stages), plan.stages - 1, plan.data_parallel
     for window in windows:
         ahead = len(window) if all_first else min(last - stage, len(window))
         todo = [("f", index) for index in window[:ahead]]
@@ -259,7 +259,8 @@ def process(stage, plan, costs, windows, all_first):
         for position in range(ahead, len(window)):
             todo += [("f", window[position]), ("b", pending.pop(0))]
         todo += [("b", index) for index in pending]
-        for what, index in todo:
+        for what, slot in todo:
+            index = slot * width + replica
             if not plan.microbatches[index].noop:
                 if what == "f":
                     if stage:
@@ -273,24 +274,106 @@ def process(stage, plan, costs, windows, all_first):
                     yield ("work", costs.backward[stage, index])
                     if stage:
                         yield ("send", ("b", stage - 1, index), costs.transfer[index])
-            if what == "b" and plan.microbatches[index].step_after:
-                yield ("work", costs.step[stage, index])
+            ended = [one for one in range(slot * width, slot * width + width) if plan.microbatches[one].step_after]
+            if what == "b" and ended:
+                for other in range(width):
+                    yield ("send", ("reduce", stage, slot, replica, other), 0.0)
+                for other in range(width):
+                    yield ("receive", ("reduce", stage, slot, other, replica))
+                yield ("work", sum(costs.step[stage, one] for one in ended))
 
 
 @pytest.mark.parametrize("schedule", IN_ORDER)
 def test_200_random_cases_equal_the_processes(schedule):
     for seed in range(200):
         draw = random.Random(seed)
-        plan, costs = drawn((draw.randint(1, 6), draw.randint(1, 20), seed))
+        replicas, slots = draw.choice([1, 1, 2, 3]), draw.randint(1, 14)
+        stepping = [draw.random() < 0.3 for _ in range(slots)]
+        steps = [slot * replicas + draw.randrange(replicas) for slot in range(slots) if stepping[slot]]
+        noops = [index for index in range(slots * replicas) if index not in steps and draw.random() < 0.2]
+        plan = a_plan(slots * replicas, draw.randint(1, 6), steps, noops, replicas)
+        costs = random_costs(plan, seed)
         windows, window = [], []
-        for index, microbatch in enumerate(plan.microbatches):
-            window.append(index)
-            if schedule != "stream" and microbatch.step_after:
+        for slot, steps_here in enumerate(stepping):
+            window.append(slot)
+            if schedule != "stream" and steps_here:
                 windows.append(window)
                 window = []
         windows += [window] if window else []
-        processes = [process(stage, plan, costs, windows, schedule == "gpipe") for stage in range(plan.stages)]
+        count = plan.stages * replicas
+        processes = [process(processor, plan, costs, windows, schedule == "gpipe") for processor in range(count)]
         assert simulate(plan, costs, schedule).makespan == pytest.approx(Channels().run(processes), rel=1e-12), seed
+
+
+def ticks(plan, costs, workload):
+    """The independent model of mLoRA's stages: whole seconds, one after the other, in which a free stage chooses."""
+    stages, now, done = plan.stages, 0, 0
+    real = [index for index, one in enumerate(plan.microbatches) if not one.noop]
+    batches = [
+        {(one.adapter, workload.jobs[one.adapter].batch_of(one.samples[0])) for one in microbatch.segments}
+        for microbatch in plan.microbatches
+    ]
+    stepped, inside = [0] * len(workload.jobs), [0] * stages
+    waiting = [{"f": [], "b": []} for _ in range(stages)]
+    waiting[0]["f"] = list(real)
+    doing, coming = [None] * stages, []  # (end, what, index), (time, stage, what, index)
+    while done < len(real):
+        for stage in range(stages):
+            while doing[stage] and doing[stage][0] == now:
+                _, what, index = doing[stage]
+                doing[stage] = None
+                delay = costs.transfer[index]
+                if what == "f":
+                    target = (now + delay, stage + 1, "f", index) if stage + 1 < stages else (now, stage, "b", index)
+                    coming.append(target)
+                if what == "b":
+                    inside[stage] -= 1
+                    if stage:
+                        coming.append((now + delay, stage - 1, "b", index))
+                    if plan.microbatches[index].step_after:
+                        doing[stage] = (now + costs.step[stage, index], "s", index)
+                ends = what == "s" or (what == "b" and not plan.microbatches[index].step_after)
+                if ends and not stage:
+                    done += 1
+                    for adapter in plan.microbatches[index].step_after:
+                        stepped[adapter] += 1
+        for time, stage, what, index in sorted(coming):
+            if time == now:
+                waiting[stage][what].append(index)
+        coming = [one for one in coming if one[0] > now]
+        for stage in range(stages):
+            if doing[stage]:
+                continue
+            if waiting[stage]["b"]:
+                index = waiting[stage]["b"].pop(0)
+                doing[stage] = (now + costs.backward[stage, index], "b", index)
+            elif waiting[stage]["f"] and inside[stage] < stages - stage:
+                index = waiting[stage]["f"][0]
+                if stage or all(stepped[adapter] >= batch for adapter, batch in batches[index]):
+                    waiting[stage]["f"].pop(0)
+                    inside[stage] += 1
+                    doing[stage] = (now + costs.forward[stage, index], "f", index)
+        now += 1
+    return now - 1
+
+
+def test_200_random_cases_of_mloras_order_equal_the_ticks(make_job, make_workload):
+    for seed in range(200):
+        draw = random.Random(seed)
+        stages = draw.randint(1, 5)
+        jobs = [
+            make_job(f"a{index}", (4,) * draw.randint(1, 8), global_batch_size=draw.randint(1, 4))
+            for index in range(draw.randint(1, 5))
+        ]
+        workload = make_workload(*jobs)
+        plan = round_robin.plan(workload, "mlora", stages, 8)
+        shape, steps = (stages, len(plan.microbatches)), [bool(one.step_after) for one in plan.microbatches]
+        numbers = np.random.default_rng(seed)
+        costs = Costs(
+            numbers.integers(1, 5, shape).astype(float), numbers.integers(1, 9, shape).astype(float),
+            numbers.integers(1, 4, shape) * np.array(steps, float), numbers.integers(1, 3, shape[1:]).astype(float),
+        )  # fmt: skip
+        assert simulate(plan, costs, "greedy", workload).makespan == ticks(plan, costs, workload), seed
 
 
 def test_orders_that_wait_for_each_other_are_refused():

@@ -108,7 +108,7 @@ class Trials:
     def slots(self, way: Way, samples: int | None = None) -> Iterator[Slot]:
         """The slots of the jobs, empty ones included. samples: not many more, as large a part of each job."""
         items = batch_items if samples is None else self._items
-        packer = Packer(self.stages, self.capacity, self.data_parallel, *way, items)
+        packer = Packer(self.stages, self.capacity, self.data_parallel, items=items, **way._asdict())
         part = 1 if samples is None else samples / sum(job.stream_length for job in self.jobs)
         for adapter, job in enumerate(self.jobs):
             # To the end of each part, for an order may leave the adapter with the longest way alone there.

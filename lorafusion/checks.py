@@ -21,10 +21,11 @@ RUN_SECONDS = 300
 # by its own size, hands the relative rounding of one that nearly cancels on to the weight. In float32 one element in
 # 384 of a tensor came out 1.1e-4 off, the tensor 1.7e-4; in float64 the same tensor agrees to 4e-16. So the checks
 # train in float64, where rounding is out of the way and every fault of a plan, a mask or a scale stands out. The norms
-# of transformers' layers round to float32, which one input in 10^9 may do differently.
+# of transformers' layers round to float32 still, and a value on the edge of two goes the other way in one of 3e7: one
+# such flip moved a loss by up to 6e-9 and a tensor by up to 8e-8.
 DTYPE = "float64"
-LOSS_TOLERANCE = 1e-10
-WEIGHT_TOLERANCE = 1e-9
+LOSS_TOLERANCE = 1e-7
+WEIGHT_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)

@@ -37,35 +37,38 @@ plan_app = typer.Typer(
 def make(
     workload: Annotated[Path, typer.Argument(help="a workload file")],
     out: Annotated[Path, typer.Option("--out", "-o", help="file to write")],
-    system: Annotated[str, typer.Option(help="a name of configs/systems.yaml, whose planner is used")] = "lorafusion",
+    system: Annotated[str | None, typer.Option(help="a name of configs/systems.yaml; by default lorafusion")] = None,
     strategy: Annotated[str | None, typer.Option(help="a strategy of the scheduler instead: fast, paper, …")] = None,
     stages: Annotated[int, typer.Option(min=1, help="pipeline stages")] = 1,
     capacity: Annotated[int, typer.Option(min=1, help="tokens a microbatch may hold")] = 8192,
     data_parallel: Annotated[int, typer.Option(min=1, help="replicas of the pipeline")] = 1,
-    model: Annotated[str | None, typer.Option(help="plan by `fast` with the costs of a name of configs/models")] = None,
+    model: Annotated[str | None, typer.Option(help="a name of configs/models, whose costs fast plans by")] = None,
     costs: Annotated[Path | None, typer.Option(help="a cost model (YAML) instead; by default stages are equal")] = None,
 ) -> None:
     """Plan a workload for a system, and check the plan."""
     from lorafusion.config import read_systems
     from lorafusion.imports import load
-    from lorafusion.scheduler import plan_workload
+    from lorafusion.scheduler import STRATEGIES
     from lorafusion.simulator import chosen_costs
     from lorafusion.workload import Workload
 
+    read, options = Workload.read(workload), {}
     if model or costs:
-        if strategy not in (None, "fast"):
-            raise UserError(f"--model, --costs: the strategy {strategy} does not look at costs; fast does")
-        strategy = "fast"
-    read = Workload.read(workload)
+        options["costs"] = chosen_costs(stages, model, costs)
     if strategy is not None:
-        judge = chosen_costs(stages, model, costs)
-        made = plan_workload(read, strategy, stages=stages, capacity=capacity, data_parallel=data_parallel, costs=judge)
+        if system is not None:
+            raise UserError(f"either --system or --strategy, found {system} and {strategy}")
+        one_of("strategy", strategy, set(STRATEGIES), "plan")
+        name, planner = strategy, STRATEGIES[strategy]
     else:
-        systems = read_systems()
-        one_of("system", system, set(systems), "--system")
-        if systems[system].unavailable:
-            raise UserError(f"system {system!r} cannot plan: {systems[system].unavailable}")
-        made = load(systems[system].planner, "planner")(read, system, stages, capacity, data_parallel)
+        systems, name = read_systems(), system or "lorafusion"
+        one_of("system", name, set(systems), "--system")
+        if systems[name].unavailable:
+            raise UserError(f"system {name!r} cannot plan: {systems[name].unavailable}")
+        planner = systems[name].planner
+    if options and planner != STRATEGIES["fast"]:
+        raise UserError(f"--model, --costs: {name} does not plan by costs; fast does")
+    made = load(planner, "planner")(read, name, stages, capacity, data_parallel, **options)
     write(out, made.to_json())
     s = made.statistics
     print(f"{out}: {s.microbatches} microbatches ({s.noops} no-ops, at least {s.lower_bound}), fill {s.fill:.3f}")

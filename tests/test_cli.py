@@ -84,7 +84,7 @@ def test_a_plan_by_the_costs_of_a_model(planned):
         "-o", planned / "m.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads((planned / "m.json").read_text())["system"] == "fast"
+    assert json.loads((planned / "m.json").read_text())["system"] == "lorafusion"
 
 
 def test_a_proposal_names_each_division_of_the_gpus(planned):
@@ -114,7 +114,15 @@ MISTAKES = {
     ),
     "costs that are not looked at": (
         ["plan", "{folder}/deep/w.json", "--strategy", "paper", "--model", "tiny", "-o", "{folder}/x"],
-        "the strategy paper does not look at costs; fast does",
+        "paper does not plan by costs; fast does",
+    ),
+    "costs of a system without them": (
+        ["plan", "{folder}/deep/w.json", "--system", "mlora", "--model", "tiny", "-o", "{folder}/x"],
+        "mlora does not plan by costs; fast does",
+    ),
+    "system and strategy": (
+        ["plan", "{folder}/deep/w.json", "--system", "mlora", "--strategy", "fast", "-o", "{folder}/x"],
+        "either --system or --strategy, found mlora and fast",
     ),
     "costs of other stages": (
         ["plan", "{folder}/deep/w.json", "--costs", "{folder}/costs.yaml", "--stages", "2", "-o", "{folder}/x"],

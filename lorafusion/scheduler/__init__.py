@@ -1,6 +1,6 @@
 """From a workload to a plan. No torch, no clock, no randomness; the integer programs are SciPy's HiGHS.
 
-Every strategy is a function `plan(workload, system, stages, capacity, data_parallel)` that returns a checked plan, or
+Every strategy is a function of (workload, system, stages, capacity, data_parallel) that returns a checked plan, or
 raises `UserError` for an input that no plan can serve; `bounds` says how few microbatches any of them may need.
 """
 
@@ -33,7 +33,8 @@ def plan_workload(
     costs: CostModel | None = None,
 ) -> Plan:
     """A checked plan by the strategy of that name. system: the plan's name for it, by default the strategy's. costs: of
-    the stages, which `fast` judges by. Raises `UserError` for a strategy or sizes that cannot be."""
+    the stages, which `fast` judges by and the others do not look at. Raises `UserError` for a strategy or sizes that
+    cannot be."""
     one_of("strategy", strategy, set(STRATEGIES), "plan")
     for name, value in (("stages", stages), ("capacity", capacity), ("data_parallel", data_parallel)):
         if value < 1:

@@ -16,7 +16,7 @@ import numpy as np
 
 from lorafusion.plan import Microbatch, Plan, make_plan
 from lorafusion.scheduler.common import NOOP, by_adapter, microbatches_of, progress, require_samples_fit
-from lorafusion.scheduler.packer import EXACT, ORDERS, Item, Packer, batch_items
+from lorafusion.scheduler.packer import EXACT, ORDERS, Item, Packer, items_of
 from lorafusion.simulator.costs import CostModel, Costs, even_costs
 from lorafusion.simulator.stream import simulate_stream
 from lorafusion.workload import Job, Workload
@@ -28,7 +28,7 @@ COMPARED_SAMPLES = 20_000  # of all jobs together, for what was within MISLED of
 MISLED = 0.05  # of the throughput: the first samples put ways in the wrong order by up to 2 %
 GOOD_BUBBLE = 0.005  # of full microbatches, beyond what uneven stages cost, with which nothing else is tried
 LONG_WORK = 100_000  # samples that take seconds to pack
-LOOSE = 4  # the part of a microbatch below the capacity that may stay empty rather than begin another adapter's batch
+LOOSE = 4  # the part of a microbatch below the capacity that one adapter may leave empty without others being asked
 GAIN = 0.01  # of the throughput, for which a lower capacity is worth more microbatches
 
 USUAL = next(iter(ORDERS))
@@ -62,10 +62,9 @@ def fewest(workload: Workload, system: str, stages: int, capacity: int, data_par
 
 def _plan(workload: Workload, system: str, trials: Trials, way: Way) -> Plan:
     sizes = {"stages": trials.stages, "capacity": trials.capacity, "data_parallel": trials.data_parallel}
-    samples = sum(job.stream_length for job in workload.jobs)
     microbatches: list[Microbatch] = []
-    with progress(samples >= LONG_WORK) as bar:
-        task = bar.add_task("packing", total=samples)
+    with progress(trials.samples >= LONG_WORK) as bar:
+        task = bar.add_task("packing", total=trials.samples)
         for bins, ended in trials.slots(way):
             microbatches += slot_microbatches(workload, bins, ended, trials.data_parallel)
             bar.advance(task, sum(map(len, bins)))
@@ -89,8 +88,8 @@ class Way(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What the simulator predicts for a way to pack, steady: tokens a second, the bubble, and what of it stages of
-    equal size would have too."""
+    """What the simulator predicts for a way to pack: tokens a second, the bubble, and what of it stages of equal size
+    would have too; in the steady state, or of the whole run where it was simulated to its end."""
 
     way: Way
     throughput: float
@@ -103,13 +102,15 @@ class Trials:
 
     def __init__(self, jobs: tuple[Job, ...], stages: int, capacity: int, data_parallel: int = 1) -> None:
         self.jobs, self.stages, self.capacity, self.data_parallel = jobs, stages, capacity, data_parallel
+        self.samples = sum(job.stream_length for job in jobs)
         self._remembered: dict[tuple[int, int], list[Item]] = {}
 
     def slots(self, way: Way, samples: int | None = None) -> Iterator[Slot]:
-        """The slots of the jobs, empty ones included. samples: not many more, as large a part of each job."""
-        items = batch_items if samples is None else self._items
+        """The slots of the jobs, empty ones included. samples: not many more, as large a part of each job, but at least
+        TRIED_BATCHES global batches."""
+        items = items_of if samples is None else self._items
         packer = Packer(self.stages, self.capacity, self.data_parallel, items=items, **way._asdict())
-        part = 1 if samples is None else samples / sum(job.stream_length for job in self.jobs)
+        part = 1 if samples is None else samples / self.samples
         for adapter, job in enumerate(self.jobs):
             # To the end of each part, for an order may leave the adapter with the longest way alone there.
             batches = max(TRIED_BATCHES, math.ceil(len(job.batches) * part))
@@ -119,7 +120,7 @@ class Trials:
 
     def _items(self, adapter: int, job: Job, batch: int) -> list[Item]:
         if (adapter, batch) not in self._remembered:
-            self._remembered[adapter, batch] = batch_items(adapter, job, batch)
+            self._remembered[adapter, batch] = items_of(adapter, job, batch)
         return self._remembered[adapter, batch]
 
     def fastest(self, model: CostModel) -> Trial:
@@ -127,12 +128,14 @@ class Trials:
         full = self.trial(model, Way(self.capacity, USUAL, self.capacity // EXACT), TRIED_SAMPLES)
         if full.waiting <= GOOD_BUBBLE:
             return full
-        filled = best = self._best_target(model, full)
+        filled = self._best_target(model, full)
         orders = [filled.way._replace(order=order) for order in ORDERS if order != USUAL]
-        best = self._faster(model, best, orders)
-        part = EXACT if best.way.target < self.capacity else LOOSE
-        best = self._faster(model, best, [best.way._replace(slack=best.way.target // part)])
+        ordered = self._faster(model, filled, orders)
+        part = EXACT if ordered.way.target < self.capacity else LOOSE
+        best = self._faster(model, ordered, [ordered.way._replace(slack=ordered.way.target // part)])
         near = [one.way for one in (full, filled, best) if one.throughput > best.throughput * (1 - MISLED)]
+        if len(set(near)) == 1 or self.samples <= TRIED_SAMPLES:
+            return best
         compared = [self.trial(model, way, COMPARED_SAMPLES) for way in dict.fromkeys(near)]
         return max(compared, key=lambda one: one.throughput)
 
@@ -140,18 +143,19 @@ class Trials:
         """The fastest target in the usual order; of those within GAIN of it the one with the most tokens."""
         trials = [full]
         for fraction in FRACTIONS:
-            trials.append(self._lower(model, fraction))
+            trials.append(self._at(model, fraction))
             if trials[-1].throughput < HOPELESS * max(one.throughput for one in trials):
                 break
         tried = [1.0, *FRACTIONS][: len(trials)]
         at = max(range(len(trials)), key=lambda index: trials[index].throughput)
         for beside in (at - 1, at + 1):
             if 0 <= beside < len(tried):
-                trials.append(self._lower(model, math.sqrt(tried[at] * tried[beside])))
+                trials.append(self._at(model, math.sqrt(tried[at] * tried[beside])))
         most = max(one.throughput for one in trials)
         return max((one for one in trials if one.throughput >= most * (1 - GAIN)), key=lambda one: one.way.target)
 
-    def _lower(self, model: CostModel, fraction: float) -> Trial:
+    def _at(self, model: CostModel, fraction: float) -> Trial:
+        """The trial of a part of the capacity, in the usual order."""
         target = max(1, int(self.capacity * fraction))
         return self.trial(model, Way(target, USUAL, target // LOOSE), TRIED_SAMPLES)
 
@@ -163,8 +167,10 @@ class Trials:
         slots = list(self.slots(way, samples))
         costs, tokens = _costs(slots, self.data_parallel, model)
         timeline = simulate_stream(costs, tokens, [bool(ended) for _, ended in slots], self.data_parallel)
-        bubble = float(timeline.bubble("steady").mean())
-        return Trial(way, timeline.throughput("steady"), bubble, bubble - _uneven(costs))
+        # The first of many samples stand for the middle of the run; all of a few have a beginning and an end as well.
+        window = "steady" if samples < self.samples else "whole"
+        bubble = float(timeline.bubble(window).mean())
+        return Trial(way, timeline.throughput(window), bubble, bubble - _uneven(costs))
 
 
 def _uneven(costs: Costs) -> float:

@@ -60,7 +60,7 @@ ORDERS: dict[str, Callable[[_Stream], tuple[float, ...]]] = {
 }
 
 
-def batch_items(adapter: int, job: Job, batch: int) -> list[Item]:
+def items_of(adapter: int, job: Job, batch: int) -> list[Item]:
     """The samples of one of a job's global batches, the longest first."""
     samples, count = job.samples, len(job.samples)
     items = [Item(samples[position % count].tokens, adapter, position) for position in job.batches[batch]]
@@ -82,7 +82,7 @@ class Packer:
         target: int | None = None,
         order: str = "longest-way",
         slack: int | None = None,
-        items: Callable[[int, Job, int], list[Item]] = batch_items,
+        items: Callable[[int, Job, int], list[Item]] = items_of,
     ) -> None:
         self.stages, self.capacity, self.data_parallel = stages, capacity, data_parallel
         self.target = capacity if target is None else target
@@ -229,6 +229,8 @@ def fill(groups: Iterable[Sequence[Item]], room: int, slack: int) -> list[Item]:
             before.append(reached)
             items.append(item)
             reached |= (reached << item.tokens) & ((1 << (room + 1)) - 1)
+            if reached >> room & 1:
+                break
         reached &= (1 << (room + 1)) - 1
         if reached.bit_length() > room - slack:
             break

@@ -6,7 +6,6 @@ all global batches, adapters and strategies.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -16,14 +15,14 @@ from pathlib import Path
 from pydantic import Field
 
 from lorafusion.benchmarks.results import row, write_bench
-from lorafusion.config import CONFIGS, Config, names_in, read_model, read_yaml
+from lorafusion.config import CONFIGS, Config, names_in, read_yaml
 from lorafusion.data.lengths import make_workload
 from lorafusion.errors import UserError, one_of, validated
 from lorafusion.imports import load
-from lorafusion.measure.environment import provenance
+from lorafusion.measure.environment import largest_resident_set, provenance
 from lorafusion.plan import Plan
 from lorafusion.scheduler import STRATEGIES, bounds, plan_workload
-from lorafusion.simulator import CostModel, costs_of, even_costs, model_costs, simulate
+from lorafusion.simulator import CostModel, chosen_costs, costs_of, simulate
 from lorafusion.workload import Workload, content_hash
 
 SUITES = CONFIGS / "scheduler.yaml"
@@ -103,7 +102,7 @@ def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | No
     one_of("bench", name, set(known), f"{SUITES}: {suite_name}")
     grid, workload_name, stages = known[name]
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    costs = model_costs(read_model(suite.model), stages) if suite.model else even_costs(stages)
+    costs = chosen_costs(stages, suite.model)
     metrics = []
     for global_batch, adapters in product(grid.global_batch, grid.adapters):
         workload = repeated_workload(workload_name, grid.samples, global_batch, adapters, suite.seed)
@@ -112,8 +111,7 @@ def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | No
                 workload, strategy, stages, global_batch, suite.capacity, costs, name, in_seconds=bool(suite.model)
             )
         print(f"{name}: global batch {global_batch}, {adapters} adapters", flush=True)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
-    metrics.append(row("peak_memory", memory, "whole", {"cell": name, "kind": "measured"}))
+    metrics.append(row("peak_memory", largest_resident_set(), "whole", {"cell": name, "kind": "measured"}))
     cell = {"suite": suite_name, "kind": "simulated", "cell": name, "model": suite.model, "workload": workload_name,
             "gpus": stages, "repeat": repeat, "stages": stages, "capacity": suite.capacity}  # fmt: skip
     write_bench(out, cell, metrics, provenance("cpu"), config_hash=bench_hash(suite, name), seed=suite.seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -58,6 +59,11 @@ def gpu_state() -> dict[str, str | float | None]:
 def has_gpu() -> bool:
     """Is there an NVIDIA GPU that its driver can list?"""
     return gpu_state()["gpu_name"] is not None
+
+
+def largest_resident_set() -> int:
+    """Bytes: the most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 
 def _number(text: str) -> float | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 import time
 
 import torch
+
+from lorafusion.measure.environment import largest_resident_set
 
 Mark = float | torch.cuda.Event
 
@@ -46,7 +47,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak on a GPU, the process's largest resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return largest_resident_set()
 
 
 def canary(device: torch.device, repeats: int = 5) -> dict[str, float]:

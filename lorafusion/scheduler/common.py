@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress
@@ -42,13 +43,26 @@ def segment(workload: Workload, adapter: int, positions: Iterable[int]) -> Segme
     )
 
 
-def batch_items(workload: Workload, adapters: Iterable[int], batch: int) -> list[tuple[int, int, int]]:
-    """(tokens, adapter, position) of the samples of one global batch of each adapter that has it."""
+class Item(NamedTuple):
+    """A sample that waits to be packed."""
+
+    tokens: int
+    adapter: int
+    position: int
+
+
+def job_items(adapter: int, job: Job, batch: int) -> list[Item]:
+    """The samples of one of a job's global batches, in stream order."""
+    return [Item(job.sample_at(position).tokens, adapter, position) for position in job.batches[batch]]
+
+
+def batch_items(workload: Workload, adapters: Iterable[int], batch: int) -> list[Item]:
+    """The samples of one global batch of each adapter that has it."""
     return [
-        (workload.jobs[adapter].sample_at(position).tokens, adapter, position)
+        item
         for adapter in adapters
         if batch < len(workload.jobs[adapter].batches)
-        for position in workload.jobs[adapter].batches[batch]
+        for item in job_items(adapter, workload.jobs[adapter], batch)
     ]
 
 

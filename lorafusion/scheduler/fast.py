@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lorafusion.plan import Microbatch, Plan, make_plan
-from lorafusion.scheduler.common import NOOP, by_adapter, microbatches_of, progress, require_samples_fit
-from lorafusion.scheduler.packer import EXACT, ORDERS, Item, Packer, items_of
+from lorafusion.scheduler.common import NOOP, Item, by_adapter, microbatches_of, progress, require_samples_fit
+from lorafusion.scheduler.packer import EXACT, ORDERS, Packer, items_of
 from lorafusion.simulator.costs import CostModel, Costs, even_costs
 from lorafusion.simulator.stream import simulate_stream
 from lorafusion.workload import Job, Workload

@@ -16,22 +16,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from lorafusion.errors import UserError
 from lorafusion.scheduler.bounds import fewest_slots
+from lorafusion.scheduler.common import Item, job_items
 from lorafusion.workload import Job
 
 EXACT = 256  # the part of a bin that may stay empty before other adapters' samples are asked
 EXACT_ROOM = 1 << 16  # tokens that are filled exactly; of a larger room what is before them goes to the longest
-
-
-class Item(NamedTuple):
-    """A sample that waits."""
-
-    tokens: int
-    adapter: int
-    position: int
 
 
 @dataclass
@@ -62,9 +54,7 @@ ORDERS: dict[str, Callable[[_Stream], tuple[float, ...]]] = {
 
 def items_of(adapter: int, job: Job, batch: int) -> list[Item]:
     """The samples of one of a job's global batches, the longest first."""
-    samples, count = job.samples, len(job.samples)
-    items = [Item(samples[position % count].tokens, adapter, position) for position in job.batches[batch]]
-    return sorted(items, key=lambda item: (-item.tokens, item.position))
+    return sorted(job_items(adapter, job, batch), key=lambda item: (-item.tokens, item.position))
 
 
 class Packer:

@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 from lorafusion.plan import Plan, make_plan
 from lorafusion.scheduler.common import (
+    Item,
     batch_items,
     by_adapter,
     insert_noops,
@@ -34,7 +35,7 @@ SPREAD = 0.25  # standard deviations below its mean that a batch of an adapter i
 MUCH_WORK = 50_000  # squared samples of all tasks, from which on processes share them and a progress bar shows
 
 Bin = dict[int, list[int]]  # adapter -> positions
-Task = tuple[list[tuple[int, int, int]], int]  # items of `batch_items`, capacity
+Task = tuple[list[Item], int]  # of a group's global batch; capacity
 
 
 def plan(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
@@ -73,7 +74,7 @@ def group_adapters(jobs: tuple[Job, ...], stages: int, capacity: int) -> list[li
 def pack_task(task: Task) -> list[Bin]:
     """The bins of one task, fullest first."""
     items, capacity = task
-    tokens = [item[0] for item in items]
+    tokens = [item.tokens for item in items]
     packed = first_fit_decreasing(tokens, capacity)
     if len(packed) > -(-sum(tokens) // capacity):  # else no fewer are possible
         packed = fewest_bins(tokens, capacity, len(packed) - 1) or packed

@@ -24,7 +24,9 @@ def simulate_stream(costs: Costs, tokens: np.ndarray, stepping: Sequence[bool], 
     real = tokens > 0
     forward, backward = costs.forward * real, costs.backward * real
     step = costs.step.reshape(stages, slots, data_parallel).sum(axis=2)  # every replica steps all that ended
-    begun = _starts(forward, backward, step, np.where(real, costs.transfer, -np.inf), stepping, data_parallel)
+    forwards, backwards, stepped = _starts(
+        forward, backward, step, np.where(real, costs.transfer, -np.inf), stepping, data_parallel
+    )
     kinds, microbatches, starts, ends = [], [], [], []
     turns = np.arange(slots)
     for replica in range(data_parallel):
@@ -34,15 +36,12 @@ def simulate_stream(costs: Costs, tokens: np.ndarray, stepping: Sequence[bool], 
             # By turn, and in a turn the forward first, then the backward, then the step.
             order = np.argsort(np.concatenate([3 * turns, 3 * (turns + ahead) + 1, 3 * (steps + ahead) + 2]))
             seconds = [forward[stage, own], backward[stage, own], step[stage, steps]]
-            times = [np.array(begun[0][stage])[own], np.array(begun[1][stage])[own], np.array(begun[2][stage])]
+            times = [forwards[stage, own], backwards[stage, own], stepped[stage]]
             kinds.append(np.repeat([FORWARD, BACKWARD, STEP], [slots, slots, len(steps)])[order])
             microbatches.append(np.concatenate([own, own, own[steps]])[order])
             starts.append(np.concatenate(times)[order])
             ends.append(np.concatenate([at + taken for at, taken in zip(times, seconds, strict=True)])[order])
     return Timeline(stages, kinds, microbatches, starts, ends, tokens)
-
-
-Starts = list[list[float]]  # of each stage
 
 
 def _starts(
@@ -52,15 +51,16 @@ def _starts(
     transfer: np.ndarray,
     stepping: Sequence[bool],
     replicas: int,
-) -> tuple[Starts, Starts, Starts]:
-    """When each forward, backward and step begins. forward, backward: seconds [stages, microbatches]; step: [stages,
-    slots]; transfer: [microbatches], -inf for those that wait for nobody."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """When each forward and backward [stages, microbatches] and each step [stages, slots with a step] begins. forward,
+    backward: seconds [stages, microbatches]; step: [stages, slots]; transfer: [microbatches], -inf for those that wait
+    for nobody."""
     stages, slots = step.shape
     forward_seconds, backward_seconds, step_seconds = forward.tolist(), backward.tolist(), step.tolist()
     delay = transfer.tolist()
-    forwards: Starts = [[0.0] * (slots * replicas) for _ in range(stages)]
-    backwards: Starts = [[0.0] * (slots * replicas) for _ in range(stages)]
-    steps: Starts = [[] for _ in range(stages)]
+    forwards = [[0.0] * (slots * replicas) for _ in range(stages)]
+    backwards = [[0.0] * (slots * replicas) for _ in range(stages)]
+    steps: list[list[float]] = [[] for _ in range(stages)]
     free = [[0.0] * replicas for _ in range(stages)]
     done = [0.0] * replicas  # when the stage before has done its forward of this turn
     for turn in range(slots + stages - 1):
@@ -87,4 +87,4 @@ def _starts(
                 time = max(own)
                 steps[stage].append(time)
                 own[:] = [time + step_seconds[stage][slot]] * replicas
-    return forwards, backwards, steps
+    return np.array(forwards), np.array(backwards), np.array(steps)

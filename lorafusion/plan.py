@@ -183,9 +183,10 @@ def _microbatch_violations(plan: Plan, workload: Workload) -> list[str]:
 
 def _segment_violations(segment: Segment, workload: Workload) -> list[str]:
     job = workload.jobs[segment.adapter]
-    outside = [position for position in segment.samples if not 0 <= position < job.stream_length]
+    stream = range(job.first_position, job.stream_length)
+    outside = [position for position in segment.samples if position not in stream]
     if outside:
-        return [f"sample {outside[0]} of {job.name!r}, which has {job.stream_length} in its stream"]
+        return [f"sample {outside[0]} of {job.name!r}, whose stream has {stream.start} to {stream.stop - 1}"]
     tokens = sum(job.sample_at(position).tokens for position in segment.samples)
     if tokens != segment.tokens:
         return [f"{job.name!r} declares {segment.tokens} tokens, its samples have {tokens}"]
@@ -215,14 +216,15 @@ def _order_violations(plan: Plan, workload: Workload) -> list[str]:
     # A flushing pipeline is empty after each step, so the next slot sees it; a stream needs S slots.
     distance = 1 if plan.flush else plan.stages
     for adapter, job in enumerate(workload.jobs):
-        missing = job.stream_length - len(seen[adapter])
+        samples = job.stream_length - job.first_position
+        missing = samples - len(seen[adapter])
         if missing:
-            found.append(f"{missing} of the {job.stream_length} samples of {job.name!r} are not in the plan")
+            found.append(f"{missing} of the {samples} samples of {job.name!r} are not in the plan")
             continue
-        ends = [last_slot[adapter][batch] for batch in range(len(job.batches))]
+        ends = [last_slot[adapter][batch] for batch in range(job.start, len(job.batches))]
         if steps[adapter] != ends:
             found.append(f"{job.name!r} steps after slots {steps[adapter]}, its global batches end at {ends}")
-        for batch, end in enumerate(ends[:-1]):
+        for batch, end in enumerate(ends[:-1], job.start):
             begin = first_slot[adapter][batch + 1]
             if begin - end < distance:
                 found.append(

@@ -6,6 +6,9 @@ them, so that planning needs neither torch nor a dataset.
 Words: a job's *stream* is its samples in training order, epoch after epoch; a *position* is a sample's place in
 that stream; a *global batch* is the run of positions between two optimizer steps. A global batch never crosses
 the end of an epoch, so the last one of an epoch may be short.
+
+What a job owns is counted from the beginning of its own stream, whatever it is trained with and however often it was
+interrupted: dropout masks and the learning rate are functions of that place.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import hashlib
 import json
 import math
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -50,7 +53,24 @@ class Job(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**32, description="draws the initial weights and the dropout masks")
     global_batch_size: int = Field(ge=1)
     epochs: int = Field(default=1, ge=1)
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps after which to end before the epochs do")
+    start: int = Field(default=0, ge=0, description="global batches that are trained already; the others remain")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="the learning rate after the warm-up: as it is, or down to zero"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="steps in which the learning rate rises from zero")
+    max_grad_norm: float | None = Field(default=None, gt=0, description="norm that an adapter's gradient is clipped to")
     samples: tuple[Sample, ...] = Field(min_length=1)
+    evaluation: tuple[Sample, ...] = Field(default=(), description="samples that the loss is measured on")
+    evaluate_every: int | None = Field(default=None, ge=1, description="steps between two evaluations")
+
+    @model_validator(mode="after")
+    def _has_something_to_do(self) -> Job:
+        if self.start >= len(self.batches):
+            raise ValueError(f"start: {self.start} of {len(self.batches)} global batches are trained, nothing remains")
+        if self.evaluate_every and not self.evaluation:
+            raise ValueError("evaluate_every: set, but there are no evaluation samples")
+        return self
 
     @property
     def scaling(self) -> float:
@@ -59,8 +79,18 @@ class Job(BaseModel):
 
     @property
     def stream_length(self) -> int:
-        """Samples in the stream, all epochs."""
-        return len(self.samples) * self.epochs
+        """Samples in the stream, all epochs, or up to the last step."""
+        return self.batches[-1].stop
+
+    @property
+    def first_position(self) -> int:
+        """Where the stream goes on: the first sample that is not trained yet."""
+        return self.batches[self.start].start
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens that remain to be trained."""
+        return self.stream_offset(self.stream_length) - self.stream_offset(self.first_position)
 
     def sample_at(self, position: int) -> Sample:
         """The sample at a position of the stream."""
@@ -78,22 +108,31 @@ class Job(BaseModel):
 
     @cached_property
     def batches(self) -> tuple[range, ...]:
-        """The positions of each global batch, in order."""
+        """The positions of each global batch, in order, those trained already included."""
         size = len(self.samples)
-        return tuple(
+        every = (
             range(start, min(start + self.global_batch_size, (epoch + 1) * size))
             for epoch in range(self.epochs)
             for start in range(epoch * size, (epoch + 1) * size, self.global_batch_size)
         )
+        return tuple(islice(every, self.steps))
 
     def batch_of(self, position: int) -> int:
         """The index of the global batch that holds a position."""
         epoch, index = divmod(position, len(self.samples))
         return epoch * math.ceil(len(self.samples) / self.global_batch_size) + index // self.global_batch_size
 
-    def label_tokens(self, batch: int) -> int:
-        """Tokens with a label in a global batch: each sample but for its first token, which nothing predicts."""
-        return sum(self.sample_at(position).tokens - 1 for position in self.batches[batch])
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of an optimizer step, counted from 0: a linear rise over the warm-up, then the schedule.
+
+        As transformers' schedules of these names, one cosine being half a wave."""
+        if step < self.warmup_steps:
+            return self.learning_rate * step / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = (step - self.warmup_steps) / max(1, len(self.batches) - self.warmup_steps)
+        share = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.learning_rate * share
 
 
 class Workload(BaseModel):
@@ -115,8 +154,8 @@ class Workload(BaseModel):
 
     @property
     def tokens(self) -> int:
-        """Real tokens of all jobs and epochs."""
-        return sum(job.token_offsets[-1] * job.epochs for job in self.jobs)
+        """Real tokens of all jobs that remain to be trained."""
+        return sum(job.tokens for job in self.jobs)
 
     @cached_property
     def content_hash(self) -> str:

@@ -87,7 +87,7 @@ BREACHES = {
     ),
     "a position does not exist": (
         lambda w: [Microbatch(segments=(Segment(adapter=0, samples=(4,), tokens=2),))],
-        "sample 4 of 'a', which has 4 in its stream",
+        "sample 4 of 'a', whose stream has 0 to 3",
     ),
     "the tokens are wrong": (
         lambda w: [Microbatch(segments=(Segment(adapter=0, samples=(0,), tokens=3),))],

@@ -137,9 +137,9 @@ class Builder:
 
     def _samples(self, tokens: int) -> tuple[SampleBorders, Tensor]:
         length = min(self.bench.block.sample_tokens, tokens)
-        offsets = torch.tensor([*range(0, tokens, length), tokens], dtype=torch.int32)
+        lengths = [min(length, tokens - first) for first in range(0, tokens, length)]
         places = torch.arange(tokens) % length
-        return SampleBorders(offsets.to(self.setting.device), length), places[None].to(self.setting.device)
+        return SampleBorders.of(lengths, self.setting.device), places[None].to(self.setting.device)
 
     def _input(self, tokens: int, columns: int) -> Tensor:
         return self.setting.random(1, tokens, columns)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from fused_lora import LoRABatch, LoRASegment
-from lorafusion.data.tokens import TokenSource
+from lorafusion.data.tokens import Tokens, TokenSource
 from lorafusion.errors import UserError
 from lorafusion.plan import Microbatch
-from lorafusion.workload import Workload
+from lorafusion.workload import Job, Sample, Workload
 
 IGNORE = -100  # the label of a token after which nothing is to be predicted
 
@@ -21,18 +22,20 @@ class SampleBorders:
     """Where the samples of a microbatch begin and end.
 
     offsets: int32 [samples + 1], token offsets from 0 to the microbatch's length, on the device of the run.
-    longest: tokens of the longest sample, known on the host so that nothing waits for the device.
+    lengths: the samples' tokens, known on the host so that nothing waits for the device.
     """
 
     offsets: torch.Tensor
-    longest: int
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> SampleBorders:
+        offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        return cls(offsets.to(device, non_blocking=True), tuple(lengths))
 
     @cached_property
-    def mask(self) -> torch.Tensor:
-        """Boolean [tokens, tokens]: may the row's token see the column's."""
-        tokens = torch.arange(int(self.offsets[-1]), device=self.offsets.device)
-        sample = torch.bucketize(tokens, self.offsets[1:], right=True)
-        return (sample[:, None] == sample[None, :]) & (tokens[:, None] >= tokens[None, :])
+    def longest(self) -> int:
+        return max(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -76,53 +79,90 @@ class BatchBuilder:
     """Builds the tensors of any microbatch of a workload on a device."""
 
     def __init__(self, workload: Workload, source: TokenSource, device: torch.device) -> None:
-        self.workload = workload
-        self.source = source
-        self.device = device
+        self.workload, self.source, self.device = workload, source, device
+        self._labels: dict[tuple[int, int], int] = {}  # of a job's global batches
 
     def build(self, microbatch: Microbatch) -> PackedBatch:
-        """The tensors of a microbatch that is not a no-op."""
-        tokens, labels, weights, places, positions = [], [], [], [], []
-        segments, lengths = [], []
+        """The tensors of a microbatch that is not a no-op. Raises `UserError` for samples of another length than the
+        workload says."""
+        parts = _Parts()
         for part in microbatch.segments:
             job = self.workload.jobs[part.adapter]
             batch = job.batch_of(part.samples[0])
-            weight = 1.0 / job.label_tokens(batch)
-            start = sum(lengths)
+            weight = 1.0 / self.label_tokens(part.adapter, batch)
+            start = parts.length
             for position in part.samples:
-                ids = self._tokens(part.adapter, position)
-                place = torch.arange(len(ids))
-                tokens.append(ids)
-                labels.append(torch.cat([ids[1:], torch.tensor([IGNORE])]))
-                weights.append(torch.full((len(ids),), weight, dtype=torch.float32))
-                places.append(place)
-                positions.append(place + job.stream_offset(position))
-                lengths.append(len(ids))
-            segments.append(AdapterSegment(start, sum(lengths), part.adapter, batch))
-        return PackedBatch(
-            input_ids=self._joined(tokens)[None],
-            position_ids=self._joined(places)[None],
-            labels=self._joined(labels),
-            weights=self._joined(weights),
-            positions=self._joined(positions),
-            borders=SampleBorders(self._offsets(lengths), max(lengths)),
-            segments=tuple(segments),
-        )
+                parts.add(*self._tokens(job, job.sample_at(position)), weight, job.stream_offset(position))
+            parts.segments.append(AdapterSegment(start, parts.length, part.adapter, batch))
+        return parts.packed(self.device)
 
-    def _tokens(self, adapter: int, position: int) -> torch.Tensor:
+    def label_tokens(self, adapter: int, batch: int) -> int:
+        """Tokens of one of a job's global batches that are learnt."""
+        if (adapter, batch) not in self._labels:
+            job = self.workload.jobs[adapter]
+            samples = [job.sample_at(position) for position in job.batches[batch]]
+            self._labels[adapter, batch] = sum(self.source.labels(job, sample) for sample in samples)
+        return self._labels[adapter, batch]
+
+    def evaluations(self, adapter: int, capacity: int) -> list[PackedBatch]:
+        """A job's evaluation samples in as few batches as they fit in one after another; their losses, weighted, add up
+        to the mean over all label tokens."""
         job = self.workload.jobs[adapter]
-        ids = self.source.tokens(job, position)
-        sample = job.sample_at(position)
-        if len(ids) != sample.tokens:
+        weight = 1.0 / max(1, sum(self.source.labels(job, sample) for sample in job.evaluation))
+        batches: list[_Parts] = []
+        for sample in job.evaluation:
+            if not batches or batches[-1].length + sample.tokens > capacity:
+                batches.append(_Parts())
+            batches[-1].add(*self._tokens(job, sample), weight, batches[-1].length)
+        for parts in batches:
+            parts.segments.append(AdapterSegment(0, parts.length, adapter, 0))
+        return [parts.packed(self.device) for parts in batches]
+
+    def _tokens(self, job: Job, sample: Sample) -> Tokens:
+        tokens = self.source.tokens(job, sample)
+        if len(tokens.ids) != sample.tokens:
             raise UserError(
-                f"dataset {job.dataset}: sample {sample.id} of {job.name!r} has {len(ids)} tokens, "
+                f"dataset {job.dataset}: sample {sample.id} of {job.name!r} has {len(tokens.ids)} tokens, "
                 f"the workload says {sample.tokens}; make the workload again"
             )
-        return ids
+        return tokens
 
-    def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(parts).to(self.device, non_blocking=True)
 
-    def _offsets(self, lengths: list[int]) -> torch.Tensor:
-        offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-        return offsets.to(self.device, non_blocking=True)
+class _Parts:
+    """A batch that samples are added to."""
+
+    def __init__(self) -> None:
+        self.ids: list[torch.Tensor] = []
+        self.labels: list[torch.Tensor] = []
+        self.weights: list[torch.Tensor] = []
+        self.places: list[torch.Tensor] = []
+        self.positions: list[torch.Tensor] = []
+        self.segments: list[AdapterSegment] = []
+        self.lengths: list[int] = []
+        self.length = 0
+
+    def add(self, ids: torch.Tensor, first_label: int, weight: float, stream_offset: int) -> None:
+        place = torch.arange(len(ids))
+        labels = torch.cat([ids[1:], torch.tensor([IGNORE])])
+        labels[: first_label - 1] = IGNORE
+        self.ids.append(ids)
+        self.labels.append(labels)
+        self.weights.append(torch.full((len(ids),), weight, dtype=torch.float32))
+        self.places.append(place)
+        self.positions.append(place + stream_offset)
+        self.lengths.append(len(ids))
+        self.length += len(ids)
+
+    def packed(self, device: torch.device) -> PackedBatch:
+        def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat(parts).to(device, non_blocking=True)
+
+        return PackedBatch(
+            input_ids=joined(self.ids)[None],
+            position_ids=joined(self.places)[None],
+            labels=joined(self.labels),
+            weights=joined(self.weights),
+            positions=joined(self.positions),
+            borders=SampleBorders.of(self.lengths, device),
+            segments=tuple(self.segments),
+        )

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from lorafusion.workload import Job
+from lorafusion.workload import Job, Sample
+
+
+class Tokens(NamedTuple):
+    """What a sample holds: ids int64 [n] on the CPU, of which those from `first_label` (at least 1) on are learnt."""
+
+    ids: torch.Tensor
+    first_label: int
 
 
 class TokenSource(Protocol):
-    """Where a job's tokens come from."""
+    """Where a job's tokens come from; samples are told apart by their ids."""
 
-    def tokens(self, job: Job, position: int) -> torch.Tensor:
-        """Token ids int64 [n] on the CPU of the sample at a position of the job's stream."""
+    def tokens(self, job: Job, sample: Sample) -> Tokens:
+        """The tokens of one of the job's samples, to train or to evaluate on."""
+
+    def labels(self, job: Job, sample: Sample) -> int:
+        """How many of its tokens are learnt, at least 1, without fetching them."""
 
 
 class SyntheticTokens:
@@ -28,11 +38,13 @@ class SyntheticTokens:
         self.vocab_size = vocab_size
         self.words = min(words, vocab_size)
 
-    def tokens(self, job: Job, position: int) -> torch.Tensor:
-        sample = job.sample_at(position)
+    def tokens(self, job: Job, sample: Sample) -> Tokens:
         cycle = torch.randperm(self.vocab_size, generator=_generator(job.seed))[: self.words]
         start = int(torch.randint(self.words, (), generator=_generator(job.seed, sample.id)))
-        return cycle[(start + torch.arange(sample.tokens)) % self.words]
+        return Tokens(cycle[(start + torch.arange(sample.tokens)) % self.words], 1)
+
+    def labels(self, job: Job, sample: Sample) -> int:
+        return sample.tokens - 1
 
 
 def _generator(*parts: int) -> torch.Generator:

@@ -25,7 +25,7 @@ def fewest_slots(job: Job, capacity: int, data_parallel: int = 1) -> list[int]:
     starts = np.arange(0, len(lengths), job.global_batch_size)  # a batch ends with its epoch
     tokens, halves = np.add.reduceat(lengths, starts), np.add.reduceat(2 * lengths > capacity, starts, dtype=int)
     slots = -(-np.maximum(-(-tokens // capacity), halves) // data_parallel)
-    return slots.tolist() * job.epochs
+    return (slots.tolist() * job.epochs)[: len(job.batches)]
 
 
 def token_bound(workload: Workload, capacity: int, data_parallel: int = 1) -> int:
@@ -36,7 +36,8 @@ def token_bound(workload: Workload, capacity: int, data_parallel: int = 1) -> in
 def dependency_bound(workload: Workload, stages: int, capacity: int, data_parallel: int = 1) -> int:
     """Slots without which an adapter's global batches cannot follow each other."""
     return max(
-        sum(fewest_slots(job, capacity, data_parallel)) + (stages - 1) * (len(job.batches) - 1) for job in workload.jobs
+        sum(fewest_slots(job, capacity, data_parallel)[job.start :]) + (stages - 1) * (len(job.batches) - job.start - 1)
+        for job in workload.jobs
     )
 
 

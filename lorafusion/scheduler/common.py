@@ -57,11 +57,11 @@ def job_items(adapter: int, job: Job, batch: int) -> list[Item]:
 
 
 def batch_items(workload: Workload, adapters: Iterable[int], batch: int) -> list[Item]:
-    """The samples of one global batch of each adapter that has it."""
+    """The samples of one global batch of each adapter that has it still to do."""
     return [
         item
         for adapter in adapters
-        if batch < len(workload.jobs[adapter].batches)
+        if workload.jobs[adapter].start <= batch < len(workload.jobs[adapter].batches)
         for item in job_items(adapter, workload.jobs[adapter], batch)
     ]
 
@@ -118,11 +118,11 @@ def cuts(batch: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 def fixed_size_batches(workload: Workload, adapter: int, capacity: int) -> list[list[Microbatch]]:
-    """For each global batch of an adapter its microbatches of a fixed number of samples, the last one stepping."""
+    """For each global batch that an adapter has left its microbatches of a fixed number of samples, the last stepping."""
     job = workload.jobs[adapter]
     size = largest_microbatch(job, capacity)
     batches = []
-    for batch in job.batches:
+    for batch in job.batches[job.start :]:
         parts = [segment(workload, adapter, cut) for cut in cuts(batch, size)]
         batches.append(
             [

@@ -102,7 +102,7 @@ class Trials:
 
     def __init__(self, jobs: tuple[Job, ...], stages: int, capacity: int, data_parallel: int = 1) -> None:
         self.jobs, self.stages, self.capacity, self.data_parallel = jobs, stages, capacity, data_parallel
-        self.samples = sum(job.stream_length for job in jobs)
+        self.samples = sum(job.stream_length - job.first_position for job in jobs)
         self._remembered: dict[tuple[int, int], list[Item]] = {}
 
     def slots(self, way: Way, samples: int | None = None) -> Iterator[Slot]:
@@ -113,8 +113,8 @@ class Trials:
         part = 1 if samples is None else samples / self.samples
         for adapter, job in enumerate(self.jobs):
             # To the end of each part, for an order may leave the adapter with the longest way alone there.
-            batches = max(TRIED_BATCHES, math.ceil(len(job.batches) * part))
-            packer.add(adapter, job, end=min(batches, len(job.batches)))
+            batches = max(TRIED_BATCHES, math.ceil((len(job.batches) - job.start) * part))
+            packer.add(adapter, job, job.start, min(job.start + batches, len(job.batches)))
         while packer.streams:
             yield packer.next_slot()
 

@@ -22,7 +22,7 @@ LENGTHS = (130, 1, 257, 64, 3)
 
 
 def borders(device):
-    return SampleBorders(torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32).to(device), max(LENGTHS))
+    return SampleBorders.of(LENGTHS, device)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (40, 8)])
@@ -133,7 +133,6 @@ def test_a_layer_of_the_large_models_runs():
         config = read_model(name)
         stage = build_stage(config, index=1, count=config.num_hidden_layers, device=GPU, dtype=torch.bfloat16, seed=0)
         x = torch.randn(1, 4096, config.hidden_size, device=GPU, dtype=torch.bfloat16, requires_grad=True)
-        offsets = torch.tensor([0, 1000, 4096], dtype=torch.int32, device=GPU)
         position_ids = torch.cat([torch.arange(1000), torch.arange(3096)])[None].to(GPU)
-        stage(x, position_ids, SampleBorders(offsets, 3096)).sum().backward()
+        stage(x, position_ids, SampleBorders.of((1000, 3096), GPU)).sum().backward()
         assert x.grad.isfinite().all()

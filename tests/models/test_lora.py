@@ -33,7 +33,7 @@ def layer(jobs, config=TINY, dtype=torch.float64, checkpointing=False, kind=lora
     for index, parameter in enumerate(one for one in stage.parameters() if one.requires_grad):
         nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(index))
     places = torch.arange(TOKENS)
-    borders = SampleBorders(torch.tensor([0, 9, TOKENS], dtype=torch.int32), TOKENS - 9)
+    borders = SampleBorders.of((9, TOKENS - 9), places.device)
     spans = ((0, TOKENS, 0),) if len(jobs) == 1 else ((0, 9, 1), (9, TOKENS, 0))
     none = places.new_empty(0)
     segments = tuple(AdapterSegment(*span, 0) for span in spans)

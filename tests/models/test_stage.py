@@ -27,8 +27,7 @@ def packed(vocab):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab, (1, sum(LENGTHS)), generator=generator)
     position_ids = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    offsets = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32)
-    return ids, position_ids, SampleBorders(offsets, max(LENGTHS))
+    return ids, position_ids, SampleBorders.of(LENGTHS, ids.device)
 
 
 def through(parts, ids, position_ids, borders):

@@ -19,11 +19,16 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from baselines.megatron.device import device_of
+from lorafusion.errors import UserError
 from lorafusion.runtime.training import TrainingRun
 
 
 def execute(run: TrainingRun) -> None:
     """Train a sequential plan on this stage, global batch by global batch; every stage calls this."""
+    if run.pipeline.replicas > 1:
+        raise UserError(
+            f"the plan of {run.plan.system} is for {run.pipeline.replicas} replicas; this executor runs one"
+        )
     _initialise(run.pipeline.size, run.pipeline.device)
     model = _MegatronStage(run)
     with device_of(run.pipeline.device):

@@ -6,6 +6,7 @@ gate and up, and not silu(gate).
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
 
 import torch
@@ -24,11 +25,13 @@ def use_liger(stage: Stage) -> None:
     device = next(stage.parameters()).device
     if device.type != "cuda":
         raise UserError(f"liger: its kernels need a GPU, but the stage is on {device.type}")
-    try:
-        import liger_kernel  # noqa: F401
-    except ImportError:
-        raise UserError("liger: not installed; pip install liger-kernel, in the version of requirements.lock") from None
+    if not is_installed():
+        raise UserError("liger: not installed; pip install liger-kernel, in the version of requirements.lock")
     install(stage)
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def install(stage: Stage) -> None:

@@ -96,10 +96,14 @@ def _initialise(linear: LoRALinear, dtype: torch.dtype) -> None:
         torch.nn.init.zeros_(b.weight)
 
 
-def adapter_parameters(stage: Stage, job: Job) -> list[torch.nn.Parameter]:
-    """The parameters of one job's adapter on this stage, in module order."""
-    marks = (f".lora_A.{job.name}.", f".lora_B.{job.name}.")
-    return [parameter for name, parameter in stage.named_parameters() if any(mark in name for mark in marks)]
+def named_adapter_parameters(stage: Stage, job: Job) -> dict[str, torch.nn.Parameter]:
+    """The parameters of one job's adapter on this stage, in module order, by their names in PEFT's file format."""
+    found = {}
+    for name, parameter in stage.named_parameters():
+        for factor in ("lora_A", "lora_B"):
+            if f".{factor}.{job.name}." in name:
+                found[f"base_model.model.{name.replace(f'.{factor}.{job.name}.', f'.{factor}.')}"] = parameter
+    return found
 
 
 def adapter_state(stage: Stage, job: Job) -> dict[str, torch.Tensor]:

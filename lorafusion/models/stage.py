@@ -8,6 +8,7 @@ Hugging Face model (`model.layers.7.self_attn.q_proj`), so that checkpoints and 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,8 +23,8 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 
 from lorafusion.config import ModelConfig
 from lorafusion.data.packing import SampleBorders
-from lorafusion.errors import UserError
 from lorafusion.models import attention
+from lorafusion.models.partition import layer_range
 
 
 class Architecture(NamedTuple):
@@ -58,16 +59,17 @@ class Stage(nn.Module):
     """Decoder layers [first, last) of a model on stage `index` of `count`.
 
     forward(x, position_ids, borders): x is token ids [1, T] on the first stage, else hidden states [1, T, H];
-    returns hidden states [1, T, H], or logits [1, T, V] on the last stage.
+    returns hidden states [1, T, H], on the last stage those that the head takes. checkpointing: the share of the
+    layers, from the first on, whose activations are not kept but computed again in the backward pass.
     """
 
-    def __init__(self, config: ModelConfig, index: int, count: int, checkpointing: bool = False) -> None:
+    def __init__(self, config: ModelConfig, index: int, count: int, checkpointing: float = 0.0) -> None:
         super().__init__()
         parts = ARCHITECTURES[config.architecture]
         self.hf_config = hf_config(config)
-        self.first, self.last = layer_range(config.num_hidden_layers, index, count)
+        self.first, self.last = layer_range(config, index, count)
         self.is_first, self.is_last = index == 0, index == count - 1
-        self.checkpointing = checkpointing
+        self.recompute(checkpointing)
         with torch.device("meta"):
             self.model = nn.Module()
             self.model.layers = nn.ModuleDict(
@@ -81,30 +83,30 @@ class Stage(nn.Module):
         # Its frequencies are computed, not loaded, so it is built with storage and stays float32.
         self.rotary = parts.rotary(self.hf_config)
 
+    def recompute(self, share: float) -> None:
+        """From now on compute the activations of this share of the layers again in the backward pass."""
+        self.checkpointed = self.first + math.ceil(share * (self.last - self.first))
+
+    def compile_layers(self) -> None:
+        """From now on run each layer through torch.compile, for microbatches of any length."""
+        for layer in self.model.layers.values():
+            layer.compile(dynamic=True)
+
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, borders: SampleBorders) -> torch.Tensor:
         hidden = self.model.embed_tokens(x) if self.is_first else x
         rotation = self.rotary(hidden, position_ids)
-        for layer in self.model.layers.values():
-            if self.checkpointing and torch.is_grad_enabled():
+        for index, layer in enumerate(self.model.layers.values(), self.first):
+            if index < self.checkpointed and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, position_embeddings=rotation, borders=borders, use_reentrant=False)
             else:
                 hidden = layer(hidden, position_embeddings=rotation, borders=borders)
-        return self.lm_head(self.model.norm(hidden)) if self.is_last else hidden
+        return self.model.norm(hidden) if self.is_last else hidden
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
     """Does it compute down_proj(silu(gate_proj(x)) * up_proj(x))?"""
     known = tuple(parts.mlp for parts in ARCHITECTURES.values())
     return isinstance(module, known) and isinstance(module.act_fn, nn.SiLU | SiLUActivation)
-
-
-def layer_range(layers: int, index: int, count: int) -> tuple[int, int]:
-    """The layers of stage `index`: as even as can be, the first stages taking what is left over."""
-    if not 1 <= count <= layers:
-        raise UserError(f"stages: {count}, but the model has {layers} layers; each stage needs one")
-    base, extra = divmod(layers, count)
-    first = index * base + min(index, extra)
-    return first, first + base + (index < extra)
 
 
 def hf_config(config: ModelConfig):
@@ -123,7 +125,7 @@ def build_stage(
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
-    checkpointing: bool = False,
+    checkpointing: float = 0.0,
 ) -> Stage:
     """A frozen stage with its weights on `device`; random weights are the same however the model is cut."""
     stage = Stage(config, index, count, checkpointing)

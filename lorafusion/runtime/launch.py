@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorafusion.runtime.spec import RunSpec
+from lorafusion.runtime.board import Watch
+from lorafusion.runtime.spec import STOP_FILE, RunSpec
 
 ROOT = Path(__file__).parent.parent.parent
 GRACE_SECONDS = 10
+LOOK_SECONDS = 0.2
 RENDEZVOUS_PORT = 29400
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -31,11 +36,21 @@ class Outcome:
     report: dict = field(default_factory=dict)
 
 
-def launch(spec: RunSpec, processes: int, timeout: float, nodes: int = 1, reports: Path | None = None) -> Outcome:
-    """Run a spec on `processes` processes; output goes to this process's, at most `timeout` seconds pass.
+def launch(
+    spec: RunSpec,
+    processes: int,
+    timeout: float = math.inf,
+    nodes: int = 1,
+    reports: Path | None = None,
+    stall: float = math.inf,
+    look: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Run a spec on `processes` processes; output goes to this process's, at most `timeout` seconds pass, and at most
+    `stall` in which no process gets on. `look` is called a few times a second.
 
     With several nodes one launcher runs on each (`srun`); `reports` is then a folder that all of them see, in which
-    the workers leave their reports, so that the first node knows why another failed.
+    the workers leave their reports, so that the first node knows why another failed. A run that saves checkpoints is
+    asked to do so before it ends when this process gets SIGTERM or SIGINT; the outcome is then "stopped".
     """
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         reports = reports or Path(scratch)
@@ -47,15 +62,60 @@ def launch(spec: RunSpec, processes: int, timeout: float, nodes: int = 1, report
         environment = worker_environment(processes // nodes, os.environ)
         # A session of their own, so that the whole tree can be ended.
         child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
-        previous = signal.signal(signal.SIGTERM, _interrupt)
+        watch = Watch(reports, processes)
+        with _interrupts(spec) as interrupted:
+            try:
+                code = _wait(child, watch, timeout, stall, look)
+            finally:
+                _end(child)
+        if isinstance(code, str):
+            return Outcome("timeout", code)
+        done = outcome(reports, code, watch)
+        if done.status == "ok" and not done.report.get("finished", True):
+            reason = f"by {interrupted[0]}" if interrupted else "by request"
+            return Outcome("stopped", f"{reason}, after saving a checkpoint", done.report)
+        return done
+
+
+def _wait(child: subprocess.Popen, watch: Watch, timeout: float, stall: float, look: Callable[[], None]) -> int | str:
+    """The exit status of a run's processes, or why they are not waited for any longer."""
+    begin = time.monotonic()
+    while True:
         try:
-            code = child.wait(timeout)
+            return child.wait(LOOK_SECONDS)
         except subprocess.TimeoutExpired:
-            return Outcome("timeout", f"not done after {timeout:g} s")
-        finally:
-            _end(child)
-            signal.signal(signal.SIGTERM, previous)
-        return outcome(reports, code)
+            pass
+        look()
+        watch.look()
+        if time.monotonic() - begin > timeout:
+            return f"not done after {timeout:g} s"
+        stalled = watch.stalled(stall)
+        if stalled:
+            return f"nothing happened for {stall:g} s; {stalled}"
+
+
+@contextmanager
+def _interrupts(spec: RunSpec) -> Iterator[list[str]]:
+    """Within it SIGTERM and SIGINT ask a run with checkpoints to save and end, the names of those that came are in the
+    list; a second one, or the first for another run, interrupts this process."""
+    came: list[str] = []
+
+    def handle(number: int, _frame: object) -> None:
+        came.append(signal.Signals(number).name)
+        if spec.saving is None or len(came) > 1:
+            raise KeyboardInterrupt
+        folder = Path(spec.saving.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STOP_FILE).touch()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        if spec.saving:
+            (Path(spec.saving.folder) / STOP_FILE).unlink(missing_ok=True)
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def worker_command(processes: int, nodes: int, environment: dict[str, str]) -> list[str]:
@@ -96,26 +156,27 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def outcome(reports: Path, code: int) -> Outcome:
+def outcome(reports: Path, code: int, watch: Watch | None = None) -> Outcome:
     """What the workers left behind, read in the order of what explains most."""
     failures = [json.loads(path.read_text()) for path in sorted(reports.glob("failure-*.json"))]
-    if failures:
-        # An exhausted memory explains the others' broken connections; else the first rank to fail by number.
-        failures.sort(key=lambda failure: failure["status"] != "oom")
-        causes = [failure for failure in failures if "Connection" not in failure["message"]] or failures
+    # An exhausted memory explains the others' broken connections, as does a process that was killed.
+    failures.sort(key=lambda failure: failure["status"] != "oom")
+    causes = [failure for failure in failures if "Connection" not in failure["message"]]
+    if causes:
         return Outcome(causes[0]["status"], causes[0]["message"])
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = ", often the host's out-of-memory killer" if name == "SIGKILL" else ""
+    name = signal.Signals(-code).name if code < 0 else ""
+    hint = ", often the host's out-of-memory killer" if name in ("", "SIGKILL") else ""
+    if watch is not None and watch.died:
+        end = f"ended by {name}" if name else "ended without a word, as by SIGKILL"
+        return Outcome("crash", f"{watch.died.place}, {watch.died.doing}: {end}{hint}")
+    if failures:
+        return Outcome(failures[0]["status"], failures[0]["message"])
+    if name:
         return Outcome("crash", f"ended by {name}{hint}")
     report = reports / "report.json"
     if code or not report.exists():
         return Outcome("crash", f"ended with status {code} and left no report; its log says more")
     return Outcome("ok", report=json.loads(report.read_text()))
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _end(child: subprocess.Popen) -> None:

@@ -1,25 +1,53 @@
-"""Neighbouring pipeline stages: hidden states forward, their gradients backward.
+"""This process among the others: neighbouring stages of a pipeline, and the same stage of other replicas.
 
-Every shape is known from the plan, so nothing is negotiated. The two directions have a process group each: on NCCL
-the operations of one communicator run in the order of their posting, and 1F1B posts a send forward before a receive
-from the same neighbour whose matching operations the neighbour posts the other way round.
+Every shape is known from the plan, so nothing is negotiated, and a message is waited for before it is there: the next
+one's receive is posted while the last one is used. The two directions have a process group each: on NCCL the operations
+of one communicator run in the order of their posting, and 1F1B posts a send forward before a receive from the same
+neighbour whose matching operations the neighbour posts the other way round.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 
+AHEAD = 1  # receives that are posted beyond the one that is waited for
+
+
+class Expected(NamedTuple):
+    """A message's shape and dtype, and what it is, for a person."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    name: str
+
 
 class Pipeline:
-    """This process's place among `size` stages; `index` 0 holds the embedding."""
+    """Stage `index` of `size` in replica `replica` of `replicas`; index 0 holds the embedding. Ranks count the stages
+    of the first replica, then those of the next."""
 
-    def __init__(self, index: int, size: int, device: torch.device, dtype: torch.dtype, hidden_size: int) -> None:
-        self.index, self.size = index, size
+    def __init__(
+        self, rank: int, size: int, replicas: int, device: torch.device, dtype: torch.dtype, hidden_size: int
+    ) -> None:
+        self.size, self.replicas = size, replicas
+        self.replica, self.index = divmod(rank, size)
         self.device, self.dtype, self.hidden_size = device, dtype, hidden_size
+        self._first_rank = self.replica * size
+        # All processes make all groups, in the same order.
         self._forward = dist.new_group() if size > 1 else None
         self._backward = dist.new_group() if size > 1 else None
-        self._sent: list[tuple[dist.Work, torch.Tensor]] = []
+        self._stages = self._alike = None
+        if size > 1:
+            pipelines = [list(range(first, first + size)) for first in range(0, size * replicas, size)]
+            self._stages = [dist.new_group(ranks) for ranks in pipelines][self.replica]
+        if replicas > 1:
+            stages = [list(range(index, size * replicas, size)) for index in range(size)]
+            self._alike = [dist.new_group(ranks) for ranks in stages][self.index]
+        self._sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     @property
     def is_first(self) -> bool:
@@ -29,33 +57,85 @@ class Pipeline:
     def is_last(self) -> bool:
         return self.index == self.size - 1
 
-    def receive_hidden(self, tokens: int) -> torch.Tensor:
-        """Hidden states [1, tokens, H] from the stage before."""
-        return self._receive(tokens, self.index - 1, self._forward)
+    @property
+    def name(self) -> str:
+        """This process's place, for a person."""
+        replica = f", replica {self.replica} of {self.replicas}" if self.replicas > 1 else ""
+        return f"stage {self.index} of {self.size}{replica}"
 
-    def receive_gradient(self, tokens: int) -> torch.Tensor:
-        """The gradient [1, tokens, H] of what this stage sent forward."""
-        return self._receive(tokens, self.index + 1, self._backward)
+    def hidden(self, tokens: int, name: str) -> Expected:
+        """Hidden states [1, T, H], or their gradient."""
+        return Expected((1, tokens, self.hidden_size), self.dtype, name)
 
-    def send_hidden(self, hidden: torch.Tensor) -> None:
-        self._send(hidden, self.index + 1, self._forward)
+    def from_before(self, expected: Iterator[Expected], waiting: Callable[[str], None]) -> Inbox:
+        """What the stage before sends."""
+        return Inbox(self._first_rank + self.index - 1, self._forward, self.device, expected, waiting)
 
-    def send_gradient(self, gradient: torch.Tensor) -> None:
-        self._send(gradient, self.index - 1, self._backward)
+    def from_after(self, expected: Iterator[Expected], waiting: Callable[[str], None]) -> Inbox:
+        """What the stage after sends."""
+        return Inbox(self._first_rank + self.index + 1, self._backward, self.device, expected, waiting)
 
-    def finish(self) -> None:
+    def send_after(self, tensor: torch.Tensor) -> None:
+        self._send(tensor, self.index + 1, self._forward)
+
+    def send_before(self, tensor: torch.Tensor) -> None:
+        self._send(tensor, self.index - 1, self._backward)
+
+    def finish_sends(self) -> None:
         """Wait for every send."""
-        for work, _ in self._sent:
-            work.wait()
-        self._sent.clear()
+        while self._sent:
+            self._sent.popleft()[0].wait()
 
-    def _receive(self, tokens: int, source: int, group: dist.ProcessGroup | None) -> torch.Tensor:
-        buffer = torch.empty(1, tokens, self.hidden_size, device=self.device, dtype=self.dtype)
-        dist.irecv(buffer, src=source, group=group).wait()
-        return buffer
+    def sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over this pipeline's stages, in place; all of them call it."""
+        if self._stages is not None:
+            dist.all_reduce(tensor, group=self._stages)
+        return tensor
 
-    def _send(self, tensor: torch.Tensor, target: int, group: dist.ProcessGroup | None) -> None:
+    def sum_over_replicas(self, tensors: list[torch.Tensor]) -> None:
+        """The sums over this stage's replicas, in place; all of them call it. One message for all tensors of a dtype:
+        an adapter has hundreds of small ones."""
+        if self._alike is None or not tensors:
+            return
+        flat = torch._utils._flatten_dense_tensors(tensors)
+        dist.all_reduce(flat, group=self._alike)
+        torch._foreach_copy_(tensors, torch._utils._unflatten_dense_tensors(flat, tensors))
+
+    def _send(self, tensor: torch.Tensor, stage: int, group: dist.ProcessGroup | None) -> None:
         # A tensor must live until its send is done; those that are done go.
-        self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
+        while self._sent and self._sent[0][0].is_completed():
+            self._sent.popleft()
         tensor = tensor.detach().contiguous()
-        self._sent.append((dist.isend(tensor, dst=target, group=group), tensor))
+        self._sent.append((dist.isend(tensor, dst=self._first_rank + stage, group=group), tensor))
+
+
+class Inbox:
+    """Messages from one neighbour, in the order in which it sends them."""
+
+    def __init__(
+        self,
+        source: int,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        expected: Iterator[Expected],
+        waiting: Callable[[str], None],
+    ) -> None:
+        self.source, self.group, self.device = source, group, device
+        self.expected, self.waiting = expected, waiting
+        self._posted: deque[tuple[dist.Work, torch.Tensor, str]] = deque()
+
+    def next(self) -> torch.Tensor:
+        """The next message; on a GPU it is the device that waits for it."""
+        self._post(AHEAD + 1)
+        work, tensor, name = self._posted.popleft()
+        self.waiting(f"{name} from rank {self.source}")
+        work.wait()
+        return tensor
+
+    def _post(self, count: int) -> None:
+        while len(self._posted) < count:
+            one = next(self.expected, None)
+            if one is None:
+                return
+            buffer = torch.empty(one.shape, dtype=one.dtype, device=self.device)
+            self._posted.append((dist.irecv(buffer, src=self.source, group=self.group), buffer, one.name))

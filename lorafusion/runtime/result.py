@@ -80,17 +80,18 @@ def metrics(report: dict, plan: Plan) -> list[Metric]:
 def steady_throughput(seconds: dict[int, float], plan: Plan) -> tuple[float, str]:
     """Tokens per second between two backwards of the first stage, fill and drain left out, and which two.
 
-    seconds: when the first stage was done with a microbatch (for a flushing schedule, with the last of a global
+    seconds: when the first stage was done with a slot (for a flushing schedule, with the last of a global
     batch). The window begins at the first such time that has at least 2 S microbatches before it and ends at the
     last that has S - 1 after it; where a plan is too short for that, it is from the first time to the last.
     """
-    count, stages = len(plan.microbatches), plan.stages
+    slots, stages = plan.slots(), plan.stages
+    count = len(slots)
     marks = sorted(seconds)
     inside = [index for index in marks if 2 * stages <= index <= count - stages]
     if len(marks) == 1:
         return plan.statistics.tokens / seconds[marks[0]], "the whole run, which has only one step"
     begin, end = (inside[0], inside[-1]) if len(inside) > 1 else (marks[0], marks[-1])
-    tokens = sum(microbatch.tokens for microbatch in plan.microbatches[begin + 1 : end + 1])
+    tokens = sum(microbatch.tokens for slot in slots[begin + 1 : end + 1] for microbatch in slot)
     return tokens / (seconds[end] - seconds[begin]), f"microbatches {begin + 1} to {end} of {count}"
 
 

@@ -8,7 +8,16 @@ from pydantic import Field
 
 from lorafusion.config import Config
 
+STOP_FILE = "stop"  # in the folder of checkpoints: somebody wants the run to save and end
 DType = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+class Saving(Config):
+    """Checkpoints of a run, and where it can be asked to stop."""
+
+    folder: str = Field(description="holds the checkpoints; the newest whole one of the same plan is gone on from")
+    every: int = Field(default=100, ge=1, description="slots between two checkpoints")
+    keep: int = Field(default=2, ge=1, description="checkpoints that are kept")
 
 
 class RunSpec(Config):
@@ -17,10 +26,15 @@ class RunSpec(Config):
     system: str = Field(description="a name of configs/systems.yaml")
     model: str = Field(description="a name of configs/models, or the path of such a file")
     workload: str = Field(description="path of the workload file")
-    plan: str = Field(description="path of the plan file")
+    plan: str | None = Field(default=None, description="path of the plan file; none to probe the capacity")
+    tokens: str | None = Field(default=None, description="folder of the samples' tokens; synthetic where there is none")
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: DType = "float32"
     adapter_dtype: DType = "float32"
     seed: int = Field(default=1, ge=0, description="draws the base model's random weights")
-    checkpointing: bool = False
+    checkpointing: float = Field(default=0.0, ge=0, le=1, description="share of the layers that are recomputed")
+    compiled: bool = Field(default=False, description="the decoder layers through torch.compile")
+    saving: Saving | None = None
+    initial: str | None = Field(default=None, description="folder of adapters that are trained in part already")
     save_adapters: str | None = Field(default=None, description="folder to write the trained adapters to")
+    events: str | None = Field(default=None, description="folder for what becomes known while the run goes on")

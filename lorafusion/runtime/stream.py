@@ -1,67 +1,160 @@
 """1F1B without flush: one endless stream of microbatches, each adapter stepping in mid-stream (LoRAFusion, mLoRA).
 
-Stage s does S-1-s forwards, then one forward and one backward in turn to the end of the plan. After the backward of a
-microbatch that ends an adapter's global batch, the stage steps that adapter at once, on its own parameters. That the
-next batch's forward comes after the step on every stage is the plan's dependency rule, checked before the run.
+Stage s does S-1-s forwards, then one forward and one backward in turn to the end of the plan. An adapter steps when all
+stages have done the backward of its global batch: whether its gradient is finite and how long it is are matters of all
+stages. The squared norms of the stages' parts are added on the way of the gradients, from the last stage to the first,
+and the sum goes the way of the hidden states, ahead of those of slot k+S, before which no sample of the adapter's next
+batch enters (the plan's dependency rule, checked before the run). So nothing waits for it but the step itself.
+
+At a checkpoint the stream runs dry, so that all stages are at the same slot: S-1 slots of filling and draining.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 
 from lorafusion.errors import UserError
+from lorafusion.runtime.checkpoint import Checkpoints
+from lorafusion.runtime.pipeline import AHEAD, Expected
 from lorafusion.runtime.training import TrainingRun
 
 
-def execute(run: TrainingRun) -> None:
-    """Train a plan on this stage; every stage of the pipeline calls this."""
+def execute(run: TrainingRun, checkpoints: Checkpoints | None = None) -> bool:
+    """Train a plan on this stage; every stage of the pipeline calls this. False if it was asked to stop before."""
     if run.plan.flush and run.plan.stages > 1:
         raise UserError(f"the plan of {run.plan.system} flushes its pipeline; the streaming executor does not")
-    stream = _Stream(run)
-    count = len(run.plan.microbatches)
-    ahead = min(run.pipeline.size - 1 - run.pipeline.index, count)
+    count, begin = len(run.microbatches), run.begin
     run.record.start()
-    for index in range(count + ahead):
-        if index < count:
-            stream.forward(index)
-        if index >= ahead:
-            stream.backward(index - ahead)
-    run.pipeline.finish()
+    while begin < count:
+        end = count if checkpoints is None else min(count, begin - begin % checkpoints.every + checkpoints.every)
+        stream = _Stream(run, begin, end, checkpoints)
+        stream.run_through()
+        begin = stream.end
+        if checkpoints is not None:
+            run.record.readback.wait()
+            checkpoints.save(run, begin)
+        if stream.stopping:
+            return begin == count
+    return True
 
 
 class _Stream:
-    """The forwards and backwards of one stage, with what lies between them."""
+    """The slots [begin, end) on one stage; the end comes nearer when the run is asked to stop."""
 
-    def __init__(self, run: TrainingRun) -> None:
-        self.run = run
+    def __init__(self, run: TrainingRun, begin: int, end: int, checkpoints: Checkpoints | None) -> None:
+        self.run, self.begin, self.end, self.checkpoints = run, begin, end, checkpoints
+        self.stopping = False
+        pipeline = run.pipeline
         self.in_flight: deque[tuple[torch.Tensor | None, torch.Tensor | None]] = deque()
+        self.norms: dict[
+            int, torch.Tensor | None
+        ] = {}  # of slots that are not updated yet, from the last stage to here
+        if not pipeline.is_first:
+            self.before = pipeline.from_before(self._from_before(), run.position.waiting)
+        if not pipeline.is_last:
+            self.after = pipeline.from_after(self._from_after(), run.position.waiting)
 
-    def forward(self, index: int) -> None:
-        microbatch, pipeline = self.run.plan.microbatches[index], self.run.pipeline
+    def run_through(self) -> None:
+        stages = self.run.pipeline.size
+        ahead = stages - 1 - self.run.pipeline.index
+        index = self.begin
+        while index < self.end + ahead:
+            if index < self.end:
+                self._look_for_a_stop(index)
+                self._update(index - stages)
+                self._forward(index)
+            if index >= self.begin + ahead:
+                self._backward(index - ahead)
+            index += 1
+        for slot in range(max(self.begin, self.end - stages), self.end):
+            self._update(slot)
+        self.run.pipeline.finish_sends()
+
+    def _look_for_a_stop(self, slot: int) -> None:
+        if self.checkpoints is None or self.stopping:
+            return
+        stages = self.run.pipeline.size
+        # No process is further than this: replicas wait for each other at the next step, stages for each other always.
+        step = next((one for one in range(max(self.begin, slot - stages + 1), self.end) if self.run.steps[one]), slot)
+        last = self.checkpoints.stop_after(slot, safe=max(slot, step) + stages + AHEAD + 2)
+        if last is not None:
+            self.stopping, self.end = True, min(self.end, last + 1)
+
+    def _forward(self, slot: int) -> None:
+        microbatch, pipeline = self.run.microbatches[slot], self.run.pipeline
         if microbatch.noop:
             self.in_flight.append((None, None))
             return
-        x = None
-        if not pipeline.is_first:
-            x = pipeline.receive_hidden(microbatch.tokens).requires_grad_()
-        out = self.run.forward(index, x)
+        x = None if pipeline.is_first else self.before.next().requires_grad_()
+        out = self.run.forward(slot, x)
         if not pipeline.is_last:
-            pipeline.send_hidden(out)
+            pipeline.send_after(out)
         self.in_flight.append((x, out))
 
-    def backward(self, index: int) -> None:
-        microbatch, pipeline = self.run.plan.microbatches[index], self.run.pipeline
+    def _backward(self, slot: int) -> None:
+        pipeline = self.run.pipeline
         x, out = self.in_flight.popleft()
-        if microbatch.noop:
-            self.run.record.finished(index)
+        if out is not None:
+            gradient = None if pipeline.is_last else self.after.next()
+            torch.autograd.backward(out, gradient)
+            if x is not None:
+                pipeline.send_before(x.grad)
+        norms = self.run.reduce(slot)
+        if norms is not None:
+            if not pipeline.is_last:
+                norms = norms + self.after.next()
+            if not pipeline.is_first:
+                pipeline.send_before(norms)
+        self.norms[slot] = norms
+
+    def _update(self, slot: int) -> None:
+        """The steps and evaluations that follow a slot, once it is known how long the gradients are."""
+        if slot < self.begin:
             return
-        self.run.record.position = f"the backward of microbatch {index}"
-        # Activation checkpointing recomputes the forward here, for which this microbatch must be the active one.
-        self.run.active.batch = self.run.batches[index]
-        gradient = None if pipeline.is_last else pipeline.receive_gradient(microbatch.tokens)
-        torch.autograd.backward(out, gradient)
-        if x is not None:
-            pipeline.send_gradient(x.grad)
-        self.run.step(index)
+        pipeline, norms = self.run.pipeline, self.norms.pop(slot)
+        if norms is not None:
+            if not pipeline.is_first:
+                norms = self.before.next()
+            if not pipeline.is_last:
+                pipeline.send_after(norms)
+        self.run.update(slot, norms)
+        for adapter in self.run.evaluations[slot]:
+            receive = None if pipeline.is_first else self.before.next
+            self.run.evaluate(slot, adapter, receive, pipeline.send_after)
+
+    def _from_before(self) -> Iterator[Expected]:
+        """What the stage before sends, in its order: norms and evaluations where `_update` comes, hidden states."""
+        stages, index = self.run.pipeline.size, self.begin
+        while index < self.end + stages:
+            yield from self._updates(index - stages)
+            if index < self.end and not self.run.microbatches[index].noop:
+                name = f"the hidden states of microbatch {index}"
+                yield self.run.pipeline.hidden(self.run.microbatches[index].tokens, name)
+            index += 1
+
+    def _updates(self, slot: int) -> Iterator[Expected]:
+        if not self.begin <= slot < self.end:
+            return
+        if self.run.steps[slot]:
+            yield self._norms(slot)
+        for adapter in self.run.evaluations[slot]:
+            for batch in self.run.evaluation_batches(adapter):
+                name = f"hidden states of an evaluation after microbatch {slot}"
+                yield self.run.pipeline.hidden(batch.input_ids.shape[1], name)
+
+    def _from_after(self) -> Iterator[Expected]:
+        """What the stage after sends: the gradient of each slot, and norms where adapters step."""
+        slot = self.begin
+        while slot < self.end:
+            if not self.run.microbatches[slot].noop:
+                name = f"the gradient of microbatch {slot}"
+                yield self.run.pipeline.hidden(self.run.microbatches[slot].tokens, name)
+            if self.run.steps[slot]:
+                yield self._norms(slot)
+            slot += 1
+
+    def _norms(self, slot: int) -> Expected:
+        return Expected((len(self.run.steps[slot]),), self.run.norm_dtype, f"the norms after microbatch {slot}")

@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from lorafusion.data.packing import BatchBuilder, PackedBatch
 from lorafusion.measure.timers import Clock, Mark
-from lorafusion.models.lora import ActiveBatch, adapter_parameters
+from lorafusion.models.lora import ActiveBatch
 from lorafusion.models.loss import weighted_losses
 from lorafusion.models.stage import Stage
-from lorafusion.plan import Plan
+from lorafusion.plan import Microbatch, Plan
+from lorafusion.runtime.adapters import AdapterTraining
+from lorafusion.runtime.board import Position
 from lorafusion.runtime.pipeline import Pipeline
+from lorafusion.runtime.readback import Readback
 from lorafusion.workload import Workload
 
 
 @dataclass
 class Record:
-    """What happened on this stage: when, and with which losses. Tensors and marks stay on the device until read.
+    """What happened on this stage: when, and with which losses.
 
-    done: after the backward of microbatch k, and the steps that follow it, the mark (k, mark).
-    losses: an adapter's share of its global batch's loss in one microbatch, (adapter, batch, scalar).
-    position: what the stage is doing, for the message of a failure.
+    done: after the backward of slot k, and the steps that follow it, the mark (k, mark).
+    losses: an adapter's share of its global batch's loss in one microbatch, (adapter, batch, value).
+    stopped: adapters that were stopped, and the first of their steps that was not made.
+    events: where losses, norms and evaluations are written as they become known, a line of JSON each.
     """
 
     clock: Clock
     begin: Mark | None = None
     done: list[tuple[int, Mark]] = field(default_factory=list)
-    losses: list[tuple[int, int, torch.Tensor]] = field(default_factory=list)
-    position: str = "start-up"
+    losses: list[tuple[int, int, float]] = field(default_factory=list)
+    stopped: dict[int, int] = field(default_factory=dict)
+    readback: Readback = field(default_factory=Readback)
+    events: TextIO | None = None
 
     def start(self) -> None:
         self.begin = self.clock.mark()
 
-    def finished(self, microbatch: int) -> None:
-        self.done.append((microbatch, self.clock.mark()))
+    def finished(self, slot: int) -> None:
+        self.done.append((slot, self.clock.mark()))
+        self.readback.poll()
+
+    def event(self, **values: object) -> None:
+        if self.events:
+            self.events.write(json.dumps(values) + "\n")
+            self.events.flush()
 
 
 class TrainingRun:
-    """One stage's part in the execution of a plan. An executor decides when `forward`, backward and `step` happen."""
+    """One stage's part in the execution of a plan. An executor decides when `forward`, backward, `reduce` and `update`
+    happen. Slots are counted from the beginning of the plan; this replica has one microbatch of each."""
 
     def __init__(
         self,
@@ -49,57 +66,196 @@ class TrainingRun:
         active: ActiveBatch,
         builder: BatchBuilder,
         pipeline: Pipeline,
+        position: Position,
     ) -> None:
         self.workload, self.plan, self.stage, self.pipeline = workload, plan, stage, pipeline
-        self.active = active
+        self.active, self.position, self._builder = active, position, builder
         self.record = Record(Clock(pipeline.device))
-        self.batches: list[PackedBatch | None] = [
-            None if microbatch.noop else builder.build(microbatch) for microbatch in plan.microbatches
-        ]
-        self.optimizers = [
-            torch.optim.AdamW(adapter_parameters(stage, job), lr=job.learning_rate, weight_decay=job.weight_decay)
-            for job in workload.jobs
-        ]
+        slots = plan.slots()
+        self.microbatches: list[Microbatch] = [slot[pipeline.replica] for slot in slots]
+        self.steps = [tuple(sorted({one for part in slot for one in part.step_after})) for slot in slots]
+        self.evaluations = _evaluations(workload, self.steps)
+        self.adapters = [AdapterTraining(stage, job) for job in workload.jobs]
+        self.begin = 0  # the slot to begin with
+        self._batches: dict[int, PackedBatch] = {}  # of the slots in flight
+        self._evaluation_batches: dict[int, list[PackedBatch]] = {}  # by adapter
 
-    def forward(self, index: int, x: torch.Tensor | None) -> torch.Tensor:
-        """A microbatch through this stage.
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        return self.adapters[0].norm_dtype
+
+    def forward(self, slot: int, x: torch.Tensor | None) -> torch.Tensor:
+        """A slot's microbatch through this stage.
 
         x: hidden states [1, T, H], None on the first stage. Returns hidden states, or on the last stage the scalar
         sum of the adapters' shares of their losses, which is what backward starts from.
         """
-        self.record.position = f"the forward of microbatch {index}"
-        batch = self.batches[index]
-        self.active.batch = batch
-        source = batch.input_ids if self.stage.is_first else x
-        out = self.stage(source, batch.position_ids, batch.borders)
-        if not self.stage.is_last:
-            return out
-        losses = weighted_losses(out, batch.labels, batch.weights)
-        for segment in batch.segments:
-            share = losses[segment.start : segment.stop].detach().sum()
-            self.record.losses.append((segment.adapter, segment.batch, share))
-        return losses.sum()
+        self.position.set(f"the forward of microbatch {slot}")
+        batch = self._batches[slot] = self._builder.build(self.microbatches[slot])
+        out = self._through(batch, x)
+        if self.stage.is_last:
+            losses = weighted_losses(out, self.stage.lm_head.weight, batch.labels, batch.weights)
+            shares = losses.detach().split([segment.stop - segment.start for segment in batch.segments])
+            self._note_losses(slot, batch, torch.stack([share.sum() for share in shares]))
+            out = losses.sum()
+        out.register_hook(lambda _: self._begin_backward(slot))
+        return out
 
-    def step(self, index: int) -> None:
-        """Step the optimizers that the plan names after this microbatch, and note that it is done."""
-        for adapter in self.plan.microbatches[index].step_after:
-            self.optimizers[adapter].step()
-            self.optimizers[adapter].zero_grad(set_to_none=True)
-        self.record.finished(index)
+    def _begin_backward(self, slot: int) -> None:
+        """The first thing in a slot's backward pass. Activation checkpointing recomputes the forward in it, for which
+        its microbatch must be the active one."""
+        self.position.set(f"the backward of microbatch {slot}")
+        self.active.batch = self._batches.pop(slot)
+
+    def _through(self, batch: PackedBatch, x: torch.Tensor | None) -> torch.Tensor:
+        self.active.batch = batch
+        return self.stage(batch.input_ids if self.stage.is_first else x, batch.position_ids, batch.borders)
+
+    def _note_losses(self, slot: int, batch: PackedBatch, shares: torch.Tensor) -> None:
+        parts = [(part.adapter, part.batch, part.stop - part.start) for part in batch.segments]
+
+        def note(values: list[float]) -> None:
+            for (adapter, index, tokens), value in zip(parts, values, strict=True):
+                self.record.losses.append((adapter, index, value))
+                self.record.event(slot=slot, adapter=adapter, batch=index, tokens=tokens, loss=value)
+
+        self.record.readback.add(shares, note)
+
+    def reduce(self, slot: int) -> torch.Tensor | None:
+        """After a slot's backward pass: for the adapters that step, the gradient summed over the replicas, and the
+        squared norm of this stage's part, [n]; None where none steps."""
+        stepping = [self.adapters[one] for one in self.steps[slot]]
+        if not stepping:
+            return None
+        self.pipeline.sum_over_replicas([gradient for one in stepping for gradient in one.gradients])
+        return torch.stack([one.squared_norm() for one in stepping])
+
+    def update(self, slot: int, squared_norms: torch.Tensor | None) -> None:
+        """Step the slot's adapters by the norms [n] of their gradients over all stages, and note that it is done."""
+        if squared_norms is not None:
+            self.position.set(f"the optimizer steps after microbatch {slot}")
+            stepping = self.steps[slot]
+            steps = [self.adapters[one].steps for one in stepping]
+            norms = [self.adapters[one].step(squared) for one, squared in zip(stepping, squared_norms, strict=True)]
+            stopped = [self.adapters[one].stopped for one in stepping]
+            if self.stage.is_last:
+                self._note_steps(slot, stepping, steps, torch.stack([*norms, *(one.to(norms[0]) for one in stopped)]))
+        self.record.finished(slot)
+
+    def _note_steps(self, slot: int, adapters: tuple[int, ...], steps: list[int], values: torch.Tensor) -> None:
+        def note(found: list[float]) -> None:
+            norms, stopped = found[: len(adapters)], found[len(adapters) :]
+            for adapter, step, norm, stop in zip(adapters, steps, norms, stopped, strict=True):
+                rate = self.workload.jobs[adapter].learning_rate_at(step)
+                self.record.event(slot=slot, adapter=adapter, step=step, norm=norm, learning_rate=rate)
+                if stop and adapter not in self.record.stopped:
+                    self.record.stopped[adapter] = step
+                    self.record.event(slot=slot, adapter=adapter, stopped=step)
+
+        self.record.readback.add(values, note)
+
+    def step(self, slot: int) -> None:
+        """`reduce` and `update` at once, for executors whose stages all come here at the same time."""
+        norms = self.reduce(slot)
+        self.update(slot, None if norms is None else self.pipeline.sum_over_stages(norms))
+
+    def evaluation_batches(self, adapter: int) -> list[PackedBatch]:
+        """A job's evaluation samples as microbatches of at most the plan's capacity, this replica's share of them."""
+        if adapter not in self._evaluation_batches:
+            every = self._builder.evaluations(adapter, self.plan.capacity)
+            self._evaluation_batches[adapter] = every[self.pipeline.replica :: self.pipeline.replicas]
+        return self._evaluation_batches[adapter]
+
+    @torch.no_grad()
+    def evaluate(self, slot: int, adapter: int, receive: Callable, send: Callable) -> None:
+        """A job's evaluation samples through this stage, without dropout; the last stage notes their loss."""
+        self.position.set(f"an evaluation of {self.workload.jobs[adapter].name} after microbatch {slot}")
+        self.stage.eval()
+        step, total = self.adapters[adapter].steps, torch.zeros(1, device=self.pipeline.device)
+        for batch in self.evaluation_batches(adapter):
+            out = self._through(batch, receive() if not self.stage.is_first else None)
+            if self.stage.is_last:
+                total = total + weighted_losses(out, self.stage.lm_head.weight, batch.labels, batch.weights).sum()
+            else:
+                send(out)
+        self.stage.train()
+        if self.stage.is_last:
+            self.record.readback.add(
+                total, lambda values: self.record.event(slot=slot, adapter=adapter, step=step, evaluation=values[0])
+            )
 
     def warm_up(self) -> None:
         """One forward and backward of the largest microbatch on this stage alone, so that the clock starts warm.
 
-        It leaves no trace: the gradients are dropped, the losses forgotten, and the masks are stateless.
+        It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless.
         """
-        sizes = [microbatch.tokens for microbatch in self.plan.microbatches]
-        index = sizes.index(max(sizes))
+        sizes = [microbatch.tokens for microbatch in self.microbatches]
+        slot = sizes.index(max(sizes))
+        if self.microbatches[slot].noop:
+            return
+        events, self.record.events = self.record.events, None
+        self.backward_alone(slot)
+        self.record.readback.wait()
+        self.record.losses.clear()
+        self.record.events = events
+        self.record.clock.synchronize()
+
+    def backward_alone(self, slot: int) -> None:
+        """A slot's forward and backward pass on this stage, whatever the others do."""
+        self._backward_alone(self._alone(slot))
+
+    def _alone(self, slot: int) -> torch.Tensor:
         x = None
         if not self.stage.is_first:
-            shape = (1, sizes[index], self.pipeline.hidden_size)
+            shape = (1, self.microbatches[slot].tokens, self.pipeline.hidden_size)
             x = torch.zeros(shape, device=self.pipeline.device, dtype=self.pipeline.dtype, requires_grad=True)
-        self.forward(index, x).sum().backward()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        self.record.losses.clear()
-        self.record.clock.synchronize()
+        return self.forward(slot, x).sum()
+
+    def _backward_alone(self, out: torch.Tensor) -> None:
+        out.backward()
+        for adapter in self.adapters:
+            adapter.zero_gradients()
+
+    def kept_by_forward(self, slot: int) -> int:
+        """Bytes on a GPU that a slot's forward pass keeps for its backward pass, which follows."""
+        before = torch.cuda.memory_allocated()
+        out = self._alone(slot)
+        kept = torch.cuda.memory_allocated() - before
+        self._backward_alone(out)
+        return kept
+
+    def open_events(self, folder: Path) -> None:
+        """Write events to this replica's file of a folder, where those of slots that will be run again are dropped."""
+        if not self.stage.is_last:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"replica-{self.pipeline.replica}.jsonl"
+        kept = []
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _slot(line) < self.begin]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self.record.events = open(path, "a")  # noqa: SIM115 - until the process ends
+
+
+def _evaluations(workload: Workload, steps: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """For each slot the adapters whose loss is measured after its steps: at intervals, and at the end."""
+    made = [job.start for job in workload.jobs]
+    out = []
+    for stepping in steps:
+        due = []
+        for adapter in stepping:
+            job = workload.jobs[adapter]
+            made[adapter] += 1
+            regular = job.evaluate_every and made[adapter] % job.evaluate_every == 0
+            if job.evaluation and (regular or made[adapter] == len(job.batches)):
+                due.append(adapter)
+        out.append(tuple(due))
+    return out
+
+
+def _slot(line: str) -> float:
+    """The slot of an event; a line that a killed process left half written belongs to none."""
+    try:
+        return json.loads(line)["slot"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")

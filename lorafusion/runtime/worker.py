@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from datetime import timedelta
@@ -23,9 +24,12 @@ from lorafusion.data.tokens import SyntheticTokens
 from lorafusion.errors import UserError, one_of, validated
 from lorafusion.imports import load
 from lorafusion.measure.timers import canary, peak_memory, reset_peak_memory
+from lorafusion.models.liger import is_installed, use_liger
 from lorafusion.models.lora import adapter_state, inject_adapters, peft_config
 from lorafusion.models.stage import build_stage
 from lorafusion.plan import Plan, check
+from lorafusion.runtime import checkpoint, probe
+from lorafusion.runtime.board import ENDED, Position
 from lorafusion.runtime.launch import end_with_parent
 from lorafusion.runtime.pipeline import Pipeline
 from lorafusion.runtime.spec import RunSpec
@@ -37,45 +41,34 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
 def main(spec_path: str, report_directory: str) -> int:
     end_with_parent()
-    rank = int(os.environ.get("RANK", 0))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     reports = Path(report_directory)
-    run: TrainingRun | None = None
+    position = Position(reports, rank)
     try:
         spec = validated(RunSpec, json.loads(Path(spec_path).read_text()), spec_path)
         device = _device(spec)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if world > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=RENDEZVOUS_TIMEOUT)
-        drift = canary(device)
-        run = build_run(spec, device)
-        run.warm_up()
-        reset_peak_memory(device)
-        if dist.is_initialized():
-            dist.barrier()
-        load(read_systems()[spec.system].executor, "executor")(run)
-        run.record.position = "the end of the run"
-        run.record.clock.synchronize()
-        report = collect(run, drift)
-        if spec.save_adapters:
-            save_adapters(run, Path(spec.save_adapters))
+        run = probed if spec.plan is None else trained
+        report = run(spec, device, position, rank, world)
         if rank == 0:
             _write(reports / "report.json", report)
     except Exception as error:  # the border of the process: every failure becomes a report
         traceback.print_exc()
-        where = run.record.position if run else "start-up"
-        _write(reports / f"failure-{rank}.json", {"status": status_of(error), "message": describe(error, where)})
+        failure = {"status": status_of(error), "message": describe(error, position)}
+        _write(reports / f"failure-{rank}.json", failure)
+        position.set(ENDED)
         # No orderly shutdown: the other stages wait for this one in a collective that will never come.
         sys.stderr.flush()
         os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+    position.set(ENDED)
     return 0
 
 
-def build_run(spec: RunSpec, device: torch.device) -> TrainingRun:
-    """The stage of this process with its adapters, and the microbatches of its plan."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    systems = read_systems()
-    one_of("system", spec.system, set(systems), "configs/systems.yaml")
+def trained(spec: RunSpec, device: torch.device, position: Position, rank: int, world: int) -> dict:
+    """Run the plan, from where a checkpoint is; the report of all processes."""
     workload, plan = Workload.read(spec.workload), Plan.read(spec.plan)
     check(plan, workload, source=spec.plan)
     if plan.stages * plan.data_parallel != world:
@@ -83,24 +76,96 @@ def build_run(spec: RunSpec, device: torch.device) -> TrainingRun:
             f"{spec.plan}: made for {plan.stages} stages and {plan.data_parallel} replicas, "
             f"but the run has {world} processes"
         )
-    if plan.data_parallel > 1:
-        raise UserError(f"{spec.plan}: {plan.data_parallel} data-parallel replicas, the executors run one")
+    drift = canary(device)
+    run = build_run(spec, workload, plan, device, position, rank)
+    run.warm_up()
+    execute, arguments = load(read_systems()[spec.system].executor, "executor"), []
+    if spec.initial:
+        checkpoint.load_initial(run, Path(spec.initial))
+    if spec.saving:
+        arguments = [_checkpoints(spec, run, rank, world)]
+    if spec.events:
+        run.open_events(Path(spec.events))
+    reset_peak_memory(device)
+    if dist.is_initialized():
+        dist.barrier()
+    finished = execute(run, *arguments) is not False
+    position.set("the end of the run")
+    run.record.clock.synchronize()
+    run.record.readback.wait()
+    report = collect(run, drift) | {"finished": finished}
+    if spec.save_adapters and finished:
+        save_adapters(run, Path(spec.save_adapters))
+    return report
+
+
+def build_run(
+    spec: RunSpec, workload: Workload, plan: Plan, device: torch.device, position: Position, rank: int
+) -> TrainingRun:
+    """The stage of this process with its adapters, and the microbatches of its plan."""
+    systems = read_systems()
+    one_of("system", spec.system, set(systems), "configs/systems.yaml")
     config = read_model(spec.model)
     dtype, adapter_dtype = getattr(torch, spec.dtype), getattr(torch, spec.adapter_dtype)
+    pipeline = Pipeline(rank, plan.stages, plan.data_parallel, device, dtype, config.hidden_size)
+    position.place = f"rank {rank} ({pipeline.name})"
     stage = build_stage(
         config,
-        index=rank,
-        count=world,
+        index=pipeline.index,
+        count=pipeline.size,
         device=device,
         dtype=dtype,
         seed=spec.seed,
         checkpointing=spec.checkpointing,
     )
+    if device.type == "cuda" and is_installed():
+        use_liger(stage)
     active = inject_adapters(stage, workload.jobs, adapter_dtype, load(systems[spec.system].lora, "LoRA kind"))
-    pipeline = Pipeline(rank, world, device, dtype, config.hidden_size)
-    builder = BatchBuilder(workload, SyntheticTokens(config.vocab_size), device)
+    if spec.compiled:
+        stage.compile_layers()
+    builder = BatchBuilder(workload, token_source(spec, config.vocab_size), device)
     torch.manual_seed(spec.seed)  # PEFT's own dropout draws from torch's generator
-    return TrainingRun(workload, plan, stage, active, builder, pipeline)
+    return TrainingRun(workload, plan, stage, active, builder, pipeline, position)
+
+
+def token_source(spec: RunSpec, vocabulary: int):
+    """Where the samples' tokens come from."""
+    return SyntheticTokens(vocabulary)
+
+
+def _checkpoints(spec: RunSpec, run: TrainingRun, rank: int, world: int) -> checkpoint.Checkpoints:
+    """The run's checkpoints; the run is put where the newest one is."""
+    origin = checkpoint.identity(spec, run.plan.content_hash)
+    found, reasons = [None], []
+    if rank == 0:
+        found[0], reasons = checkpoint.newest(Path(spec.saving.folder), origin)
+        for reason in reasons:
+            print(f"warning: passed over a checkpoint: {reason}", file=sys.stderr, flush=True)
+    store = None
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+        store = dist.distributed_c10d._get_default_store()
+    if found[0] is not None:
+        checkpoint.load(run, found[0], rank)
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    return checkpoint.Checkpoints(spec.saving, origin, rank, world, store, lambda: bool(asked))
+
+
+def probed(spec: RunSpec, device: torch.device, position: Position, rank: int, world: int) -> dict:
+    """What microbatches take on every stage of the model, for `probe.capacity_of`."""
+    if device.type != "cuda":
+        raise UserError("capacity: it can be probed on a GPU only; state it")
+    usable = torch.cuda.mem_get_info(device)[0]
+    workload, plan = probe.probe_workload(Workload.read(spec.workload))
+    plan = plan.model_copy(update={"stages": world})
+    run = build_run(spec.model_copy(update={"tokens": None}), workload, plan, device, position, rank)
+    mine = probe.measure(run, usable, in_flight=run.pipeline.size - run.pipeline.index)
+    everyone = [mine]
+    if dist.is_initialized():
+        everyone = [None] * world
+        dist.all_gather_object(everyone, mine)
+    return {"stages": everyone}
 
 
 def _device(spec: RunSpec) -> torch.device:
@@ -114,18 +179,19 @@ def _device(spec: RunSpec) -> torch.device:
 
 
 def collect(run: TrainingRun, drift: dict[str, float]) -> dict:
-    """The report of the whole pipeline on rank 0: timings of stage 0, losses of the last stage, memory of all."""
-    losses = [(adapter, batch, float(value)) for adapter, batch, value in run.record.losses]
-    mine = {"losses": losses, "peak_memory": peak_memory(run.pipeline.device)}
+    """The report on rank 0: timings of its stage, losses of the last stages, memory of all processes."""
+    mine = (run.record.losses, run.record.stopped, peak_memory(run.pipeline.device))
     everyone = [mine]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
-    record = run.record
+    losses, stopped, peaks = zip(*everyone, strict=True)
+    record, jobs = run.record, run.workload.jobs
     return {
-        "seconds": [[index, record.clock.seconds(record.begin, mark)] for index, mark in record.done],
-        "losses": losses_by_job(run.workload, [loss for part in everyone for loss in part["losses"]]),
-        "peak_memory": max(part["peak_memory"] for part in everyone),
+        "seconds": [[slot, record.clock.seconds(record.begin, mark)] for slot, mark in record.done],
+        "losses": losses_by_job(run.workload, [loss for part in losses for loss in part]),
+        "stopped": {jobs[adapter].name: step for part in stopped for adapter, step in part.items()},
+        "peak_memory": max(peaks),
         "canary": drift,
     }
 
@@ -142,13 +208,14 @@ def save_adapters(run: TrainingRun, directory: Path) -> None:
     """Write each adapter in PEFT's format, gathered from all stages, to a folder of its name."""
     from safetensors.torch import save_file
 
+    rank = dist.get_rank() if dist.is_initialized() else 0
     for job in run.workload.jobs:
         parts = [adapter_state(run.stage, job)]
         if dist.is_initialized():
-            gathered = [None] * dist.get_world_size() if run.pipeline.is_first else None
+            gathered = [None] * dist.get_world_size() if rank == 0 else None
             dist.gather_object(parts[0], gathered, dst=0)
             parts = gathered
-        if run.pipeline.is_first:
+        if rank == 0:
             folder = directory / job.name
             folder.mkdir(parents=True, exist_ok=True)
             state = {name: value.contiguous() for part in parts for name, value in part.items()}
@@ -162,11 +229,11 @@ def status_of(error: Exception) -> str:
     return "oom" if out_of_memory else "crash"
 
 
-def describe(error: Exception, where: str) -> str:
-    """One line: which rank, where, what."""
+def describe(error: Exception, position: Position) -> str:
+    """One line: which process, doing what, and what went wrong."""
     reason = " ".join(str(error).split()) or type(error).__name__
     prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return f"rank {os.environ.get('RANK', 0)}, {where}: {prefix}{reason[:500]}"
+    return f"{position.place}, {position.doing}: {prefix}{reason[:500]}"
 
 
 def _write(path: Path, content: dict) -> None:

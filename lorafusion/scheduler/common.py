@@ -118,7 +118,7 @@ def cuts(batch: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 def fixed_size_batches(workload: Workload, adapter: int, capacity: int) -> list[list[Microbatch]]:
-    """For each global batch that an adapter has left its microbatches of a fixed number of samples, the last stepping."""
+    """For each global batch that an adapter has left its microbatches of a fixed size in samples, the last stepping."""
     job = workload.jobs[adapter]
     size = largest_microbatch(job, capacity)
     batches = []

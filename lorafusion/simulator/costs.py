@@ -7,7 +7,6 @@ authors' artifact, S11), which is why the scheduler judges an order by these cos
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lorafusion.config import ModelConfig, read_yaml
 from lorafusion.errors import UserError, validated
+from lorafusion.models.partition import head_layers, split_layers
 from lorafusion.plan import Microbatch, Plan
 from lorafusion.workload import Workload
 
@@ -155,7 +155,7 @@ def model_costs(
     hidden = config.hidden_size
     dense = 2 * sum(inputs * outputs for inputs, outputs in config.linears.values())
     return CostModel(
-        layers=split_layers(config.num_hidden_layers, stages, 2 * hidden * config.vocab_size / dense),
+        layers=split_layers(config.num_hidden_layers, stages, head_layers(config)),
         token=dense / flop_rate,
         square=2 * hidden / flop_rate,  # two products of 2 h FLOP for each pair of tokens, of which half are masked
         head=2 * hidden * config.vocab_size / flop_rate,
@@ -166,20 +166,6 @@ def model_costs(
         latency=10e-6,
         transfer=2 * hidden / bandwidth,
     )
-
-
-def split_layers(layers: int, stages: int, head: float = 0.0) -> tuple[int, ...]:
-    """Layers of each stage such that the slowest stage is as fast as can be; `head`: what the head costs, in layers."""
-    if stages > layers:
-        raise UserError(f"{stages} stages, but the model has only {layers} layers")
-    if stages == 1:
-        return (layers,)
-    best = min(
-        range(1, layers - stages + 2),
-        key=lambda last: (max(math.ceil((layers - last) / (stages - 1)), last + head), -last),
-    )
-    each, more = divmod(layers - best, stages - 1)
-    return (*(each + (index < more) for index in range(stages - 1)), best)
 
 
 def read_cost_model(path: str | Path) -> CostModel:

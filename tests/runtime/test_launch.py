@@ -70,7 +70,7 @@ def test_a_stage_that_fails_ends_the_others(spec, tmp_path):
     begin = time.monotonic()
     done = launch(spec(stages=2, model={"weights": str(tmp_path)}), 2, timeout=120)
     assert done.status == "crash"
-    assert done.note == f"rank 1, start-up: {tmp_path}: the checkpoint has no tensor 'lm_head.weight'"
+    assert done.note == f"rank 1 (stage 1 of 2), start-up: {tmp_path}: the checkpoint has no tensor 'lm_head.weight'"
     assert time.monotonic() - begin < 90
 
 

@@ -1,0 +1,89 @@
+"""An adapter's training on one stage: its parameters, their gradients, AdamW, clipping, and when it is stopped."""
+
+from __future__ import annotations
+
+import torch
+
+from lorafusion.models.lora import named_adapter_parameters
+from lorafusion.models.stage import Stage
+from lorafusion.workload import Job
+
+CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
+
+
+class AdapterTraining:
+    """One job's adapter on this stage.
+
+    Gradients are always there and are zeroed in place, since other tensors may be views of them. All that happens in a
+    step is decided on the device: a gradient that is not finite on any stage stops the adapter for good, its weights
+    and moments stay as they were before, and nobody waits to learn of it.
+    """
+
+    def __init__(self, stage: Stage, job: Job) -> None:
+        self.job = job
+        self.parameters = named_adapter_parameters(stage, job)
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        some = next(iter(self.parameters.values()))
+        self.norm_dtype = torch.promote_types(some.dtype, torch.float32)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=job.learning_rate, weight_decay=job.weight_decay, fused=True
+        )
+        # AdamW's own guard, that gradient scalers use: where it is 1 the fused kernel changes nothing.
+        self.stopped = torch.zeros((), dtype=torch.float32, device=some.device)
+        self.optimizer.found_inf = self.stopped
+        self.optimizer.grad_scale = None
+        self.steps = job.start
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self.parameters.values()]
+
+    def squared_norm(self) -> torch.Tensor:
+        """Of this stage's part of the gradient, a scalar of `norm_dtype`."""
+        norms = torch._foreach_norm(self.gradients, dtype=self.norm_dtype)
+        return torch.stack(norms).square().sum()
+
+    def step(self, squared_norm: torch.Tensor) -> torch.Tensor:
+        """Update the adapter by its gradient, whose squared norm over all stages is given; returns the norm."""
+        norm = squared_norm.sqrt()
+        self.stopped.copy_(torch.maximum(self.stopped, (~norm.isfinite()).float()))
+        gradients = self.gradients
+        if self.job.max_grad_norm is not None:
+            torch._foreach_mul_(gradients, (self.job.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0))
+        self.optimizer.param_groups[0]["lr"] = self.job.learning_rate_at(self.steps)
+        self.optimizer.step()
+        self.zero_gradients()
+        self.steps += 1
+        return norm
+
+    def zero_gradients(self) -> None:
+        torch._foreach_zero_(self.gradients)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that its training depends on, by names that do not depend on the number of stages."""
+        out = {"stopped": self.stopped}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            out[f"{name}/weight"], out[f"{name}/gradient"] = parameter.detach(), parameter.grad
+            if state:
+                out[f"{name}/exp_avg"], out[f"{name}/exp_avg_sq"] = state["exp_avg"], state["exp_avg_sq"]
+                out["optimizer_steps"] = state["step"]
+        return out
+
+    def load(self, state: dict[str, torch.Tensor], steps: int) -> None:
+        """Take over what `state` returned, of this stage's parameters. A gradient that is not in it is zero."""
+        self.steps = steps
+        self.stopped.copy_(state["stopped"])
+        for name, parameter in self.parameters.items():
+            with torch.no_grad():
+                parameter.copy_(state[f"{name}/weight"])
+                gradient = state.get(f"{name}/gradient")
+                parameter.grad.zero_() if gradient is None else parameter.grad.copy_(gradient)
+            if f"{name}/exp_avg" in state:
+                self.optimizer.state[parameter] = {
+                    "step": state["optimizer_steps"].to(parameter.device, torch.float32, copy=True),
+                    "exp_avg": state[f"{name}/exp_avg"].to(parameter, copy=True),
+                    "exp_avg_sq": state[f"{name}/exp_avg_sq"].to(parameter, copy=True),
+                }

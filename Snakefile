@@ -15,6 +15,7 @@ include: "workflow/rules/plan.smk"
 include: "workflow/rules/check.smk"
 include: "workflow/rules/run.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/training.smk"
 
 
 if KERNEL_SUITE:
@@ -37,6 +38,8 @@ rule all:
         f"{RESULTS}/wandb/runs.json",
         KERNEL_RESULTS,
         SCHEDULER_RESULTS,
+        TRAINING_RESULTS,
+        f"{RESULTS}/figures/lossless.png",
     localrule: True
 
 

@@ -82,8 +82,8 @@ def unavailable(cell: Cell, system: SystemConfig) -> str:
     """Why nothing built here can run a cell; empty if it can be run."""
     if system.unavailable:
         return system.unavailable
-    if cell.grid.data_parallel > 1:
-        return f"the executors run one data-parallel replica, the cell asks for {cell.grid.data_parallel}"
+    if cell.grid.data_parallel > 1 and not system.replicas:
+        return f"its executor runs one data-parallel replica, the cell asks for {cell.grid.data_parallel}"
     return ""
 
 

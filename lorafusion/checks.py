@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from lorafusion.config import read_systems
+from lorafusion.config import ARRANGEMENT, read_model, read_systems
 from lorafusion.errors import UserError
+from lorafusion.files import write
 from lorafusion.imports import load
 from lorafusion.plan import Plan
 from lorafusion.runtime.launch import launch
@@ -24,6 +27,8 @@ RUN_SECONDS = 300
 # of transformers' layers round to float32 still, and a value on the edge of two goes the other way in one of 3e7: one
 # such flip moved a loss by up to 6e-9 and a tensor by up to 8e-8.
 DTYPE = "float64"
+MODEL = "tiny"
+PLAIN = "plain libraries"
 LOSS_TOLERANCE = 1e-7
 WEIGHT_TOLERANCE = 1e-6
 
@@ -71,33 +76,103 @@ def toy_jobs(learning_rate: float = 1e-2, dropout: float = 0.1) -> tuple[Job, ..
     )
 
 
-def lossless(stages: int, system: str = "lorafusion", dropout: float = 0.1) -> Verdict:
-    """Two adapters trained together on `stages` stages equal each trained alone on one, step for step."""
+class Arrangement(NamedTuple):
+    """Processes that train together, written as `2x1` (stages x replicas) or `2x1+recompute`: with activations that are
+    computed again in the backward pass."""
+
+    stages: int
+    replicas: int
+    recompute: bool
+
+    @classmethod
+    def read(cls, text: str) -> Arrangement:
+        found = re.fullmatch(ARRANGEMENT, text)
+        if not found:
+            raise UserError(f"arrangement: expected stages x replicas such as 2x1 or 2x1+recompute, found {text!r}")
+        return cls(int(found[1]), int(found[2]), bool(found[3]))
+
+    def __str__(self) -> str:
+        return f"{self.stages}x{self.replicas}{'+recompute' if self.recompute else ''}"
+
+
+class Curve(NamedTuple):
+    """The losses of a job's global batches, and who trained it: `alone`, an arrangement, or `plain libraries`."""
+
+    job: str
+    trainer: str
+    losses: list[float]
+
+
+def lossless(
+    arrangements: list[Arrangement], system: str = "lorafusion", dropout: float = 0.1
+) -> tuple[Verdict, list[Curve]]:
+    """Two adapters trained together, in each arrangement, equal each trained alone in one process, step for step; and
+    that equals training with plain transformers, PEFT and torch (`lorafusion.outside`)."""
     jobs = toy_jobs(dropout=dropout)
-    together = train(Workload(name="together", jobs=jobs), system, stages)
-    loss_error = weight_error = 0.0
-    moved = math.inf
-    for job in jobs:
-        alone = train(Workload(name="alone", jobs=(job,)), system, 1)
-        for ours, theirs in zip(together.losses[job.name], alone.losses[job.name], strict=True):
-            loss_error = max(loss_error, abs(ours - theirs) / abs(theirs))
-        for name, theirs in alone.weights[job.name].items():
-            ours = together.weights[job.name][name]
-            weight_error = max(weight_error, float((ours - theirs).norm() / theirs.norm()))
-            if "lora_B" in name:
-                moved = min(moved, float(ours.norm()))
-    return Verdict(
-        check=f"lossless-{stages}",
-        passed=loss_error <= LOSS_TOLERANCE and weight_error <= WEIGHT_TOLERANCE and moved > 0,
-        statement=f"{system}: two adapters trained together on {stages} stage(s) equal each trained alone",
-        figures={
-            "largest relative difference of a step's loss": loss_error,
-            "allowed difference of a loss": LOSS_TOLERANCE,
-            "largest relative difference of a weight tensor": weight_error,
-            "allowed difference of a tensor": WEIGHT_TOLERANCE,
-            "smallest norm of a trained B (zero at the start)": moved,
-        },
+    alone = {job.name: train(Workload(name="alone", jobs=(job,)), system, 1) for job in jobs}
+    curves, errors, moved = [], {}, math.inf
+    for arrangement in arrangements:
+        together = train(Workload(name="together", jobs=jobs), system, arrangement.stages,
+                         checkpointing=arrangement.recompute, replicas=arrangement.replicas)  # fmt: skip
+        found = [_difference(together, alone[job.name], job) for job in jobs]
+        errors[f"trained as {arrangement}"] = tuple(map(max, zip(*found, strict=True)))
+        curves += [Curve(job.name, str(arrangement), together.losses[job.name]) for job in jobs]
+        moved = min(moved, *(_smallest_b(together.weights[job.name]) for job in jobs))
+    plain = _plainly(jobs)
+    found = [_difference(plain, alone[job.name], job) for job in jobs]
+    errors["trained with plain libraries"] = tuple(map(max, zip(*found, strict=True)))
+    for trainer, losses in (("alone", {name: one.losses[name] for name, one in alone.items()}), (PLAIN, plain.losses)):
+        curves += [Curve(name, trainer, values) for name, values in losses.items()]
+    figures = {}
+    for trainer, (loss, weight) in errors.items():
+        figures |= {f"{trainer}: relative difference of a loss": loss, f"{trainer}: of a tensor": weight}
+    figures |= {"allowed difference of a loss": LOSS_TOLERANCE, "allowed difference of a tensor": WEIGHT_TOLERANCE,
+                "smallest norm of a trained B (zero at the start)": moved}  # fmt: skip
+    passed = moved > 0 and all(
+        loss <= LOSS_TOLERANCE and weight <= WEIGHT_TOLERANCE for loss, weight in errors.values()
     )
+    names = ", ".join(map(str, arrangements))
+    statement = (
+        f"{system}: two adapters trained together (stages x replicas: {names}) equal each trained alone, and that "
+        f"equals plain transformers, PEFT and torch"
+    )
+    return Verdict("lossless", passed, statement, figures), curves
+
+
+def _difference(one: Trained, other: Trained, job: Job) -> tuple[float, float]:
+    """The largest relative difference of a loss, and of a tensor of the adapter."""
+    pairs = zip(one.losses[job.name], other.losses[job.name], strict=True)
+    loss = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
+    ours, theirs = one.weights[job.name], other.weights[job.name]
+    if ours.keys() != theirs.keys():
+        raise UserError(f"check: the adapters of {job.name} have different tensors")
+    return loss, max(float((ours[name] - tensor).norm() / tensor.norm()) for name, tensor in theirs.items())
+
+
+def _smallest_b(weights: dict) -> float:
+    return min(float(tensor.norm()) for name, tensor in weights.items() if "lora_B" in name)
+
+
+def _plainly(jobs: tuple[Job, ...]) -> Trained:
+    import torch
+
+    from lorafusion.data.tokens import SyntheticTokens
+    from lorafusion.outside import train_plainly
+
+    model = read_model(MODEL)
+    source, dtype = SyntheticTokens(model.vocab_size), getattr(torch, DTYPE)
+    trained = {job.name: train_plainly(job, model, source, dtype) for job in jobs}
+    return Trained(
+        {name: one.losses for name, one in trained.items()}, {name: one.weights for name, one in trained.items()}
+    )
+
+
+def write_curves(curves: list[Curve], path: Path) -> None:
+    """All losses as CSV: job, trainer, step (from 1), loss."""
+    lines = ["job,trainer,step,loss"]
+    for curve in curves:
+        lines += [f"{curve.job},{curve.trainer},{step},{loss!r}" for step, loss in enumerate(curve.losses, 1)]
+    write(path, "\n".join(lines) + "\n")
 
 
 def learning(system: str = "lorafusion") -> Verdict:
@@ -141,26 +216,34 @@ def plans(paths: list[Path], workloads: list[Path]) -> Verdict:
     )
 
 
-def train(workload: Workload, system: str, stages: int, capacity: int = 96, checkpointing: bool = False) -> Trained:
-    """Train a workload on the tiny model on the CPU, in float64, and bring back losses and adapters."""
+def train(
+    workload: Workload,
+    system: str,
+    stages: int,
+    capacity: int = 96,
+    checkpointing: bool = False,
+    dtype: str = DTYPE,
+    replicas: int = 1,
+) -> Trained:
+    """Train a workload on the tiny model on the CPU and bring back losses and adapters."""
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory(prefix="lorafusion-check-") as directory:
         folder = Path(directory)
-        plan = load(read_systems()[system].planner, "planner")(workload, system, stages, capacity)
+        plan = load(read_systems()[system].planner, "planner")(workload, system, stages, capacity, replicas)
         (folder / "workload.json").write_text(workload.to_json())
         (folder / "plan.json").write_text(plan.to_json())
         spec = RunSpec(
             system=system,
-            model="tiny",
+            model=MODEL,
             workload=str(folder / "workload.json"),
             plan=str(folder / "plan.json"),
-            dtype=DTYPE,
-            adapter_dtype=DTYPE,
+            dtype=dtype,
+            adapter_dtype=dtype,
             save_adapters=str(folder / "adapters"),
             checkpointing=checkpointing,
         )
-        outcome = launch(spec, stages, RUN_SECONDS)
+        outcome = launch(spec, stages * replicas, RUN_SECONDS)
         if outcome.status != "ok":
             raise UserError(
                 f"check: the run of {system} on {stages} stage(s) ended as {outcome.status}: {outcome.note}"

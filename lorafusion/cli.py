@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lorafusion.cli_plan import plan_app
+from lorafusion.cli_training import training_app
 from lorafusion.errors import UserError
 from lorafusion.files import write
 
@@ -19,6 +20,7 @@ check_app = typer.Typer(**plain, help="Prove that results are right; exit 1 wher
 figure_app = typer.Typer(**plain, help="Draw a figure from the measurement table.")
 page_app = typer.Typer(**plain, help="Make a page of the report.")
 app.add_typer(plan_app, name="plan")
+app.add_typer(training_app, name="training")
 app.add_typer(check_app, name="check")
 app.add_typer(figure_app, name="figure")
 app.add_typer(page_app, name="page")
@@ -77,6 +79,14 @@ def run(
     print(f"{out}: {status}")
 
 
+@app.command()
+def train(jobs: Annotated[Path, typer.Argument(help="a jobs file; docs/training.md says what it holds")]) -> None:
+    """Train many adapters of one base model together; run again, it goes on where it was interrupted."""
+    from lorafusion.train.run import train
+
+    raise typer.Exit(train(jobs))
+
+
 @app.command("cells")
 def list_cells(suite: SuiteFile) -> None:
     """List the cells of a suite, or say what is wrong with it."""
@@ -99,11 +109,18 @@ def check_plans(
 
 
 @check_app.command("lossless")
-def check_lossless(out: Out, stages: Annotated[int, typer.Option(min=1)] = 1) -> None:
-    """Adapters trained together equal each alone."""
-    from lorafusion.checks import lossless
+def check_lossless(
+    out: Out,
+    arrangement: Annotated[list[str], typer.Option(help="stages x replicas, as 2x1 or 2x1+recompute")] = ("1x1",),
+    curves: Annotated[Path | None, typer.Option(help="write all losses there, as CSV")] = None,
+) -> None:
+    """Adapters trained together equal each alone, and that plain PEFT."""
+    from lorafusion.checks import Arrangement, lossless, write_curves
 
-    _report(lossless(stages), out)
+    verdict, found = lossless([Arrangement.read(one) for one in arrangement])
+    if curves:
+        write_curves(found, curves)
+    _report(verdict, out)
 
 
 @check_app.command("kernels")
@@ -236,6 +253,18 @@ _suite_figure("kernel_figures", "roofline", "LoRA linears under the measured cei
 _suite_figure("scheduler_figures", "scheduler_bubble", "Simulated bubble of every strategy, by workload and batch.")
 _suite_figure("scheduler_figures", "scheduler_fill", "Microbatches of every strategy over their lower bound.")
 _suite_figure("scheduler_figures", "scheduler_time", "Time that a plan takes, by its samples.")
+
+
+@figure_app.command("lossless")
+def figure_lossless(
+    curves: Annotated[Path, typer.Argument(help="the losses that `lorafusion check lossless --curves` wrote")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
+) -> None:
+    """Losses of adapters trained together, alone and with plain PEFT."""
+    from lorafusion.report.lossless_figure import lossless
+
+    lossless(curves, out)
+    print(f"{out}.png, .pdf, .csv")
 
 
 @page_app.command("checks")

@@ -6,17 +6,19 @@ editors and for readers; a test keeps the two equal.
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lorafusion.errors import UserError, one_of, validated
 from lorafusion.measure.environment import has_gpu
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+ARRANGEMENT = r"([1-9]\d*)x([1-9]\d*)(\+recompute)?"  # of processes: stages x replicas
 Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
@@ -70,6 +72,7 @@ class SystemConfig(Config):
     executor: str | None = Field(default=None, description="module:function, runs a plan on a stage")
     lora: str | None = Field(default=None, description="module:function, installs the LoRA forward on a stage")
     max_gpus: int | None = Field(default=None, ge=1)
+    replicas: bool = Field(default=False, description="can the executor run several data-parallel replicas?")
     unavailable: str | None = Field(default=None, description="why the system has no planner or executor yet")
 
     @model_validator(mode="after")
@@ -117,8 +120,20 @@ class Grid(Config):
 class Checks(Config):
     """The correctness checks that the suite's figures rest on."""
 
-    lossless_stages: list[int] = Field(default=[1, 2], min_length=1)
+    lossless: list[str] = Field(
+        default=["1x1", "2x1"],
+        min_length=1,
+        description="stages x replicas that train together, as 2x1 or 2x1+recompute",
+    )
     learning: bool = True
+
+    @field_validator("lossless")
+    @classmethod
+    def _are_arrangements(cls, value: list[str]) -> list[str]:
+        for one in value:
+            if not re.fullmatch(ARRANGEMENT, one):
+                raise ValueError(f"expected stages x replicas such as 2x1 or 2x1+recompute, found {one!r}")
+        return value
 
 
 class Suite(Config):

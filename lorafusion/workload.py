@@ -36,10 +36,21 @@ class Sample(NamedTuple):
     tokens: Annotated[int, Field(ge=2)]
 
 
-class Job(BaseModel):
-    """One adapter to train, as its owner asked for it."""
+class _Frozen(BaseModel):
+    """Data that does not change; a changed copy does not inherit what was computed from the original."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def model_copy(self, **options):
+        copied = super().model_copy(**options)
+        for name, value in vars(type(self)).items():
+            if isinstance(value, cached_property):
+                copied.__dict__.pop(name, None)
+        return copied
+
+
+class Job(_Frozen):
+    """One adapter to train, as its owner asked for it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="the adapter's name; PEFT forbids dots")
     dataset: str = Field(min_length=1, description="where the samples come from")
@@ -135,10 +146,8 @@ class Job(BaseModel):
         return self.learning_rate * share
 
 
-class Workload(BaseModel):
+class Workload(_Frozen):
     """Jobs that are trained together, in a fixed order; plans name a job by its index here."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = VERSION
     name: str = Field(min_length=1)

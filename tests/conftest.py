@@ -37,3 +37,11 @@ def _make_job():
 @pytest.fixture(name="make_workload")
 def _make_workload():
     return workload
+
+
+@pytest.fixture
+def forked_runs(monkeypatch):
+    """The runs of `lorafusion.checks` are those of tests/forked.py, whose processes import nothing."""
+    from tests import forked  # imports torch, which most tests do without
+
+    monkeypatch.setattr("lorafusion.checks.launch", forked.launch)

@@ -6,10 +6,21 @@ import functools
 
 import pytest
 
-from lorafusion.checks import LOSS_TOLERANCE, WEIGHT_TOLERANCE, Trained, lossless, toy_jobs, train
+from lorafusion.checks import (
+    LOSS_TOLERANCE,
+    WEIGHT_TOLERANCE,
+    Arrangement,
+    Trained,
+    learning,
+    lossless,
+    toy_jobs,
+    train,
+)
 from lorafusion.models.lora import peft_config
+from lorafusion.runtime.launch import launch
 from lorafusion.workload import Workload
 
+pytestmark = pytest.mark.usefixtures("forked_runs")
 WITHOUT_DROPOUT = Workload(name="toy", jobs=toy_jobs(dropout=0.0))
 
 
@@ -19,17 +30,21 @@ def plain() -> Trained:
     return train(WITHOUT_DROPOUT, "peft", 1)
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_adapters_trained_together_equal_each_alone(stages):
-    verdict = lossless(stages)
+def test_adapters_trained_together_equal_each_alone_and_plain_training():
+    verdict, _ = lossless([Arrangement.read(text) for text in ("1x1", "2x1", "1x2", "2x1+recompute")])
     assert verdict.passed, verdict.figures
 
 
 def test_the_check_sees_dropout_that_depends_on_the_neighbours():
     """mLoRA's arm draws its masks from the process's generator, so alone and together they differ."""
-    verdict = lossless(1, system="mlora")
+    verdict, _ = lossless([Arrangement.read("1x1")], system="mlora")
     assert not verdict.passed
-    assert verdict.figures["largest relative difference of a step's loss"] > 1e-3
+    assert verdict.figures["trained as 1x1: relative difference of a loss"] > 1e-3
+
+
+def test_adapters_learn():
+    verdict = learning()
+    assert verdict.passed, verdict.figures
 
 
 @pytest.mark.parametrize(
@@ -52,6 +67,19 @@ def test_recomputed_activations_are_those_of_their_own_microbatch(system):
     trained = train(WITHOUT_DROPOUT, system, 2, checkpointing=True)
     for job in WITHOUT_DROPOUT.jobs:
         assert trained.losses[job.name] == pytest.approx(plain().losses[job.name], rel=LOSS_TOLERANCE)
+
+
+def test_a_real_run_computes_what_a_forked_one_computes(monkeypatch):
+    """Bit for bit: what the tests here leave out is imports and nothing else."""
+    workload = Workload(name="toy", jobs=toy_jobs())
+    forked = train(workload, "lorafusion", 2)
+    monkeypatch.setattr("lorafusion.checks.launch", launch)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    real = train(workload, "lorafusion", 2)
+    assert real.losses == forked.losses
+    for job in workload.jobs:
+        assert real.weights[job.name].keys() == forked.weights[job.name].keys()
+        assert all(tensor.equal(forked.weights[job.name][name]) for name, tensor in real.weights[job.name].items())
 
 
 def test_the_adapters_are_in_pefts_format(tmp_path):

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from unittest.mock import patch
 
 import pytest
 
+from lorafusion.cli import main
 from lorafusion.config import CONFIGS
 from lorafusion.measure.environment import has_gpu
 
 XSUM = str(CONFIGS / "workloads" / "xsum.yaml")
 
 
-def lorafusion(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "lorafusion.cli", *map(str, arguments)], text=True, capture_output=True, cwd=cwd
-    )
+def lorafusion(*arguments) -> subprocess.CompletedProcess:
+    """What the program does when it is called so, in this process: the imports of a new one would take most of the
+    time."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    command = ["lorafusion", *map(str, arguments)]
+    with patch.object(sys, "argv", command), redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess(command, code, stdout.getvalue(), stderr.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +167,13 @@ def test_a_mistake_is_one_line_and_status_2(planned, name):
     # Only a mistake in the command itself is preceded by how it is used.
     assert not usage or usage[0].startswith("Usage: ")
     assert not (planned / "x").exists()
+
+
+def test_it_is_a_program(tmp_path):
+    command = [sys.executable, "-m", "lorafusion.cli", "plan", tmp_path / "none.json", "-o", tmp_path / "x"]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path}/none.json: no such workload file\n"
 
 
 def test_planning_needs_no_torch(planned):

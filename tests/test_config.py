@@ -132,6 +132,6 @@ def test_what_is_not_built_is_skipped_with_its_reason():
     assert reasons == {
         "",
         "the fully sharded executor is not built yet",
-        "the executors run one data-parallel replica, the cell asks for 2",
-        "the executors run one data-parallel replica, the cell asks for 4",
+        "its executor runs one data-parallel replica, the cell asks for 2",
+        "its executor runs one data-parallel replica, the cell asks for 4",
     }

@@ -3,8 +3,9 @@
 `lora_linear` is the function, `lora_linears` its form for linears that share their input, and `lora_gated_linear` its
 form for the down projection of a gated MLP. On a GPU they run Triton kernels, on a CPU the reference in plain PyTorch
 (`fused_lora.reference`), the oracle that the kernels are tested against. Dropout is stateless (`philox`): a token's
-mask depends on its adapter and on its place in that adapter's own stream, not on what it is batched with. `patch` puts
-the kernels under a PEFT model.
+mask depends on its adapter and on its place in that adapter's own stream, not on what it is batched with.
+`AdapterStack` holds the factors of all adapters of a training in two tensors. `patch` puts the kernels under a PEFT
+model.
 """
 
 from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment
@@ -12,8 +13,10 @@ from fused_lora.linear import lora_gated_linear, lora_linear, lora_linears
 from fused_lora.modules import LoRALinear, LoRASettings
 from fused_lora.peft import PatchSummary, patch, unpatch
 from fused_lora.philox import keep_mask, mask_key
+from fused_lora.stack import AdapterStack
 
 __all__ = [
+    "AdapterStack",
     "AdapterTable",
     "LoRAAdapter",
     "LoRABatch",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fused_lora import ops
 from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment
 from fused_lora.reference import gated
+from fused_lora.stack import AdapterStack
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -59,7 +60,7 @@ def lora_linears(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
-    adapters: Sequence[Sequence[LoRAAdapter | None]],
+    adapters: Sequence[Sequence[LoRAAdapter | None]] | AdapterStack,
     batch: LoRABatch,
     training: bool = True,
     table: AdapterTable | None = None,
@@ -69,8 +70,9 @@ def lora_linears(
     where they arise. Each linear draws masks of its own.
 
     x [..., K], M tokens; weights P times [N_p, K] and biases P times [N_p] or None, frozen; adapters [P][G], None where
-    one has no factors on a linear. table: of the same adapters, where the caller has it from an earlier call: making
-    one copies to the device. keep_bits: keep the dropout masks for the backward pass, one bit an element, or
+    one has no factors on a linear, or a stack of them, whose two tensors get the gradients then. table: of the same
+    adapters, where the caller has it from an earlier call: making one copies to the device, and a stack has its own.
+    keep_bits: keep the dropout masks for the backward pass, one bit an element, or
     draw them again there. Factors may have another floating dtype than x: products are computed in x's, gradients come
     in the factors'. Every adapter gets a gradient: zeros without tokens, and on a linear whose y is not used.
     Differentiable once; no call waits for the device. Raises ValueError naming the argument, what was found and what
@@ -80,11 +82,10 @@ def lora_linears(
     table = _table(adapters, x, table)
     if table.max_rank == 0 or not batch.adapters.numel():
         return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    flat, biases = x.reshape(-1, x.shape[-1]), [x.new_empty(0) if bias is None else bias for bias in biases]
-    # The operator's dtypes are those of its arguments: autocast would change them inside it.
-    with torch.autocast(x.device.type, enabled=False):
-        settings = operator_arguments(adapters, batch, table, training)
-        ys, _, _ = ops.linear(flat, list(weights), biases, *settings, keep_bits)
+    flat, none = x.reshape(-1, x.shape[-1]), x.new_empty(0)
+    biases = [none if bias is None else bias for bias in biases]
+    settings = operator_arguments(adapters, batch, table, training)
+    ys = ops.run_linear(flat, list(weights), biases, *settings, keep_bits)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
@@ -93,7 +94,7 @@ def lora_gated_linear(
     up: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    adapters: Sequence[LoRAAdapter | None],
+    adapters: Sequence[LoRAAdapter | None] | AdapterStack,
     batch: LoRABatch,
     training: bool = True,
     table: AdapterTable | None = None,
@@ -103,25 +104,29 @@ def lora_gated_linear(
 
     gate and up [..., K], M tokens, are kept for the backward pass, where h is computed again. y is what `lora_linears`
     gives for h, which is silu in float32, times up, rounded once to the dtype of gate (all in float64 for float64);
-    PyTorch's `F.silu(gate) * up` rounds twice. adapters [G]; table: of [adapters]. The rest is as for `lora_linears`.
-    Raises ValueError naming the argument, what was found and what was expected.
+    PyTorch's `F.silu(gate) * up` rounds twice. adapters [G], or a stack of them on one linear; table: of [adapters].
+    The rest is as for `lora_linears`. Raises ValueError naming the argument, what was found and what was expected.
     """
     _check_x(gate, "gate")
     _expect_like("up", up, gate, gate.shape)
-    _check(gate, [weight], [bias], [adapters], batch)
-    table = _table([adapters], gate, table)
+    adapters = adapters if isinstance(adapters, AdapterStack) else [adapters]
+    _check(gate, [weight], [bias], adapters, batch)
+    table = _table(adapters, gate, table)
     if table.max_rank == 0 or not batch.adapters.numel():
         return F.linear(gated(gate, up), weight, bias)
     bias = gate.new_empty(0) if bias is None else bias
     flat = [one.reshape(-1, one.shape[-1]) for one in (gate, up)]
-    with torch.autocast(gate.device.type, enabled=False):
-        settings = operator_arguments([adapters], batch, table, training)
-        y, _, _ = ops.gated_linear(*flat, weight, bias, *settings, keep_bits)
+    settings = operator_arguments(adapters, batch, table, training)
+    y = ops.run_gated_linear(*flat, weight, bias, *settings, keep_bits)
     return y.view(*gate.shape[:-1], y.shape[-1])
 
 
 def _table(adapters, x, table: AdapterTable | None) -> AdapterTable:
-    """The caller's table, if it fits the adapters, or a new one."""
+    """The stack's table; or the caller's, if it fits the adapters, or a new one."""
+    if isinstance(adapters, AdapterStack):
+        if table is not None:
+            raise ValueError("table: expected None, since a stack of adapters has its own")
+        return adapters.table
     table = table or AdapterTable.of(adapters, x.device)
     expected = tuple(tuple(0 if one is None else one.rank for one in row) for row in adapters)
     if table.ranks != expected:
@@ -130,13 +135,21 @@ def _table(adapters, x, table: AdapterTable | None) -> AdapterTable:
 
 
 def operator_arguments(
-    adapters: Sequence[Sequence[LoRAAdapter | None]], batch: LoRABatch, table: AdapterTable, training: bool
+    adapters: Sequence[Sequence[LoRAAdapter | None]] | AdapterStack,
+    batch: LoRABatch,
+    table: AdapterTable,
+    training: bool,
 ) -> tuple:
-    """What the operators of `ops` take after weights and biases, but for keep_bits. adapters [P][G]."""
-    present = [adapter for adapter in chain.from_iterable(adapters) if adapter is not None]
+    """What the operators of `ops` take after weights and biases, but for keep_bits. adapters [P][G], or their stack."""
+    if isinstance(adapters, AdapterStack):
+        a, b = adapters.a, adapters.b
+    else:
+        present = [adapter for adapter in chain.from_iterable(adapters) if adapter is not None]
+        a = _stacked([adapter.a for adapter in present])
+        b = _stacked([adapter.b.reshape(-1) for adapter in present])
     return (
-        _stacked([adapter.a for adapter in present]),
-        _stacked([adapter.b.reshape(-1) for adapter in present]),
+        a,
+        b,
         table.factors if training else table.scalings,
         table.thresholds,
         table.keys,
@@ -161,10 +174,8 @@ def _check(x, weights, biases, adapters, batch) -> None:
     if not len(weights) == len(biases) == len(adapters) or not weights:
         counts = f"{len(weights)}, {len(biases)} and {len(adapters)}"
         raise ValueError(f"weights, biases, adapters: expected one entry for each linear, found {counts}")
-    if len({len(row) for row in adapters}) > 1:
-        raise ValueError(f"adapters: expected as many for each linear, found {[len(row) for row in adapters]}")
     several = len(weights) > 1
-    for index, (weight, bias, row) in enumerate(zip(weights, biases, adapters, strict=True)):
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         name = f"weights[{index}]" if several else "weight"
         _expect(name, weight, 2, "[N, K]")
         _expect_like(name, weight, x, (weight.shape[0], x.shape[-1]))
@@ -175,9 +186,10 @@ def _check(x, weights, biases, adapters, batch) -> None:
         for frozen in (weight, bias):
             if frozen is not None and frozen.requires_grad:
                 raise ValueError(f"{name} and its bias: expected frozen ones, found one that requires a gradient")
-        for place, adapter in enumerate(row):
-            if adapter is not None:
-                _check_adapter(f"adapters[{index}][{place}]" if several else f"adapters[{place}]", adapter, x, weight)
+    if isinstance(adapters, AdapterStack):
+        _check_stack(adapters, x, weights)
+    else:
+        _check_adapters(adapters, x, weights)
     _check_batch(x, batch)
 
 
@@ -199,6 +211,25 @@ def _check_batch(x, batch) -> None:
         if tensor.dtype != dtype or tuple(tensor.shape) not in shapes or tensor.device != x.device:
             found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             raise ValueError(f"{name}: expected {dtype} {list(shapes[0])} on {x.device}, found {found}")
+
+
+def _check_stack(stack: AdapterStack, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+    _expect_like("the stack's a", stack.a, x, (stack.a.shape[0], x.shape[-1]), dtype=False)
+    for index, (weight, rows) in enumerate(zip(weights, stack.rows, strict=True)):
+        if rows not in (0, weight.shape[0]):
+            name = f"weights[{index}]" if len(weights) > 1 else "weight"
+            raise ValueError(f"{name}: expected {rows} rows, as the stack's b have, found {weight.shape[0]}")
+    stack.check_gradients()
+
+
+def _check_adapters(adapters, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+    if len({len(row) for row in adapters}) > 1:
+        raise ValueError(f"adapters: expected as many for each linear, found {[len(row) for row in adapters]}")
+    for index, (weight, row) in enumerate(zip(weights, adapters, strict=True)):
+        name = f"adapters[{index}]" if len(weights) > 1 else "adapters"
+        for place, adapter in enumerate(row):
+            if adapter is not None:
+                _check_adapter(f"{name}[{place}]", adapter, x, weight)
 
 
 def _check_adapter(name: str, adapter: LoRAAdapter, x: torch.Tensor, weight: torch.Tensor) -> None:

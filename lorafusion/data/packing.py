@@ -50,7 +50,7 @@ class PackedBatch:
     """T tokens of a microbatch.
 
     input_ids int64 [1, T]; position_ids int64 [1, T], from 0 in each sample; labels int64 [T], the next token of the
-    sample; weights float32 [T], one over the label tokens of the adapter's global batch; positions int64 [T], the
+    sample; weights float64 [T], one over the label tokens of the adapter's global batch; positions int64 [T], the
     token's place in its adapter's own stream, which the dropout masks are drawn from.
     """
 
@@ -63,16 +63,9 @@ class PackedBatch:
     segments: tuple[AdapterSegment, ...]
 
     @cached_property
-    def adapters(self) -> tuple[int, ...]:
-        """The adapters of the microbatch, as indices of the workload's jobs."""
-        return tuple(sorted({segment.adapter for segment in self.segments}))
-
-    @cached_property
     def lora(self) -> LoRABatch:
-        """Whose tokens are where, on the device; adapters are counted within `adapters`."""
-        places = {adapter: place for place, adapter in enumerate(self.adapters)}
-        segments = [LoRASegment(one.start, one.stop, places[one.adapter]) for one in self.segments]
-        return LoRABatch.of(segments, self.positions)
+        """Whose tokens are where, on the device; adapters are indices of the workload's jobs."""
+        return LoRABatch.of(self.segments, self.positions)
 
 
 class BatchBuilder:
@@ -147,7 +140,7 @@ class _Parts:
         labels[: first_label - 1] = IGNORE
         self.ids.append(ids)
         self.labels.append(labels)
-        self.weights.append(torch.full((len(ids),), weight, dtype=torch.float32))
+        self.weights.append(torch.full((len(ids),), weight, dtype=torch.float64))
         self.places.append(place)
         self.positions.append(place + stream_offset)
         self.lengths.append(len(ids))

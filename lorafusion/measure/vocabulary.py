@@ -24,6 +24,7 @@ METRICS = {
     "overhead": Metric("1", "lower", "time over that of the frozen linear or model, less one"),
     "speedup": Metric("1", "higher", "a ratio of times or throughputs, above one is faster"),
     "bubble": Metric("1", "lower", "idle share of a stage"),
+    "busy": Metric("1", "higher", "share of the time in which the device computes or copies"),
     "fill": Metric("1", "higher", "tokens over capacity, mean over the microbatches"),
     "microbatch_ratio": Metric("1", "lower", "microbatches over their lower bound"),
     "solve_time": Metric("s", "lower", "time that the planner took"),

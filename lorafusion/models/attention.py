@@ -6,8 +6,6 @@ work is the sum of squared sample lengths, and what is no number in one sample s
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
@@ -42,19 +40,13 @@ def packed_attention(
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, borders: SampleBorders, scaling: float
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 needs equal head counts and calls the causal case is_causal or window_size by its build; ask once.
-    parameters = inspect.signature(varlen_attn).parameters
-    options: dict = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
-    groups = query.shape[1] // key.shape[1]
-    if "enable_gqa" in parameters:
-        options["enable_gqa"] = groups > 1
-    elif groups > 1:
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    """[T, H, D]. The operator behind `torch.nn.attention.varlen`, which in torch 2.11 asks for as many heads of keys as
+    of queries: to repeat them took 30 ms of a microbatch's 496 with Llama-3.1-8B on an H200."""
     flat = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
     offsets, longest = borders.offsets, borders.longest
-    return varlen_attn(*flat, offsets, offsets, longest, longest, scale=scaling, **options)
+    return torch.ops.aten._flash_attention_forward(
+        *flat, offsets, offsets, longest, longest, dropout_p=0.0, is_causal=True, return_debug_mask=False, scale=scaling
+    )[0]
 
 
 AttentionInterface.register(NAME, packed_attention)

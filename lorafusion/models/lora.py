@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, wraps
 
 import torch
@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
-from fused_lora import AdapterTable, LoRAAdapter, lora_gated_linear, lora_linears, mask_key
+from fused_lora import AdapterStack, LoRAAdapter, lora_gated_linear, lora_linears, mask_key
 from fused_lora.modules import SHARED_INPUTS, SharedInput
 from lorafusion.data.packing import PackedBatch
 from lorafusion.errors import UserError
@@ -24,9 +24,13 @@ from lorafusion.workload import Job
 
 @dataclass
 class ActiveBatch:
-    """The microbatch whose forward runs now; the linears of a stage read it, the executor sets it."""
+    """The microbatch whose forward runs now; the linears of a stage read it, the executor sets it.
+
+    stacks: what the adapters' parameters are views of, where the kind stacks them; autograd knows those alone.
+    """
 
     batch: PackedBatch | None = None
+    stacks: list[AdapterStack] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -107,15 +111,16 @@ def named_adapter_parameters(stage: Stage, job: Job) -> dict[str, torch.nn.Param
 
 
 def adapter_state(stage: Stage, job: Job) -> dict[str, torch.Tensor]:
-    """One job's adapter on this stage, on the CPU, under the names of PEFT's file format."""
+    """A copy of one job's adapter on this stage, on the CPU, under the names of PEFT's file format."""
     state = get_peft_model_state_dict(stage, adapter_name=job.name)
-    return {f"base_model.model.{name}": value.detach().cpu() for name, value in state.items()}
+    # A view would take the rest of its stack along when it is sent to another process.
+    return {f"base_model.model.{name}": value.detach().to("cpu", copy=True) for name, value in state.items()}
 
 
 def fused(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:
     """All adapters of the microbatch in one operation, linears that share their input together, and a gated MLP's down
     projection with the gate before it: `fused_lora`'s kernels on a GPU, their reference in PyTorch on a CPU. Dropout
-    masks are stateless."""
+    masks are stateless. The parameters become views of stacks: `fused_lora.AdapterStack` tells what that forbids."""
     siblings: dict[tuple[str, int], list[LoRALinear]] = {}
     for linear in linears:
         parent, _, name = linear.name.rpartition(".")
@@ -130,8 +135,9 @@ class _FusedGroup:
 
     def __init__(self, linears: list[LoRALinear], active: ActiveBatch) -> None:
         self.linears, self.active = linears, active
-        self.keys = [[mask_key(job.seed, one.layer_index, one.module) for job in one.jobs] for one in linears]
-        self.tables: dict[tuple[int, ...], AdapterTable] = {}
+        self.bases = [linear.layer.get_base_layer() for linear in linears]
+        self.stack = AdapterStack([[_adapter(linear, job) for job in linear.jobs] for linear in linears])
+        active.stacks.append(self.stack)
         shared = SharedInput(self.compute)
         for index, linear in enumerate(linears):
             linear.layer.forward = partial(shared.output, index)
@@ -140,31 +146,25 @@ class _FusedGroup:
             first.parent.forward = partial(self.gated_mlp, first.parent)
 
     def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
-        bases, adapters, settings = self._arguments(x.device)
-        return lora_linears(x, [base.weight for base in bases], [base.bias for base in bases], adapters, *settings)
+        weights, biases = [base.weight for base in self.bases], [base.bias for base in self.bases]
+        return lora_linears(x, weights, biases, self.stack, self.active.batch.lora, self._training)
 
     def gated_mlp(self, mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The forward of the MLP whose down projection this is: silu(gate) * up is not kept for the backward pass."""
-        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-        [base], [adapters], settings = self._arguments(x.device)
-        return lora_gated_linear(gate, up, base.weight, base.bias, adapters, *settings)
+        gate, up, [base] = mlp.gate_proj(x), mlp.up_proj(x), self.bases
+        return lora_gated_linear(gate, up, base.weight, base.bias, self.stack, self.active.batch.lora, self._training)
 
-    def _arguments(self, device: torch.device) -> tuple[list[nn.Linear], list[list[LoRAAdapter | None]], tuple]:
-        """For the microbatch: the base linears, the adapters of each, and what is the same for all."""
-        batch = self.active.batch
-        bases = [linear.layer.get_base_layer() for linear in self.linears]
-        adapters = [[self._adapter(place, job) for job in batch.adapters] for place in range(len(self.linears))]
-        if batch.adapters not in self.tables:
-            self.tables[batch.adapters] = AdapterTable.of(adapters, device)
-        return bases, adapters, (batch.lora, self.linears[0].layer.training, self.tables[batch.adapters])
+    @property
+    def _training(self) -> bool:
+        return self.linears[0].layer.training
 
-    def _adapter(self, place: int, index: int) -> LoRAAdapter | None:
-        linear = self.linears[place]
-        job, layer = linear.jobs[index], linear.layer
-        if job.name not in layer.lora_A:
-            return None
-        a, b = layer.lora_A[job.name].weight, layer.lora_B[job.name].weight
-        return LoRAAdapter(a, b, job.scaling, job.dropout, self.keys[place][index])
+
+def _adapter(linear: LoRALinear, job: Job) -> LoRAAdapter | None:
+    """A job's adapter on a linear, None where it has no factors."""
+    if job.name not in linear.layer.lora_A:
+        return None
+    a, b = linear.layer.lora_A[job.name].weight, linear.layer.lora_B[job.name].weight
+    return LoRAAdapter(a, b, job.scaling, job.dropout, mask_key(job.seed, linear.layer_index, linear.module))
 
 
 def each(kind: Callable[[LoRALinear, ActiveBatch], None]) -> Kind:

@@ -15,10 +15,10 @@ CHUNK_ROWS = 2048
 def weighted_losses(
     hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Each token's share of its adapter's loss, [T] in float32, or float64 where the hidden states are.
+    """Each token's share of its adapter's loss, [T] in float64.
 
     hidden [1, T, H], what the head takes; head [V, H], frozen; labels int64 [T], IGNORE where nothing is to be
-    predicted; weights float32 [T], one over the label tokens of the adapter's global batch. The sum over all tokens of
+    predicted; weights float64 [T], one over the label tokens of the adapter's global batch. The sum over all tokens of
     a global batch, whatever microbatches they came in, is the mean token loss of that batch.
 
     On a GPU logits are made and used up chunk by chunk, by Liger's kernel where it is installed.

@@ -32,6 +32,7 @@ class Architecture(NamedTuple):
 
     config: type
     layer: type[nn.Module]
+    attention: type[nn.Module]
     norm: type[nn.Module]
     mlp: type[nn.Module]
     rotary: type[nn.Module]
@@ -41,6 +42,7 @@ ARCHITECTURES = {
     "llama": Architecture(
         LlamaConfig,
         modeling_llama.LlamaDecoderLayer,
+        modeling_llama.LlamaAttention,
         modeling_llama.LlamaRMSNorm,
         modeling_llama.LlamaMLP,
         modeling_llama.LlamaRotaryEmbedding,
@@ -48,6 +50,7 @@ ARCHITECTURES = {
     "qwen2": Architecture(
         Qwen2Config,
         modeling_qwen2.Qwen2DecoderLayer,
+        modeling_qwen2.Qwen2Attention,
         modeling_qwen2.Qwen2RMSNorm,
         modeling_qwen2.Qwen2MLP,
         modeling_qwen2.Qwen2RotaryEmbedding,

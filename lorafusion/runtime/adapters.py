@@ -58,6 +58,10 @@ class AdapterTraining:
         self.steps += 1
         return norm
 
+    def steps_made(self) -> int:
+        """The steps that changed the weights: fewer than `steps` once the adapter is stopped. Waits for the device."""
+        return int(next(iter(self.optimizer.state.values()))["step"])
+
     def zero_gradients(self) -> None:
         torch._foreach_zero_(self.gradients)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 
 SIZE = 512
+NODE = platform.node()
 START_UP = "start-up"
 ENDED = "ended"
 WAITING = "waiting for "
@@ -32,7 +34,7 @@ class Position:
     def set(self, doing: str) -> None:
         self.doing = doing
         self._changes += 1
-        text = f"{os.getpid()}\n{self._changes}\n{self.place}\n{doing}\n".encode()[:SIZE]
+        text = f"{NODE}\n{os.getpid()}\n{self._changes}\n{self.place}\n{doing}\n".encode()[:SIZE]
         self._memory[: len(text)] = text
 
     def waiting(self, what: str) -> None:
@@ -43,6 +45,7 @@ class Position:
 class Seen:
     """A process as its file last showed it; `since`: when that last changed, on the monotonic clock."""
 
+    node: str
     pid: int
     changes: int
     place: str
@@ -66,7 +69,7 @@ class Watch:
                 continue
             if rank not in self.seen or self.seen[rank].changes != found.changes:
                 self.seen[rank] = found
-            if self.died is None and found.doing != ENDED and not _lives(found.pid):
+            if self.died is None and found.doing != ENDED and found.node == NODE and not _lives(found.pid):
                 self.died = found
 
     def stalled(self, seconds: float) -> str:
@@ -86,8 +89,8 @@ def _path(directory: Path, rank: int) -> Path:
 
 def _read(path: Path, now: float) -> Seen | None:
     try:
-        pid, changes, place, doing, _ = path.read_bytes().decode(errors="replace").split("\n", 4)
-        return Seen(int(pid), int(changes), place, doing, now)
+        node, pid, changes, place, doing, _ = path.read_bytes().decode(errors="replace").split("\n", 5)
+        return Seen(node, int(pid), int(changes), place, doing, now)
     except (FileNotFoundError, ValueError):
         return None  # not there yet, or half written
 

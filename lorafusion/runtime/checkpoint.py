@@ -36,12 +36,13 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Found:
-    """A whole checkpoint; steps: those of each adapter that are done."""
+    """A whole checkpoint. steps: of each adapter, those that are done. stopped: of each one that was stopped, the steps
+    that its weights have seen."""
 
     path: Path
     slot: int
     steps: dict[str, int]
-    stopped: tuple[str, ...]
+    stopped: dict[str, int]
 
 
 def identity(spec: RunSpec, plan_hash: str) -> dict:
@@ -73,12 +74,12 @@ class Checkpoints:
         run.position.set(f"saving the checkpoint after {slot} microbatches")
         folder = self.folder / f"slot-{slot:09}"
         folder.mkdir(parents=True, exist_ok=True)
-        state, steps, stopped = {}, {}, []
+        state, steps, stopped = {}, {}, {}
         for adapter in run.adapters:
             state |= {f"{adapter.job.name}/{name}": value for name, value in adapter.state().items()}
             steps[adapter.job.name] = adapter.steps
             if bool(adapter.stopped):
-                stopped.append(adapter.job.name)
+                stopped[adapter.job.name] = adapter.steps_made()
         path = folder / f"rank-{self.rank}.safetensors"
         partial = path.with_suffix(".partial")
         save_file({name: value.detach().to("cpu").contiguous() for name, value in state.items()}, partial)
@@ -151,7 +152,7 @@ def opened(path: Path, origin: dict | None = None) -> Found:
         with open(tensors, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != described["sha256"]:
                 raise CheckpointError(f"{tensors}: corrupt, its hash is not the one in {part.name}")
-    return Found(path, described["slot"], described["steps"], tuple(described["stopped"]))
+    return Found(path, described["slot"], described["steps"], described["stopped"])
 
 
 def load(run: TrainingRun, found: Found, rank: int) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from lorafusion.runtime.board import Watch
 from lorafusion.runtime.spec import STOP_FILE, RunSpec
@@ -23,6 +24,7 @@ from lorafusion.runtime.spec import STOP_FILE, RunSpec
 ROOT = Path(__file__).parent.parent.parent
 GRACE_SECONDS = 10
 LOOK_SECONDS = 0.2
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RENDEZVOUS_PORT = 29400
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -36,6 +38,33 @@ class Outcome:
     report: dict = field(default_factory=dict)
 
 
+class Processes:
+    """The processes of a run on this node, in a session of their own so that the whole tree can be ended."""
+
+    def __init__(self, processes: int, nodes: int, arguments: list[str], log: IO[str] | None) -> None:
+        command = worker_command(processes, nodes, os.environ) + arguments
+        print("+", shlex.join(command), flush=True, file=log)
+        environment = worker_environment(processes // nodes, os.environ)
+        self._child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent,
+                                       stdout=log, stderr=log)  # fmt: skip
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit status, or None if they are still running after so long."""
+        try:
+            return self._child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def end(self) -> None:
+        """End what is left of them: politely, then not."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self._child.pid, number)
+            except ProcessLookupError:
+                return
+            self.wait(GRACE_SECONDS)
+
+
 def launch(
     spec: RunSpec,
     processes: int,
@@ -44,30 +73,28 @@ def launch(
     reports: Path | None = None,
     stall: float = math.inf,
     look: Callable[[], None] = lambda: None,
+    log: IO[str] | None = None,
+    start: Callable[[int, int, list[str], IO[str] | None], Processes] = Processes,
 ) -> Outcome:
-    """Run a spec on `processes` processes; output goes to this process's, at most `timeout` seconds pass, and at most
-    `stall` in which no process gets on. `look` is called a few times a second.
+    """Run a spec on `processes` processes; output goes to this process's, or to a log; at most `timeout` seconds pass,
+    and at most `stall` in which no process gets on. `look` is called a few times a second.
 
     With several nodes one launcher runs on each (`srun`); `reports` is then a folder that all of them see, in which
     the workers leave their reports, so that the first node knows why another failed. A run that saves checkpoints is
-    asked to do so before it ends when this process gets SIGTERM or SIGINT; the outcome is then "stopped".
+    asked to do so before it ends when this process gets SIGTERM, SIGINT or SIGHUP; the outcome is then "stopped".
     """
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         reports = reports or Path(scratch)
         reports.mkdir(parents=True, exist_ok=True)
         spec_path = Path(scratch) / "spec.json"
         spec_path.write_text(spec.model_dump_json())
-        command = worker_command(processes, nodes, os.environ) + [str(spec_path), str(reports)]
-        print("+", shlex.join(command), flush=True)
-        environment = worker_environment(processes // nodes, os.environ)
-        # A session of their own, so that the whole tree can be ended.
-        child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
         watch = Watch(reports, processes)
         with _interrupts(spec) as interrupted:
+            running = start(processes, nodes, [str(spec_path), str(reports)], log)
             try:
-                code = _wait(child, watch, timeout, stall, look)
+                code = _wait(running, watch, timeout, stall, look)
             finally:
-                _end(child)
+                running.end()
         if isinstance(code, str):
             return Outcome("timeout", code)
         done = outcome(reports, code, watch)
@@ -77,16 +104,15 @@ def launch(
         return done
 
 
-def _wait(child: subprocess.Popen, watch: Watch, timeout: float, stall: float, look: Callable[[], None]) -> int | str:
+def _wait(running: Processes, watch: Watch, timeout: float, stall: float, look: Callable[[], None]) -> int | str:
     """The exit status of a run's processes, or why they are not waited for any longer."""
     begin = time.monotonic()
     while True:
-        try:
-            return child.wait(LOOK_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
+        code = running.wait(LOOK_SECONDS)
         look()
         watch.look()
+        if code is not None:
+            return code
         if time.monotonic() - begin > timeout:
             return f"not done after {timeout:g} s"
         stalled = watch.stalled(stall)
@@ -96,8 +122,8 @@ def _wait(child: subprocess.Popen, watch: Watch, timeout: float, stall: float, l
 
 @contextmanager
 def _interrupts(spec: RunSpec) -> Iterator[list[str]]:
-    """Within it SIGTERM and SIGINT ask a run with checkpoints to save and end, the names of those that came are in the
-    list; a second one, or the first for another run, interrupts this process."""
+    """Within it SIGTERM, SIGINT and SIGHUP ask a run with checkpoints to save and end; the names of those that came are
+    in the list. A second one, or the first for another run, interrupts this process."""
     came: list[str] = []
 
     def handle(number: int, _frame: object) -> None:
@@ -108,7 +134,7 @@ def _interrupts(spec: RunSpec) -> Iterator[list[str]]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / STOP_FILE).touch()
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         if spec.saving:
             (Path(spec.saving.folder) / STOP_FILE).unlink(missing_ok=True)
@@ -177,16 +203,3 @@ def outcome(reports: Path, code: int, watch: Watch | None = None) -> Outcome:
     if code or not report.exists():
         return Outcome("crash", f"ended with status {code} and left no report; its log says more")
     return Outcome("ok", report=json.loads(report.read_text()))
-
-
-def _end(child: subprocess.Popen) -> None:
-    """End what is left of the run's processes: politely, then not."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(child.pid, number)
-        except ProcessLookupError:
-            return
-        try:
-            child.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue

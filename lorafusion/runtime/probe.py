@@ -91,17 +91,19 @@ def _needs(run: TrainingRun) -> Needs:
     return Needs(float(before), *lines)
 
 
-def capacity_of(stages: Sequence[Measured], longest: int, share: float | None) -> tuple[int, float]:
+def capacity_of(
+    stages: Sequence[Measured], longest: int, share: float | None, wanted: int | None = None
+) -> tuple[int, float]:
     """Tokens of a microbatch that fit on every stage, and the share of the layers that is computed again for that.
 
     longest: tokens of the longest sample, that must fit. share: as it was asked for, or None for the least with which
-    WANTED tokens fit. Raises `UserError` where the longest sample does not fit.
+    the wanted tokens fit, by default WANTED. Raises `UserError` where the longest sample does not fit.
     """
     chosen = (0, 0.0)
     for tried in SHARES if share is None else (share,):
         capacity = min(_capacity(one, tried) for one in stages)
         chosen = max(chosen, (min(capacity, MOST), tried), key=lambda one: one[0])
-        if capacity >= max(WANTED, longest):
+        if capacity >= max(wanted or WANTED, longest):
             break
     capacity, used = chosen
     capacity = capacity // STEP * STEP

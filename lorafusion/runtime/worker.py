@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from lorafusion.config import read_model, read_systems
 from lorafusion.data.packing import BatchBuilder
-from lorafusion.data.tokens import SyntheticTokens
+from lorafusion.data.store import JobTokens
+from lorafusion.data.tokens import SyntheticTokens, TokenSource
 from lorafusion.errors import UserError, one_of, validated
 from lorafusion.imports import load
 from lorafusion.measure.timers import canary, peak_memory, reset_peak_memory
@@ -128,9 +129,9 @@ def build_run(
     return TrainingRun(workload, plan, stage, active, builder, pipeline, position)
 
 
-def token_source(spec: RunSpec, vocabulary: int):
+def token_source(spec: RunSpec, vocabulary: int) -> TokenSource:
     """Where the samples' tokens come from."""
-    return SyntheticTokens(vocabulary)
+    return JobTokens(Path(spec.tokens), vocabulary) if spec.tokens else SyntheticTokens(vocabulary)
 
 
 def _checkpoints(spec: RunSpec, run: TrainingRun, rank: int, world: int) -> checkpoint.Checkpoints:

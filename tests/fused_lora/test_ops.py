@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, linear, lora_linear, lora_linears, ops
@@ -118,6 +120,59 @@ def test_fake_results_have_the_shapes_and_dtypes_of_real_ones(name):
         fake = ops.linear(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
     for one, other in zip(tree_leaves(fake), tree_leaves(real), strict=True):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+class Seen(TorchDispatchMode):
+    """Notes which operators of ours are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fused_lora":
+            self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"training": False}, {"keep_bits": False}])
+@pytest.mark.parametrize("count", [1, 3])
+def test_eager_mode_without_the_operators_gives_what_they_give(count, options):
+    """Which are called where a mode wants to see them."""
+    arguments = linears(count)
+    plain = results(arguments, **options)
+    with Seen() as seen:
+        found = results(arguments, **options)
+    assert seen.names == ["linear", "linear_backward"]
+    assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
+
+
+def test_what_eager_mode_keeps_for_the_backward_pass_is_what_the_operator_keeps():
+    kept = []
+    for mode in (nullcontext(), Seen()):
+        sizes = []
+        kept.append(sizes)
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda one, sizes=sizes: sizes.append(one.shape), lambda _: _)
+        with mode, hooks:
+            lora_linears(**linears(2))
+    assert kept[0] == kept[1]
+
+
+def test_fake_tensors_without_their_mode_go_to_the_operator():
+    arguments = linears(2)
+    table = AdapterTable.of(arguments["adapters"], CPU)
+    with FakeTensorMode() as mode:
+        fake = tree_map_only(torch.Tensor, mode.from_tensor, {**arguments, "batch": None, "adapters": None})
+        rows = [
+            [one and replace(one, a=mode.from_tensor(one.a), b=mode.from_tensor(one.b)) for one in row]
+            for row in arguments["adapters"]
+        ]
+        batch = LoRABatch(*map(mode.from_tensor, vars(arguments["batch"]).values()))
+        table = replace(
+            table, **{name: mode.from_tensor(one) for name, one in vars(table).items() if torch.is_tensor(one)}
+        )
+    ys = lora_linears(**(fake | {"adapters": rows, "batch": batch}), table=table)
+    assert [(type(y), y.shape) for y in ys] == [(FakeTensor, (TOKENS, rows)) for rows in ROWS[:2]]
 
 
 @pytest.mark.parametrize("options", [{}, {"training": False}, {"keep_bits": False}])

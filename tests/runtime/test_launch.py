@@ -23,6 +23,7 @@ from lorafusion.runtime.launch import Outcome, launch, outcome, worker_command, 
 from lorafusion.runtime.result import result_of
 from lorafusion.runtime.spec import RunSpec
 from lorafusion.scheduler import first_fit
+from tests import forked
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,7 @@ def test_a_run_ends_with_a_report(spec):
 
 
 def test_a_mistake_is_one_line_that_names_it(spec):
-    done = launch(spec(stages=2), 1, timeout=120)
+    done = forked.launch(spec(stages=2), 1, timeout=120)
     assert done.status == "crash"
     assert "plan.json: made for 2 stages and 1 replicas, but the run has 1 processes" in done.note
     assert "\n" not in done.note
@@ -75,7 +76,7 @@ def test_a_stage_that_fails_ends_the_others(spec, tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_told_apart(spec):
-    done = launch(spec(learning_rate=1e20), 1, timeout=120)
+    done = forked.launch(spec(learning_rate=1e20), 1, timeout=120)
     assert done.status == "ok"
     result = result_of(done, Plan.read(spec().plan), {}, {})
     assert result["status"] == "nan"
@@ -85,10 +86,11 @@ def test_a_loss_that_is_no_number_is_told_apart(spec):
 
 
 def test_out_of_memory_is_its_own_status(spec):
+    """The first weight would take 16 GiB."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, limits[1]))
     try:
-        done = launch(spec(model={"hidden_size": 32768, "intermediate_size": 131072}), 1, timeout=120)
+        done = launch(spec(model={"hidden_size": 65536}), 1, timeout=120)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert done.status == "oom", done.note

@@ -20,18 +20,45 @@ rule check_plans:
 
 rule check_lossless:
     output:
-        f"{RESULTS}/checks/lossless-{{stages}}.json",
+        verdict=f"{RESULTS}/checks/lossless.json",
+        curves=f"{RESULTS}/checks/lossless.csv",
     log:
-        f"{LOGS}/check_lossless/{{stages}}.log",
+        f"{LOGS}/check_lossless.log",
     conda:
         "../../environment.yml"
+    params:
+        arrangements=[f"--arrangement={one}" for one in SUITE.checks.lossless],
     resources:
-        runtime=10,
-        mem_mb=lambda wildcards: 2000 * int(wildcards.stages),
-        cpus_per_task=lambda wildcards: int(wildcards.stages),
+        runtime=15,
+        mem_mb=2000 * LOSSLESS_PROCESSES,
+        cpus_per_task=LOSSLESS_PROCESSES,
         device=1,
     shell:
-        "lorafusion check lossless --stages {wildcards.stages} --out {output:q} > {log:q} 2>&1"
+        "lorafusion check lossless {params.arrangements:q} --curves {output.curves:q} --out {output.verdict:q}"
+        " > {log:q} 2>&1"
+
+
+rule lossless:
+    input:
+        f"{RESULTS}/checks/lossless.csv",
+    output:
+        png=report(
+            f"{RESULTS}/figures/lossless.png",
+            caption="../report/lossless.rst",
+            category="Checks",
+            labels={"content": "losses lying on each other", "form": "PNG"},
+        ),
+        pdf=f"{RESULTS}/figures/lossless.pdf",
+        csv=f"{RESULTS}/figures/lossless.csv",
+    log:
+        f"{LOGS}/lossless.log",
+    localrule: True
+    conda:
+        "../../environment.yml"
+    params:
+        stem=subpath(output.png, strip_suffix=".png"),
+    shell:
+        "lorafusion figure lossless {input:q} --out {params.stem:q} > {log:q} 2>&1"
 
 
 rule check_learning:

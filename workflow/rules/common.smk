@@ -11,6 +11,7 @@ from lorafusion.benchmarks.scheduler import benches as scheduler_benches
 from lorafusion.benchmarks.scheduler import read_scheduler_suites
 from lorafusion.benchmarks.suite import bench_hash, benches, read_kernel_suites
 from lorafusion.cells import config_hash, unavailable
+from lorafusion.checks import Arrangement
 from lorafusion.config import (
     CONFIGS,
     cells,
@@ -57,6 +58,10 @@ except UserError as error:
 
 WORKLOAD_CONFIGS = os.path.relpath(CONFIGS / "workloads")
 SYSTEMS = read_systems()
+LOSSLESS_PROCESSES = max(
+    arrangement.stages * arrangement.replicas
+    for arrangement in map(Arrangement.read, SUITE.checks.lossless)
+)
 CELLS = {cell.name: cell for cell in cells(SUITE, SUITE_PATH)}
 WORKLOADS = {cell.workload_name: cell for cell in CELLS.values()}
 config["suite_name"] = SUITE.name  # for the captions of the report

@@ -34,10 +34,7 @@ rule measurements:
 rule checks:
     input:
         f"{RESULTS}/checks/plans.json",
-        [
-            f"{RESULTS}/checks/lossless-{stages}.json"
-            for stages in SUITE.checks.lossless_stages
-        ],
+        f"{RESULTS}/checks/lossless.json",
         [f"{RESULTS}/checks/learning.json"] if SUITE.checks.learning else [],
         KERNEL_VERDICTS,
     output:

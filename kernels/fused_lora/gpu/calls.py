@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
@@ -20,6 +23,7 @@ INTERPRETER = "interpreter"
 MOST_LINEARS = 3  # that one kernel takes
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32}
 SUMMED_TILE = 256  # elements of a program that adds partial sums: small, as there are few elements for many programs
+REMEMBERED = 4096  # choices: those of one model's linears for a hundred lengths of microbatches
 
 
 @lru_cache
@@ -29,6 +33,23 @@ def target_of(device: torch.device) -> Target:
         return Target(INTERPRETER, (0, 0), 4)
     properties = torch.cuda.get_device_properties(device)
     return Target(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
+
+
+def cdiv(size: int, part: int) -> int:
+    """Parts that it takes for a size. Triton's own is one for kernels, too, and takes the host ten times as long."""
+    return -(-size // part)
+
+
+def power_of_2(size: int) -> int:
+    """The smallest that is no less."""
+    return 1 << (size - 1).bit_length()
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _chosen(choose: Callable[..., dict], kernel: str, target: Target, *sizes: int) -> Mapping[str, Any]:
+    """A choice, read only, since all launches of the same sizes share it. sizes: of the `Shape`, in its order; choose:
+    who chooses, as the tuner does it otherwise."""
+    return MappingProxyType(choose(kernel, Shape(*sizes), target))
 
 
 def overlap_of(target: Target) -> dict:
@@ -46,27 +67,24 @@ class Call:
         self.scales, self.thresholds, self.keys, self.rank_offsets = scales, thresholds, keys, rank_offsets
         self.offsets, self.adapters, self.positions = offsets, adapters, positions
         self.ranks, self.max_rank, self.masked = ranks, max_rank, masked
+        self.borders_of_b = [0, *accumulate(w.shape[0] * r for w, r in zip(weights, ranks, strict=True))]
         self.tokens, self.columns = x.shape
         self.linears, self.adapter_count = scales.shape
         self.segments = adapters.shape[0]
-        self.segment_block = triton.next_power_of_2(self.segments)
+        self.segment_block = power_of_2(self.segments)
         self.words = word_count(self.columns)
         self.position_stride = int(len(positions) == self.tokens)  # 0 where positions hold the first row's alone
         self.width = rank_width(max_rank)
         self.target = target_of(x.device)
         self.overlap = overlap_of(self.target)
+        self.bits = 8 * x.element_size()  # of an element
         self.precision = "ieee" if x.dtype == torch.float32 else "tf32"
 
-    @property
-    def bits(self) -> int:
-        """Of an element of x."""
-        return 8 * self.x.element_size()
+    def choice(self, kernel: str, columns: int, inner: int = 0, linears: int = 1) -> Mapping[str, Any]:
+        sizes = (self.tokens, columns, inner, linears, self.width, self.bits, self.masked)
+        return _chosen(choose, kernel, self.target, *sizes)
 
-    def choice(self, kernel: str, columns: int, inner: int = 0, linears: int = 1) -> dict:
-        shape = Shape(self.tokens, columns, inner, linears, self.width, self.bits, self.masked)
-        return choose(kernel, shape, self.target)
-
-    def pass_settings(self, choice: dict) -> dict:
+    def pass_settings(self, choice: Mapping[str, Any]) -> dict:
         return {
             "ROWS": choice["rows"],
             "COLUMNS": choice["columns"],
@@ -77,19 +95,18 @@ class Call:
 
     def summed_rows(self) -> tuple[int, int]:
         """Width and rows of the tiles whose partial sums one program adds."""
-        width = triton.next_power_of_2(self.width)
+        width = power_of_2(self.width)
         return width, max(4, SUMMED_TILE // width)
 
     def tiles(self, rows: int) -> int:
         """No fewer than the tiles of `rows` rows laid over each segment apart."""
         if self.segments == 1:
-            return triton.cdiv(self.tokens, rows)
+            return cdiv(self.tokens, rows)
         return min(self.tokens, self.tokens // rows + self.segments)
 
     def b_of(self, linear: int, flat: Tensor) -> Tensor:
         """One linear's part of b, or of db."""
-        first = sum(w.shape[0] * r for w, r in zip(self.weights[:linear], self.ranks, strict=False))
-        return flat[first : first + self.weights[linear].shape[0] * self.ranks[linear]]
+        return flat[self.borders_of_b[linear] : self.borders_of_b[linear + 1]]
 
     def factor_gradients(self, wanted: bool) -> list[Tensor]:
         """Memory for da and db; empty where they are not wanted."""
@@ -115,10 +132,10 @@ class Call:
         return padded
 
     def _pad(self, factor: Tensor, padded: Tensor, rank_offsets: Tensor, columns: int, INPUT: bool) -> None:
-        grid = (triton.cdiv(columns, 64), self.adapter_count, len(rank_offsets))
+        grid = (cdiv(columns, 64), self.adapter_count, len(rank_offsets))
         products.pad_kernel[grid](
             factor, padded, rank_offsets, columns, self.adapter_count, self.width, INPUT=INPUT,
-            RANKS=triton.next_power_of_2(self.width), COLUMNS=64, num_warps=4, **self.overlap,
+            RANKS=power_of_2(self.width), COLUMNS=64, num_warps=4, **self.overlap,
         )  # fmt: skip
 
     @property
@@ -148,7 +165,7 @@ def aligned(tensor: Tensor) -> Tensor:
         return tensor
     unit = 16 // tensor.element_size()
     rows, columns = tensor.shape
-    copy = tensor.new_empty(rows, triton.cdiv(columns, unit) * unit)[:, :columns]
+    copy = tensor.new_empty(rows, cdiv(columns, unit) * unit)[:, :columns]
     return copy.copy_(tensor)
 
 
@@ -158,5 +175,12 @@ def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def gluon_described(tensor: Tensor, rows: int, columns: int) -> GluonDescriptor:
     """The same for kernels written in Gluon."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], GLUON_TYPES[tensor.dtype])
+    layout = _layout(rows, columns, tensor.dtype)
     return GluonDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)
+
+
+@lru_cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Of a tile in shared memory. There are a dozen, and to make one takes the host three times as long as the rest of
+    a descriptor."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], GLUON_TYPES[dtype])

@@ -63,7 +63,7 @@ def _run(kernel: JITFunction, gate: Tensor, *tensors: Tensor) -> None:
     size = gate.numel()
     if size:
         settings = calls.overlap_of(calls.target_of(gate.device))
-        kernel[(triton.cdiv(size, BLOCK),)](gate, *tensors, size, BLOCK=BLOCK, num_warps=WARPS, **settings)
+        kernel[(calls.cdiv(size, BLOCK),)](gate, *tensors, size, BLOCK=BLOCK, num_warps=WARPS, **settings)
 
 
 @triton.jit

@@ -3,14 +3,14 @@ the term that `expand_*` wrote before. `choices` says whose is faster for a shap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fused_lora.gpu import hopper_gemms, products
-from fused_lora.gpu.calls import MOST_LINEARS, Call, fetchable, gluon_described, part_of
+from fused_lora.gpu.calls import MOST_LINEARS, Call, cdiv, fetchable, gluon_described, part_of
 from fused_lora.gpu.choices import OWN, TILE_COLUMNS, TILE_ROWS, gemm_programs, rank_block
 from fused_lora.gpu.hopper import DEPTH, REGISTERS, WARPS
 
@@ -61,8 +61,8 @@ def input_product(
 
 
 def _own_input_product(
-    call: Call, group: slice, choice: dict, dys: Sequence[Tensor], ds: Tensor, words: list[Tensor], dx: Tensor,
-    let_go: bool,
+    call: Call, group: slice, choice: Mapping[str, Any], dys: Sequence[Tensor], ds: Tensor, words: list[Tensor],
+    dx: Tensor, let_go: bool,
 ) -> None:  # fmt: skip
     weights = call.weights[group]
     linears, chunk = len(weights), _chunk(call.width)
@@ -88,7 +88,7 @@ def expand_output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -
     """Fill y of one linear with what is not the base's product."""
     columns = call.weights[linear].shape[0]
     choice = call.choice("expand_output", columns)
-    grid = (triton.cdiv(call.tokens, choice["rows"]), triton.cdiv(columns, choice["columns"]))
+    grid = (cdiv(call.tokens, choice["rows"]), cdiv(columns, choice["columns"]))
     products.expand_output_kernel[grid](
         y, s[linear], call.b_of(linear, call.b), bias, call.rank_offsets[linear], *call.batch, call.tokens, columns,
         call.width, call.segments, HAS_BIAS=bias.numel() > 0, PRECISION=call.precision, SEGMENTS=call.segment_block,
@@ -101,7 +101,7 @@ def expand_input(call: Call, group: slice, ds: Tensor, bits: Tensor, dx: Tensor)
     """Fill dx with what is not the bases' products, of a group of linears."""
     linears = group.stop - group.start
     choice = call.choice("expand_input", call.columns, linears=linears)
-    grid = (triton.cdiv(call.tokens, choice["rows"]), triton.cdiv(call.columns, choice["columns"]))
+    grid = (cdiv(call.tokens, choice["rows"]), cdiv(call.columns, choice["columns"]))
     products.expand_input_kernel[grid](
         dx, ds[group], call.a, part_of(bits, group), call.rank_offsets[group], *call.batch, call.tokens, call.columns,
         call.width, call.words, call.segments, call.adapter_count, LINEARS=linears, MASKED=call.masked,
@@ -110,7 +110,7 @@ def expand_input(call: Call, group: slice, ds: Tensor, bits: Tensor, dx: Tensor)
     )  # fmt: skip
 
 
-def _settings(call: Call, choice: dict) -> dict:
+def _settings(call: Call, choice: Mapping[str, Any]) -> dict:
     return {
         "WIDTH": call.width,
         "GROUP": choice["group"],

@@ -10,11 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from fused_lora.gpu import hopper_passes, masks, passes
-from fused_lora.gpu.calls import SUMMED_TILE, Call, aligned, described, gluon_described, part_of
+from fused_lora.gpu.calls import SUMMED_TILE, Call, aligned, cdiv, described, gluon_described, part_of
 from fused_lora.gpu.choices import (
     MOST_RANKS,
     PROJECT_COLUMNS,
@@ -112,7 +111,7 @@ def draw_masks(call: Call) -> Tensor:
     bits = _new_bits(call)
     choice = call.choice("masks", call.columns)
     rows, columns = choice["rows"], choice["columns"]
-    grid = (triton.cdiv(call.tokens, rows), triton.cdiv(call.words, columns), call.linears)
+    grid = (cdiv(call.tokens, rows), cdiv(call.words, columns), call.linears)
     if call.tokens:
         masks.draw_masks_kernel[grid](
             bits, call.positions, call.thresholds, call.keys, *call.batch, call.tokens, call.words, call.segments,
@@ -162,10 +161,10 @@ def _project(
     launch: Callable[..., None],
 ) -> None:  # fmt: skip
     """What both have in common: how the columns are split, and the sums of the splits."""
-    linears, rank_tiles = group.stop - group.start, triton.cdiv(call.max_rank, ranks)
+    linears, rank_tiles = group.stop - group.start, cdiv(call.max_rank, ranks)
     # Whole tiles of columns to each split, so that no tile is read by two.
-    split_columns = triton.cdiv(triton.cdiv(call.columns, splits), columns) * columns
-    splits = triton.cdiv(call.columns, split_columns)
+    split_columns = cdiv(cdiv(call.columns, splits), columns) * columns
+    splits = cdiv(call.columns, split_columns)
     whole = splits == rank_tiles == 1  # then sums are complete, and an adapter's row is written by one program
     shape = (linears, call.tokens, call.width)
     target = s[group] if whole else s.new_empty(splits, *shape, dtype=torch.float32)
@@ -177,7 +176,7 @@ def _project(
     if whole:
         return
     width, rows = call.summed_rows()
-    passes.finish_project_kernel[(triton.cdiv(call.tokens, rows), linears)](
+    passes.finish_project_kernel[(cdiv(call.tokens, rows), linears)](
         target, s[group], call.scales[group], call.rank_offsets[group], *call.batch, call.tokens, call.width,
         call.segments, call.adapter_count, splits, target.stride(0), SEGMENTS=call.segment_block, WIDTH=width,
         ROWS=rows, num_warps=4, **call.overlap,
@@ -189,18 +188,18 @@ def output_pass(call: Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor, db: 
     columns = call.weights[linear].shape[0]
     choice = call.choice("output_pass", columns)
     ranks = rank_block(call.max_rank, 128)
-    tiles, column_tiles = call.tiles(choice["chunk"]), triton.cdiv(columns, choice["columns"])
+    tiles, column_tiles = call.tiles(choice["chunk"]), cdiv(columns, choice["columns"])
     ds_parts = dy.new_empty(column_tiles, call.tokens, call.width, dtype=torch.float32)
     db_parts = dy.new_empty(tiles, columns, call.width, dtype=torch.float32)
     tables = (call.rank_offsets[linear], *call.batch)
-    passes.output_pass_kernel[(tiles, column_tiles, triton.cdiv(call.max_rank, ranks))](
+    passes.output_pass_kernel[(tiles, column_tiles, cdiv(call.max_rank, ranks))](
         described(aligned(dy), choice["rows"], choice["columns"]), call.b_of(linear, call.b),
         described(s[linear], choice["rows"], ranks), ds_parts, db_parts, *tables, call.tokens, columns, call.width,
         call.segments, PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=ranks, CHUNK=choice["chunk"],
         **call.pass_settings(choice),
     )  # fmt: skip
     width, rows = call.summed_rows()
-    ds_programs, db_programs = triton.cdiv(call.tokens, rows), triton.cdiv(columns, rows)
+    ds_programs, db_programs = cdiv(call.tokens, rows), cdiv(columns, rows)
     passes.finish_output_kernel[(ds_programs + (db_programs * call.adapter_count if db.numel() else 0),)](
         ds_parts, ds[linear], db_parts, call.b_of(linear, db), call.scales[linear], *tables, call.tokens, columns,
         call.width, call.segments, column_tiles, ds_programs, db_programs, CHUNK=choice["chunk"],
@@ -223,9 +222,9 @@ def input_pass(
     linears, tiles = parts.shape[:2]
     choice = call.choice("input_pass", call.columns, linears=linears)
     ranks = rank_block(call.max_rank, MOST_RANKS[linears])
-    rank_tiles = triton.cdiv(call.max_rank, ranks)
+    rank_tiles = cdiv(call.max_rank, ranks)
     tables = (call.rank_offsets[group], *call.batch)
-    passes.input_pass_kernel[(tiles, triton.cdiv(call.columns, choice["columns"]), rank_tiles)](
+    passes.input_pass_kernel[(tiles, cdiv(call.columns, choice["columns"]), rank_tiles)](
         described(call.x, choice["rows"], choice["columns"]),
         described(ds[group].flatten(0, 1), choice["rows"], ranks), part_of(bits, group), parts, *tables, call.tokens,
         call.columns, call.width, call.words, call.segments, call.adapter_count, tiles,
@@ -234,7 +233,7 @@ def input_pass(
     )  # fmt: skip
     ranks = 4
     columns = SUMMED_TILE // ranks
-    grid = (triton.cdiv(call.columns, columns), triton.cdiv(call.max_rank, ranks), linears * call.adapter_count)
+    grid = (cdiv(call.columns, columns), cdiv(call.max_rank, ranks), linears * call.adapter_count)
     passes.finish_input_kernel[grid](
         parts, da, *tables, call.tokens, call.columns, call.width, call.segments, call.adapter_count, tiles,
         CHUNK=choice["chunk"], SEGMENTS=call.segment_block, RANKS=ranks, COLUMNS=columns, num_warps=4, **call.overlap,

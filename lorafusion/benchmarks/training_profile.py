@@ -1,0 +1,130 @@
+"""Where the time of training steps goes on a GPU: a profiler's trace, its kernels by class, and when there is none."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+OTHER, IDLE = "other", "idle"
+# A kernel is of the first class that a part of its name tells. What PEFT computes with its adapters are GEMMs and
+# elementwise kernels like any other; the LoRA class has the kernels of fused_lora beside its GEMMs.
+CLASSES = {
+    "loss": re.compile("cross_entropy"),
+    "optimizer": re.compile("multi_tensor_apply|FusedAdam|lpnorm_cleanup"),
+    "attention": re.compile("flash|fmha|sdpa"),
+    "LoRA": re.compile(
+        "project_kernel|(out|in)put_pass_kernel|finish_(out|in)put_kernel|expand_(out|in)put_kernel|draw_masks_kernel"
+        r"|\bpad_kernel"
+    ),
+    "GEMM": re.compile("gemm|gemv|nvjet|cutlass|sm90_xmma|splitK", re.IGNORECASE),
+    "elementwise": re.compile(
+        "rms_norm|rope|swiglu|gate_kernel|gate_backward_kernel|elementwise|vectorized|CatArray|copy|reduce_kernel|dropout"
+        "|index|gather|scatter|scan|softmax|fill",
+        re.IGNORECASE,
+    ),
+    "copies": re.compile("^Mem(cpy|set)"),
+}
+ORDER = ("GEMM", "attention", "elementwise", "LoRA", "loss", "optimizer", "copies", OTHER, IDLE)
+COLUMNS = ("suite", "bench", "implementation", "adapters", "class", "milliseconds", "kernels", "share", "gpu_name",
+           "git_sha")  # fmt: skip
+WAITING = re.compile("^(Context|Stream|Event) (Sync|Wait)")  # what the profiler lists of a stream beside its work
+
+
+class Span(NamedTuple):
+    """A kernel or a copy on the device, from `begin` to `end` in ns."""
+
+    name: str
+    begin: int
+    end: int
+
+
+class Part(NamedTuple):
+    """A class's time, and how many kernels it had."""
+
+    milliseconds: float
+    kernels: int
+
+
+def trace(function: Callable[[], object]) -> list[Span]:
+    """What a function has a GPU do. It runs twice: the first trace of a process starts the profiler itself.
+
+    The host's own operations are not recorded, which would slow it down and leave the GPU waiting for it.
+    """
+    for _ in range(2):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            function()
+            torch.cuda.synchronize()
+    return device_spans(profiler.profiler.kineto_results.events())
+
+
+def device_spans(events: Iterable[Any]) -> list[Span]:
+    """The work on the device among a profiler's events, which are the host's calls and annotations too."""
+    return [
+        Span(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in events
+        if event.device_type() == torch.autograd.DeviceType.CUDA
+        and not event.is_user_annotation()
+        and not WAITING.search(event.name())
+    ]
+
+
+def class_of(name: str) -> str:
+    """The class of a kernel by its name."""
+    return next((known for known, pattern in CLASSES.items() if pattern.search(name)), OTHER)
+
+
+def breakdown(spans: Sequence[Span], microbatches: int) -> dict[str, Part]:
+    """Each class's part of a microbatch's time from the first kernel's begin to the last one's end; they add up to it.
+
+    While kernels overlap, the time is that of the one that began first: the next begins early to wait for it.
+    """
+    times: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    reached = min(span.begin for span in spans)
+    for span in sorted(spans, key=lambda one: one.begin):
+        times[IDLE] += max(0, span.begin - reached)
+        known = class_of(span.name)
+        times[known] += max(0, span.end - max(span.begin, reached))
+        counts[known] += 1
+        reached = max(reached, span.end)
+    return {
+        name: Part(times[name] / 1e6 / microbatches, counts[name] // microbatches) for name in ORDER if name in times
+    }
+
+
+def busy_share(parts: dict[str, Part]) -> float:
+    """The share of the time in which the device computes or copies."""
+    return 1 - parts[IDLE].milliseconds / sum(part.milliseconds for part in parts.values())
+
+
+def unknown_kernels(spans: Sequence[Span], most: int = 5) -> list[str]:
+    """Lines about the largest kernels of no class."""
+    times: dict[str, int] = defaultdict(int)
+    for span in spans:
+        if class_of(span.name) == OTHER:
+            times[span.name] += span.end - span.begin
+    largest = sorted(times, key=times.__getitem__, reverse=True)[:most]
+    return [f"no class: {times[name] / 1e6:.3f} ms of {name[:150]}" for name in largest]
+
+
+def csv_rows(parts: dict[str, Part], **identity: object) -> list[dict[str, object]]:
+    """The rows of an implementation: milliseconds and kernels a microbatch, and the class's share of its time."""
+    whole = sum(part.milliseconds for part in parts.values())
+    return [
+        identity | {"class": name, **part._asdict(), "share": part.milliseconds / whole} for name, part in parts.items()
+    ]
+
+
+def csv_text(rows: Sequence[dict[str, object]]) -> str:
+    """All rows of a bench as CSV."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

@@ -1,0 +1,159 @@
+"""What a job may be trained or evaluated on: the data blocks of a jobs file, and the templates in them.
+
+The pydantic models are the schema. A block's kind is told by the one key that only it has: `jsonl`, `hub`, `text` or
+`synthetic`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from string import Formatter
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+
+from lorafusion.config import Config
+from lorafusion.data.lengths import MIXED, read_table
+from lorafusion.errors import UserError, validated
+
+SYNTHETIC = "synthetic:"  # how the name of a dataset begins whose tokens are made up when they are needed
+Files = Annotated[
+    tuple[Path, ...],
+    BeforeValidator(lambda value: [value] if isinstance(value, str | Path) else value),
+    Field(min_length=1, description="one file, or a list of files"),
+]
+
+
+class Rows(Config):
+    """Rows with named fields, of which templates make the two parts of a sample."""
+
+    prompt: str = Field(default="", description="template with {fields}; what comes before the text to learn")
+    completion: str = Field(description="template with {fields}; what is learnt, the end of the text included")
+
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _is_sound(cls, value: str, info: ValidationInfo) -> str:
+        fields = {field for text in (value, info.data.get("prompt", "")) for _, field in pieces(text)}
+        if info.field_name == "completion" and fields <= {None}:
+            raise ValueError("no {field} in it nor in the prompt, so that all samples would be the same")
+        return value
+
+
+class JsonlData(Rows):
+    """Files with one JSON object a line."""
+
+    jsonl: Files
+
+    @property
+    def dataset(self) -> str:
+        return f"jsonl:{_names(self.jsonl)}"
+
+
+class HubData(Rows):
+    """A dataset of the Hugging Face hub, read by the `datasets` library."""
+
+    hub: str = Field(min_length=1, description="repository on the hub")
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = Field(default=None, description="commit or tag on the hub")
+
+    @property
+    def dataset(self) -> str:
+        return "hub:" + "/".join(part for part in (self.hub, self.subset, self.split) if part)
+
+
+class TextData(Config):
+    """Plain text, cut into samples of equal length; all of it is learnt."""
+
+    text: Files
+    block: int = Field(default=2048, ge=2, description="tokens of a sample; the last one of all may be shorter")
+
+    @property
+    def dataset(self) -> str:
+        return f"text:{_names(self.text)}"
+
+
+class SyntheticSamples(Config):
+    """How many samples of which lengths are made up."""
+
+    samples: int = Field(default=100, ge=1)
+    dataset: str = Field(default="xsum", description="whose sample lengths: a row of workloads/lengths.csv, or mixed")
+    scale: float = Field(default=1.0, gt=0, description="divides the lengths")
+
+    @field_validator("dataset")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        known = {*read_table(), MIXED}
+        if value not in known:
+            raise ValueError(f"unknown dataset; known: {', '.join(sorted(known))}")
+        return value
+
+
+class SyntheticData(Config):
+    """A toy language (`SyntheticTokens`): to try a run without a dataset or a tokenizer."""
+
+    synthetic: SyntheticSamples
+
+    @property
+    def dataset(self) -> str:
+        return f"{SYNTHETIC}{self.synthetic.dataset}"
+
+
+Data = JsonlData | HubData | TextData | SyntheticData
+KINDS: dict[str, type[Data]] = {"jsonl": JsonlData, "hub": HubData, "text": TextData, "synthetic": SyntheticData}
+
+
+def data_block(value: object, source: str, folder: Path) -> Data:
+    """The block that a mapping describes, its files found from `folder`; `UserError` names `source` and the key."""
+    expected = f"expected a mapping with one of the keys {', '.join(KINDS)}"
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: {expected}, found {value!r}")
+    kinds = [kind for kind in KINDS if kind in value]
+    if len(kinds) != 1:
+        raise UserError(f"{source}: {expected}, found {', '.join(map(str, value)) or 'none'}")
+    kind = kinds[0]
+    block = validated(KINDS[kind], value, source)
+    if kind not in ("jsonl", "text"):
+        return block
+    files = tuple(folder / path.expanduser() for path in getattr(block, kind))
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{source}.{kind}: no such file {path}")
+    return block.model_copy(update={kind: files})
+
+
+@lru_cache
+def pieces(template: str) -> tuple[tuple[str, str | None], ...]:
+    """A template as (text, name of the field after it, if there is one); `{{` and `}}` stand for braces.
+
+    Raises `ValueError` where braces do not match, a name is missing, or there is more than a name between them.
+    """
+    parts = []
+    for text, field, format_spec, conversion in Formatter().parse(template):
+        if field == "":
+            raise ValueError("a field without a name")
+        if format_spec or conversion:
+            raise ValueError(f"field {field!r} has more than a name")
+        parts.append((text, field))
+    return tuple(parts)
+
+
+def fill(template: str, row: Mapping[str, object], where: str) -> str:
+    """A template with a row's fields; `UserError` names `where` and the field that is missing or null."""
+    out = []
+    for text, field in pieces(template):
+        out.append(text)
+        if field is None:
+            continue
+        if field not in row:
+            raise UserError(f"{where}: no field {field!r}; found {', '.join(row) or 'none'}")
+        if row[field] is None:
+            raise UserError(f"{where}: field {field!r} is null; expected a value to put into the template")
+        out.append(str(row[field]))
+    return "".join(out)
+
+
+def _names(paths: tuple[Path, ...]) -> str:
+    return ",".join(path.name for path in paths)

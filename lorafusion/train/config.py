@@ -1,0 +1,239 @@
+"""The jobs file of `lorafusion train`: which adapters, of which base model, on which data, on what hardware.
+
+The pydantic models here are the schema. Paths in the file are relative to its folder, hyper-parameters mean what they
+mean in `lorafusion.workload`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from lorafusion.config import Config, names_in, read_yaml
+from lorafusion.data.blocks import Data, SyntheticData, data_block
+from lorafusion.errors import UserError, one_of, validated
+from lorafusion.measure.environment import has_gpu
+from lorafusion.runtime.spec import DType
+from lorafusion.workload import ALL_LINEAR, Job
+
+DEFAULT_MAX_LENGTH = 4096
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class TrainJob(Config):
+    """One adapter to train: its data and its hyper-parameters."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="the adapter's name; PEFT forbids dots")
+    data: Data
+    shuffle: bool = Field(default=True, description="put the samples in an order drawn once from the job's seed")
+    max_length: int | None = Field(
+        default=None, ge=2, description="tokens of a sample; null: 4096, or what the model has positions for if fewer"
+    )
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    learn_prompt: bool = Field(default=False, description="learn the tokens of the prompt too")
+    evaluation: Data | float = Field(
+        default=0.0, description="the share of the samples, to 0.5, that the loss is measured on, or data of its own"
+    )
+    evaluate_every: int | None = Field(default=None, ge=1, description="steps between two evaluations")
+    rank: int = Field(default=16, ge=1, le=256)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    rslora: bool = Field(default=False, description="scale by alpha/sqrt(rank) instead of alpha/rank")
+    target_modules: tuple[str, ...] = Field(default=ALL_LINEAR, min_length=1)
+    learning_rate: float = Field(default=2e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32, description="draws initial weights, dropout masks and the order")
+    global_batch_size: int = Field(default=8, ge=1, description="samples of one optimizer step")
+    epochs: int = Field(default=1, ge=1)
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps after which to end before the epochs do")
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = Field(default=0, ge=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+
+    @field_validator("evaluation", mode="before")
+    @classmethod
+    def _is_share_or_block(cls, value: object) -> object:
+        if not isinstance(value, dict | Config) and not _is_share(value, 0.5):
+            raise ValueError("expected a share from 0 to 0.5, or a data block")
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _are_linears(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in ALL_LINEAR:
+                raise ValueError(f"unknown linear {name!r}; known: {', '.join(ALL_LINEAR)}")
+        return value
+
+    @field_validator("evaluation")
+    @classmethod
+    def _is_of_the_datas_kind(cls, value: Data | float, info: ValidationInfo) -> Data | float:
+        synthetic = isinstance(info.data.get("data"), SyntheticData)
+        if not isinstance(value, float) and synthetic != isinstance(value, SyntheticData):
+            raise ValueError("expected synthetic data where the job's data is synthetic, and only there")
+        return value
+
+    @field_validator("evaluate_every")
+    @classmethod
+    def _has_something_to_evaluate_on(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("evaluation"):
+            raise ValueError("`evaluation` does not say on what")
+        return value
+
+    @property
+    def is_synthetic(self) -> bool:
+        return isinstance(self.data, SyntheticData)
+
+    @property
+    def evaluation_data(self) -> Data | None:
+        """The data to evaluate on, where that is not a share of the job's own."""
+        return None if isinstance(self.evaluation, float) else self.evaluation
+
+    @property
+    def hyper_parameters(self) -> dict:
+        """The fields that a `Job` takes as they are."""
+        return self.model_dump(include=(set(TrainJob.model_fields) & set(Job.model_fields)) - {"evaluation"})
+
+
+class TrainConfig(Config):
+    """A jobs file as it was read: paths are absolute, defaults are merged under the jobs."""
+
+    path: Path = Field(description="the file itself")
+    model: str = Field(description="a name of configs/models, such a file, a Hugging Face folder or a repository")
+    revision: str | None = Field(default=None, description="commit or tag of the model on the hub")
+    weights: Literal["random"] | None = Field(default=None, description="null: the model's own")
+    tokenizer: str | None = Field(default=None, description="folder or repository; null: the model's own")
+    output: Path = Field(description="folder for the adapters, checkpoints and logs")
+    device: Literal["cpu", "cuda"] | None = Field(default=None, description="null: cuda if there is a GPU")
+    dtype: DType | None = Field(default=None, description="of the base model; null: bfloat16 on cuda, else float32")
+    adapter_dtype: DType = "float32"
+    processes: int = Field(default=1, ge=1, description="GPUs, or processes on the CPU")
+    data_parallel: int = Field(default=1, ge=1, description="replicas; stages = processes / data_parallel")
+    capacity: int | None = Field(default=None, ge=2, description="tokens of a microbatch; null: found by trying")
+    checkpointing: Literal["auto", "none", "all"] | float = Field(
+        default="auto", description="which layers recompute their activations, or which share of them"
+    )
+    compile: bool = False
+    save_every: int = Field(default=100, ge=1, description="microbatch slots between two checkpoints")
+    keep: int = Field(default=2, ge=1, description="checkpoints to keep")
+    stall_minutes: float = Field(default=10.0, gt=0, description="without a microbatch, after which a run is ended")
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = Field(default="lorafusion", min_length=1)
+    seed: int = Field(default=1, ge=0, description="draws the base model's random weights")
+    jobs: tuple[TrainJob, ...] = Field(min_length=1)
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: object) -> object:
+        return "off" if value is False else value
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _is_word_or_share(cls, value: object) -> object:
+        if value not in ("auto", "none", "all") and not _is_share(value, 1):
+            raise ValueError("expected auto, none, all or a share from 0 to 1")
+        return value
+
+    @field_validator("data_parallel")
+    @classmethod
+    def _divides_the_processes(cls, value: int, info: ValidationInfo) -> int:
+        processes = info.data.get("processes", value)
+        if processes % value:
+            raise ValueError(f"{processes} processes cannot hold replicas of equal size")
+        return value
+
+    @field_validator("jobs")
+    @classmethod
+    def _have_distinct_names(cls, value: tuple[TrainJob, ...]) -> tuple[TrainJob, ...]:
+        names = [job.name for job in value]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"two are named {repeated[0]!r}; adapters need distinct names")
+        return value
+
+    @property
+    def stages(self) -> int:
+        return self.processes // self.data_parallel
+
+    @property
+    def chosen_device(self) -> Literal["cpu", "cuda"]:
+        """The device asked for, or the one that this machine has."""
+        return self.device or ("cuda" if has_gpu() else "cpu")
+
+    @property
+    def chosen_dtype(self) -> DType:
+        """The dtype of the base model asked for, or the one that suits the device."""
+        return self.dtype or ("bfloat16" if self.chosen_device == "cuda" else "float32")
+
+    @property
+    def is_described(self) -> bool:
+        """Is the model a file of the form of configs/models, and not a checkpoint?"""
+        return self.model.endswith(".yaml") or self.model in names_in("models")
+
+
+def read_train_config(path: str | Path) -> TrainConfig:
+    """The jobs file at `path`. Every mistake is a `UserError` that names the file, the job and the key."""
+    path = Path(path)
+    data = read_yaml(path)
+    folder = path.absolute().parent
+    if "path" in data:
+        raise UserError(f"{path}: path: extra inputs are not permitted (found {data['path']!r})")
+    defaults = _mapping(data.pop("defaults", None) or {}, f"{path}: defaults")
+    for key in defaults:
+        one_of("key", key, set(TrainJob.model_fields) - {"name"}, f"{path}: defaults")
+    jobs = data.get("jobs")
+    if not isinstance(jobs, list) or not jobs:
+        raise UserError(f"{path}: jobs: expected a list of jobs, found {jobs!r}")
+    data["jobs"] = tuple(_read_job(path, folder, index, job, defaults) for index, job in enumerate(jobs))
+    config = validated(TrainConfig, data | {"path": path.absolute()}, path)
+    found = {"model": _located_model(config.model, path, folder), "output": folder / config.output.expanduser()}
+    if config.tokenizer:
+        found["tokenizer"] = _located(config.tokenizer, "tokenizer", path, folder)
+    return config.model_copy(update=found)
+
+
+def _read_job(path: Path, folder: Path, index: int, job: object, defaults: dict) -> TrainJob:
+    """A job with the defaults under it; its data blocks are read first, so that a mistake in them is told by kind."""
+    own = _mapping(job, f"{path}: jobs.{index}")
+    where = f"{path}: jobs.{own['name'] if isinstance(own.get('name'), str) else index}"
+    merged = defaults | own
+    if "data" in merged:
+        merged["data"] = data_block(merged["data"], f"{where}.data", folder)
+    if isinstance(merged.get("evaluation"), dict):
+        merged["evaluation"] = data_block(merged["evaluation"], f"{where}.evaluation", folder)
+    return validated(TrainJob, merged, where)
+
+
+def _mapping(value: object, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a mapping, found {value!r}")
+    return value
+
+
+def _located_model(value: str, path: Path, folder: Path) -> str:
+    if value in names_in("models"):
+        return value
+    if value.endswith(".yaml"):
+        file = folder / Path(value).expanduser()
+        if not file.is_file():
+            raise UserError(f"{path}: model: no such file {file}")
+        return str(file)
+    known = f"; or one of configs/models: {', '.join(sorted(names_in('models')))}"
+    return _located(value, "model", path, folder, known)
+
+
+def _located(value: str, key: str, path: Path, folder: Path, known: str = "") -> str:
+    """A local folder as an absolute path, or else a name that the hub may know."""
+    local = folder / Path(value).expanduser()
+    if local.is_dir():
+        return str(local)
+    if value.startswith((".", "/", "~")) or not REPOSITORY.fullmatch(value):
+        raise UserError(f"{path}: {key}: expected a folder or a repository owner/name{known} (found {value!r})")
+    return value
+
+
+def _is_share(value: object, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most

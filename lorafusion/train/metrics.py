@@ -1,0 +1,96 @@
+"""What is known of a training while it goes on: from the events of its processes to a row for each step of each job.
+
+Each replica's last stage writes its events (`lorafusion.runtime.training.Record`) to a file of its own; a step's row is
+complete when the shares of all its microbatches have come in. A run that went on from a checkpoint tells some steps
+again, with the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorafusion.files import write
+from lorafusion.workload import Workload
+
+
+@dataclass
+class Step:
+    """One optimizer step of one job, and the mean loss of its global batch before it."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    norm: float | None = None
+    learning_rate: float | None = None
+    evaluation: float | None = None
+
+
+@dataclass
+class History:
+    """The steps of each job, and the step at which it was stopped."""
+
+    steps: dict[str, dict[int, Step]] = field(default_factory=dict)
+    stopped: dict[str, int] = field(default_factory=dict)
+
+    def complete(self, job: str) -> dict[int, Step]:
+        """The steps of a job that are done, in order."""
+        done = {step: row for step, row in self.steps.get(job, {}).items() if row.norm is not None}
+        return dict(sorted(done.items()))
+
+    def write(self, path: Path) -> None:
+        """All steps that are done, a line of JSON each: job, step (from 1), and what is known of a `Step`."""
+        lines = []
+        for job in self.steps:
+            for step, row in self.complete(job).items():
+                known = {key: value for key, value in vars(row).items() if value is not None}
+                lines.append(json.dumps({"job": job, "step": step + 1} | known))
+        write(path, "".join(f"{line}\n" for line in lines))
+
+
+class EventReader:
+    """Adds the events of one run to a history as they are written."""
+
+    def __init__(self, folder: Path, workload: Workload, history: History) -> None:
+        self.folder, self.workload, self.history = folder, workload, history
+        self.tokens = [0] * len(workload.jobs)  # of each job, trained in this run
+        self._read: dict[Path, int] = {}
+        self._shares: dict[tuple[str, int], dict[tuple[Path, int], tuple[float, int]]] = {}
+
+    def poll(self) -> list[tuple[str, int]]:
+        """Read what is new; the (job, step) whose rows have changed."""
+        changed = []
+        for path in sorted(self.folder.glob("replica-*.jsonl")):
+            with open(path) as file:
+                file.seek(self._read.get(path, 0))
+                text = file.read()
+            # A line may be half written.
+            whole = text[: text.rfind("\n") + 1]
+            self._read[path] = self._read.get(path, 0) + len(whole.encode())
+            for line in whole.splitlines():
+                changed.append(self._add(path, json.loads(line)))
+        return changed
+
+    def _add(self, path: Path, event: dict) -> tuple[str, int]:
+        name = self.workload.jobs[event["adapter"]].name
+        rows = self.history.steps.setdefault(name, {})
+        if "stopped" in event:
+            self.history.stopped.setdefault(name, event["stopped"])
+            return name, event["stopped"]
+        if "evaluation" in event:  # of the weights after so many steps; each replica has seen a part of the samples
+            shares = self._shares.setdefault((f"{name}/evaluation", event["step"]), {})
+            shares[path, event["slot"]] = (event["evaluation"], 0)
+            step = event["step"] - 1
+            rows.setdefault(step, Step()).evaluation = sum(share for share, _ in shares.values())
+            return name, step
+        if "loss" in event:
+            step = event["batch"]
+            shares = self._shares.setdefault((name, step), {})
+            shares[path, event["slot"]] = (event["loss"], event["tokens"])
+            row = rows.setdefault(step, Step())
+            row.loss, row.tokens = (sum(column) for column in zip(*shares.values(), strict=True))
+            self.tokens[event["adapter"]] += event["tokens"]
+            return name, step
+        row = rows.setdefault(event["step"], Step())
+        row.norm, row.learning_rate = event["norm"], event["learning_rate"]
+        return name, event["step"]

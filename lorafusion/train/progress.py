@@ -1,0 +1,92 @@
+"""What a person sees of a training: a bar for each job on a terminal, else a line now and then; and wandb."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from lorafusion.train.metrics import EventReader, History
+from lorafusion.workload import Workload
+
+LINE_SECONDS = 30
+
+
+class _TokensPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} tok/s" if speed else "")
+
+
+class Display:
+    """Shows how far each job of a run is; to be used as a context, and told a few times a second to `update`."""
+
+    def __init__(self, workload: Workload, reader: EventReader) -> None:
+        self.workload, self.reader = workload, reader
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[told]}"), _TokensPerSecond(), TimeRemainingColumn(),
+            console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.tasks = [self.progress.add_task(job.name, total=job.tokens, told="") for job in workload.jobs]
+        self.begin, self._said = time.monotonic(), time.monotonic()
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def update(self) -> None:
+        history = self.reader.history
+        for task, job, tokens in zip(self.tasks, self.workload.jobs, self.reader.tokens, strict=True):
+            self.progress.update(task, completed=tokens, told=told(history, job.name, len(job.batches)))
+        if self.progress.disable and time.monotonic() - self._said > LINE_SECONDS:
+            self._said = time.monotonic()
+            self._line(history)
+
+    def _line(self, history: History) -> None:
+        tokens = sum(self.reader.tokens)
+        speed = tokens / (time.monotonic() - self.begin)
+        jobs = "; ".join(f"{job.name} {told(history, job.name, len(job.batches))}" for job in self.workload.jobs)
+        print(f"{tokens / self.workload.tokens:.0%}, {speed:,.0f} tok/s: {jobs}", file=sys.stderr, flush=True)
+
+
+def told(history: History, job: str, steps: int) -> str:
+    """A job in a few words: its step, its last loss, its last evaluation."""
+    done = history.complete(job)
+    if job in history.stopped:
+        return f"stopped at step {history.stopped[job] + 1}: its gradient is not finite"
+    if not done:
+        return f"step 0/{steps}"
+    last, row = next(reversed(done.items()))
+    evaluated = [one.evaluation for one in done.values() if one.evaluation is not None]
+    more = f", evaluation {evaluated[-1]:.4f}" if evaluated else ""
+    return f"step {last + 1}/{steps}, loss {row.loss:.4f}{more}"
+
+
+class WandbLog:
+    """The same numbers for wandb, a line for each step of each job; offline unless told otherwise."""
+
+    def __init__(self, mode: str, project: str, name: str, folder: Path, workload: Workload) -> None:
+        import wandb
+
+        self.run = wandb.init(project=project, name=name, dir=folder, mode=mode, config=workload.model_dump(
+            mode="json", exclude={"jobs": {"__all__": {"samples", "evaluation"}}}))  # fmt: skip
+        for job in workload.jobs:
+            self.run.define_metric(f"{job.name}/*", step_metric=f"{job.name}/step")
+
+    def log(self, job: str, step: int, history: History) -> None:
+        row = history.steps[job].get(step)
+        if row is not None and row.norm is not None:
+            values = {key: value for key, value in vars(row).items() if value is not None}
+            self.run.log({f"{job}/{key}": value for key, value in values.items()} | {f"{job}/step": step + 1})
+
+    def finish(self) -> None:
+        self.run.finish()

@@ -1,0 +1,188 @@
+"""Killed at any moment and started again, a run ends with the same bits; what is not its own it does not go on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorafusion.checks import toy_jobs
+from lorafusion.plan import Plan
+from lorafusion.runtime.checkpoint import CheckpointError, identity, newest, opened
+from lorafusion.runtime.spec import STOP_FILE, RunSpec, Saving
+from lorafusion.scheduler import fast
+from lorafusion.workload import Workload
+from tests import forked
+
+CHANGES = {"epochs": 3, "max_grad_norm": 0.5, "schedule": "cosine", "warmup_steps": 2, "evaluate_every": 2}
+
+
+class Training:
+    """A run of two jobs with everything that has a state, in a folder of its own."""
+
+    def __init__(self, folder: Path, stages: int, replicas: int, every: int | None = 5) -> None:
+        self.folder, self.processes = folder, stages * replicas
+        jobs = tuple(job.model_copy(update=CHANGES | {"evaluation": job.samples[:2]}) for job in toy_jobs())
+        workload = Workload(name="toy", jobs=jobs)
+        plan = fast.plan(workload, "lorafusion", stages, 96, replicas)
+        folder.mkdir(exist_ok=True)
+        (folder / "workload.json").write_text(workload.to_json())
+        (folder / "plan.json").write_text(plan.to_json())
+        self.checkpoints = folder / "checkpoints"
+        self.slots = len(plan.slots())
+        self.spec = RunSpec(
+            system="lorafusion", model="tiny", workload=str(folder / "workload.json"), plan=str(folder / "plan.json"),
+            saving=Saving(folder=str(self.checkpoints), every=every) if every else None,
+            save_adapters=str(folder / "adapters"), events=str(folder / "events"),
+        )  # fmt: skip
+
+    def run(self, look=lambda: None):
+        return forked.launch(self.spec, self.processes, 120, reports=self.folder / "reports", look=look)
+
+    def run_until(self, slot: int, what) -> None:
+        """Run, and do something once to the processes when a checkpoint appears; `what` gets their ids."""
+        done = []
+
+        def look() -> None:
+            if not done and (self.checkpoints / f"slot-{slot:09}").exists():
+                done.append(True)
+                places = sorted((self.folder / "reports").glob("position-*"))
+                what([int(path.read_bytes().split(b"\n")[1]) for path in places])
+
+        outcome = self.run(look)
+        shutil.rmtree(self.folder / "reports")
+        return outcome
+
+    @property
+    def result(self) -> tuple[dict, list[str]]:
+        """All trained tensors, and all events in an order of their own."""
+        tensors = {
+            (path.parent.name, name): value
+            for path in (self.folder / "adapters").glob("*/*.safetensors")
+            for name, value in load_file(path).items()
+        }
+        files = (self.folder / "events").glob("*.jsonl")
+        return tensors, sorted(line for file in files for line in file.read_text().splitlines())
+
+    def found(self):
+        return newest(self.checkpoints, identity(self.spec, Plan.read(self.spec.plan).content_hash))
+
+
+@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (2, 2)])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, stages, replicas):
+    """The last process is killed when the first part of a checkpoint is there: the others may not have written theirs.
+    Then all of them are."""
+    whole = Training(tmp_path / "whole", stages, replicas, every=None)
+    assert whole.run().status == "ok"
+    killed = Training(tmp_path / "killed", stages, replicas)
+    assert killed.run_until(5, lambda pids: os.kill(pids[-1], signal.SIGKILL)).status == "crash"
+    everyone = killed.run_until(10, lambda pids: [os.kill(pid, signal.SIGKILL) for pid in pids])
+    assert everyone.status == "crash"
+    last = killed.run()
+    assert last.status == "ok"
+    (tensors, events), (expected, expected_events) = killed.result, whole.result
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    assert events == expected_events
+    found, _ = killed.found()
+    assert found.slot == killed.slots
+
+
+@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 2)])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path, stages, replicas):
+    whole = Training(tmp_path / "whole", stages, replicas, every=None)
+    assert whole.run().status == "ok"
+    stopped = Training(tmp_path / "stopped", stages, replicas, every=5)
+    outcome = stopped.run_until(5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert (outcome.status, outcome.note) == ("stopped", "by SIGTERM, after saving a checkpoint")
+    found, _ = stopped.found()
+    assert 5 < found.slot < stopped.slots
+    assert stopped.run().status == "ok"
+    assert all(torch.equal(stopped.result[0][key], value) for key, value in whole.result[0].items())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A finished run with its last checkpoints."""
+    training = Training(tmp_path_factory.mktemp("saved") / "run", 1, 1)
+    assert training.run().status == "ok"
+    return training
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """Its checkpoints, to be damaged: two of them."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved.checkpoints, folder)
+    assert len(sorted(folder.glob("slot-*"))) == 2
+    return folder
+
+
+def of(saved) -> dict:
+    return identity(saved.spec, Plan.read(saved.spec.plan).content_hash)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def describe(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda last: flip(last / "rank-0.safetensors"), "rank-0.safetensors: corrupt, its hash is not the one in"),
+        (lambda last: cut(last / "rank-0.safetensors"), "rank-0.safetensors: corrupt, its hash is not the one in"),
+        (lambda last: cut(last / "rank-0.json"), "rank-0.json: corrupt, not JSON"),
+        (lambda last: (last / "rank-0.safetensors").unlink(), "incomplete, the tensors of rank-0 are gone"),
+        (lambda last: (last / "rank-0.json").unlink(), "incomplete, no process has finished writing it"),
+        (lambda last: describe(last / "rank-0.json", processes=2), "incomplete, 1 of 2 parts are there"),
+        (lambda last: describe(last / "rank-0.json", plan="00"), "of another run, its plan is '00', not '"),
+        (lambda last: describe(last / "rank-0.json", dtype="float16"), "its dtype is 'float16', not 'float32'"),
+        (lambda last: describe(last / "rank-0.json", version=0), "its version is 0, not 1"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused_and_the_last_good_one_taken(saved, copied, damage, reason):
+    before, last = sorted(copied.glob("slot-*"))
+    damage(last)
+    found, reasons = newest(copied, of(saved))
+    assert found.path == before
+    assert reason in reasons[0]
+    with pytest.raises(CheckpointError, match=re.escape(reason)):
+        opened(last, of(saved))
+
+
+def test_where_none_is_good_nothing_is_begun_anew_in_silence(saved, copied):
+    for path in copied.glob("slot-*/*.safetensors"):
+        flip(path)
+    with pytest.raises(CheckpointError, match=r"corrupt.*; to begin anew, move .* away"):
+        newest(copied, of(saved))
+
+
+def test_an_unfinished_first_checkpoint_is_none(saved, tmp_path):
+    (tmp_path / "slot-000000005").mkdir()
+    found, reasons = newest(tmp_path, of(saved))
+    assert found is None
+    assert len(reasons) == 1
+
+
+def test_only_the_last_ones_are_kept(saved):
+    assert [path.name for path in sorted(saved.checkpoints.glob("slot-*"))] == [
+        f"slot-{(saved.slots - 1) // 5 * 5:09}", f"slot-{saved.slots:09}",
+    ]  # fmt: skip
+    assert not (saved.checkpoints / STOP_FILE).exists()

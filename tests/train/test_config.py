@@ -1,0 +1,224 @@
+"""The jobs file: defaults under jobs, paths from its folder, and every mistake one line with file, job and key."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from lorafusion.config import CONFIGS
+from lorafusion.data.blocks import HubData, JsonlData, SyntheticData, TextData
+from lorafusion.errors import UserError
+from lorafusion.train.config import TrainConfig, TrainJob, read_train_config
+from lorafusion.workload import ALL_LINEAR, Job
+
+SYNTHETIC = {"synthetic": {"samples": 4}}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads a jobs file with a job `a` on synthetic data, with changes at the top and in the job."""
+
+    def read(top=None, **job):
+        data = {"model": "tiny", "output": "out", "jobs": [{"name": "a", "data": SYNTHETIC} | job]} | (top or {})
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return read_train_config(path)
+
+    return read
+
+
+def test_a_short_file_has_sensible_defaults(read, tmp_path):
+    config = read()
+    assert config.path == tmp_path / "sweep.yaml"
+    assert config.output == tmp_path / "out"
+    assert (config.model, config.stages, config.checkpointing, config.wandb) == ("tiny", 1, "auto", "off")
+    (job,) = config.jobs
+    assert job.data == SyntheticData(synthetic={"samples": 4})
+    assert job.hyper_parameters == {
+        "name": "a",
+        "rank": 16,
+        "alpha": 32.0,
+        "dropout": 0.05,
+        "rslora": False,
+        "target_modules": ALL_LINEAR,
+        "learning_rate": 2e-4,
+        "weight_decay": 0.0,
+        "seed": 0,
+        "global_batch_size": 8,
+        "epochs": 1,
+        "steps": None,
+        "schedule": "linear",
+        "warmup_steps": 0,
+        "max_grad_norm": 1.0,
+        "evaluate_every": None,
+    }
+
+
+@pytest.mark.parametrize("name", sorted((set(Job.model_fields) & set(TrainJob.model_fields)) - {"evaluation"}))
+def test_a_hyper_parameter_may_be_what_a_job_allows(name):
+    asked, trained = TrainJob.model_fields[name], Job.model_fields[name]
+    assert asked.annotation == trained.annotation
+    assert repr(asked.metadata) == repr(trained.metadata)
+
+
+def test_a_config_survives_json(read):
+    config = read({"checkpointing": 0.25}, evaluation=SYNTHETIC, evaluate_every=3)
+    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_a_jobs_own_keys_win_over_the_defaults(read):
+    jobs = [{"name": "a"}, {"name": "b", "rank": 4, "data": {"synthetic": {"samples": 9}}}]
+    config = read({"defaults": {"rank": 8, "alpha": 2, "data": SYNTHETIC}, "jobs": jobs})
+    assert [(job.rank, job.alpha, job.data.synthetic.samples) for job in config.jobs] == [(8, 2, 4), (4, 2, 9)]
+
+
+def test_defaults_are_checked_after_they_are_merged(read):
+    assert read({"defaults": {"rank": 0}}, rank=4).jobs[0].rank == 4
+    assert read({"defaults": None}).jobs[0].rank == 16
+    with pytest.raises(UserError, match=r"sweep\.yaml: jobs\.a: rank: input should be greater than or equal to 1"):
+        read({"defaults": {"rank": 0}})
+
+
+def test_yamls_own_words_are_understood(tmp_path):
+    """YAML 1.1 reads `off` as false and 1e-4 as a string."""
+    path = tmp_path / "jobs.yaml"
+    path.write_text(
+        "model: tiny\noutput: out\nwandb: off\ncheckpointing: none\n"
+        "jobs: [{name: a, learning_rate: 1e-4, data: {synthetic: {}}}]\n"
+    )
+    config = read_train_config(path)
+    assert (config.wandb, config.checkpointing, config.jobs[0].learning_rate) == ("off", "none", 1e-4)
+
+
+def test_paths_are_relative_to_the_files_folder(read, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "base").mkdir()
+    for name in ("a.jsonl", "b.txt"):
+        (tmp_path / name).touch()
+    config = read(
+        {"model": "./base", "tokenizer": "base", "output": "../out"},
+        data={"jsonl": "a.jsonl", "completion": "{x}"},
+        evaluation={"text": [str(tmp_path / "b.txt")]},
+    )
+    assert (config.model, config.tokenizer) == (str(tmp_path / "base"), str(tmp_path / "base"))
+    assert config.output == tmp_path / "../out"
+    assert config.jobs[0].data == JsonlData(jsonl=tmp_path / "a.jsonl", completion="{x}")
+    assert config.jobs[0].evaluation_data == TextData(text=tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize("model", ["tiny", "owner/name", str(CONFIGS / "models" / "tiny.yaml")])
+def test_a_model_has_a_name_or_a_place(read, model):
+    config = read({"model": model, "tokenizer": "owner/other"})
+    assert (config.model, config.tokenizer) == (model, "owner/other")
+    assert config.is_described == (model != "owner/name")
+
+
+def test_a_dataset_of_the_hub(read):
+    data = {"hub": "owner/name", "subset": "main", "prompt": "{q}", "completion": "{a}"}
+    assert read(data=data).jobs[0].data == HubData(**data)
+    assert read(data=data).jobs[0].data.dataset == "hub:owner/name/main/train"
+
+
+def test_the_device_and_its_dtype_are_those_of_the_machine(read, monkeypatch):
+    for gpu, expected in ((True, ("cuda", "bfloat16")), (False, ("cpu", "float32"))):
+        monkeypatch.setattr("lorafusion.train.config.has_gpu", lambda gpu=gpu: gpu)
+        assert (read().chosen_device, read().chosen_dtype) == expected
+        asked = read({"device": "cpu", "dtype": "float64"})
+        assert (asked.chosen_device, asked.chosen_dtype) == ("cpu", "float64")
+
+
+TOP = {
+    "a misspelt key": ({"modle": "tiny"}, "modle: extra inputs are not permitted (found 'tiny')"),
+    "no output": ({"output": None}, "output: input is not a valid path"),
+    "an unknown model": (
+        {"model": "gpt"},
+        "model: expected a folder or a repository owner/name; or one of configs/mod",
+    ),
+    "a folder that is not there": ({"model": "./base"}, "tiny (found './base')"),
+    "a description that is not there": ({"model": "x.yaml"}, "model: no such file"),
+    "no such tokenizer": (
+        {"tokenizer": "/none"},
+        "tokenizer: expected a folder or a repository owner/name (found '/none')",
+    ),
+    "other weights": ({"weights": "hub"}, "weights: input should be 'random' (found 'hub')"),
+    "replicas that do not divide": (
+        {"processes": 4, "data_parallel": 3},
+        "data_parallel: 4 processes cannot hold replicas of equal size (found 3)",
+    ),
+    "a share of more than all": (
+        {"checkpointing": 1.5},
+        "checkpointing: expected auto, none, all or a share from 0 to 1",
+    ),
+    "an unknown word": ({"checkpointing": "some"}, "a share from 0 to 1 (found 'some')"),
+    "a word that YAML turns into true": ({"checkpointing": True}, "a share from 0 to 1 (found True)"),
+    "wandb on": ({"wandb": True}, "wandb: input should be 'off', 'offline' or 'online' (found True)"),
+    "no capacity": ({"capacity": 0}, "capacity: input should be greater than or equal to 2 (found 0)"),
+    "a dtype": ({"dtype": "int8"}, "dtype: input should be 'float64', 'float32', 'bfloat16' or 'float16'"),
+    "no jobs": ({"jobs": []}, "jobs: expected a list of jobs, found []"),
+    "jobs by name": ({"jobs": {"a": {}}}, "jobs: expected a list of jobs, found {'a': {}}"),
+    "no mapping": ({"jobs": ["a"]}, "jobs.0: expected a mapping, found 'a'"),
+    "no name": ({"jobs": [{"data": SYNTHETIC}]}, "jobs.0: name: field required"),
+    "two of a name": (
+        {"jobs": [{"name": "a", "data": SYNTHETIC}] * 2},
+        "jobs: two are named 'a'; adapters need distinct",
+    ),
+    "defaults of no key": ({"defaults": {"lr": 1}}, "defaults: unknown key 'lr'; known: alpha, data"),
+    "a name for all": ({"defaults": {"name": "a"}}, "defaults: unknown key 'name'"),
+    "defaults that are no mapping": ({"defaults": [1]}, "defaults: expected a mapping, found [1]"),
+    "its own path": ({"path": "x"}, "path: extra inputs are not permitted"),
+}
+
+
+@pytest.mark.parametrize("name", list(TOP))
+def test_a_mistake_at_the_top_is_one_line(read, tmp_path, name):
+    change, message = TOP[name]
+    assert_says(lambda: read(change), f"{tmp_path / 'sweep.yaml'}: ", message)
+
+
+ROWS = {"hub": "x/y", "completion": "{a}"}
+JOB = {
+    "a misspelt key": ({"learning_rat": 1}, "learning_rat: extra inputs are not permitted (found 1)"),
+    "no rank": ({"rank": 0}, "rank: input should be greater than or equal to 1 (found 0)"),
+    "two mistakes": ({"rank": 0, "alpha": 0}, "rank: input should be greater than or equal to 1 (found 0); and 1 more"),
+    "an unknown linear": ({"target_modules": ["q"]}, "target_modules: unknown linear 'q'; known: q_proj, k_proj"),
+    "a schedule": ({"schedule": "step"}, "schedule: input should be 'constant', 'linear' or 'cosine' (found 'step')"),
+    "what to do with long ones": ({"too_long": "cut"}, "too_long: input should be 'truncate', 'drop' or 'error'"),
+    "half and more": ({"evaluation": 0.6}, "evaluation: expected a share from 0 to 0.5, or a data block (found 0.6)"),
+    "a word": ({"evaluation": "some"}, "evaluation: expected a share from 0 to 0.5, or a data block (found 'some')"),
+    "evaluation of text": (
+        {"evaluation": ROWS},
+        "evaluation: expected synthetic data where the job's data is synthetic",
+    ),
+    "evaluation on synthetic data": ({"data": ROWS, "evaluation": SYNTHETIC}, "evaluation: expected synthetic data"),
+    "evaluation on nothing": ({"evaluate_every": 5}, "evaluate_every: `evaluation` does not say on what (found 5)"),
+    "no data": ({"data": None}, "expected a mapping with one of the keys jsonl, hub, text, synthetic, found None"),
+    "a block of no kind": ({"data": {"csv": "x"}}, "with one of the keys jsonl, hub, text, synthetic, found csv"),
+    "a key in a block": ({"data": ROWS | {"split_": "x"}}, "split_: extra inputs are not permitted"),
+    "lengths of nothing": (
+        {"data": {"synthetic": {"dataset": "c4"}}},
+        "synthetic.dataset: unknown dataset; known: cnn_dailymail, mixed, wikisum, xsum (found 'c4')",
+    ),
+    "a text that is not there": ({"data": {"text": "none.txt"}}, ".text: no such file"),
+    "a bad block to evaluate on": ({"evaluation": {"text": "none.txt"}}, ".evaluation.text: no such file"),
+}
+
+
+@pytest.mark.parametrize("name", list(JOB))
+def test_a_mistake_in_a_job_names_the_job(read, tmp_path, name):
+    change, message = JOB[name]
+    assert_says(lambda: read(**change), f"{tmp_path / 'sweep.yaml'}: jobs.a", message)
+
+
+def assert_says(action, beginning, message):
+    with pytest.raises(UserError) as caught:
+        action()
+    text = str(caught.value)
+    assert text.startswith(beginning)
+    assert message in text
+    assert "\n" not in text
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml: no such file"):
+        read_train_config(tmp_path / "none.yaml")

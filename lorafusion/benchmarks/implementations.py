@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from fused_lora import LoRABatch, LoRALinear, LoRASegment, LoRASettings
+from fused_lora import AdapterStack, LoRABatch, LoRALinear, LoRASegment, LoRASettings
 from lorafusion.benchmarks.suite import Bench, Point
 from lorafusion.config import read_model
 from lorafusion.data.packing import AdapterSegment, PackedBatch, SampleBorders
@@ -111,7 +111,8 @@ class Builder:
                 active.batch = batch
             return stage(x, position_ids, borders)
 
-        return _subject(call, stage, x, dy, _context(point, x.device))
+        stacks = active.stacks if active is not None else ()
+        return _subject(call, stage, x, dy, _context(point, x.device), stacks)
 
     def _stage(self, point: Point) -> tuple[Stage, lora.ActiveBatch | None]:
         config = read_model(self.bench.model)
@@ -174,12 +175,17 @@ def _context(point: Point, device: torch.device) -> Callable[[], AbstractContext
     return nullcontext
 
 
-def _subject(call: Callable, module: nn.Module, x: Tensor, dy: Tensor, context: Callable) -> Subject:
+def _subject(
+    call: Callable, module: nn.Module, x: Tensor, dy: Tensor, context: Callable, stacks: Sequence[AdapterStack] = ()
+) -> Subject:
+    """stacks: what the factors are views of, where they are."""
+
     def forward() -> Tensor:
         with context():
             return call(x)
 
-    factors = [one for one in module.parameters() if one.requires_grad]
+    factors = [leaf for stack in stacks for leaf in (stack.a, stack.b)]
+    factors = factors or [one for one in module.parameters() if one.requires_grad]
     weights = [*(one for one in module.parameters() if not one.requires_grad), *module.buffers()]
     return Subject(forward, [x, *factors], weights, dy)
 

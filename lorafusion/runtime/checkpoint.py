@@ -160,7 +160,7 @@ def load(run: TrainingRun, found: Found, rank: int) -> None:
     with safe_open(found.path / f"rank-{rank}.safetensors", framework="pt") as file:
         for adapter in run.adapters:
             prefix = f"{adapter.job.name}/"
-            mine = [name for name in file.keys() if name.startswith(prefix)]
+            mine = [name for name in sorted(file.keys()) if name.startswith(prefix)]
             state = {name.removeprefix(prefix): file.get_tensor(name) for name in mine}
             adapter.load(state, found.steps[adapter.job.name])
     run.begin = found.slot
@@ -172,7 +172,7 @@ def adapters_of(found: Found, folder: Path) -> None:
     states: dict[str, dict[str, torch.Tensor]] = {}
     for part in _parts(found.path):
         with safe_open(part.with_suffix(".safetensors"), framework="pt") as file:
-            for name in file.keys():
+            for name in sorted(file.keys()):
                 job, _, rest = name.partition("/")
                 if not rest.endswith("/gradient"):
                     states.setdefault(job, {})[rest] = file.get_tensor(name)
@@ -191,7 +191,7 @@ def load_initial(run: TrainingRun, folder: Path) -> None:
         path = folder / f"{adapter.job.name}.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
-                adapter.load({name: file.get_tensor(name) for name in file.keys()}, adapter.job.start)
+                adapter.load({name: file.get_tensor(name) for name in sorted(file.keys())}, adapter.job.start)
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(f"{path}: not what training {adapter.job.name!r} can go on with ({error})") from None
 

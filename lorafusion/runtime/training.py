@@ -171,7 +171,7 @@ class TrainingRun:
         """A job's evaluation samples through this stage, without dropout; the last stage notes their loss."""
         self.position.set(f"an evaluation of {self.workload.jobs[adapter].name} after microbatch {slot}")
         self.stage.eval()
-        step, total = self.adapters[adapter].steps, torch.zeros(1, device=self.pipeline.device)
+        step, total = self.adapters[adapter].steps, torch.zeros(1, dtype=torch.float64, device=self.pipeline.device)
         for batch in self.evaluation_batches(adapter):
             out = self._through(batch, receive() if not self.stage.is_first else None)
             if self.stage.is_last:

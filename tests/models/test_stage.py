@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 from lorafusion.config import read_model
 from lorafusion.data.packing import SampleBorders
 from lorafusion.errors import UserError
-from lorafusion.models.stage import build_stage, hf_config, layer_range
+from lorafusion.models.partition import layer_range
+from lorafusion.models.stage import build_stage, hf_config
 
 TINY = read_model("tiny")
 QWEN = TINY.model_copy(
@@ -48,7 +49,7 @@ def test_stages_compute_what_transformers_computes_sample_by_sample(config, coun
     reference.save_pretrained(tmp_path)
     ids, position_ids, borders = packed(config.vocab_size)
     parts = stages(config.model_copy(update={"weights": str(tmp_path)}), count)
-    logits = through(parts, ids, position_ids, borders)
+    logits = parts[-1].lm_head(through(parts, ids, position_ids, borders))
     with torch.no_grad():
         for sample, begin in zip(ids[0].split(LENGTHS), borders.offsets, strict=False):
             alone = reference(sample[None]).logits[0]
@@ -92,17 +93,22 @@ def test_checkpointing_changes_nothing_but_memory():
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize(("layers", "count", "sizes"), [(4, 1, [4]), (4, 4, [1] * 4), (7, 3, [3, 2, 2])])
-def test_layers_are_split_evenly(layers, count, sizes):
-    ranges = [layer_range(layers, index, count) for index in range(count)]
+@pytest.mark.parametrize(
+    ("model", "count", "sizes"),
+    [("tiny", 1, [4]), ("tiny", 4, [1] * 4), ("llama-3.1-8b", 4, [9, 9, 8, 6]), ("qwen2.5-32b", 3, [22, 22, 20])],
+)
+def test_layers_are_split_so_that_the_slowest_stage_is_fast(model, count, sizes):
+    """The head counts as layers: on Llama-3.1-8B it costs 2.4 of them."""
+    config = read_model(model)
+    ranges = [layer_range(config, index, count) for index in range(count)]
     assert [last - first for first, last in ranges] == sizes
-    assert ranges[0][0] == 0
-    assert ranges[-1][1] == layers
+    assert [first for first, _ in ranges[1:]] == [last for _, last in ranges[:-1]]
+    assert (ranges[0][0], ranges[-1][1]) == (0, config.num_hidden_layers)
 
 
 def test_more_stages_than_layers_is_refused():
-    with pytest.raises(UserError, match="stages: 5, but the model has 4 layers"):
-        layer_range(4, 0, 5)
+    with pytest.raises(UserError, match="5 stages, but the model has 4 layers; each stage needs one"):
+        layer_range(TINY, 0, 5)
 
 
 def test_a_checkpoint_of_other_dimensions_is_refused(tmp_path):

@@ -5,6 +5,7 @@ decides how linears compute with them. A kind is a function `kind(linears, activ
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -63,7 +64,10 @@ def inject_adapters(stage: Stage, jobs: Sequence[Job], dtype: torch.dtype, kind:
     """
     for job in jobs:
         try:
-            inject_adapter_in_model(peft_config(job), stage, adapter_name=job.name)
+            with warnings.catch_warnings():
+                # Several adapters are what is wanted here.
+                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+                inject_adapter_in_model(peft_config(job), stage, adapter_name=job.name)
         except ValueError as error:
             raise UserError(f"job {job.name!r}: target_modules {list(job.target_modules)}: {error}") from None
     active = ActiveBatch()

@@ -69,8 +69,9 @@ class Watch:
                 continue
             if rank not in self.seen or self.seen[rank].changes != found.changes:
                 self.seen[rank] = found
-            if self.died is None and found.doing != ENDED and found.node == NODE and not _lives(found.pid):
-                self.died = found
+            if self.died is None and found.node == NODE and not _lives(found.pid):
+                last = _read(_path(self.directory, rank), now)  # it may have ended since it was read
+                self.died = last if last is not None and last.doing != ENDED else None
 
     def stalled(self, seconds: float) -> str:
         """Who keeps the run from going on, if nobody has moved for so long; else nothing. Start-up has no limit here:

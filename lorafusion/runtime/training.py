@@ -127,6 +127,8 @@ class TrainingRun:
         stepping = [self.adapters[one] for one in self.steps[slot]]
         if not stepping:
             return None
+        if self.pipeline.replicas > 1:
+            self.position.waiting(f"the other replicas' gradients after microbatch {slot}")
         self.pipeline.sum_over_replicas([gradient for one in stepping for gradient in one.gradients])
         return torch.stack([one.squared_norm() for one in stepping])
 

@@ -79,6 +79,7 @@ def trained(spec: RunSpec, device: torch.device, position: Position, rank: int, 
         )
     drift = canary(device)
     run = build_run(spec, workload, plan, device, position, rank)
+    position.set("the warm-up")
     run.warm_up()
     execute, arguments = load(read_systems()[spec.system].executor, "executor"), []
     if spec.initial:
@@ -89,6 +90,7 @@ def trained(spec: RunSpec, device: torch.device, position: Position, rank: int, 
         run.open_events(Path(spec.events))
     reset_peak_memory(device)
     if dist.is_initialized():
+        position.waiting("the other processes to begin")
         dist.barrier()
     finished = execute(run, *arguments) is not False
     position.set("the end of the run")

@@ -53,7 +53,10 @@ def results(model, x):
 
 
 def assert_close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    """To float32's rounding of the largest element: sums nearly cancel, and where in memory parameters lie decides how
+    they are rounded."""
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6 * float(other.abs().max()))
 
 
 def pickled(model):

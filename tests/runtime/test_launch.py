@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import threading
@@ -123,6 +124,48 @@ def test_a_launcher_that_is_killed_leaves_nothing_running(spec):
     os.waitpid(launcher, 0)
     gone, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive
+
+
+@pytest.fixture
+def long_run(make_job, make_workload, tmp_path):
+    """A run of two stages that goes on for minutes, with something done to rank 1 once it is under way."""
+
+    def run(what, **options) -> Outcome:
+        workload = make_workload(make_job("a", epochs=3000), make_job("b", epochs=3000))
+        (tmp_path / "workload.json").write_text(workload.to_json())
+        (tmp_path / "plan.json").write_text(first_fit.plan(workload, "lorafusion", 2, 16).to_json())
+        paths = {"workload": str(tmp_path / "workload.json"), "plan": str(tmp_path / "plan.json")}
+        done = []
+
+        def look() -> None:
+            position = tmp_path / "reports" / "position-1"
+            _, pid, _, _, doing, *_ = position.read_bytes().decode().split("\n") if position.exists() else [""] * 6
+            if not done and re.search(r"backward of microbatch \d\d", doing):
+                done.append(what(int(pid)))
+
+        spec = RunSpec(system="lorafusion", model="tiny", **paths)
+        return forked.launch(spec, 2, 120, reports=tmp_path / "reports", look=look, **options)
+
+    return run
+
+
+def test_a_process_that_dies_is_named(long_run):
+    begin = time.monotonic()
+    done = long_run(lambda pid: os.kill(pid, signal.SIGKILL))
+    assert done.status == "crash"
+    where, _, reason = done.note.rpartition(": ")
+    assert reason == "ended by SIGKILL, often the host's out-of-memory killer"
+    assert re.fullmatch(r"rank 1 \(stage 1 of 2\), .*microbatch \d+.*", where)
+    assert time.monotonic() - begin < 60
+
+
+def test_a_process_that_hangs_is_named(long_run):
+    """Rank 0 waits for it, and that is not what is wrong."""
+    begin = time.monotonic()
+    done = long_run(lambda pid: os.kill(pid, signal.SIGSTOP), stall=2)
+    assert done.status == "timeout"
+    assert re.fullmatch(r"nothing happened for 2 s; rank 1 \(stage 1 of 2\): .*microbatch \d+", done.note)
+    assert time.monotonic() - begin < 60
 
 
 def test_nodes_meet_at_the_first():

@@ -90,11 +90,6 @@ class Stage(nn.Module):
         """From now on compute the activations of this share of the layers again in the backward pass."""
         self.checkpointed = self.first + math.ceil(share * (self.last - self.first))
 
-    def compile_layers(self) -> None:
-        """From now on run each layer through torch.compile, for microbatches of any length."""
-        for layer in self.model.layers.values():
-            layer.compile(dynamic=True)
-
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, borders: SampleBorders) -> torch.Tensor:
         hidden = self.model.embed_tokens(x) if self.is_first else x
         rotation = self.rotary(hidden, position_ids)

@@ -42,6 +42,15 @@ class Measured(NamedTuple):
     whole: Needs
     recomputed: Needs
 
+    def to_json(self) -> list:
+        return [self.usable, self.in_flight, *self.whole, *self.recomputed]
+
+    @classmethod
+    def from_json(cls, values: list) -> Measured:
+        usable, in_flight, *needs = values
+        base, *pairs = zip(needs[:3], needs[3:], strict=True)
+        return cls(usable, in_flight, *(Needs(base[i], *(tuple(pair[i]) for pair in pairs)) for i in range(2)))
+
 
 def probe_workload(workload: Workload) -> tuple[Workload, Plan]:
     """The same adapters on synthetic samples: two microbatches, of the sizes to measure, with tokens of all jobs."""

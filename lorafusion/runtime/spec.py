@@ -33,7 +33,6 @@ class RunSpec(Config):
     adapter_dtype: DType = "float32"
     seed: int = Field(default=1, ge=0, description="draws the base model's random weights")
     checkpointing: float = Field(default=0.0, ge=0, le=1, description="share of the layers that are recomputed")
-    compiled: bool = Field(default=False, description="the decoder layers through torch.compile")
     saving: Saving | None = None
     initial: str | None = Field(default=None, description="folder of adapters that are trained in part already")
     save_adapters: str | None = Field(default=None, description="folder to write the trained adapters to")

@@ -124,8 +124,6 @@ def build_run(
     if device.type == "cuda" and is_installed():
         use_liger(stage)
     active = inject_adapters(stage, workload.jobs, adapter_dtype, load(systems[spec.system].lora, "LoRA kind"))
-    if spec.compiled:
-        stage.compile_layers()
     builder = BatchBuilder(workload, token_source(spec, config.vocab_size), device)
     torch.manual_seed(spec.seed)  # PEFT's own dropout draws from torch's generator
     return TrainingRun(workload, plan, stage, active, builder, pipeline, position)
@@ -168,7 +166,7 @@ def probed(spec: RunSpec, device: torch.device, position: Position, rank: int, w
     if dist.is_initialized():
         everyone = [None] * world
         dist.all_gather_object(everyone, mine)
-    return {"stages": everyone}
+    return {"stages": [one.to_json() for one in everyone]}
 
 
 def _device(spec: RunSpec) -> torch.device:

@@ -116,7 +116,6 @@ class TrainConfig(Config):
     checkpointing: Literal["auto", "none", "all"] | float = Field(
         default="auto", description="which layers recompute their activations, or which share of them"
     )
-    compile: bool = False
     save_every: int = Field(default=100, ge=1, description="microbatch slots between two checkpoints")
     keep: int = Field(default=2, ge=1, description="checkpoints to keep")
     stall_minutes: float = Field(default=10.0, gt=0, description="without a microbatch, after which a run is ended")

@@ -128,7 +128,7 @@ class Training:
         return config.capacity or capacity, found
 
     def _probed(self, workload: Workload, longest: int, share: float | None) -> tuple[int, float]:
-        from lorafusion.runtime.probe import capacity_of
+        from lorafusion.runtime.probe import Measured, capacity_of
 
         print("measuring how many tokens a microbatch may hold", file=sys.stderr)
         file = self.output.path / "probe.json"
@@ -138,13 +138,14 @@ class Training:
             outcome = launch(spec, self.config.stages, stall=60 * self.config.stall_minutes, log=log)
         if outcome.status != "ok":
             raise UserError(f"capacity: could not be measured, {outcome.note}; state it, or see {self.log}")
-        return capacity_of(outcome.report["stages"], longest, share, wanted=self.config.capacity)
+        stages = [Measured.from_json(one) for one in outcome.report["stages"]]
+        return capacity_of(stages, longest, share, wanted=self.config.capacity)
 
     def _base_spec(self, workload: Path, share: float) -> RunSpec:
         config = self.config
         return RunSpec(system=SYSTEM, model=str(self.model_file), workload=str(workload), device=config.chosen_device,
                        dtype=config.chosen_dtype, adapter_dtype=config.adapter_dtype, seed=config.seed,
-                       checkpointing=share, compiled=config.compile)  # fmt: skip
+                       checkpointing=share)  # fmt: skip
 
     def _spec(self, run: Run) -> RunSpec:
         share = self._capacity(Workload.read(run.workload))[1]

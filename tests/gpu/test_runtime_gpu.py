@@ -18,7 +18,7 @@ from lorafusion.models.stage import build_stage
 from lorafusion.plan import Plan
 from lorafusion.runtime.checkpoint import identity, newest
 from lorafusion.runtime.launch import launch
-from lorafusion.runtime.probe import Measured, Needs, capacity_of
+from lorafusion.runtime.probe import Measured, capacity_of
 from lorafusion.runtime.spec import RunSpec, Saving
 from lorafusion.scheduler import fast
 from lorafusion.train.run import DONE, FAILED, train
@@ -80,7 +80,7 @@ def test_ligers_layer_equals_transformers_in_float64(model):
         if liger:
             use_liger(stage)
         stage.to(device, dtype)
-        leaf = x.to(device, dtype).requires_grad_()
+        leaf = x.detach().to(device, dtype, copy=True).requires_grad_()
         y = stage(leaf, places.to(device), SampleBorders.of(borders.lengths, torch.device(device)))
         y.backward(torch.ones_like(y))
         results.append([tensor.detach().cpu().double() for tensor in (y, leaf.grad)])
@@ -121,7 +121,7 @@ def test_what_microbatches_take_is_measured(spec, tmp_path):
     outcome = launch(spec.model_copy(update={"plan": None, "saving": None, "model": "llama-3.1-8b"}), 1, 240)
     assert outcome.status == "ok", outcome.note
     [stage] = outcome.report["stages"]
-    stage = Measured(stage[0], stage[1], Needs(*stage[2]), Needs(*stage[3]))
+    stage = Measured.from_json(stage)
     assert 15 * 2**30 < stage.whole.base < 20 * 2**30
     # A token keeps 2.9 MB of the 32 layers, and 0.3 MB where they are computed again (scheduler/propose.py).
     assert 2.0e6 < stage.whole.kept[1] < 4.0e6
@@ -129,13 +129,6 @@ def test_what_microbatches_take_is_measured(spec, tmp_path):
     capacity, share = capacity_of([stage], 4096, None)
     assert capacity >= 8192
     assert share < 1
-
-
-def test_compiled_layers_compute_the_same(spec):
-    losses = [launch(spec.model_copy(update={"compiled": compiled, "saving": None}), 1, 280).report["losses"]
-              for compiled in (False, True)]  # fmt: skip
-    for name, values in losses[0].items():
-        assert losses[1][name][:3] == pytest.approx(values[:3], rel=1e-2)
 
 
 def test_the_command_trains_and_stops_what_is_no_number(tmp_path):

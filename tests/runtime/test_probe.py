@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lorafusion.errors import UserError
@@ -22,6 +24,10 @@ def test_what_fits_is_taken_without_recomputing():
     capacity, share = capacity_of([stage()], 4096, None)
     assert share == 0.0
     assert capacity == int((48 * 1024 - 100) / 4.5) // STEP * STEP
+
+
+def test_what_a_process_measured_is_handed_on():
+    assert Measured.from_json(json.loads(json.dumps(stage().to_json()))) == stage()
 
 
 def test_the_fullest_stage_decides():

@@ -79,7 +79,7 @@ def profile_data(profiles: Sequence[str | Path]) -> pd.DataFrame:
     medians["share"] = medians["milliseconds"] / medians.groupby(BAR)["milliseconds"].transform("sum")
     medians = medians.sort_values(["bench", "implementation", "adapters", "git_sha", "class"], key=_places)
     named = _with_variants(medians)
-    if named["git_sha"].nunique() > 1:  # before and after
+    if named.groupby(BAR[:-1])["git_sha"].nunique().max() > 1:  # before and after
         named["variant"] += "\n" + named["git_sha"].str[:10]
     return named.reset_index(drop=True)
 

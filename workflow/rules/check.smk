@@ -26,13 +26,13 @@ rule check_lossless:
         f"{LOGS}/check_lossless.log",
     conda:
         "../../environment.yml"
-    params:
-        arrangements=[f"--arrangement={one}" for one in SUITE.checks.lossless],
     resources:
         runtime=15,
         mem_mb=2000 * LOSSLESS_PROCESSES,
         cpus_per_task=LOSSLESS_PROCESSES,
         device=1,
+    params:
+        arrangements=[f"--arrangement={one}" for one in SUITE.checks.lossless],
     shell:
         "lorafusion check lossless {params.arrangements:q} --curves {output.curves:q} --out {output.verdict:q}"
         " > {log:q} 2>&1"

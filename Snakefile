@@ -15,7 +15,6 @@ include: "workflow/rules/plan.smk"
 include: "workflow/rules/check.smk"
 include: "workflow/rules/run.smk"
 include: "workflow/rules/report.smk"
-include: "workflow/rules/training.smk"
 
 
 if KERNEL_SUITE:
@@ -26,6 +25,11 @@ if KERNEL_SUITE:
 if SCHEDULER_SUITE:
 
     include: "workflow/rules/scheduler.smk"
+
+
+if TRAINING_SUITE:
+
+    include: "workflow/rules/training.smk"
 
 
 rule all:

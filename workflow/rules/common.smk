@@ -10,6 +10,8 @@ from lorafusion.benchmarks.scheduler import bench_hash as scheduler_hash
 from lorafusion.benchmarks.scheduler import benches as scheduler_benches
 from lorafusion.benchmarks.scheduler import read_scheduler_suites
 from lorafusion.benchmarks.suite import bench_hash, benches, read_kernel_suites
+from lorafusion.benchmarks.training_suite import bench_hash as training_hash
+from lorafusion.benchmarks.training_suite import read_training_suites
 from lorafusion.cells import config_hash, unavailable
 from lorafusion.checks import Arrangement
 from lorafusion.config import (
@@ -43,6 +45,7 @@ try:
     SUITE = read_suite(SUITE_PATH)
     KERNEL_SUITE = read_kernel_suites().get(SUITE.name)  # none: no kernels measured
     SCHEDULER_SUITE = read_scheduler_suites().get(SUITE.name)  # none: no plans judged
+    TRAINING_SUITE = read_training_suites().get(SUITE.name)  # none: no steps measured
     # Dry runs and jobs that Slurm has already placed need no GPU here.
     if (
         SUITE.device == "cuda"
@@ -116,6 +119,27 @@ if SCHEDULER_SUITE:
         ],
     ]
 
+TRAINING_FOLDER = f"{RESULTS}/training"
+TRAINING_RUNS = []
+TRAINING_PROFILES = []
+TRAINING_RESULTS = []
+if TRAINING_SUITE:
+    TRAINING_RUNS = [
+        f"{TRAINING_FOLDER}/runs/{name}/repeat~{repeat}.json"
+        for repeat in range(1, TRAINING_SUITE.repeats + 1)
+        for name in TRAINING_SUITE.benches
+    ]
+    TRAINING_RESULTS = [
+        *[f"{TRAINING_FOLDER}/measurements.{form}" for form in ("csv", "html")],
+        f"{RESULTS}/figures/training_speed.png",
+    ]
+    # Only a GPU's kernels can be told apart.
+    if TRAINING_SUITE.device == "cuda":
+        TRAINING_PROFILES = [
+            run.replace(".json", ".profile.csv") for run in TRAINING_RUNS
+        ]
+        TRAINING_RESULTS.append(f"{RESULTS}/figures/training_profile.png")
+
 
 wildcard_constraints:
     cell="model~[^/]+/workload~[^/]+/gpus~[0-9]+/batch~[0-9]+/system~[^/]+",
@@ -162,6 +186,14 @@ def turn(name, names, repeat, repeats):
     shuffled = sorted(names)
     random.Random(repeat).shuffle(shuffled)
     return 1 + len(shuffled) * (repeats - repeat + 1) - shuffled.index(name)
+
+
+def training_order(wildcards):
+    """As `order`, for the benches."""
+    repeats = TRAINING_SUITE.repeats
+    return turn(
+        wildcards.trained, TRAINING_SUITE.benches, int(wildcards.repeat), repeats
+    )
 
 
 def kernel_order(wildcards):

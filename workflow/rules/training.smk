@@ -1,174 +1,136 @@
 # Whole training steps in every implementation: the entry of configs/training.yaml with the suite's name.
-from lorafusion.benchmarks.training_suite import bench_hash as training_hash
-from lorafusion.benchmarks.training_suite import read_training_suites
-
-try:
-    TRAINING_SUITE = read_training_suites().get(SUITE.name)  # none: no steps measured
-except UserError as error:
-    raise WorkflowError(f"error: {error}") from None
-
-TRAINING_FOLDER = f"{RESULTS}/training"
-TRAINING_RUNS = []
-TRAINING_PROFILES = []
-TRAINING_RESULTS = []
-if TRAINING_SUITE:
-    TRAINING_RUNS = [
-        f"{TRAINING_FOLDER}/runs/{name}/repeat~{repeat}.json"
-        for repeat in range(1, TRAINING_SUITE.repeats + 1)
-        for name in TRAINING_SUITE.benches
-    ]
-    TRAINING_RESULTS = [
-        *[f"{TRAINING_FOLDER}/measurements.{form}" for form in ("csv", "html")],
-        f"{RESULTS}/figures/training_speed.png",
-    ]
-    # Only a GPU's kernels can be told apart.
-    if TRAINING_SUITE.device == "cuda":
-        TRAINING_PROFILES = [
-            run.replace(".json", ".profile.csv") for run in TRAINING_RUNS
-        ]
-        TRAINING_RESULTS.append(f"{RESULTS}/figures/training_profile.png")
-
-
 wildcard_constraints:
     trained="[A-Za-z0-9][A-Za-z0-9._-]*",
 
 
-def training_order(wildcards):
-    """As `order`, for the benches."""
-    repeats = TRAINING_SUITE.repeats
-    return turn(
-        wildcards.trained, TRAINING_SUITE.benches, int(wildcards.repeat), repeats
-    )
+rule training:
+    input:
+        TRAINING_RUNS,
+        TRAINING_RESULTS,
+    localrule: True
 
 
-if TRAINING_SUITE:
+# One bench in a fresh process. An implementation that fails is a row that says so, and the workflow goes on.
+rule training_bench:
+    input:
+        KERNEL_VERDICTS,
+    output:
+        result=ensure(
+            f"{TRAINING_FOLDER}/runs/{{trained}}/repeat~{{repeat}}.json",
+            non_empty=True,
+        ),
+        profile=[
+            f"{TRAINING_FOLDER}/runs/{{trained}}/repeat~{{repeat}}.profile.csv"
+            for _ in TRAINING_PROFILES[:1]
+        ],
+    log:
+        f"{LOGS}/training_bench/{{trained}}/repeat~{{repeat}}.log",
+    priority: training_order
+    conda:
+        "../../environment.yml"
+    resources:
+        runtime=TRAINING_SUITE.minutes + 5,
+        mem_mb=16000,
+        tasks_per_gpu=0,
+        gres="gpu:1" if TRAINING_SUITE.device == "cuda" else "",
+        device=1,
+    params:
+        suite=SUITE.name,
+        profile=lambda wildcards, output: [
+            f"--profile={path}" for path in output.profile
+        ],
+        # Not in the command: a bench runs again when its configuration changes, and only then.
+        configuration=lambda wildcards: training_hash(TRAINING_SUITE, wildcards.trained),
+    shell:
+        "lorafusion training measure --suite {params.suite:q} --bench {wildcards.trained:q}"
+        " --repeat {wildcards.repeat} --out {output.result:q} {params.profile:q} --log {log:q} > {log:q} 2>&1"
 
-    rule training:
-        input:
-            TRAINING_RUNS,
-            TRAINING_RESULTS,
-        localrule: True
 
-    # One bench in a fresh process. An implementation that fails is a row that says so, and the workflow goes on.
-    rule training_bench:
-        input:
-            KERNEL_VERDICTS,
-        output:
-            result=ensure(
-                f"{TRAINING_FOLDER}/runs/{{trained}}/repeat~{{repeat}}.json",
-                non_empty=True,
-            ),
-            profile=[
-                f"{TRAINING_FOLDER}/runs/{{trained}}/repeat~{{repeat}}.profile.csv"
-                for _ in TRAINING_PROFILES[:1]
-            ],
-        log:
-            f"{LOGS}/training_bench/{{trained}}/repeat~{{repeat}}.log",
-        priority: training_order
-        conda:
-            "../../environment.yml"
-        resources:
-            runtime=TRAINING_SUITE.minutes + 5,
-            mem_mb=16000,
-            tasks_per_gpu=0,
-            gres="gpu:1" if TRAINING_SUITE.device == "cuda" else "",
-            device=1,
-        params:
-            suite=SUITE.name,
-            profile=lambda wildcards, output: [
-                f"--profile={path}" for path in output.profile
-            ],
-            # Not in the command: a bench runs again when its configuration changes, and only then.
-            configuration=lambda wildcards: training_hash(
-                TRAINING_SUITE, wildcards.trained
-            ),
-        shell:
-            "lorafusion training measure --suite {params.suite:q} --bench {wildcards.trained:q}"
-            " --repeat {wildcards.repeat} --out {output.result:q} {params.profile:q} --log {log:q} > {log:q} 2>&1"
-
-    rule training_measurements:
-        input:
-            TRAINING_RUNS,
-        output:
-            csv=report(
-                f"{TRAINING_FOLDER}/measurements.csv",
-                caption="../report/measurements.rst",
-                category="Measurements",
-                labels={"content": "training: every number", "form": "CSV"},
-            ),
-            parquet=f"{TRAINING_FOLDER}/measurements.parquet",
-            schema=f"{TRAINING_FOLDER}/measurements.schema.json",
-            html=report(
-                f"{TRAINING_FOLDER}/measurements.html",
-                caption="../report/measurements.rst",
-                category="Measurements",
-                labels={
-                    "content": "training: medians and runs, with log, command and commit",
-                    "form": "page",
-                },
-            ),
-        log:
-            f"{LOGS}/training_measurements.log",
-        localrule: True
-        conda:
-            "../../environment.yml"
-        params:
-            folder=subpath(output.csv, parent=True),
-        shell:
-            "lorafusion measurements {params.folder:q} {input:q} > {log:q} 2>&1"
-
-    rule training_speed:
-        input:
+rule training_measurements:
+    input:
+        TRAINING_RUNS,
+    output:
+        csv=report(
             f"{TRAINING_FOLDER}/measurements.csv",
+            caption="../report/measurements.rst",
+            category="Measurements",
+            labels={"content": "training: every number", "form": "CSV"},
+        ),
+        parquet=f"{TRAINING_FOLDER}/measurements.parquet",
+        schema=f"{TRAINING_FOLDER}/measurements.schema.json",
+        html=report(
+            f"{TRAINING_FOLDER}/measurements.html",
+            caption="../report/measurements.rst",
+            category="Measurements",
+            labels={
+                "content": "training: medians and runs, with log, command and commit",
+                "form": "page",
+            },
+        ),
+    log:
+        f"{LOGS}/training_measurements.log",
+    localrule: True
+    conda:
+        "../../environment.yml"
+    params:
+        folder=subpath(output.csv, parent=True),
+    shell:
+        "lorafusion measurements {params.folder:q} {input:q} > {log:q} 2>&1"
+
+
+rule training_speed:
+    input:
+        f"{TRAINING_FOLDER}/measurements.csv",
+    output:
+        png=report(
+            f"{RESULTS}/figures/training_speed.png",
+            caption="../report/training.rst",
+            category="Figures",
+            labels={"content": "training_speed", "form": "PNG"},
+        ),
+        pdf=report(
+            f"{RESULTS}/figures/training_speed.pdf",
+            caption="../report/training.rst",
+            category="Figures",
+            labels={"content": "training_speed", "form": "PDF"},
+        ),
+        csv=f"{RESULTS}/figures/training_speed.csv",
+    log:
+        f"{LOGS}/training_speed.log",
+    localrule: True
+    conda:
+        "../../environment.yml"
+    params:
+        stem=subpath(output.png, strip_suffix=".png"),
+    shell:
+        "lorafusion training speed {input:q} --out {params.stem:q} > {log:q} 2>&1"
+
+
+if TRAINING_PROFILES:
+
+    rule training_profile:
+        input:
+            TRAINING_PROFILES,
         output:
             png=report(
-                f"{RESULTS}/figures/training_speed.png",
+                f"{RESULTS}/figures/training_profile.png",
                 caption="../report/training.rst",
                 category="Figures",
-                labels={"content": "training_speed", "form": "PNG"},
+                labels={"content": "training_profile", "form": "PNG"},
             ),
             pdf=report(
-                f"{RESULTS}/figures/training_speed.pdf",
+                f"{RESULTS}/figures/training_profile.pdf",
                 caption="../report/training.rst",
                 category="Figures",
-                labels={"content": "training_speed", "form": "PDF"},
+                labels={"content": "training_profile", "form": "PDF"},
             ),
-            csv=f"{RESULTS}/figures/training_speed.csv",
+            csv=f"{RESULTS}/figures/training_profile.csv",
         log:
-            f"{LOGS}/training_speed.log",
+            f"{LOGS}/training_profile.log",
         localrule: True
         conda:
             "../../environment.yml"
         params:
             stem=subpath(output.png, strip_suffix=".png"),
         shell:
-            "lorafusion training speed {input:q} --out {params.stem:q} > {log:q} 2>&1"
-
-    if TRAINING_PROFILES:
-
-        rule training_profile:
-            input:
-                TRAINING_PROFILES,
-            output:
-                png=report(
-                    f"{RESULTS}/figures/training_profile.png",
-                    caption="../report/training.rst",
-                    category="Figures",
-                    labels={"content": "training_profile", "form": "PNG"},
-                ),
-                pdf=report(
-                    f"{RESULTS}/figures/training_profile.pdf",
-                    caption="../report/training.rst",
-                    category="Figures",
-                    labels={"content": "training_profile", "form": "PDF"},
-                ),
-                csv=f"{RESULTS}/figures/training_profile.csv",
-            log:
-                f"{LOGS}/training_profile.log",
-            localrule: True
-            conda:
-                "../../environment.yml"
-            params:
-                stem=subpath(output.png, strip_suffix=".png"),
-            shell:
-                "lorafusion training profile {input:q} --out {params.stem:q} > {log:q} 2>&1"
+            "lorafusion training profile {input:q} --out {params.stem:q} > {log:q} 2>&1"

@@ -182,6 +182,8 @@ def read_yaml(path: str | Path) -> dict:
         data = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not valid YAML: {reason}") from None

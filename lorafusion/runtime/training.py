@@ -29,6 +29,7 @@ class Record:
 
     done: after the backward of slot k, and the steps that follow it, the mark (k, mark).
     losses: an adapter's share of its global batch's loss in one microbatch, (adapter, batch, value).
+    kept: are these two kept for a report? A long training has its events instead.
     stopped: adapters that were stopped, and the first of their steps that was not made.
     events: where losses, norms and evaluations are written as they become known, a line of JSON each.
     """
@@ -37,6 +38,7 @@ class Record:
     begin: Mark | None = None
     done: list[tuple[int, Mark]] = field(default_factory=list)
     losses: list[tuple[int, int, float]] = field(default_factory=list)
+    kept: bool = True
     stopped: dict[int, int] = field(default_factory=dict)
     readback: Readback = field(default_factory=Readback)
     events: TextIO | None = None
@@ -45,7 +47,8 @@ class Record:
         self.begin = self.clock.mark()
 
     def finished(self, slot: int) -> None:
-        self.done.append((slot, self.clock.mark()))
+        if self.kept:
+            self.done.append((slot, self.clock.mark()))
         self.readback.poll()
 
     def event(self, **values: object) -> None:
@@ -116,7 +119,8 @@ class TrainingRun:
 
         def note(values: list[float]) -> None:
             for (adapter, index, tokens), value in zip(parts, values, strict=True):
-                self.record.losses.append((adapter, index, value))
+                if self.record.kept:
+                    self.record.losses.append((adapter, index, value))
                 self.record.event(slot=slot, adapter=adapter, batch=index, tokens=tokens, loss=value)
 
         self.record.readback.add(shares, note)

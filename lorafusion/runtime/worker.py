@@ -85,6 +85,7 @@ def trained(spec: RunSpec, device: torch.device, position: Position, rank: int, 
     if spec.initial:
         checkpoint.load_initial(run, Path(spec.initial))
     if spec.saving:
+        run.record.kept = False
         arguments = [_checkpoints(spec, run, rank, world)]
     if spec.events:
         run.open_events(Path(spec.events))

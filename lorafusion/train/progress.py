@@ -42,6 +42,8 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
+        if self.progress.disable and any(self.reader.tokens):
+            self._line(self.reader.history)
 
     def update(self) -> None:
         history = self.reader.history

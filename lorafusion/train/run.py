@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -34,6 +35,7 @@ SYSTEM = "lorafusion"
 CPU_CAPACITY = 2048  # tokens, where nothing is probed
 DONE, FAILED, STOPPED = 0, 1, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again
 RELOAD = "SIGHUP"
+METRICS_SECONDS = 5  # between two writings of the metrics, all of them each time
 
 
 def train(path: Path) -> int:
@@ -160,12 +162,15 @@ class Training:
         if self.config.wandb != "off":
             name = f"{self.output.path.name}-{run.folder.name}"
             wandb = WandbLog(self.config.wandb, self.config.wandb_project, name, self.output.path, workload)
+        written = 0.0
         with Display(workload, reader) as display, open(self.log, "a") as log:
 
             def look() -> None:
+                nonlocal written
                 changed = reader.poll()
-                if changed:
+                if changed and time.monotonic() - written > METRICS_SECONDS:
                     history.write(self.output.path / "metrics.jsonl")
+                    written = time.monotonic()
                 for job, step in changed if wandb else ():
                     wandb.log(job, step, history)
                 display.update()

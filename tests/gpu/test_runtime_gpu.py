@@ -112,7 +112,6 @@ def test_a_run_is_saved_and_gone_on_from(spec):
     (found.path / "rank-0.json").unlink()  # as if the last one had not been finished
     again = launch(spec, 1, 240)
     assert again.status == "ok"
-    assert again.report["seconds"][0][0] > 0
     for one, other in zip(whole, map(json.loads, events.read_text().splitlines()), strict=True):
         assert one == pytest.approx(other, rel=2e-2)
 

@@ -148,7 +148,9 @@ class _Parts:
 
     def packed(self, device: torch.device) -> PackedBatch:
         def joined(parts: list[torch.Tensor]) -> torch.Tensor:
-            return torch.cat(parts).to(device, non_blocking=True)
+            whole = torch.cat(parts)
+            # A copy from other memory waits for the device where it is larger than 64 KiB.
+            return (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
 
         return PackedBatch(
             input_ids=joined(self.ids)[None],

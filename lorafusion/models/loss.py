@@ -62,7 +62,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None].to(gradient.dtype), None, None
+        # Not upstream in the gradient's dtype: all tokens of an adapter have the same factor, and its rounding too.
+        return torch.mul(gradient, upstream[:, None], out=torch.empty_like(gradient)), None, None
 
 
 def _losses_and_gradient(logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, wanted: bool) -> None:

@@ -76,12 +76,11 @@ class Watch:
     def stalled(self, seconds: float) -> str:
         """Who keeps the run from going on, if nobody has moved for so long; else nothing. Start-up has no limit here:
         weights may take long to load."""
-        if not self.seen or any(
-            one.doing in (START_UP, ENDED) or time.monotonic() - one.since < seconds for one in self.seen.values()
-        ):
+        running = [one for one in self.seen.values() if one.doing != ENDED]
+        if not running or any(one.doing == START_UP or time.monotonic() - one.since < seconds for one in running):
             return ""
-        own = [one for one in self.seen.values() if not one.doing.startswith(WAITING)]
-        return "; ".join(f"{one.place}: {one.doing}" for one in own or self.seen.values())
+        own = [one for one in running if not one.doing.startswith(WAITING)]
+        return "; ".join(f"{one.place}: {one.doing}" for one in own or running)
 
 
 def _path(directory: Path, rank: int) -> Path:

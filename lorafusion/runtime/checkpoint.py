@@ -23,11 +23,13 @@ from safetensors.torch import save_file
 
 from lorafusion.errors import UserError
 from lorafusion.files import write
+from lorafusion.runtime.pipeline import AHEAD
 from lorafusion.runtime.spec import STOP_FILE, RunSpec, Saving
 from lorafusion.runtime.training import TrainingRun
 
 VERSION = 1
-STOP_KEY = "stop-after"  # in the processes' store: the slot that they agreed to end after
+ASKED = "stop-asked"  # in the processes' store: somebody was asked to stop
+BEYOND = AHEAD + 1  # slots; messages of so many may be waited for already when a process learns where to stop
 
 
 class CheckpointError(UserError):
@@ -67,6 +69,7 @@ class Checkpoints:
         self.folder, self.every, self.keep = Path(saving.folder), saving.every, saving.keep
         self.origin, self.rank, self.processes, self.store = origin, rank, processes, store
         self._asked = asked
+        self._hold = 0
         self._last: int | None = None
 
     def save(self, run: TrainingRun, slot: int) -> None:
@@ -95,26 +98,41 @@ class Checkpoints:
 
     def _clear(self) -> None:
         """Remove checkpoints that are older than the last whole ones."""
-        whole = [one for one in _slots(self.folder) if not _missing(one)]
+        whole = [one for one in _slots(self.folder) if _is_whole(one)]
         for old in _slots(self.folder):
             if len(whole) >= self.keep and old < whole[-self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def stop_after(self, slot: int, safe: int) -> int | None:
-        """The slot after which the run ends, if it was asked to; to be called before the forward of each slot.
+    def stop_after(self, slot: int, hold: int) -> int | None:
+        """The slot after which the run ends, once it was asked to and that is agreed; to be asked before each forward.
 
-        safe: a slot that no process can have come to. The first process decides, and says so before it goes on, so that
-        all others know before they come there.
+        Every process says how far it is when it learns that somebody asked, and may go on to its slot `hold` without
+        knowing the answer; the answer is beyond all of these. hold: so far that no other process waits for this one
+        before it has said the same.
         """
         if self.store is None:
             return slot if self._asked_for_it() else None
         if self._last is None:
-            if self.rank == 0 and self._asked_for_it():
-                self._last = safe
-                self.store.set(STOP_KEY, str(safe))
-            elif self.rank and self.store.check([STOP_KEY]):
-                self._last = int(self.store.get(STOP_KEY))
+            if self._asked_for_it():
+                self.store.set(ASKED, "")
+            if not self._hold and self.store.check([ASKED]):
+                self._say(hold)
+            said = [_hold_key(rank) for rank in range(self.processes)]
+            if self._hold and (slot > self._hold or self.store.check(said)):
+                self.store.wait(said)
+                self._last = BEYOND + max(int(self.store.get(key)) for key in said)
+        if self._last is not None and self._last < slot:
+            raise RuntimeError(f"asked to stop after slot {self._last}, but slot {slot} is next")
         return self._last
+
+    def no_more_forwards(self, slots: int) -> None:
+        """To be called after the last forward, when no other process shall wait for this one's word."""
+        if self.store is not None and not self._hold:
+            self._say(slots)
+
+    def _say(self, hold: int) -> None:
+        self._hold = hold
+        self.store.set(_hold_key(self.rank), str(hold))
 
     def _asked_for_it(self) -> bool:
         return self._asked() or (self.folder / STOP_FILE).exists()
@@ -196,6 +214,20 @@ def load_initial(run: TrainingRun, folder: Path) -> None:
             raise UserError(f"{path}: not what training {adapter.job.name!r} can go on with ({error})") from None
 
 
+def set_aside(folder: Path, found: Found | None) -> None:
+    """Rename what lies beyond the checkpoint that a run goes on from: parts of a checkpoint that was never whole must
+    not be taken for those of the next one at its slot."""
+    for path in _slots(folder):
+        if found is None or path > found.path:
+            target = path.with_name(f"passed-over-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+
+
+def _hold_key(rank: int) -> str:
+    return f"stop-hold-{rank}"
+
+
 def _slots(folder: Path) -> list[Path]:
     """The checkpoints of a folder, whole or not, oldest first."""
     return sorted(path for path in folder.glob("slot-*") if re.fullmatch(r"slot-\d{9,}", path.name))
@@ -210,6 +242,13 @@ def _described(part: Path) -> dict:
         return json.loads(part.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise CheckpointError(f"{part}: corrupt, not JSON") from None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return not _missing(path)
+    except CheckpointError:
+        return False
 
 
 def _missing(path: Path) -> str:

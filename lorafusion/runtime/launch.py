@@ -97,9 +97,11 @@ def launch(
                 running.end()
         if isinstance(code, str):
             return Outcome("timeout", code)
-        done = outcome(reports, code, watch)
+        # A signal that torchrun got too is a failure to it, however orderly its processes ended.
+        stopped = interrupted and (reports / "report.json").exists()
+        done = outcome(reports, 0 if stopped else code, watch)
         if done.status == "ok" and not done.report.get("finished", True):
-            reason = f"by {interrupted[0]}" if interrupted else "by request"
+            reason = f"by {interrupted[-1]}" if interrupted else "by request"
             return Outcome("stopped", f"{reason}, after saving a checkpoint", done.report)
         return done
 
@@ -128,7 +130,7 @@ def _interrupts(spec: RunSpec) -> Iterator[list[str]]:
 
     def handle(number: int, _frame: object) -> None:
         came.append(signal.Signals(number).name)
-        if spec.saving is None or len(came) > 1:
+        if spec.saving is None or came[:-1] not in ([], ["SIGHUP"]):
             raise KeyboardInterrupt
         folder = Path(spec.saving.folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,9 +179,9 @@ def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[s
     return {"OMP_NUM_THREADS": str(threads)} | dict(environment) | ours
 
 
-def end_with_parent() -> None:
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
     """Ask Linux to end this process with its parent, so that a killed launcher leaves nothing running."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def outcome(reports: Path, code: int, watch: Watch | None = None) -> Outcome:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+PATIENCE = timedelta(days=1)  # the launcher decides how long nothing may happen
 AHEAD = 1  # receives that are posted beyond the one that is waited for
 
 
@@ -38,15 +40,15 @@ class Pipeline:
         self.device, self.dtype, self.hidden_size = device, dtype, hidden_size
         self._first_rank = self.replica * size
         # All processes make all groups, in the same order.
-        self._forward = dist.new_group() if size > 1 else None
-        self._backward = dist.new_group() if size > 1 else None
+        self._forward = dist.new_group(timeout=PATIENCE) if size > 1 else None
+        self._backward = dist.new_group(timeout=PATIENCE) if size > 1 else None
         self._stages = self._alike = None
         if size > 1:
             pipelines = [list(range(first, first + size)) for first in range(0, size * replicas, size)]
-            self._stages = [dist.new_group(ranks) for ranks in pipelines][self.replica]
+            self._stages = [dist.new_group(ranks, timeout=PATIENCE) for ranks in pipelines][self.replica]
         if replicas > 1:
             stages = [list(range(index, size * replicas, size)) for index in range(size)]
-            self._alike = [dist.new_group(ranks) for ranks in stages][self.index]
+            self._alike = [dist.new_group(ranks, timeout=PATIENCE) for ranks in stages][self.index]
         self._sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     @property

@@ -54,7 +54,7 @@ class Measured(NamedTuple):
 
 def probe_workload(workload: Workload) -> tuple[Workload, Plan]:
     """The same adapters on synthetic samples: two microbatches, of the sizes to measure, with tokens of all jobs."""
-    lengths = [max(2, size // len(workload.jobs)) for size in SIZES]
+    lengths = [max(2 * place, size // len(workload.jobs)) for place, size in enumerate(SIZES, 1)]
     jobs = tuple(
         job.model_copy(
             update={"samples": tuple(Sample(i, tokens) for i, tokens in enumerate(lengths)), "global_batch_size": 1,

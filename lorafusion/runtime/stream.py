@@ -18,7 +18,7 @@ import torch
 
 from lorafusion.errors import UserError
 from lorafusion.runtime.checkpoint import Checkpoints
-from lorafusion.runtime.pipeline import AHEAD, Expected
+from lorafusion.runtime.pipeline import Expected
 from lorafusion.runtime.training import TrainingRun
 
 
@@ -66,6 +66,8 @@ class _Stream:
                 self._look_for_a_stop(index)
                 self._update(index - stages)
                 self._forward(index)
+                if self.checkpoints is not None and index + 1 == len(self.run.microbatches):
+                    self.checkpoints.no_more_forwards(index)
             if index >= self.begin + ahead:
                 self._backward(index - ahead)
             index += 1
@@ -77,11 +79,13 @@ class _Stream:
         if self.checkpoints is None or self.stopping:
             return
         stages = self.run.pipeline.size
-        # No process is further than this: replicas wait for each other at the next step, stages for each other always.
-        step = next((one for one in range(max(self.begin, slot - stages + 1), self.end) if self.run.steps[one]), slot)
-        last = self.checkpoints.stop_after(slot, safe=max(slot, step) + stages + AHEAD + 2)
-        if last is not None:
-            self.stopping, self.end = True, min(self.end, last + 1)
+        # Replicas wait for each other at steps, stages are at most `stages` slots apart: after the next step that this
+        # stage has not made, whoever waited for it, or for a stage that waited, has gone on and said how far it is.
+        undone = range(max(0, slot - (stages - 1 - self.run.pipeline.index)), len(self.run.steps))
+        step = next((one for one in undone if self.run.steps[one]), slot)
+        last = self.checkpoints.stop_after(slot, hold=max(slot, step) + 3 * stages)
+        if last is not None and last < self.end:  # else it is in a later part of the plan
+            self.stopping, self.end = True, last + 1
 
     def _forward(self, slot: int) -> None:
         microbatch, pipeline = self.run.microbatches[slot], self.run.pipeline

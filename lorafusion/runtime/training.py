@@ -11,6 +11,7 @@ from typing import TextIO
 import torch
 
 from lorafusion.data.packing import BatchBuilder, PackedBatch
+from lorafusion.files import write
 from lorafusion.measure.timers import Clock, Mark
 from lorafusion.models.lora import ActiveBatch
 from lorafusion.models.loss import weighted_losses
@@ -175,10 +176,10 @@ class TrainingRun:
     @torch.no_grad()
     def evaluate(self, slot: int, adapter: int, receive: Callable, send: Callable) -> None:
         """A job's evaluation samples through this stage, without dropout; the last stage notes their loss."""
-        self.position.set(f"an evaluation of {self.workload.jobs[adapter].name} after microbatch {slot}")
         self.stage.eval()
         step, total = self.adapters[adapter].steps, torch.zeros(1, dtype=torch.float64, device=self.pipeline.device)
-        for batch in self.evaluation_batches(adapter):
+        for index, batch in enumerate(self.evaluation_batches(adapter)):
+            self.position.set(f"part {index} of an evaluation of {self.workload.jobs[adapter].name}")
             out = self._through(batch, receive() if not self.stage.is_first else None)
             if self.stage.is_last:
                 total = total + weighted_losses(out, self.stage.lm_head.weight, batch.labels, batch.weights).sum()
@@ -236,10 +237,7 @@ class TrainingRun:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"replica-{self.pipeline.replica}.jsonl"
-        kept = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _slot(line) < self.begin]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        trim_events(path, self.begin)
         self.record.events = open(path, "a")  # noqa: SIM115 - until the process ends
 
 
@@ -257,6 +255,15 @@ def _evaluations(workload: Workload, steps: list[tuple[int, ...]]) -> list[tuple
                 due.append(adapter)
         out.append(tuple(due))
     return out
+
+
+def trim_events(path: Path, begin: int) -> None:
+    """Drop the events of slots from `begin` on, which are run again."""
+    if path.exists():
+        text = path.read_text()
+        kept = "".join(f"{line}\n" for line in text.splitlines() if _slot(line) < begin)
+        if kept != text:
+            write(path, kept)
 
 
 def _slot(line: str) -> float:

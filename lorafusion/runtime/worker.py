@@ -23,6 +23,7 @@ from lorafusion.data.packing import BatchBuilder
 from lorafusion.data.store import JobTokens
 from lorafusion.data.tokens import SyntheticTokens, TokenSource
 from lorafusion.errors import UserError, one_of, validated
+from lorafusion.files import write
 from lorafusion.imports import load
 from lorafusion.measure.timers import canary, peak_memory, reset_peak_memory
 from lorafusion.models.liger import is_installed, use_liger
@@ -141,6 +142,7 @@ def _checkpoints(spec: RunSpec, run: TrainingRun, rank: int, world: int) -> chec
     found, reasons = [None], []
     if rank == 0:
         found[0], reasons = checkpoint.newest(Path(spec.saving.folder), origin)
+        checkpoint.set_aside(Path(spec.saving.folder), found[0])
         for reason in reasons:
             print(f"warning: passed over a checkpoint: {reason}", file=sys.stderr, flush=True)
     store = None
@@ -151,6 +153,7 @@ def _checkpoints(spec: RunSpec, run: TrainingRun, rank: int, world: int) -> chec
         checkpoint.load(run, found[0], rank)
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    end_with_parent(signal.SIGKILL)  # to which SIGTERM is a request now
     return checkpoint.Checkpoints(spec.saving, origin, rank, world, store, lambda: bool(asked))
 
 
@@ -182,17 +185,16 @@ def _device(spec: RunSpec) -> torch.device:
 
 def collect(run: TrainingRun, drift: dict[str, float]) -> dict:
     """The report on rank 0: timings of its stage, losses of the last stages, memory of all processes."""
-    mine = (run.record.losses, run.record.stopped, peak_memory(run.pipeline.device))
+    mine = (run.record.losses, peak_memory(run.pipeline.device))
     everyone = [mine]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
-    losses, stopped, peaks = zip(*everyone, strict=True)
-    record, jobs = run.record, run.workload.jobs
+    losses, peaks = zip(*everyone, strict=True)
+    record = run.record
     return {
         "seconds": [[slot, record.clock.seconds(record.begin, mark)] for slot, mark in record.done],
         "losses": losses_by_job(run.workload, [loss for part in losses for loss in part]),
-        "stopped": {jobs[adapter].name: step for part in stopped for adapter, step in part.items()},
         "peak_memory": max(peaks),
         "canary": drift,
     }
@@ -239,7 +241,7 @@ def describe(error: Exception, position: Position) -> str:
 
 
 def _write(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content))
+    write(path, json.dumps(content))
 
 
 if __name__ == "__main__":

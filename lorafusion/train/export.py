@@ -58,7 +58,7 @@ def export(
     described = {
         "job": settings | {"samples": len(job.samples), "evaluation_samples": len(job.evaluation)},
         "base_model": model.model_dump(mode="json"), "stopped": stopped,
-        "steps": [{"step": step + 1} | vars(row) for step, row in steps.items()],
+        "steps": [{"step": step + 1} | row.known for step, row in steps.items()],
     }  # fmt: skip
     write(folder / "training.json", json.dumps(described, indent=1) + "\n")
     write(folder / "README.md", _card(job, model, steps, stopped, others))

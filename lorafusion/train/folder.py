@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
-
 from lorafusion.config import Config
 from lorafusion.errors import UserError, validated
 from lorafusion.files import write
@@ -35,12 +33,12 @@ class JobProgress(Config):
 
 
 class Progress(Config):
-    """settings: what all steps depend on besides the jobs. capacity, recomputed: as they were probed, for so many
-    stages."""
+    """settings: what all steps depend on besides the jobs. probed: what `lorafusion.runtime.probe` measured, by what it
+    depends on."""
 
     settings: dict
     jobs: dict[str, JobProgress] = {}
-    probed: dict[str, tuple[int, float]] = Field(default={}, description="by stages: capacity, share recomputed")
+    probed: dict[str, list] = {}
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class OutputFolder:
         self.progress = Progress(settings=settings)
         file = path / "progress.json"
         if file.exists():
-            self.progress = validated(Progress, json.loads(file.read_text()), file)
+            self.progress = validated(Progress, _json(file), file)
             for key, value in settings.items():
                 found = self.progress.settings.get(key)
                 if found != value:
@@ -135,16 +133,24 @@ class OutputFolder:
                     f"with {value!r}; change it back, or give the job another name"
                 )
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Within it no other training uses the folder."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.path}: another training is using this folder") from None
-            yield
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within it no other training uses this output folder."""
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another training is using this folder") from None
+        yield
+
+
+def _json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
 
 
 def described(job: Job) -> dict:

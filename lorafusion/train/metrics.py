@@ -8,22 +8,36 @@ again, with the same numbers.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafusion.files import write
-from lorafusion.workload import Workload
+from lorafusion.workload import Job, Workload
 
 
 @dataclass
 class Step:
-    """One optimizer step of one job, and the mean loss of its global batch before it."""
+    """One optimizer step of one job, and the mean loss of its global batch before it.
 
+    missing: tokens of the batch whose losses have not come in yet."""
+
+    missing: int
     loss: float = 0.0
     tokens: int = 0
     norm: float | None = None
     learning_rate: float | None = None
     evaluation: float | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        return self.norm is not None and not self.missing
+
+    @property
+    def known(self) -> dict:
+        """What there is to tell of it; what is no number is null, for readers of JSON."""
+        values = {key: value for key, value in vars(self).items() if value is not None and key != "missing"}
+        return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
 @dataclass
@@ -35,7 +49,7 @@ class History:
 
     def complete(self, job: str) -> dict[int, Step]:
         """The steps of a job that are done, in order."""
-        done = {step: row for step, row in self.steps.get(job, {}).items() if row.norm is not None}
+        done = {step: row for step, row in self.steps.get(job, {}).items() if row.is_complete}
         return dict(sorted(done.items()))
 
     def write(self, path: Path) -> None:
@@ -43,8 +57,7 @@ class History:
         lines = []
         for job in self.steps:
             for step, row in self.complete(job).items():
-                known = {key: value for key, value in vars(row).items() if value is not None}
-                lines.append(json.dumps({"job": job, "step": step + 1} | known))
+                lines.append(json.dumps({"job": job, "step": step + 1} | row.known))
         write(path, "".join(f"{line}\n" for line in lines))
 
 
@@ -72,25 +85,32 @@ class EventReader:
         return changed
 
     def _add(self, path: Path, event: dict) -> tuple[str, int]:
-        name = self.workload.jobs[event["adapter"]].name
-        rows = self.history.steps.setdefault(name, {})
+        job = self.workload.jobs[event["adapter"]]
         if "stopped" in event:
-            self.history.stopped.setdefault(name, event["stopped"])
-            return name, event["stopped"]
+            self.history.stopped.setdefault(job.name, event["stopped"])
+            return job.name, event["stopped"]
         if "evaluation" in event:  # of the weights after so many steps; each replica has seen a part of the samples
-            shares = self._shares.setdefault((f"{name}/evaluation", event["step"]), {})
-            shares[path, event["slot"]] = (event["evaluation"], 0)
             step = event["step"] - 1
-            rows.setdefault(step, Step()).evaluation = sum(share for share, _ in shares.values())
-            return name, step
-        if "loss" in event:
+            shares = self._shares.setdefault((f"{job.name}/evaluation", step), {})
+            shares[path, event["slot"]] = (event["evaluation"], 0)
+            self._row(job, step).evaluation = sum(share for share, _ in shares.values())
+        elif "loss" in event:
             step = event["batch"]
-            shares = self._shares.setdefault((name, step), {})
+            shares = self._shares.setdefault((job.name, step), {})
             shares[path, event["slot"]] = (event["loss"], event["tokens"])
-            row = rows.setdefault(step, Step())
+            row = self._row(job, step)
             row.loss, row.tokens = (sum(column) for column in zip(*shares.values(), strict=True))
+            row.missing = batch_tokens(job, step) - row.tokens
             self.tokens[event["adapter"]] += event["tokens"]
-            return name, step
-        row = rows.setdefault(event["step"], Step())
-        row.norm, row.learning_rate = event["norm"], event["learning_rate"]
-        return name, event["step"]
+        else:
+            step, row = event["step"], self._row(job, event["step"])
+            row.norm, row.learning_rate = event["norm"], event["learning_rate"]
+        return job.name, step
+
+    def _row(self, job: Job, step: int) -> Step:
+        rows = self.history.steps.setdefault(job.name, {})
+        return rows.setdefault(step, Step(batch_tokens(job, step)))
+
+
+def batch_tokens(job: Job, batch: int) -> int:
+    return sum(job.sample_at(position).tokens for position in job.batches[batch])

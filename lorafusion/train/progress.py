@@ -13,7 +13,7 @@ from rich.text import Text
 from lorafusion.train.metrics import EventReader, History
 from lorafusion.workload import Workload
 
-LINE_SECONDS = 30
+SHOW_SECONDS, LINE_SECONDS = 1, 30
 
 
 class _TokensPerSecond(ProgressColumn):
@@ -33,8 +33,13 @@ class Display:
             TextColumn("{task.fields[told]}"), _TokensPerSecond(), TimeRemainingColumn(),
             console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
-        self.tasks = [self.progress.add_task(job.name, total=job.tokens, told="") for job in workload.jobs]
-        self.begin, self._said = time.monotonic(), time.monotonic()
+        self.before = sum(reader.tokens)
+        self.tasks = [
+            self.progress.add_task(job.name, total=job.tokens, completed=tokens, told="")
+            for job, tokens in zip(workload.jobs, reader.tokens, strict=True)
+        ]
+        self.begin = self._said = time.monotonic()
+        self._shown = 0.0
 
     def __enter__(self) -> Display:
         self.progress.start()
@@ -46,6 +51,9 @@ class Display:
             self._line(self.reader.history)
 
     def update(self) -> None:
+        if time.monotonic() - self._shown < SHOW_SECONDS:
+            return
+        self._shown = time.monotonic()
         history = self.reader.history
         for task, job, tokens in zip(self.tasks, self.workload.jobs, self.reader.tokens, strict=True):
             self.progress.update(task, completed=tokens, told=told(history, job.name, len(job.batches)))
@@ -55,7 +63,7 @@ class Display:
 
     def _line(self, history: History) -> None:
         tokens = sum(self.reader.tokens)
-        speed = tokens / (time.monotonic() - self.begin)
+        speed = (tokens - self.before) / (time.monotonic() - self.begin)
         jobs = "; ".join(f"{job.name} {told(history, job.name, len(job.batches))}" for job in self.workload.jobs)
         print(f"{tokens / self.workload.tokens:.0%}, {speed:,.0f} tok/s: {jobs}", file=sys.stderr, flush=True)
 
@@ -85,10 +93,9 @@ class WandbLog:
             self.run.define_metric(f"{job.name}/*", step_metric=f"{job.name}/step")
 
     def log(self, job: str, step: int, history: History) -> None:
-        row = history.steps[job].get(step)
-        if row is not None and row.norm is not None:
-            values = {key: value for key, value in vars(row).items() if value is not None}
-            self.run.log({f"{job}/{key}": value for key, value in values.items()} | {f"{job}/step": step + 1})
+        row = history.steps.get(job, {}).get(step)
+        if row is not None and row.is_complete:
+            self.run.log({f"{job}/{key}": value for key, value in row.known.items()} | {f"{job}/step": step + 1})
 
     def finish(self) -> None:
         self.run.finish()

@@ -17,19 +17,22 @@ import yaml
 from lorafusion.config import ModelConfig
 from lorafusion.errors import UserError
 from lorafusion.files import write
+from lorafusion.measure.environment import provenance
 from lorafusion.plan import Plan
-from lorafusion.runtime.checkpoint import identity, newest
+from lorafusion.runtime.checkpoint import Found, identity, newest
 from lorafusion.runtime.launch import Outcome, launch
+from lorafusion.runtime.probe import Measured, capacity_of
 from lorafusion.runtime.spec import RunSpec, Saving
+from lorafusion.runtime.training import trim_events
 from lorafusion.scheduler import fast
 from lorafusion.simulator import model_costs
 from lorafusion.train.config import TrainConfig, read_train_config
 from lorafusion.train.export import export
-from lorafusion.train.folder import OutputFolder, Run
+from lorafusion.train.folder import OutputFolder, Run, locked
 from lorafusion.train.metrics import EventReader, History
 from lorafusion.train.prepare import DATA, base_model, prepare
 from lorafusion.train.progress import Display, WandbLog
-from lorafusion.workload import Workload
+from lorafusion.workload import Workload, content_hash
 
 SYSTEM = "lorafusion"
 CPU_CAPACITY = 2048  # tokens, where nothing is probed
@@ -42,8 +45,9 @@ def train(path: Path) -> int:
     """Train the jobs of a file; the exit status. SIGTERM and SIGINT save and end; SIGHUP saves, reads the file again
     and goes on."""
     while True:
-        training = Training(read_train_config(path))
-        with training.output.locked():
+        config = read_train_config(path)
+        with locked(config.output):
+            training = Training(config)
             outcome = training.run()
         if outcome.status != "stopped" or RELOAD not in outcome.note:
             break
@@ -100,38 +104,46 @@ class Training:
         return None, self.output.remaining(workload)
 
     def _take_over(self, run: Run) -> None:
-        found, _ = newest(run.checkpoints, identity(self._spec(run), Plan.read(run.plan).content_hash))
+        found = self._found(run)
         if found is not None:
             self.output.take_over(run, found)
 
+    def _found(self, run: Run) -> Found | None:
+        """The checkpoint that a run goes on from."""
+        return newest(run.checkpoints, identity(self._base_spec(run.workload, 0.0), Plan.read(run.plan).content_hash))[
+            0
+        ]
+
     def _planned(self, remaining: Workload) -> Run:
         stages = self.config.stages
-        capacity, share = self._capacity(remaining)
+        capacity, share = self._capacity(remaining, self.config.capacity)
         costs = model_costs(self.model, stages, checkpointing=share > 0)
         plan = fast.plan(remaining, SYSTEM, stages, capacity, self.config.data_parallel, costs)
         told = f"{len(remaining.jobs)} jobs, {remaining.tokens} tokens in {plan.statistics.microbatches} microbatches"
         print(f"{told} of at most {capacity} tokens, fill {plan.statistics.fill:.2f}", file=sys.stderr)
         return self.output.new_run(remaining, plan)
 
-    def _capacity(self, workload: Workload) -> tuple[int, float]:
-        """Tokens of a microbatch, and the share of the layers that recompute their activations: stated, or probed."""
-        config = self.config
-        share = {"none": 0.0, "all": 1.0, "auto": None}.get(config.checkpointing, config.checkpointing)
+    def _capacity(self, workload: Workload, capacity: int | None) -> tuple[int, float]:
+        """Tokens of a microbatch, and the share of the layers that recompute their activations: stated, or measured."""
+        share = {"none": 0.0, "all": 1.0, "auto": None}.get(self.config.checkpointing, self.config.checkpointing)
         samples = [sample for job in workload.jobs for sample in (*job.samples, *job.evaluation)]
         longest = max(sample.tokens for sample in samples)
-        if config.chosen_device == "cpu":
-            return config.capacity or max(CPU_CAPACITY, longest), share or 0.0
-        if config.capacity and share is not None:
-            return config.capacity, share
-        key = f"{config.stages} stages, {len(workload.jobs)} jobs"
+        if self.config.chosen_device == "cpu":
+            return capacity or max(CPU_CAPACITY, longest), share or 0.0
+        if capacity and share is not None:
+            return capacity, share
+        fits, found = capacity_of(self._measured(workload), longest, share, wanted=capacity)
+        return capacity or fits, found
+
+    def _measured(self, workload: Workload) -> list[Measured]:
+        """What microbatches of these jobs take on each stage; measured once for the same adapters and GPU."""
+        adapters = [job.model_dump(mode="json", include={"rank", "target_modules"}) for job in workload.jobs]
+        key = content_hash([adapters, self.config.stages, provenance("cuda")["gpu_name"]])
         if key not in self.output.progress.probed:
-            self.output.update(probed=self.output.progress.probed | {key: self._probed(workload, longest, share)})
-        capacity, found = self.output.progress.probed[key]
-        return config.capacity or capacity, found
+            self.output.update(probed=self.output.progress.probed | {key: self._probed(workload)})
+        return [Measured.from_json(one) for one in self.output.progress.probed[key]]
 
-    def _probed(self, workload: Workload, longest: int, share: float | None) -> tuple[int, float]:
-        from lorafusion.runtime.probe import Measured, capacity_of
-
+    def _probed(self, workload: Workload) -> list:
         print("measuring how many tokens a microbatch may hold", file=sys.stderr)
         file = self.output.path / "probe.json"
         write(file, workload.to_json())
@@ -140,8 +152,7 @@ class Training:
             outcome = launch(spec, self.config.stages, stall=60 * self.config.stall_minutes, log=log)
         if outcome.status != "ok":
             raise UserError(f"capacity: could not be measured, {outcome.note}; state it, or see {self.log}")
-        stages = [Measured.from_json(one) for one in outcome.report["stages"]]
-        return capacity_of(stages, longest, share, wanted=self.config.capacity)
+        return outcome.report["stages"]
 
     def _base_spec(self, workload: Path, share: float) -> RunSpec:
         config = self.config
@@ -150,7 +161,7 @@ class Training:
                        checkpointing=share)  # fmt: skip
 
     def _spec(self, run: Run) -> RunSpec:
-        share = self._capacity(Workload.read(run.workload))[1]
+        share = self._capacity(Workload.read(run.workload), Plan.read(run.plan).capacity)[1]
         more = {"plan": str(run.plan), "tokens": str(self.output.path / DATA), "initial": str(self.output.state),
                 "saving": Saving(folder=str(run.checkpoints), every=self.config.save_every, keep=self.config.keep),
                 "events": str(run.events)}  # fmt: skip
@@ -158,6 +169,7 @@ class Training:
 
     def _execute(self, run: Run, workload: Workload, history: History) -> Outcome:
         reader = EventReader(run.events, workload, history)
+        reader.poll()  # what is known already is neither progress of this command nor to be logged again
         wandb = None
         if self.config.wandb != "off":
             name = f"{self.output.path.name}-{run.folder.name}"
@@ -168,11 +180,11 @@ class Training:
             def look() -> None:
                 nonlocal written
                 changed = reader.poll()
-                if changed and time.monotonic() - written > METRICS_SECONDS:
-                    history.write(self.output.path / "metrics.jsonl")
-                    written = time.monotonic()
                 for job, step in changed if wandb else ():
                     wandb.log(job, step, history)
+                if time.monotonic() - written > METRICS_SECONDS:
+                    history.write(self.output.path / "metrics.jsonl")
+                    written = time.monotonic()
                 display.update()
 
             outcome = launch(
@@ -186,8 +198,12 @@ class Training:
         return outcome
 
     def _history(self) -> History:
-        """What all runs so far have told."""
+        """What all runs so far have told, but for what will be run again."""
         history = History()
+        for run in self.output.runs()[-1:]:
+            found = self._found(run)
+            for path in run.events.glob("*.jsonl"):
+                trim_events(path, found.slot if found else 0)
         for run in self.output.runs():
             EventReader(run.events, Workload.read(run.workload), history).poll()
         return history

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from lorafusion.errors import UserError
 from lorafusion.train import run as training
+from lorafusion.train.folder import locked
 from lorafusion.train.run import DONE, FAILED, STOPPED, train
 from tests import forked
 from tests.tiny_tokenizer import save_tokenizer
@@ -188,10 +189,8 @@ def test_what_was_trained_otherwise_is_not_gone_on_with(whole, changes, message)
 
 
 def test_two_trainings_do_not_share_a_folder(whole):
-    from lorafusion.train.config import read_train_config
-
     with (
-        training.Training(read_train_config(whole / "jobs.yaml")).output.locked(),
+        locked(whole / "out"),
         pytest.raises(UserError, match="another training is using this folder"),
     ):
         train(whole / "jobs.yaml")

@@ -89,12 +89,14 @@ class WandbLog:
 
         self.run = wandb.init(project=project, name=name, dir=folder, mode=mode, config=workload.model_dump(
             mode="json", exclude={"jobs": {"__all__": {"samples", "evaluation"}}}))  # fmt: skip
+        self._told: dict[tuple[str, int], dict] = {}
         for job in workload.jobs:
             self.run.define_metric(f"{job.name}/*", step_metric=f"{job.name}/step")
 
     def log(self, job: str, step: int, history: History) -> None:
         row = history.steps.get(job, {}).get(step)
-        if row is not None and row.is_complete:
+        if row is not None and row.is_complete and self._told.get((job, step)) != row.known:
+            self._told[job, step] = row.known
             self.run.log({f"{job}/{key}": value for key, value in row.known.items()} | {f"{job}/step": step + 1})
 
     def finish(self) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lorafusion.checks import toy_jobs
 from lorafusion.plan import Plan
-from lorafusion.runtime.checkpoint import CheckpointError, identity, newest, opened
+from lorafusion.runtime.checkpoint import CheckpointError, Checkpoints, identity, newest, opened, set_aside
 from lorafusion.runtime.spec import STOP_FILE, RunSpec, Saving
 from lorafusion.scheduler import fast
 from lorafusion.workload import Workload
@@ -186,3 +186,21 @@ def test_only_the_last_ones_are_kept(saved):
         f"slot-{(saved.slots - 1) // 5 * 5:09}", f"slot-{saved.slots:09}",
     ]  # fmt: skip
     assert not (saved.checkpoints / STOP_FILE).exists()
+
+
+def test_a_damaged_old_checkpoint_hinders_no_new_one(saved, copied):
+    old, last = sorted(copied.glob("slot-*"))
+    cut(old / "rank-0.json")
+    Checkpoints(Saving(folder=str(copied), keep=1), {}, 0, 1, None, lambda: False)._clear()
+    assert sorted(copied.glob("slot-*")) == [last]
+
+
+def test_what_lies_beyond_the_one_gone_on_from_is_put_aside(saved, copied):
+    """Else a part that an interrupted process left would complete the next attempt's checkpoint of that slot."""
+    before, last = sorted(copied.glob("slot-*"))
+    (last / "rank-0.json").unlink()
+    found, _ = newest(copied, of(saved))
+    set_aside(copied, found)
+    assert sorted(path.name for path in copied.iterdir()) == [f"passed-over-{last.name}", before.name]
+    set_aside(copied, None)
+    assert newest(copied, of(saved)) == (None, [])

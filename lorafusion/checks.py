@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lorafusion.config import ARRANGEMENT, read_model, read_systems
+from lorafusion.config import Arrangement, read_model, read_systems
 from lorafusion.errors import UserError
 from lorafusion.files import write
 from lorafusion.imports import load
@@ -74,25 +73,6 @@ def toy_jobs(learning_rate: float = 1e-2, dropout: float = 0.1) -> tuple[Job, ..
         )
         for index, (rank, alpha, probability, batch, modules) in enumerate(shapes)
     )
-
-
-class Arrangement(NamedTuple):
-    """Processes that train together, written as `2x1` (stages x replicas) or `2x1+recompute`: with activations that are
-    computed again in the backward pass."""
-
-    stages: int
-    replicas: int
-    recompute: bool
-
-    @classmethod
-    def read(cls, text: str) -> Arrangement:
-        found = re.fullmatch(ARRANGEMENT, text)
-        if not found:
-            raise UserError(f"arrangement: expected stages x replicas such as 2x1 or 2x1+recompute, found {text!r}")
-        return cls(int(found[1]), int(found[2]), bool(found[3]))
-
-    def __str__(self) -> str:
-        return f"{self.stages}x{self.replicas}{'+recompute' if self.recompute else ''}"
 
 
 class Curve(NamedTuple):

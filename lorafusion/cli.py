@@ -115,7 +115,8 @@ def check_lossless(
     curves: Annotated[Path | None, typer.Option(help="write all losses there, as CSV")] = None,
 ) -> None:
     """Adapters trained together equal each alone, and that plain PEFT."""
-    from lorafusion.checks import Arrangement, lossless, write_curves
+    from lorafusion.checks import lossless, write_curves
+    from lorafusion.config import Arrangement
 
     verdict, found = lossless([Arrangement.read(one) for one in arrangement])
     if curves:

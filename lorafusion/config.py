@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -18,7 +18,6 @@ from lorafusion.errors import UserError, one_of, validated
 from lorafusion.measure.environment import has_gpu
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-ARRANGEMENT = r"([1-9]\d*)x([1-9]\d*)(\+recompute)?"  # of processes: stages x replicas
 Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
@@ -26,6 +25,9 @@ class Config(BaseModel):
     """A misspelt key is an error, not a default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Entry = TypeVar("Entry", bound=Config)
 
 
 class ModelConfig(Config):
@@ -117,6 +119,25 @@ class Grid(Config):
         return self
 
 
+class Arrangement(NamedTuple):
+    """Processes that train together, written as `2x1` (stages x replicas) or `2x1+recompute`: with activations that are
+    computed again in the backward pass."""
+
+    stages: int
+    replicas: int
+    recompute: bool
+
+    @classmethod
+    def read(cls, text: str) -> Arrangement:
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(\+recompute)?", text)
+        if not found:
+            raise UserError(f"arrangement: expected stages x replicas such as 2x1 or 2x1+recompute, found {text!r}")
+        return cls(int(found[1]), int(found[2]), bool(found[3]))
+
+    def __str__(self) -> str:
+        return f"{self.stages}x{self.replicas}{'+recompute' if self.recompute else ''}"
+
+
 class Checks(Config):
     """The correctness checks that the suite's figures rest on."""
 
@@ -131,8 +152,7 @@ class Checks(Config):
     @classmethod
     def _are_arrangements(cls, value: list[str]) -> list[str]:
         for one in value:
-            if not re.fullmatch(ARRANGEMENT, one):
-                raise ValueError(f"expected stages x replicas such as 2x1 or 2x1+recompute, found {one!r}")
+            Arrangement.read(one)
         return value
 
 
@@ -197,8 +217,13 @@ def names_in(folder: str) -> set[str]:
     return {path.stem for path in (CONFIGS / folder).glob("*.yaml")}
 
 
+def read_entries(path: str | Path, model: type[Entry]) -> dict[str, Entry]:
+    """A file whose top keys name entries of one kind; `UserError` names the entry and the key that is wrong."""
+    return {name: validated(model, entry, f"{path}: {name}") for name, entry in read_yaml(path).items()}
+
+
 def read_systems(path: str | Path = CONFIGS / "systems.yaml") -> dict[str, SystemConfig]:
-    return {name: validated(SystemConfig, entry, f"{path}: {name}") for name, entry in read_yaml(path).items()}
+    return read_entries(path, SystemConfig)
 
 
 def model_path(name: str) -> Path:

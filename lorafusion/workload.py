@@ -103,6 +103,11 @@ class Job(_Frozen):
         """Real tokens that remain to be trained."""
         return self.stream_offset(self.stream_length) - self.stream_offset(self.first_position)
 
+    def batch_tokens(self, batch: int) -> int:
+        """Tokens of one of the global batches."""
+        positions = self.batches[batch]
+        return self.stream_offset(positions.stop) - self.stream_offset(positions.start)
+
     def sample_at(self, position: int) -> Sample:
         """The sample at a position of the stream."""
         return self.samples[position % len(self.samples)]

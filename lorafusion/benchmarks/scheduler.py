@@ -15,9 +15,9 @@ from pathlib import Path
 from pydantic import Field
 
 from lorafusion.benchmarks.results import row, write_bench
-from lorafusion.config import CONFIGS, Config, names_in, read_yaml
+from lorafusion.config import CONFIGS, Config, names_in, read_entries
 from lorafusion.data.lengths import make_workload
-from lorafusion.errors import UserError, one_of, validated
+from lorafusion.errors import UserError, one_of
 from lorafusion.imports import load
 from lorafusion.measure.environment import largest_resident_set, provenance
 from lorafusion.plan import Plan
@@ -56,9 +56,8 @@ class SchedulerSuite(Config):
 
 def read_scheduler_suites() -> dict[str, SchedulerSuite]:
     """All entries; `UserError` names the key that is wrong, or a workload, strategy or model that is unknown."""
-    suites = {}
-    for name, entry in read_yaml(SUITES).items():
-        suite = validated(SchedulerSuite, entry, f"{SUITES}: {name}")
+    suites = read_entries(SUITES, SchedulerSuite)
+    for name, suite in suites.items():
         if suite.model:
             one_of("model", suite.model, names_in("models"), f"{SUITES}: {name}.model")
         for index, grid in enumerate(suite.grids):
@@ -67,7 +66,6 @@ def read_scheduler_suites() -> dict[str, SchedulerSuite]:
                 one_of("workload", workload, names_in("workloads"), where)
             for strategy in grid.strategies:
                 one_of("strategy", strategy, set(STRATEGIES), where)
-        suites[name] = suite
     return suites
 
 

@@ -12,8 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lorafusion.config import CONFIGS, Config, names_in, read_model, read_yaml
-from lorafusion.errors import UserError, one_of, validated
+from lorafusion.config import CONFIGS, Config, names_in, read_entries, read_model
+from lorafusion.errors import UserError, one_of
 from lorafusion.workload import content_hash
 
 KERNELS = CONFIGS / "kernels.yaml"
@@ -154,7 +154,7 @@ class Point(BaseModel):
 
 def read_kernel_suites(path: str | Path = KERNELS) -> dict[str, KernelSuite]:
     """All entries; raises `UserError` naming file and key."""
-    suites = {name: validated(KernelSuite, entry, f"{path}: {name}") for name, entry in read_yaml(path).items()}
+    suites = read_entries(path, KernelSuite)
     for name, suite in suites.items():
         benches(suite, f"{path}: {name}")
     return suites

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lorafusion.config import CONFIGS, Config, names_in, read_model, read_yaml
-from lorafusion.errors import UserError, one_of, validated
+from lorafusion.config import CONFIGS, Config, names_in, read_entries, read_model
+from lorafusion.errors import UserError, one_of
 from lorafusion.plan import Microbatch, Plan, Segment, make_plan
 from lorafusion.workload import ALL_LINEAR, Job, Sample, Workload, content_hash
 
@@ -86,16 +86,14 @@ class TrainingSuite(Config):
 
 def read_training_suites() -> dict[str, TrainingSuite]:
     """All entries; `UserError` names the key that is wrong, or a model that is unknown or has too few layers."""
-    suites = {}
-    for name, entry in read_yaml(SUITES).items():
-        suite = validated(TrainingSuite, entry, f"{SUITES}: {name}")
+    suites = read_entries(SUITES, TrainingSuite)
+    for name, suite in suites.items():
         for bench_name, bench in suite.benches.items():
             where = f"{SUITES}: {name}.benches.{bench_name}"
             one_of("model", bench.model, names_in("models"), where)
             layers = read_model(bench.model).num_hidden_layers
             if bench.stage[1] > layers:
                 raise UserError(f"{where}: {bench.stage[1]} stages, but model {bench.model} has only {layers} layers")
-        suites[name] = suite
     return suites
 
 

@@ -8,7 +8,6 @@ never be about another file.
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from lorafusion.config import Config
 from lorafusion.data.blocks import SYNTHETIC
 from lorafusion.data.tokens import SyntheticTokens, Tokens
 from lorafusion.errors import UserError
+from lorafusion.files import whole
 from lorafusion.workload import Job, Sample
 
 if TYPE_CHECKING:
@@ -77,13 +77,8 @@ class StoreWriter:
         }
         largest = int(tensors["ids"].max())
         notes = StoreNotes(fingerprint=fingerprint, training=training, largest_id=largest, counts=counts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with whole(path) as partial:
             save_file(tensors, partial, metadata={NOTES: notes.model_dump_json()})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 class StoreFile:

@@ -9,10 +9,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
+from safetensors.torch import save_file
 from torch import nn
 
 from fused_lora import AdapterStack, LoRAAdapter, lora_gated_linear, lora_linears, mask_key
@@ -119,6 +121,13 @@ def adapter_state(stage: Stage, job: Job) -> dict[str, torch.Tensor]:
     state = get_peft_model_state_dict(stage, adapter_name=job.name)
     # A view would take the rest of its stack along when it is sent to another process.
     return {f"base_model.model.{name}": value.detach().to("cpu", copy=True) for name, value in state.items()}
+
+
+def save_adapter(config: LoraConfig, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write an adapter to a folder in PEFT's format; state: its tensors under the names of that format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
 
 
 def fused(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:

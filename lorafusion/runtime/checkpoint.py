@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lorafusion.errors import UserError
-from lorafusion.files import write
+from lorafusion.files import whole, write
 from lorafusion.runtime.pipeline import AHEAD
 from lorafusion.runtime.spec import STOP_FILE, RunSpec, Saving
 from lorafusion.runtime.training import TrainingRun
@@ -34,6 +33,10 @@ BEYOND = AHEAD + 1  # slots; messages of so many may be waited for already when 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be gone on from, and why."""
+
+
+class IncompleteError(CheckpointError):
+    """One that its processes did not come to finish, as where they were killed."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,9 @@ class Checkpoints:
             if bool(adapter.stopped):
                 stopped[adapter.job.name] = adapter.steps_made()
         path = folder / f"rank-{self.rank}.safetensors"
-        partial = path.with_suffix(".partial")
-        save_file({name: value.detach().to("cpu").contiguous() for name, value in state.items()}, partial)
-        with open(partial, "rb+") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with whole(path) as partial:
+            save_file({name: value.detach().to("cpu").contiguous() for name, value in state.items()}, partial)
+            digest = _digest(partial)
         described = self.origin | {"slot": slot, "rank": self.rank, "processes": self.processes, "sha256": digest,
                                    "steps": steps, "stopped": stopped}  # fmt: skip
         write(path.with_suffix(".json"), json.dumps(described) + "\n")
@@ -98,9 +98,9 @@ class Checkpoints:
 
     def _clear(self) -> None:
         """Remove checkpoints that are older than the last whole ones."""
-        whole = [one for one in _slots(self.folder) if _is_whole(one)]
+        good = [one for one in _slots(self.folder) if _is_whole(one)]
         for old in _slots(self.folder):
-            if len(whole) >= self.keep and old < whole[-self.keep]:
+            if len(good) >= self.keep and old < good[-self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def stop_after(self, slot: int, hold: int) -> int | None:
@@ -145,10 +145,9 @@ def newest(folder: Path, origin: dict) -> tuple[Found | None, list[str]]:
     passed, refused = [], []
     for path in reversed(_slots(folder)):
         try:
-            missing = _missing(path)
-            if not missing:
-                return opened(path, origin), passed + refused
-            passed.append(f"{path}: incomplete, {missing}")
+            return opened(path, origin), passed + refused
+        except IncompleteError as error:
+            passed.append(str(error))
         except CheckpointError as error:
             refused.append(str(error))
     if refused:
@@ -160,16 +159,15 @@ def opened(path: Path, origin: dict | None = None) -> Found:
     """A checkpoint, checked; origin: what it must be of. Raises `CheckpointError` naming the file and what is wrong."""
     missing = _missing(path)
     if missing:
-        raise CheckpointError(f"{path}: incomplete, {missing}")
+        raise IncompleteError(f"{path}: incomplete, {missing}")
     for part in _parts(path):
         described = _described(part)
         for key, expected in (origin or {}).items():
             if described.get(key) != expected:
                 raise CheckpointError(f"{part}: of another run, its {key} is {described.get(key)!r}, not {expected!r}")
         tensors = part.with_suffix(".safetensors")
-        with open(tensors, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != described["sha256"]:
-                raise CheckpointError(f"{tensors}: corrupt, its hash is not the one in {part.name}")
+        if _digest(tensors) != described["sha256"]:
+            raise CheckpointError(f"{tensors}: corrupt, its hash is not the one in {part.name}")
     return Found(path, described["slot"], described["steps"], described["stopped"])
 
 
@@ -194,11 +192,9 @@ def adapters_of(found: Found, folder: Path) -> None:
                 job, _, rest = name.partition("/")
                 if not rest.endswith("/gradient"):
                     states.setdefault(job, {})[rest] = file.get_tensor(name)
-    folder.mkdir(parents=True, exist_ok=True)
     for job, state in states.items():
-        partial = folder / f".{job}.partial"
-        save_file(state, partial)
-        partial.replace(folder / f"{job}.safetensors")
+        with whole(folder / f"{job}.safetensors") as partial:
+            save_file(state, partial)
 
 
 def load_initial(run: TrainingRun, folder: Path) -> None:
@@ -222,6 +218,11 @@ def set_aside(folder: Path, found: Found | None) -> None:
             target = path.with_name(f"passed-over-{path.name}")
             shutil.rmtree(target, ignore_errors=True)
             path.rename(target)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hold_key(rank: int) -> str:

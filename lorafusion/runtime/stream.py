@@ -49,9 +49,8 @@ class _Stream:
         self.stopping = False
         pipeline = run.pipeline
         self.in_flight: deque[tuple[torch.Tensor | None, torch.Tensor | None]] = deque()
-        self.norms: dict[
-            int, torch.Tensor | None
-        ] = {}  # of slots that are not updated yet, from the last stage to here
+        # Of slots that are not updated yet, added from the last stage to here.
+        self.norms: dict[int, torch.Tensor | None] = {}
         if not pipeline.is_first:
             self.before = pipeline.from_before(self._from_before(), run.position.waiting)
         if not pipeline.is_last:

@@ -31,7 +31,7 @@ class Record:
     done: after the backward of slot k, and the steps that follow it, the mark (k, mark).
     losses: an adapter's share of its global batch's loss in one microbatch, (adapter, batch, value).
     kept: are these two kept for a report? A long training has its events instead.
-    stopped: adapters that were stopped, and the first of their steps that was not made.
+    stopped: adapters that are known to be stopped.
     events: where losses, norms and evaluations are written as they become known, a line of JSON each.
     """
 
@@ -40,7 +40,7 @@ class Record:
     done: list[tuple[int, Mark]] = field(default_factory=list)
     losses: list[tuple[int, int, float]] = field(default_factory=list)
     kept: bool = True
-    stopped: dict[int, int] = field(default_factory=dict)
+    stopped: set[int] = field(default_factory=set)
     readback: Readback = field(default_factory=Readback)
     events: TextIO | None = None
 
@@ -156,7 +156,7 @@ class TrainingRun:
                 rate = self.workload.jobs[adapter].learning_rate_at(step)
                 self.record.event(slot=slot, adapter=adapter, step=step, norm=norm, learning_rate=rate)
                 if stop and adapter not in self.record.stopped:
-                    self.record.stopped[adapter] = step
+                    self.record.stopped.add(adapter)
                     self.record.event(slot=slot, adapter=adapter, stopped=step)
 
         self.record.readback.add(values, note)

@@ -27,7 +27,7 @@ from lorafusion.files import write
 from lorafusion.imports import load
 from lorafusion.measure.timers import canary, peak_memory, reset_peak_memory
 from lorafusion.models.liger import is_installed, use_liger
-from lorafusion.models.lora import adapter_state, inject_adapters, peft_config
+from lorafusion.models.lora import adapter_state, inject_adapters, peft_config, save_adapter
 from lorafusion.models.stage import build_stage
 from lorafusion.plan import Plan, check
 from lorafusion.runtime import checkpoint, probe
@@ -210,8 +210,6 @@ def losses_by_job(workload: Workload, shares: list[tuple[int, int, float]]) -> d
 
 def save_adapters(run: TrainingRun, directory: Path) -> None:
     """Write each adapter in PEFT's format, gathered from all stages, to a folder of its name."""
-    from safetensors.torch import save_file
-
     rank = dist.get_rank() if dist.is_initialized() else 0
     for job in run.workload.jobs:
         parts = [adapter_state(run.stage, job)]
@@ -220,11 +218,8 @@ def save_adapters(run: TrainingRun, directory: Path) -> None:
             dist.gather_object(parts[0], gathered, dst=0)
             parts = gathered
         if rank == 0:
-            folder = directory / job.name
-            folder.mkdir(parents=True, exist_ok=True)
             state = {name: value.contiguous() for part in parts for name, value in part.items()}
-            save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            peft_config(job).save_pretrained(folder)
+            save_adapter(peft_config(job), state, directory / job.name)
 
 
 def status_of(error: Exception) -> str:

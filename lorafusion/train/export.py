@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lorafusion.config import ModelConfig
 from lorafusion.files import write
-from lorafusion.models.lora import peft_config
+from lorafusion.models.lora import peft_config, save_adapter
 from lorafusion.train.metrics import Step
 from lorafusion.workload import Job
 
@@ -45,15 +45,13 @@ def export(
     """Write the adapter of a job to `folder`: adapter_model.safetensors, adapter_config.json, README.md, training.json
     and loss.png. state: the file that `lorafusion.runtime.checkpoint.adapters_of` wrote. stopped: is it of the weights
     before a gradient that was not finite? others: the jobs beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name.removesuffix("/weight"): value for name, value in load_file(state).items() if name.endswith("/weight")
     }
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = peft_config(job)
     config.base_model_name_or_path = None if model.weights == "random" else model.weights
     config.inference_mode = True
-    config.save_pretrained(folder)
+    save_adapter(config, weights, folder)
     settings = job.model_dump(mode="json", exclude={"samples", "evaluation", "start"})
     described = {
         "job": settings | {"samples": len(job.samples), "evaluation_samples": len(job.evaluation)},

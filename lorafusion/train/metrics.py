@@ -100,7 +100,7 @@ class EventReader:
             shares[path, event["slot"]] = (event["loss"], event["tokens"])
             row = self._row(job, step)
             row.loss, row.tokens = (sum(column) for column in zip(*shares.values(), strict=True))
-            row.missing = batch_tokens(job, step) - row.tokens
+            row.missing = job.batch_tokens(step) - row.tokens
             self.tokens[event["adapter"]] += event["tokens"]
         else:
             step, row = event["step"], self._row(job, event["step"])
@@ -109,8 +109,4 @@ class EventReader:
 
     def _row(self, job: Job, step: int) -> Step:
         rows = self.history.steps.setdefault(job.name, {})
-        return rows.setdefault(step, Step(batch_tokens(job, step)))
-
-
-def batch_tokens(job: Job, batch: int) -> int:
-    return sum(job.sample_at(position).tokens for position in job.batches[batch])
+        return rows.setdefault(step, Step(job.batch_tokens(step)))

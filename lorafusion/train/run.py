@@ -17,7 +17,7 @@ import yaml
 from lorafusion.config import ModelConfig
 from lorafusion.errors import UserError
 from lorafusion.files import write
-from lorafusion.measure.environment import provenance
+from lorafusion.measure.environment import gpu_state
 from lorafusion.plan import Plan
 from lorafusion.runtime.checkpoint import Found, identity, newest
 from lorafusion.runtime.launch import Outcome, launch
@@ -74,6 +74,7 @@ class Training:
         self.output = OutputFolder(config.output, settings)
         self.model_file, self.log = config.output / "model.yaml", config.output / "log.txt"
         self._model_text = text
+        self._readers: dict[Run, EventReader] = {}
 
     def run(self) -> Outcome:
         """Plan what remains and run it; the outcome is "nan" where an adapter was stopped."""
@@ -110,9 +111,8 @@ class Training:
 
     def _found(self, run: Run) -> Found | None:
         """The checkpoint that a run goes on from."""
-        return newest(run.checkpoints, identity(self._base_spec(run.workload, 0.0), Plan.read(run.plan).content_hash))[
-            0
-        ]
+        origin = identity(self._base_spec(run.workload, 0.0), Plan.read(run.plan).content_hash)
+        return newest(run.checkpoints, origin)[0]
 
     def _planned(self, remaining: Workload) -> Run:
         stages = self.config.stages
@@ -138,7 +138,7 @@ class Training:
     def _measured(self, workload: Workload) -> list[Measured]:
         """What microbatches of these jobs take on each stage; measured once for the same adapters and GPU."""
         adapters = [job.model_dump(mode="json", include={"rank", "target_modules"}) for job in workload.jobs]
-        key = content_hash([adapters, self.config.stages, provenance("cuda")["gpu_name"]])
+        key = content_hash([adapters, self.config.stages, gpu_state()["gpu_name"]])
         if key not in self.output.progress.probed:
             self.output.update(probed=self.output.progress.probed | {key: self._probed(workload)})
         return [Measured.from_json(one) for one in self.output.progress.probed[key]]
@@ -168,8 +168,8 @@ class Training:
         return self._base_spec(run.workload, share).model_copy(update=more)
 
     def _execute(self, run: Run, workload: Workload, history: History) -> Outcome:
-        reader = EventReader(run.events, workload, history)
-        reader.poll()  # what is known already is neither progress of this command nor to be logged again
+        # That of a run in hand has read what is known already: no progress of this command, nor to be logged again.
+        reader = self._readers.get(run) or EventReader(run.events, workload, history)
         wandb = None
         if self.config.wandb != "off":
             name = f"{self.output.path.name}-{run.folder.name}"
@@ -205,7 +205,8 @@ class Training:
             for path in run.events.glob("*.jsonl"):
                 trim_events(path, found.slot if found else 0)
         for run in self.output.runs():
-            EventReader(run.events, Workload.read(run.workload), history).poll()
+            self._readers[run] = EventReader(run.events, Workload.read(run.workload), history)
+            self._readers[run].poll()
         return history
 
     def _exported(self, workload: Workload, history: History) -> Outcome:

@@ -13,9 +13,9 @@ from lorafusion.benchmarks.suite import bench_hash, benches, read_kernel_suites
 from lorafusion.benchmarks.training_suite import bench_hash as training_hash
 from lorafusion.benchmarks.training_suite import read_training_suites
 from lorafusion.cells import config_hash, unavailable
-from lorafusion.checks import Arrangement
 from lorafusion.config import (
     CONFIGS,
+    Arrangement,
     cells,
     read_suite,
     read_systems,

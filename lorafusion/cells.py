@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -37,7 +38,7 @@ def run_cell(
     cell = find_cell(suite, name, suite_path)
     system = read_systems()[cell.system]
     workload = Workload.read(workload_path)
-    reason = unavailable(cell, system)
+    reason = unavailable(system)
     plan = None if reason else read_plan(plan_path, workload)
     if suite.device == "cuda" and not has_gpu():
         raise UserError(f"{suite_path}: a suite for GPUs, but nvidia-smi finds none; try configs/suites/smoke.yaml")
@@ -78,12 +79,10 @@ def run_cell(
     return describe(result)
 
 
-def unavailable(cell: Cell, system: SystemConfig) -> str:
-    """Why nothing built here can run a cell; empty if it can be run."""
-    if system.unavailable:
-        return system.unavailable
-    if cell.grid.data_parallel > 1 and not system.replicas:
-        return f"its executor runs one data-parallel replica, the cell asks for {cell.grid.data_parallel}"
+def unavailable(system: SystemConfig) -> str:
+    """Why nothing installed here can run a system; empty if it can be run."""
+    if system.requires and importlib.util.find_spec(system.requires) is None:
+        return f"the package {system.requires} is not installed"
     return ""
 
 
@@ -136,7 +135,7 @@ def description(suite: Suite, cell: Cell, workload: Workload, system: SystemConf
         "workload": cell.workload,
         "gpus": cell.gpus,
         "repeat": repeat,
-        "implementation": system.lora.rpartition(":")[2] if system.lora else None,
+        "implementation": system.lora.rpartition(":")[2],
         "adapters": len(workload.jobs),
         # Mixed ranks or dropouts have no one number; the workload file has them all.
         "rank": ranks.pop() if len(ranks) == 1 else None,

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lorafusion.config import Arrangement, read_model, read_systems
+from lorafusion.config import Arrangement, read_model
 from lorafusion.errors import UserError
 from lorafusion.files import write
-from lorafusion.imports import load
 from lorafusion.plan import Plan
 from lorafusion.runtime.launch import launch
 from lorafusion.runtime.spec import RunSpec
+from lorafusion.scheduler import plan_system
 from lorafusion.workload import ALL_LINEAR, Job, Sample, Workload
 
 RUN_SECONDS = 300
@@ -210,7 +210,7 @@ def train(
 
     with tempfile.TemporaryDirectory(prefix="lorafusion-check-") as directory:
         folder = Path(directory)
-        plan = load(read_systems()[system].planner, "planner")(workload, system, stages, capacity, replicas)
+        plan = plan_system(workload, system, stages=stages, capacity=capacity, data_parallel=replicas)
         (folder / "workload.json").write_text(workload.to_json())
         (folder / "plan.json").write_text(plan.to_json())
         spec = RunSpec(

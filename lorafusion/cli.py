@@ -50,13 +50,16 @@ def workload(
     global_batch: Annotated[int, typer.Option(min=1, help="samples of one optimizer step")] = 8,
     length_scale: Annotated[float, typer.Option(help="divides the sample lengths")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 1,
+    merged_qkv: Annotated[bool, typer.Option("--merged-qkv", help="one adapter for q, k and v as one linear")] = False,
 ) -> None:
     """Draw the jobs of a workload: adapters and sample lengths."""
     from lorafusion.data.lengths import make_workload
 
     if length_scale <= 0:
         raise UserError(f"--length-scale: expected a number above 0, found {length_scale}")
-    made = make_workload(config, samples=samples, global_batch=global_batch, scale=length_scale, seed=seed)
+    made = make_workload(
+        config, samples=samples, global_batch=global_batch, scale=length_scale, seed=seed, merged_qkv=merged_qkv
+    )
     write(out, made.to_json())
     print(f"{out}: {len(made.jobs)} adapters, {made.tokens} tokens, hash {made.content_hash}")
 

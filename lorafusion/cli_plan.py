@@ -47,14 +47,14 @@ def make(
 ) -> None:
     """Plan a workload for a system, and check the plan."""
     from lorafusion.config import read_systems
-    from lorafusion.imports import load
-    from lorafusion.scheduler import STRATEGIES
+    from lorafusion.scheduler import STRATEGIES, plan_system, plan_workload
     from lorafusion.simulator import chosen_costs
     from lorafusion.workload import Workload
 
     read, options = Workload.read(workload), {}
     if model or costs:
         options["costs"] = chosen_costs(stages, model, costs)
+    sizes = {"stages": stages, "capacity": capacity, "data_parallel": data_parallel}
     if strategy is not None:
         if system is not None:
             raise UserError(f"either --system or --strategy, found {system} and {strategy}")
@@ -63,12 +63,13 @@ def make(
     else:
         systems, name = read_systems(), system or "lorafusion"
         one_of("system", name, set(systems), "--system")
-        if systems[name].unavailable:
-            raise UserError(f"system {name!r} cannot plan: {systems[name].unavailable}")
         planner = systems[name].planner
     if options and planner != STRATEGIES["fast"]:
         raise UserError(f"--model, --costs: {name} does not plan by costs; fast does")
-    made = load(planner, "planner")(read, name, stages, capacity, data_parallel, **options)
+    if strategy is not None:
+        made = plan_workload(read, strategy, **sizes, **options)
+    else:
+        made = plan_system(read, name, **sizes, **options)
     write(out, made.to_json())
     s = made.statistics
     print(f"{out}: {s.microbatches} microbatches ({s.noops} no-ops, at least {s.lower_bound}), fill {s.fill:.3f}")

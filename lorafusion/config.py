@@ -67,22 +67,23 @@ class ModelConfig(Config):
 
 
 class SystemConfig(Config):
-    """An entry of configs/systems.yaml: planner, executor and LoRA kind by import path, or why it cannot run."""
+    """An entry of configs/systems.yaml: planner, executor and LoRA kind by import path, and their settings."""
 
     description: str
-    planner: str | None = Field(default=None, description="module:function, workload to plan")
-    executor: str | None = Field(default=None, description="module:function, runs a plan on a stage")
-    lora: str | None = Field(default=None, description="module:function, installs the LoRA forward on a stage")
+    planner: str = Field(description="module:function, workload to plan")
+    options: dict[str, bool | int | str | None] = Field(default={}, description="keyword arguments of the planner")
+    executor: str = Field(description="module:function, runs a plan on a stage")
+    lora: str = Field(description="module:function, installs the LoRA forward on a stage")
+    shard: str | None = Field(
+        default=None, description="module:function, spreads a stage's parameters over replicas before they have values"
+    )
+    wide_adapters: bool = Field(
+        default=False, description="adapters in float32 whatever the model is in, under autocast: PEFT as shipped"
+    )
+    liger: bool = Field(default=True, description="Liger's kernels for norms, rotation and gates, where installed")
     max_gpus: int | None = Field(default=None, ge=1)
-    replicas: bool = Field(default=False, description="can the executor run several data-parallel replicas?")
-    unavailable: str | None = Field(default=None, description="why the system has no planner or executor yet")
-
-    @model_validator(mode="after")
-    def _complete_or_unavailable(self) -> SystemConfig:
-        parts = (self.planner, self.executor, self.lora)
-        if self.unavailable is None and None in parts:
-            raise ValueError("needs planner, executor and lora, or a reason under `unavailable`")
-        return self
+    max_stages: int | None = Field(default=None, ge=1)
+    requires: str | None = Field(default=None, description="a Python package; without it runs are skipped")
 
 
 class Grid(Config):
@@ -98,6 +99,10 @@ class Grid(Config):
     capacity: int | dict[str, int] = Field(description="tokens a microbatch may hold, or that by workload")
     length_scale: float = Field(default=1.0, gt=0, description="divides the sample lengths, for small models")
     checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    merged_qkv: bool = Field(default=False, description="one adapter for q, k and v as one linear, in every system")
+    tuned: bool = Field(
+        default=False, description="`capacity` is the most that is tried; halved where that fits, or is faster"
+    )
     minutes: int = Field(ge=1, description="time limit of a run; longer is status timeout")
     memory_gb: int = Field(default=4, ge=1, description="host memory of a run")
 
@@ -192,8 +197,8 @@ class Cell(Config):
     @property
     def workload_name(self) -> str:
         """The part of the identity that its systems share: they train the same workload."""
-        batch = self.grid.global_batch
-        return f"model~{self.model}/workload~{self.workload}/gpus~{self.gpus}/batch~{batch}"
+        merged = "/qkv~merged" if self.grid.merged_qkv else ""
+        return f"model~{self.model}/workload~{self.workload}/gpus~{self.gpus}/batch~{self.grid.global_batch}{merged}"
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -284,3 +289,8 @@ def _require_possible(cell: Cell, system: SystemConfig, where: str) -> None:
         raise UserError(f"{where}: {cell.stages} stages, but model {cell.model} has only {layers} layers")
     if system.max_gpus is not None and cell.gpus > system.max_gpus:
         raise UserError(f"{where}: system {cell.system} runs on {system.max_gpus} gpus at most, found {cell.gpus}")
+    if system.max_stages is not None and cell.stages > system.max_stages:
+        raise UserError(
+            f"{where}: system {cell.system} has {system.max_stages} stages at most, found {cell.stages}; raise "
+            f"data_parallel"
+        )

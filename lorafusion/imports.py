@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 from lorafusion.errors import UserError
+
+ROOT = str(Path(__file__).parent.parent)
 
 
 def load(path: str, role: str) -> Callable:
     """The function that an import path names; `role` says what it was wanted for."""
     module, _, name = path.partition(":")
+    if ROOT not in sys.path:
+        sys.path.append(ROOT)  # baselines/ is in the checkout, and not installed
     try:
         return getattr(import_module(module), name)
     except ModuleNotFoundError as error:

@@ -50,10 +50,24 @@ class Microbatch(BaseModel):
     segments: tuple[Segment, ...] = ()
     step_after: tuple[int, ...] = ()
     noop: bool = False
+    row_tokens: int | None = Field(
+        default=None, ge=1, description="tokens that each sample is padded to; none packs them end to end"
+    )
 
     @property
     def tokens(self) -> int:
+        """Real tokens."""
         return sum(segment.tokens for segment in self.segments)
+
+    @property
+    def rows(self) -> int:
+        """Samples."""
+        return sum(len(segment.samples) for segment in self.segments)
+
+    @property
+    def length(self) -> int:
+        """Tokens that pass through the model, padding included."""
+        return self.tokens if self.row_tokens is None else self.rows * self.row_tokens
 
 
 class Statistics(BaseModel):
@@ -65,7 +79,7 @@ class Statistics(BaseModel):
     microbatches: int = Field(description="no-ops included")
     noops: int
     lower_bound: int = Field(description="microbatches without which the tokens do not fit: ceil(tokens/capacity)")
-    fill: float = Field(description="tokens over the capacity of all microbatches, no-ops included")
+    fill: float = Field(description="real tokens over the capacity of all microbatches, no-ops included")
 
 
 class Plan(BaseModel):
@@ -167,8 +181,8 @@ def _microbatch_violations(plan: Plan, workload: Workload) -> list[str]:
             found.append(f"{where}: a no-op holds no samples and steps no optimizer")
         if not microbatch.noop and not microbatch.segments:
             found.append(f"{where}: holds no samples and is not marked as a no-op")
-        if microbatch.tokens > plan.capacity:
-            found.append(f"{where}: {microbatch.tokens} tokens exceed the capacity of {plan.capacity}")
+        if microbatch.length > plan.capacity:
+            found.append(f"{where}: {microbatch.length} tokens exceed the capacity of {plan.capacity}")
         adapters = [segment.adapter for segment in microbatch.segments]
         if len(set(adapters)) < len(adapters):
             found.append(f"{where}: two segments of one adapter")
@@ -177,19 +191,22 @@ def _microbatch_violations(plan: Plan, workload: Workload) -> list[str]:
                 found.append(f"{where}: adapter {adapter}, but the workload has {len(workload.jobs)}")
                 return found
         for segment in microbatch.segments:
-            found += [f"{where}: {problem}" for problem in _segment_violations(segment, workload)]
+            problems = _segment_violations(segment, workload, microbatch.row_tokens)
+            found += [f"{where}: {problem}" for problem in problems]
     return found
 
 
-def _segment_violations(segment: Segment, workload: Workload) -> list[str]:
+def _segment_violations(segment: Segment, workload: Workload, row_tokens: int | None) -> list[str]:
     job = workload.jobs[segment.adapter]
     stream = range(job.first_position, job.stream_length)
     outside = [position for position in segment.samples if position not in stream]
     if outside:
         return [f"sample {outside[0]} of {job.name!r}, whose stream has {stream.start} to {stream.stop - 1}"]
-    tokens = sum(job.sample_at(position).tokens for position in segment.samples)
-    if tokens != segment.tokens:
-        return [f"{job.name!r} declares {segment.tokens} tokens, its samples have {tokens}"]
+    lengths = [job.sample_at(position).tokens for position in segment.samples]
+    if sum(lengths) != segment.tokens:
+        return [f"{job.name!r} declares {segment.tokens} tokens, its samples have {sum(lengths)}"]
+    if row_tokens is not None and max(lengths) > row_tokens:
+        return [f"a sample of {job.name!r} has {max(lengths)} tokens, its row {row_tokens}"]
     return []
 
 

@@ -27,6 +27,8 @@ from lorafusion.errors import UserError, validated
 
 VERSION = 1
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# One linear with one adapter in the place of three, as Megatron-LM has it and as LoRAFusion's authors merge them.
+MERGED, MERGED_PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
 
 
 class Sample(NamedTuple):
@@ -74,6 +76,13 @@ class Job(_Frozen):
     samples: tuple[Sample, ...] = Field(min_length=1)
     evaluation: tuple[Sample, ...] = Field(default=(), description="samples that the loss is measured on")
     evaluate_every: int | None = Field(default=None, ge=1, description="steps between two evaluations")
+
+    @model_validator(mode="after")
+    def _names_a_linear_once(self) -> Job:
+        part = next((name for name in MERGED_PARTS if name in self.target_modules), None)
+        if MERGED in self.target_modules and part:
+            raise ValueError(f"target_modules: {MERGED} is {', '.join(MERGED_PARTS)} as one linear, found {part} too")
+        return self
 
     @model_validator(mode="after")
     def _has_something_to_do(self) -> Job:
@@ -165,6 +174,19 @@ class Workload(_Frozen):
         if repeated:
             raise ValueError(f"two jobs are named {repeated[0]!r}; adapters need distinct names")
         return self
+
+    @model_validator(mode="after")
+    def _agree_on_the_linears(self) -> Workload:
+        apart = {part for job in self.jobs for part in MERGED_PARTS if part in job.target_modules}
+        merged = [job.name for job in self.jobs if MERGED in job.target_modules]
+        if apart and merged:
+            raise ValueError(f"job {merged[0]!r} has {MERGED}, another one {sorted(apart)[0]}; a model has either")
+        return self
+
+    @property
+    def merges_qkv(self) -> bool:
+        """Is q, k and v one linear of the model?"""
+        return any(MERGED in job.target_modules for job in self.jobs)
 
     @property
     def tokens(self) -> int:

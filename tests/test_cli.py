@@ -114,9 +114,9 @@ MISTAKES = {
         ["plan", "{folder}/deep/w.json", "--capacity", "20", "-o", "{folder}/x"],
         "more than the capacity of 20",
     ),
-    "not built": (
-        ["plan", "{folder}/deep/w.json", "--system", "megatron-fsdp", "-o", "{folder}/x"],
-        "system 'megatron-fsdp' cannot plan: the fully sharded executor is not built yet",
+    "an unknown system": (
+        ["plan", "{folder}/deep/w.json", "--system", "megatron", "-o", "{folder}/x"],
+        "--system: unknown system 'megatron'; known: fused-mlora, fused-sequential, lorafusion, megatron-fsdp",
     ),
     "a plan for a workload": (["plan", "{folder}/p.json", "-o", "{folder}/x"], "p.json: "),
     "unknown strategy": (
@@ -179,7 +179,7 @@ def test_it_is_a_program(tmp_path):
 def test_planning_needs_no_torch(planned):
     """Plans are made in seconds on any machine: nothing on that path imports torch."""
     code = (
-        "import sys, lorafusion.scheduler.fast, lorafusion.scheduler.paper, lorafusion.scheduler.round_robin, "
+        "import sys, lorafusion.scheduler.fast, lorafusion.scheduler.paper, baselines.mlora.planner, "
         "lorafusion.data.lengths, lorafusion.config, lorafusion.scheduler.sequential, lorafusion.simulator.trace; "
         "sys.exit('torch' in sys.modules)"
     )

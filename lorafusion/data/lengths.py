@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorafusion.config import CONFIGS, read_yaml
-from lorafusion.errors import one_of, validated
-from lorafusion.workload import ALL_LINEAR, Job, Sample, Workload
+from lorafusion.errors import UserError, one_of, validated
+from lorafusion.workload import ALL_LINEAR, MERGED, MERGED_PARTS, Job, Sample, Workload
 
 LENGTHS_TABLE = CONFIGS / "workloads" / "lengths.csv"
 MIXED = "mixed"
@@ -58,6 +58,13 @@ def read_table(path: Path = LENGTHS_TABLE) -> dict[str, LengthDistribution]:
         return {row["dataset"]: validated(LengthDistribution, row, path) for row in rows}
 
 
+def _merged(modules: tuple[str, ...], path: Path) -> tuple[str, ...]:
+    missing = [name for name in MERGED_PARTS if name not in modules]
+    if missing:
+        raise UserError(f"{path}: to merge q, k and v an adapter must be on all of them, found none on {missing[0]}")
+    return (MERGED, *(name for name in modules if name not in MERGED_PARTS))
+
+
 def draw_lengths(dataset: str, count: int, seed: int, scale: float = 1.0) -> list[int]:
     """`count` sample lengths of a dataset, in tokens divided by `scale` (at least 2).
 
@@ -80,13 +87,23 @@ def draw_lengths(dataset: str, count: int, seed: int, scale: float = 1.0) -> lis
 
 
 def make_workload(
-    config_path: str | Path, *, samples: int, global_batch: int, scale: float = 1.0, seed: int = 0
+    config_path: str | Path,
+    *,
+    samples: int,
+    global_batch: int,
+    scale: float = 1.0,
+    seed: int = 0,
+    merged_qkv: bool = False,
 ) -> Workload:
-    """The workload of a configuration file with `samples` samples an adapter; adapter i draws with seed + i."""
+    """The workload of a configuration file with `samples` samples an adapter; adapter i draws with seed + i.
+
+    merged_qkv: one adapter for q, k and v as one linear. Raises `UserError` where not all adapters are on the three."""
     path = Path(config_path)
     config = validated(WorkloadConfig, read_yaml(path), path)
     jobs = []
     for index, adapter in enumerate(config.adapters):
+        if merged_qkv:
+            adapter = adapter.model_copy(update={"target_modules": _merged(adapter.target_modules, path)})
         lengths = draw_lengths(adapter.dataset, samples, seed + index, scale)
         jobs.append(
             Job(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
 from fused_lora import LoRABatch, LoRASegment
 from lorafusion.data.tokens import Tokens, TokenSource
@@ -47,7 +48,7 @@ class AdapterSegment(LoRASegment):
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """T tokens of a microbatch.
+    """T tokens of a microbatch, padding included, which comes after the tokens of its sample and has the label IGNORE.
 
     input_ids int64 [1, T]; position_ids int64 [1, T], from 0 in each sample; labels int64 [T], the next token of the
     sample; weights float64 [T], one over the label tokens of the adapter's global batch; positions int64 [T], the
@@ -85,7 +86,8 @@ class BatchBuilder:
             weight = 1.0 / self.label_tokens(part.adapter, batch)
             start = parts.length
             for position in part.samples:
-                parts.add(*self._tokens(job, job.sample_at(position)), weight, job.stream_offset(position))
+                tokens = self._tokens(job, job.sample_at(position))
+                parts.add(*tokens, weight, job.stream_offset(position), microbatch.row_tokens)
             parts.segments.append(AdapterSegment(start, parts.length, part.adapter, batch))
         return parts.packed(self.device)
 
@@ -134,10 +136,15 @@ class _Parts:
         self.lengths: list[int] = []
         self.length = 0
 
-    def add(self, ids: torch.Tensor, first_label: int, weight: float, stream_offset: int) -> None:
-        place = torch.arange(len(ids))
-        labels = torch.cat([ids[1:], torch.tensor([IGNORE])])
+    def add(
+        self, ids: torch.Tensor, first_label: int, weight: float, stream_offset: int, row_tokens: int | None = None
+    ) -> None:
+        """Add a sample; row_tokens: that it is padded to."""
+        padding = 0 if row_tokens is None else row_tokens - len(ids)
+        labels = torch.cat([ids[1:], torch.full((1 + padding,), IGNORE)])
         labels[: first_label - 1] = IGNORE
+        ids = F.pad(ids, (0, padding))
+        place = torch.arange(len(ids))
         self.ids.append(ids)
         self.labels.append(labels)
         self.weights.append(torch.full((len(ids),), weight, dtype=torch.float64))

@@ -22,10 +22,10 @@ def use_liger(stage: Stage) -> None:
     """Replace the forwards of a stage's norms, attentions and gated MLPs. Parameters and modules stay what they are.
 
     To be called before `inject_adapters`: the kind `fused` then gives an MLP a forward that keeps still less. Raises
-    `UserError` where there is no GPU or Liger is not installed.
+    `UserError` where the stage is on no GPU (it may have no storage yet) or Liger is not installed.
     """
     device = next(stage.parameters()).device
-    if device.type != "cuda":
+    if device.type not in ("cuda", "meta"):
         raise UserError(f"liger: its kernels need a GPU, but the stage is on {device.type}")
     if not is_installed():
         raise UserError("liger: not installed; pip install liger-kernel, in the version of requirements.lock")

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fused_lora import AdapterStack, LoRAAdapter, lora_gated_linear, lora_linears, mask_key
 from fused_lora.modules import SHARED_INPUTS, SharedInput
@@ -58,8 +59,11 @@ class LoRALinear:
 Kind = Callable[[Sequence[LoRALinear], ActiveBatch], None]
 
 
-def inject_adapters(stage: Stage, jobs: Sequence[Job], dtype: torch.dtype, kind: Kind) -> ActiveBatch:
-    """Give a stage the adapters of all jobs, ready to train, with the forward of `kind`.
+def inject_adapters(
+    stage: Stage, jobs: Sequence[Job], dtype: torch.dtype, kind: Kind, device: torch.device | None = None
+) -> ActiveBatch:
+    """Give a stage the adapters of all jobs, ready to train, with the forward of `kind`. device: where the stage will
+    be if its weights have no storage yet; by default where it is.
 
     Initial weights follow PEFT's rule (A Kaiming-uniform, B zero) but each is a pure function of the job's seed and
     the module's name, so that they are the same on any number of stages and whoever else is trained.
@@ -76,7 +80,7 @@ def inject_adapters(stage: Stage, jobs: Sequence[Job], dtype: torch.dtype, kind:
     layers = [(name, layer) for name, layer in stage.named_modules() if isinstance(layer, PeftLinear)]
     linears = [LoRALinear(layer, name, jobs, stage.get_submodule(name.rpartition(".")[0])) for name, layer in layers]
     for linear in linears:
-        _initialise(linear, dtype)
+        _initialise(linear, dtype, device or next(stage.parameters()).device)
     kind(linears, active)
     return active
 
@@ -93,15 +97,15 @@ def peft_config(job: Job) -> LoraConfig:
     )
 
 
-def _initialise(linear: LoRALinear, dtype: torch.dtype) -> None:
+def _initialise(linear: LoRALinear, dtype: torch.dtype, device: torch.device) -> None:
     for job in linear.jobs:
         if job.name not in linear.layer.lora_A:
             continue
         a, b = linear.layer.lora_A[job.name], linear.layer.lora_B[job.name]
         for module in (a, b):
-            module.to(dtype)
+            module.to_empty(device=device).to(dtype)
             module.weight.requires_grad_(True)
-        generator = named_generator(job.seed, f"{linear.name}.lora_A", a.weight.device)
+        generator = named_generator(job.seed, f"{linear.name}.lora_A", device)
         torch.nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5), generator=generator)
         torch.nn.init.zeros_(b.weight)
 
@@ -117,10 +121,12 @@ def named_adapter_parameters(stage: Stage, job: Job) -> dict[str, torch.nn.Param
 
 
 def adapter_state(stage: Stage, job: Job) -> dict[str, torch.Tensor]:
-    """A copy of one job's adapter on this stage, on the CPU, under the names of PEFT's file format."""
+    """A copy of one job's adapter on this stage, on the CPU, under the names of PEFT's file format. Replicas over which
+    the stage is sharded call it together."""
     state = get_peft_model_state_dict(stage, adapter_name=job.name)
+    whole = {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in state.items()}
     # A view would take the rest of its stack along when it is sent to another process.
-    return {f"base_model.model.{name}": value.detach().to("cpu", copy=True) for name, value in state.items()}
+    return {f"base_model.model.{name}": value.detach().to("cpu", copy=True) for name, value in whole.items()}
 
 
 def save_adapter(config: LoraConfig, state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -189,26 +195,6 @@ def each(kind: Callable[[LoRALinear, ActiveBatch], None]) -> Kind:
             kind(linear, active)
 
     return installed
-
-
-@each
-def looped(linear: LoRALinear, active: ActiveBatch) -> None:
-    """The base linear once over all tokens, then PEFT's operations adapter by adapter: mLoRA's BatchLoRA."""
-    layer = linear.layer
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        y = layer.get_base_layer()(x)
-        deltas = []
-        for segment in active.batch.segments:
-            name = linear.jobs[segment.adapter].name
-            if name not in layer.lora_A:
-                deltas.append(y.new_zeros(1, segment.stop - segment.start, y.shape[-1]))
-                continue
-            part = layer.lora_dropout[name](x[:, segment.start : segment.stop].to(layer.lora_A[name].weight.dtype))
-            deltas.append(layer.lora_B[name](layer.lora_A[name](part)) * layer.scaling[name])
-        return (y + torch.cat(deltas, dim=1)).to(y.dtype)
-
-    layer.forward = forward
 
 
 @each

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama
@@ -25,6 +26,7 @@ from lorafusion.config import ModelConfig
 from lorafusion.data.packing import SampleBorders
 from lorafusion.models import attention
 from lorafusion.models.partition import layer_range
+from lorafusion.workload import MERGED, MERGED_PARTS
 
 
 class Architecture(NamedTuple):
@@ -73,6 +75,7 @@ class Stage(nn.Module):
         self.first, self.last = layer_range(config, index, count)
         self.is_first, self.is_last = index == 0, index == count - 1
         self.recompute(checkpointing)
+        # The parameters have no storage until `fill_weights`.
         with torch.device("meta"):
             self.model = nn.Module()
             self.model.layers = nn.ModuleDict(
@@ -83,6 +86,7 @@ class Stage(nn.Module):
             if self.is_last:
                 self.model.norm = parts.norm(config.hidden_size, eps=config.rms_norm_eps)
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.requires_grad_(False)
         # Its frequencies are computed, not loaded, so it is built with storage and stays float32.
         self.rotary = parts.rotary(self.hf_config)
 
@@ -127,18 +131,42 @@ def build_stage(
 ) -> Stage:
     """A frozen stage with its weights on `device`; random weights are the same however the model is cut."""
     stage = Stage(config, index, count, checkpointing)
+    fill_weights(stage, config, device=device, dtype=dtype, seed=seed)
+    return stage.train()
+
+
+def fill_weights(stage: Stage, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+    """Give the base model's parameters, which are without storage, their values on `device`.
+
+    One whole parameter exists at a time: of one that is sharded over several processes only this one's part is kept.
+    """
     if config.weights == "random":
         fill = _random_weights(seed, stage.hf_config.initializer_range)
     else:
         from lorafusion.models.checkpoint import checkpoint_weights
 
         fill = checkpoint_weights(config)
-    for name, parameter in list(stage.named_parameters()):
-        value = fill(name, parameter.shape, device, dtype)
+    for name, parameter in [pair for pair in stage.named_parameters() if pair[1].is_meta]:
+        parts = [fill(part, shape, device, dtype) for part, shape in _parts(name, parameter.shape, config)]
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if isinstance(parameter, DTensor):
+            # All processes make the same value, so that nothing is sent.
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         owner = stage.get_submodule(name.rpartition(".")[0])
         setattr(owner, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
     stage.rotary.to(device)
-    return stage.train()
+
+
+def _parts(name: str, shape: torch.Size, config: ModelConfig) -> list[tuple[str, torch.Size]]:
+    """The tensors of a checkpoint, with their shapes, that follow each other in a parameter's rows."""
+    name = name.replace(".base_layer.", ".")
+    if f".{MERGED}." not in name:
+        return [(name, shape)]
+    rows = [config.linears[part][1] for part in MERGED_PARTS]
+    return [
+        (name.replace(MERGED, part), torch.Size((count, *shape[1:])))
+        for part, count in zip(MERGED_PARTS, rows, strict=True)
+    ]
 
 
 Fill = Callable[[str, torch.Size, torch.device, torch.dtype], torch.Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from lorafusion.models.lora import named_adapter_parameters
 from lorafusion.models.stage import Stage
@@ -14,9 +15,10 @@ CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 class AdapterTraining:
     """One job's adapter on this stage.
 
-    Gradients are always there and are zeroed in place, since other tensors may be views of them. All that happens in a
-    step is decided on the device: a gradient that is not finite on any stage stops the adapter for good, its weights
-    and moments stay as they were before, and nobody waits to learn of it.
+    Gradients (of a sharded adapter this process's part of them) are always there and are zeroed in place, since other
+    tensors may be views of them. All that happens in a step is decided on the device: a gradient that is not finite on
+    any stage stops the adapter for good, its weights and moments stay as they were before, and nobody waits to learn of
+    it.
     """
 
     def __init__(self, stage: Stage, job: Job) -> None:
@@ -25,10 +27,12 @@ class AdapterTraining:
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        some = next(iter(self.parameters.values()))
+        # Of a parameter that is sharded over replicas this process updates its own part, in the same memory.
+        self._updated = [_own_part(parameter) for parameter in self.parameters.values()]
+        some = self._updated[0]
         self.norm_dtype = torch.promote_types(some.dtype, torch.float32)
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=job.learning_rate, weight_decay=job.weight_decay, fused=True
+            self._updated, lr=job.learning_rate, weight_decay=job.weight_decay, fused=True
         )
         # AdamW's own guard, that gradient scalers use: where it is 1 the fused kernel changes nothing.
         self.stopped = torch.zeros((), dtype=torch.float32, device=some.device)
@@ -38,7 +42,7 @@ class AdapterTraining:
 
     @property
     def gradients(self) -> list[torch.Tensor]:
-        return [parameter.grad for parameter in self.parameters.values()]
+        return [parameter.grad for parameter in self._updated]
 
     def squared_norm(self) -> torch.Tensor:
         """Of this stage's part of the gradient, a scalar of `norm_dtype`."""
@@ -91,3 +95,12 @@ class AdapterTraining:
                     "exp_avg": state[f"{name}/exp_avg"].to(parameter, copy=True),
                     "exp_avg_sq": state[f"{name}/exp_avg_sq"].to(parameter, copy=True),
                 }
+
+
+def _own_part(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """A parameter, or this process's part of one that is sharded, with its gradient's."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    part = torch.nn.Parameter(parameter.detach().to_local())
+    part.grad = parameter.grad.to_local()
+    return part

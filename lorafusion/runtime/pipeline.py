@@ -60,6 +60,11 @@ class Pipeline:
         return self.index == self.size - 1
 
     @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """The processes of this stage in all replicas; None where there is one."""
+        return self._alike
+
+    @property
     def name(self) -> str:
         """This process's place, for a person."""
         replica = f", replica {self.replica} of {self.replicas}" if self.replicas > 1 else ""

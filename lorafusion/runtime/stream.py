@@ -6,7 +6,8 @@ stages. The squared norms of the stages' parts are added on the way of the gradi
 and the sum goes the way of the hidden states, ahead of those of slot k+S, before which no sample of the adapter's next
 batch enters (the plan's dependency rule, checked before the run). So nothing waits for it but the step itself.
 
-At a checkpoint the stream runs dry, so that all stages are at the same slot: S-1 slots of filling and draining.
+At a checkpoint the stream runs dry, so that all stages are at the same slot: S-1 slots of filling and draining. So it
+does after each step of a plan with `flush`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,19 @@ from lorafusion.runtime.training import TrainingRun
 
 def execute(run: TrainingRun, checkpoints: Checkpoints | None = None) -> bool:
     """Train a plan on this stage; every stage of the pipeline calls this. False if it was asked to stop before."""
-    if run.plan.flush and run.plan.stages > 1:
-        raise UserError(f"the plan of {run.plan.system} flushes its pipeline; the streaming executor does not")
+    flush = run.plan.flush and run.plan.stages > 1
+    if flush and checkpoints is not None:
+        raise UserError(
+            f"the plan of {run.plan.system} flushes its pipeline; it cannot be interrupted and gone on with"
+        )
     count, begin = len(run.microbatches), run.begin
     run.record.start()
     while begin < count:
-        end = count if checkpoints is None else min(count, begin - begin % checkpoints.every + checkpoints.every)
+        end = count
+        if flush:
+            end = next(slot for slot in range(begin, count) if run.steps[slot] or slot == count - 1) + 1
+        if checkpoints is not None:
+            end = min(count, begin - begin % checkpoints.every + checkpoints.every)
         stream = _Stream(run, begin, end, checkpoints)
         stream.run_through()
         begin = stream.end
@@ -135,7 +143,7 @@ class _Stream:
             yield from self._updates(index - stages)
             if index < self.end and not self.run.microbatches[index].noop:
                 name = f"the hidden states of microbatch {index}"
-                yield self.run.pipeline.hidden(self.run.microbatches[index].tokens, name)
+                yield self.run.pipeline.hidden(self.run.microbatches[index].length, name)
             index += 1
 
     def _updates(self, slot: int) -> Iterator[Expected]:
@@ -154,7 +162,7 @@ class _Stream:
         while slot < self.end:
             if not self.run.microbatches[slot].noop:
                 name = f"the gradient of microbatch {slot}"
-                yield self.run.pipeline.hidden(self.run.microbatches[slot].tokens, name)
+                yield self.run.pipeline.hidden(self.run.microbatches[slot].length, name)
             if self.run.steps[slot]:
                 yield self._norms(slot)
             slot += 1

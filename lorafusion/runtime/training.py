@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 import torch
 
@@ -58,6 +59,14 @@ class Record:
             self.events.flush()
 
 
+class Around(Protocol):
+    """What a system's `shard` makes of a stage: in its place it is called with a slot for the forward pass."""
+
+    def attach(self, run: TrainingRun) -> None: ...
+
+    def __call__(self, slot: int) -> torch.Tensor: ...
+
+
 class TrainingRun:
     """One stage's part in the execution of a plan. An executor decides when `forward`, backward, `reduce` and `update`
     happen. Slots are counted from the beginning of the plan; this replica has one microbatch of each."""
@@ -71,9 +80,15 @@ class TrainingRun:
         builder: BatchBuilder,
         pipeline: Pipeline,
         position: Position,
+        autocast: torch.dtype | None = None,
+        around: Around | None = None,
     ) -> None:
+        """autocast: the dtype to compute in where that is not the parameters' own."""
         self.workload, self.plan, self.stage, self.pipeline = workload, plan, stage, pipeline
-        self.active, self.position, self._builder = active, position, builder
+        self.active, self.position, self._builder, self._autocast = active, position, builder, autocast
+        self.around = around
+        if around is not None:
+            around.attach(self)
         self.record = Record(Clock(pipeline.device))
         slots = plan.slots()
         self.microbatches: list[Microbatch] = [slot[pipeline.replica] for slot in slots]
@@ -94,13 +109,24 @@ class TrainingRun:
         x: hidden states [1, T, H], None on the first stage. Returns hidden states, or on the last stage the scalar
         sum of the adapters' shares of their losses, which is what backward starts from.
         """
+        return self._forward(slot, x, self._builder.build(self.microbatches[slot]))
+
+    def forward_of_an_idle_replica(self, slot: int) -> torch.Tensor:
+        """The microbatch that another replica has in a slot in which this one has none, through a stage that is the
+        whole model, with a loss of zero: where replicas must do together what none of them can do alone."""
+        other = next(one for one in self.plan.slots()[slot] if not one.noop)
+        batch = self._builder.build(other)
+        return self._forward(slot, None, replace(batch, weights=torch.zeros_like(batch.weights)))
+
+    def _forward(self, slot: int, x: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor:
         self.position.set(f"the forward of microbatch {slot}")
-        batch = self._batches[slot] = self._builder.build(self.microbatches[slot])
-        out = self._through(batch, x)
-        if self.stage.is_last:
-            losses = weighted_losses(out, self.stage.lm_head.weight, batch.labels, batch.weights)
-            shares = losses.detach().split([segment.stop - segment.start for segment in batch.segments])
-            self._note_losses(slot, batch, torch.stack([share.sum() for share in shares]))
+        self._batches[slot] = batch
+        with self.precision():
+            out = self._through(batch, x)
+            losses = self._losses(out, batch) if self.stage.is_last else None
+        if losses is not None:
+            if not self.microbatches[slot].noop:
+                self._note_losses(slot, batch, losses.detach())
             out = losses.sum()
         out.register_hook(lambda _: self._begin_backward(slot))
         return out
@@ -115,8 +141,17 @@ class TrainingRun:
         self.active.batch = batch
         return self.stage(batch.input_ids if self.stage.is_first else x, batch.position_ids, batch.borders)
 
-    def _note_losses(self, slot: int, batch: PackedBatch, shares: torch.Tensor) -> None:
-        parts = [(part.adapter, part.batch, part.stop - part.start) for part in batch.segments]
+    def _losses(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        return weighted_losses(hidden, self.stage.lm_head.weight, batch.labels, batch.weights)
+
+    def precision(self) -> AbstractContextManager:
+        """What a forward pass runs in."""
+        return torch.autocast(self.pipeline.device.type, self._autocast) if self._autocast else nullcontext()
+
+    def _note_losses(self, slot: int, batch: PackedBatch, losses: torch.Tensor) -> None:
+        """losses [T]."""
+        real = [segment.tokens for segment in self.microbatches[slot].segments]
+        parts = [(part.adapter, part.batch, tokens) for part, tokens in zip(batch.segments, real, strict=True)]
 
         def note(values: list[float]) -> None:
             for (adapter, index, tokens), value in zip(parts, values, strict=True):
@@ -124,7 +159,8 @@ class TrainingRun:
                     self.record.losses.append((adapter, index, value))
                 self.record.event(slot=slot, adapter=adapter, batch=index, tokens=tokens, loss=value)
 
-        self.record.readback.add(shares, note)
+        parts_of_it = losses.split([segment.stop - segment.start for segment in batch.segments])
+        self.record.readback.add(torch.stack([one.sum() for one in parts_of_it]), note)
 
     def reduce(self, slot: int) -> torch.Tensor | None:
         """After a slot's backward pass: for the adapters that step, the gradient summed over the replicas, and the
@@ -135,7 +171,11 @@ class TrainingRun:
         if self.pipeline.replicas > 1:
             self.position.waiting(f"the other replicas' gradients after microbatch {slot}")
         self.pipeline.sum_over_replicas([gradient for one in stepping for gradient in one.gradients])
-        return torch.stack([one.squared_norm() for one in stepping])
+        return self.squared_norms(slot)
+
+    def squared_norms(self, slot: int) -> torch.Tensor:
+        """Of this stage's part of the gradients of the adapters that step after a slot, [n]."""
+        return torch.stack([self.adapters[one].squared_norm() for one in self.steps[slot]])
 
     def update(self, slot: int, squared_norms: torch.Tensor | None) -> None:
         """Step the slot's adapters by the norms [n] of their gradients over all stages, and note that it is done."""
@@ -180,9 +220,12 @@ class TrainingRun:
         step, total = self.adapters[adapter].steps, torch.zeros(1, dtype=torch.float64, device=self.pipeline.device)
         for index, batch in enumerate(self.evaluation_batches(adapter)):
             self.position.set(f"part {index} of an evaluation of {self.workload.jobs[adapter].name}")
-            out = self._through(batch, receive() if not self.stage.is_first else None)
-            if self.stage.is_last:
-                total = total + weighted_losses(out, self.stage.lm_head.weight, batch.labels, batch.weights).sum()
+            x = receive() if not self.stage.is_first else None
+            with self.precision():
+                out = self._through(batch, x)
+                losses = self._losses(out, batch) if self.stage.is_last else None
+            if losses is not None:
+                total = total + losses.sum()
             else:
                 send(out)
         self.stage.train()
@@ -196,9 +239,11 @@ class TrainingRun:
 
         It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless.
         """
-        sizes = [microbatch.tokens for microbatch in self.microbatches]
+        mine = [(one,) for one in self.microbatches]
+        # Replicas that only compute together take the same slot.
+        sizes = [max(one.length for one in parts) for parts in (mine if self.around is None else self.plan.slots())]
         slot = sizes.index(max(sizes))
-        if self.microbatches[slot].noop:
+        if self.microbatches[slot].noop and self.around is None:
             return
         events, self.record.events = self.record.events, None
         self.backward_alone(slot)
@@ -212,9 +257,11 @@ class TrainingRun:
         self._backward_alone(self._alone(slot))
 
     def _alone(self, slot: int) -> torch.Tensor:
+        if self.around is not None:
+            return self.around(slot)
         x = None
         if not self.stage.is_first:
-            shape = (1, self.microbatches[slot].tokens, self.pipeline.hidden_size)
+            shape = (1, self.microbatches[slot].length, self.pipeline.hidden_size)
             x = torch.zeros(shape, device=self.pipeline.device, dtype=self.pipeline.dtype, requires_grad=True)
         return self.forward(slot, x).sum()
 

@@ -28,7 +28,8 @@ from lorafusion.imports import load
 from lorafusion.measure.timers import canary, peak_memory, reset_peak_memory
 from lorafusion.models.liger import is_installed, use_liger
 from lorafusion.models.lora import adapter_state, inject_adapters, peft_config, save_adapter
-from lorafusion.models.stage import build_stage
+from lorafusion.models.merged import merge_qkv
+from lorafusion.models.stage import Stage, fill_weights
 from lorafusion.plan import Plan, check
 from lorafusion.runtime import checkpoint, probe
 from lorafusion.runtime.board import ENDED, Position
@@ -110,25 +111,25 @@ def build_run(
     """The stage of this process with its adapters, and the microbatches of its plan."""
     systems = read_systems()
     one_of("system", spec.system, set(systems), "configs/systems.yaml")
-    config = read_model(spec.model)
+    system, config = systems[spec.system], read_model(spec.model)
     dtype, adapter_dtype = getattr(torch, spec.dtype), getattr(torch, spec.adapter_dtype)
+    if system.wide_adapters:
+        adapter_dtype = torch.promote_types(adapter_dtype, torch.float32)
     pipeline = Pipeline(rank, plan.stages, plan.data_parallel, device, dtype, config.hidden_size)
     position.place = f"rank {rank} ({pipeline.name})"
-    stage = build_stage(
-        config,
-        index=pipeline.index,
-        count=pipeline.size,
-        device=device,
-        dtype=dtype,
-        seed=spec.seed,
-        checkpointing=spec.checkpointing,
-    )
-    if device.type == "cuda" and is_installed():
+    stage = Stage(config, pipeline.index, pipeline.size, spec.checkpointing)
+    if workload.merges_qkv:
+        merge_qkv(stage)
+    if device.type == "cuda" and system.liger and is_installed():
         use_liger(stage)
-    active = inject_adapters(stage, workload.jobs, adapter_dtype, load(systems[spec.system].lora, "LoRA kind"))
+    active = inject_adapters(stage, workload.jobs, adapter_dtype, load(system.lora, "LoRA kind"), device)
+    around = load(system.shard, "shard")(stage, pipeline) if system.shard else None
+    fill_weights(stage, config, device=device, dtype=dtype, seed=spec.seed)
+    stage.train()
     builder = BatchBuilder(workload, token_source(spec, config.vocab_size), device)
     torch.manual_seed(spec.seed)  # PEFT's own dropout draws from torch's generator
-    return TrainingRun(workload, plan, stage, active, builder, pipeline, position)
+    autocast = dtype if adapter_dtype != dtype else None
+    return TrainingRun(workload, plan, stage, active, builder, pipeline, position, autocast, around)
 
 
 def token_source(spec: RunSpec, vocabulary: int) -> TokenSource:

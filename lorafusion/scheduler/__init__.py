@@ -6,6 +6,7 @@ raises `UserError` for an input that no plan can serve; `bounds` says how few mi
 
 from __future__ import annotations
 
+from lorafusion.config import read_systems
 from lorafusion.errors import UserError, one_of
 from lorafusion.imports import load
 from lorafusion.plan import Plan
@@ -17,9 +18,22 @@ STRATEGIES = {
     "fewest": "lorafusion.scheduler.fast:fewest",  # the same, for few microbatches and not for time
     "paper": "lorafusion.scheduler.paper:plan",  # arXiv 2510.00206
     "ffd": "lorafusion.scheduler.first_fit:plan",  # its order, packed first-fit-decreasing
-    "mlora": "lorafusion.scheduler.round_robin:plan",
+    "mlora": "baselines.mlora.planner:plan",  # packed, without BatchLoRA
     "sequential": "lorafusion.scheduler.sequential:plan",  # Megatron-LM, PEFT
 }
+
+
+def plan_system(
+    workload: Workload, system: str, *, stages: int, capacity: int, data_parallel: int = 1, **options: object
+) -> Plan:
+    """A checked plan by the planner of a system of configs/systems.yaml, with its entry's options and those given.
+
+    Raises `UserError` for an unknown system, and as its planner does."""
+    systems = read_systems()
+    one_of("system", system, set(systems), "configs/systems.yaml")
+    entry = systems[system]
+    planner = load(entry.planner, "planner")
+    return planner(workload, system, stages, capacity, data_parallel, **entry.options, **options)
 
 
 def plan_workload(

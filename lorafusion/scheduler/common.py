@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -21,15 +21,23 @@ def progress(show: bool = True) -> Progress:
     return Progress(console=console, transient=True, disable=not (show and console.is_terminal))
 
 
-def require_samples_fit(workload: Workload, capacity: int) -> None:
+def require_samples_fit(workload: Workload, capacity: int, row_multiple: int | None = None) -> None:
     """Raise unless every sample fits a microbatch by itself."""
     for job in workload.jobs:
         longest = max(job.samples, key=lambda sample: sample.tokens)
-        if longest.tokens > capacity:
+        if padded_length([longest.tokens], row_multiple) > capacity:
+            padding = "" if row_multiple is None else f", padded to a multiple of {row_multiple}"
             raise UserError(
-                f"workload {workload.name}: sample {longest.id} of {job.name!r} has {longest.tokens} tokens, "
+                f"workload {workload.name}: sample {longest.id} of {job.name!r} has {longest.tokens} tokens{padding}, "
                 f"more than the capacity of {capacity}; raise the capacity or drop the sample"
             )
+
+
+def padded_length(lengths: Sequence[int], row_multiple: int | None) -> int:
+    """Tokens of a microbatch of samples: packed end to end, or each in a row as long as the longest, rounded up."""
+    if row_multiple is None:
+        return sum(lengths)
+    return len(lengths) * -(-max(lengths) // row_multiple) * row_multiple
 
 
 def segment(workload: Workload, adapter: int, positions: Iterable[int]) -> Segment:
@@ -97,17 +105,27 @@ def microbatches_of(
     ]
 
 
-def largest_microbatch(job: Job, capacity: int) -> int:
+def largest_microbatch(job: Job, capacity: int, data_parallel: int = 1) -> int:
     """Samples per microbatch for the systems that fix it, by one rule for all of them.
 
-    The largest power of two, at most the global batch, of which no microbatch of the job exceeds the capacity.
+    The largest power of two, at most a replica's share of the global batch, of which no microbatch of the job exceeds
+    the capacity.
     """
+
+    def fits(size: int) -> bool:
+        return all(
+            sum(job.sample_at(position).tokens for position in cut) <= capacity
+            for batch in job.batches
+            for cut in cuts(batch, size)
+        )
+
+    return largest_that_fits(job.global_batch_size // data_parallel, fits)
+
+
+def largest_that_fits(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest power of two, from 1 on and at most `most`, up to which all fit."""
     size = 1
-    while 2 * size <= job.global_batch_size and all(
-        sum(job.sample_at(position).tokens for position in cut) <= capacity
-        for batch in job.batches
-        for cut in cuts(batch, 2 * size)
-    ):
+    while 2 * size <= most and fits(2 * size):
         size *= 2
     return size
 
@@ -117,10 +135,12 @@ def cuts(batch: Sequence[int], size: int) -> list[Sequence[int]]:
     return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
-def fixed_size_batches(workload: Workload, adapter: int, capacity: int) -> list[list[Microbatch]]:
+def fixed_size_batches(
+    workload: Workload, adapter: int, capacity: int, data_parallel: int = 1
+) -> list[list[Microbatch]]:
     """For each global batch that an adapter has left its microbatches of a fixed size in samples, the last stepping."""
     job = workload.jobs[adapter]
-    size = largest_microbatch(job, capacity)
+    size = largest_microbatch(job, capacity, data_parallel)
     batches = []
     for batch in job.batches[job.start :]:
         parts = [segment(workload, adapter, cut) for cut in cuts(batch, size)]

@@ -13,7 +13,7 @@ def plan(workload: Workload, system: str, stages: int, capacity: int, data_paral
     order = [
         microbatch
         for adapter in range(len(workload.jobs))
-        for batch in fixed_size_batches(workload, adapter, capacity)
+        for batch in fixed_size_batches(workload, adapter, capacity, data_parallel)
         for microbatch in batch
     ]
     return make_plan(

@@ -127,13 +127,15 @@ def costs_of(plan: Plan, workload: Workload | None, model: CostModel) -> Costs:
 
 
 def _contents(microbatch: Microbatch, workload: Workload | None) -> tuple[int, int, int, int]:
-    """Tokens, their squares by sample, adapters, and adapters that step."""
+    """Tokens with their padding, their squares by sample, adapters, and adapters that step."""
     squares = 0
-    if workload is not None:
+    if microbatch.row_tokens is not None:
+        squares = microbatch.rows * microbatch.row_tokens**2
+    elif workload is not None:
         for segment in microbatch.segments:
             job = workload.jobs[segment.adapter]
             squares += sum(job.sample_at(position).tokens ** 2 for position in segment.samples)
-    return microbatch.tokens, squares, len(microbatch.segments), len(microbatch.step_after)
+    return microbatch.length, squares, len(microbatch.segments), len(microbatch.step_after)
 
 
 def even_costs(stages: int) -> CostModel:

@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model_state_dict
 from torch import nn
 
+from baselines.mlora.lora import looped
 from lorafusion.config import read_model
 from lorafusion.data.packing import AdapterSegment, PackedBatch, SampleBorders
 from lorafusion.models import lora
@@ -144,7 +145,7 @@ def test_several_adapters_equal_mloras_one_after_another(checkpointing):
     """Without dropout, which is another there; two steps, so that what optimizers change is what is computed with."""
     jobs = tuple(job(index, one.target_modules, dropout=0.0) for index, one in enumerate(TWO))
     ends = []
-    for kind in (lora.fused, lora.looped):
+    for kind in (lora.fused, looped):
         stage, active = layer(jobs, kind=kind, checkpointing=checkpointing)
         optimizers = [
             torch.optim.AdamW(lora.named_adapter_parameters(stage, one).values(), lr=0.01, fused=True) for one in jobs

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from baselines.mlora import planner as round_robin
 from lorafusion.plan import make_plan
 from lorafusion.runtime.launch import Outcome
 from lorafusion.runtime.result import EXPECTED, metrics, result_of, steady_throughput
-from lorafusion.scheduler import round_robin, sequential
+from lorafusion.scheduler import sequential
 
 
 def plan_of(make_job, make_workload, planner=round_robin.plan, stages=1):

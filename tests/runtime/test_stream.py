@@ -85,7 +85,7 @@ class Run:
         self.waits = random.Random(world.waits.random())
         # No-ops are where they may be: not at the same slots in all replicas.
         places = random.Random(replica)
-        self.microbatches = [SimpleNamespace(noop=places.random() < 0.1, tokens=1 + slot % 3) for slot in range(SLOTS)]
+        self.microbatches = [SimpleNamespace(noop=places.random() < 0.1, length=1 + slot % 3) for slot in range(SLOTS)]
         self.steps = [(0,) if step else () for step in world.steps]
         self.evaluations = [(0,) if step and slot % 4 == 0 else () for slot, step in enumerate(world.steps)]
         self.plan = SimpleNamespace(flush=False, stages=world.stages)
@@ -109,7 +109,7 @@ class Run:
     def forward(self, slot: int, x: torch.Tensor | None) -> torch.Tensor:
         self._pause()
         self.forwards.append(slot)
-        out = torch.zeros(1, self.microbatches[slot].tokens, 1, requires_grad=True) if x is None else x * 1
+        out = torch.zeros(1, self.microbatches[slot].length, 1, requires_grad=True) if x is None else x * 1
         return out.sum() if self.pipeline.is_last else out
 
     def reduce(self, slot: int) -> torch.Tensor | None:

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baselines.mlora import planner as round_robin
 from lorafusion.errors import UserError
 from lorafusion.plan import check, statistics_of, violations
-from lorafusion.scheduler import STRATEGIES, bounds, first_fit, plan_workload, round_robin, sequential
+from lorafusion.scheduler import STRATEGIES, bounds, first_fit, plan_workload, sequential
 from lorafusion.scheduler.common import insert_noops, largest_microbatch
 from lorafusion.workload import Job, Sample, Workload
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baselines.mlora import planner as round_robin
 from lorafusion.errors import UserError
 from lorafusion.plan import Microbatch, Plan, Segment, statistics_of
-from lorafusion.scheduler import round_robin
 from lorafusion.scheduler.common import NOOP
 from lorafusion.simulator import SCHEDULES, Costs, simulate
 from lorafusion.simulator.stream import simulate_stream

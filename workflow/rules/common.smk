@@ -72,7 +72,7 @@ MODELS = sorted({cell.model for cell in CELLS.values()})
 PLANNED = {
     name: cell
     for name, cell in CELLS.items()
-    if not unavailable(cell, SYSTEMS[cell.system])
+    if not unavailable(SYSTEMS[cell.system])
 }
 REPEATS = range(1, SUITE.repeats + 1)
 RESULTS = f"results/{SUITE.name}"
@@ -142,8 +142,8 @@ if TRAINING_SUITE:
 
 
 wildcard_constraints:
-    cell="model~[^/]+/workload~[^/]+/gpus~[0-9]+/batch~[0-9]+/system~[^/]+",
-    shared="model~[^/]+/workload~[^/]+/gpus~[0-9]+/batch~[0-9]+",
+    cell="model~[^/]+/workload~[^/]+/gpus~[0-9]+/batch~[0-9]+(/qkv~merged)?/system~[^/]+",
+    shared="model~[^/]+/workload~[^/]+/gpus~[0-9]+/batch~[0-9]+(/qkv~merged)?",
     repeat="[0-9]+",
     stages="[0-9]+",
     model="[^/]+",

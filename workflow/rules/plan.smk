@@ -17,10 +17,13 @@ rule workload:
         global_batch=lambda wildcards: WORKLOADS[wildcards.shared].grid.global_batch,
         length_scale=lambda wildcards: WORKLOADS[wildcards.shared].grid.length_scale,
         seed=SUITE.seed,
+        merged=lambda wildcards: (
+            "--merged-qkv" if WORKLOADS[wildcards.shared].grid.merged_qkv else ""
+        ),
     shell:
         "lorafusion workload {input.config:q} --samples {params.samples}"
         " --global-batch {params.global_batch} --length-scale {params.length_scale}"
-        " --seed {params.seed} --out {output:q} > {log:q} 2>&1"
+        " --seed {params.seed} {params.merged} --out {output:q} > {log:q} 2>&1"
 
 
 rule plan:

@@ -1,0 +1,68 @@
+"""Megatron-LM's fully sharded data parallelism: `--use-torch-fsdp2`, which the paper calls Megatron-LM (FSDP).
+
+Reproduced, from megatron-core 0.16.1: `TorchFullyShardedDataParallel`, which shards each decoder layer, and the rest as
+one, by PyTorch's FSDP2, and `forward_backward_no_pipelining`, in which gradients are reduced at every microbatch (its
+`no_sync` does nothing). Adapters are trained one after another. On one GPU nothing is sharded: it is plain training.
+
+Not reproduced: Megatron's own layers and optimizer (see `pipeline`), and its other, CUDA-only `--use-megatron-fsdp`.
+megatron-core's gradient finalisation is left out, since in 0.16.1 it fails with this class (Megatron-LM issue 4669),
+and for LoRA without tied embeddings it has nothing to do.
+
+Differs from a run of Megatron for each adapter: all adapters are there, so that a layer's gathering brings the factors
+of those at rest too, 84 MB each beside 16 GB of Llama-3.1-8B with rank 16. A replica that has no microbatch where
+others have one computes theirs without a loss, as all must gather the layers together.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig, TorchFullyShardedDataParallel
+
+from baselines.megatron.device import device_of
+from baselines.megatron.schedule import MegatronStage, forward_and_backward, global_batches, initialise
+from lorafusion.models.stage import Stage
+from lorafusion.runtime.pipeline import Pipeline
+from lorafusion.runtime.training import TrainingRun
+
+
+class Sharded:
+    """A whole model, and what megatron-core made of it: called with a slot, it is that slot's forward pass."""
+
+    def __init__(self, stage: MegatronStage, model: torch.nn.Module) -> None:
+        self.stage, self.model = stage, model
+
+    def attach(self, run: TrainingRun) -> None:
+        self.stage.run = run
+
+    def __call__(self, slot: int) -> torch.Tensor:
+        return self.model(slot)
+
+
+def shard(stage: Stage, pipeline: Pipeline) -> Sharded:
+    """Spread a stage that is the whole model over the replicas; weights without storage stay so."""
+    whole = MegatronStage(stage, pipeline)
+    if pipeline.replicas == 1:
+        return Sharded(whole, whole)
+    layers = {type(layer) for layer in stage.model.layers.values()}
+    with device_of(pipeline.device):
+        model = TorchFullyShardedDataParallel(
+            whole.config,
+            DistributedDataParallelConfig(),
+            whole,
+            sub_modules_to_wrap=layers,
+            process_group=pipeline.replica_group,
+        )
+    return Sharded(whole, model)
+
+
+def execute(run: TrainingRun) -> None:
+    """Train a sequential plan of one stage, global batch by global batch; every replica calls this."""
+    initialise(run.pipeline)
+    sharded = run.around
+    with device_of(run.pipeline.device):
+        run.record.start()
+        for last, slots in global_batches(run):
+            forward_and_backward(sharded.model, sharded.stage, slots)
+            norms = run.squared_norms(last)
+            run.pipeline.sum_over_replicas([norms])  # of the parts of the gradients
+            run.update(last, norms)

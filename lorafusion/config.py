@@ -81,6 +81,7 @@ class SystemConfig(Config):
         default=False, description="adapters in float32 whatever the model is in, under autocast: PEFT as shipped"
     )
     liger: bool = Field(default=True, description="Liger's kernels for norms, rotation and gates, where installed")
+    ablation: bool = Field(default=False, description="a system with a part of another; not compared as a baseline")
     max_gpus: int | None = Field(default=None, ge=1)
     max_stages: int | None = Field(default=None, ge=1)
     requires: str | None = Field(default=None, description="a Python package; without it runs are skipped")

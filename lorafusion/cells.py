@@ -55,17 +55,7 @@ def run_cell(
     if plan is None:
         outcome = Outcome("skipped", reason)
     else:
-        spec = RunSpec(
-            system=cell.system,
-            model=cell.model,
-            workload=str(workload_path),
-            plan=str(plan_path),
-            device=suite.device,
-            dtype=suite.dtype,
-            adapter_dtype=suite.adapter_dtype,
-            seed=suite.seed,
-            checkpointing=cell.grid.checkpointing,
-        )
+        spec = spec_of(cell, suite, workload_path).model_copy(update={"plan": str(plan_path)})
         # Named by the job, so that reports of a killed attempt are not taken for this one's.
         job = os.environ.get("SLURM_JOB_ID", "local")
         shared = out.with_name(f"{out.name}.reports-{job}") if nodes > 1 else None
@@ -74,9 +64,23 @@ def run_cell(
             return f"{outcome.status}; the first node writes the result"
         if shared:
             shutil.rmtree(shared)
-    result = result_of(outcome, plan, description(suite, cell, workload, system, repeat), origin)
+    result = result_of(outcome, plan, description(suite, cell, workload, system, plan, repeat), origin)
     write_result(out, result)
     return describe(result)
+
+
+def spec_of(cell: Cell, suite: Suite, workload_path: Path) -> RunSpec:
+    """What a worker is told for a cell, but for the plan."""
+    return RunSpec(
+        system=cell.system,
+        model=cell.model,
+        workload=str(workload_path),
+        device=suite.device,
+        dtype=suite.dtype,
+        adapter_dtype=suite.adapter_dtype,
+        seed=suite.seed,
+        checkpointing=cell.grid.checkpointing,
+    )
 
 
 def unavailable(system: SystemConfig) -> str:
@@ -101,12 +105,13 @@ def require_the_cells_own(
     """Raise where a workload or a plan was made for another cell: its numbers would bear this cell's name."""
     pairs = [(workload_path, "workload", workload.name, cell.workload)]
     if plan:
-        capacity = cell.grid.capacity_of(cell.workload)
         pairs += [
             (plan_path, "system", plan.system, cell.system),
             (plan_path, "stages", plan.stages, cell.stages),
-            (plan_path, "capacity", plan.capacity, capacity),
+            (plan_path, "data_parallel", plan.data_parallel, cell.grid.data_parallel),
         ]
+        if not cell.grid.tuned:
+            pairs.append((plan_path, "capacity", plan.capacity, cell.grid.capacity_of(cell.workload)))
     for path, what, found, expected in pairs:
         if found != expected:
             raise UserError(f"{path}: {what} {found!r}, but cell {cell.name} has {expected!r}")
@@ -123,8 +128,10 @@ def find_cell(suite: Suite, name: str, source: Path) -> Cell:
     raise UserError(f"{source}: no cell {name!r}; `lorafusion cells --suite {source}` lists them")
 
 
-def description(suite: Suite, cell: Cell, workload: Workload, system: SystemConfig, repeat: int) -> dict:
-    """The identity and the parameters of a run, as columns of the measurement table."""
+def description(
+    suite: Suite, cell: Cell, workload: Workload, system: SystemConfig, plan: Plan | None, repeat: int
+) -> dict:
+    """The identity and the parameters of a run, as columns of the measurement table. plan: None where there is none."""
     ranks, dropouts = {job.rank for job in workload.jobs}, {job.dropout for job in workload.jobs}
     return {
         "suite": suite.name,
@@ -143,7 +150,7 @@ def description(suite: Suite, cell: Cell, workload: Workload, system: SystemConf
         "dtype": suite.dtype,
         "stages": cell.stages,
         "global_batch": cell.grid.global_batch,
-        "capacity": cell.grid.capacity_of(cell.workload),
+        "capacity": plan.capacity if plan else None,
         "seed": suite.seed,
     }
 
@@ -151,9 +158,8 @@ def description(suite: Suite, cell: Cell, workload: Workload, system: SystemConf
 def config_hash(suite: Suite, cell: Cell, system: SystemConfig) -> str:
     """Changes with anything in the configuration that a run of the cell depends on."""
     settings = suite.model_dump(mode="json", include={"device", "dtype", "adapter_dtype", "seed"})
-    grid = cell.grid.model_dump(
-        mode="json", include={"samples", "global_batch", "length_scale", "checkpointing", "data_parallel"}
-    )
+    parts_of_it = {"samples", "global_batch", "length_scale", "checkpointing", "data_parallel", "merged_qkv", "tuned"}
+    grid = cell.grid.model_dump(mode="json", include=parts_of_it)
     parts = system.model_dump(mode="json", exclude={"description"})
     model = read_model(cell.model).model_dump(mode="json")
     return content_hash([cell.name, settings, grid, cell.grid.capacity_of(cell.workload), parts, model])

@@ -83,6 +83,40 @@ def run(
 
 
 @app.command()
+def tune(
+    suite: SuiteFile,
+    cell: Annotated[str, typer.Option(help="the cell's name, as in the table's column `cell`")],
+    workload: Annotated[Path, typer.Option(help="the cell's workload file")],
+    out: Out,
+) -> None:
+    """Find the capacity at which a cell is fastest, from the largest that fits in memory down."""
+    from lorafusion.tuning import tune_cell
+
+    tuned = tune_cell(suite, cell, workload, out)
+    for trial in tuned.trials:
+        print(f"{trial.capacity}: {trial.status if trial.throughput is None else f'{trial.throughput:,.0f} tok/s'}")
+    print(f"{out}: capacity {tuned.capacity}")
+
+
+@app.command()
+def profile(
+    suite: SuiteFile,
+    cell: Annotated[str, typer.Option(help="the cell's name, as in the table's column `cell`")],
+    workload: Annotated[Path, typer.Option(help="the cell's workload file")],
+    plan: Annotated[Path, typer.Option(help="the cell's plan file")],
+    out: Out,
+) -> None:
+    """Say what a GPU does in the first global batches of a cell: milliseconds for 1000 tokens by class of kernel."""
+    import pandas as pd
+
+    from lorafusion.tuning import profile_cell
+
+    frame = pd.DataFrame(profile_cell(suite, cell, workload, plan))
+    write(out, frame.to_csv(index=False))
+    print(frame.to_string(index=False))
+
+
+@app.command()
 def train(jobs: Annotated[Path, typer.Argument(help="a jobs file; docs/training.md says what it holds")]) -> None:
     """Train many adapters of one base model together; run again, it goes on where it was interrupted."""
     from lorafusion.train.run import train

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperGroup
 
 from lorafusion.errors import UserError, one_of
 from lorafusion.files import write
+
+if TYPE_CHECKING:
+    from lorafusion.workload import Workload
 
 MAKE = "make"
 
@@ -41,6 +44,7 @@ def make(
     strategy: Annotated[str | None, typer.Option(help="a strategy of the scheduler instead: fast, paper, …")] = None,
     stages: Annotated[int, typer.Option(min=1, help="pipeline stages")] = 1,
     capacity: Annotated[int, typer.Option(min=1, help="tokens a microbatch may hold")] = 8192,
+    tuned: Annotated[Path | None, typer.Option(help="take the capacity that `lorafusion tune` wrote there")] = None,
     data_parallel: Annotated[int, typer.Option(min=1, help="replicas of the pipeline")] = 1,
     model: Annotated[str | None, typer.Option(help="a name of configs/models, whose costs fast plans by")] = None,
     costs: Annotated[Path | None, typer.Option(help="a cost model (YAML) instead; by default stages are equal")] = None,
@@ -54,6 +58,8 @@ def make(
     read, options = Workload.read(workload), {}
     if model or costs:
         options["costs"] = chosen_costs(stages, model, costs)
+    if tuned is not None:
+        capacity = _tuned_capacity(tuned, read)
     sizes = {"stages": stages, "capacity": capacity, "data_parallel": data_parallel}
     if strategy is not None:
         if system is not None:
@@ -73,6 +79,15 @@ def make(
     write(out, made.to_json())
     s = made.statistics
     print(f"{out}: {s.microbatches} microbatches ({s.noops} no-ops, at least {s.lower_bound}), fill {s.fill:.3f}")
+
+
+def _tuned_capacity(path: Path, workload: Workload) -> int:
+    from lorafusion.tuning import Tuned
+
+    tuned = Tuned.read(path)
+    if tuned.workload_hash != workload.content_hash:
+        raise UserError(f"{path}: tuned for workload {tuned.workload_hash}, but this one is {workload.content_hash}")
+    return tuned.capacity
 
 
 @plan_app.command("show")

@@ -58,7 +58,7 @@ def test_the_papers_suite_has_the_papers_grid():
 
 
 CHANGES = {
-    "an unknown system": ({"systems": ["loras"]}, "cells.0: unknown system 'loras'; known: fused-mlora, fused-sequential"),
+    "an unknown system": ({"systems": ["loras"]}, "cells.0: unknown system 'loras'; known: fused-mlora"),
     "an unknown model": ({"models": ["gpt"]}, "cells.0: unknown model 'gpt'; known: llama-3.1-70b"),
     "an unknown workload": ({"workloads": ["c4"]}, "cells.0: unknown workload 'c4'; known: cnn_dailymail"),
     "more stages than layers": ({"gpus": [5]}, "cells.0: 5 stages, but model tiny has only 4 layers"),

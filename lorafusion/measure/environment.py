@@ -42,12 +42,14 @@ def provenance(device: str) -> dict[str, str | float | bool | None]:
 
 
 def gpu_state() -> dict[str, str | float | None]:
-    """Name, identity, driver, clock (MHz) and power (W) of the first GPU, as nvidia-smi says; None where it cannot."""
+    """Name, identity, driver, clock (MHz) and power (W) of the first GPU that this process may use, as nvidia-smi says;
+    None where it cannot."""
     empty = dict.fromkeys(GPU_FIELDS)
     if shutil.which("nvidia-smi") is None:
         return empty
     query = ",".join(GPU_FIELDS.values())
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "--id=0"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={first}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     values = [value.strip() for value in done.stdout.strip().split(",")]
     if done.returncode or len(values) != len(GPU_FIELDS):

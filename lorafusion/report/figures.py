@@ -20,8 +20,8 @@ from matplotlib.patches import Patch
 from lorafusion.measure.table import MeasurementError
 from lorafusion.measure.vocabulary import WINDOWS
 from lorafusion.report import style
+from lorafusion.report.throughput import SYSTEM, ablations, group_names, merged_qkv, require_one_cell_a_place
 
-SYSTEM = "lorafusion"  # the one that the others are compared with
 WINDOW_TITLES = {"whole": "whole run", "steady": "steady state"}
 MISSING = "n/a"
 GROUP_WIDTH = 0.84  # of the distance between two groups of bars
@@ -72,17 +72,19 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 def end_to_end_data(table: pd.DataFrame, model: str) -> pd.DataFrame:
     """What the figure shows, a row an element: bars, the points of repeats, and text in place of missing bars.
 
-    Values and intervals are in tokens/s; `ratio` is lorafusion's over the best other system's of the same kind.
+    Values and intervals are in tokens/s; `ratio` is lorafusion's over the best baseline's of the same kind. Ablations,
+    and cells with merged q, k and v, are what `contributions_figure` is for.
     """
     throughput = table[table["metric"] == "throughput"]
+    throughput = throughput[~throughput["system"].isin(ablations()) & ~merged_qkv(throughput)]
     rows = throughput[throughput["model"] == model].copy()
     medians = rows["statistic"] == "median"
     if not medians.any():
         models = ", ".join(sorted(throughput["model"].dropna().unique())) or "none"
         raise MeasurementError(f"no summary of throughput of model {model!r}; models in the table: {models}")
-    rows["group"] = _group_names(rows)
+    rows["group"] = group_names(rows)
     bars = rows[medians].assign(element="bar")
-    _require_one_cell_a_bar(bars)
+    require_one_cell_a_place(bars, ["window", "gpus", "group", "kind", "system"])
     failed = bars["status"] != "ok"
     bars.loc[failed, "element"] = "text"
     bars["text"] = bars["status"].map(style.status_label).where(failed)
@@ -129,24 +131,8 @@ def draw_end_to_end(data: pd.DataFrame, footer: str | None = None) -> Figure:
     return figure
 
 
-def _group_names(rows: pd.DataFrame) -> pd.Series:
-    """The names under the groups of bars: workloads, with the batch size where the model has several for one."""
-    several = rows.groupby("workload")["global_batch"].transform("nunique") > 1
-    batches = rows["workload"] + ", batch " + rows["global_batch"].astype("string")
-    return rows["workload"].where(~several, batches)
-
-
-def _require_one_cell_a_bar(bars: pd.DataFrame) -> None:
-    place = ["window", "gpus", "group", "kind", "system"]
-    twice = bars[bars.duplicated(place, keep=False)]
-    if not twice.empty:
-        same = twice[(twice[place] == twice[place].iloc[0]).all(axis=1)]
-        names = " and ".join(repr(cell) for cell in same["cell"][:2])
-        raise MeasurementError(f"one bar for two numbers: throughput of {names}; draw them from separate tables")
-
-
 def _with_ratios(bars: pd.DataFrame) -> pd.DataFrame:
-    """Add to each bar of lorafusion its value over that of the best other system of its group and kind."""
+    """Add to each bar of lorafusion its value over that of the best baseline of its group and kind."""
     group = ["window", "gpus", "group", "kind"]
     ours = bars["system"] == SYSTEM
     best = bars[~ours].groupby(group, as_index=False).agg(best=("value", "max"))
@@ -309,5 +295,5 @@ def _footer(data: pd.DataFrame, cpu: bool) -> str:
     if data["ci_low"].notna().any():
         bars += " with its 95 % interval"
     if data["ratio"].notna().any():
-        bars += f"; ×: {SYSTEM} over the best other system that finished"
+        bars += f"; ×: {SYSTEM} over the best baseline that finished"
     return " · ".join(origin) + "\n" + bars

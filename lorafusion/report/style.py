@@ -54,13 +54,20 @@ class Look(NamedTuple):
     hatch: str
 
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, from light to dark as the eye meets them.
+# Okabe and Ito's colours, which colour-blind readers can tell apart: a hue for each family of systems, and within it
+# another lightness and hatch. Ablations are a family of their own, as they are no baselines.
 SYSTEMS = {
-    "peft": Look("#BBBBBB", ""),
+    "peft": Look("#C4C4C4", ""),
+    "peft-bf16": Look("#7F7F7F", "||||"),
     "single-gpu": Look("#999999", "---"),
-    "megatron-fsdp": Look("#CC79A7", "...."),
+    "megatron-fsdp": Look("#6CCBAF", "...."),
     "megatron-pp": Look("#009E73", "\\\\\\\\"),
     "mlora": Look("#E69F00", "////"),
+    "mlora-packed": Look("#BF7A00", "xxxx"),
+    "mlora-paper-setting": Look("#7A4E00", ""),
+    "fused-sequential": Look("#DDA6C4", "////"),
+    "fused-mlora": Look("#CC79A7", "...."),
+    "unfused-ours": Look("#8C4A70", ""),
     "lorafusion": Look("#0072B2", ""),
 }
 OTHERS = (Look("#56B4E9", "xxxx"), Look("#D55E00", "||||"), Look("#F0E442", "++++"), Look("#444444", "oooo"))

@@ -19,6 +19,7 @@ VERSION = 1
 EXPECTED = (
     ("throughput", "whole"),
     ("throughput", "steady"),
+    ("throughput_padded", "whole"),
     ("time", "whole"),
     ("peak_memory", "whole"),
     ("fill", "whole"),
@@ -64,10 +65,12 @@ def metrics(report: dict, plan: Plan) -> list[Metric]:
     seconds = {index: time for index, time in report["seconds"]}
     whole = max(seconds.values())
     steady, window = steady_throughput(seconds, plan)
+    padded = sum(microbatch.length for microbatch in plan.microbatches)
     peak_note = "largest over the processes"
     out = [
         Metric("throughput", plan.statistics.tokens / whole, "tok/s", "higher", "whole"),
         Metric("throughput", steady, "tok/s", "higher", "steady", note=window),
+        Metric("throughput_padded", padded / whole, "tok/s", "higher", "whole"),
         Metric("time", whole, "s", "lower", "whole"),
         Metric("peak_memory", report["peak_memory"], "B", "lower", "whole", note=peak_note),
         Metric("fill", plan.statistics.fill, "1", "higher", "whole"),

@@ -20,13 +20,24 @@ class Saving(Config):
     keep: int = Field(default=2, ge=1, description="checkpoints that are kept")
 
 
+class Trial(Config):
+    """A plan that is tried."""
+
+    plan: str = Field(description="path of the plan of the workload")
+    part: str = Field(description="path of that of its first global batches, which is run")
+    capacity: int = Field(ge=1)
+
+
 class RunSpec(Config):
     """One run of one system. Paths are absolute or relative to the working directory."""
 
     system: str = Field(description="a name of configs/systems.yaml")
     model: str = Field(description="a name of configs/models, or the path of such a file")
     workload: str = Field(description="path of the workload file")
-    plan: str | None = Field(default=None, description="path of the plan file; none to probe the capacity")
+    plan: str | None = Field(default=None, description="path of the plan file; none to probe the capacity, or to try")
+    trials: list[Trial] = Field(default=[], description="plans to be timed one after another, in place of a plan")
+    part: str | None = Field(default=None, description="path of the workload of the trials' first global batches")
+    profile: bool = Field(default=False, description="say where the GPU's time goes in the only trial, untimed")
     tokens: str | None = Field(default=None, description="folder of the samples' tokens; synthetic where there is none")
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: DType = "float32"

@@ -99,6 +99,13 @@ class TrainingRun:
         self._batches: dict[int, PackedBatch] = {}  # of the slots in flight
         self._evaluation_batches: dict[int, list[PackedBatch]] = {}  # by adapter
 
+    def again(self, workload: Workload, plan: Plan) -> TrainingRun:
+        """Another plan, of the same adapters on other samples perhaps, on the same stage; optimizers begin anew."""
+        source, device = self._builder.source, self.pipeline.device
+        builder = BatchBuilder(workload, source, device)
+        return TrainingRun(workload, plan, self.stage, self.active, builder, self.pipeline, self.position,
+                           self._autocast, self.around)  # fmt: skip
+
     @property
     def norm_dtype(self) -> torch.dtype:
         return self.adapters[0].norm_dtype

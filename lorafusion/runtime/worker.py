@@ -31,7 +31,7 @@ from lorafusion.models.lora import adapter_state, inject_adapters, peft_config, 
 from lorafusion.models.merged import merge_qkv
 from lorafusion.models.stage import Stage, fill_weights
 from lorafusion.plan import Plan, check
-from lorafusion.runtime import checkpoint, probe
+from lorafusion.runtime import checkpoint, probe, trials
 from lorafusion.runtime.board import ENDED, Position
 from lorafusion.runtime.launch import end_with_parent
 from lorafusion.runtime.pipeline import Pipeline
@@ -52,7 +52,7 @@ def main(spec_path: str, report_directory: str) -> int:
         device = _device(spec)
         if world > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=RENDEZVOUS_TIMEOUT)
-        run = probed if spec.plan is None else trained
+        run = tried if spec.trials else trained if spec.plan else probed
         report = run(spec, device, position, rank, world)
         if rank == 0:
             _write(reports / "report.json", report)
@@ -74,11 +74,7 @@ def trained(spec: RunSpec, device: torch.device, position: Position, rank: int, 
     """Run the plan, from where a checkpoint is; the report of all processes."""
     workload, plan = Workload.read(spec.workload), Plan.read(spec.plan)
     check(plan, workload, source=spec.plan)
-    if plan.stages * plan.data_parallel != world:
-        raise UserError(
-            f"{spec.plan}: made for {plan.stages} stages and {plan.data_parallel} replicas, "
-            f"but the run has {world} processes"
-        )
+    _require_processes(plan, world, spec.plan)
     drift = canary(device)
     run = build_run(spec, workload, plan, device, position, rank)
     position.set("the warm-up")
@@ -172,6 +168,25 @@ def probed(spec: RunSpec, device: torch.device, position: Position, rank: int, w
         everyone = [None] * world
         dist.all_gather_object(everyone, mine)
     return {"stages": [one.to_json() for one in everyone]}
+
+
+def tried(spec: RunSpec, device: torch.device, position: Position, rank: int, world: int) -> dict:
+    """The throughput of the spec's trials, or where the time goes in one."""
+    workload, plan = Workload.read(spec.workload), Plan.read(spec.trials[0].plan)
+    _require_processes(plan, world, spec.trials[0].plan)
+    run = build_run(spec, workload, plan, device, position, rank)
+    execute = load(read_systems()[spec.system].executor, "executor")
+    if spec.profile:
+        return {"profile": trials.profile(spec, run, execute)}
+    return {"throughputs": trials.try_plans(spec, run, execute)}
+
+
+def _require_processes(plan: Plan, world: int, source: str) -> None:
+    if plan.stages * plan.data_parallel != world:
+        raise UserError(
+            f"{source}: made for {plan.stages} stages and {plan.data_parallel} replicas, "
+            f"but the run has {world} processes"
+        )
 
 
 def _device(spec: RunSpec) -> torch.device:

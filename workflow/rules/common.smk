@@ -157,6 +157,11 @@ def cell_of(wildcards):
     return CELLS[wildcards.cell]
 
 
+def tuned(wildcards):
+    """Where a cell's capacity is found, if the suite does not say it."""
+    return f"{RESULTS}/tuned/{wildcards.cell}.json" if cell_of(wildcards).grid.tuned else []
+
+
 def nodes_of(wildcards):
     return -(-cell_of(wildcards).gpus // SUITE.gpus_per_node)
 

@@ -28,7 +28,8 @@ rule workload:
 
 rule plan:
     input:
-        lambda wildcards: f"{RESULTS}/workloads/{cell_of(wildcards).workload_name}.json",
+        workload=lambda wildcards: f"{RESULTS}/workloads/{cell_of(wildcards).workload_name}.json",
+        tuned=tuned,
     output:
         f"{RESULTS}/plans/{{cell}}.json",
     log:
@@ -38,11 +39,46 @@ rule plan:
         "../../environment.yml"
     params:
         system=lambda wildcards: cell_of(wildcards).system,
-        planner=lambda wildcards: SYSTEMS[cell_of(wildcards).system].planner,
+        # Not in the command: planned again when the planner or its options change.
+        planner=lambda wildcards: SYSTEMS[cell_of(wildcards).system].model_dump_json(
+            include={"planner", "options"}
+        ),
         stages=lambda wildcards: cell_of(wildcards).stages,
-        capacity=lambda wildcards: cell_of(wildcards).grid.capacity_of(
-            cell_of(wildcards).workload
+        replicas=lambda wildcards: cell_of(wildcards).grid.data_parallel,
+        capacity=lambda wildcards, input: (
+            f"--tuned={input.tuned}"
+            if input.tuned
+            else f"--capacity={cell_of(wildcards).grid.capacity_of(cell_of(wildcards).workload)}"
         ),
     shell:
-        "lorafusion plan {input:q} --system {params.system} --stages {params.stages}"
-        " --capacity {params.capacity} --out {output:q} > {log:q} 2>&1"
+        "lorafusion plan {input.workload:q} --system {params.system} --stages {params.stages}"
+        " --data-parallel {params.replicas} {params.capacity:q} --out {output:q} > {log:q} 2>&1"
+
+
+# Runs the first global batches of a cell with ever fewer tokens a microbatch, in fresh processes.
+rule tune_cell:
+    input:
+        lambda wildcards: f"{RESULTS}/workloads/{cell_of(wildcards).workload_name}.json",
+    output:
+        f"{RESULTS}/tuned/{{cell}}.json",
+    log:
+        f"{LOGS}/tune/{{cell}}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        runtime=lambda wildcards: cell_of(wildcards).grid.minutes + 5,
+        mem_mb=lambda wildcards: 1000 * cell_of(wildcards).grid.memory_gb,
+        tasks_per_gpu=0,
+        gres=gres,
+        cpus_per_task=lambda wildcards: min(
+            cell_of(wildcards).gpus, SUITE.gpus_per_node
+        ),
+        device=1,
+    params:
+        suite=SUITE_PATH,
+        configuration=lambda wildcards: config_hash(
+            SUITE, cell_of(wildcards), SYSTEMS[cell_of(wildcards).system]
+        ),
+    shell:
+        "lorafusion tune --suite {params.suite:q} --cell {wildcards.cell:q} --workload {input:q} --out {output:q}"
+        " > {log:q} 2>&1"

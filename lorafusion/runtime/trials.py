@@ -1,0 +1,82 @@
+"""Several plans timed one after another by the same processes, and where a GPU's time goes in one of them.
+
+The stage is built once. Each plan is two: the whole one, whose largest microbatch must fit in memory beside the
+optimizers' states, and the one of the workload's first global batches, which is run against the clock.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from lorafusion.plan import Plan, check
+from lorafusion.runtime.spec import RunSpec
+from lorafusion.runtime.training import TrainingRun
+from lorafusion.workload import Workload
+
+BESIDE = 3  # tensors for each parameter that a step needs beside it and its gradient: two moments, a reducer's buffer
+
+
+def try_plans(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], object]) -> list[float]:
+    """Tokens a second of the spec's trials in turn, the first that is slower than the best before it being the last."""
+    part = Workload.read(spec.part)
+    throughputs: list[float] = []
+    for trial in spec.trials:
+        whole = run.again(run.workload, _read(trial.plan, run.workload))
+        beside = [torch.empty_like(one) for adapter in run.adapters for one in adapter.gradients for _ in range(BESIDE)]
+        whole.warm_up()
+        del whole, beside
+        throughputs.append(_throughput(run.again(part, _read(trial.part, part)), execute))
+        _free_memory()  # and what hangs on parameters of the executor's, which would see the next plan's gradients
+        if throughputs[-1] < max(throughputs):
+            break
+    return throughputs
+
+
+def profile(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], object]) -> list[dict[str, object]]:
+    """What this process's GPU does while the beginning of the spec's only trial is run: rows of a class of kernels,
+    with milliseconds and kernels for 1000 real tokens."""
+    from lorafusion.benchmarks import training_profile
+
+    part = Workload.read(spec.part)
+    plan = _read(spec.trials[0].part, part)
+    run.again(part, plan).warm_up()
+    spans = training_profile.trace(lambda: execute(run.again(part, plan)))
+    print(*training_profile.unknown_kernels(spans), sep="\n", flush=True)
+    parts = training_profile.breakdown(spans, 1)
+    scale = 1000 / plan.statistics.tokens
+    total = sum(one.milliseconds for one in parts.values())
+    return [
+        {"class": name, "milliseconds": one.milliseconds * scale, "kernels": one.kernels * scale,
+         "share": one.milliseconds / total}
+        for name, one in parts.items()
+    ]  # fmt: skip
+
+
+def _read(path: str, workload: Workload) -> Plan:
+    plan = Plan.read(path)
+    check(plan, workload, source=path)
+    return plan
+
+
+def _throughput(run: TrainingRun, execute: Callable[[TrainingRun], object]) -> float:
+    """Of all processes the slowest's, so that they all go on or all end."""
+    if dist.is_initialized():
+        dist.barrier()
+    execute(run)
+    record = run.record
+    record.clock.synchronize()
+    record.readback.wait()
+    seconds = torch.tensor([record.clock.seconds(record.begin, record.done[-1][1])], device=run.pipeline.device)
+    if dist.is_initialized():
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return run.plan.statistics.tokens / seconds.item()
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

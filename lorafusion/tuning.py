@@ -1,0 +1,157 @@
+"""How many tokens a microbatch may hold in a cell, by one rule for all systems: the most that fits, then the fastest.
+
+The most that is tried is the suite's; it is halved until the plan's largest microbatch fits in memory, and then as long
+as that makes the system faster. Systems that fix the number of samples of a microbatch take as many as fit in those
+tokens (`scheduler.common.largest_microbatch`), so that the same rule tunes them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lorafusion.cells import find_cell, spec_of, unavailable
+from lorafusion.config import Cell, Suite, read_suite, read_systems
+from lorafusion.errors import UserError, validated
+from lorafusion.files import write
+from lorafusion.plan import Plan
+from lorafusion.runtime.launch import Outcome, launch
+from lorafusion.runtime.spec import RunSpec, Trial
+from lorafusion.scheduler import plan_system
+from lorafusion.workload import Workload, read_versioned
+
+VERSION = 1
+MOST_TRIALS = 6
+
+
+class Tried(BaseModel):
+    """A capacity that was tried: tokens a second of the first global batches, or why there is no such number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    capacity: int = Field(ge=1)
+    throughput: float | None = None
+    status: str = "ok"
+
+
+class Tuned(BaseModel):
+    """The outcome for a cell."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = VERSION
+    cell: str
+    workload_hash: str
+    trials: tuple[Tried, ...]
+
+    @property
+    def capacity(self) -> int:
+        """The fastest; of equal ones the largest."""
+        done = [one for one in self.trials if one.throughput is not None]
+        return max(done, key=lambda one: (one.throughput, one.capacity)).capacity
+
+    @classmethod
+    def read(cls, path: str | Path) -> Tuned:
+        return validated(cls, read_versioned(path, VERSION, "tuning"), path)
+
+
+def tune_cell(
+    suite_path: Path, name: str, workload_path: Path, out: Path, launch: Callable[..., Outcome] = launch
+) -> Tuned:
+    """Tune a cell of a suite and write the outcome. Raises `UserError` where nothing that can be planned fits."""
+    suite = read_suite(suite_path)
+    cell, workload = find_cell(suite, name, suite_path), Workload.read(workload_path)
+    reason = unavailable(read_systems()[cell.system])
+    if reason:
+        raise UserError(f"cell {name}: {reason}")
+    with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
+        spec = trials_of(cell, suite, workload, workload_path, Path(scratch))
+        tried = _try_all(spec, partial(launch, processes=cell.gpus, timeout=60 * cell.grid.minutes))
+    if not any(one.throughput for one in tried):
+        raise UserError(f"cell {name}: not even {tried[-1].capacity} tokens fit in memory")
+    tuned = Tuned(cell=name, workload_hash=workload.content_hash, trials=tuple(tried))
+    write(out, json.dumps(tuned.model_dump(mode="json"), indent=1) + "\n")
+    return tuned
+
+
+def trials_of(cell: Cell, suite: Suite, workload: Workload, workload_path: Path, folder: Path) -> RunSpec:
+    """The run that tries a cell's capacities from the largest down; its plans are written to a folder."""
+    part = beginning(workload, cell.stages)
+    (folder / "part.json").write_text(part.to_json())
+    trials = []
+    for plan in candidates(workload, cell):
+        paths = [folder / f"{kind}-{plan.capacity}.json" for kind in ("whole", "part")]
+        paths[0].write_text(plan.to_json())
+        paths[1].write_text(_plan(part, cell, plan.capacity).to_json())
+        trials.append(Trial(plan=str(paths[0]), part=str(paths[1]), capacity=plan.capacity))
+    return spec_of(cell, suite, workload_path).model_copy(update={"trials": trials, "part": str(folder / "part.json")})
+
+
+def beginning(workload: Workload, stages: int) -> Workload:
+    """The first global batch of each job, or as many as there are stages, for a pipeline that is not empty mostly."""
+    jobs = tuple(job.model_copy(update={"steps": min(len(job.batches), job.start + stages)}) for job in workload.jobs)
+    return workload.model_copy(update={"jobs": jobs})
+
+
+def candidates(workload: Workload, cell: Cell) -> list[Plan]:
+    """The plans of a cell at its capacity, half of it, and so on, without those that only say the same again; as far
+    down as its planner can. Raises the planner's `UserError` where it cannot even at the first."""
+    capacity = cell.grid.capacity_of(cell.workload)
+    plans = [_plan(workload, cell, capacity)]
+    while len(plans) < MOST_TRIALS:
+        capacity //= 2
+        try:
+            plan = _plan(workload, cell, capacity)
+        except UserError:
+            break
+        if plan.microbatches == plans[-1].microbatches:
+            plans.pop()  # the smaller capacity says better what is in the plan
+        plans.append(plan)
+    return plans
+
+
+def _plan(workload: Workload, cell: Cell, capacity: int) -> Plan:
+    return plan_system(
+        workload, cell.system, stages=cell.stages, capacity=capacity, data_parallel=cell.grid.data_parallel
+    )
+
+
+def _try_all(spec: RunSpec, run: Callable[[RunSpec], Outcome]) -> list[Tried]:
+    """What each capacity gave; memory that does not suffice ends the processes, and new ones go on with the next."""
+    tried: list[Tried] = []
+    trials = list(spec.trials)
+    while trials:
+        outcome = run(spec.model_copy(update={"trials": trials}))
+        if outcome.status == "ok":
+            rates = outcome.report["throughputs"]
+            tried += [Tried(capacity=one.capacity, throughput=rate) for one, rate in zip(trials, rates, strict=False)]
+            break
+        if outcome.status != "oom":
+            raise UserError(f"tuning: the run ended as {outcome.status}: {outcome.note}")
+        tried.append(Tried(capacity=trials.pop(0).capacity, status="oom"))
+    return tried
+
+
+def profile_cell(
+    suite_path: Path, name: str, workload_path: Path, plan_path: Path, launch: Callable[..., Outcome] = launch
+) -> list[dict[str, object]]:
+    """Where the GPU's time goes in the first global batches of a cell, planned with the capacity of its plan."""
+    suite = read_suite(suite_path)
+    cell, workload, plan = find_cell(suite, name, suite_path), Workload.read(workload_path), Plan.read(plan_path)
+    with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
+        folder = Path(scratch)
+        part = beginning(workload, cell.stages)
+        (folder / "part.json").write_text(part.to_json())
+        (folder / "plan.json").write_text(_plan(part, cell, plan.capacity).to_json())
+        trial = Trial(plan=str(plan_path), part=str(folder / "plan.json"), capacity=plan.capacity)
+        update = {"trials": [trial], "part": str(folder / "part.json"), "profile": True}
+        spec = spec_of(cell, suite, workload_path).model_copy(update=update)
+        outcome = launch(spec, cell.gpus, 60 * cell.grid.minutes)
+    if outcome.status != "ok":
+        raise UserError(f"profile: the run of {name} ended as {outcome.status}: {outcome.note}")
+    return [{"cell": name, "system": cell.system, **row} for row in outcome.report["profile"]]

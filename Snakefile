@@ -39,6 +39,7 @@ rule all:
         f"{RESULTS}/measurements.html",
         f"{RESULTS}/checks.html",
         [f"{RESULTS}/figures/end_to_end~{model}.png" for model in MODELS],
+        [f"{RESULTS}/figures/contributions~{model}.png" for model in CONTRIBUTED],
         f"{RESULTS}/wandb/runs.json",
         KERNEL_RESULTS,
         SCHEDULER_RESULTS,

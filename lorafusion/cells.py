@@ -85,9 +85,13 @@ def spec_of(cell: Cell, suite: Suite, workload_path: Path) -> RunSpec:
 
 def unavailable(system: SystemConfig) -> str:
     """Why nothing installed here can run a system; empty if it can be run."""
-    if system.requires and importlib.util.find_spec(system.requires) is None:
-        return f"the package {system.requires} is not installed"
-    return ""
+    if not system.requires:
+        return ""
+    try:
+        found = importlib.util.find_spec(system.requires)
+    except ModuleNotFoundError:  # the package that it is a part of
+        found = None
+    return "" if found else f"the package {system.requires} is not installed"
 
 
 def read_plan(path: Path | None, workload: Workload) -> Plan:

@@ -268,6 +268,20 @@ def figure_end_to_end(
     print(f"{out}.png, .pdf, .csv")
 
 
+@figure_app.command("contributions")
+def figure_contributions(
+    table: Annotated[Path, typer.Argument(help="the measurement table")],
+    model: Annotated[str, typer.Option(help="a model of the table")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
+) -> None:
+    """The speedup over the best baseline, and what schedule, packing and kernels add to it."""
+    from lorafusion.measure.table import read
+    from lorafusion.report.contributions_figure import contributions_figure
+
+    contributions_figure(read(table), model, out)
+    print(f"{out}.png, .pdf, .csv")
+
+
 def _suite_figure(module: str, name: str, text: str) -> None:
     """Add a command that draws a figure of a module of `lorafusion.report`."""
 

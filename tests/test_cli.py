@@ -116,7 +116,7 @@ MISTAKES = {
     ),
     "an unknown system": (
         ["plan", "{folder}/deep/w.json", "--system", "megatron", "-o", "{folder}/x"],
-        "--system: unknown system 'megatron'; known: fused-mlora, fused-sequential, lorafusion, megatron-fsdp",
+        "--system: unknown system 'megatron'; known: fused-mlora, fused-sequential, grouped-mm, lorafusion",
     ),
     "a plan for a workload": (["plan", "{folder}/p.json", "-o", "{folder}/x"], "p.json: "),
     "unknown strategy": (

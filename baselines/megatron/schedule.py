@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
+from lorafusion.errors import UserError
 from lorafusion.models.stage import Stage
 from lorafusion.runtime.pipeline import Pipeline
 from lorafusion.runtime.training import TrainingRun
@@ -83,9 +84,15 @@ def _forward_step(slots: Iterator[int], model: torch.nn.Module):
 
 def global_batches(run: TrainingRun) -> Iterator[tuple[int, list[int]]]:
     """The last slot and all slots of each global batch; the pipeline is flushed after each."""
+    if any(job.evaluation for job in run.workload.jobs):
+        raise UserError(f"the executor of {run.plan.system} does not evaluate; leave evaluation samples out")
     slots: list[int] = []
     for slot, stepping in enumerate(run.steps):
         slots.append(slot)
+        if len(stepping) > 1:
+            raise UserError(
+                f"the plan of {run.plan.system}: {len(stepping)} adapters step in slot {slot}, expected one"
+            )
         if stepping:
             yield slot, slots
             slots = []

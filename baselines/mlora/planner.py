@@ -87,7 +87,7 @@ def _size(
         )
     if not _fits(workload, group, largest, capacity, row_multiple):
         names = ", ".join(workload.jobs[adapter].name for adapter in group)
-        raise UserError(f"mlora: a global batch of {names} exceeds the capacity of {capacity}; raise it, or split")
+        raise UserError(f"a global batch of {names} exceeds the capacity of {capacity}; raise it, or split batches")
     return largest
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,16 @@ class Stage(nn.Module):
     def recompute(self, share: float) -> None:
         """From now on compute the activations of this share of the layers again in the backward pass."""
         self.checkpointed = self.first + math.ceil(share * (self.last - self.first))
+
+    @contextmanager
+    def first_layer_alone(self) -> Iterator[None]:
+        """Within it the stage has its first layer only."""
+        layers = self.model.layers
+        self.model.layers = nn.ModuleDict(dict([next(iter(layers.items()))]))
+        try:
+            yield
+        finally:
+            self.model.layers = layers
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, borders: SampleBorders) -> torch.Tensor:
         hidden = self.model.embed_tokens(x) if self.is_first else x

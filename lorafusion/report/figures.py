@@ -106,7 +106,11 @@ def draw_end_to_end(data: pd.DataFrame, footer: str | None = None) -> Figure:
     looks = style.looks(data["system"])
     cpu = _on_cpu(data)
     with matplotlib.rc_context(style.PARAMETERS):
-        figure = Figure(figsize=(style.TEXT_WIDTH, 0.95 + ROW_HEIGHT * len(windows)), layout="constrained")
+        handles = _legend_handles(data, looks)
+        ncols = _legend_columns([handle.get_label() for handle in handles])
+        # From three lines on the legend has its own height, that no panel gets lower.
+        height = 0.95 + ROW_HEIGHT * len(windows) + 0.15 * max(0, -(-len(handles) // ncols) - 2)
+        figure = Figure(figsize=(style.TEXT_WIDTH, height), layout="constrained")
         widths = [_panel_width(panel) for panel in columns.values()]
         axes = figure.subplots(
             len(windows), len(columns), sharey=True, sharex="col", squeeze=False, width_ratios=widths
@@ -124,9 +128,8 @@ def draw_end_to_end(data: pd.DataFrame, footer: str | None = None) -> Figure:
                 ax.tick_params(axis="x", labelrotation=30)
                 matplotlib.artist.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
         _scale(axes[0, 0], data)
-        handles = _legend_handles(data, looks)
         title = f"{data['model'][0]}: training throughput" + (f" ({style.CPU_WARNING})" if cpu else "")
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), title=title)
+        figure.legend(handles=handles, loc="outside upper center", ncols=ncols, title=title)
         figure.supxlabel(_footer(data, cpu) if footer is None else footer, fontsize=style.SMALL, color="0.35")
     return figure
 
@@ -267,6 +270,18 @@ def _legend_handles(data: pd.DataFrame, looks: dict[str, style.Look]) -> list:
         dot = {"marker": "o", "markersize": 2.5, "color": "black", "linestyle": "none"}
         handles.append(Line2D([], [], label="one repeat", **dot))
     return handles
+
+
+def _legend_columns(labels: list[str]) -> int:
+    """The most columns, at most six, of a legend that is no wider than the figure."""
+    size = (style.FONT_SIZE - 1) / 72
+    around = size * (style.PARAMETERS["legend.handlelength"] + style.PARAMETERS["legend.columnspacing"] + 0.8)
+    for columns in range(min(len(labels), 6), 1, -1):
+        lines = -(-len(labels) // columns)
+        widest = [max(map(len, labels[first : first + lines])) for first in range(0, len(labels), lines)]
+        if sum(around + 0.62 * size * letters for letters in widest) <= style.TEXT_WIDTH:
+            return columns
+    return 1
 
 
 def _on_cpu(data: pd.DataFrame) -> bool:

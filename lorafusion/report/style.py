@@ -59,15 +59,19 @@ class Look(NamedTuple):
 SYSTEMS = {
     "peft": Look("#C4C4C4", ""),
     "peft-bf16": Look("#7F7F7F", "||||"),
+    "peft-liger": Look("#A6A6A6", "xxxx"),
+    "peft-transformers": Look("#5A5A5A", "////"),
     "single-gpu": Look("#999999", "---"),
     "megatron-fsdp": Look("#6CCBAF", "...."),
     "megatron-pp": Look("#009E73", "\\\\\\\\"),
     "mlora": Look("#E69F00", "////"),
     "mlora-packed": Look("#BF7A00", "xxxx"),
     "mlora-paper-setting": Look("#7A4E00", ""),
+    "unsloth": Look("#A3333D", "----"),
     "fused-sequential": Look("#DDA6C4", "////"),
     "fused-mlora": Look("#CC79A7", "...."),
     "unfused-ours": Look("#8C4A70", ""),
+    "grouped-mm": Look("#5C2E4A", "||||"),
     "lorafusion": Look("#0072B2", ""),
 }
 OTHERS = (Look("#56B4E9", "xxxx"), Look("#D55E00", "||||"), Look("#F0E442", "++++"), Look("#444444", "oooo"))

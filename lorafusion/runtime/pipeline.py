@@ -1,9 +1,13 @@
 """This process among the others: neighbouring stages of a pipeline, and the same stage of other replicas.
 
-Every shape is known from the plan, so nothing is negotiated, and a message is waited for before it is there: the next
-one's receive is posted while the last one is used. The two directions have a process group each: on NCCL the operations
-of one communicator run in the order of their posting, and 1F1B posts a send forward before a receive from the same
-neighbour whose matching operations the neighbour posts the other way round.
+Every shape is known from the plan, so nothing is negotiated. The two directions have a process group each: on NCCL the
+operations of one communicator run in the order of their posting, and 1F1B posts a send forward before a receive from
+the same neighbour whose matching operations the neighbour posts the other way round.
+
+A receive is posted with the send that it answers, neither before nor after. On NCCL both are kernels that wait on the
+device for the other side, and meanwhile whatever makes a host wait for its device (a kernel's first use, memory that is
+freed) stops the host. With receives posted earlier two such hosts waited for each other (two H200s, the first time that
+it ran there); with receives posted later it would be the sends.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 PATIENCE = timedelta(days=1)  # the launcher decides how long nothing may happen
-AHEAD = 1  # receives that are posted beyond the one that is waited for
+AHEAD = 1  # receives that are posted beyond the one that is waited for, at most
 
 
 class Expected(NamedTuple):
@@ -133,16 +137,16 @@ class Inbox:
 
     def next(self) -> torch.Tensor:
         """The next message; on a GPU it is the device that waits for it."""
-        self._post(AHEAD + 1)
+        self.post()
         work, tensor, name = self._posted.popleft()
         self.waiting(f"{name} from rank {self.source}")
         work.wait()
         return tensor
 
-    def _post(self, count: int) -> None:
-        while len(self._posted) < count:
-            one = next(self.expected, None)
-            if one is None:
-                return
-            buffer = torch.empty(one.shape, dtype=one.dtype, device=self.device)
-            self._posted.append((dist.irecv(buffer, src=self.source, group=self.group), buffer, one.name))
+    def post(self) -> None:
+        """Be ready for the next message, which the neighbour sends without hearing more than what is sent now."""
+        if self._posted:
+            return
+        one = next(self.expected)
+        buffer = torch.empty(one.shape, dtype=one.dtype, device=self.device)
+        self._posted.append((dist.irecv(buffer, src=self.source, group=self.group), buffer, one.name))

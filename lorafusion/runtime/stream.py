@@ -102,6 +102,9 @@ class _Stream:
         x = None if pipeline.is_first else self.before.next().requires_grad_()
         out = self.run.forward(slot, x)
         if not pipeline.is_last:
+            answered = slot - (pipeline.size - 1 - pipeline.index)  # whose backward follows this forward
+            if answered >= self.begin and not self.run.microbatches[answered].noop:
+                self.after.post()
             pipeline.send_after(out)
         self.in_flight.append((x, out))
 
@@ -112,6 +115,9 @@ class _Stream:
             gradient = None if pipeline.is_last else self.after.next()
             torch.autograd.backward(out, gradient)
             if x is not None:
+                answer = slot + pipeline.size - pipeline.index  # whose forward follows this backward
+                if answer < self.end and not self.run.microbatches[answer].noop:
+                    self.before.post()
                 pipeline.send_before(x.grad)
         norms = self.run.reduce(slot)
         if norms is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,8 @@ from lorafusion.runtime.board import Position
 from lorafusion.runtime.pipeline import Pipeline
 from lorafusion.runtime.readback import Readback
 from lorafusion.workload import Workload
+
+MOST_KINDS = 32  # microbatches of a warm-up, each through one layer
 
 
 @dataclass
@@ -242,7 +244,8 @@ class TrainingRun:
             )
 
     def warm_up(self) -> None:
-        """One forward and backward of the largest microbatch on this stage alone, so that the clock starts warm.
+        """Run what a clock should not see: on this stage alone, the largest microbatch forward and backward, and others
+        of other sizes and numbers of adapters through one layer, since kernels are compiled for each kind of size.
 
         It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless.
         """
@@ -254,6 +257,10 @@ class TrainingRun:
             return
         events, self.record.events = self.record.events, None
         self.backward_alone(slot)
+        if self.around is None or self.pipeline.replicas == 1:
+            with self.stage.first_layer_alone():
+                for other in kinds_of_size(self.microbatches):
+                    self.backward_alone(other)
         self.record.readback.wait()
         self.record.losses.clear()
         self.record.events = events
@@ -309,6 +316,20 @@ def _evaluations(workload: Workload, steps: list[tuple[int, ...]]) -> list[tuple
                 due.append(adapter)
         out.append(tuple(due))
     return out
+
+
+def kinds_of_size(microbatches: Sequence[Microbatch]) -> list[int]:
+    """Few microbatches that stand for all: of each number of adapters, with a length that is a multiple of 16 and with
+    one that is not (which Triton compiles for apart), the shortest, the middle and the longest."""
+    kinds: dict[tuple[int, bool], list[int]] = {}
+    for index, one in enumerate(microbatches):
+        if not one.noop:
+            kinds.setdefault((len(one.segments), one.length % 16 == 0), []).append(index)
+    chosen = set()
+    for indices in kinds.values():
+        by_length = sorted(indices, key=lambda index: microbatches[index].length)
+        chosen |= {by_length[0], by_length[len(by_length) // 2], by_length[-1]}
+    return sorted(chosen)[:MOST_KINDS]
 
 
 def trim_events(path: Path, begin: int) -> None:

@@ -90,7 +90,7 @@ def trained(spec: RunSpec, device: torch.device, position: Position, rank: int, 
     reset_peak_memory(device)
     if dist.is_initialized():
         position.waiting("the other processes to begin")
-        dist.barrier()
+        dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
     finished = execute(run, *arguments) is not False
     position.set("the end of the run")
     run.record.clock.synchronize()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorafusion.plan import Plan, make_plan
+from lorafusion.plan import Microbatch, Plan, make_plan
 from lorafusion.scheduler.common import fixed_size_batches, insert_noops, require_samples_fit
 from lorafusion.workload import Workload
 
@@ -10,16 +10,15 @@ from lorafusion.workload import Workload
 def plan(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
     """All global batches of the first adapter, then of the second; the pipeline drains after each (1F1B with flush)."""
     require_samples_fit(workload, capacity)
-    order = [
-        microbatch
-        for adapter in range(len(workload.jobs))
-        for batch in fixed_size_batches(workload, adapter, capacity, data_parallel)
-        for microbatch in batch
-    ]
+    microbatches: list[Microbatch] = []
+    for adapter in range(len(workload.jobs)):
+        order = [one for batch in fixed_size_batches(workload, adapter, capacity, data_parallel) for one in batch]
+        # Slots of this adapter alone, and after a flush the next one sees the step.
+        microbatches += insert_noops(order, workload, 1, data_parallel)
     return make_plan(
         system,
         workload,
-        insert_noops(order, workload, 1, data_parallel),  # after a flush the next slot sees the step
+        microbatches,
         stages=stages,
         capacity=capacity,
         data_parallel=data_parallel,

@@ -16,11 +16,13 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Annotation
 from pypdf import PdfReader
 
+from lorafusion.config import read_systems
 from lorafusion.measure import table as measurements
 from lorafusion.measure.table import MeasurementError
 from lorafusion.report import figures, style
 
 SUFFIXES = ("pdf", "png", "csv")
+PAPERS = ("peft", "megatron-fsdp", "megatron-pp", "mlora", "lorafusion")
 
 
 def full_grid(make_run, gpu="NVIDIA H200", repeats=3) -> list[dict]:
@@ -30,9 +32,35 @@ def full_grid(make_run, gpu="NVIDIA H200", repeats=3) -> list[dict]:
         for repeat in range(1, repeats + 1)
         for workload in style.WORKLOADS
         for gpus in (1, 2, 4)
-        for system in style.SYSTEMS
-        if system != "single-gpu" and (system != "peft" or gpus == 1)
+        for system in PAPERS
+        if system != "peft" or gpus == 1
     ]
+
+
+def one_gpu(make_run) -> list[dict]:
+    """Five workloads on one GPU, every system of configs/systems.yaml, one of which is skipped."""
+    return [
+        make_run(system, workload, 1, repeat, "skipped" if system == "unsloth" else "ok", "NVIDIA H200")
+        for repeat in (1, 2, 3)
+        for workload in style.WORKLOADS
+        for system in read_systems()
+    ]
+
+
+def assert_nothing_overlaps(figure, axes, ratios: int) -> None:
+    renderer = figure.canvas.get_renderer()
+    legend = figure.legends[0].get_window_extent(renderer)
+    assert figure.bbox.x0 <= legend.x0
+    assert legend.x1 <= figure.bbox.x1
+    for ax in axes:
+        labels = [text.get_window_extent(renderer) for text in ax.texts if "×" in text.get_text()]
+        bars = [bar.get_window_extent(renderer) for bar in ax.patches]
+        assert len(labels) == ratios
+        assert not any(first.overlaps(second) for first, second in combinations(labels, 2))
+        assert not any(label.overlaps(bar) for label in labels for bar in bars)
+        assert not legend.overlaps(ax.get_tightbbox(renderer))
+        ticks = [label.get_window_extent(renderer) for label in ax.get_xticklabels() if label.get_visible()]
+        assert all(figure.bbox.contains(*corner) for tick in ticks for corner in tick.corners())
 
 
 def texts(ax) -> list[str]:
@@ -200,17 +228,36 @@ def test_an_unknown_model_is_named_with_those_that_are_there(smoke):
 @pytest.mark.parametrize("repeats", [2, 7])
 def test_nothing_overlaps_in_the_widest_figure(make_run, make_table, draw, repeats):
     figure, axes = draw(make_table(full_grid(make_run, repeats=repeats)))
-    renderer = figure.canvas.get_renderer()
-    legend = figure.legends[0].get_window_extent(renderer)
-    for ax in axes:
-        labels = [text.get_window_extent(renderer) for text in ax.texts if "×" in text.get_text()]
-        bars = [bar.get_window_extent(renderer) for bar in ax.patches]
-        assert len(labels) == 5
-        assert not any(first.overlaps(second) for first, second in combinations(labels, 2))
-        assert not any(label.overlaps(bar) for label in labels for bar in bars)
-        assert not legend.overlaps(ax.get_tightbbox(renderer))
-        ticks = [label.get_window_extent(renderer) for label in ax.get_xticklabels() if label.get_visible()]
-        assert all(figure.bbox.contains(*corner) for tick in ticks for corner in tick.corners())
+    assert_nothing_overlaps(figure, axes, ratios=5)
+
+
+def test_nothing_overlaps_with_every_system_on_one_gpu(make_run, make_table, draw):
+    figure, axes = draw(make_table(one_gpu(make_run)))
+    systems = [name for name, system in read_systems().items() if not system.ablation]
+    assert len(systems) >= 8
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*style.looks(systems), "one repeat"]
+    assert_nothing_overlaps(figure, axes, ratios=5)
+
+
+def test_ablations_and_merged_cells_are_not_compared(make_run, make_table, draw):
+    runs = [make_run("mlora", speed=1000.0), make_run("lorafusion", speed=2000.0)]
+    runs += [make_run("unfused-ours", speed=1900.0), make_run("fused-sequential", speed=1800.0)]
+    plain = figures.end_to_end_data(make_table(runs[:2]), "tiny")
+    for system in ("lorafusion", "mlora"):
+        name = f"model~tiny/workload~xsum/gpus~1/batch~8/qkv~merged/system~{system}"
+        runs.append(make_run(system, speed=5000.0, cell=name))
+    pd.testing.assert_frame_equal(figures.end_to_end_data(make_table(runs), "tiny"), plain)
+    assert plain["ratio"].max() == pytest.approx(2011 / 1011)
+
+
+def test_a_system_that_is_no_entry_is_a_baseline(make_run, make_table):
+    runs = [make_run(system, speed=speed) for system, speed in (("theirs", 1000.0), ("lorafusion", 2000.0))]
+    assert figures.end_to_end_data(make_table(runs), "tiny")["ratio"].max() == pytest.approx(2011 / 1011)
+
+
+def test_every_system_has_a_look_of_its_own():
+    assert set(read_systems()) <= set(style.SYSTEMS)
+    assert len(set(style.SYSTEMS.values())) == len(style.SYSTEMS)
 
 
 def test_every_system_looks_the_same_in_every_figure():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lorafusion.runtime.checkpoint import Checkpoints
-from lorafusion.runtime.pipeline import AHEAD, Expected
+from lorafusion.runtime.pipeline import Expected
 from lorafusion.runtime.spec import Saving
 from lorafusion.runtime.stream import execute
 
@@ -46,14 +46,17 @@ class Store:
 
 
 class Inbox:
-    """Like the real one it asks what is expected ahead of time, and it knows what comes by name."""
+    """Like the real one it asks what is expected when it is posted, and it knows what comes by name."""
 
     def __init__(self, queue: Queue, expected) -> None:
         self.queue, self.expected, self.posted = queue, expected, deque()
 
+    def post(self) -> None:
+        if not self.posted:
+            self.posted.append(next(self.expected))
+
     def next(self) -> torch.Tensor:
-        while len(self.posted) <= AHEAD and (one := next(self.expected, None)) is not None:
-            self.posted.append(one)
+        self.post()
         wanted = self.posted.popleft()
         try:
             tensor = self.queue.get(timeout=SECONDS)

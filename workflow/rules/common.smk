@@ -23,6 +23,7 @@ from lorafusion.config import (
 )
 from lorafusion.errors import UserError
 from lorafusion.measure.environment import has_gpu
+from lorafusion.report.contributions import REQUIRED
 from lorafusion.workload import content_hash
 
 # The workflow's own Python, also where the environment was not activated and inside Slurm jobs.
@@ -69,10 +70,22 @@ CELLS = {cell.name: cell for cell in cells(SUITE, SUITE_PATH)}
 WORKLOADS = {cell.workload_name: cell for cell in CELLS.values()}
 config["suite_name"] = SUITE.name  # for the captions of the report
 MODELS = sorted({cell.model for cell in CELLS.values()})
+# Those of which the figure of lorafusion's parts can be drawn.
+CONTRIBUTED = [
+    model
+    for model in MODELS
+    if any(
+        set(REQUIRED)
+        <= {
+            cell.system
+            for cell in CELLS.values()
+            if (cell.model, cell.gpus) == (model, gpus) and not cell.grid.merged_qkv
+        }
+        for gpus in {cell.gpus for cell in CELLS.values()}
+    )
+]
 PLANNED = {
-    name: cell
-    for name, cell in CELLS.items()
-    if not unavailable(SYSTEMS[cell.system])
+    name: cell for name, cell in CELLS.items() if not unavailable(SYSTEMS[cell.system])
 }
 REPEATS = range(1, SUITE.repeats + 1)
 RESULTS = f"results/{SUITE.name}"
@@ -159,7 +172,11 @@ def cell_of(wildcards):
 
 def tuned(wildcards):
     """Where a cell's capacity is found, if the suite does not say it."""
-    return f"{RESULTS}/tuned/{wildcards.cell}.json" if cell_of(wildcards).grid.tuned else []
+    return (
+        f"{RESULTS}/tuned/{wildcards.cell}.json"
+        if cell_of(wildcards).grid.tuned
+        else []
+    )
 
 
 def nodes_of(wildcards):

@@ -90,10 +90,59 @@ rule end_to_end:
         "lorafusion figure end_to_end {input.table:q} --model {wildcards.model} --out {params.stem:q} > {log:q} 2>&1"
 
 
+rule contributions:
+    input:
+        table=f"{RESULTS}/measurements.csv",
+        checks=f"{RESULTS}/checks.html",
+    output:
+        png=report(
+            f"{RESULTS}/figures/contributions~{{model}}.png",
+            caption="../report/contributions.rst",
+            category="Figures",
+            labels={
+                "content": "what the parts of LoRAFusion add",
+                "model": "{model}",
+                "form": "PNG",
+            },
+        ),
+        pdf=report(
+            f"{RESULTS}/figures/contributions~{{model}}.pdf",
+            caption="../report/contributions.rst",
+            category="Figures",
+            labels={
+                "content": "what the parts of LoRAFusion add",
+                "model": "{model}",
+                "form": "PDF",
+            },
+        ),
+        csv=report(
+            f"{RESULTS}/figures/contributions~{{model}}.csv",
+            caption="../report/contributions.rst",
+            category="Figures",
+            labels={
+                "content": "what the parts of LoRAFusion add",
+                "model": "{model}",
+                "form": "CSV",
+            },
+        ),
+    log:
+        f"{LOGS}/contributions~{{model}}.log",
+    localrule: True
+    conda:
+        "../../environment.yml"
+    params:
+        stem=subpath(output.png, strip_suffix=".png"),
+    shell:
+        "lorafusion figure contributions {input.table:q} --model {wildcards.model} --out {params.stem:q} > {log:q} 2>&1"
+
+
 rule publish:
     input:
         table=f"{RESULTS}/measurements.csv",
-        figures=[f"{RESULTS}/figures/end_to_end~{model}.png" for model in MODELS],
+        figures=[
+            *[f"{RESULTS}/figures/end_to_end~{model}.png" for model in MODELS],
+            *[f"{RESULTS}/figures/contributions~{model}.png" for model in CONTRIBUTED],
+        ],
         results=[f"{RESULTS}/runs/{run}.json" for run in RUNS],
     output:
         f"{RESULTS}/wandb/runs.json",

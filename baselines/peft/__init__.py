@@ -1,0 +1,1 @@
+"""LoRA kinds that need nothing but torch and PEFT."""

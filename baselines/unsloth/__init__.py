@@ -1,0 +1,1 @@
+"""Unsloth, where it is installed: its LoRA operations in the layers of every other system."""

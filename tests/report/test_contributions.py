@@ -1,0 +1,353 @@
+"""The parts of the speedup are the ratios that can be worked out by hand, or a reason; and the figure shows them."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from itertools import combinations
+
+import matplotlib
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from pypdf import PdfReader
+from typer.testing import CliRunner
+
+from lorafusion.cli import app
+from lorafusion.measure import table as measurements
+from lorafusion.measure.table import MeasurementError
+from lorafusion.report import contributions_figure as figure_of
+from lorafusion.report import figures, style
+from lorafusion.report.contributions import COLUMNS, CORNERS, FACTORS, OF_MERGED, contributions
+
+# tokens/s: schedule 5/4, packing 6/5, kernels 3/2, product 9/4; mlora-packed is the best baseline: 13/8 and 18/13.
+SPEEDS = {
+    "peft": 300.0,
+    "peft-bf16": 350.0,
+    "megatron-fsdp": 380.0,
+    "megatron-pp": 400.0,
+    "mlora": 520.0,
+    "mlora-packed": 650.0,
+    "mlora-paper-setting": 500.0,
+    "fused-sequential": 440.0,
+    "fused-mlora": 800.0,
+    "unfused-ours": 600.0,
+    "lorafusion": 900.0,
+}
+MERGED = {system: 2 * SPEEDS[system] for system in CORNERS.values()} | {"lorafusion": 2000.0}
+
+
+@pytest.fixture
+def measure(make_run):
+    """Runs with exactly the given speeds, in tokens/s.
+
+    drift: factors of the repeats. failed: status by (workload, system, repeat).
+    """
+
+    def runs(speeds=SPEEDS, workloads=("xsum",), drift=(1.0, 1.0, 1.0), failed=None, qkv="", **cell) -> list[dict]:
+        out = []
+        for workload in workloads:
+            for system, speed in speeds.items():
+                for repeat, factor in enumerate(drift, start=1):
+                    status = (failed or {}).get((workload, system, repeat), "ok")
+                    name = f"model~tiny/workload~{workload}/gpus~{cell.get('gpus', 1)}/batch~8{qkv}/system~{system}"
+                    result = make_run(system, workload, repeat=repeat, status=status, **{"cell": name} | cell)
+                    for metric, value in zip(result["metrics"], (speed * factor, 10 * speed), strict=False):
+                        metric["value"] = value
+                    out.append(result)
+        return out
+
+    return runs
+
+
+@pytest.fixture
+def factors(make_table):
+    """The rows of `contributions` of one window, by workload and factor."""
+
+    def of(runs, window="whole", qkv="separate") -> pd.DataFrame:
+        rows = contributions(make_table(runs))
+        rows = rows[(rows["window"] == window) & (rows["qkv"] == qkv)]
+        return rows.set_index(["workload", "factor"])
+
+    return of
+
+
+def test_the_factors_are_those_worked_out_by_hand(measure, factors):
+    rows = factors(measure()).loc["xsum"]
+    assert list(rows.index) == list(FACTORS)
+    assert rows["value"].to_dict() == pytest.approx(
+        {
+            "speedup": 18 / 13,
+            "best_over_megatron-pp": 13 / 8,
+            "schedule": 5 / 4,
+            "packing": 6 / 5,
+            "kernels": 3 / 2,
+            "product": 9 / 4,
+            "padding": 5 / 4,
+            "unfused-sequential": 1,
+            "fused-sequential": 11 / 10,
+            "unfused-mlora": 13 / 8,
+            "fused-mlora": 2,
+            "unfused-ours": 3 / 2,
+            "fused-ours": 9 / 4,
+        }
+    )
+    assert rows["over"].to_dict()["speedup"] == "mlora-packed"
+    assert rows["over"].to_dict()["kernels"] == "unfused-ours"
+    assert rows.loc["best_over_megatron-pp", "note"] == "best baseline: mlora-packed"
+
+
+def test_ratios_are_paired_by_repeat_and_have_a_range(measure, factors):
+    """A drift that both systems have leaves no trace; one that only one has is the range."""
+    rows = factors(measure(drift=(1.0, 0.5, 2.0))).loc["xsum"]
+    assert rows["low"].to_dict() == pytest.approx(rows["value"].to_dict())
+    slow = {"lorafusion": 900.0}
+    others = {name: speed for name, speed in SPEEDS.items() if name not in slow}
+    rows = factors(measure(others) + measure(slow, drift=(1.0, 1.21, 1.1))).loc["xsum"]
+    speedup = rows.loc["speedup"]
+    assert speedup["value"] == pytest.approx(18 / 13 * 1.1)
+    assert (speedup["low"], speedup["high"]) == pytest.approx((18 / 13, 18 / 13 * 1.21))
+    assert (speedup["bounds"], speedup["n"]) == ("range", 3)
+
+
+def test_the_parts_multiply_to_the_whole_in_every_row(measure, factors):
+    runs = []
+    for index, (system, speed) in enumerate(SPEEDS.items()):
+        drift = [1 + 0.01 * ((7 * index + 3 * repeat) % 5) for repeat in range(3)]
+        runs += measure({system: speed}, style.WORKLOADS, drift)
+    values = factors(runs)["value"].unstack()
+    assert len(values) == 6
+    parts = values["schedule"] * values["packing"] * values["kernels"]
+    assert parts.to_dict() == pytest.approx(values["product"].to_dict())
+    assert (values["speedup"] * values["best_over_megatron-pp"]).to_dict() == pytest.approx(values["product"].to_dict())
+
+
+def test_over_all_workloads_are_the_geometric_mean_and_an_interval_of_the_median(measure, factors):
+    """Kernels give 1.5 and 6 in two workloads of three repeats each: of six ratios, the extremes are the interval."""
+    runs = measure(workloads=["xsum"]) + measure(SPEEDS | {"lorafusion": 3600.0}, workloads=["mixed"])
+    kernels = factors(runs).loc[("all", "kernels")]
+    assert kernels["value"] == pytest.approx(3)
+    assert (kernels["low"], kernels["high"], kernels["bounds"], kernels["n"]) == (1.5, 6.0, "interval", 6)
+    assert kernels["note"] == "95 % interval of the median, 3.7500"
+
+
+def test_fifteen_ratios_leave_out_three_at_each_end(measure, factors):
+    runs = []
+    for factor, workload in enumerate(style.WORKLOADS, start=1):
+        runs += measure(SPEEDS | {"lorafusion": 600.0 * factor}, [workload])
+    kernels = factors(runs).loc[("all", "kernels")]
+    assert (kernels["low"], kernels["high"], kernels["n"]) == pytest.approx((2, 4, 15))
+    assert kernels["value"] == pytest.approx(math.factorial(5) ** (1 / 5))
+
+
+def test_too_few_ratios_have_a_range_and_say_so(measure, factors):
+    speedup = factors(measure(workloads=["xsum", "mixed"], drift=(1.0, 1.0))).loc[("all", "speedup")]
+    assert (speedup["bounds"], speedup["n"]) == ("range", 4)
+    assert "no 95 % interval from 4 ratios, it takes 6" in speedup["note"]
+    alone = factors(measure(drift=(1.0,)))
+    assert "all" not in alone.index
+    assert alone.loc[("xsum", "speedup")][["low", "high", "bounds"]].isna().all()
+
+
+def test_windows_are_apart(measure, factors):
+    runs = measure()
+    for run in runs:
+        if run["cell"]["system"] == "lorafusion":
+            run["metrics"][1]["value"] = 18000.0
+    assert factors(runs, "steady").loc[("xsum", "kernels"), "value"] == pytest.approx(3)
+    assert factors(runs, "whole").loc[("xsum", "kernels"), "value"] == pytest.approx(1.5)
+
+
+def test_merged_cells_have_their_own_corners_over_their_own_first(measure, factors):
+    runs = measure() + measure(MERGED, qkv="/qkv~merged")
+    merged = factors(runs, qkv="merged").loc["xsum"]
+    assert sorted(merged.index) == sorted(OF_MERGED)
+    assert merged["value"]["fused-ours"] == pytest.approx(2.5)
+    assert merged["value"]["unfused-ours"] == pytest.approx(1.5)
+    pd.testing.assert_frame_equal(factors(runs), factors(measure()))
+
+
+def test_the_best_baseline_is_neither_an_ablation_nor_one_that_failed(measure, factors):
+    """fused-mlora is faster than any baseline; mlora-packed failed in one repeat."""
+    rows = factors(measure(failed={("xsum", "mlora-packed", 2): "oom"})).loc["xsum"]
+    assert rows.loc["speedup", "over"] == "mlora"
+    assert rows.loc["speedup", "value"] == pytest.approx(900 / 520)
+    assert rows.loc["speedup", "note"] == "without mlora-packed: OOM (1 of 3 repeats)"
+    failed = rows.loc[["padding", "unfused-mlora"]]
+    assert failed[["value", "low", "high", "bounds"]].isna().all(axis=None)
+    assert set(failed["note"]) == {"mlora-packed: OOM (1 of 3 repeats)"}
+
+
+def test_workloads_may_have_different_best_baselines(measure, factors):
+    runs = measure() + measure(SPEEDS | {"peft": 800.0}, ["mixed"])
+    speedup = factors(runs).loc[("all", "speedup")]
+    assert speedup["over"] == "best baseline"
+    assert speedup["value"] == pytest.approx(math.sqrt(18 / 13 * 9 / 8))
+    assert "xsum: over mlora-packed; mixed: over peft" in speedup["note"]
+
+
+def test_a_failure_in_one_workload_leaves_no_number_over_all(measure, factors):
+    rows = factors(measure(workloads=["xsum", "mixed"], failed={("mixed", "unfused-ours", 1): "timeout"}))
+    assert pd.isna(rows.loc[("all", "packing"), "value"])
+    assert rows.loc[("all", "packing"), "note"] == "mixed: unfused-ours: timeout (1 of 3 repeats)"
+    assert rows.loc[("all", "product"), "value"] == pytest.approx(9 / 4)
+
+
+def test_missing_and_skipped_systems_are_reasons(measure, factors):
+    skipped = {("xsum", "mlora", repeat): "skipped" for repeat in (1, 2, 3)}
+    speeds = {name: speed for name, speed in SPEEDS.items() if name != "unfused-ours"}
+    rows = factors(measure(speeds, failed=skipped)).loc["xsum"]
+    assert rows.loc["kernels", "note"] == "unfused-ours: no such cell"
+    assert rows.loc["padding", "note"] == "mlora: skipped"
+    assert rows.loc["kernels":"packing", "value"].isna().all()
+    only = factors(measure({"lorafusion": 900.0})).loc["xsum"]
+    assert only.loc["speedup", "note"] == "no baseline finished"
+    assert only["value"].isna().all()
+    assert contributions(measurements.frame([])).columns.tolist() == COLUMNS
+
+
+def test_repeats_that_only_one_has_are_not_paired(measure, factors):
+    others = {name: speed for name, speed in SPEEDS.items() if name != "lorafusion"}
+    speedup = factors(measure(others) + measure({"lorafusion": 900.0}, drift=(1.0, 1.0))).loc[("xsum", "speedup")]
+    assert speedup["n"] == 2
+    assert speedup["note"] == "only repeats 1, 2 are in both"
+
+
+def test_a_part_between_two_capacities_says_so(measure, factors):
+    others = {name: speed for name, speed in SPEEDS.items() if name != "lorafusion"}
+    rows = factors(measure(others, capacity=4096) + measure({"lorafusion": 900.0}, capacity=8192)).loc["xsum"]
+    assert rows.loc["kernels", "note"] == "capacity 8192 over 4096"
+    assert pd.isna(rows.loc["schedule", "note"])
+
+
+def test_two_cells_for_one_place_are_refused(measure, make_table):
+    with pytest.raises(MeasurementError, match="one bar for two numbers"):
+        contributions(make_table(measure() + measure(cell="another")))
+
+
+# --- the figure
+
+
+@pytest.fixture
+def whole_suite(measure, make_table):
+    """Five workloads, all systems, separate and merged; some capacities differ."""
+    runs = []
+    for index, workload in enumerate(style.WORKLOADS):
+        speeds = SPEEDS | {"lorafusion": 900.0 - 90 * index}
+        runs += measure(speeds, [workload], (1.0, 1.02, 0.99), gpu="NVIDIA H200", capacity=8192 - 4096 * (index == 2))
+    return make_table(runs + measure(MERGED, style.WORKLOADS, qkv="/qkv~merged", gpu="NVIDIA H200"))
+
+
+def drawn(table):
+    figure = figure_of.draw(figure_of.contributions_data(table, "tiny"))
+    with matplotlib.rc_context(style.PARAMETERS):
+        FigureCanvasAgg(figure).draw()
+    return figure, figure.axes
+
+
+def texts(ax) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+def test_the_csv_alone_redraws_the_figure_and_equal_tables_give_equal_bytes(whole_suite, tmp_path):
+    pdf, png, csv = figure_of.contributions_figure(whole_suite, "tiny", tmp_path / "figure")
+    again = figures.save(figure_of.draw(figures.read_data(csv)), tmp_path / "again")
+    assert [path.read_bytes() for path in again] == [pdf.read_bytes(), png.read_bytes()]
+    assert pd.read_csv(csv).columns.tolist()[: len(COLUMNS)] == COLUMNS
+
+    measurements.write(whole_suite, tmp_path / "table.csv", tmp_path / "table.parquet")
+    command = ["figure", "contributions", str(tmp_path / "table.csv"), "--model", "tiny", "--out", str(tmp_path / "b")]
+    shell = [sys.executable, "-m", "lorafusion.cli", *command]
+    subprocess.run(shell, check=True, env=os.environ | {"PYTHONHASHSEED": "12345"})
+    for path in (pdf, png, csv):
+        assert path.read_bytes() == (tmp_path / "b").with_suffix(path.suffix).read_bytes()
+    text = PdfReader(pdf).pages[0].extract_text()
+    assert "commit 0123456789" in text
+    assert "1.38×" in text
+
+
+def test_bars_lead_from_megatron_to_lorafusion(measure, make_table):
+    _, (parts, corners, *_) = drawn(make_table(measure()))
+    spans = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in parts.patches]
+    assert spans == [pytest.approx(span) for span in [(1, 1.25), (1.25, 1.5), (1.5, 2.25), (1.625, 2.25)]]
+    assert texts(parts) == ["×1.25", "×1.20", "×1.50", "1.38×"]
+    assert [bar.get_width() for bar in corners.patches] == pytest.approx([1, 1.1, 1.625, 2, 1.5, 2.25])
+    assert parts.get_yticklabels()[0].get_text() == "xsum\nvs. mlora-packed"
+
+
+def test_nothing_overlaps_or_leaves_the_figure(whole_suite):
+    figure, axes = drawn(whole_suite)
+    assert len(axes) == 4
+    renderer = figure.canvas.get_renderer()
+    legend = figure.legends[0].get_window_extent(renderer)
+    for ax in axes:
+        numbers = [text.get_window_extent(renderer) for text in ax.texts if text.get_rotation() == 0]
+        assert len(numbers) == (24 if ax in axes[::2] else 12)
+        assert not any(first.overlaps(second) for first, second in combinations(numbers, 2))
+        assert all(ax.bbox.x1 >= number.x1 for number in numbers)
+        names = [label.get_window_extent(renderer) for label in ax.get_yticklabels()]
+        assert not any(first.overlaps(second) for first, second in combinations(names, 2))
+        assert all(figure.bbox.contains(*corner) for name in names for corner in name.corners())
+        assert not legend.overlaps(ax.get_tightbbox(renderer))
+    assert figure.get_figheight() < 8
+
+
+def test_the_speedup_over_all_has_its_interval_and_other_capacities_a_star(whole_suite):
+    figure, (parts, *_) = drawn(whole_suite)
+    assert len([text for text in texts(parts) if "[" in text]) == 1
+    assert "95 % interval of the median" in figure.get_supxlabel()
+    assert not [text for text in texts(parts) if text.endswith("*")]
+
+
+def test_parts_between_two_capacities_have_a_star(measure, make_table):
+    others = {name: speed for name, speed in SPEEDS.items() if name != "lorafusion"}
+    figure, (parts, *_) = drawn(make_table(measure(others, capacity=4096) + measure({"lorafusion": 900.0})))
+    assert texts(parts) == ["×1.25", "×1.20", "×1.50*", "1.38×"]
+    assert "*: also at another capacity" in figure.get_supxlabel()
+
+
+def test_failures_are_text_in_place_of_bars(measure, make_table):
+    failed = {("xsum", "megatron-pp", 1): "oom", ("mixed", "unfused-ours", 2): "crash"}
+    _, (parts, corners, *_) = drawn(make_table(measure(workloads=["xsum", "mixed"], failed=failed)))
+    assert texts(parts) == [
+        *("megatron-pp: OOM", *(f"{text} (no megatron-pp to begin at)" for text in ("×1.20", "×1.50", "1.38×"))),
+        *("×1.25", "unfused-ours: crash", "unfused-ours: crash", "1.38×"),
+        *("xsum: megatron-pp: OOM", "mixed: unfused-ours: crash", "mixed: unfused-ours: crash"),
+        "1.38× [1.38, 1.38] (no megatron-pp to begin at)",
+    ]
+    assert not corners.patches
+
+
+def test_a_figure_of_failures_only_can_be_drawn(measure, make_table):
+    failed = {("xsum", system, 1): "oom" for system in SPEEDS}
+    _, axes = drawn(make_table(measure(failed=failed)))
+    assert not any(ax.patches for ax in axes)
+
+
+def test_cpu_numbers_say_what_they_are(measure, make_table):
+    figure, _ = drawn(make_table(measure()))
+    assert style.CPU_WARNING in figure.legends[0].get_title().get_text()
+
+
+def test_a_panel_for_each_number_of_gpus_with_all_systems(measure, make_table):
+    runs = measure() + measure(workloads=["mixed", "xsum"], gpus=2) + measure({"lorafusion": 900.0}, gpus=4)
+    figure, axes = drawn(make_table(runs))
+    assert len(axes) == 2 * 4
+    assert [ax.texts[-1].get_text() for ax in axes[1::2]] == [
+        "whole run, 1 GPUs", "steady state, 1 GPUs", "whole run, 2 GPUs", "steady state, 2 GPUs",
+    ]  # fmt: skip
+    assert [len(ax.get_yticklabels()) for ax in axes[::2]] == [1, 1, 3, 3]
+
+
+def test_a_table_without_the_systems_is_refused_in_one_line(measure, make_table, tmp_path):
+    table = make_table(measure({"lorafusion": 900.0, "megatron-pp": 400.0}))
+    with pytest.raises(MeasurementError, match="no cells of mlora-paper-setting, unfused-ours"):
+        figure_of.contributions_figure(table, "tiny", tmp_path / "figure")
+    with pytest.raises(MeasurementError, match="contributions of model 'huge'"):
+        figure_of.contributions_figure(table, "huge", tmp_path / "figure")
+    measurements.write(table, tmp_path / "table.csv", tmp_path / "table.parquet")
+    command = ["figure", "contributions", str(tmp_path / "table.csv"), "--model", "tiny", "--out", str(tmp_path / "f")]
+    assert CliRunner().invoke(app, command).exit_code != 0
+    assert not list(tmp_path.glob("f.*"))

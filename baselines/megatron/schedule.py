@@ -91,7 +91,7 @@ def global_batches(run: TrainingRun) -> Iterator[tuple[int, list[int]]]:
         slots.append(slot)
         if len(stepping) > 1:
             raise UserError(
-                f"the plan of {run.plan.system}: {len(stepping)} adapters step in slot {slot}, expected one"
+                f"the plan of {run.plan.system}: {len(stepping)} adapters step in slot {slot}, not one"
             )
         if stepping:
             yield slot, slots

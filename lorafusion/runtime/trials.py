@@ -27,9 +27,12 @@ def try_plans(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], 
     for trial in spec.trials:
         whole = run.again(run.workload, _read(trial.plan, run.workload))
         beside = [torch.empty_like(one) for adapter in run.adapters for one in adapter.gradients for _ in range(BESIDE)]
-        whole.warm_up()
+        whole.warm_up(sizes=0)
         del whole, beside
-        throughputs.append(_throughput(run.again(part, _read(trial.part, part)), execute))
+        beginning = run.again(part, _read(trial.part, part))
+        beginning.warm_up()
+        throughputs.append(_throughput(beginning, execute))
+        del beginning
         _free_memory()  # and what hangs on parameters of the executor's, which would see the next plan's gradients
         if throughputs[-1] < max(throughputs):
             break

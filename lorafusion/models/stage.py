@@ -97,12 +97,15 @@ class Stage(nn.Module):
 
     @contextmanager
     def first_layer_alone(self) -> Iterator[None]:
-        """Within it the stage has its first layer only."""
+        """Within it the stage has its first layer only, which does what any layer does: it has a gradient for its
+        input, an embedding's too."""
         layers = self.model.layers
         self.model.layers = nn.ModuleDict(dict([next(iter(layers.items()))]))
+        wanted = layers[str(self.first)].register_forward_pre_hook(_ask_for_gradient)
         try:
             yield
         finally:
+            wanted.remove()
             self.model.layers = layers
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, borders: SampleBorders) -> torch.Tensor:
@@ -114,6 +117,11 @@ class Stage(nn.Module):
             else:
                 hidden = layer(hidden, position_embeddings=rotation, borders=borders)
         return self.model.norm(hidden) if self.is_last else hidden
+
+
+def _ask_for_gradient(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    if inputs[0].is_leaf:
+        inputs[0].requires_grad_()
 
 
 def is_gated_mlp(module: nn.Module) -> bool:

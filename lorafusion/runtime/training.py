@@ -244,8 +244,8 @@ class TrainingRun:
             )
 
     def warm_up(self, sizes: int = MOST_SIZES) -> None:
-        """Run what a clock should not see: on this stage alone, the largest microbatch forward and backward, and others of
-        at most `sizes` sizes through one layer, since kernels are compiled for the sizes that they meet. (With the
+        """Run what a clock should not see: on this stage alone, the largest microbatch forward and backward, and others
+        of at most `sizes` sizes through one layer, since kernels are compiled for the sizes that they meet. (With the
         largest alone, fused kernels compiled for up to 38 s within runs of 5 s.)
 
         It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless.

@@ -135,3 +135,20 @@ def test_large_models_match_their_published_sizes():
     for name, billions in (("llama-3.1-8b", 8.03), ("qwen2.5-32b", 32.76), ("llama-3.1-70b", 70.55)):
         stage = Stage(read_model(name), 0, 1)
         assert sum(parameter.numel() for parameter in stage.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [0.0, 1.0])
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_first_layer_alone_does_what_any_layer_does(index, checkpointing):
+    stage = stages(TINY, 2, checkpointing=checkpointing)[index]
+    ids, position_ids, borders = packed(TINY.vocab_size)
+    x = ids if index == 0 else torch.randn(1, sum(LENGTHS), TINY.hidden_size)
+    whole = stage(x, position_ids, borders)
+    seen = []
+    for layer in stage.model.layers.values():
+        layer.register_full_backward_hook(lambda _layer, inputs, _outputs: seen.append(inputs[0]))
+    with stage.first_layer_alone():
+        stage(x if index == 0 else x.requires_grad_(), position_ids, borders).sum().backward()
+    assert [one.shape for one in seen] == [(1, sum(LENGTHS), TINY.hidden_size)]
+    assert torch.equal(stage(x, position_ids, borders), whole)
+    assert index == 1 or not stage(x, position_ids, borders).requires_grad

@@ -40,8 +40,7 @@ def run_cell(
     workload = Workload.read(workload_path)
     reason = unavailable(system)
     plan = None if reason else read_plan(plan_path, workload)
-    if suite.device == "cuda" and not has_gpu():
-        raise UserError(f"{suite_path}: a suite for GPUs, but nvidia-smi finds none; try configs/suites/smoke.yaml")
+    require_device(suite, suite_path)
     require_the_cells_own(cell, workload, workload_path, plan, plan_path)
     origin = provenance(suite.device) | {
         "config_hash": config_hash(suite, cell, system),
@@ -101,6 +100,12 @@ def read_plan(path: Path | None, workload: Workload) -> Plan:
     plan = Plan.read(path)
     check(plan, workload, source=path)
     return plan
+
+
+def require_device(suite: Suite, source: Path) -> None:
+    """Raise where a suite is for GPUs and there is none."""
+    if suite.device == "cuda" and not has_gpu():
+        raise UserError(f"{source}: a suite for GPUs, but nvidia-smi finds none; try configs/suites/smoke.yaml")
 
 
 def require_the_cells_own(

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lorafusion.config import Arrangement, read_model
-from lorafusion.errors import UserError
+from lorafusion.cells import unavailable
+from lorafusion.config import Arrangement, SystemConfig, read_model, read_systems
+from lorafusion.errors import UserError, one_of
 from lorafusion.files import write
 from lorafusion.plan import Plan
 from lorafusion.runtime.launch import launch
@@ -153,6 +154,43 @@ def write_curves(curves: list[Curve], path: Path) -> None:
     for curve in curves:
         lines += [f"{curve.job},{curve.trainer},{step},{loss!r}" for step, loss in enumerate(curve.losses, 1)]
     write(path, "\n".join(lines) + "\n")
+
+
+def systems(names: list[str], arrangement: Arrangement) -> Verdict:
+    """Each system, in an arrangement of so many processes that it can have, trains without dropout what plain
+    transformers, PEFT and torch train. Those whose package is missing are left out, and the statement says so."""
+    jobs, known = toy_jobs(dropout=0.0), read_systems()
+    for name in names:
+        one_of("system", name, set(known), "check systems")
+    plain, figures, passed = _plainly(jobs), {}, True
+    missing = [name for name in names if unavailable(known[name])]
+    for name in names:
+        if name in missing:
+            continue
+        chosen = possible(arrangement, known[name])
+        trained = train(Workload(name="together", jobs=jobs), name, chosen.stages, checkpointing=chosen.recompute,
+                        replicas=chosen.replicas)  # fmt: skip
+        loss, weight = map(max, zip(*(_difference(trained, plain, job) for job in jobs), strict=True))
+        moved = min(_smallest_b(trained.weights[job.name]) for job in jobs)
+        figures |= {
+            f"{name} as {chosen}: relative difference of a loss": loss,
+            f"{name} as {chosen}: of a tensor": weight,
+        }
+        passed = passed and loss <= LOSS_TOLERANCE and weight <= WEIGHT_TOLERANCE and moved > 0
+    figures |= {"allowed difference of a loss": LOSS_TOLERANCE, "allowed difference of a tensor": WEIGHT_TOLERANCE}
+    left_out = f"; left out, as their package is missing: {', '.join(missing)}" if missing else ""
+    statement = f"every system trains what plain transformers, PEFT and torch train without dropout{left_out}"
+    return Verdict("systems", passed, statement, figures)
+
+
+def possible(arrangement: Arrangement, system: SystemConfig) -> Arrangement:
+    """The arrangement, or of as many processes the one that a system can have, or one process."""
+    processes = arrangement.stages * arrangement.replicas
+    if system.max_gpus is not None and processes > system.max_gpus:
+        return arrangement._replace(stages=1, replicas=1)
+    if system.max_stages is not None and arrangement.stages > system.max_stages:
+        return arrangement._replace(stages=1, replicas=processes)
+    return arrangement
 
 
 def learning(system: str = "lorafusion") -> Verdict:

@@ -8,28 +8,26 @@ from typing import Annotated
 
 import typer
 
+from lorafusion.cli_check import check_app
+from lorafusion.cli_common import PLAIN, Log, Out
 from lorafusion.cli_plan import plan_app
 from lorafusion.cli_training import training_app
 from lorafusion.errors import UserError
 from lorafusion.files import write
 
-# Plain text: an error stays one line in a log too.
-plain = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
-app = typer.Typer(**plain, help=__doc__)
-check_app = typer.Typer(**plain, help="Prove that results are right; exit 1 where they are not.")
-figure_app = typer.Typer(**plain, help="Draw a figure from the measurement table.")
-page_app = typer.Typer(**plain, help="Make a page of the report.")
+app = typer.Typer(**PLAIN, help=__doc__)
+figure_app = typer.Typer(**PLAIN, help="Draw a figure from the measurement table.")
+page_app = typer.Typer(**PLAIN, help="Make a page of the report.")
 app.add_typer(plan_app, name="plan")
 app.add_typer(training_app, name="training")
 app.add_typer(check_app, name="check")
 app.add_typer(figure_app, name="figure")
 app.add_typer(page_app, name="page")
-kernels_app = typer.Typer(**plain, help="Measure LoRA linears and decoder layers; suites: configs/kernels.yaml.")
+kernels_app = typer.Typer(**PLAIN, help="Measure LoRA linears and decoder layers; suites: configs/kernels.yaml.")
 app.add_typer(kernels_app, name="kernels")
-scheduler_app = typer.Typer(**plain, help="Judge the scheduler's strategies; suites: configs/scheduler.yaml.")
+scheduler_app = typer.Typer(**PLAIN, help="Judge the scheduler's strategies; suites: configs/scheduler.yaml.")
 app.add_typer(scheduler_app, name="scheduler")
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="file to write")]
 SuiteFile = Annotated[Path, typer.Option("--suite", help="a file of configs/suites")]
 
 
@@ -73,7 +71,7 @@ def run(
     plan: Annotated[Path | None, typer.Option(help="the cell's plan file")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="machines the processes are spread over")] = 1,
-    log: Annotated[Path | None, typer.Option(help="where this command's output goes, for the record")] = None,
+    log: Log = None,
 ) -> None:
     """Run one cell of a suite once and write its result file, also where it fails."""
     from lorafusion.cells import run_cell
@@ -133,51 +131,6 @@ def list_cells(suite: SuiteFile) -> None:
         print(cell.name)
 
 
-@check_app.command("plans")
-def check_plans(
-    plans: Annotated[list[Path], typer.Argument(help="plan files")],
-    workloads: Annotated[list[Path], typer.Option("--workload", help="the workload files they were made for")],
-    out: Out,
-) -> None:
-    """Every plan against its workload."""
-    from lorafusion.checks import plans as check
-
-    _report(check(plans, workloads), out)
-
-
-@check_app.command("lossless")
-def check_lossless(
-    out: Out,
-    arrangement: Annotated[list[str], typer.Option(help="stages x replicas, as 2x1 or 2x1+recompute")] = ("1x1",),
-    curves: Annotated[Path | None, typer.Option(help="write all losses there, as CSV")] = None,
-) -> None:
-    """Adapters trained together equal each alone, and that plain PEFT."""
-    from lorafusion.checks import lossless, write_curves
-    from lorafusion.config import Arrangement
-
-    verdict, found = lossless([Arrangement.read(one) for one in arrangement])
-    if curves:
-        write_curves(found, curves)
-    _report(verdict, out)
-
-
-@check_app.command("kernels")
-def check_kernels(out: Out, suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")]) -> None:
-    """LoRA linears against float64."""
-    from lorafusion.benchmarks.suite import read_kernel_suite
-    from lorafusion.benchmarks.verify import verify
-
-    _report(verify(read_kernel_suite(suite), suite), out)
-
-
-@check_app.command("learning")
-def check_learning(out: Out) -> None:
-    """Weights change and the loss falls."""
-    from lorafusion.checks import learning
-
-    _report(learning(), out)
-
-
 @kernels_app.command("benches")
 def kernel_benches(suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")]) -> None:
     """List the benches of a kernel suite: each is one process."""
@@ -194,7 +147,7 @@ def kernels_measure(
     out: Out,
     repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
     tokens: Annotated[list[int] | None, typer.Option(help="only these of the bench's numbers of tokens")] = None,
-    log: Annotated[Path | None, typer.Option(help="where this command's output goes, for the record")] = None,
+    log: Log = None,
 ) -> None:
     """Measure one bench in all its implementations and write its result file."""
     from lorafusion.benchmarks.measure import run_bench
@@ -206,7 +159,7 @@ def kernels_measure(
 def kernels_traffic(
     suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")],
     out: Out,
-    log: Annotated[Path | None, typer.Option(help="where this command's output goes, for the record")] = None,
+    log: Log = None,
 ) -> None:
     """Read the GPU's memory counters with ncu and write one result file."""
     from lorafusion.benchmarks.traffic import run_traffic
@@ -229,7 +182,7 @@ def scheduler_measure(
     bench: Annotated[str, typer.Option(help="a bench of the suite")],
     out: Out,
     repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
-    log: Annotated[Path | None, typer.Option(help="where this command's output goes, for the record")] = None,
+    log: Log = None,
 ) -> None:
     """Plan and simulate all points of a bench and write its result file."""
     from lorafusion.benchmarks.scheduler import run_bench
@@ -381,17 +334,6 @@ def schemas(folder: Annotated[Path, typer.Argument()] = Path("workflow/schemas")
 
     for path in write_schemas(folder):
         print(path)
-
-
-def _report(verdict, out: Path) -> None:
-    from lorafusion.checks import write_verdict
-
-    print(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.statement}")
-    for name, value in verdict.figures.items():
-        print(f"  {name}: {value:.3g}")
-    if not verdict.passed:
-        raise typer.Exit(1)
-    write_verdict(verdict, out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
+from lorafusion.cli_common import PLAIN, Out
 from lorafusion.errors import UserError, one_of
 from lorafusion.files import write
 
@@ -27,11 +28,8 @@ class _MakesByDefault(TyperGroup):
 
 
 plan_app = typer.Typer(
+    **PLAIN,
     cls=_MakesByDefault,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
     help="Plan a workload (`plan WORKLOAD.json`), or look at a plan (`plan show PLAN.json`).",
 )
 
@@ -39,7 +37,7 @@ plan_app = typer.Typer(
 @plan_app.command(MAKE)
 def make(
     workload: Annotated[Path, typer.Argument(help="a workload file")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="file to write")],
+    out: Out,
     system: Annotated[str | None, typer.Option(help="a name of configs/systems.yaml; by default lorafusion")] = None,
     strategy: Annotated[str | None, typer.Option(help="a strategy of the scheduler instead: fast, paper, …")] = None,
     stages: Annotated[int, typer.Option(min=1, help="pipeline stages")] = 1,

@@ -7,13 +7,10 @@ from typing import Annotated
 
 import typer
 
-# Plain text: an error stays one line in a log too.
+from lorafusion.cli_common import PLAIN, Log, Out
+
 training_app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Measure whole training steps in every implementation; suites: configs/training.yaml.",
+    **PLAIN, help="Measure whole training steps in every implementation; suites: configs/training.yaml."
 )
 Suite = Annotated[str, typer.Option(help="an entry of configs/training.yaml")]
 
@@ -31,10 +28,10 @@ def training_benches(suite: Annotated[str, typer.Argument(help="an entry of conf
 def training_measure(
     suite: Suite,
     bench: Annotated[str, typer.Option(help="a bench of the suite")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="file to write")],
+    out: Out,
     repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
     profile: Annotated[Path | None, typer.Option(help="a CSV to write of where a GPU's time goes")] = None,
-    log: Annotated[Path | None, typer.Option(help="where this command's output goes, for the record")] = None,
+    log: Log = None,
 ) -> None:
     """Train some steps of one bench in all its implementations and write its result file."""
     from lorafusion.benchmarks.training import run_bench

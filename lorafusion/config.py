@@ -152,6 +152,7 @@ class Checks(Config):
         min_length=1,
         description="stages x replicas that train together, as 2x1 or 2x1+recompute",
     )
+    systems: bool = Field(default=True, description="is each system of the suite compared with plain training?")
     learning: bool = True
 
     @field_validator("lossless")
@@ -277,6 +278,8 @@ def cells(suite: Suite, source: str | Path = "suite") -> list[Cell]:
         for model, workload, gpus, system in product(grid.models, grid.workloads, grid.gpus, grid.systems):
             cell = Cell(system=system, model=model, gpus=gpus, workload=workload, grid=grid)
             _require_possible(cell, systems[system], where)
+            if grid.tuned and gpus > suite.gpus_per_node:
+                raise UserError(f"{where}: {gpus} gpus are more than one node's, on which alone a cell can be tuned")
             if cell.name in seen:
                 raise UserError(f"{where}: cell {cell.name} is in the suite twice")
             seen.add(cell.name)
@@ -288,10 +291,17 @@ def _require_possible(cell: Cell, system: SystemConfig, where: str) -> None:
     layers = read_model(cell.model).num_hidden_layers
     if cell.stages > layers:
         raise UserError(f"{where}: {cell.stages} stages, but model {cell.model} has only {layers} layers")
-    if system.max_gpus is not None and cell.gpus > system.max_gpus:
-        raise UserError(f"{where}: system {cell.system} runs on {system.max_gpus} gpus at most, found {cell.gpus}")
-    if system.max_stages is not None and cell.stages > system.max_stages:
+    try:
+        require_possible(cell.system, system, cell.stages, cell.grid.data_parallel)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def require_possible(name: str, system: SystemConfig, stages: int, data_parallel: int) -> None:
+    """Raise where a system cannot have so many stages and replicas."""
+    if system.max_gpus is not None and stages * data_parallel > system.max_gpus:
+        raise UserError(f"system {name} runs on {system.max_gpus} gpus at most, found {stages * data_parallel}")
+    if system.max_stages is not None and stages > system.max_stages:
         raise UserError(
-            f"{where}: system {cell.system} has {system.max_stages} stages at most, found {cell.stages}; raise "
-            f"data_parallel"
+            f"system {name} has {system.max_stages} stages at most, found {stages}; replicas are its data_parallel"
         )

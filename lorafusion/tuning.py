@@ -15,7 +15,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lorafusion.cells import find_cell, spec_of, unavailable
+from lorafusion.cells import (
+    find_cell,
+    read_plan,
+    require_device,
+    require_the_cells_own,
+    spec_of,
+    unavailable,
+)
 from lorafusion.config import Cell, Suite, read_suite, read_systems
 from lorafusion.errors import UserError, validated
 from lorafusion.files import write
@@ -64,11 +71,7 @@ def tune_cell(
     suite_path: Path, name: str, workload_path: Path, out: Path, launch: Callable[..., Outcome] = launch
 ) -> Tuned:
     """Tune a cell of a suite and write the outcome. Raises `UserError` where nothing that can be planned fits."""
-    suite = read_suite(suite_path)
-    cell, workload = find_cell(suite, name, suite_path), Workload.read(workload_path)
-    reason = unavailable(read_systems()[cell.system])
-    if reason:
-        raise UserError(f"cell {name}: {reason}")
+    suite, cell, workload = _read(suite_path, name, workload_path)
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         spec = trials_of(cell, suite, workload, workload_path, Path(scratch))
         tried = _try_all(spec, partial(launch, processes=cell.gpus, timeout=60 * cell.grid.minutes))
@@ -77,6 +80,18 @@ def tune_cell(
     tuned = Tuned(cell=name, workload_hash=workload.content_hash, trials=tuple(tried))
     write(out, json.dumps(tuned.model_dump(mode="json"), indent=1) + "\n")
     return tuned
+
+
+def _read(suite_path: Path, name: str, workload_path: Path) -> tuple[Suite, Cell, Workload]:
+    """A cell of a suite that can be run here, and its workload."""
+    suite = read_suite(suite_path)
+    require_device(suite, suite_path)
+    cell, workload = find_cell(suite, name, suite_path), Workload.read(workload_path)
+    reason = unavailable(read_systems()[cell.system])
+    if reason:
+        raise UserError(f"cell {name}: {reason}")
+    require_the_cells_own(cell, workload, workload_path, None, None)
+    return suite, cell, workload
 
 
 def trials_of(cell: Cell, suite: Suite, workload: Workload, workload_path: Path, folder: Path) -> RunSpec:
@@ -141,8 +156,11 @@ def profile_cell(
     suite_path: Path, name: str, workload_path: Path, plan_path: Path, launch: Callable[..., Outcome] = launch
 ) -> list[dict[str, object]]:
     """Where the GPU's time goes in the first global batches of a cell, planned with the capacity of its plan."""
-    suite = read_suite(suite_path)
-    cell, workload, plan = find_cell(suite, name, suite_path), Workload.read(workload_path), Plan.read(plan_path)
+    suite, cell, workload = _read(suite_path, name, workload_path)
+    if suite.device == "cpu":
+        raise UserError(f"{suite_path}: a suite for a CPU; only a GPU's kernels can be told apart")
+    plan = read_plan(plan_path, workload)
+    require_the_cells_own(cell, workload, workload_path, plan, plan_path)
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         folder = Path(scratch)
         part = beginning(workload, cell.stages)

@@ -42,11 +42,23 @@ def test_every_system_has_its_parts(name):
 
 
 def test_the_smoke_suite_has_the_cells_that_it_should():
-    found = {(cell.system, cell.workload, cell.gpus) for cell in cells(read_suite(SMOKE))}
+    found = {(cell.system, cell.workload, cell.gpus, cell.grid.merged_qkv) for cell in cells(read_suite(SMOKE))}
     workloads = ("xsum", "heterogeneous")
-    many = {(s, w, g) for s in ("lorafusion", "mlora", "megatron-pp") for w in workloads for g in (1, 2)}
-    four = {("lorafusion", "heterogeneous", 4), ("mlora", "heterogeneous", 4)}
-    assert found == many | four | {("peft", workload, 1) for workload in workloads}
+    many = {(s, w, g, False) for s in ("lorafusion", "mlora", "megatron-pp") for w in workloads for g in (1, 2)}
+    one = {(s, w, 1, False) for s in ("peft-bf16", "mlora-paper-setting", "unfused-ours") for w in workloads}
+    four = {("lorafusion", "heterogeneous", 4, False), ("mlora", "heterogeneous", 4, False)}
+    sharded = {("megatron-fsdp", "heterogeneous", 2, False)}
+    merged = {(s, "heterogeneous", 1, True) for s in ("lorafusion", "megatron-pp")}
+    assert found == many | one | four | sharded | merged
+
+
+def test_the_h200_suite_has_all_single_gpu_systems_and_the_ablations_merged_too():
+    separate = {cell.system for cell in cells(read_suite(suite_path("h200"))) if not cell.grid.merged_qkv}
+    merged = {cell.system for cell in cells(read_suite(suite_path("h200"))) if cell.grid.merged_qkv}
+    optional = {"grouped-mm", "peft-transformers", "peft-liger", "unsloth"}
+    assert separate == set(read_systems()) - optional
+    corners = {"megatron-pp", "mlora-packed", "unfused-ours", "fused-sequential", "fused-mlora", "lorafusion"}
+    assert merged == corners
 
 
 def test_the_papers_suite_has_the_papers_grid():
@@ -71,7 +83,11 @@ CHANGES = {
     "a system on too many gpus": ({"systems": ["peft"], "gpus": [2]}, "system peft runs on 1 gpus at most, found 2"),
     "a system with too many stages": (
         {"systems": ["megatron-fsdp"], "gpus": [2]},
-        "system megatron-fsdp has 1 stages at most, found 2; raise data_parallel",
+        "system megatron-fsdp has 1 stages at most, found 2; replicas are its data_parallel",
+    ),
+    "tuned on several nodes": (
+        {"gpus": [4], "tuned": True, "capacity": 9},
+        "4 gpus are more than one node's, on which alone a cell can be tuned",
     ),
     "a cell twice": ({"gpus": [1, 1]}, "is in the suite twice"),
 }
@@ -81,7 +97,7 @@ CHANGES = {
 def test_a_bad_suite_is_one_line_with_file_and_key(tmp_path, name):
     change, message = CHANGES[name]
     data = yaml.safe_load(SMOKE.read_text())
-    data["cells"] = [data["cells"][0] | change]
+    data |= {"cells": [data["cells"][0] | change], "gpus_per_node": 3}
     path = tmp_path / "suite.yaml"
     path.write_text(yaml.safe_dump(data))
     with pytest.raises(UserError) as caught:

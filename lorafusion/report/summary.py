@@ -11,10 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafusion.report import style
+from lorafusion.report.throughput import ablations, merged_qkv
 
 ROW = ["suite", "model", "workload", "kind", "gpus", "global_batch"]
 HEADINGS = {"suite": "suite", "model": "model", "workload": "workload", "kind": "kind", "global_batch": "batch"}
 NUMBERS = ("gpus", "global_batch")
+MOST_COLUMNS = 5  # systems beside each other
 
 
 def print_summary(table: pd.DataFrame, report_path: str | Path, console: Console | None = None) -> None:
@@ -24,7 +26,9 @@ def print_summary(table: pd.DataFrame, report_path: str | Path, console: Console
     """
     console = console or Console()
     medians = table[(table["statistic"] == "median") & (table["metric"] == "throughput")]
-    whole = medians[medians["window"] == "whole"]
+    # Ablations are for their figure, as are cells with merged q, k and v, which are others of the same name here.
+    compared = ~medians["system"].isin(ablations()) & ~merged_qkv(medians)
+    whole = medians[(medians["window"] == "whole") & compared]
     if whole.empty:
         console.print("no throughput in the table")
     else:
@@ -34,28 +38,45 @@ def print_summary(table: pd.DataFrame, report_path: str | Path, console: Console
 
 
 def _print_throughputs(whole: pd.DataFrame, console: Console) -> None:
-    """A row a workload and number of processes, a column a system; what is the same everywhere is in the title."""
+    """A row a workload and number of processes and a column a system, or the other way round where there are more
+    systems; what is the same everywhere is in the title."""
     measured = whole[whole["kind"] == "measured"]
     cpu = not measured.empty and measured["gpu_name"].isna().all()
     names = [name for name in ROW if name in ("workload", "gpus") or whole[name].nunique(dropna=False) > 1]
     systems = list(style.looks(whole["system"]))
+    rows = list(whole.sort_values(names, key=style.rank).groupby(names, dropna=False, sort=False))
+    headings = [HEADINGS.get(name, "processes" if cpu else "GPUs") for name in names]
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in names:
-        heading = HEADINGS.get(name, "processes" if cpu else "GPUs")
-        out.add_column(heading, justify="right" if name in NUMBERS else "left", overflow="fold")
-    for system in systems:
-        # A break after a hyphen keeps five systems within 80 columns.
-        out.add_column(system.replace("-", "-\n"), justify="right", overflow="fold")
-    rows = whole.sort_values(names, key=style.rank)
-    for row, cells in rows.groupby(names, dropna=False, sort=False):
-        entries = cells.set_index("system")
-        best = entries["value"].max()
-        found = [_entry(entries.loc[system], best) if system in entries.index else Text("") for system in systems]
-        out.add_row(*("" if pd.isna(part) else str(part) for part in row), *found)
+    if len(systems) <= MOST_COLUMNS:
+        for name, heading in zip(names, headings, strict=True):
+            out.add_column(heading, justify="right" if name in NUMBERS else "left", overflow="fold")
+        for system in systems:
+            # A break after a hyphen keeps five systems within 80 columns.
+            out.add_column(system.replace("-", "-\n"), justify="right", overflow="fold")
+        for row, cells in rows:
+            out.add_row(*map(_text, row), *_entries(cells, systems))
+    else:
+        out.add_column(f"system; {', '.join(headings)} \u2192", overflow="fold")
+        for row, _ in rows:
+            out.add_column("\n".join(map(_text, row)), justify="right", overflow="fold")
+        columns = [_entries(cells, systems) for _, cells in rows]
+        for index, system in enumerate(systems):
+            out.add_row(system, *(column[index] for column in columns))
     shared = [str(whole[name].iloc[0]) for name in ("suite", "model") if name not in names]
     warning = f" ({style.CPU_WARNING})" if cpu else ""
     _print_line(console, f"{', '.join(shared)}: tokens/s, whole run, median{warning}".removeprefix(": "))
     console.print(out)
+
+
+def _text(part: object) -> str:
+    return "" if pd.isna(part) else str(part)
+
+
+def _entries(cells: pd.DataFrame, systems: list[str]) -> list[Text]:
+    """Each system's number in one group of cells, the best bold; empty where it is none of them."""
+    entries = cells.set_index("system")
+    best = entries["value"].max()
+    return [_entry(entries.loc[system], best) if system in entries.index else Text("") for system in systems]
 
 
 def _entry(row: pd.Series, best: float) -> Text:

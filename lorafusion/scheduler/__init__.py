@@ -6,7 +6,7 @@ raises `UserError` for an input that no plan can serve; `bounds` says how few mi
 
 from __future__ import annotations
 
-from lorafusion.config import read_systems
+from lorafusion.config import read_systems, require_possible
 from lorafusion.errors import UserError, one_of
 from lorafusion.imports import load
 from lorafusion.plan import Plan
@@ -32,6 +32,7 @@ def plan_system(
     systems = read_systems()
     one_of("system", system, set(systems), "configs/systems.yaml")
     entry = systems[system]
+    require_possible(system, entry, stages, data_parallel)
     planner = load(entry.planner, "planner")
     return planner(workload, system, stages, capacity, data_parallel, **entry.options, **options)
 

@@ -58,7 +58,8 @@ def test_the_papers_grid_passes_a_dry_run_without_slurm_and_without_a_gpu(checko
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     jobs = planned_jobs(done.stdout + done.stderr)
-    assert jobs["run"] == 174
+    assert jobs["run"] == 261
+    assert jobs["tune_cell"] == 81
     assert jobs["workload"] == 17
     assert jobs["end_to_end"] == 3
     assert not [name for name in jobs if "kernel" in name]

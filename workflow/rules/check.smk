@@ -61,6 +61,28 @@ rule lossless:
         "lorafusion figure lossless {input:q} --out {params.stem:q} > {log:q} 2>&1"
 
 
+rule check_systems:
+    output:
+        f"{RESULTS}/checks/systems.json",
+    log:
+        f"{LOGS}/check_systems.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        runtime=20,
+        mem_mb=4000,
+        cpus_per_task=2,
+        device=1,
+    params:
+        systems=[f"--system={name}" for name in COMPARED],
+        # Not in the command: checked again when what is checked changes.
+        configuration=content_hash(
+            [SYSTEMS[name].model_dump(mode="json") for name in COMPARED]
+        ),
+    shell:
+        "lorafusion check systems {params.systems:q} --out {output:q} > {log:q} 2>&1"
+
+
 rule check_learning:
     output:
         f"{RESULTS}/checks/learning.json",

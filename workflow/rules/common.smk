@@ -69,6 +69,7 @@ LOSSLESS_PROCESSES = max(
 CELLS = {cell.name: cell for cell in cells(SUITE, SUITE_PATH)}
 WORKLOADS = {cell.workload_name: cell for cell in CELLS.values()}
 config["suite_name"] = SUITE.name  # for the captions of the report
+COMPARED = sorted({cell.system for cell in CELLS.values()})
 MODELS = sorted({cell.model for cell in CELLS.values()})
 # Those of which the figure of lorafusion's parts can be drawn.
 CONTRIBUTED = [

@@ -35,6 +35,7 @@ rule checks:
     input:
         f"{RESULTS}/checks/plans.json",
         f"{RESULTS}/checks/lossless.json",
+        [f"{RESULTS}/checks/systems.json"] if SUITE.checks.systems else [],
         [f"{RESULTS}/checks/learning.json"] if SUITE.checks.learning else [],
         KERNEL_VERDICTS,
     output:

@@ -1,0 +1,180 @@
+"""What the documents say can be done is done here as they say it, and the names in them exist."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lorafusion.config import CONFIGS, Grid, Suite, SystemConfig, read_systems
+from lorafusion.imports import load
+from lorafusion.plan import Plan, check
+from lorafusion.workload import Workload
+
+ROOT = CONFIGS.parent
+DOCS = ROOT / "docs"
+GUIDE = (DOCS / "adding-a-system.md").read_text()
+BASELINES = (DOCS / "baselines.md").read_text()
+SYSTEMS = read_systems()
+PARTS = ("lorafusion", "baselines", "configs", "kernels", "workflow", "Snakefile", "environment.yml")
+# A file is named in the line above its block.
+FILE = re.compile(r"^`([\w./-]+)`(, at its end)?:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+class Checkout:
+    """A copy of what runs of this checkout need, which they import in its place."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, programs = folder / "checkout", folder / "bin"
+        self.root.mkdir()
+        programs.mkdir()
+        for name in PARTS:
+            source, skipped = ROOT / name, shutil.ignore_patterns("__pycache__")
+            if source.is_dir():
+                shutil.copytree(source, self.root / name, ignore=skipped)
+            else:
+                shutil.copy(source, self.root / name)
+        # What is installed calls the entry points of the checkout that it was installed from.
+        for name, command in (("lorafusion", "lorafusion.cli"), ("snakemake", "snakemake --dry-run")):
+            (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m {command} "$@"\n')
+            (programs / name).chmod(0o755)
+        paths = os.pathsep.join([str(self.root), str(self.root / "kernels")])
+        path = os.pathsep.join([str(programs), os.environ["PATH"]])
+        self.environment = os.environ | {"PYTHONPATH": paths, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+    def write_files(self, document: str) -> list[str]:
+        """Write the files that a document shows; returns their names."""
+        found = FILE.findall(document)
+        for name, at_end, text in found:
+            path = self.root / name
+            assert path.exists() == bool(at_end), name
+            path.write_text((path.read_text() if at_end else "") + text)
+        return [name for name, _, _ in found]
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(
+            command, cwd=self.root, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def shell(self, commands: str) -> str:
+        return self.run("bash", "-euo", "pipefail", "-c", commands)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    made = Checkout(tmp_path)
+    assert made.write_files(GUIDE) == [
+        "baselines/shortest.py",
+        "baselines/loop.py",
+        "baselines/dense.py",
+        "configs/systems.yaml",
+        "configs/suites/shortest.yaml",
+    ]
+    return made
+
+
+@pytest.mark.slow
+def test_the_example_of_a_new_system_works_as_it_is_written(checkout):
+    modules = ("lorafusion", "baselines", "fused_lora", "baselines.shortest")
+    code = f"import {', '.join(modules)}; print({', '.join(f'{name}.__file__' for name in modules)})"
+    imported = checkout.run(sys.executable, "-c", code)
+    assert imported.count(str(checkout.root)) == len(modules)
+    assert not (ROOT / "baselines" / "shortest.py").exists()
+    commands, _ = SHELL.findall(GUIDE)
+    said, out = checkout.shell(commands), checkout.root / "results" / "shortest"
+
+    workload = Workload.read(out / "workload.json")
+    for name, system, stages in (("two-stages", "shortest", 2), ("plan-shortest", "shortest", 1)):
+        plan = Plan.read(out / f"{name}.json")
+        check(plan, workload)
+        assert (plan.system, plan.stages, plan.statistics.tokens) == (system, stages, workload.tokens)
+        assert max(len(microbatch.segments) for microbatch in plan.microbatches) == 1
+    assert _order(Plan.read(out / "plan-shortest.json")) == sorted(
+        range(len(workload.jobs)), key=lambda index: workload.jobs[index].tokens
+    )
+    assert (out / "two-stages.png").stat().st_size > 0
+
+    verdict = json.loads((out / "exact.json").read_text())
+    assert verdict["passed"]
+    for system in ("shortest", "shortest-loop", "shortest-dense"):
+        assert any(figure.startswith(f"{system} ") for figure in verdict["figures"])
+
+    for system in ("lorafusion", "shortest"):
+        result = json.loads((out / f"run-{system}.json").read_text())
+        assert (result["status"], result["cell"]["system"]) == ("ok", system)
+    table = pd.read_csv(out / "measurements.csv")
+    assert set(table["status"]) == {"ok"}
+    assert set(table["system"]) == {"lorafusion", "shortest"}
+    assert "shortest, tiny: tokens/s" in said
+    assert (out / "end_to_end.png").stat().st_size > 0
+
+
+def _order(plan: Plan) -> list[int]:
+    """The adapters of a plan by their first microbatch."""
+    return list(dict.fromkeys(part.adapter for microbatch in plan.microbatches for part in microbatch.segments))
+
+
+def test_the_workflow_would_run_every_cell_of_the_example(checkout):
+    _, workflow = SHELL.findall(GUIDE)
+    assert re.search(r"^run +4$", checkout.shell(workflow), re.MULTILINE)
+
+
+def test_the_guide_has_every_key_of_an_entry():
+    table = GUIDE.partition("| key of an entry |")[2].partition("\n\n")[0]
+    rows = [row.split("|")[1] for row in table.splitlines()[2:]]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(SystemConfig.model_fields)
+
+
+def code_spans(document: str) -> list[str]:
+    without_blocks = re.sub(r"^```.*?^```$", "", document, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", without_blocks)
+
+
+def test_every_system_is_described():
+    described = re.findall(r"^\| `([\w-]+)` \|", BASELINES, re.MULTILINE)
+    assert sorted(described) == sorted(SYSTEMS)
+
+
+def test_the_names_of_the_configuration_in_the_description_exist():
+    """There a word of small letters in code is a system, a key, or an option of a planner; so is one before a colon."""
+    keys = {*SystemConfig.model_fields, *Suite.model_fields, *Grid.model_fields}
+    for system in SYSTEMS.values():
+        keys |= inspect.signature(load(system.planner, "planner")).parameters.keys()
+    for span in code_spans(BASELINES):
+        if re.fullmatch(r"[a-z][a-z0-9_-]*", span):
+            assert span in SYSTEMS or span in keys, span
+        elif found := re.fullmatch(r"([a-z_]+): .+", span):
+            assert found[1] in keys, span
+        elif re.fullmatch(r"(baselines|lorafusion)[\w.]*:\w+", span):
+            assert callable(load(span, "function")), span
+        elif "/" in span and " " not in span and "://" not in span and not span.startswith("results/SUITE"):
+            assert (ROOT / span).exists(), span
+
+
+@pytest.mark.parametrize("path", sorted([ROOT / "README.md", *DOCS.glob("*.md")]), ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for link in LINK.findall(path.read_text()):
+        if "://" not in link:
+            file, _, place = link.partition("#")
+            target = (path.parent / file) if file else path
+            assert target.exists(), link
+            assert not place or place in anchors(target.read_text()), link
+
+
+def anchors(document: str) -> set[str]:
+    """What headings are linked by, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.+)$", document, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -24,8 +24,10 @@ from lorafusion.runtime.launch import worker_environment
 
 HOST = "127.0.0.1"
 FORKSERVER = multiprocessing.get_context("forkserver")
-# pytest: it is the main module of these processes, too. This module: the worker, with all that it imports.
-FORKSERVER.set_forkserver_preload(["pytest", "tests.forked"])
+# pytest: it is the main module of these processes, too. This module: the worker, with all that it imports. The others,
+# where they can be imported: megatron-core takes 4 s.
+MEGATRON = ("baselines.megatron.sharded", "baselines.megatron.pipeline")
+FORKSERVER.set_forkserver_preload(["pytest", "tests.forked", *MEGATRON])
 
 
 class Forked:

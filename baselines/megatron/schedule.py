@@ -90,9 +90,7 @@ def global_batches(run: TrainingRun) -> Iterator[tuple[int, list[int]]]:
     for slot, stepping in enumerate(run.steps):
         slots.append(slot)
         if len(stepping) > 1:
-            raise UserError(
-                f"the plan of {run.plan.system}: {len(stepping)} adapters step in slot {slot}, not one"
-            )
+            raise UserError(f"the plan of {run.plan.system}: {len(stepping)} adapters step in slot {slot}, not one")
         if stepping:
             yield slot, slots
             slots = []

@@ -14,7 +14,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -129,17 +128,14 @@ class Trainer:
             workload = workload.model_copy(update={"jobs": ()})
             without_steps = tuple(one.model_copy(update={"step_after": ()}) for one in plan.microbatches)
             plan = plan.model_copy(update={"microbatches": without_steps})
-        self.run = TrainingRun(workload, plan, stage, active, builder, shared.pipeline, shared.position)
         # PEFT as shipped has adapters in float32 and trains under autocast.
-        self.context: Callable[[], AbstractContextManager] = nullcontext
-        if arm.implementation == "peft" and device.type == "cuda":
-            self.context = partial(torch.autocast, "cuda", dtype=dtype)
+        autocast = dtype if arm.implementation == "peft" and device.type == "cuda" else None
+        self.run = TrainingRun(workload, plan, stage, active, builder, shared.pipeline, shared.position, autocast)
 
     def microbatch(self, slot: int) -> None:
         """As `stream.execute` trains one."""
         x = None if self.x is None else self.x.detach().requires_grad_()
-        with self.context():
-            out = self.run.forward(slot, x)
+        out = self.run.forward(slot, x)
         torch.autograd.backward(out, self.gradient)
         self.run.step(slot)
 

@@ -124,7 +124,7 @@ def build_run(
     stage.train()
     builder = BatchBuilder(workload, token_source(spec, config.vocab_size), device)
     torch.manual_seed(spec.seed)  # PEFT's own dropout draws from torch's generator
-    autocast = dtype if adapter_dtype != dtype else None
+    autocast = dtype if system.wide_adapters and adapter_dtype != dtype else None
     return TrainingRun(workload, plan, stage, active, builder, pipeline, position, autocast, around)
 
 

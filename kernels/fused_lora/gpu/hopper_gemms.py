@@ -92,7 +92,7 @@ def _output_multiplier(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tokens", "segments"])
 def output_gemm_kernel(
     x, w, y, s, b, bias, offsets, adapters, tokens, columns, inner, segments,
     HAS_BIAS: gl.constexpr, WIDTH: gl.constexpr, STEPS: gl.constexpr, GROUP: gl.constexpr,
@@ -211,7 +211,7 @@ def _input_multiplier(
 
 
 # A count of 1 would be a constant, whose loop of one turn the compiler unrolls: then the terms of two linears spill.
-@gluon.jit(do_not_specialize=["segments", "adapter_count"])
+@gluon.jit(do_not_specialize=["tokens", "segments", "adapter_count"])
 def input_gemm_kernel(
     dy_0, w_0, dy_1, w_1, dy_2, w_2, dx, ds, a, bits, offsets, adapters,
     tokens, columns, inner_0, inner_1, inner_2, segments, adapter_count,

@@ -176,7 +176,7 @@ def _multiply(
         gl.store(target + s_row[:, None] * s_width + ranks[None, :], total.to(target.dtype.element_ty), mask=own)
 
 
-@gluon.jit(do_not_specialize=["segments", "adapter_count"])
+@gluon.jit(do_not_specialize=["tokens", "segments", "adapter_count"])
 def mask_and_project_kernel(
     x, a, bits, target, scales, rank_offsets, offsets, adapters, tokens, columns, s_width, words, segments,
     adapter_count, split_columns, positions, thresholds, keys,

@@ -2,6 +2,10 @@
 
 Nothing here waits for the GPU or copies to it: grids come from shapes that the host knows, and what depends on where
 segments begin is found by the kernels.
+
+Numbers that follow from a batch's tokens (rows, segments, tiles) are not specialised: Triton would compile a kernel for
+each combination of those that are one, or multiples of 16, and batches of many lengths meet them all. On a new machine
+the few batches of three short plans of Llama-3.1-8B compiled for nearly three minutes.
 """
 
 from __future__ import annotations

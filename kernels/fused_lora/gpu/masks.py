@@ -56,7 +56,7 @@ def drawn(keep, words, low, high, zero, key_0, key_1, threshold):
     return keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "segments", "adapter_count"])
 def draw_masks_kernel(
     bits, positions, thresholds, keys, offsets, adapters, tokens, words, segments, adapter_count,
     POSITION_STRIDE: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -74,7 +74,7 @@ def _store_projected(target, total, scales, adapter, own, ranks, rank, s_width, 
     tl.store(target, total.to(target.dtype.element_ty), mask=own[:, None] & (ranks < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "segments", "adapter_count"])
 def project_kernel(
     x, a, bits, target, scales, rank_offsets, offsets, adapters, tokens, columns, s_width, words, segments,
     adapter_count, split_columns,
@@ -135,7 +135,7 @@ def project_kernel(
         _store_projected(place, sum_2, scales + 2 * adapter_count, adapter, own, ranks, rank_2, s_width, WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "segments", "adapter_count", "splits"])
 def finish_project_kernel(
     s_parts, s, scales, rank_offsets, offsets, adapters, tokens, s_width, segments, adapter_count, splits, part_size,
     SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -152,7 +152,7 @@ def finish_project_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "segments"])
 def output_pass_kernel(
     dy, b, s, ds_parts, db_parts, rank_offsets, offsets, adapters, tokens, columns, s_width, segments,
     PRECISION: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
@@ -242,7 +242,7 @@ def _finish_columns(
     tl.store(db_own + cols[:, None] * rank + ranks[None, :], total.to(db.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "segments", "column_tiles", "ds_programs", "db_programs"])
 def finish_output_kernel(
     ds_parts, ds, db_parts, db, scales, rank_offsets, offsets, adapters, tokens, columns, s_width, segments,
     column_tiles, ds_programs, db_programs,
@@ -275,7 +275,7 @@ def _is_last_program():
     return last & (tl.program_id(1) == tl.num_programs(1) - 1) & (tl.program_id(2) == tl.num_programs(2) - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "segments", "adapter_count", "tiles"])
 def input_pass_kernel(
     x, ds, bits, da_parts, rank_offsets, offsets, adapters, tokens, columns, s_width, words, segments, adapter_count,
     tiles,
@@ -354,7 +354,7 @@ def input_pass_kernel(
         tl.store(place + 2 * tiles * part_size, sum_2, mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "segments", "adapter_count", "tiles"])
 def finish_input_kernel(
     da_parts, da, rank_offsets, offsets, adapters, tokens, columns, s_width, segments, adapter_count, tiles,
     CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,

@@ -49,7 +49,7 @@ def _add_lora_term(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "segments"])
 def expand_output_kernel(
     y, s, b, bias, rank_offsets, offsets, adapters, tokens, columns, s_width, segments,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
@@ -72,7 +72,7 @@ def expand_output_kernel(
     tl.store(place, total.to(y.dtype.element_ty), mask=(rows < tokens)[:, None] & (cols < columns)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "segments", "adapter_count"])
 def expand_input_kernel(
     dx, ds, a, bits, rank_offsets, offsets, adapters, tokens, columns, s_width, words, segments, adapter_count,
     LINEARS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -100,7 +100,7 @@ def expand_input_kernel(
     tl.store(place, total.to(dx.dtype.element_ty), mask=(rows < tokens)[:, None] & (cols < columns)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adapter_count"])
 def pad_kernel(
     factor, padded, rank_offsets, columns, adapter_count, width,
     INPUT: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,

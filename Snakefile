@@ -45,6 +45,7 @@ rule all:
         SCHEDULER_RESULTS,
         TRAINING_RESULTS,
         f"{RESULTS}/figures/lossless.png",
+        [f"{RESULTS}/figures/system_profile.png"] if PROFILED else [],
     localrule: True
 
 

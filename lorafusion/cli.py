@@ -272,6 +272,18 @@ def figure_lossless(
     print(f"{out}.png, .pdf, .csv")
 
 
+@figure_app.command("system_profile")
+def figure_system_profile(
+    profiles: Annotated[list[Path], typer.Argument(help="CSVs that `lorafusion profile` wrote")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
+) -> None:
+    """What a GPU does with each system: milliseconds for 1000 tokens by class of kernel."""
+    from lorafusion.report.system_profile import system_profile
+
+    system_profile(profiles, out)
+    print(f"{out}.png, .pdf, .csv")
+
+
 @page_app.command("checks")
 def page_checks(
     verdicts: Annotated[list[Path], typer.Argument(help="files that `lorafusion check` wrote")], out: Out

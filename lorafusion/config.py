@@ -175,6 +175,7 @@ class Suite(Config):
     seed: int = Field(default=1, ge=0)
     gpus_per_node: int = Field(default=8, ge=1)
     checks: Checks = Checks()
+    profiled: list[str] = Field(default=[], description="workloads whose cells are profiled, on a GPU")
     cells: list[Grid] = Field(min_length=1)
 
 
@@ -266,6 +267,8 @@ def read_suite(path: str | Path) -> Suite:
 def cells(suite: Suite, source: str | Path = "suite") -> list[Cell]:
     """Every cell of a suite, in order; raises `UserError` for an unknown name or two cells of one identity."""
     systems, seen, out = read_systems(), set(), []
+    for name in suite.profiled:
+        one_of("workload", name, {name for grid in suite.cells for name in grid.workloads}, f"{source}: profiled")
     for index, grid in enumerate(suite.cells):
         where = f"{source}: cells.{index}"
         for kind, names, known in (

@@ -26,6 +26,7 @@ from lorafusion.cells import (
 from lorafusion.config import Cell, Suite, read_suite, read_systems
 from lorafusion.errors import UserError, validated
 from lorafusion.files import write
+from lorafusion.measure.environment import provenance
 from lorafusion.plan import Plan
 from lorafusion.runtime.launch import Outcome, launch
 from lorafusion.runtime.spec import RunSpec, Trial
@@ -34,6 +35,8 @@ from lorafusion.workload import Workload, read_versioned
 
 VERSION = 1
 MOST_TRIALS = 6
+PROFILE_COLUMNS = ("suite", "cell", "workload", "qkv", "system", "gpu_name", "git_sha", "class", "milliseconds",
+                   "kernels", "share")  # fmt: skip
 
 
 class Tried(BaseModel):
@@ -172,4 +175,14 @@ def profile_cell(
         outcome = launch(spec, cell.gpus, 60 * cell.grid.minutes)
     if outcome.status != "ok":
         raise UserError(f"profile: the run of {name} ended as {outcome.status}: {outcome.note}")
-    return [{"cell": name, "system": cell.system, **row} for row in outcome.report["profile"]]
+    origin = provenance(suite.device)
+    whose = {
+        "suite": suite.name,
+        "cell": name,
+        "workload": cell.workload,
+        "qkv": "merged" if cell.grid.merged_qkv else "separate",
+        "system": cell.system,
+        "gpu_name": origin["gpu_name"],
+        "git_sha": origin["git_sha"],
+    }
+    return [whose | row for row in outcome.report["profile"]]

@@ -110,7 +110,7 @@ def draw_speed(data: pd.DataFrame) -> Figure:
             ax.set_title(bench)
         tokens = ", ".join(str(int(count)) for count in sorted(data["tokens"].unique()))
         handles = [Patch(label=name, **look) for name, look in variants.items()]
-        _finish(figure, data, handles, f"Training steps, microbatches of {tokens} tokens")
+        finish(figure, data, handles, f"Training steps, microbatches of {tokens} tokens")
     return figure
 
 
@@ -154,21 +154,22 @@ def draw_profile(data: pd.DataFrame) -> Figure:
         figure = Figure(figsize=(style.TEXT_WIDTH, 4.2), layout="constrained")
         axes = figure.subplots(1, len(benches), squeeze=False, gridspec_kw={"width_ratios": bars})[0]
         for ax, bench in zip(axes, benches, strict=True):
-            _draw_stacks(ax, data[data["bench"] == bench])
+            draw_stacks(ax, data[data["bench"] == bench])
             ax.set_title(bench)
         axes[0].set_ylabel("ms a microbatch")
         present = set(data["class"])
-        handles = [Patch(label=name, **_part_look(name)) for name in CLASSES if name in present]
-        _finish(figure, data, handles, "What the GPU does in training steps")
+        handles = [Patch(label=name, **part_look(name)) for name in CLASSES if name in present]
+        finish(figure, data, handles, "What the GPU does in training steps")
     return figure
 
 
-def _draw_stacks(ax: Axes, data: pd.DataFrame) -> None:
+def draw_stacks(ax: Axes, data: pd.DataFrame) -> None:
+    """A bar for each `variant`, its classes one above the other with their milliseconds."""
     names = list(dict.fromkeys(data["variant"]))
     heights = dict.fromkeys(names, 0.0)
     for row in data.itertuples():
         x, below = names.index(row.variant), heights[row.variant]
-        ax.bar(x, row.milliseconds, 0.8, bottom=below, **_part_look(row[data.columns.get_loc("class") + 1]))
+        ax.bar(x, row.milliseconds, 0.8, bottom=below, **part_look(row[data.columns.get_loc("class") + 1]))
         if row.share >= LABELLED:
             frame = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
             middle = below + row.milliseconds / 2
@@ -177,12 +178,13 @@ def _draw_stacks(ax: Axes, data: pd.DataFrame) -> None:
     ax.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], rotation=45, ha="right")
 
 
-def _part_look(name: str) -> dict[str, Any]:
+def part_look(name: str) -> dict[str, Any]:
+    """How a class of kernels is drawn."""
     look = CLASSES[name]
     return {"facecolor": look.colour, "hatch": look.hatch, "edgecolor": "white", "linewidth": 0.3}
 
 
-def _finish(figure: Figure, data: pd.DataFrame, handles: list[Patch], title: str) -> None:
+def finish(figure: Figure, data: pd.DataFrame, handles: list[Patch], title: str) -> None:
     """Legend, title, and a footer with suite, commit and device."""
     names = set(data["gpu_name"].dropna())
     title += "" if names else f" ({style.CPU_WARNING})"

@@ -88,6 +88,12 @@ CONTRIBUTED = [
 PLANNED = {
     name: cell for name, cell in CELLS.items() if not unavailable(SYSTEMS[cell.system])
 }
+# Only a GPU's kernels can be told apart.
+PROFILED = [
+    name
+    for name, cell in PLANNED.items()
+    if cell.workload in SUITE.profiled and SUITE.device == "cuda"
+]
 REPEATS = range(1, SUITE.repeats + 1)
 RESULTS = f"results/{SUITE.name}"
 LOGS = f"{RESULTS}/logs"

@@ -137,6 +137,29 @@ rule contributions:
         "lorafusion figure contributions {input.table:q} --model {wildcards.model} --out {params.stem:q} > {log:q} 2>&1"
 
 
+rule system_profile:
+    input:
+        [f"{RESULTS}/profiles/{name}.csv" for name in PROFILED],
+    output:
+        png=report(
+            f"{RESULTS}/figures/system_profile.png",
+            caption="../report/system_profile.rst",
+            category="Figures",
+            labels={"content": "what the GPU does with each system", "form": "PNG"},
+        ),
+        pdf=f"{RESULTS}/figures/system_profile.pdf",
+        csv=f"{RESULTS}/figures/system_profile.csv",
+    log:
+        f"{LOGS}/system_profile.log",
+    localrule: True
+    conda:
+        "../../environment.yml"
+    params:
+        stem=subpath(output.png, strip_suffix=".png"),
+    shell:
+        "lorafusion figure system_profile {input:q} --out {params.stem:q} > {log:q} 2>&1"
+
+
 rule publish:
     input:
         table=f"{RESULTS}/measurements.csv",

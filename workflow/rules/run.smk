@@ -38,3 +38,33 @@ rule run:
         "{resources.mpi} lorafusion run --suite {params.suite:q} --cell {wildcards.cell:q}"
         " --repeat {wildcards.repeat} --nodes {resources.nodes} --workload {input.workload:q} {params.plan:q}"
         " --out {output:q} --log {log:q} > {log:q} 2>&1"
+
+
+# The first global batches of a cell under a profiler, which takes the time of nothing that is measured elsewhere.
+rule profile:
+    input:
+        workload=lambda wildcards: f"{RESULTS}/workloads/{cell_of(wildcards).workload_name}.json",
+        plan=f"{RESULTS}/plans/{{cell}}.json",
+    output:
+        f"{RESULTS}/profiles/{{cell}}.csv",
+    log:
+        f"{LOGS}/profile/{{cell}}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        runtime=lambda wildcards: cell_of(wildcards).grid.minutes + 5,
+        mem_mb=lambda wildcards: 1000 * cell_of(wildcards).grid.memory_gb,
+        tasks_per_gpu=0,
+        gres=gres,
+        cpus_per_task=lambda wildcards: min(
+            cell_of(wildcards).gpus, SUITE.gpus_per_node
+        ),
+        device=1,
+    params:
+        suite=SUITE_PATH,
+        configuration=lambda wildcards: config_hash(
+            SUITE, cell_of(wildcards), SYSTEMS[cell_of(wildcards).system]
+        ),
+    shell:
+        "lorafusion profile --suite {params.suite:q} --cell {wildcards.cell:q} --workload {input.workload:q}"
+        " --plan {input.plan:q} --out {output:q} > {log:q} 2>&1"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -11,9 +11,6 @@ from typer.core import TyperGroup
 from lorafusion.cli_common import PLAIN, Out
 from lorafusion.errors import UserError, one_of
 from lorafusion.files import write
-
-if TYPE_CHECKING:
-    from lorafusion.workload import Workload
 
 MAKE = "make"
 
@@ -57,7 +54,11 @@ def make(
     if model or costs:
         options["costs"] = chosen_costs(stages, model, costs)
     if tuned is not None:
-        capacity = _tuned_capacity(tuned, read)
+        from lorafusion.tuning import Tuned
+
+        found = Tuned.read(tuned)
+        found.require(tuned, read, system or "lorafusion", stages, data_parallel)
+        capacity = found.capacity
     sizes = {"stages": stages, "capacity": capacity, "data_parallel": data_parallel}
     if strategy is not None:
         if system is not None:
@@ -77,15 +78,6 @@ def make(
     write(out, made.to_json())
     s = made.statistics
     print(f"{out}: {s.microbatches} microbatches ({s.noops} no-ops, at least {s.lower_bound}), fill {s.fill:.3f}")
-
-
-def _tuned_capacity(path: Path, workload: Workload) -> int:
-    from lorafusion.tuning import Tuned
-
-    tuned = Tuned.read(path)
-    if tuned.workload_hash != workload.content_hash:
-        raise UserError(f"{path}: tuned for workload {tuned.workload_hash}, but this one is {workload.content_hash}")
-    return tuned.capacity
 
 
 @plan_app.command("show")

@@ -102,7 +102,8 @@ class Grid(Config):
     checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
     merged_qkv: bool = Field(default=False, description="one adapter for q, k and v as one linear, in every system")
     tuned: bool = Field(
-        default=False, description="`capacity` is the most that is tried; halved where that fits, or is faster"
+        default=False,
+        description="`capacity` is the most that is tried; halved until it fits, and while that is faster",
     )
     minutes: int = Field(ge=1, description="time limit of a run; longer is status timeout")
     memory_gb: int = Field(default=4, ge=1, description="host memory of a run")

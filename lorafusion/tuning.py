@@ -1,14 +1,16 @@
 """How many tokens a microbatch may hold in a cell, by one rule for all systems: the most that fits, then the fastest.
 
-The most that is tried is the suite's; it is halved until the plan's largest microbatch fits in memory, and then as long
-as that makes the system faster. Systems that fix the number of samples of a microbatch take as many as fit in those
-tokens (`scheduler.common.largest_microbatch`), so that the same rule tunes them.
+The most that is tried is the suite's; it is halved until the plan's largest microbatches fit in memory, and then as
+long as that makes the system faster. A trial is one run of the first global batch of each adapter (of as many as there
+are stages), cut as in the whole plan. Systems that fix the number of samples of a microbatch take as many as fit in
+those tokens (`scheduler.common.largest_microbatch`), so that the same rule tunes them.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,6 +49,7 @@ class Tried(BaseModel):
     capacity: int = Field(ge=1)
     throughput: float | None = None
     status: str = "ok"
+    note: str = ""
 
 
 class Tuned(BaseModel):
@@ -56,31 +59,47 @@ class Tuned(BaseModel):
 
     version: int = VERSION
     cell: str
+    system: str
+    stages: int
+    data_parallel: int
     workload_hash: str
-    trials: tuple[Tried, ...]
+    trials: tuple[Tried, ...] = Field(min_length=1)
 
     @property
     def capacity(self) -> int:
-        """The fastest; of equal ones the largest."""
+        """The fastest, of equal ones the largest; where none was run to its end the smallest tried, for which the run
+        itself will say what is wrong."""
         done = [one for one in self.trials if one.throughput is not None]
+        if not done:
+            return min(one.capacity for one in self.trials)
         return max(done, key=lambda one: (one.throughput, one.capacity)).capacity
 
     @classmethod
     def read(cls, path: str | Path) -> Tuned:
         return validated(cls, read_versioned(path, VERSION, "tuning"), path)
 
+    def require(self, source: Path, workload: Workload, system: str, stages: int, data_parallel: int) -> None:
+        """Raise where this is the tuning of another workload, system or arrangement."""
+        for what, found, expected in (
+            ("workload", self.workload_hash, workload.content_hash),
+            ("system", self.system, system),
+            ("stages", self.stages, stages),
+            ("data_parallel", self.data_parallel, data_parallel),
+        ):
+            if found != expected:
+                raise UserError(f"{source}: tuned for {what} {found}, but this plan is for {expected}")
+
 
 def tune_cell(
     suite_path: Path, name: str, workload_path: Path, out: Path, launch: Callable[..., Outcome] = launch
 ) -> Tuned:
-    """Tune a cell of a suite and write the outcome. Raises `UserError` where nothing that can be planned fits."""
+    """Tune a cell of a suite and write the outcome, also where nothing fits."""
     suite, cell, workload = _read(suite_path, name, workload_path)
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         spec = trials_of(cell, suite, workload, workload_path, Path(scratch))
-        tried = _try_all(spec, partial(launch, processes=cell.gpus, timeout=60 * cell.grid.minutes))
-    if not any(one.throughput for one in tried):
-        raise UserError(f"cell {name}: not even {tried[-1].capacity} tokens fit in memory")
-    tuned = Tuned(cell=name, workload_hash=workload.content_hash, trials=tuple(tried))
+        tried = _try_all(spec, partial(launch, processes=cell.gpus), 60 * cell.grid.minutes)
+    tuned = Tuned(cell=name, system=cell.system, stages=cell.stages, data_parallel=cell.grid.data_parallel,
+                  workload_hash=workload.content_hash, trials=tuple(tried))  # fmt: skip
     write(out, json.dumps(tuned.model_dump(mode="json"), indent=1) + "\n")
     return tuned
 
@@ -107,7 +126,8 @@ def trials_of(cell: Cell, suite: Suite, workload: Workload, workload_path: Path,
         paths[0].write_text(plan.to_json())
         paths[1].write_text(_plan(part, cell, plan.capacity).to_json())
         trials.append(Trial(plan=str(paths[0]), part=str(paths[1]), capacity=plan.capacity))
-    return spec_of(cell, suite, workload_path).model_copy(update={"trials": trials, "part": str(folder / "part.json")})
+    update = {"trials": trials, "part": str(folder / "part.json"), "throughputs": str(folder / "throughputs.jsonl")}
+    return spec_of(cell, suite, workload_path).model_copy(update=update)
 
 
 def beginning(workload: Workload, stages: int) -> Workload:
@@ -139,19 +159,24 @@ def _plan(workload: Workload, cell: Cell, capacity: int) -> Plan:
     )
 
 
-def _try_all(spec: RunSpec, run: Callable[[RunSpec], Outcome]) -> list[Tried]:
-    """What each capacity gave; memory that does not suffice ends the processes, and new ones go on with the next."""
+def _try_all(spec: RunSpec, run: Callable[..., Outcome], seconds: float) -> list[Tried]:
+    """What each capacity gave, in `seconds` for all. Memory that does not suffice ends the processes, and new ones go
+    on with the next; whatever else ends them ends it all."""
     tried: list[Tried] = []
-    trials = list(spec.trials)
+    trials, end = list(spec.trials), time.monotonic() + seconds
     while trials:
-        outcome = run(spec.model_copy(update={"trials": trials}))
+        finished = Path(spec.throughputs)
+        finished.unlink(missing_ok=True)
+        outcome = run(spec.model_copy(update={"trials": trials}), timeout=max(1.0, end - time.monotonic()))
+        rates = [json.loads(line) for line in finished.read_text().splitlines()] if finished.exists() else []
+        tried += [Tried(capacity=one.capacity, throughput=rate) for one, rate in zip(trials, rates, strict=False)]
         if outcome.status == "ok":
-            rates = outcome.report["throughputs"]
-            tried += [Tried(capacity=one.capacity, throughput=rate) for one, rate in zip(trials, rates, strict=False)]
             break
-        if outcome.status != "oom":
-            raise UserError(f"tuning: the run ended as {outcome.status}: {outcome.note}")
-        tried.append(Tried(capacity=trials.pop(0).capacity, status="oom"))
+        failed = trials[len(rates)]
+        tried.append(Tried(capacity=failed.capacity, status=outcome.status, note=outcome.note))
+        if outcome.status != "oom" or rates:  # a smaller capacity that does not fit where a larger one did
+            break
+        trials = trials[1:]
     return tried
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
@@ -134,13 +135,19 @@ class Job(_Frozen):
     @cached_property
     def batches(self) -> tuple[range, ...]:
         """The positions of each global batch, in order, those trained already included."""
+        return tuple(islice(self._batches_of(range(self.epochs)), self.steps))
+
+    @cached_property
+    def batches_of_an_epoch(self) -> tuple[range, ...]:
+        """The positions of each global batch of the first epoch, also of those that are beyond the last step: what is
+        decided by them is decided alike for the whole job and for its beginning."""
+        return tuple(self._batches_of(range(1)))
+
+    def _batches_of(self, epochs: range) -> Iterator[range]:
         size = len(self.samples)
-        every = (
-            range(start, min(start + self.global_batch_size, (epoch + 1) * size))
-            for epoch in range(self.epochs)
-            for start in range(epoch * size, (epoch + 1) * size, self.global_batch_size)
-        )
-        return tuple(islice(every, self.steps))
+        for epoch in epochs:
+            for start in range(epoch * size, (epoch + 1) * size, self.global_batch_size):
+                yield range(start, min(start + self.global_batch_size, (epoch + 1) * size))
 
     def batch_of(self, position: int) -> int:
         """The index of the global batch that holds a position."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import yaml
 
@@ -45,20 +47,24 @@ def test_the_smoke_suite_has_the_cells_that_it_should():
     found = {(cell.system, cell.workload, cell.gpus, cell.grid.merged_qkv) for cell in cells(read_suite(SMOKE))}
     workloads = ("xsum", "heterogeneous")
     many = {(s, w, g, False) for s in ("lorafusion", "mlora", "megatron-pp") for w in workloads for g in (1, 2)}
-    one = {(s, w, 1, False) for s in ("peft-bf16", "mlora-paper-setting", "unfused-ours") for w in workloads}
+    parts = ("peft-bf16", "mlora-paper-setting", "unfused-sequential", "unfused-ours")
+    one = {(s, w, 1, False) for s in parts for w in workloads}
     four = {("lorafusion", "heterogeneous", 4, False), ("mlora", "heterogeneous", 4, False)}
     sharded = {("megatron-fsdp", "heterogeneous", 2, False)}
-    merged = {(s, "heterogeneous", 1, True) for s in ("lorafusion", "megatron-pp")}
+    merged = {(s, "heterogeneous", 1, True) for s in ("lorafusion", "unfused-ours")}
     assert found == many | one | four | sharded | merged
 
 
-def test_the_h200_suite_has_all_single_gpu_systems_and_the_ablations_merged_too():
-    separate = {cell.system for cell in cells(read_suite(suite_path("h200"))) if not cell.grid.merged_qkv}
-    merged = {cell.system for cell in cells(read_suite(suite_path("h200"))) if cell.grid.merged_qkv}
+def test_the_h200_suite_has_all_systems_and_the_ablations_merged_too():
+    every = cells(read_suite(suite_path("h200")))
+    separate = {(cell.system, cell.workload) for cell in every if not cell.grid.merged_qkv}
+    merged = {(cell.system, cell.workload) for cell in every if cell.grid.merged_qkv}
+    workloads = {"xsum", "cnn_dailymail", "wikisum", "mixed", "heterogeneous"}
     optional = {"grouped-mm", "peft-transformers", "peft-liger", "unsloth"}
-    assert separate == set(read_systems()) - optional
-    corners = {"megatron-pp", "mlora-packed", "unfused-ours", "fused-sequential", "fused-mlora", "lorafusion"}
-    assert merged == corners
+    compared = set(read_systems()) - optional
+    assert separate == set(product(compared, workloads)) | {(name, "mixed") for name in optional}
+    corners = {"unfused-sequential", "mlora-packed", "unfused-ours", "fused-sequential", "fused-mlora", "lorafusion"}
+    assert merged == set(product(corners, workloads))
 
 
 def test_the_papers_suite_has_the_papers_grid():

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from lorafusion.config import CONFIGS, cells, read_suite
+from lorafusion.config import CONFIGS, cells, read_suite, read_systems
 from lorafusion.data.lengths import make_workload
 from lorafusion.errors import UserError
 from lorafusion.plan import Plan
 from lorafusion.runtime.launch import Outcome
+from lorafusion.runtime.trials import SLOWER
+from lorafusion.scheduler import plan_system
 from lorafusion.tuning import Tried, Tuned, beginning, candidates, profile_cell, tune_cell
 from lorafusion.workload import Workload
 
@@ -37,18 +39,20 @@ def suite(tmp_path):
 
 
 def outcomes(*ends):
-    """A launcher that has these outcomes in turn, and keeps what it was asked for: each an exception to the rule, a
-    status, or tokens a second of the trials."""
+    """A launcher that has these outcomes in turn, and keeps what it was asked for: tokens a second of the first trials,
+    and how the run ended."""
     asked, left = [], list(ends)
 
     def launch(spec, processes, timeout):
+        assert 0 < timeout <= 180
         asked.append([trial.capacity for trial in spec.trials])
         for trial in spec.trials:  # they are there while it runs
             Plan.read(trial.plan)
             Plan.read(trial.part)
         Workload.read(spec.part)
-        end = left.pop(0)
-        return Outcome(end, "why") if isinstance(end, str) else Outcome("ok", report={"throughputs": end})
+        rates, status = left.pop(0)
+        Path(spec.throughputs).write_text("".join(f"{rate}\n" for rate in rates))
+        return Outcome(status, "" if status == "ok" else "why")
 
     launch.asked = asked
     return launch
@@ -87,7 +91,7 @@ def test_the_fastest_is_chosen_and_of_equal_ones_the_largest(suite, tmp_path, ra
     made = suite(system="lorafusion", capacity=256)
     all_of_them = [plan.capacity for plan in candidates(made.workload, made.cell)]
     assert len(all_of_them) >= 3
-    launch = outcomes(rates)
+    launch = outcomes((rates, "ok"))
     found = tuned(made, launch, tmp_path)
     assert launch.asked == [all_of_them]
     assert found.capacity == all_of_them[expected]
@@ -95,56 +99,92 @@ def test_the_fastest_is_chosen_and_of_equal_ones_the_largest(suite, tmp_path, ra
 
 
 def test_what_does_not_fit_is_left_out_and_new_processes_try_the_next(suite, tmp_path):
-    made = suite(capacity=256)
-    first, second, *_ = [plan.capacity for plan in candidates(made.workload, made.cell)]
-    launch = outcomes("oom", [5.0, 4.0])
+    made = suite(system="lorafusion", capacity=256)
+    first, second, third, *_ = [plan.capacity for plan in candidates(made.workload, made.cell)]
+    launch = outcomes(([], "oom"), ([5.0, 4.0], "ok"))
     found = tuned(made, launch, tmp_path)
     assert [one[0] for one in launch.asked] == [first, second]
-    assert found.trials[0] == Tried(capacity=first, status="oom")
+    assert found.trials == (Tried(capacity=first, status="oom", note="why"), Tried(capacity=second, throughput=5.0),
+                            Tried(capacity=third, throughput=4.0))  # fmt: skip
     assert found.capacity == second
 
 
-@pytest.mark.parametrize(
-    ("end", "message"),
-    [("oom", "not even {least} tokens fit in memory"), ("crash", "tuning: the run ended as crash: why")],
-)
-def test_a_cell_that_cannot_be_tuned_says_why(suite, tmp_path, end, message):
-    made = suite(capacity=256)
-    least = candidates(made.workload, made.cell)[-1].capacity
-    with pytest.raises(UserError) as caught:
-        tuned(made, outcomes(*[end] * 9), tmp_path)
-    assert message.format(least=least) in str(caught.value)
-    assert not (tmp_path / "tuned.json").exists()
+@pytest.mark.parametrize("status", ["oom", "crash", "timeout"])
+def test_what_was_found_before_something_failed_counts(suite, tmp_path, status):
+    made = suite(system="lorafusion", capacity=256)
+    first, second, *_ = [plan.capacity for plan in candidates(made.workload, made.cell)]
+    launch = outcomes(([5.0], status))
+    found = tuned(made, launch, tmp_path)
+    assert len(launch.asked) == 1
+    assert found.trials[1:] == (Tried(capacity=second, status=status, note="why"),)
+    assert found.capacity == first
 
 
-def test_a_real_cell_is_tuned(suite, tmp_path, forked_runs):
-    """Also where replicas and stages decide together when to end, and where the executor is somebody else's."""
+@pytest.mark.parametrize(("status", "runs"), [("oom", None), ("crash", 1), ("timeout", 1)])
+def test_a_cell_that_fits_nowhere_is_planned_with_the_least_and_its_run_says_why(suite, tmp_path, status, runs):
+    made = suite(system="lorafusion", capacity=256)
+    every = [plan.capacity for plan in candidates(made.workload, made.cell)]
+    launch = outcomes(*[([], status)] * 9)
+    found = tuned(made, launch, tmp_path)
+    assert len(launch.asked) == (runs or len(every))
+    assert {one.status for one in found.trials} == {status}
+    assert found.capacity == every[(runs or len(every)) - 1]
+
+
+FIXED = [name for name, system in read_systems().items() if system.planner != "lorafusion.scheduler.fast:plan"]
+
+
+@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("workload", ["wikisum", "mixed"])
+def test_the_beginning_is_cut_as_the_whole_plan_is(name, workload):
+    """Samples of each adapter in a microbatch, for systems that fix them: another cut would be timed in their place."""
+    whole = make_workload(CONFIGS / "workloads" / f"{workload}.yaml", samples=32, global_batch=8, seed=1)
+    part, stages = beginning(whole, 1), 1
+    for capacity in (16384, 8192, 4096):
+        cuts = []
+        for jobs in (whole, part):
+            plan = plan_system(jobs, name, stages=stages, capacity=capacity)
+            cuts.append({tuple((one.adapter, len(one.samples)) for one in batch.segments)
+                         for batch in plan.microbatches})  # fmt: skip
+        assert cuts[0] == cuts[1]
+
+
+@pytest.mark.parametrize(("system", "gpus"), [("lorafusion", 1), ("mlora", 2), ("megatron-pp", 2)])
+def test_a_real_cell_is_tuned(suite, tmp_path, system, gpus):
+    """Also where stages decide together when to end, and where the executor is somebody else's."""
     from tests import forked
 
-    launch = partial(forked.launch)
-    for system, gpus in (("lorafusion", 1), ("megatron-pp", 2)):
-        made = suite(system=system, gpus=gpus, capacity=256)
-        found = tuned(made, launch, tmp_path)
-        rates = [one.throughput for one in found.trials]
-        assert all(rates)
-        assert all(rate == max(rates[: index + 1]) for index, rate in enumerate(rates[:-1]))
+    made = suite(system=system, gpus=gpus, capacity=256)
+    found = tuned(made, forked.launch, tmp_path)
+    rates = [one.throughput for one in found.trials]
+    assert all(rates), found
+    every = [plan.capacity for plan in candidates(made.workload, made.cell)]
+    assert [one.capacity for one in found.trials] == every[: len(rates)]
+    # It ended with the last capacity, or with the first that was clearly slower.
+    assert len(rates) == len(every) or rates[-1] < SLOWER * max(rates)
+    assert all(rate >= SLOWER * max(rates[: index + 1]) for index, rate in enumerate(rates[:-1]))
 
 
-def test_a_tuning_is_for_one_workload(suite, tmp_path):
+def test_a_tuning_is_for_one_cell(suite, tmp_path):
     from lorafusion.cli_plan import make
 
-    made = suite(capacity=256)
-    tuned(made, outcomes([1.0]), tmp_path)
+    made, out, file = suite(capacity=256), tmp_path / "plan.json", tmp_path / "tuned.json"
+    tuned(made, outcomes(([1.0], "ok")), tmp_path)
     other = made.workload.model_copy(update={"name": "other"})
     (tmp_path / "other.json").write_text(other.to_json())
-    make(made.workload_path, tmp_path / "plan.json", system="peft-bf16", tuned=tmp_path / "tuned.json")
-    assert Plan.read(tmp_path / "plan.json").capacity == Tuned.read(tmp_path / "tuned.json").capacity
+    make(made.workload_path, out, system="peft-bf16", tuned=file)
+    assert Plan.read(out).capacity == Tuned.read(file).capacity
     with pytest.raises(UserError, match="tuned.json: tuned for workload"):
-        make(tmp_path / "other.json", tmp_path / "plan.json", system="peft-bf16", tuned=tmp_path / "tuned.json")
+        make(tmp_path / "other.json", out, system="peft-bf16", tuned=file)
+    with pytest.raises(UserError, match="tuned.json: tuned for system peft-bf16, but this plan is for mlora"):
+        make(made.workload_path, out, system="mlora", tuned=file)
+    with pytest.raises(UserError, match="tuned for stages 1, but this plan is for 2"):
+        make(made.workload_path, out, system="peft-bf16", tuned=file, stages=2)
 
 
 def test_a_file_that_is_no_tuning_says_so(tmp_path):
-    (tmp_path / "t.json").write_text(json.dumps({"version": 1, "cell": "c", "workload_hash": "h", "trials": [{}]}))
+    whose = {"version": 1, "cell": "c", "workload_hash": "h", "system": "s", "stages": 1, "data_parallel": 1}
+    (tmp_path / "t.json").write_text(json.dumps(whose | {"trials": [{}]}))
     with pytest.raises(UserError, match=r"t.json: trials.0.capacity: field required"):
         Tuned.read(tmp_path / "t.json")
 

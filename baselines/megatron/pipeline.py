@@ -13,6 +13,7 @@ is that of every other system, on the buffers that Megatron's reduction filled: 
 
 from __future__ import annotations
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from baselines.megatron.device import device_of
@@ -31,19 +32,27 @@ def execute(run: TrainingRun) -> None:
     stage.run = run
     with device_of(run.pipeline.device):
         models = [_data_parallel(stage, adapter) for adapter in run.adapters]
-        run.record.start()
-        for last, slots in global_batches(run):
-            (index,) = run.steps[last]
-            adapter, model = run.adapters[index], models[index]
-            stage.config.no_sync_func = model.no_sync
-            stage.config.finalize_model_grads_func = finalize_model_grads
-            model.zero_grad_buffer()
-            mine = [slot for slot in slots if not run.microbatches[slot].noop]
-            if mine:
-                forward_and_backward(model, stage, mine)
-            else:
-                finalize_model_grads([model])
-            _step(run, last, adapter)
+        try:
+            run.record.start()
+            for last, slots in global_batches(run):
+                (index,) = run.steps[last]
+                _train_batch(run, stage, models[index], slots)
+                _step(run, last, run.adapters[index])
+        finally:
+            for model, adapter in zip(models, run.adapters, strict=True):
+                _unwrap(model, adapter)
+
+
+def _train_batch(run: TrainingRun, stage: MegatronStage, model: DistributedDataParallel, slots: list[int]) -> None:
+    """The gradients of one global batch, in the adapter's buffer and summed over the replicas."""
+    stage.config.no_sync_func = model.no_sync
+    stage.config.finalize_model_grads_func = finalize_model_grads
+    model.zero_grad_buffer()
+    mine = [slot for slot in slots if not run.microbatches[slot].noop]
+    if mine:
+        forward_and_backward(model, stage, mine)
+    else:
+        finalize_model_grads([model])
 
 
 def _data_parallel(stage: MegatronStage, adapter: AdapterTraining) -> DistributedDataParallel:
@@ -67,3 +76,12 @@ def _step(run: TrainingRun, slot: int, adapter: AdapterTraining) -> None:
     run.update(slot, run.pipeline.sum_over_stages(run.squared_norms(slot)))
     for parameter in adapter.parameters.values():
         parameter.grad = None
+
+
+def _unwrap(model: DistributedDataParallel, adapter: AdapterTraining) -> None:
+    """Leave the parameters as they were found. Megatron's hooks stay, and do nothing for parameters that they do not
+    know."""
+    model.param_to_bucket_group.clear()
+    for parameter in adapter.parameters.values():
+        del parameter.main_grad
+        parameter.grad = torch.zeros_like(parameter)

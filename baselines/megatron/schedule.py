@@ -49,6 +49,9 @@ def initialise(pipeline: Pipeline) -> None:
         backend = "nccl" if pipeline.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=pipeline.size, order="tp-cp-ep-pp-dp")
+    # Communicators are made at the first message, which no clock should see.
+    for group in (parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_data_parallel_group()):
+        dist.all_reduce(torch.zeros(1, device=pipeline.device), group=group)
 
 
 def forward_and_backward(model: torch.nn.Module, stage: MegatronStage, slots: list[int]) -> None:

@@ -1,8 +1,9 @@
 """Megatron-LM's fully sharded data parallelism: `--use-torch-fsdp2`, which the paper calls Megatron-LM (FSDP).
 
-Reproduced, from megatron-core 0.16.1: `TorchFullyShardedDataParallel`, which shards each decoder layer, and the rest as
-one, by PyTorch's FSDP2, and `forward_backward_no_pipelining`, in which gradients are reduced at every microbatch (its
-`no_sync` does nothing). Adapters are trained one after another. On one GPU nothing is sharded: it is plain training.
+Reproduced, from megatron-core 0.16.1: `TorchFullyShardedDataParallel`, which shards the embedding, each decoder layer,
+and norm and head as one, by PyTorch's FSDP2, and `forward_backward_no_pipelining`, in which gradients are reduced at
+every microbatch (its `no_sync` does nothing). Adapters are trained one after another. On one GPU nothing is sharded: it
+is plain training.
 
 Not reproduced: Megatron's own layers and optimizer (see `pipeline`), and its other, CUDA-only `--use-megatron-fsdp`.
 megatron-core's gradient finalisation is left out, since in 0.16.1 it fails with this class (Megatron-LM issue 4669),
@@ -43,13 +44,13 @@ def shard(stage: Stage, pipeline: Pipeline) -> Sharded:
     whole = MegatronStage(stage, pipeline)
     if pipeline.replicas == 1:
         return Sharded(whole, whole)
-    layers = {type(layer) for layer in stage.model.layers.values()}
+    units = {torch.nn.Embedding, *(type(layer) for layer in stage.model.layers.values())}
     with device_of(pipeline.device):
         model = TorchFullyShardedDataParallel(
             whole.config,
             DistributedDataParallelConfig(),
             whole,
-            sub_modules_to_wrap=layers,
+            sub_modules_to_wrap=units,
             process_group=pipeline.replica_group,
         )
     return Sharded(whole, model)

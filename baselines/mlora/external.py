@@ -69,12 +69,21 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    commit = subprocess.run(["git", "-C", home, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = _commit(home)
     notes += [] if commit.startswith(COMMIT) else [f"the checkout is at commit {commit or 'unknown'}, not at {COMMIT}"]
     result = {"version": 1, "workload": workload.name, "workload_hash": workload.content_hash, "commit": commit}
     result |= found | {"notes": [*NOTES, *notes], "command": shlex.join(command), "log": f"{folder}/log.txt"}
     write(options.out, json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def _commit(home: Path) -> str:
+    """Of a checkout; empty where there is none, or no git to ask."""
+    try:
+        done = subprocess.run(["git", "-C", home, "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def installation() -> tuple[Path, Path]:

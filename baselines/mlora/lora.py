@@ -47,7 +47,7 @@ def looped(linear: LoRALinear, active: ActiveBatch) -> None:
 
 class _BatchLoRA(torch.autograd.Function):
     """y = x w^T + bias, and for each adapter c dropout(x) a^T b^T added on its tokens. x [1, T, K], y [1, T, N]; w and
-    bias are frozen; factors a [r, K], b [N, r] in turn, of x's dtype."""
+    bias are frozen; factors a [r, K], b [N, r] in turn, in whose dtype LoRA is computed: x's, or float32."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, parts, *factors):
@@ -57,8 +57,9 @@ class _BatchLoRA(torch.autograd.Function):
             dropped, mask = rows[part.start : part.stop], None
             if part.dropout:
                 dropped, mask = torch.native_dropout(dropped, part.dropout, True)
+            dropped = dropped.to(a.dtype)
             s = dropped @ a.T
-            y[0, part.start : part.stop].addmm_(s, b.T, alpha=part.scaling)
+            _add_product(y[0, part.start : part.stop], s, b.T, part.scaling)
             kept += [dropped, mask, s]
         ctx.parts, ctx.count = parts, len(factors)
         ctx.save_for_backward(weight, *factors, *kept)
@@ -72,15 +73,23 @@ class _BatchLoRA(torch.autograd.Function):
         gradients = []
         for index, (part, (a, b)) in enumerate(zip(ctx.parts, _pairs(factors), strict=True)):
             dropped, mask, s = kept[3 * index : 3 * index + 3]
-            rows = dy[0, part.start : part.stop]
+            rows = dy[0, part.start : part.stop].to(b.dtype)
             ds = (rows @ b).mul_(part.scaling)
             gradients += [ds.T @ dropped, (rows.T @ s).mul_(part.scaling)]
             target = dx[0, part.start : part.stop]
             if mask is None:
-                target.addmm_(ds, a)
+                _add_product(target, ds, a, 1.0)
             else:
                 target.add_(torch.ops.aten.native_dropout_backward(ds @ a, mask, 1 / (1 - part.dropout)))
         return dx, None, None, None, *gradients
+
+
+def _add_product(target, left, right, scaling):
+    """target += scaling left right, in the product's own pass where the dtypes are the same."""
+    if target.dtype == left.dtype:
+        target.addmm_(left, right, alpha=scaling)
+    else:
+        target.add_(left @ right, alpha=scaling)
 
 
 def _pairs(factors):

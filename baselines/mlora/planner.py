@@ -10,6 +10,9 @@ no-ops are mLoRA's own bubble, not a fault of the plan.
 Switches: `row_multiple` None packs without padding, as LoRAFusion's authors ran it; `split` False takes whole global
 batches, as the released code does, which cannot divide them; `batch_lora` False never merges.
 
+Groups are made once: where adapters of one end, the others are not shared out anew. Where one sample of each adapter of
+a group does not fit somewhere, there are more groups everywhere.
+
 Not reproduced: the paper's preemptive priorities and memory model, which the released code does not have either; and
 faults of that code that would make its result wrong: dropout that its backward pass forgets, steps after every
 microbatch in the last epoch, a loss over padding, and one adapter more than is asked for.
@@ -53,7 +56,8 @@ def plan(
     by_group = []
     for group in groups:
         size = _size(workload, group, capacity, data_parallel, row_multiple, split)
-        by_group.append([_microbatches(workload, batch, row_multiple) for batch in _batches(workload, group, size)])
+        left = [workload.jobs[adapter].batches[workload.jobs[adapter].start :] for adapter in group]
+        by_group.append([_microbatches(workload, batch, row_multiple) for batch in _batches(group, left, size)])
     order = [
         microbatch
         for round_of_batches in zip_longest(*by_group, fillvalue=[])
@@ -92,19 +96,18 @@ def _size(
 
 
 def _fits(workload: Workload, group: range, size: int, capacity: int, row_multiple: int | None) -> bool:
+    every = [workload.jobs[adapter].batches_of_an_epoch for adapter in group]
     return all(
         padded_length(_lengths(workload, content), row_multiple) <= capacity
-        for batch in _batches(workload, group, size)
+        for batch in _batches(group, every, size)
         for content in batch
     )
 
 
-def _batches(workload: Workload, group: range, size: int) -> list[list[Content]]:
-    """For each round of global batches that the group has left its microbatches: `size` samples of each adapter."""
-    jobs = [workload.jobs[adapter] for adapter in group]
-    rounds = zip_longest(*(job.batches[job.start :] for job in jobs), fillvalue=range(0))
+def _batches(group: range, by_adapter: list[Sequence[range]], size: int) -> list[list[Content]]:
+    """For each round of the global batches of a group's adapters its microbatches: `size` samples of each adapter."""
     batches = []
-    for positions in rounds:
+    for positions in zip_longest(*by_adapter, fillvalue=range(0)):
         parts = zip_longest(*(cuts(one, size) for one in positions), fillvalue=range(0))
         batches.append([{adapter: cut for adapter, cut in zip(group, part, strict=True) if cut} for part in parts])
     return batches

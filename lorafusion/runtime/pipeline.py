@@ -92,6 +92,25 @@ class Pipeline:
     def send_before(self, tensor: torch.Tensor) -> None:
         self._send(tensor, self.index - 1, self._backward)
 
+    def connect(self) -> None:
+        """One message to and from each neighbour, and one through each group, since communicators are made at the
+        first; all processes call it."""
+        # Even stages turn to the one after them first, and all to the forward group: both sides make a communicator
+        # at the same time, or wait for ever.
+        for after in (self.index % 2 == 0, self.index % 2 == 1):
+            neighbour = self.index + (1 if after else -1)
+            if 0 <= neighbour < self.size:
+                rank, send, receive = self._first_rank + neighbour, dist.isend, dist.irecv
+                work = [(send if after else receive)(self._nothing(), rank, group=self._forward),
+                        (receive if after else send)(self._nothing(), rank, group=self._backward)]  # fmt: skip
+                for one in work:
+                    one.wait()
+        self.sum_over_stages(self._nothing())
+        self.sum_over_replicas([self._nothing()])
+
+    def _nothing(self) -> torch.Tensor:
+        return torch.zeros(1, device=self.device)
+
     def finish_sends(self) -> None:
         """Wait for every send."""
         while self._sent:
@@ -147,6 +166,8 @@ class Inbox:
         """Be ready for the next message, which the neighbour sends without hearing more than what is sent now."""
         if self._posted:
             return
-        one = next(self.expected)
+        one = next(self.expected, None)
+        if one is None:
+            raise RuntimeError(f"a message from rank {self.source} is waited for, but the plan has no more of them")
         buffer = torch.empty(one.shape, dtype=one.dtype, device=self.device)
         self._posted.append((dist.irecv(buffer, src=self.source, group=self.group), buffer, one.name))

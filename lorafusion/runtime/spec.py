@@ -37,6 +37,7 @@ class RunSpec(Config):
     plan: str | None = Field(default=None, description="path of the plan file; none to probe the capacity, or to try")
     trials: list[Trial] = Field(default=[], description="plans to be timed one after another, in place of a plan")
     part: str | None = Field(default=None, description="path of the workload of the trials' first global batches")
+    throughputs: str | None = Field(default=None, description="file for those of the trials, a line as each is known")
     profile: bool = Field(default=False, description="say where the GPU's time goes in the only trial, untimed")
     tokens: str | None = Field(default=None, description="folder of the samples' tokens; synthetic where there is none")
     device: Literal["cpu", "cuda"] = "cpu"

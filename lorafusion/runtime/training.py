@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -243,25 +243,49 @@ class TrainingRun:
                 total, lambda values: self.record.event(slot=slot, adapter=adapter, step=step, evaluation=values[0])
             )
 
-    def warm_up(self, sizes: int = MOST_SIZES) -> None:
-        """Run what a clock should not see: on this stage alone, the largest microbatch forward and backward, and others
-        of at most `sizes` sizes through one layer, since kernels are compiled for the sizes that they meet. (With the
-        largest alone, fused kernels compiled for up to 38 s within runs of 5 s.)
+    def warm_up(self) -> None:
+        """Run what a clock should not see: connections to other processes, an optimizer's kernels, the largest
+        microbatch forward and backward on this stage alone, and others of other sizes through one layer, since kernels
+        are compiled for the sizes that they meet. (With the largest alone, fused kernels compiled for up to 38 s within
+        runs of 5 s.)
 
-        It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless.
+        It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless. Every process
+        calls it.
         """
-        # Replicas that only compute together take the same slot.
-        slots = [(one,) for one in self.microbatches] if self.around is None else self.plan.slots()
-        lengths = [max(one.length for one in parts) for parts in slots]
-        largest = lengths.index(max(lengths))
-        if self.microbatches[largest].noop and self.around is None:
-            return
-        events, self.record.events = self.record.events, None
-        self.backward_alone(largest)
-        if self.around is None or self.pipeline.replicas == 1:
+        self.pipeline.connect()
+        load_optimizer_kernels(self.adapters[0].optimizer if self.adapters else None)
+        with self._untold():
+            for slot in self._largest(1):
+                self.backward_alone(slot)
             with self.stage.first_layer_alone():
-                for slot in of_each_size(self.microbatches, sizes):
+                for slot in of_each_size(self._computed, MOST_SIZES):
                     self.backward_alone(slot)
+
+    def hold_the_largest(self) -> None:
+        """As many of the largest microbatches as this stage holds at a time, forward and then backward, to see whether
+        they fit in memory. Leaves no trace either."""
+        with self._untold():
+            outs = [self._alone(slot) for slot in self._largest(self.pipeline.size - self.pipeline.index)]
+            while outs:
+                self._backward_alone(outs.pop())
+
+    @property
+    def _computed(self) -> list[Microbatch]:
+        """What this process computes in each slot. Replicas that only compute together need the same answer."""
+        if self.around is None:
+            return self.microbatches
+        return [max(parts, key=lambda one: one.length) for parts in self.plan.slots()]
+
+    def _largest(self, count: int) -> list[int]:
+        """The slots of the longest microbatches, of which there may be fewer."""
+        lengths = [one.length for one in self._computed]
+        return sorted((slot for slot in range(len(lengths)) if lengths[slot]), key=lambda slot: -lengths[slot])[:count]
+
+    @contextmanager
+    def _untold(self) -> Iterator[None]:
+        """Within it nothing is written of losses, and those that were noted are forgotten."""
+        events, self.record.events = self.record.events, None
+        yield
         self.record.readback.wait()
         self.record.losses.clear()
         self.record.events = events
@@ -317,6 +341,17 @@ def _evaluations(workload: Workload, steps: list[tuple[int, ...]]) -> list[tuple
                 due.append(adapter)
         out.append(tuple(due))
     return out
+
+
+def load_optimizer_kernels(optimizer: torch.optim.Optimizer | None) -> None:
+    """One step of the same optimizer on a parameter of nobody's."""
+    if optimizer is None:
+        return
+    like = optimizer.param_groups[0]["params"][0]
+    nobodys = torch.nn.Parameter(torch.zeros(16, dtype=like.dtype, device=like.device))
+    nobodys.grad = torch.zeros_like(nobodys)
+    torch._foreach_norm([nobodys.grad])
+    type(optimizer)([nobodys], lr=0.0, fused=True).step()
 
 
 def of_each_size(microbatches: Sequence[Microbatch], most: int) -> list[int]:

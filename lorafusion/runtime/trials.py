@@ -17,24 +17,28 @@ from lorafusion.runtime.spec import RunSpec
 from lorafusion.runtime.training import TrainingRun
 from lorafusion.workload import Workload
 
+SLOWER = 0.98  # of the best, below which no smaller capacity is tried
 BESIDE = 3  # tensors for each parameter that a step needs beside it and its gradient: two moments, a reducer's buffer
 
 
-def try_plans(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], object]) -> list[float]:
-    """Tokens a second of the spec's trials in turn, the first that is slower than the best before it being the last."""
+def try_plans(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], object], rank: int) -> list[float]:
+    """Tokens a second of the spec's trials in turn; one that is clearly slower than the best before it is the last."""
     part = Workload.read(spec.part)
     throughputs: list[float] = []
     for trial in spec.trials:
         whole = run.again(run.workload, _read(trial.plan, run.workload))
         beside = [torch.empty_like(one) for adapter in run.adapters for one in adapter.gradients for _ in range(BESIDE)]
-        whole.warm_up(sizes=0)
+        whole.hold_the_largest()
         del whole, beside
         beginning = run.again(part, _read(trial.part, part))
         beginning.warm_up()
         throughputs.append(_throughput(beginning, execute))
+        if rank == 0 and spec.throughputs:
+            with open(spec.throughputs, "a") as file:
+                file.write(f"{throughputs[-1]}\n")
         del beginning
-        _free_memory()  # and what hangs on parameters of the executor's, which would see the next plan's gradients
-        if throughputs[-1] < max(throughputs):
+        _free_memory()
+        if throughputs[-1] < SLOWER * max(throughputs):
             break
     return throughputs
 

@@ -178,7 +178,7 @@ def tried(spec: RunSpec, device: torch.device, position: Position, rank: int, wo
     execute = load(read_systems()[spec.system].executor, "executor")
     if spec.profile:
         return {"profile": trials.profile(spec, run, execute)}
-    return {"throughputs": trials.try_plans(spec, run, execute)}
+    return {"throughputs": trials.try_plans(spec, run, execute, rank)}
 
 
 def _require_processes(plan: Plan, world: int, source: str) -> None:

@@ -115,7 +115,7 @@ def largest_microbatch(job: Job, capacity: int, data_parallel: int = 1) -> int:
     def fits(size: int) -> bool:
         return all(
             sum(job.sample_at(position).tokens for position in cut) <= capacity
-            for batch in job.batches
+            for batch in job.batches_of_an_epoch
             for cut in cuts(batch, size)
         )
 

@@ -167,3 +167,28 @@ def test_the_backward_pass_is_the_derivative_of_the_forward_pass(dropout):
         return _BatchLoRA.apply(x, weight, bias, parts, *factors)
 
     assert torch.autograd.gradcheck(forward, (x, *factors))
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_wider_adapters_are_computed_in_their_own_dtype(dropout):
+    """Adapters in float32 around a linear in bfloat16: LoRA's own error is that of float32."""
+    layer, active = linear_of()
+    active.batch = SimpleNamespace(segments=[AdapterSegment(0, 13, 2, 0), AdapterSegment(13, TOKENS, 1, 0)])
+    layer.train(dropout)
+    results = []
+    for base, factors in ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.float64)):
+        layer.get_base_layer().to(base)
+        for module in (layer.lora_A, layer.lora_B):
+            module.to(factors)
+        x = torch.linspace(-1, 1, TOKENS * INPUTS).view(1, TOKENS, INPUTS).to(base).requires_grad_()
+        layer.zero_grad()
+        torch.manual_seed(3)
+        y = layer(x)
+        y.sum().backward()
+        assert y.dtype == x.grad.dtype == base
+        results.append([one.grad.clone() for one in (*layer.lora_A.parameters(), *layer.lora_B.parameters())
+                        if one.grad is not None])  # fmt: skip
+        assert all(one.dtype == factors for one in results[-1])
+    assert len(results[0]) == 4
+    for ours, exact in zip(*results, strict=True):
+        assert (ours.double() - exact).norm() <= 1e-6 * exact.norm()

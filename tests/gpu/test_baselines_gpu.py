@@ -54,9 +54,10 @@ def expected(tmp_path_factory):
 
 
 def assert_alike(found: dict[str, list[float]], plain: dict[str, list[float]]) -> None:
-    """The first global batches, before rounding has had time to lead them apart; and it learns."""
+    """Step for step, where only the first losses are the same whatever LoRA does; and it learns."""
     for job, values in found.items():
         assert values[:2] == pytest.approx(plain[job][:2], rel=1e-2)
+        assert values == pytest.approx(plain[job], rel=5e-2)
         assert values[-1] < values[0]
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from baselines.mlora import planner as round_robin
+from baselines.mlora import planner as mlora
 from lorafusion.plan import make_plan
 from lorafusion.runtime.launch import Outcome
 from lorafusion.runtime.result import EXPECTED, metrics, result_of, steady_throughput
 from lorafusion.scheduler import sequential
 
 
-def plan_of(make_job, make_workload, planner=round_robin.plan, stages=1):
+def plan_of(make_job, make_workload, planner=mlora.plan, stages=1):
     workload = make_workload(make_job("a", (4,) * 12), make_job("b", (4,) * 12))
     return planner(workload, "test", stages, 4)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baselines.mlora import planner as round_robin
+from baselines.mlora import planner as mlora
 from lorafusion.errors import UserError
 from lorafusion.plan import check, statistics_of, violations
 from lorafusion.scheduler import STRATEGIES, bounds, first_fit, plan_workload, sequential
@@ -73,14 +73,14 @@ def test_the_plan_is_the_same_every_time(make_workload):
 
 def test_mlora_takes_turns_by_whole_batches(make_job, make_workload):
     jobs = [make_job(name, (8, 8, 8, 8), global_batch_size=2) for name in "ab"]
-    plan = round_robin.plan(make_workload(*jobs), "mlora", 1, 8)
+    plan = mlora.plan(make_workload(*jobs), "mlora", 1, 8)
     order = [(part.adapter, part.samples) for microbatch in plan.microbatches for part in microbatch.segments]
     assert order == [(0, (0,)), (0, (1,)), (1, (0,)), (1, (1,)), (0, (2,)), (0, (3,)), (1, (2,)), (1, (3,))]
 
 
 def test_one_adapter_alone_in_a_deep_pipeline_waits(make_job, make_workload):
     """mLoRA's bubble: 4 stages, one adapter, one microbatch a batch: three no-ops between two batches."""
-    plan = round_robin.plan(make_workload(make_job("a", (2, 2, 2, 2))), "mlora", 4, 4)
+    plan = mlora.plan(make_workload(make_job("a", (2, 2, 2, 2))), "mlora", 4, 4)
     assert [microbatch.noop for microbatch in plan.microbatches] == [False, True, True, True, False]
 
 
@@ -111,6 +111,6 @@ def test_the_microbatch_of_fixed_size_systems_is_the_largest_that_always_fits(ma
 
 def test_noops_come_only_where_a_batch_begins_too_early(make_job, make_workload):
     workload = make_workload(make_job("a", (2,) * 4), make_job("b", (2,) * 4))
-    plan = round_robin.plan(workload, "mlora", 2, 4)
+    plan = mlora.plan(workload, "mlora", 2, 4)
     assert plan.statistics.noops == 0
     assert insert_noops(plan.microbatches, workload, 2) == list(plan.microbatches)

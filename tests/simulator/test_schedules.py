@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines.mlora import planner as round_robin
+from baselines.mlora import planner as mlora
 from lorafusion.errors import UserError
 from lorafusion.plan import Microbatch, Plan, Segment, statistics_of
 from lorafusion.scheduler.common import NOOP
@@ -154,7 +154,7 @@ def test_a_stream_does_what_its_order_does_step_by_step(replicas):
 
 def greedy_case(make_job, make_workload, stages, adapters, batches):
     workload = make_workload(*(make_job(f"a{i}", (4,) * batches, global_batch_size=1) for i in range(adapters)))
-    plan = round_robin.plan(workload, "mlora", stages, 4)
+    plan = mlora.plan(workload, "mlora", stages, 4)
     return plan, equal_costs(plan), workload
 
 
@@ -366,7 +366,7 @@ def test_200_random_cases_of_mloras_order_equal_the_ticks(make_job, make_workloa
             for index in range(draw.randint(1, 5))
         ]
         workload = make_workload(*jobs)
-        plan = round_robin.plan(workload, "mlora", stages, 8)
+        plan = mlora.plan(workload, "mlora", stages, 8)
         shape, steps = (stages, len(plan.microbatches)), [bool(one.step_after) for one in plan.microbatches]
         numbers = np.random.default_rng(seed)
         costs = Costs(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from baselines.megatron import grouped as module
+from baselines.megatron.grouped import grouped, has_grouped_gemm
 from baselines.mlora.lora import looped
-from baselines.peft import grouped as module
-from baselines.peft.grouped import grouped, has_grouped_gemm
 from lorafusion import checks
 from lorafusion.config import Arrangement, read_model
 from lorafusion.data.packing import AdapterSegment, PackedBatch, SampleBorders

@@ -41,8 +41,9 @@ def grouped(linear: LoRALinear, active: ActiveBatch) -> None:
         rates = [job.dropout if layer.training and job.name in layer.lora_A else 0.0 for job in jobs]
         a, b = _stacked(linear, jobs)
         offsets = active.batch.lora.offsets[1:]
-        s = _grouped_product(_dropped(x.flatten(0, 1), lengths, rates), a.transpose(1, 2), lengths, offsets)
-        return y + _grouped_product(s, b.transpose(1, 2), lengths, offsets).view_as(y)
+        dropped = _dropped(x.flatten(0, 1), lengths, rates).to(a.dtype)
+        s = _grouped_product(dropped, a.transpose(1, 2), lengths, offsets)
+        return y + _grouped_product(s, b.transpose(1, 2), lengths, offsets).view_as(y).to(y.dtype)
 
     layer.forward = forward
 

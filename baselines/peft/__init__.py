@@ -1,1 +1,0 @@
-"""LoRA kinds that need nothing but torch and PEFT."""

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def run_cell(
     repeat: int,
     nodes: int,
     log: Path | None,
+    launch: Callable[..., Outcome] = launch,
 ) -> str:
     """Run a cell and write its result; returns the status. Raises `UserError` for input that no run can use.
 

@@ -115,6 +115,24 @@ def profile(
 
 
 @app.command()
+def sweep(
+    suite: SuiteFile,
+    folder: Annotated[Path, typer.Option(help="where the workflow would have the suite's results: results/NAME")],
+    share: Annotated[
+        str, typer.Option(help="I/N: part I of N that share the work, each with a GPU of its own")
+    ] = "0/1",
+    seconds: Annotated[float, typer.Option(help="begin nothing after so long")] = float("inf"),
+) -> None:
+    """Tune, plan and run a suite's cells without Snakemake, in forked processes; run again, it goes on."""
+    from lorafusion.runtime.forked import launch
+    from lorafusion.sweep import Share, sweep
+
+    left = sweep(suite, folder, Share.read(share), launch, seconds)
+    print(f"{folder}: {left} left" if left else f"{folder}: all done")
+    raise typer.Exit(1 if left else 0)
+
+
+@app.command()
 def train(jobs: Annotated[Path, typer.Argument(help="a jobs file; docs/training.md says what it holds")]) -> None:
     """Train many adapters of one base model together; run again, it goes on where it was interrupted."""
     from lorafusion.train.run import train

@@ -1,6 +1,5 @@
 # Which suite, which cells, where their files are. The only place with Python.
 import os
-import random
 import sys
 from pathlib import Path
 
@@ -23,7 +22,8 @@ from lorafusion.config import (
 )
 from lorafusion.errors import UserError
 from lorafusion.measure.environment import has_gpu
-from lorafusion.report.contributions import REQUIRED
+from lorafusion.report.contributions import lacking
+from lorafusion.sweep import shuffled
 from lorafusion.workload import content_hash
 
 # The workflow's own Python, also where the environment was not activated and inside Slurm jobs.
@@ -76,12 +76,11 @@ CONTRIBUTED = [
     model
     for model in MODELS
     if any(
-        set(REQUIRED)
-        <= {
+        not lacking(
             cell.system
             for cell in CELLS.values()
             if (cell.model, cell.gpus) == (model, gpus) and not cell.grid.merged_qkv
-        }
+        )
         for gpus in {cell.gpus for cell in CELLS.values()}
     )
 ]
@@ -212,9 +211,8 @@ def order(wildcards):
 
 def turn(name, names, repeat, repeats):
     """The priority of one of `names` in one of the repeats."""
-    shuffled = sorted(names)
-    random.Random(repeat).shuffle(shuffled)
-    return 1 + len(shuffled) * (repeats - repeat + 1) - shuffled.index(name)
+    order = shuffled(list(names), repeat)
+    return 1 + len(order) * (repeats - repeat + 1) - order.index(name)
 
 
 def training_order(wildcards):

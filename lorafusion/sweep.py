@@ -1,0 +1,164 @@
+"""A suite's cells without Snakemake: tuned, planned, run and profiled one after another, in forked processes.
+
+For a machine that is rented by the minute, where starting a run takes longer than the run. It leaves the files that the
+workflow would, in the same places and by the same functions: `lorafusion measurements` and `lorafusion figure` go on
+from them. What is there already is not done again.
+
+Several of it share the work on a machine with several GPUs: each takes whole workloads, so that systems are compared on
+one GPU, and another one in each repeat.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from lorafusion.cells import run_cell, unavailable
+from lorafusion.config import CONFIGS, Cell, Suite, cells, read_suite, read_systems
+from lorafusion.data.lengths import make_workload
+from lorafusion.errors import UserError
+from lorafusion.files import write
+from lorafusion.runtime.launch import Outcome
+from lorafusion.scheduler import plan_system
+from lorafusion.tuning import Tuned, profile_cell, tune_cell
+from lorafusion.workload import Workload
+
+LOOK_SECONDS = 1.0
+
+
+class Share(NamedTuple):
+    """Which of `count` sweeps of a suite this is."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def read(cls, text: str) -> Share:
+        parts = text.split("/")
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) >= int(parts[1]):
+            raise UserError(f"--share: expected I/N with I from 0 to N - 1, found {text!r}")
+        return cls(int(parts[0]), int(parts[1]))
+
+
+def shuffled(names: list[str], repeat: int) -> list[str]:
+    """Cells in the order of one of the repeats: the same wherever it is asked for, another for each repeat."""
+    order = sorted(names)
+    random.Random(repeat).shuffle(order)
+    return order
+
+
+class Step(NamedTuple):
+    """A file to be made, and what makes it."""
+
+    path: Path
+    make: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A suite's cells, and the folder of its results. launch: as `lorafusion.runtime.launch.launch`."""
+
+    suite_path: Path
+    folder: Path
+    share: Share
+    launch: Callable[..., Outcome]
+
+    @property
+    def suite(self) -> Suite:
+        return read_suite(self.suite_path)
+
+    def steps(self) -> Iterator[Step]:
+        """What this share of the sweep does, in order: all tunings, then the profiles, then repeat after repeat."""
+        suite, systems = self.suite, read_systems()
+        every = {cell.name: cell for cell in cells(suite, self.suite_path)}
+        places = {name: index for index, name in enumerate(sorted({one.workload_name for one in every.values()}))}
+        able = [cell for cell in every.values() if not unavailable(systems[cell.system])]
+
+        def mine(cell: Cell, turn: int) -> bool:
+            return (places[cell.workload_name] + turn) % self.share.count == self.share.index
+
+        for cell in every.values():
+            self._workload(cell, suite)
+        for cell in able:
+            if cell.grid.tuned and mine(cell, 0):
+                yield Step(self.path("tuned", cell, "json"), partial(self._tune, cell))
+        for cell in able:
+            if cell.workload in suite.profiled and suite.device == "cuda" and mine(cell, 0):
+                yield Step(self.path("profiles", cell, "csv"), partial(self._profile, cell))
+        for repeat in range(1, suite.repeats + 1):
+            for name in shuffled(list(every), repeat):
+                if mine(every[name], repeat):
+                    path = self.folder / "runs" / name / f"repeat~{repeat}.json"
+                    yield Step(path, partial(self._run, every[name], repeat, path))
+
+    def path(self, kind: str, cell: Cell, suffix: str) -> Path:
+        return self.folder / kind / f"{cell.name}.{suffix}"
+
+    def _workload(self, cell: Cell, suite: Suite) -> Path:
+        path = self.folder / "workloads" / f"{cell.workload_name}.json"
+        if not path.exists():
+            made = make_workload(CONFIGS / "workloads" / f"{cell.workload}.yaml", samples=cell.grid.samples,
+                                 global_batch=cell.grid.global_batch, scale=cell.grid.length_scale, seed=suite.seed,
+                                 merged_qkv=cell.grid.merged_qkv)  # fmt: skip
+            write(path, made.to_json())
+        return path
+
+    def _plan(self, cell: Cell) -> Path:
+        """The plan of a cell, which waits for its tuning where another share does that."""
+        path = self.path("plans", cell, "json")
+        if not path.exists():
+            workload, capacity = Workload.read(self._workload(cell, self.suite)), None
+            if cell.grid.tuned:
+                file = self.path("tuned", cell, "json")
+                while not file.exists():
+                    time.sleep(LOOK_SECONDS)
+                capacity = Tuned.read(file).capacity
+            made = plan_system(workload, cell.system, stages=cell.stages, data_parallel=cell.grid.data_parallel,
+                               capacity=capacity or cell.grid.capacity_of(cell.workload))  # fmt: skip
+            write(path, made.to_json())
+        return path
+
+    def _tune(self, cell: Cell) -> str:
+        out = self.path("tuned", cell, "json")
+        tuned = tune_cell(self.suite_path, cell.name, self._workload(cell, self.suite), out, launch=self.launch)
+        return ", ".join(f"{one.capacity}: {one.status if one.throughput is None else f'{one.throughput:,.0f} tok/s'}"
+                         for one in tuned.trials)  # fmt: skip
+
+    def _profile(self, cell: Cell) -> str:
+        rows = profile_cell(self.suite_path, cell.name, self._workload(cell, self.suite), self._plan(cell),
+                            launch=self.launch)  # fmt: skip
+        write(self.path("profiles", cell, "csv"), pd.DataFrame(rows).to_csv(index=False))
+        return f"{len(rows)} classes of kernels"
+
+    def _run(self, cell: Cell, repeat: int, out: Path) -> str:
+        plan = None if unavailable(read_systems()[cell.system]) else self._plan(cell)
+        log = self.folder / "logs" / "sweep.log"
+        workload = self._workload(cell, self.suite)
+        return run_cell(self.suite_path, cell.name, workload, plan, out, repeat, 1, log, launch=self.launch)
+
+
+def sweep(suite_path: Path, folder: Path, share: Share, launch: Callable[..., Outcome], seconds: float) -> int:
+    """Do what is missing of a suite, beginning nothing after `seconds`; returns how much was left."""
+    begin, left = time.monotonic(), 0
+    for step in Sweep(suite_path, folder, share, launch).steps():
+        if step.path.exists():
+            continue
+        if time.monotonic() - begin > seconds:
+            left += 1
+            continue
+        started = time.monotonic()
+        try:
+            said = step.make()
+        except UserError as error:
+            said = f"error: {error}"
+            left += 1
+        took = time.monotonic() - started
+        print(f"{time.monotonic() - begin:7.1f} s, {took:5.1f} s: {step.path.relative_to(folder)}: {said}", flush=True)
+    return left

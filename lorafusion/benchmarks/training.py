@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from lorafusion.benchmarks import training_profile
 from lorafusion.benchmarks.results import row, write_bench
 from lorafusion.benchmarks.timing import median_ratio
 from lorafusion.benchmarks.training_suite import (
@@ -38,6 +37,7 @@ from lorafusion.data.packing import BatchBuilder
 from lorafusion.data.tokens import Tokens
 from lorafusion.errors import UserError, one_of
 from lorafusion.files import write
+from lorafusion.measure import profiler
 from lorafusion.measure.environment import has_gpu, provenance
 from lorafusion.measure.timers import canary, peak_memory, reset_peak_memory
 from lorafusion.models import lora
@@ -227,7 +227,7 @@ def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | No
             found, shares = profiled(name, bench, arms, identity)
             rows += found
             if profile:
-                write(profile, training_profile.csv_text(shares))
+                write(profile, profiler.csv_text(shares))
     write_rows(rows)
     failed = [one for one in rows if one["status"] != "ok"]
     return f"{len(rows)} numbers, {len(failed)} failed"
@@ -316,16 +316,16 @@ def profiled(name: str, bench: Bench, arms: Arms, identity: dict) -> tuple[list[
     """How busy the GPU is with each arm, as rows, and what it does meanwhile, as those of `training_profile`."""
     rows, shares = [_failed(name, bench, arm, "busy", arms) for arm in arms.lost], []
     for arm, trainer in arms.trainers.items():
-        spans = training_profile.trace(partial(trainer.train, PROFILED))
+        spans = profiler.trace(partial(trainer.train, PROFILED))
         trainer.finish()
         if not spans:
             print(f"{name}: {arm.name}: the profiler saw no kernels", flush=True)
             continue
-        parts = training_profile.breakdown(spans, PROFILED)
-        busy = training_profile.busy_share(parts)
+        parts = profiler.breakdown(spans, PROFILED)
+        busy = profiler.busy_share(parts)
         rows.append(_row(name, bench, arm, "busy", busy))
-        shares += training_profile.csv_rows(parts, **identity, **arm.model_dump())
-        print(f"{name}: {arm.name}: {busy:.1%} busy", *training_profile.unknown_kernels(spans), sep="\n", flush=True)
+        shares += profiler.csv_rows(parts, **identity, **arm.model_dump())
+        print(f"{name}: {arm.name}: {busy:.1%} busy", *profiler.unknown_kernels(spans), sep="\n", flush=True)
     return rows, shares
 
 

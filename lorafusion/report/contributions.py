@@ -8,7 +8,7 @@ for a workload and over all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -18,31 +18,40 @@ from lorafusion.measure.vocabulary import WINDOWS
 from lorafusion.report import style
 from lorafusion.report.throughput import SYSTEM, ablations, group_names, merged_qkv, require_one_cell_a_place
 
-SEQUENTIAL, TURNS, OURS_UNFUSED = "megatron-pp", "mlora-paper-setting", "unfused-ours"
-REQUIRED = (SYSTEM, SEQUENTIAL, TURNS, OURS_UNFUSED)
+BASE, OURS_UNFUSED = "unfused-sequential", "unfused-ours"
+TURNS = "mlora-paper-setting"
+BY_ONE = (
+    "peft-bf16",
+    "megatron-pp",
+)  # what TURNS is over; the second, another executor, only where the first has no cell
 ALL = "all"  # in place of a workload
-BEST = f"best_over_{SEQUENTIAL}"
-CAPACITY = "capacity"  # begins the remark that two systems' microbatches may hold different numbers of tokens
 A_BASELINE = "best baseline"  # in place of a system, where workloads have different ones
-# Numerator and denominator. schedule x packing x kernels = product = speedup x best_over_megatron-pp.
-PARTS = {
-    "schedule": (TURNS, SEQUENTIAL),
-    "packing": (OURS_UNFUSED, TURNS),
-    "kernels": (SYSTEM, OURS_UNFUSED),
-    "product": (SYSTEM, SEQUENTIAL),
-    "padding": ("mlora-packed", "mlora"),
-}
-# {unfused, fused} LoRA under {sequential, mLoRA's, our} order, each over the first.
+CAPACITY = (
+    "capacity"  # begins the remark that the microbatches of a ratio's systems may hold different numbers of tokens
+)
+EXECUTOR = "another executor"  # begins the remark that the second of BY_ONE stands in for the first
+# {unfused, fused} LoRA under {sequential, mLoRA's, our} order, each over the first, BASE.
 CORNERS = {
-    "unfused-sequential": SEQUENTIAL,
+    "unfused-sequential": BASE,
     "fused-sequential": "fused-sequential",
     "unfused-mlora": "mlora-packed",
     "fused-mlora": "fused-mlora",
     "unfused-ours": OURS_UNFUSED,
     "fused-ours": SYSTEM,
 }
-FACTORS = ("speedup", BEST, *PARTS, *CORNERS)
-OF_MERGED = ("kernels", *CORNERS)  # with q, k and v merged there are the corners and no other baselines
+# schedule x packing = schedule_and_packing, x kernels = product, x baseline = speedup.
+FACTORS = (
+    "speedup",  # lorafusion over the best baseline
+    "baseline",  # BASE over the best baseline
+    "schedule",  # TURNS over BY_ONE: the order alone
+    "packing",  # schedule_and_packing over schedule
+    "schedule_and_packing",  # OURS_UNFUSED over BASE
+    "kernels",  # lorafusion over OURS_UNFUSED
+    "product",  # lorafusion over BASE
+    "padding",  # mlora-packed over mlora
+    *CORNERS,
+)
+OF_MERGED = ("kernels", *CORNERS)  # with q, k and v merged there are the corners and no baselines
 QKV = ("separate", "merged")
 PLACE = ["model", "gpus", "window", "qkv", "group"]
 COLUMNS = ["model", "gpus", "window", "qkv", "workload", "factor", "over", "value", "low", "high", "bounds", "n",
@@ -58,11 +67,18 @@ class Arm(NamedTuple):
 
 
 class Ratios(NamedTuple):
-    """Throughputs over those of `over`, one for each repeat that both have, or in `note` why there are none."""
+    """Throughputs over those of `over`, one for each repeat that all have, or in `note` why there are none."""
 
     over: str
     values: list[float]
     note: str
+
+
+def lacking(systems: Iterable[str]) -> list[str]:
+    """The systems that the parts cannot do without and that are not among `systems`."""
+    present = set(systems)
+    missing = [name for name in (SYSTEM, BASE, OURS_UNFUSED, TURNS) if name not in present]
+    return missing if present & set(BY_ONE) else [*missing, " or ".join(BY_ONE)]
 
 
 def contributions(table: pd.DataFrame) -> pd.DataFrame:
@@ -114,37 +130,55 @@ def _factors(arms: dict[str, Arm], qkv: str, own_ablations: set[str]) -> Iterato
         finished = {name: median(list(arm.values.values())) for name, arm in baselines.items() if arm.values}
         if finished:
             best = max(sorted(finished), key=finished.__getitem__)
-            without = "; ".join(f"without {arm.reason}" for arm in baselines.values() if arm.reason)
+            without = [f"without {arm.reason}" for arm in baselines.values() if arm.reason]
             yield "speedup", _ratios(arms, SYSTEM, best, without)
-            yield BEST, _ratios(arms, best, SEQUENTIAL, f"best baseline: {best}")
+            yield "baseline", _ratios(arms, BASE, best, without)
         else:
-            for factor, over in (("speedup", A_BASELINE), (BEST, SEQUENTIAL)):
-                yield factor, Ratios(over, [], "no baseline finished")
-        for factor, (above, below) in PARTS.items():
-            yield factor, _ratios(arms, above, below)
-    else:
-        yield "kernels", _ratios(arms, *PARTS["kernels"])
+            for factor in ("speedup", "baseline"):
+                yield factor, Ratios(A_BASELINE, [], "no baseline finished")
+        by_one = next((name for name in BY_ONE if name in arms), BY_ONE[0])
+        remarks = [] if by_one == BY_ONE[0] else [f"{EXECUTOR}: {by_one}, as {BY_ONE[0]} has no cell"]
+        yield "schedule", _ratios(arms, TURNS, by_one, remarks)
+        remarks = ["derived: schedule_and_packing over schedule", *remarks]
+        packing = _ratios(arms, OURS_UNFUSED, BASE, remarks, divided_by=(TURNS, by_one))
+        yield "packing", packing._replace(over="schedule")
+        yield "schedule_and_packing", _ratios(arms, OURS_UNFUSED, BASE)
+        yield "product", _ratios(arms, SYSTEM, BASE)
+        yield "padding", _ratios(arms, "mlora-packed", "mlora")
+    yield "kernels", _ratios(arms, SYSTEM, OURS_UNFUSED)
     for corner, system in CORNERS.items():
-        yield corner, _ratios(arms, system, SEQUENTIAL)
+        yield corner, _ratios(arms, system, BASE)
 
 
-def _ratios(arms: dict[str, Arm], above: str, below: str, note: str = "") -> Ratios:
-    pair = [arms.get(name, Arm({}, f"{name}: no such cell")) for name in (above, below)]
-    reasons = [arm.reason for arm in pair if arm.reason]
+def _ratios(
+    arms: dict[str, Arm],
+    above: str,
+    below: str,
+    remarks: Sequence[str] = (),
+    divided_by: tuple[str, str] | tuple[()] = (),
+) -> Ratios:
+    """The ratios of two systems, divided by those of two others if there are such."""
+    names = (above, below, *divided_by)
+    taken = [arms.get(name, Arm({}, f"{name}: no such cell")) for name in names]
+    reasons = [arm.reason for arm in taken if arm.reason]
     if reasons:
         return Ratios(below, [], "; ".join(dict.fromkeys(reasons)))
-    first, second = pair
-    repeats = sorted(set(first.values) & set(second.values))
+    repeats = sorted(set.intersection(*(set(arm.values) for arm in taken)))
     if not repeats:
-        return Ratios(below, [], f"{above} and {below}: no repeat in common")
-    notes = [note] if note else []
+        return Ratios(below, [], f"{' and '.join(names)}: no repeat in common")
+    notes = list(remarks)
     if above == below:
         notes.append("1 by definition")
-    if set(first.values) != set(second.values):
-        notes.append(f"only repeats {', '.join(map(str, repeats))} are in both")
-    if first.capacity != second.capacity:
-        notes.append(f"{CAPACITY} {first.capacity} over {second.capacity}")
-    return Ratios(below, [first.values[repeat] / second.values[repeat] for repeat in repeats], "; ".join(notes))
+    if any(set(arm.values) != set(repeats) for arm in taken):
+        notes.append(f"only repeats {', '.join(map(str, repeats))} are in {'all' if divided_by else 'both'}")
+    pairs = list(zip(taken[::2], taken[1::2], strict=True))
+    if len({arm.capacity for arm in taken}) > 1:
+        notes.append(f"{CAPACITY} {', divided by '.join(f'{one.capacity} over {two.capacity}' for one, two in pairs)}")
+    values = []
+    for repeat in repeats:
+        ratio, *divisor = [one.values[repeat] / two.values[repeat] for one, two in pairs]
+        values.append(ratio / math.prod(divisor))
+    return Ratios(below, values, "; ".join(notes))
 
 
 def _row(place: tuple, factor: str, ratios: Ratios) -> dict:
@@ -172,7 +206,7 @@ def _over_all(found: dict[tuple, dict[str, Ratios]]) -> Iterator[dict]:
 
 def _mean_row(place: tuple, factor: str, parts: dict[str, Ratios]) -> dict:
     overs = list(dict.fromkeys(ratios.over for ratios in parts.values()))
-    over = overs[0] if len(overs) == 1 else A_BASELINE
+    over = A_BASELINE if factor in ("speedup", "baseline") and len(overs) > 1 else " or ".join(overs)
     reasons = {name: ratios.note for name, ratios in parts.items() if not ratios.values}
     if reasons:
         same = len(reasons) == len(parts) and len(set(reasons.values())) == 1
@@ -190,11 +224,10 @@ def _mean_row(place: tuple, factor: str, parts: dict[str, Ratios]) -> dict:
         notes = [f"no 95 % interval from {len(values)} ratios, it takes {fewest()}"]
     if len(overs) > 1:
         notes += [f"{name}: over {ratios.over}" for name, ratios in parts.items()]
-    remarks = {name: ratios.note for name, ratios in parts.items() if ratios.note}
-    if len(remarks) == len(parts) and len(set(remarks.values())) == 1:
-        notes += set(remarks.values())
-    else:
-        notes += [f"{name}: {remark}" for name, remark in remarks.items()]
+    remarks = {name: [remark for remark in ratios.note.split("; ") if remark] for name, ratios in parts.items()}
+    first, *others = remarks.values()
+    notes += (of_all := [remark for remark in first if all(remark in of_other for of_other in others)])
+    notes += [f"{name}: {remark}" for name, own in remarks.items() for remark in own if remark not in of_all]
     return row | {"note": "; ".join(notes)}
 
 

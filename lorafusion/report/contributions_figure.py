@@ -1,5 +1,5 @@
-"""The figure of `contributions`: how schedule, packing and kernels lead from Megatron to lorafusion, and every
-combination of LoRA operation and order, as PDF, PNG and the CSV that it is drawn from."""
+"""The figure of `contributions`: how schedule, packing and kernels lead from unfused-sequential to lorafusion, and
+every combination of LoRA operation and order, as PDF, PNG and the CSV that it is drawn from."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from lorafusion.measure.table import MeasurementError
 from lorafusion.report import style
 from lorafusion.report.contributions import (
+    A_BASELINE,
     ALL,
-    BEST,
+    BASE,
+    BY_ONE,
     CAPACITY,
     COLUMNS,
     CORNERS,
-    REQUIRED,
-    SEQUENTIAL,
+    EXECUTOR,
+    OURS_UNFUSED,
     contributions,
+    lacking,
     measured,
 )
-from lorafusion.report.figures import WINDOW_TITLES, written
+from lorafusion.report.figures import WINDOW_TITLES, device_count, written
 from lorafusion.report.throughput import SYSTEM
 
 DATA = [*COLUMNS, "device", "origin"]
@@ -39,17 +42,22 @@ LOOKS = {
     "kernels": style.Look("#D55E00", "...."),
     "speedup": style.SYSTEMS[SYSTEM],
 }
-# The parts from top to bottom, each with the factors over SEQUENTIAL at which it begins and ends; None is SEQUENTIAL.
-LANES: dict[str, tuple[str | None, str]] = {
-    "schedule": (None, "schedule"),
-    "packing": ("schedule", "unfused-ours"),
-    "kernels": ("unfused-ours", "product"),
-    "speedup": (BEST, "product"),
+# The parts from top to bottom, each with the places (`_places`) at which it begins and ends.
+LANES = {
+    "schedule": (BASE, "schedule"),
+    "packing": ("schedule", OURS_UNFUSED),
+    "kernels": (OURS_UNFUSED, SYSTEM),
+    "speedup": (A_BASELINE, SYSTEM),
 }
 ORDERS = {"sequential": "sequential", "mlora": "mLoRA's\norder", "ours": "our\norder"}
 OPERATIONS = {"unfused": "#BBBBBB", "fused": style.SYSTEMS[SYSTEM].colour}
 MERGED_HATCH = "////"
 FAILED = "#B00000"
+# The mark at a part's number, and what it says, where the part's note has the remark.
+MARKS = {
+    CAPACITY: ("*", "also at another capacity, each tuned for its system"),
+    EXECUTOR: ("†", f"order over {BY_ONE[1]}, another executor, as {BY_ONE[0]} has no cell"),
+}
 LANE, GAP = 0.098, 0.85  # inches; between the lanes of two workloads, in lanes
 LEFT, RIGHT = 3.1, 1.75  # inches of the two panels, about, for what must fit beside a bar
 LETTER = 0.6 * style.SMALL / 72  # inches of a letter in small print, about
@@ -71,11 +79,11 @@ def contributions_data(table: pd.DataFrame, model: str) -> pd.DataFrame:
     runs = measured(of_model)
     separate = runs[runs["qkv"] == "separate"]
     present = {gpus: set(systems) for gpus, systems in separate.groupby("gpus")["system"]}
-    complete = [gpus for gpus, systems in present.items() if set(REQUIRED) <= systems]
+    complete = [gpus for gpus, systems in present.items() if not lacking(systems)]
     if not complete:
-        found = set().union(*present.values())
-        missing = ", ".join(name for name in REQUIRED if name not in found) or "one number of GPUs with all"
-        raise MeasurementError(f"contributions of model {model!r}: takes {', '.join(REQUIRED)}; no cells of {missing}")
+        missing = ", ".join(lacking(set().union(*present.values()))) or "one number of GPUs with all"
+        needed = ", ".join(lacking(()))
+        raise MeasurementError(f"contributions of model {model!r}: takes {needed}; no cells of {missing}")
     rows = contributions(of_model)
     return rows[rows["gpus"].isin(complete)].assign(**_origin(runs)).reset_index(drop=True)[DATA]
 
@@ -100,6 +108,7 @@ def draw(data: pd.DataFrame) -> Figure:
     panels = [(*place, panel) for place, panel in data.groupby(["gpus", "window"], sort=False)]
     heights = [_height(panel) for _, _, panel in panels]
     limits = [_limits(data, LEFT), _corner_limits(data, RIGHT)]
+    on_cpu = "CPU" in data["device"][0]
     with matplotlib.rc_context(style.PARAMETERS):
         figure = Figure(figsize=(style.TEXT_WIDTH, 1.2 + sum(heights) + 0.2 * len(heights)), layout="constrained")
         axes = figure.subplots(
@@ -112,17 +121,19 @@ def draw(data: pd.DataFrame) -> Figure:
             _draw_corners(corners, panel[panel["workload"] == workloads[-1]])
             average = "geometric mean of the workloads" if workloads[-1] == ALL else workloads[-1]
             if average != title:
-                corners.set_title(f"over unfused sequential,\n{average}")
+                corners.set_title(f"over {BASE},\n{average}")
                 title = average
-            name = WINDOW_TITLES[window] + (f", {gpus} GPUs" if data["gpus"].nunique() > 1 else "")
+            name = WINDOW_TITLES[window]
+            if data["gpus"].nunique() > 1:
+                name += f", {device_count(gpus, on_cpu)}"
             corners.text(1.02, 0.5, name, transform=corners.transAxes, rotation=270, va="center")
-        axes[0][0].set(xscale="log", xlim=limits[0], title=f"from {SEQUENTIAL} (1) to {SYSTEM}")
+        axes[0][0].set(xscale="log", xlim=limits[0], title=f"from {BASE} (1) to {SYSTEM}")
         axes[0][1].set(xlim=limits[1])
         for ax, (low, high) in zip(axes[-1], limits, strict=True):
             ax.xaxis.set_major_locator(FixedLocator(_ticks(low, high, logarithmic=ax is axes[-1][0])))
             ax.xaxis.set_minor_locator(NullLocator())
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        cpu = f" ({style.CPU_WARNING})" if "CPU" in data["device"][0] else ""
+        cpu = f" ({style.CPU_WARNING})" if on_cpu else ""
         title = f"{data['model'][0]}: what the parts of {SYSTEM} add{cpu}"
         handles = _handles("merged" in set(data["qkv"]))
         figure.legend(handles=handles, loc="outside upper center", ncols=4, title=title)
@@ -144,21 +155,20 @@ def _height(panel: pd.DataFrame) -> float:
 def _draw_parts(ax: Axes, panel: pd.DataFrame, workloads: list[str]) -> None:
     """For each workload the parts below each other, each from where the one above ends."""
     factors = panel.set_index(PLACE)
+    places = {workload: _places(factors.loc[workload, "value"]) for workload in workloads}
     ax.axvline(1, color="0.3", linewidth=0.6, zorder=1)
     for index, workload in enumerate(workloads):
         top = index * (len(LANES) + GAP)
-        ends = {name: factors["value"].get((workload, name)) for name in ("schedule", "unfused-ours", "product", BEST)}
-        for lane, (factor, (begin, end)) in enumerate(LANES.items()):
-            row = factors.loc[(workload, factor)]
-            start = 1.0 if begin is None else ends[begin]
+        for lane, (factor, ends) in enumerate(LANES.items()):
+            row, (start, end) = factors.loc[(workload, factor)], [places[workload][name] for name in ends]
             text = _text(factor, row)
-            if pd.isna(row["value"]) or pd.isna(start) or pd.isna(ends[end]):
+            if pd.isna(row["value"]) or pd.isna(start):
                 colour = FAILED if pd.isna(row["value"]) else LOOKS[factor].colour if factor == "speedup" else "black"
                 _write(ax, 1, top + lane, _without_place(text, row), color=colour)
                 continue
             _draw_bar(ax, top + lane, start, row, LOOKS[factor], text, bold=factor == "speedup")
-            if lane < 2:
-                ax.plot([ends[end]] * 2, [top + lane, top + lane + 1], color="0.3", linewidth=0.5, zorder=1)
+            if lane < 2 and not pd.isna(factors.loc[(workload, list(LANES)[lane + 1])]["value"]):
+                ax.plot([end] * 2, [top + lane, top + lane + 1], color="0.3", linewidth=0.5, zorder=1)
         if index:
             ax.axhline(top - (1 + GAP) / 2, color="0.8", linewidth=0.5)
     centres = [index * (len(LANES) + GAP) + (len(LANES) - 1) / 2 for index in range(len(workloads))]
@@ -170,6 +180,17 @@ def _draw_parts(ax: Axes, panel: pd.DataFrame, workloads: list[str]) -> None:
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=True, axis="x")
     ax.grid(visible=False, axis="y")
+
+
+def _places(values: pd.Series) -> dict[str, float]:
+    """Where on the axis the parts of a workload begin and end, from its factors; NaN where that is not known."""
+    return {
+        BASE: 1.0,
+        "schedule": values["schedule"],
+        OURS_UNFUSED: values["schedule_and_packing"],
+        SYSTEM: values["product"],
+        A_BASELINE: 1 / values["baseline"],
+    }
 
 
 def _draw_bar(
@@ -216,26 +237,29 @@ def _draw_corners(ax: Axes, panel: pd.DataFrame) -> None:
 
 
 def _write(ax: Axes, x: float, y: float, text: str, **look: Any) -> None:
+    """Text beside a bar, also across the line at 1."""
     look = {"fontsize": style.SMALL, "va": "center_baseline", "zorder": 4} | look
-    ax.annotate(text, (x, y), (2.5, 0), textcoords="offset points", **look)
+    background = {"facecolor": "white", "edgecolor": "none", "pad": 0}
+    ax.annotate(text, (x, y), (2.5, 0), textcoords="offset points", bbox=background, **look)
 
 
 def _text(factor: str, row: pd.Series) -> str:
     """A factor's number; that of the speedup over all workloads with its interval."""
     if factor != "speedup":
-        return f"×{row['value']:.2f}{'*' if _unlike(row) else ''}"
+        return f"×{row['value']:.2f}{''.join(mark for mark, _ in _marks(row))}"
     bounds = f" [{row['low']:.2f}, {row['high']:.2f}]" if row["bounds"] == "interval" else ""
     return f"{row['value']:.2f}×{bounds}"
 
 
-def _unlike(row: pd.Series) -> bool:
-    """Do the two systems of a part also differ in the tokens that a microbatch may hold?"""
-    return CAPACITY in ("" if pd.isna(row["note"]) else row["note"])
+def _marks(row: pd.Series) -> list[tuple[str, str]]:
+    """In what else the systems of a part differ: marks, and what they say."""
+    note = "" if pd.isna(row["note"]) else row["note"]
+    return [mark for remark, mark in MARKS.items() if remark in note]
 
 
 def _without_place(text: str, row: pd.Series) -> str:
     """What stands in a lane without a bar: why there is no number, or the number that has nothing to begin at."""
-    return _short(row["note"]) if pd.isna(row["value"]) else f"{text} (no {SEQUENTIAL} to begin at)"
+    return _short(row["note"]) if pd.isna(row["value"]) else f"{text} (no {BASE})"
 
 
 def _short(note: str) -> str:
@@ -254,17 +278,19 @@ def _fill(look: style.Look) -> dict[str, Any]:
 
 def _limits(data: pd.DataFrame, inches: float) -> tuple[float, float]:
     """The ends of the logarithmic axis of the parts, with room for the numbers beside the bars."""
-    rows = data[data["qkv"] == "separate"].set_index(["gpus", "window", *PLACE])
-    values, low, reaches = rows["value"], 1.0, [(1.0, 4)]
-    for place in dict.fromkeys(key[:3] for key in rows.index):
+    rows = data[data["qkv"] == "separate"]
+    low, reaches = 1.0, [(1.0, 4)]
+    for _, of_workload in rows.groupby(["gpus", "window", "workload"], sort=False):
+        factors = of_workload.set_index("factor")
+        places = _places(factors["value"])
         for factor, (begin, _) in LANES.items():
-            start, row = 1.0 if begin is None else values[(*place, begin)], rows.loc[(*place, factor)]
+            start, row = places[begin], factors.loc[factor]
             if pd.isna(row["value"]) or pd.isna(start):
                 reaches.append((1.0, len(_without_place(_text(factor, row), row))))
                 continue
             ends = [start * end for end in (1, *row[["value", "low", "high"]].dropna())]
             low = min(low, *ends)
-            reaches.append((max(ends), len(_text(factor, row)) + 1))
+            reaches.append((max(ends), len(_text(factor, row)) + 2))
     low /= 1.02
     spans = [math.log(end / low) / max(0.2, 1 - letters * LETTER / inches) for end, letters in reaches]
     return low, low * math.exp(max(spans))
@@ -282,6 +308,8 @@ def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
     if not logarithmic:
         step = next(step for step in (0.25, 0.5, 1, 2, 5, 10, 50) if high / step <= 6 or step == 50)
         return [index * step for index in range(int(high / step) + 1)]
+    if high / low < 1.8:
+        return [tenth / 10 for tenth in range(math.ceil(10 * low), int(10 * high) + 1)]
     out: list[float] = []
     for tick in TICKS:
         if low <= tick <= high and (not out or math.log(tick / out[-1]) > math.log(high / low) / 9):
@@ -303,6 +331,7 @@ def _footer(data: pd.DataFrame) -> str:
     bars = "bars: geometric mean of the repeats' ratios; whiskers: their range"
     if (data["bounds"] == "interval").any():
         bars += f"; of {ALL}, in [ ]: 95 % interval of the median ratio"
-    if any(_unlike(row) for _, row in data[data["factor"].isin(LANES) & (data["factor"] != "speedup")].iterrows()):
-        bars += "\n*: also at another capacity, each tuned for its system"
+    parts = data[data["factor"].isin(LANES) & (data["factor"] != "speedup") & data["value"].notna()]
+    marks = dict(mark for _, row in parts.iterrows() for mark in _marks(row))
+    bars += "".join(f"\n{mark}: {meaning}" for mark, meaning in sorted(marks.items()))
     return f"{data['origin'][0]}\n{bars}"

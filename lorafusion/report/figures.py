@@ -122,7 +122,7 @@ def draw_end_to_end(data: pd.DataFrame, footer: str | None = None) -> Figure:
             row[0].set_ylabel("tokens/s")
             row[-1].text(1.01, 0.5, WINDOW_TITLES[window], transform=row[-1].transAxes, rotation=270, va="center")
         for ax, gpus in zip(axes[0], columns, strict=True):
-            ax.set_title(_device_count(gpus, cpu))
+            ax.set_title(device_count(gpus, cpu))
         if _names_collide(columns.values(), spaces):
             for ax in axes[-1]:
                 ax.tick_params(axis="x", labelrotation=30)
@@ -290,7 +290,7 @@ def _on_cpu(data: pd.DataFrame) -> bool:
     return bool(measured["gpu_name"].isna().any())
 
 
-def _device_count(count: int, cpu: bool) -> str:
+def device_count(count: int, cpu: bool) -> str:
     name = ("process" if count == 1 else "processes") if cpu else ("GPU" if count == 1 else "GPUs")
     return f"{count} {name}"
 

@@ -68,6 +68,7 @@ SYSTEMS = {
     "mlora-packed": Look("#BF7A00", "xxxx"),
     "mlora-paper-setting": Look("#7A4E00", ""),
     "unsloth": Look("#A3333D", "----"),
+    "unfused-sequential": Look("#AD628C", "xxxx"),
     "fused-sequential": Look("#DDA6C4", "////"),
     "fused-mlora": Look("#CC79A7", "...."),
     "unfused-ours": Look("#8C4A70", ""),

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lorafusion.benchmarks.training_profile import COLUMNS, ORDER
+from lorafusion.measure.profiler import COLUMNS, ORDER
 from lorafusion.measure.table import MeasurementError
 from lorafusion.report import style
 from lorafusion.report.figures import read_data, written

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from lorafusion.measure import profiler
 from lorafusion.plan import Plan, check
 from lorafusion.runtime.spec import RunSpec
 from lorafusion.runtime.training import TrainingRun
@@ -46,14 +47,12 @@ def try_plans(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], 
 def profile(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], object]) -> list[dict[str, object]]:
     """What this process's GPU does while the beginning of the spec's only trial is run: rows of a class of kernels,
     with milliseconds and kernels for 1000 real tokens."""
-    from lorafusion.benchmarks import training_profile
-
     part = Workload.read(spec.part)
     plan = _read(spec.trials[0].part, part)
     run.again(part, plan).warm_up()
-    spans = training_profile.trace(lambda: execute(run.again(part, plan)))
-    print(*training_profile.unknown_kernels(spans), sep="\n", flush=True)
-    parts = training_profile.breakdown(spans, 1)
+    spans = profiler.trace(lambda: execute(run.again(part, plan)))
+    print(*profiler.unknown_kernels(spans), sep="\n", flush=True)
+    parts = profiler.breakdown(spans, 1)
     scale = 1000 / plan.statistics.tokens
     total = sum(one.milliseconds for one in parts.values())
     return [

@@ -11,13 +11,13 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from lorafusion.benchmarks import training, training_profile, training_suite
+from lorafusion.benchmarks import training, training_suite
 from lorafusion.benchmarks.training import Arms, Shared, Trainer
-from lorafusion.benchmarks.training_profile import IDLE, Span, breakdown, busy_share, class_of
 from lorafusion.benchmarks.training_suite import Arm, Bench, read_training_suite, workload_and_plan
 from lorafusion.cli_training import training_app
 from lorafusion.errors import UserError
-from lorafusion.measure import table
+from lorafusion.measure import profiler, table
+from lorafusion.measure.profiler import IDLE, Span, breakdown, busy_share, class_of
 from lorafusion.measure.table import MeasurementError
 from lorafusion.report import training_figures
 from lorafusion.runtime.board import Position
@@ -204,9 +204,7 @@ def test_parts_add_up_to_the_time_from_the_first_kernel_to_the_last():
     assert {name: part.milliseconds for name, part in parts.items()} == {"GEMM": 2, "LoRA": 1, "copies": 0.5, IDLE: 1.5}
     assert (parts["LoRA"].kernels, parts[IDLE].kernels) == (1, 0)
     assert busy_share(parts) == pytest.approx(0.7)
-    assert training_profile.unknown_kernels([*spans, Span("new", 0, ms), Span("new", 0, ms)]) == [
-        "no class: 2.000 ms of new"
-    ]
+    assert profiler.unknown_kernels([*spans, Span("new", 0, ms), Span("new", 0, ms)]) == ["no class: 2.000 ms of new"]
 
 
 def test_only_the_devices_work_is_taken_from_a_trace():
@@ -222,7 +220,7 @@ def test_only_the_devices_work_is_taken_from_a_trace():
     cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
     events = [event("cudaLaunchKernel", cpu), event("nvjet", cuda), event("Optimizer.step#AdamW.step", cuda, True),
               event("Stream Sync", cuda)]  # fmt: skip
-    assert training_profile.device_spans(events) == [Span("nvjet", 5, 12)]
+    assert profiler.device_spans(events) == [Span("nvjet", 5, 12)]
 
 
 def test_a_profile_is_drawn_by_implementation_and_before_and_after(suite, tmp_path):
@@ -233,10 +231,10 @@ def test_a_profile_is_drawn_by_implementation_and_before_and_after(suite, tmp_pa
         rows = [
             one
             for arm in (FROZEN, Arm(implementation="fused-multi", adapters=4))
-            for one in training_profile.csv_rows(parts, **identity, **arm.model_dump())
+            for one in profiler.csv_rows(parts, **identity, **arm.model_dump())
         ]
         paths.append(tmp_path / f"{commit[0]}.csv")
-        paths[-1].write_text(training_profile.csv_text(rows))
+        paths[-1].write_text(profiler.csv_text(rows))
     one = pd.read_csv(training_figures.training_profile([paths[0], paths[0]], tmp_path / "one")[2])
     assert list(one["variant"].unique()) == ["frozen", "fused-multi, 4 adapters"]
     assert list(one["milliseconds"][:3]) == [1, 1, 1]

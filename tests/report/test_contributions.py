@@ -20,17 +20,18 @@ from lorafusion.measure import table as measurements
 from lorafusion.measure.table import MeasurementError
 from lorafusion.report import contributions_figure as figure_of
 from lorafusion.report import figures, style
-from lorafusion.report.contributions import COLUMNS, CORNERS, FACTORS, OF_MERGED, contributions
+from lorafusion.report.contributions import COLUMNS, CORNERS, FACTORS, OF_MERGED, contributions, lacking
 
-# tokens/s: schedule 5/4, packing 6/5, kernels 3/2, product 9/4; mlora-packed is the best baseline: 13/8 and 18/13.
+# tokens/s: schedule 500/400, schedule and packing 600/320, kernels 900/600; mlora-packed is the best baseline, 900/650.
 SPEEDS = {
     "peft": 300.0,
-    "peft-bf16": 350.0,
+    "peft-bf16": 400.0,
     "megatron-fsdp": 380.0,
-    "megatron-pp": 400.0,
+    "megatron-pp": 450.0,
     "mlora": 520.0,
     "mlora-packed": 650.0,
     "mlora-paper-setting": 500.0,
+    "unfused-sequential": 320.0,
     "fused-sequential": 440.0,
     "fused-mlora": 800.0,
     "unfused-ours": 600.0,
@@ -80,23 +81,36 @@ def test_the_factors_are_those_worked_out_by_hand(measure, factors):
     assert rows["value"].to_dict() == pytest.approx(
         {
             "speedup": 18 / 13,
-            "best_over_megatron-pp": 13 / 8,
+            "baseline": 32 / 65,
             "schedule": 5 / 4,
-            "packing": 6 / 5,
+            "packing": 3 / 2,
+            "schedule_and_packing": 15 / 8,
             "kernels": 3 / 2,
-            "product": 9 / 4,
+            "product": 45 / 16,
             "padding": 5 / 4,
             "unfused-sequential": 1,
-            "fused-sequential": 11 / 10,
-            "unfused-mlora": 13 / 8,
-            "fused-mlora": 2,
-            "unfused-ours": 3 / 2,
-            "fused-ours": 9 / 4,
+            "fused-sequential": 11 / 8,
+            "unfused-mlora": 65 / 32,
+            "fused-mlora": 5 / 2,
+            "unfused-ours": 15 / 8,
+            "fused-ours": 45 / 16,
         }
     )
-    assert rows["over"].to_dict()["speedup"] == "mlora-packed"
-    assert rows["over"].to_dict()["kernels"] == "unfused-ours"
-    assert rows.loc["best_over_megatron-pp", "note"] == "best baseline: mlora-packed"
+    assert rows["over"].to_dict() == {
+        "speedup": "mlora-packed",
+        "baseline": "mlora-packed",
+        "schedule": "peft-bf16",
+        "packing": "schedule",
+        "schedule_and_packing": "unfused-sequential",
+        "kernels": "unfused-ours",
+        "product": "unfused-sequential",
+        "padding": "mlora",
+    } | dict.fromkeys(CORNERS, "unfused-sequential")
+    notes = rows["note"].dropna().to_dict()
+    assert notes == {
+        "packing": "derived: schedule_and_packing over schedule",
+        "unfused-sequential": "1 by definition",
+    }
 
 
 def test_ratios_are_paired_by_repeat_and_have_a_range(measure, factors):
@@ -121,7 +135,57 @@ def test_the_parts_multiply_to_the_whole_in_every_row(measure, factors):
     assert len(values) == 6
     parts = values["schedule"] * values["packing"] * values["kernels"]
     assert parts.to_dict() == pytest.approx(values["product"].to_dict())
-    assert (values["speedup"] * values["best_over_megatron-pp"]).to_dict() == pytest.approx(values["product"].to_dict())
+    assert (values["baseline"] * values["product"]).to_dict() == pytest.approx(values["speedup"].to_dict())
+    together = values["schedule"] * values["packing"]
+    assert together.to_dict() == pytest.approx(values["schedule_and_packing"].to_dict())
+
+
+def test_packing_is_paired_by_the_repeats_of_four_systems(measure, factors):
+    """(600/320) / (500/400) = 3/2 in the first repeat; in the others two systems are slower, on either side."""
+    slower = {"mlora-paper-setting": (1.0, 0.5, 1.0), "unfused-sequential": (1.0, 1.0, 0.75)}
+    runs = [
+        run for name, speed in SPEEDS.items() for run in measure({name: speed}, drift=slower.get(name, (1.0, 1.0, 1.0)))
+    ]
+    packing = factors(runs).loc[("xsum", "packing")]
+    assert (packing["low"], packing["high"], packing["n"]) == pytest.approx((3 / 2, 3, 3))
+    assert packing["value"] == pytest.approx((3 / 2 * 3 * 2) ** (1 / 3))
+    short = {"peft-bf16": (1.0, 1.0)}
+    runs = [
+        run for name, speed in SPEEDS.items() for run in measure({name: speed}, drift=short.get(name, (1.0, 1.0, 1.0)))
+    ]
+    packing = factors(runs).loc[("xsum", "packing")]
+    assert packing["n"] == 2
+    assert packing["note"].endswith("; only repeats 1, 2 are in all")
+
+
+def test_megatron_stands_in_where_peft_has_no_cell(measure, factors):
+    """500/450 in place of 500/400; the product is the same, so packing is (600/320) / (500/450)."""
+    speeds = {name: speed for name, speed in SPEEDS.items() if not name.startswith("peft")}
+    rows = factors(measure(speeds, gpus=2)).loc["xsum"]
+    assert rows["value"]["schedule"] == pytest.approx(10 / 9)
+    assert rows["value"]["packing"] == pytest.approx(27 / 16)
+    assert rows["value"]["product"] == pytest.approx(45 / 16)
+    assert rows.loc["schedule", "over"] == "megatron-pp"
+    remark = "another executor: megatron-pp, as peft-bf16 has no cell"
+    assert rows.loc["schedule", "note"] == remark
+    assert rows.loc["packing", "note"] == f"derived: schedule_and_packing over schedule; {remark}"
+    both = factors(measure() + measure(speeds, ["mixed"]))
+    assert both.loc[("all", "schedule"), "over"] == "peft-bf16 or megatron-pp"
+    assert f"mixed: {remark}" in both.loc[("all", "packing"), "note"]
+    assert "; derived: schedule_and_packing over schedule;" in both.loc[("all", "packing"), "note"]
+
+
+def test_a_peft_that_failed_is_a_reason_and_not_replaced(measure, factors):
+    rows = factors(measure(failed={("xsum", "peft-bf16", 1): "oom"})).loc["xsum"]
+    assert set(rows.loc[["schedule", "packing"], "note"]) == {"peft-bf16: OOM (1 of 3 repeats)"}
+    assert rows.loc[["schedule", "packing"], "value"].isna().all()
+    assert rows.loc["schedule_and_packing", "value"] == pytest.approx(15 / 8)
+
+
+def test_the_systems_that_the_parts_cannot_do_without():
+    assert lacking(SPEEDS) == lacking(set(SPEEDS) - {"peft-bf16"}) == lacking(set(SPEEDS) - {"megatron-pp"}) == []
+    assert lacking(set(SPEEDS) - {"peft-bf16", "megatron-pp"}) == ["peft-bf16 or megatron-pp"]
+    assert lacking(["lorafusion", "megatron-pp", "unfused-ours"]) == ["unfused-sequential", "mlora-paper-setting"]
 
 
 def test_over_all_workloads_are_the_geometric_mean_and_an_interval_of_the_median(measure, factors):
@@ -164,8 +228,9 @@ def test_merged_cells_have_their_own_corners_over_their_own_first(measure, facto
     runs = measure() + measure(MERGED, qkv="/qkv~merged")
     merged = factors(runs, qkv="merged").loc["xsum"]
     assert sorted(merged.index) == sorted(OF_MERGED)
-    assert merged["value"]["fused-ours"] == pytest.approx(2.5)
-    assert merged["value"]["unfused-ours"] == pytest.approx(1.5)
+    assert merged["value"]["fused-ours"] == pytest.approx(2000 / 640)
+    assert merged["value"]["unfused-ours"] == pytest.approx(15 / 8)
+    assert merged["value"]["unfused-sequential"] == 1
     pd.testing.assert_frame_equal(factors(runs), factors(measure()))
 
 
@@ -192,7 +257,8 @@ def test_a_failure_in_one_workload_leaves_no_number_over_all(measure, factors):
     rows = factors(measure(workloads=["xsum", "mixed"], failed={("mixed", "unfused-ours", 1): "timeout"}))
     assert pd.isna(rows.loc[("all", "packing"), "value"])
     assert rows.loc[("all", "packing"), "note"] == "mixed: unfused-ours: timeout (1 of 3 repeats)"
-    assert rows.loc[("all", "product"), "value"] == pytest.approx(9 / 4)
+    assert rows.loc[("all", "schedule"), "value"] == pytest.approx(5 / 4)
+    assert rows.loc[("all", "product"), "value"] == pytest.approx(45 / 16)
 
 
 def test_missing_and_skipped_systems_are_reasons(measure, factors):
@@ -201,7 +267,7 @@ def test_missing_and_skipped_systems_are_reasons(measure, factors):
     rows = factors(measure(speeds, failed=skipped)).loc["xsum"]
     assert rows.loc["kernels", "note"] == "unfused-ours: no such cell"
     assert rows.loc["padding", "note"] == "mlora: skipped"
-    assert rows.loc["kernels":"packing", "value"].isna().all()
+    assert rows.loc[["kernels", "packing", "schedule_and_packing"], "value"].isna().all()
     only = factors(measure({"lorafusion": 900.0})).loc["xsum"]
     assert only.loc["speedup", "note"] == "no baseline finished"
     assert only["value"].isna().all()
@@ -220,6 +286,14 @@ def test_a_part_between_two_capacities_says_so(measure, factors):
     rows = factors(measure(others, capacity=4096) + measure({"lorafusion": 900.0}, capacity=8192)).loc["xsum"]
     assert rows.loc["kernels", "note"] == "capacity 8192 over 4096"
     assert pd.isna(rows.loc["schedule", "note"])
+
+
+def test_packing_says_where_any_of_its_four_systems_has_another_capacity(measure, factors):
+    others = {name: speed for name, speed in SPEEDS.items() if name != "peft-bf16"}
+    rows = factors(measure(others, capacity=8192) + measure({"peft-bf16": 400.0}, capacity=4096)).loc["xsum"]
+    assert rows.loc["schedule", "note"] == "capacity 8192 over 4096"
+    assert rows.loc["packing", "note"].endswith("; capacity 8192 over 8192, divided by 8192 over 4096")
+    assert pd.isna(rows.loc["schedule_and_packing", "note"])
 
 
 def test_two_cells_for_one_place_are_refused(measure, make_table):
@@ -268,12 +342,14 @@ def test_the_csv_alone_redraws_the_figure_and_equal_tables_give_equal_bytes(whol
     assert "1.38×" in text
 
 
-def test_bars_lead_from_megatron_to_lorafusion(measure, make_table):
+def test_bars_lead_from_unfused_sequential_to_lorafusion(measure, make_table):
     _, (parts, corners, *_) = drawn(make_table(measure()))
     spans = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in parts.patches]
-    assert spans == [pytest.approx(span) for span in [(1, 1.25), (1.25, 1.5), (1.5, 2.25), (1.625, 2.25)]]
-    assert texts(parts) == ["×1.25", "×1.20", "×1.50", "1.38×"]
-    assert [bar.get_width() for bar in corners.patches] == pytest.approx([1, 1.1, 1.625, 2, 1.5, 2.25])
+    ends = [(1, 5 / 4), (5 / 4, 15 / 8), (15 / 8, 45 / 16), (65 / 32, 45 / 16)]
+    assert spans == [pytest.approx(span) for span in ends]
+    assert texts(parts) == ["×1.25", "×1.50", "×1.50", "1.38×"]
+    assert [bar.get_width() for bar in corners.patches] == pytest.approx([1, 11 / 8, 65 / 32, 5 / 2, 15 / 8, 45 / 16])
+    assert parts.get_title() == "from unfused-sequential (1) to lorafusion"
     assert parts.get_yticklabels()[0].get_text() == "xsum\nvs. mlora-packed"
 
 
@@ -304,20 +380,44 @@ def test_the_speedup_over_all_has_its_interval_and_other_capacities_a_star(whole
 def test_parts_between_two_capacities_have_a_star(measure, make_table):
     others = {name: speed for name, speed in SPEEDS.items() if name != "lorafusion"}
     figure, (parts, *_) = drawn(make_table(measure(others, capacity=4096) + measure({"lorafusion": 900.0})))
-    assert texts(parts) == ["×1.25", "×1.20", "×1.50*", "1.38×"]
+    assert texts(parts) == ["×1.25", "×1.50", "×1.50*", "1.38×"]
     assert "*: also at another capacity" in figure.get_supxlabel()
 
 
+def test_parts_with_another_executor_have_a_dagger(measure, make_table):
+    speeds = {name: speed for name, speed in SPEEDS.items() if not name.startswith("peft")}
+    figure, (parts, *_) = drawn(make_table(measure(speeds, gpus=2)))
+    assert texts(parts) == ["×1.11†", "×1.69†", "×1.50", "1.38×"]
+    assert "†: order over megatron-pp, another executor, as peft-bf16 has no cell" in figure.get_supxlabel()
+    assert "*" not in figure.get_supxlabel()
+
+
+@pytest.mark.parametrize("base", [320.0, 650.0, 850.0])
+def test_ticks_are_at_least_three_and_apart(measure, make_table, base):
+    figure, axes = drawn(make_table(measure(SPEEDS | {"unfused-sequential": base})))
+    renderer, ax = figure.canvas.get_renderer(), axes[-2]
+    labels = [label.get_window_extent(renderer) for label in ax.get_xticklabels() if label.get_text()]
+    assert len(labels) >= 3
+    assert not any(first.overlaps(second) for first, second in combinations(labels, 2))
+
+
 def test_failures_are_text_in_place_of_bars(measure, make_table):
-    failed = {("xsum", "megatron-pp", 1): "oom", ("mixed", "unfused-ours", 2): "crash"}
+    failed = {("xsum", "unfused-sequential", 1): "oom", ("mixed", "unfused-ours", 2): "crash"}
     _, (parts, corners, *_) = drawn(make_table(measure(workloads=["xsum", "mixed"], failed=failed)))
     assert texts(parts) == [
-        *("megatron-pp: OOM", *(f"{text} (no megatron-pp to begin at)" for text in ("×1.20", "×1.50", "1.38×"))),
+        *("×1.25", "unfused-sequential: OOM", "×1.50 (no unfused-sequential)", "1.38× (no unfused-sequential)"),
         *("×1.25", "unfused-ours: crash", "unfused-ours: crash", "1.38×"),
-        *("xsum: megatron-pp: OOM", "mixed: unfused-ours: crash", "mixed: unfused-ours: crash"),
-        "1.38× [1.38, 1.38] (no megatron-pp to begin at)",
+        *("×1.25", "xsum: unfused-sequential: OOM", "mixed: unfused-ours: crash"),
+        "1.38× [1.38, 1.38] (no unfused-sequential)",
     ]
     assert not corners.patches
+
+
+def test_without_the_schedule_the_other_parts_keep_their_places(measure, make_table):
+    _, (parts, *_) = drawn(make_table(measure(failed={("xsum", "peft-bf16", 1): "oom"})))
+    assert texts(parts) == ["peft-bf16: OOM", "peft-bf16: OOM", "×1.50", "1.38×"]
+    spans = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in parts.patches]
+    assert spans == [pytest.approx(span) for span in [(15 / 8, 45 / 16), (65 / 32, 45 / 16)]]
 
 
 def test_a_figure_of_failures_only_can_be_drawn(measure, make_table):
@@ -332,18 +432,19 @@ def test_cpu_numbers_say_what_they_are(measure, make_table):
 
 
 def test_a_panel_for_each_number_of_gpus_with_all_systems(measure, make_table):
-    runs = measure() + measure(workloads=["mixed", "xsum"], gpus=2) + measure({"lorafusion": 900.0}, gpus=4)
+    runs = measure(gpu="NVIDIA H200") + measure(workloads=["mixed", "xsum"], gpus=2, gpu="NVIDIA H200")
+    runs += measure({"lorafusion": 900.0}, gpus=4, gpu="NVIDIA H200")
     figure, axes = drawn(make_table(runs))
     assert len(axes) == 2 * 4
     assert [ax.texts[-1].get_text() for ax in axes[1::2]] == [
-        "whole run, 1 GPUs", "steady state, 1 GPUs", "whole run, 2 GPUs", "steady state, 2 GPUs",
+        "whole run, 1 GPU", "steady state, 1 GPU", "whole run, 2 GPUs", "steady state, 2 GPUs",
     ]  # fmt: skip
     assert [len(ax.get_yticklabels()) for ax in axes[::2]] == [1, 1, 3, 3]
 
 
 def test_a_table_without_the_systems_is_refused_in_one_line(measure, make_table, tmp_path):
     table = make_table(measure({"lorafusion": 900.0, "megatron-pp": 400.0}))
-    with pytest.raises(MeasurementError, match="no cells of mlora-paper-setting, unfused-ours"):
+    with pytest.raises(MeasurementError, match="no cells of unfused-sequential, unfused-ours, mlora-paper-setting$"):
         figure_of.contributions_figure(table, "tiny", tmp_path / "figure")
     with pytest.raises(MeasurementError, match="contributions of model 'huge'"):
         figure_of.contributions_figure(table, "huge", tmp_path / "figure")

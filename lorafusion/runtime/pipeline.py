@@ -4,10 +4,11 @@ Every shape is known from the plan, so nothing is negotiated. The two directions
 operations of one communicator run in the order of their posting, and 1F1B posts a send forward before a receive from
 the same neighbour whose matching operations the neighbour posts the other way round.
 
-A receive is posted with the send that it answers, neither before nor after. On NCCL both are kernels that wait on the
-device for the other side, and meanwhile whatever makes a host wait for its device (a kernel's first use, memory that is
-freed) stops the host. With receives posted earlier two such hosts waited for each other (two H200s, the first time that
-it ran there); with receives posted later it would be the sends.
+On NCCL each side of a message is a kernel that waits on its device for the other side, and whatever makes a host wait
+for its device (a kernel's first use, memory that is freed) waits for all of these. So nothing may be posted that the
+other side answers only after hearing more, or the two hosts wait for each other: receives that were posted ahead
+stopped two H200s. The receives of what comes back in a turn are posted at its beginning, before anything is sent forward, and
+all others when they are waited for. tests/runtime/test_device_waits.py tries it.
 """
 
 from __future__ import annotations
@@ -156,18 +157,16 @@ class Inbox:
 
     def next(self) -> torch.Tensor:
         """The next message; on a GPU it is the device that waits for it."""
-        self.post()
+        self.post(1)
+        if not self._posted:
+            raise RuntimeError(f"a message from rank {self.source} is waited for, but the plan has no more of them")
         work, tensor, name = self._posted.popleft()
         self.waiting(f"{name} from rank {self.source}")
         work.wait()
         return tensor
 
-    def post(self) -> None:
-        """Be ready for the next message, which the neighbour sends without hearing more than what is sent now."""
-        if self._posted:
-            return
-        one = next(self.expected, None)
-        if one is None:
-            raise RuntimeError(f"a message from rank {self.source} is waited for, but the plan has no more of them")
-        buffer = torch.empty(one.shape, dtype=one.dtype, device=self.device)
-        self._posted.append((dist.irecv(buffer, src=self.source, group=self.group), buffer, one.name))
+    def post(self, count: int) -> None:
+        """Be ready for the next messages."""
+        while len(self._posted) < count and (one := next(self.expected, None)) is not None:
+            buffer = torch.empty(one.shape, dtype=one.dtype, device=self.device)
+            self._posted.append((dist.irecv(buffer, src=self.source, group=self.group), buffer, one.name))

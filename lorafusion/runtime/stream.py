@@ -69,6 +69,8 @@ class _Stream:
         ahead = stages - 1 - self.run.pipeline.index
         index = self.begin
         while index < self.end + ahead:
+            if index >= self.begin + ahead:
+                self._expect(index - ahead)
             if index < self.end:
                 self._look_for_a_stop(index)
                 self._update(index - stages)
@@ -81,6 +83,12 @@ class _Stream:
         for slot in range(max(self.begin, self.end - stages), self.end):
             self._update(slot)
         self.run.pipeline.finish_sends()
+
+    def _expect(self, slot: int) -> None:
+        """Post the receives of all that the stage after this one sends in a slot's backward pass, before anything is
+        sent to it in this turn (`pipeline` says why). It needs nothing more of us for that."""
+        if not self.run.pipeline.is_last:
+            self.after.post((not self.run.microbatches[slot].noop) + bool(self.run.steps[slot]))
 
     def _look_for_a_stop(self, slot: int) -> None:
         if self.checkpoints is None or self.stopping:
@@ -102,9 +110,6 @@ class _Stream:
         x = None if pipeline.is_first else self.before.next().requires_grad_()
         out = self.run.forward(slot, x)
         if not pipeline.is_last:
-            answered = slot - (pipeline.size - 1 - pipeline.index)  # whose backward follows this forward
-            if answered >= self.begin and not self.run.microbatches[answered].noop:
-                self.after.post()
             pipeline.send_after(out)
         self.in_flight.append((x, out))
 
@@ -115,9 +120,6 @@ class _Stream:
             gradient = None if pipeline.is_last else self.after.next()
             torch.autograd.backward(out, gradient)
             if x is not None:
-                answer = slot + pipeline.size - pipeline.index  # whose forward follows this backward
-                if answer < self.end and not self.run.microbatches[answer].noop:
-                    self.before.post()
                 pipeline.send_before(x.grad)
         norms = self.run.reduce(slot)
         if norms is not None:

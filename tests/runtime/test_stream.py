@@ -51,12 +51,12 @@ class Inbox:
     def __init__(self, queue: Queue, expected) -> None:
         self.queue, self.expected, self.posted = queue, expected, deque()
 
-    def post(self) -> None:
-        if not self.posted:
-            self.posted.append(next(self.expected))
+    def post(self, count: int) -> None:
+        while len(self.posted) < count and (one := next(self.expected, None)) is not None:
+            self.posted.append(one)
 
     def next(self) -> torch.Tensor:
-        self.post()
+        self.post(1)
         wanted = self.posted.popleft()
         try:
             tensor = self.queue.get(timeout=SECONDS)

@@ -20,10 +20,9 @@ SLOTS = 24
 
 @dataclass
 class Operation:
-    """One side of a message: it begins when what the device waits for is there, and ends when both sides have begun."""
+    """One side of a message: it begins when what the device waits for is there, and ends when all sides have begun."""
 
     after: list[Operation]
-    other: Operation | None = None
     done: bool = False
 
     def ready(self) -> bool:
@@ -31,39 +30,43 @@ class Operation:
 
 
 @dataclass
-class Link:
-    """The communicator of one direction between two neighbours: its operations run in the order of their posting."""
+class Communicator:
+    """Of one direction between two neighbours, or of a stage's replicas: the operations of each side run in the order
+    of their posting."""
 
-    sends: list[Operation] = field(default_factory=list)
-    receives: list[Operation] = field(default_factory=list)
+    sides: int
+    posted: dict[int, list[Operation]] = field(default_factory=dict)
 
     def advance(self) -> bool:
-        """Let the messages through whose both sides have begun."""
+        """Let the messages through whose sides have all begun."""
         moved = False
-        for send, receive in zip(self.sends, self.receives, strict=False):
-            if send.done:
-                continue
-            if not (send.ready() and receive.ready()):
-                break
-            send.done = receive.done = moved = True
+        if len(self.posted) == self.sides:
+            for together in zip(*self.posted.values(), strict=False):
+                if together[0].done:
+                    continue
+                if not all(one.ready() for one in together):
+                    break
+                for one in together:
+                    one.done = moved = True
         return moved
 
 
 class Devices:
-    """All links, and the hosts that wait. `ahead`: receives that are posted before what they answer is sent."""
+    """All communicators, and the hosts that wait. `ahead`: receives that are posted before what they answer is sent."""
 
-    def __init__(self, stages: int, ahead: int = 0) -> None:
-        self.stages, self.ahead = stages, ahead
-        self.links = {(a, b): Link() for a in range(stages) for b in (a - 1, a + 1)}
+    def __init__(self, stages: int, replicas: int, ahead: int) -> None:
+        self.stages, self.replicas, self.ahead = stages, replicas, ahead
+        self.communicators: dict[tuple, Communicator] = {}
         self.changed = threading.Condition()
         self.stuck = False
 
-    def post(self, side: str, source: int, target: int, host: Host) -> Operation:
+    def post(self, place: tuple, side: int, sides: int, host: Host) -> Operation:
         with self.changed:
             operation = Operation(list(host.waited_for))
-            getattr(self.links[source, target], side).append(operation)
+            communicator = self.communicators.setdefault(place, Communicator(sides))
+            communicator.posted.setdefault(side, []).append(operation)
             host.posted.append(operation)
-            while any([link.advance() for link in self.links.values()]):
+            while any([one.advance() for one in self.communicators.values()]):
                 pass
             self.changed.notify_all()
             return operation
@@ -83,7 +86,8 @@ class Inbox:
 
     def post(self, count: int) -> None:
         while len(self.posted) < count and (one := next(self.expected, None)) is not None:
-            operation = self.host.devices.post("receives", self.source, self.host.index, self.host)
+            place = (self.host.replica, self.source, self.host.index)
+            operation = self.host.devices.post(place, 1, 2, self.host)
             self.posted.append((operation, one))
 
     def next(self) -> torch.Tensor:
@@ -96,12 +100,12 @@ class Inbox:
 class Host:
     """A stage that computes nothing, and whose host waits for its device at random."""
 
-    def __init__(self, devices: Devices, index: int, waits: random.Random, often: float) -> None:
-        self.devices, self.index, self.waits, self.often = devices, index, waits, often
+    def __init__(self, devices: Devices, replica: int, index: int, waits: random.Random, often: float) -> None:
+        self.devices, self.replica, self.index, self.waits, self.often = devices, replica, index, waits, often
         self.posted: list[Operation] = []
         self.waited_for: list[Operation] = []
         self.begin, self.norm_dtype, self.updated = 0, torch.float32, []
-        places = random.Random(1)
+        places = random.Random(replica)
         noops = [places.random() < 0.15 for _ in range(SLOTS)]
         self.microbatches = [SimpleNamespace(noop=noop, length=2) for noop in noops]
         self.steps = [(0,) if slot % 5 == 4 or slot == SLOTS - 1 else () for slot in range(SLOTS)]
@@ -111,8 +115,8 @@ class Host:
         self.position = SimpleNamespace(waiting=None, set=lambda _: None)
         self.pipeline = SimpleNamespace(
             index=index, size=devices.stages, is_first=index == 0, is_last=index == devices.stages - 1,
-            send_after=lambda _: devices.post("sends", index, index + 1, self),
-            send_before=lambda _: devices.post("sends", index, index - 1, self),
+            send_after=lambda _: devices.post((replica, index, index + 1), 0, 2, self),
+            send_before=lambda _: devices.post((replica, index, index - 1), 0, 2, self),
             from_before=lambda expected, _: Inbox(self, index - 1, expected),
             from_after=lambda expected, _: Inbox(self, index + 1, expected),
             finish_sends=lambda: devices.synchronise(self),
@@ -131,7 +135,13 @@ class Host:
 
     def reduce(self, slot: int) -> torch.Tensor | None:
         self._perhaps_wait()
-        return torch.ones(1) if self.steps[slot] else None
+        if not self.steps[slot]:
+            return None
+        if self.devices.replicas > 1:
+            place = ("replicas", self.index)
+            self.waited_for.append(self.devices.post(place, self.replica, self.devices.replicas, self))
+            self._perhaps_wait()
+        return torch.ones(1)
 
     def update(self, slot: int, norms: torch.Tensor | None) -> None:
         self._perhaps_wait()
@@ -149,10 +159,11 @@ class Host:
                 send(None)
 
 
-def come_to_an_end(stages: int, seed: int, often: float, ahead: int = 0) -> bool:
+def come_to_an_end(stages: int, seed: int, often: float, replicas: int = 1, ahead: int = 0) -> bool:
     """Do all hosts come to the end of the plan?"""
-    devices, waits = Devices(stages, ahead), random.Random(seed)
-    hosts = [Host(devices, index, random.Random(waits.random()), often) for index in range(stages)]
+    devices, waits = Devices(stages, replicas, ahead), random.Random(seed)
+    hosts = [Host(devices, replica, index, random.Random(waits.random()), often)
+             for replica in range(replicas) for index in range(stages)]  # fmt: skip
     errors: list[BaseException] = []
 
     def work(host: Host) -> None:
@@ -173,10 +184,10 @@ def come_to_an_end(stages: int, seed: int, often: float, ahead: int = 0) -> bool
 
 
 @pytest.mark.parametrize("often", [0.1, 0.5, 1.0])
-@pytest.mark.parametrize("stages", [2, 3, 4])
-@pytest.mark.parametrize("seed", range(4))
-def test_hosts_may_wait_for_their_devices_anywhere(stages, often, seed):
-    assert come_to_an_end(stages, seed, often)
+@pytest.mark.parametrize(("stages", "replicas"), [(2, 1), (3, 1), (4, 1), (1, 3), (2, 2), (3, 2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_hosts_may_wait_for_their_devices_anywhere(stages, replicas, often, seed):
+    assert come_to_an_end(stages, seed, often, replicas)
 
 
 def test_with_receives_posted_ahead_they_could_not():

@@ -10,6 +10,7 @@ one GPU, and another one in each repeat.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -63,12 +64,14 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A suite's cells, and the folder of its results. launch: as `lorafusion.runtime.launch.launch`."""
+    """A suite's cells, and the folder of its results. launch: as `lorafusion.runtime.launch.launch`. end: when nothing
+    is waited for any longer, on the monotonic clock."""
 
     suite_path: Path
     folder: Path
     share: Share
     launch: Callable[..., Outcome]
+    end: float = math.inf
 
     @property
     def suite(self) -> Suite:
@@ -118,6 +121,8 @@ class Sweep:
             if cell.grid.tuned:
                 file = self.path("tuned", cell, "json")
                 while not file.exists():
+                    if time.monotonic() > self.end:
+                        raise UserError(f"{file}: another share was to tune this cell, but the time is up")
                     time.sleep(LOOK_SECONDS)
                 capacity = Tuned.read(file).capacity
             made = plan_system(workload, cell.system, stages=cell.stages, data_parallel=cell.grid.data_parallel,
@@ -147,7 +152,7 @@ class Sweep:
 def sweep(suite_path: Path, folder: Path, share: Share, launch: Callable[..., Outcome], seconds: float) -> int:
     """Do what is missing of a suite, beginning nothing after `seconds`; returns how much was left."""
     begin, left = time.monotonic(), 0
-    for step in Sweep(suite_path, folder, share, launch).steps():
+    for step in Sweep(suite_path, folder, share, launch, begin + seconds).steps():
         if step.path.exists():
             continue
         if time.monotonic() - begin > seconds:

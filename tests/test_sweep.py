@@ -59,6 +59,15 @@ def test_nothing_is_begun_when_the_time_is_up(suite, tmp_path):
     assert sweep(suite, tmp_path / "results", Share(), launch, -1.0) == 1 + 2 * 5
 
 
+def test_what_another_share_did_not_tune_is_not_waited_for_longer_than_the_time(suite, tmp_path, capsys):
+    launch = partial(pytest.fail, "a run was started")
+    shares = [Sweep(suite, tmp_path, Share(index, 2), launch, end=-1.0) for index in range(2)]
+    (waits,) = [share for share in shares if not [step for step in share.steps() if "tuned" in step.path.parts]]
+    (step, *_) = [step for step in waits.steps() if "system~mlora" in step.path.parts]
+    with pytest.raises(UserError, match="another share was to tune this cell, but the time is up"):
+        step.make()
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_shares_are_whole_workloads_and_together_everything(suite, tmp_path, count):
     shares = [Sweep(suite, tmp_path, Share(index, count), None) for index in range(count)]

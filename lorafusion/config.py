@@ -279,9 +279,10 @@ def cells(suite: Suite, source: str | Path = "suite") -> list[Cell]:
         ):
             for name in names:
                 one_of(kind, name, known, where)
+        layers = {model: read_model(model).num_hidden_layers for model in grid.models}
         for model, workload, gpus, system in product(grid.models, grid.workloads, grid.gpus, grid.systems):
             cell = Cell(system=system, model=model, gpus=gpus, workload=workload, grid=grid)
-            _require_possible(cell, systems[system], where)
+            _require_possible(cell, systems[system], layers[model], where)
             if grid.tuned and gpus > suite.gpus_per_node:
                 raise UserError(f"{where}: {gpus} gpus are more than one node's, on which alone a cell can be tuned")
             if cell.name in seen:
@@ -291,8 +292,7 @@ def cells(suite: Suite, source: str | Path = "suite") -> list[Cell]:
     return out
 
 
-def _require_possible(cell: Cell, system: SystemConfig, where: str) -> None:
-    layers = read_model(cell.model).num_hidden_layers
+def _require_possible(cell: Cell, system: SystemConfig, layers: int, where: str) -> None:
     if cell.stages > layers:
         raise UserError(f"{where}: {cell.stages} stages, but model {cell.model} has only {layers} layers")
     try:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lorafusion.cli_check import check_app
-from lorafusion.cli_common import PLAIN, Log, Out
+from lorafusion.cli_common import PLAIN, Log, Out, Stem
 from lorafusion.cli_plan import plan_app
 from lorafusion.cli_training import training_app
 from lorafusion.errors import UserError
@@ -91,8 +91,7 @@ def tune(
     from lorafusion.tuning import tune_cell
 
     tuned = tune_cell(suite, cell, workload, out)
-    for trial in tuned.trials:
-        print(f"{trial.capacity}: {trial.status if trial.throughput is None else f'{trial.throughput:,.0f} tok/s'}")
+    print(*tuned.trials, sep="\n")
     print(f"{out}: capacity {tuned.capacity}")
 
 
@@ -105,13 +104,9 @@ def profile(
     out: Out,
 ) -> None:
     """Say what a GPU does in the first global batches of a cell: milliseconds for 1000 tokens by class of kernel."""
-    import pandas as pd
-
     from lorafusion.tuning import profile_cell
 
-    frame = pd.DataFrame(profile_cell(suite, cell, workload, plan))
-    write(out, frame.to_csv(index=False))
-    print(frame.to_string(index=False))
+    print(profile_cell(suite, cell, workload, plan, out).to_string(index=False))
 
 
 @app.command()
@@ -225,50 +220,46 @@ def measurements(
     print(f"{folder}/measurements.csv: {len(frame)} rows from {len(results)} runs")
 
 
-@figure_app.command("end_to_end")
-def figure_end_to_end(
-    table: Annotated[Path, typer.Argument(help="the measurement table")],
-    model: Annotated[str, typer.Option(help="a model of the table")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
-) -> None:
-    """Throughput of the systems on one model, by workload and number of GPUs."""
-    from lorafusion.measure.table import read
-    from lorafusion.report.figures import end_to_end
+def _model_figure(module: str, name: str, function: str, text: str) -> None:
+    """Add a command that draws a figure of one model, by a function of a module of `lorafusion.report`."""
 
-    end_to_end(read(table), model, out)
-    print(f"{out}.png, .pdf, .csv")
+    @figure_app.command(name, help=text)
+    def _draw(
+        table: Annotated[Path, typer.Argument(help="the measurement table")],
+        model: Annotated[str, typer.Option(help="a model of the table")],
+        out: Stem,
+    ) -> None:
+        from lorafusion.measure.table import read
 
-
-@figure_app.command("contributions")
-def figure_contributions(
-    table: Annotated[Path, typer.Argument(help="the measurement table")],
-    model: Annotated[str, typer.Option(help="a model of the table")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
-) -> None:
-    """The speedup over the best baseline, and what schedule, packing and kernels add to it."""
-    from lorafusion.measure.table import read
-    from lorafusion.report.contributions_figure import contributions_figure
-
-    contributions_figure(read(table), model, out)
-    print(f"{out}.png, .pdf, .csv")
+        _drawn(module, function, out, read(table), model)
 
 
 def _suite_figure(module: str, name: str, text: str) -> None:
     """Add a command that draws a figure of a module of `lorafusion.report`."""
 
     @figure_app.command(name, help=text)
-    def _draw(
-        table: Annotated[Path, typer.Argument(help="the measurement table")],
-        out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
-    ) -> None:
-        from importlib import import_module
-
+    def _draw(table: Annotated[Path, typer.Argument(help="the measurement table")], out: Stem) -> None:
         from lorafusion.measure.table import read
 
-        getattr(import_module(f"lorafusion.report.{module}"), name)(read(table), out)
-        print(f"{out}.png, .pdf, .csv")
+        _drawn(module, name, out, read(table))
 
 
+def _drawn(module: str, function: str, out: Path, *data: object) -> None:
+    from importlib import import_module
+
+    getattr(import_module(f"lorafusion.report.{module}"), function)(*data, out)
+    print(f"{out}.png, .pdf, .csv")
+
+
+_model_figure(
+    "figures", "end_to_end", "end_to_end", "Throughput of the systems on one model, by workload and number of GPUs."
+)
+_model_figure(
+    "contributions_figure",
+    "contributions",
+    "contributions_figure",
+    "The speedup over the best baseline, and what schedule, packing and kernels add to it.",
+)
 _suite_figure("kernel_figures", "kernel_speed", "Time of LoRA linears over the frozen one's, by tokens.")
 _suite_figure("kernel_figures", "layer_speed", "Time and memory of decoder layers, by model and tokens.")
 _suite_figure("kernel_figures", "dram_traffic", "GiB that LoRA linears move, beside the published values.")
@@ -281,25 +272,18 @@ _suite_figure("scheduler_figures", "scheduler_time", "Time that a plan takes, by
 @figure_app.command("lossless")
 def figure_lossless(
     curves: Annotated[Path, typer.Argument(help="the losses that `lorafusion check lossless --curves` wrote")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
+    out: Stem,
 ) -> None:
     """Losses of adapters trained together, alone and with plain PEFT."""
-    from lorafusion.report.lossless_figure import lossless
-
-    lossless(curves, out)
-    print(f"{out}.png, .pdf, .csv")
+    _drawn("lossless_figure", "lossless", out, curves)
 
 
 @figure_app.command("system_profile")
 def figure_system_profile(
-    profiles: Annotated[list[Path], typer.Argument(help="CSVs that `lorafusion profile` wrote")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
+    profiles: Annotated[list[Path], typer.Argument(help="CSVs that `lorafusion profile` wrote")], out: Stem
 ) -> None:
     """What a GPU does with each system: milliseconds for 1000 tokens by class of kernel."""
-    from lorafusion.report.system_profile import system_profile
-
-    system_profile(profiles, out)
-    print(f"{out}.png, .pdf, .csv")
+    _drawn("system_profile", "system_profile", out, profiles)
 
 
 @page_app.command("checks")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorafusion.cli_common import PLAIN, Log, Out
+from lorafusion.cli_common import PLAIN, Log, Out, Stem
 
 training_app = typer.Typer(
     **PLAIN, help="Measure whole training steps in every implementation; suites: configs/training.yaml."
@@ -42,7 +42,7 @@ def training_measure(
 @training_app.command("speed")
 def training_speed(
     table: Annotated[Path, typer.Argument(help="the measurement table")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
+    out: Stem,
 ) -> None:
     """Draw tokens per second and memory of training steps, by bench and implementation."""
     from lorafusion.measure.table import read
@@ -55,7 +55,7 @@ def training_speed(
 @training_app.command("profile")
 def training_profile(
     profiles: Annotated[list[Path], typer.Argument(help="CSVs that `training measure --profile` wrote")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written")],
+    out: Stem,
 ) -> None:
     """Draw what the time of training steps goes into: by implementation, or before and after a commit."""
     from lorafusion.report.training_figures import training_profile

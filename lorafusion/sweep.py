@@ -19,16 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
-
 from lorafusion.cells import run_cell, unavailable
 from lorafusion.config import CONFIGS, Cell, Suite, cells, read_suite, read_systems
 from lorafusion.data.lengths import make_workload
 from lorafusion.errors import UserError
 from lorafusion.files import write
 from lorafusion.runtime.launch import Outcome
-from lorafusion.scheduler import plan_system
-from lorafusion.tuning import Tuned, profile_cell, tune_cell
+from lorafusion.tuning import Tuned, plan_cell, profile_cell, tune_cell
 from lorafusion.workload import Workload
 
 LOOK_SECONDS = 1.0
@@ -125,21 +122,18 @@ class Sweep:
                         raise UserError(f"{file}: another share was to tune this cell, but the time is up")
                     time.sleep(LOOK_SECONDS)
                 capacity = Tuned.read(file).capacity
-            made = plan_system(workload, cell.system, stages=cell.stages, data_parallel=cell.grid.data_parallel,
-                               capacity=capacity or cell.grid.capacity_of(cell.workload))  # fmt: skip
+            made = plan_cell(workload, cell, capacity or cell.grid.capacity_of(cell.workload))
             write(path, made.to_json())
         return path
 
     def _tune(self, cell: Cell) -> str:
         out = self.path("tuned", cell, "json")
         tuned = tune_cell(self.suite_path, cell.name, self._workload(cell, self.suite), out, launch=self.launch)
-        return ", ".join(f"{one.capacity}: {one.status if one.throughput is None else f'{one.throughput:,.0f} tok/s'}"
-                         for one in tuned.trials)  # fmt: skip
+        return ", ".join(map(str, tuned.trials))
 
     def _profile(self, cell: Cell) -> str:
         rows = profile_cell(self.suite_path, cell.name, self._workload(cell, self.suite), self._plan(cell),
-                            launch=self.launch)  # fmt: skip
-        write(self.path("profiles", cell, "csv"), pd.DataFrame(rows).to_csv(index=False))
+                            self.path("profiles", cell, "csv"), launch=self.launch)  # fmt: skip
         return f"{len(rows)} classes of kernels"
 
     def _run(self, cell: Cell, repeat: int, out: Path) -> str:

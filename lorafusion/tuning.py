@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorafusion.cells import (
@@ -50,6 +51,9 @@ class Tried(BaseModel):
     throughput: float | None = None
     status: str = "ok"
     note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.capacity}: {self.status if self.throughput is None else f'{self.throughput:,.0f} tok/s'}"
 
 
 class Tuned(BaseModel):
@@ -96,7 +100,7 @@ def tune_cell(
     """Tune a cell of a suite and write the outcome, also where nothing fits."""
     suite, cell, workload = _read(suite_path, name, workload_path)
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
-        spec = trials_of(cell, suite, workload, workload_path, Path(scratch))
+        spec = trials_of(cell, suite, workload, workload_path, candidates(workload, cell), Path(scratch))
         tried = _try_all(spec, partial(launch, processes=cell.gpus), 60 * cell.grid.minutes)
     tuned = Tuned(cell=name, system=cell.system, stages=cell.stages, data_parallel=cell.grid.data_parallel,
                   workload_hash=workload.content_hash, trials=tuple(tried))  # fmt: skip
@@ -116,15 +120,17 @@ def _read(suite_path: Path, name: str, workload_path: Path) -> tuple[Suite, Cell
     return suite, cell, workload
 
 
-def trials_of(cell: Cell, suite: Suite, workload: Workload, workload_path: Path, folder: Path) -> RunSpec:
-    """The run that tries a cell's capacities from the largest down; its plans are written to a folder."""
+def trials_of(
+    cell: Cell, suite: Suite, workload: Workload, workload_path: Path, plans: list[Plan], folder: Path
+) -> RunSpec:
+    """The run that tries a cell's plans in turn; they and those of the beginning are written to a folder."""
     part = beginning(workload, cell.stages)
     (folder / "part.json").write_text(part.to_json())
     trials = []
-    for plan in candidates(workload, cell):
+    for plan in plans:
         paths = [folder / f"{kind}-{plan.capacity}.json" for kind in ("whole", "part")]
         paths[0].write_text(plan.to_json())
-        paths[1].write_text(_plan(part, cell, plan.capacity).to_json())
+        paths[1].write_text(plan_cell(part, cell, plan.capacity).to_json())
         trials.append(Trial(plan=str(paths[0]), part=str(paths[1]), capacity=plan.capacity))
     update = {"trials": trials, "part": str(folder / "part.json"), "throughputs": str(folder / "throughputs.jsonl")}
     return spec_of(cell, suite, workload_path).model_copy(update=update)
@@ -140,11 +146,11 @@ def candidates(workload: Workload, cell: Cell) -> list[Plan]:
     """The plans of a cell at its capacity, half of it, and so on, without those that only say the same again; as far
     down as its planner can. Raises the planner's `UserError` where it cannot even at the first."""
     capacity = cell.grid.capacity_of(cell.workload)
-    plans = [_plan(workload, cell, capacity)]
+    plans = [plan_cell(workload, cell, capacity)]
     while len(plans) < MOST_TRIALS:
         capacity //= 2
         try:
-            plan = _plan(workload, cell, capacity)
+            plan = plan_cell(workload, cell, capacity)
         except UserError:
             break
         if plan.microbatches == plans[-1].microbatches:
@@ -153,7 +159,8 @@ def candidates(workload: Workload, cell: Cell) -> list[Plan]:
     return plans
 
 
-def _plan(workload: Workload, cell: Cell, capacity: int) -> Plan:
+def plan_cell(workload: Workload, cell: Cell, capacity: int) -> Plan:
+    """The plan of a workload as a cell runs it."""
     return plan_system(
         workload, cell.system, stages=cell.stages, capacity=capacity, data_parallel=cell.grid.data_parallel
     )
@@ -181,23 +188,23 @@ def _try_all(spec: RunSpec, run: Callable[..., Outcome], seconds: float) -> list
 
 
 def profile_cell(
-    suite_path: Path, name: str, workload_path: Path, plan_path: Path, launch: Callable[..., Outcome] = launch
-) -> list[dict[str, object]]:
-    """Where the GPU's time goes in the first global batches of a cell, planned with the capacity of its plan."""
+    suite_path: Path,
+    name: str,
+    workload_path: Path,
+    plan_path: Path,
+    out: Path,
+    launch: Callable[..., Outcome] = launch,
+) -> pd.DataFrame:
+    """Where the GPU's time goes in the first global batches of a cell, planned with the capacity of its plan; written
+    as CSV."""
     suite, cell, workload = _read(suite_path, name, workload_path)
     if suite.device == "cpu":
         raise UserError(f"{suite_path}: a suite for a CPU; only a GPU's kernels can be told apart")
     plan = read_plan(plan_path, workload)
     require_the_cells_own(cell, workload, workload_path, plan, plan_path)
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
-        folder = Path(scratch)
-        part = beginning(workload, cell.stages)
-        (folder / "part.json").write_text(part.to_json())
-        (folder / "plan.json").write_text(_plan(part, cell, plan.capacity).to_json())
-        trial = Trial(plan=str(plan_path), part=str(folder / "plan.json"), capacity=plan.capacity)
-        update = {"trials": [trial], "part": str(folder / "part.json"), "profile": True}
-        spec = spec_of(cell, suite, workload_path).model_copy(update=update)
-        outcome = launch(spec, cell.gpus, 60 * cell.grid.minutes)
+        spec = trials_of(cell, suite, workload, workload_path, [plan], Path(scratch))
+        outcome = launch(spec.model_copy(update={"profile": True}), cell.gpus, 60 * cell.grid.minutes)
     if outcome.status != "ok":
         raise UserError(f"profile: the run of {name} ended as {outcome.status}: {outcome.note}")
     origin = provenance(suite.device)
@@ -210,4 +217,6 @@ def profile_cell(
         "gpu_name": origin["gpu_name"],
         "git_sha": origin["git_sha"],
     }
-    return [whose | row for row in outcome.report["profile"]]
+    frame = pd.DataFrame([whose | row for row in outcome.report["profile"]], columns=PROFILE_COLUMNS)
+    write(out, frame.to_csv(index=False))
+    return frame

@@ -192,4 +192,4 @@ def test_a_file_that_is_no_tuning_says_so(tmp_path):
 def test_a_profile_of_a_cpu_is_refused(suite, tmp_path):
     made = suite()
     with pytest.raises(UserError, match="a suite for a CPU; only a GPU's kernels can be told apart"):
-        profile_cell(made.path, made.cell.name, made.workload_path, tmp_path / "plan.json")
+        profile_cell(made.path, made.cell.name, made.workload_path, tmp_path / "plan.json", tmp_path / "profile.csv")

@@ -26,9 +26,9 @@ import torch
 from fused_lora.modules import SharedInput
 from lorafusion.models.lora import ActiveBatch, LoRALinear, peft
 from lorafusion.models.stage import is_gated_mlp
-from lorafusion.workload import Job
+from lorafusion.workload import MERGED_PARTS, Job
 
-QKV, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def fast(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:
@@ -48,8 +48,8 @@ def fast(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:
         parent, _, name = linear.name.rpartition(".")
         families.setdefault(parent, {})[name] = linear
     for family in families.values():
-        if all(name in family for name in QKV):
-            _Group([family[name] for name in QKV], active).share(fast_lora.apply_lora_qkv)
+        if all(name in family for name in MERGED_PARTS):
+            _Group([family[name] for name in MERGED_PARTS], active).share(fast_lora.apply_lora_qkv)
         if "o_proj" in family:
             group = _Group([family["o_proj"]], active)
             group.replace(family["o_proj"].layer, fast_lora.apply_lora_o)

@@ -8,7 +8,6 @@ forward and backward pass and the step of every adapter, for which the host wait
 from __future__ import annotations
 
 import copy
-import gc
 import random
 import statistics
 import tempfile
@@ -39,7 +38,7 @@ from lorafusion.errors import UserError, one_of
 from lorafusion.files import write
 from lorafusion.measure import profiler
 from lorafusion.measure.environment import has_gpu, provenance
-from lorafusion.measure.timers import canary, peak_memory, reset_peak_memory
+from lorafusion.measure.timers import canary, free_memory, peak_memory, reset_peak_memory
 from lorafusion.models import lora
 from lorafusion.models.liger import is_installed, use_liger
 from lorafusion.models.stage import Stage, build_stage, named_generator
@@ -193,7 +192,7 @@ class Arms:
     def lose(self, arm: Arm, status: str, note: str) -> None:
         self.lost[arm] = status, note
         self.trainers.pop(arm, None)
-        _free_memory()
+        free_memory()
 
     def seconds(self, arm: Arm) -> float | None:
         """As its trainer's; None where it ran out of memory."""
@@ -263,7 +262,7 @@ def _first_turn(bench: Bench, shared: Shared, arms: Arms, arm: Arm) -> float:
     peak, of which what the arms before it hold is no part: their adapters and moments, whose bytes are counted exactly.
     What libraries keep for themselves is in the peak of the first that needs it."""
     device = shared.pipeline.device
-    _free_memory()
+    free_memory()
     others = _allocated(device) - shared.allocated
     arms.trainers[arm] = Trainer(bench, arm, shared)
     reset_peak_memory(device)
@@ -313,7 +312,7 @@ def speed_rows(name: str, bench: Bench, arms: Arms, times: dict[Arm, list[float]
 
 
 def profiled(name: str, bench: Bench, arms: Arms, identity: dict) -> tuple[list[dict], list[dict]]:
-    """How busy the GPU is with each arm, as rows, and what it does meanwhile, as those of `training_profile`."""
+    """How busy the GPU is with each arm, as rows, and what it does meanwhile, as those of `profiler`."""
     rows, shares = [_failed(name, bench, arm, "busy", arms) for arm in arms.lost], []
     for arm, trainer in arms.trainers.items():
         spans = profiler.trace(partial(trainer.train, PROFILED))
@@ -350,12 +349,6 @@ def _failed(name: str, bench: Bench, arm: Arm, metric: str, arms: Arms) -> dict:
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _gibibytes(size: float | None) -> str:

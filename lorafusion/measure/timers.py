@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import torch
@@ -48,6 +49,13 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return largest_resident_set()
+
+
+def free_memory() -> None:
+    """Give a GPU back what nobody holds any longer."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def canary(device: torch.device, repeats: int = 5) -> dict[str, float]:

@@ -20,16 +20,13 @@ from lorafusion.report.throughput import SYSTEM, ablations, group_names, merged_
 
 BASE, OURS_UNFUSED = "unfused-sequential", "unfused-ours"
 TURNS = "mlora-paper-setting"
-BY_ONE = (
-    "peft-bf16",
-    "megatron-pp",
-)  # what TURNS is over; the second, another executor, only where the first has no cell
+# What TURNS is over; the second, another executor, only where the first has no cell.
+BY_ONE = ("peft-bf16", "megatron-pp")
 ALL = "all"  # in place of a workload
 A_BASELINE = "best baseline"  # in place of a system, where workloads have different ones
-CAPACITY = (
-    "capacity"  # begins the remark that the microbatches of a ratio's systems may hold different numbers of tokens
-)
-EXECUTOR = "another executor"  # begins the remark that the second of BY_ONE stands in for the first
+# Each begins a remark: that the microbatches of a ratio's systems may hold different numbers of tokens; that the second
+# of BY_ONE stands in for the first.
+CAPACITY, EXECUTOR = "capacity", "another executor"
 # {unfused, fused} LoRA under {sequential, mLoRA's, our} order, each over the first, BASE.
 CORNERS = {
     "unfused-sequential": BASE,

@@ -69,19 +69,25 @@ def speed_data(table: pd.DataFrame) -> pd.DataFrame:
 
 def profile_data(profiles: Sequence[str | Path]) -> pd.DataFrame:
     """The rows of all files in drawing order; where a bar is in several, as repeats are, their median."""
-    rows = pd.concat([read_data(path) for path in profiles])
-    missing = set(COLUMNS) - set(rows.columns)
-    if missing or rows.empty:
-        what = f"column {min(missing)!r}" if missing else "row"
-        raise MeasurementError(f"{', '.join(map(str, profiles))}: no {what}; lorafusion training measure writes them")
-    rows[["gpu_name", "git_sha"]] = rows[["gpu_name", "git_sha"]].astype(object).fillna("unknown")
-    medians = rows.groupby([*BAR, "gpu_name", "class"], sort=False)[["milliseconds", "kernels"]].median().reset_index()
-    medians["share"] = medians["milliseconds"] / medians.groupby(BAR)["milliseconds"].transform("sum")
+    medians = read_profiles(profiles, COLUMNS, BAR, "lorafusion training measure")
     medians = medians.sort_values(["bench", "implementation", "adapters", "git_sha", "class"], key=_places)
     named = _with_variants(medians)
     if named.groupby(BAR[:-1])["git_sha"].nunique().max() > 1:  # before and after
         named["variant"] += "\n" + named["git_sha"].str[:10]
     return named.reset_index(drop=True)
+
+
+def read_profiles(profiles: Sequence[str | Path], columns: Sequence[str], bar: list[str], writer: str) -> pd.DataFrame:
+    """The classes of kernels of all files, for each bar and device the median where it is in several; writer: the
+    command that writes such files."""
+    rows = pd.concat([read_data(path) for path in profiles])
+    missing = set(columns) - set(rows.columns)
+    if missing or rows.empty:
+        what = f"column {min(missing)!r}" if missing else "row"
+        raise MeasurementError(f"{', '.join(map(str, profiles))}: no {what}; {writer} writes them")
+    rows[["gpu_name", "git_sha"]] = rows[["gpu_name", "git_sha"]].astype(object).fillna("unknown")
+    medians = rows.groupby([*bar, "gpu_name", "class"], sort=False)[["milliseconds", "kernels"]].median().reset_index()
+    return medians.assign(share=medians["milliseconds"] / medians.groupby(bar)["milliseconds"].transform("sum"))
 
 
 def _places(column: pd.Series) -> pd.Series:
@@ -110,7 +116,7 @@ def draw_speed(data: pd.DataFrame) -> Figure:
             ax.set_title(bench)
         tokens = ", ".join(str(int(count)) for count in sorted(data["tokens"].unique()))
         handles = [Patch(label=name, **look) for name, look in variants.items()]
-        finish(figure, data, handles, f"Training steps, microbatches of {tokens} tokens")
+        _finish(figure, data, handles, f"Training steps, microbatches of {tokens} tokens")
     return figure
 
 
@@ -148,28 +154,32 @@ def _draw_bars(ax: Axes, data: pd.DataFrame, looks: dict[str, dict[str, Any]]) -
 
 def draw_profile(data: pd.DataFrame) -> Figure:
     """A panel for each bench, a bar for each implementation, its classes one above the other."""
-    benches = list(dict.fromkeys(data["bench"]))
-    bars = [data.loc[data["bench"] == bench, "variant"].nunique() for bench in benches]
+    return draw_stacks(data, "bench", "ms a microbatch", "What the GPU does in training steps")
+
+
+def draw_stacks(data: pd.DataFrame, panel: str, unit: str, title: str) -> Figure:
+    """A panel for each value of a column, in it a bar for each `variant`, its classes one above the other."""
+    names = list(dict.fromkeys(data[panel]))
+    bars = [data.loc[data[panel] == name, "variant"].nunique() for name in names]
     with matplotlib.rc_context(style.PARAMETERS):
         figure = Figure(figsize=(style.TEXT_WIDTH, 4.2), layout="constrained")
-        axes = figure.subplots(1, len(benches), squeeze=False, gridspec_kw={"width_ratios": bars})[0]
-        for ax, bench in zip(axes, benches, strict=True):
-            draw_stacks(ax, data[data["bench"] == bench])
-            ax.set_title(bench)
-        axes[0].set_ylabel("ms a microbatch")
+        axes = figure.subplots(1, len(names), squeeze=False, gridspec_kw={"width_ratios": bars})[0]
+        for ax, name in zip(axes, names, strict=True):
+            _draw_stacks(ax, data[data[panel] == name])
+            ax.set_title(name)
+        axes[0].set_ylabel(unit)
         present = set(data["class"])
-        handles = [Patch(label=name, **part_look(name)) for name in CLASSES if name in present]
-        finish(figure, data, handles, "What the GPU does in training steps")
+        handles = [Patch(label=name, **_part_look(name)) for name in CLASSES if name in present]
+        _finish(figure, data, handles, title)
     return figure
 
 
-def draw_stacks(ax: Axes, data: pd.DataFrame) -> None:
-    """A bar for each `variant`, its classes one above the other with their milliseconds."""
+def _draw_stacks(ax: Axes, data: pd.DataFrame) -> None:
     names = list(dict.fromkeys(data["variant"]))
     heights = dict.fromkeys(names, 0.0)
     for row in data.itertuples():
         x, below = names.index(row.variant), heights[row.variant]
-        ax.bar(x, row.milliseconds, 0.8, bottom=below, **part_look(row[data.columns.get_loc("class") + 1]))
+        ax.bar(x, row.milliseconds, 0.8, bottom=below, **_part_look(row[data.columns.get_loc("class") + 1]))
         if row.share >= LABELLED:
             frame = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
             middle = below + row.milliseconds / 2
@@ -178,13 +188,12 @@ def draw_stacks(ax: Axes, data: pd.DataFrame) -> None:
     ax.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], rotation=45, ha="right")
 
 
-def part_look(name: str) -> dict[str, Any]:
-    """How a class of kernels is drawn."""
+def _part_look(name: str) -> dict[str, Any]:
     look = CLASSES[name]
     return {"facecolor": look.colour, "hatch": look.hatch, "edgecolor": "white", "linewidth": 0.3}
 
 
-def finish(figure: Figure, data: pd.DataFrame, handles: list[Patch], title: str) -> None:
+def _finish(figure: Figure, data: pd.DataFrame, handles: list[Patch], title: str) -> None:
     """Legend, title, and a footer with suite, commit and device."""
     names = set(data["gpu_name"].dropna())
     title += "" if names else f" ({style.CPU_WARNING})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -130,9 +130,7 @@ class TrainingRun:
     def _forward(self, slot: int, x: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor:
         self.position.set(f"the forward of microbatch {slot}")
         self._batches[slot] = batch
-        with self.precision():
-            out = self._through(batch, x)
-            losses = self._losses(out, batch) if self.stage.is_last else None
+        out, losses = self._through(batch, x)
         if losses is not None:
             if not self.microbatches[slot].noop:
                 self._note_losses(slot, batch, losses.detach())
@@ -146,16 +144,15 @@ class TrainingRun:
         self.position.set(f"the backward of microbatch {slot}")
         self.active.batch = self._batches.pop(slot)
 
-    def _through(self, batch: PackedBatch, x: torch.Tensor | None) -> torch.Tensor:
+    def _through(self, batch: PackedBatch, x: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states, and on the last stage each token's share of its adapter's loss."""
         self.active.batch = batch
-        return self.stage(batch.input_ids if self.stage.is_first else x, batch.position_ids, batch.borders)
-
-    def _losses(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        return weighted_losses(hidden, self.stage.lm_head.weight, batch.labels, batch.weights)
-
-    def precision(self) -> AbstractContextManager:
-        """What a forward pass runs in."""
-        return torch.autocast(self.pipeline.device.type, self._autocast) if self._autocast else nullcontext()
+        dtype = self._autocast
+        with torch.autocast(self.pipeline.device.type, dtype) if dtype else nullcontext():
+            out = self.stage(batch.input_ids if self.stage.is_first else x, batch.position_ids, batch.borders)
+            if not self.stage.is_last:
+                return out, None
+            return out, weighted_losses(out, self.stage.lm_head.weight, batch.labels, batch.weights)
 
     def _note_losses(self, slot: int, batch: PackedBatch, losses: torch.Tensor) -> None:
         """losses [T]."""
@@ -230,9 +227,7 @@ class TrainingRun:
         for index, batch in enumerate(self.evaluation_batches(adapter)):
             self.position.set(f"part {index} of an evaluation of {self.workload.jobs[adapter].name}")
             x = receive() if not self.stage.is_first else None
-            with self.precision():
-                out = self._through(batch, x)
-                losses = self._losses(out, batch) if self.stage.is_last else None
+            out, losses = self._through(batch, x)
             if losses is not None:
                 total = total + losses.sum()
             else:
@@ -253,7 +248,7 @@ class TrainingRun:
         calls it.
         """
         self.pipeline.connect()
-        load_optimizer_kernels(self.adapters[0].optimizer if self.adapters else None)
+        load_optimizer_kernels(self.adapters[0].optimizer)
         with self._untold():
             for slot in self._largest(1):
                 self.backward_alone(slot)
@@ -343,10 +338,8 @@ def _evaluations(workload: Workload, steps: list[tuple[int, ...]]) -> list[tuple
     return out
 
 
-def load_optimizer_kernels(optimizer: torch.optim.Optimizer | None) -> None:
+def load_optimizer_kernels(optimizer: torch.optim.Optimizer) -> None:
     """One step of the same optimizer on a parameter of nobody's."""
-    if optimizer is None:
-        return
     like = optimizer.param_groups[0]["params"][0]
     nobodys = torch.nn.Parameter(torch.zeros(16, dtype=like.dtype, device=like.device))
     nobodys.grad = torch.zeros_like(nobodys)

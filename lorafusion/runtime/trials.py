@@ -6,13 +6,13 @@ optimizers' states, and the one of the workload's first global batches, which is
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from lorafusion.measure import profiler
+from lorafusion.measure.timers import free_memory
 from lorafusion.plan import Plan, check
 from lorafusion.runtime.spec import RunSpec
 from lorafusion.runtime.training import TrainingRun
@@ -22,8 +22,9 @@ SLOWER = 0.98  # of the best, below which no smaller capacity is tried
 BESIDE = 3  # tensors for each parameter that a step needs beside it and its gradient: two moments, a reducer's buffer
 
 
-def try_plans(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], object], rank: int) -> list[float]:
-    """Tokens a second of the spec's trials in turn; one that is clearly slower than the best before it is the last."""
+def try_plans(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], object], rank: int) -> None:
+    """Write tokens a second of the spec's trials in turn, of which one that is clearly slower than the best before it
+    is the last."""
     part = Workload.read(spec.part)
     throughputs: list[float] = []
     for trial in spec.trials:
@@ -34,14 +35,13 @@ def try_plans(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], 
         beginning = run.again(part, _read(trial.part, part))
         beginning.warm_up()
         throughputs.append(_throughput(beginning, execute))
-        if rank == 0 and spec.throughputs:
+        if rank == 0:
             with open(spec.throughputs, "a") as file:
                 file.write(f"{throughputs[-1]}\n")
         del beginning
-        _free_memory()
+        free_memory()
         if throughputs[-1] < SLOWER * max(throughputs):
             break
-    return throughputs
 
 
 def profile(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], object]) -> list[dict[str, object]]:
@@ -52,14 +52,10 @@ def profile(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], ob
     run.again(part, plan).warm_up()
     spans = profiler.trace(lambda: execute(run.again(part, plan)))
     print(*profiler.unknown_kernels(spans), sep="\n", flush=True)
-    parts = profiler.breakdown(spans, 1)
     scale = 1000 / plan.statistics.tokens
-    total = sum(one.milliseconds for one in parts.values())
-    return [
-        {"class": name, "milliseconds": one.milliseconds * scale, "kernels": one.kernels * scale,
-         "share": one.milliseconds / total}
-        for name, one in parts.items()
-    ]  # fmt: skip
+    parts = {name: profiler.Part(part.milliseconds * scale, part.kernels * scale)
+             for name, part in profiler.breakdown(spans, 1).items()}  # fmt: skip
+    return profiler.csv_rows(parts)
 
 
 def _read(path: str, workload: Workload) -> Plan:
@@ -80,9 +76,3 @@ def _throughput(run: TrainingRun, execute: Callable[[TrainingRun], object]) -> f
     if dist.is_initialized():
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return run.plan.statistics.tokens / seconds.item()
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

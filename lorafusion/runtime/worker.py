@@ -171,14 +171,15 @@ def probed(spec: RunSpec, device: torch.device, position: Position, rank: int, w
 
 
 def tried(spec: RunSpec, device: torch.device, position: Position, rank: int, world: int) -> dict:
-    """The throughput of the spec's trials, or where the time goes in one."""
+    """Try the spec's plans, or say where the time goes in one."""
     workload, plan = Workload.read(spec.workload), Plan.read(spec.trials[0].plan)
     _require_processes(plan, world, spec.trials[0].plan)
     run = build_run(spec, workload, plan, device, position, rank)
     execute = load(read_systems()[spec.system].executor, "executor")
     if spec.profile:
         return {"profile": trials.profile(spec, run, execute)}
-    return {"throughputs": trials.try_plans(spec, run, execute, rank)}
+    trials.try_plans(spec, run, execute, rank)
+    return {}
 
 
 def _require_processes(plan: Plan, world: int, source: str) -> None:

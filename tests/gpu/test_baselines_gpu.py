@@ -23,7 +23,7 @@ from tests import forked
 
 SYSTEMS = [name for name, system in read_systems().items() if not unavailable(system)]
 MERGED_LINEARS = (MERGED, "o_proj", "gate_proj", "up_proj", "down_proj")
-TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has one GPU")
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has fewer than two GPUs")
 
 
 def workload(merged: bool) -> Workload:
@@ -89,7 +89,10 @@ def test_nothing_is_compiled_while_the_clock_runs(tmp_path, monkeypatch, system)
     run = worker.build_run(spec, jobs, plan, torch.device("cuda", 0), Position(tmp_path, 0), 0)
     run.warm_up()
     compiled = []
-    hook = lambda *_, **said: compiled.append(said.get("repr"))  # noqa: E731 - returns None: go on
+
+    def hook(*_, **said) -> None:
+        compiled.append(said.get("repr"))
+
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", hook)
     load(read_systems()[system].executor, "executor")(run)
     torch.cuda.synchronize()

@@ -138,9 +138,8 @@ class Sweep:
 
     def _run(self, cell: Cell, repeat: int, out: Path) -> str:
         plan = None if unavailable(read_systems()[cell.system]) else self._plan(cell)
-        log = self.folder / "logs" / "sweep.log"
         workload = self._workload(cell, self.suite)
-        return run_cell(self.suite_path, cell.name, workload, plan, out, repeat, 1, log, launch=self.launch)
+        return run_cell(self.suite_path, cell.name, workload, plan, out, repeat, 1, None, launch=self.launch)
 
 
 def sweep(suite_path: Path, folder: Path, share: Share, launch: Callable[..., Outcome], seconds: float) -> int:

@@ -6,9 +6,10 @@ the same neighbour whose matching operations the neighbour posts the other way r
 
 On NCCL each side of a message is a kernel that waits on its device for the other side, and whatever makes a host wait
 for its device (a kernel's first use, memory that is freed) waits for all of these. So nothing may be posted that the
-other side answers only after hearing more, or the two hosts wait for each other: receives that were posted ahead
-stopped two H200s. The receives of what comes back in a turn are posted at its beginning, before anything is sent
-forward, and all others when they are waited for. tests/runtime/test_device_waits.py tries it.
+other side answers only after hearing more, or the two hosts wait for each other: a run on two H200s stood still with
+receives that were posted ahead, and went on without. The receives of what comes back in a turn are posted at its
+beginning, before anything is sent forward, and all others when they are waited for. tests/runtime/test_device_waits.py
+tries it.
 """
 
 from __future__ import annotations

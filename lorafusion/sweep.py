@@ -4,13 +4,12 @@ For a machine that is rented by the minute, where starting a run takes longer th
 workflow would, in the same places and by the same functions: `lorafusion measurements` and `lorafusion figure` go on
 from them. What is there already is not done again.
 
-Several of it share the work on a machine with several GPUs: each takes whole workloads, so that systems are compared on
-one GPU, and another one in each repeat.
+Several of it share the work on a machine with several GPUs. Tunings and profiles are dealt out one by one. Of a repeat
+a share runs whole workloads, so that systems are compared on one GPU, and another one in each repeat.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -53,22 +52,25 @@ def shuffled(names: list[str], repeat: int) -> list[str]:
 
 
 class Step(NamedTuple):
-    """A file to be made, and what makes it."""
+    """A file to be made, and what makes it, once there is another file, which may be another share's to make."""
 
     path: Path
     make: Callable[[], str]
+    after: Path | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.after is None or self.after.exists()
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A suite's cells, and the folder of its results. launch: as `lorafusion.runtime.launch.launch`. end: when nothing
-    is waited for any longer, on the monotonic clock."""
+    """A suite's cells, and the folder of its results. launch: as `lorafusion.runtime.launch.launch`."""
 
     suite_path: Path
     folder: Path
     share: Share
     launch: Callable[..., Outcome]
-    end: float = math.inf
 
     @property
     def suite(self) -> Suite:
@@ -80,23 +82,27 @@ class Sweep:
         every = {cell.name: cell for cell in cells(suite, self.suite_path)}
         places = {name: index for index, name in enumerate(sorted({one.workload_name for one in every.values()}))}
         able = [cell for cell in every.values() if not unavailable(systems[cell.system])]
-
-        def mine(cell: Cell, turn: int) -> bool:
-            return (places[cell.workload_name] + turn) % self.share.count == self.share.index
-
         for cell in every.values():
             self._workload(cell, suite)
-        for cell in able:
-            if cell.grid.tuned and mine(cell, 0):
-                yield Step(self.path("tuned", cell, "json"), partial(self._tune, cell))
-        for cell in able:
-            if cell.workload in suite.profiled and suite.device == "cuda" and mine(cell, 0):
-                yield Step(self.path("profiles", cell, "csv"), partial(self._profile, cell))
+        for cell in self._dealt([one for one in able if one.grid.tuned]):
+            yield Step(self.path("tuned", cell, "json"), partial(self._tune, cell))
+        for cell in self._dealt([one for one in able if one.workload in suite.profiled and suite.device == "cuda"]):
+            yield Step(self.path("profiles", cell, "csv"), partial(self._profile, cell), self._tuning(cell))
         for repeat in range(1, suite.repeats + 1):
             for name in shuffled(list(every), repeat):
-                if mine(every[name], repeat):
+                cell = every[name]
+                if (places[cell.workload_name] + repeat) % self.share.count == self.share.index:
                     path = self.folder / "runs" / name / f"repeat~{repeat}.json"
-                    yield Step(path, partial(self._run, every[name], repeat, path))
+                    after = self._tuning(cell) if cell in able else None
+                    yield Step(path, partial(self._run, cell, repeat, path), after)
+
+    def _dealt(self, some: list[Cell]) -> list[Cell]:
+        """Those of some cells that are this share's: costly ones lie together, and no share has them all."""
+        return some[self.share.index :: self.share.count]
+
+    def _tuning(self, cell: Cell) -> Path | None:
+        """The file that says with which capacity a cell is planned, if it is tuned."""
+        return self.path("tuned", cell, "json") if cell.grid.tuned else None
 
     def path(self, kind: str, cell: Cell, suffix: str) -> Path:
         return self.folder / kind / f"{cell.name}.{suffix}"
@@ -111,19 +117,11 @@ class Sweep:
         return path
 
     def _plan(self, cell: Cell) -> Path:
-        """The plan of a cell, which waits for its tuning where another share does that."""
         path = self.path("plans", cell, "json")
         if not path.exists():
-            workload, capacity = Workload.read(self._workload(cell, self.suite)), None
-            if cell.grid.tuned:
-                file = self.path("tuned", cell, "json")
-                while not file.exists():
-                    if time.monotonic() > self.end:
-                        raise UserError(f"{file}: another share was to tune this cell, but the time is up")
-                    time.sleep(LOOK_SECONDS)
-                capacity = Tuned.read(file).capacity
-            made = plan_cell(workload, cell, capacity or cell.grid.capacity_of(cell.workload))
-            write(path, made.to_json())
+            tuning = self._tuning(cell)
+            capacity = Tuned.read(tuning).capacity if tuning else cell.grid.capacity_of(cell.workload)
+            write(path, plan_cell(Workload.read(self._workload(cell, self.suite)), cell, capacity).to_json())
         return path
 
     def _tune(self, cell: Cell) -> str:
@@ -144,19 +142,34 @@ class Sweep:
 
 def sweep(suite_path: Path, folder: Path, share: Share, launch: Callable[..., Outcome], seconds: float) -> int:
     """Do what is missing of a suite, beginning nothing after `seconds`; returns how much was left."""
-    begin, left = time.monotonic(), 0
-    for step in Sweep(suite_path, folder, share, launch, begin + seconds).steps():
-        if step.path.exists():
-            continue
-        if time.monotonic() - begin > seconds:
-            left += 1
-            continue
+    begin, failed = time.monotonic(), 0
+    missing = [step for step in Sweep(suite_path, folder, share, launch).steps() if not step.path.exists()]
+    wait = _longest_wait(suite_path) if share.count > 1 else 0.0
+    while missing and time.monotonic() - begin <= seconds:
+        step = _first_ready(missing, min(time.monotonic() + wait, begin + seconds))
+        if step is None:
+            break
+        missing.remove(step)
         started = time.monotonic()
         try:
             said = step.make()
         except UserError as error:
             said = f"error: {error}"
-            left += 1
+            failed += 1
         took = time.monotonic() - started
         print(f"{time.monotonic() - begin:7.1f} s, {took:5.1f} s: {step.path.relative_to(folder)}: {said}", flush=True)
-    return left
+    return len(missing) + failed
+
+
+def _longest_wait(suite_path: Path) -> float:
+    """Seconds after which a tuning that another share has begun is at its end, whatever became of it."""
+    return 60.0 * max(cell.grid.minutes for cell in cells(read_suite(suite_path), suite_path))
+
+
+def _first_ready(steps: list[Step], end: float) -> Step | None:
+    """The first step that can be done; where all wait for other shares, as soon as one can, until `end` at most."""
+    while True:
+        ready = next((step for step in steps if step.is_ready), None)
+        if ready or time.monotonic() >= end:
+            return ready
+        time.sleep(LOOK_SECONDS)

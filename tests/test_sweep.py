@@ -11,8 +11,9 @@ import yaml
 
 from lorafusion.config import CONFIGS, cells, read_suite
 from lorafusion.errors import UserError
+from lorafusion.files import write
 from lorafusion.plan import Plan
-from lorafusion.sweep import Share, Sweep, shuffled, sweep
+from lorafusion.sweep import Share, Sweep, _first_ready, shuffled, sweep
 
 
 @pytest.fixture
@@ -59,13 +60,31 @@ def test_nothing_is_begun_when_the_time_is_up(suite, tmp_path):
     assert sweep(suite, tmp_path / "results", Share(), launch, -1.0) == 1 + 2 * 5
 
 
-def test_what_another_share_did_not_tune_is_not_waited_for_longer_than_the_time(suite, tmp_path, capsys):
+def test_what_another_share_tunes_is_waited_for_and_not_longer_than_the_time(suite, tmp_path):
     launch = partial(pytest.fail, "a run was started")
-    shares = [Sweep(suite, tmp_path, Share(index, 2), launch, end=-1.0) for index in range(2)]
-    (waits,) = [share for share in shares if not [step for step in share.steps() if "tuned" in step.path.parts]]
-    (step, *_) = [step for step in waits.steps() if "system~mlora" in step.path.parts]
-    with pytest.raises(UserError, match="another share was to tune this cell, but the time is up"):
-        step.make()
+    shares = [list(Sweep(suite, tmp_path, Share(index, 2), launch).steps()) for index in range(2)]
+    (waits,) = [steps for steps in shares if not [step for step in steps if "tuned" in step.path.parts]]
+    waiting = [step for step in waits if step.after]
+    assert waiting
+    assert not any(step.is_ready for step in waiting)
+    assert _first_ready(waits, -1.0) == next(step for step in waits if not step.after)
+    assert _first_ready(waiting, -1.0) is None
+    write(waiting[0].after, "{}")
+    assert _first_ready(waiting, -1.0) == waiting[0]
+
+
+def test_what_cannot_be_tuned_does_not_keep_the_rest(suite, tmp_path, capsys, monkeypatch):
+    """And is not waited for by the only share."""
+    from tests import forked
+
+    monkeypatch.setattr("lorafusion.sweep.tune_cell", raise_an_error)
+    assert sweep(suite, tmp_path / "results", Share(), forked.launch, float("inf")) == 1 + 2
+    assert "error: no tuning today" in capsys.readouterr().out
+    assert len(list((tmp_path / "results").rglob("repeat*.json"))) == 2 * 4
+
+
+def raise_an_error(*_, **__):
+    raise UserError("no tuning today")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -96,16 +97,14 @@ class Stage(nn.Module):
         self.checkpointed = self.first + math.ceil(share * (self.last - self.first))
 
     @contextmanager
-    def first_layer_alone(self) -> Iterator[None]:
-        """Within it the stage has its first layer only, which does what any layer does: it has a gradient for its
-        input, an embedding's too."""
+    def first_layers_alone(self) -> Iterator[None]:
+        """Within it the stage has its first two layers only, which do what all of them do: the model's first one has no
+        gradient for its input, all others have."""
         layers = self.model.layers
-        self.model.layers = nn.ModuleDict(dict([next(iter(layers.items()))]))
-        wanted = layers[str(self.first)].register_forward_pre_hook(_ask_for_gradient)
+        self.model.layers = nn.ModuleDict(dict(islice(layers.items(), 2)))
         try:
             yield
         finally:
-            wanted.remove()
             self.model.layers = layers
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, borders: SampleBorders) -> torch.Tensor:
@@ -117,11 +116,6 @@ class Stage(nn.Module):
             else:
                 hidden = layer(hidden, position_embeddings=rotation, borders=borders)
         return self.model.norm(hidden) if self.is_last else hidden
-
-
-def _ask_for_gradient(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-    if inputs[0].is_leaf:
-        inputs[0].requires_grad_()
 
 
 def is_gated_mlp(module: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from lorafusion.runtime.pipeline import Pipeline
 from lorafusion.runtime.readback import Readback
 from lorafusion.workload import Workload
 
-MOST_SIZES = 256  # of microbatches in a warm-up, each through one layer
+MOST_SIZES = 256  # of microbatches in a warm-up, each through two layers
 
 
 @dataclass
@@ -240,7 +240,7 @@ class TrainingRun:
 
     def warm_up(self) -> None:
         """Run what a clock should not see: connections to other processes, an optimizer's kernels, the largest
-        microbatch forward and backward on this stage alone, and others of other sizes through one layer, since kernels
+        microbatch forward and backward on this stage alone, and others of other sizes through two layers, since kernels
         are compiled for the sizes that they meet. (With the largest alone, fused kernels compiled for up to 38 s within
         runs of 5 s.)
 
@@ -252,7 +252,7 @@ class TrainingRun:
         with self._untold():
             for slot in self._largest(1):
                 self.backward_alone(slot)
-            with self.stage.first_layer_alone():
+            with self.stage.first_layers_alone():
                 for slot in of_each_size(self._computed, MOST_SIZES):
                     self.backward_alone(slot)
 

@@ -138,17 +138,22 @@ def test_large_models_match_their_published_sizes():
 
 
 @pytest.mark.parametrize("checkpointing", [0.0, 1.0])
-@pytest.mark.parametrize("index", [0, 1])
-def test_the_first_layer_alone_does_what_any_layer_does(index, checkpointing):
-    stage = stages(TINY, 2, checkpointing=checkpointing)[index]
+@pytest.mark.parametrize(("index", "count"), [(0, 1), (0, 2), (1, 2), (0, 4)])
+def test_the_first_layers_alone_do_what_all_layers_do(index, count, checkpointing):
+    """As on a stage of many layers, one has no gradient for its input where that is the embedding's, and one has."""
+    stage = stages(TINY, count, checkpointing=checkpointing)[index]
+    layers = list(stage.model.layers.values())
+    for layer in layers:
+        layer.self_attn.o_proj.weight.requires_grad_()
     ids, position_ids, borders = packed(TINY.vocab_size)
     x = ids if index == 0 else torch.randn(1, sum(LENGTHS), TINY.hidden_size)
     whole = stage(x, position_ids, borders)
-    seen = []
-    for layer in stage.model.layers.values():
-        layer.register_full_backward_hook(lambda _layer, inputs, _outputs: seen.append(inputs[0]))
-    with stage.first_layer_alone():
+    wanted = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _layer, inputs: wanted.append(inputs[0].requires_grad))
+    with stage.first_layers_alone():
         stage(x if index == 0 else x.requires_grad_(), position_ids, borders).sum().backward()
-    assert [one.shape for one in seen] == [(1, sum(LENGTHS), TINY.hidden_size)]
+    forward = wanted[: min(2, len(layers))]
+    assert forward == [index > 0, True][: len(layers)]
+    assert set(wanted) == set(forward)
     assert torch.equal(stage(x, position_ids, borders), whole)
-    assert index == 1 or not stage(x, position_ids, borders).requires_grad

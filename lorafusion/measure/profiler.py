@@ -33,6 +33,7 @@ CLASSES = {
 ORDER = ("GEMM", "attention", "elementwise", "LoRA", "loss", "optimizer", "copies", OTHER, IDLE)
 COLUMNS = ("suite", "bench", "implementation", "adapters", "class", "milliseconds", "kernels", "share", "gpu_name",
            "git_sha")  # fmt: skip
+TIMES = 2
 WAITING = re.compile("^(Context|Stream|Event) (Sync|Wait)")  # what the profiler lists of a stream beside its work
 
 
@@ -52,11 +53,11 @@ class Part(NamedTuple):
 
 
 def trace(function: Callable[[], object]) -> list[Span]:
-    """What a function has a GPU do. It runs twice: the first trace of a process starts the profiler itself.
+    """What a function has a GPU do. It is called TIMES times: the first trace of a process starts the profiler itself.
 
     The host's own operations are not recorded, which would slow it down and leave the GPU waiting for it.
     """
-    for _ in range(2):
+    for _ in range(TIMES):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             function()
             torch.cuda.synchronize()

@@ -1,7 +1,8 @@
 """Several plans timed one after another by the same processes, and where a GPU's time goes in one of them.
 
 The stage is built once. Each plan is two: the whole one, whose largest microbatch must fit in memory beside the
-optimizers' states, and the one of the workload's first global batches, which is run against the clock.
+optimizers' states (twice, those of the stage's own run being there too, which stand for a reducer's buffers), and the
+one of the workload's first global batches, which is run against the clock.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from lorafusion.runtime.training import TrainingRun
 from lorafusion.workload import Workload
 
 SLOWER = 0.98  # of the best, below which no smaller capacity is tried
-BESIDE = 3  # tensors for each parameter that a step needs beside it and its gradient: two moments, a reducer's buffer
 
 
 def try_plans(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], object], rank: int) -> None:
@@ -29,9 +29,8 @@ def try_plans(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], 
     throughputs: list[float] = []
     for trial in spec.trials:
         whole = run.again(run.workload, _read(trial.plan, run.workload))
-        beside = [torch.empty_like(one) for adapter in run.adapters for one in adapter.gradients for _ in range(BESIDE)]
         whole.hold_the_largest()
-        del whole, beside
+        del whole
         beginning = run.again(part, _read(trial.part, part))
         beginning.warm_up()
         throughputs.append(_throughput(beginning, execute))
@@ -50,12 +49,27 @@ def profile(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], ob
     part = Workload.read(spec.part)
     plan = _read(spec.trials[0].part, part)
     run.again(part, plan).warm_up()
-    spans = profiler.trace(lambda: execute(run.again(part, plan)))
+    runs = [run.again(part, plan) for _ in range(profiler.TIMES)]
+    each = iter(runs)
+    spans = _while_the_clock_runs(profiler.trace(lambda: execute(next(each))), runs[-1])
     print(*profiler.unknown_kernels(spans), sep="\n", flush=True)
     scale = 1000 / plan.statistics.tokens
     parts = {name: profiler.Part(part.milliseconds * scale, part.kernels * scale)
              for name, part in profiler.breakdown(spans, 1).items()}  # fmt: skip
     return profiler.csv_rows(parts)
+
+
+def _while_the_clock_runs(spans: list[profiler.Span], run: TrainingRun) -> list[profiler.Span]:
+    """Without what an executor has the device do before the run's clock starts, such as filling a reducer's buffers."""
+    begin = max(span.end for span in spans) - 1e9 * _seconds(run)
+    return [span for span in spans if span.begin >= begin]
+
+
+def _seconds(run: TrainingRun) -> float:
+    """Of a run that is over, on this process's clock."""
+    run.record.clock.synchronize()
+    run.record.readback.wait()
+    return run.record.clock.seconds(run.record.begin, run.record.done[-1][1])
 
 
 def _read(path: str, workload: Workload) -> Plan:
@@ -69,10 +83,7 @@ def _throughput(run: TrainingRun, execute: Callable[[TrainingRun], object]) -> f
     if dist.is_initialized():
         dist.barrier()
     execute(run)
-    record = run.record
-    record.clock.synchronize()
-    record.readback.wait()
-    seconds = torch.tensor([record.clock.seconds(record.begin, record.done[-1][1])], device=run.pipeline.device)
+    seconds = torch.tensor([_seconds(run)], device=run.pipeline.device)
     if dist.is_initialized():
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return run.plan.statistics.tokens / seconds.item()

@@ -75,8 +75,8 @@ class AdapterTraining:
         if factor.dtype == self._updated[0].dtype:
             torch._foreach_mul_(self.gradients, factor)
         else:
-            # For a factor of another dtype torch launches a kernel a tensor, 448 for an adapter of Llama-3.1-8B. AdamW's
-            # own kernel divides by what gradient scalers multiplied with, in float32.
+            # For a factor of another dtype torch launches a kernel a tensor, 448 for an adapter of Llama-3.1-8B. AdamW
+            # divides by what gradient scalers multiplied with, within its kernel and in float32.
             self.optimizer.grad_scale = factor.reciprocal()
 
     def steps_made(self) -> int:

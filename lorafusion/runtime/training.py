@@ -239,16 +239,15 @@ class TrainingRun:
             )
 
     def warm_up(self) -> None:
-        """Run what a clock should not see: connections to other processes, an optimizer's kernels, the largest
-        microbatch forward and backward on this stage alone, and others of other sizes through two layers, since kernels
-        are compiled for the sizes that they meet. (With the largest alone, fused kernels compiled for up to 38 s within
-        runs of 5 s.)
+        """Run what a clock should not see of microbatches: connections to other processes, the largest microbatch
+        forward and backward on this stage alone, and others of other sizes through two layers, since kernels are
+        compiled for the sizes that they meet. (With the largest alone, fused kernels compiled for up to 38 s within
+        runs of 5 s.) `rehearsal` is for what comes around them.
 
         It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless. Every process
         calls it.
         """
         self.pipeline.connect()
-        load_optimizer_kernels(self.adapters[0].optimizer)
         with self._untold():
             for slot in self._largest(1):
                 self.backward_alone(slot)
@@ -336,15 +335,6 @@ def _evaluations(workload: Workload, steps: list[tuple[int, ...]]) -> list[tuple
                 due.append(adapter)
         out.append(tuple(due))
     return out
-
-
-def load_optimizer_kernels(optimizer: torch.optim.Optimizer) -> None:
-    """One step of the same optimizer on a parameter of nobody's."""
-    like = optimizer.param_groups[0]["params"][0]
-    nobodys = torch.nn.Parameter(torch.zeros(16, dtype=like.dtype, device=like.device))
-    nobodys.grad = torch.zeros_like(nobodys)
-    torch._foreach_norm([nobodys.grad])
-    type(optimizer)([nobodys], lr=0.0, fused=True).step()
 
 
 def of_each_size(microbatches: Sequence[Microbatch], most: int) -> list[int]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lorafusion.measure import profiler
 from lorafusion.measure.timers import free_memory
 from lorafusion.plan import Plan, check
+from lorafusion.runtime.rehearsal import rehearse
 from lorafusion.runtime.spec import RunSpec
 from lorafusion.runtime.training import TrainingRun
 from lorafusion.workload import Workload
@@ -26,6 +27,7 @@ def try_plans(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], 
     """Write tokens a second of the spec's trials in turn, of which one that is clearly slower than the best before it
     is the last."""
     part = Workload.read(spec.part)
+    rehearse(run, execute)
     throughputs: list[float] = []
     for trial in spec.trials:
         whole = run.again(run.workload, _read(trial.plan, run.workload))

@@ -35,6 +35,7 @@ from lorafusion.runtime import checkpoint, probe, trials
 from lorafusion.runtime.board import ENDED, Position
 from lorafusion.runtime.launch import end_with_parent
 from lorafusion.runtime.pipeline import Pipeline
+from lorafusion.runtime.rehearsal import rehearse
 from lorafusion.runtime.spec import RunSpec
 from lorafusion.runtime.training import TrainingRun
 from lorafusion.workload import Workload
@@ -80,6 +81,7 @@ def trained(spec: RunSpec, device: torch.device, position: Position, rank: int, 
     position.set("the warm-up")
     run.warm_up()
     execute, arguments = load(read_systems()[spec.system].executor, "executor"), []
+    rehearse(run, execute)
     if spec.initial:
         checkpoint.load_initial(run, Path(spec.initial))
     if spec.saving:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+
+from lorafusion.checks import toy_jobs
+from lorafusion.config import read_systems
+from lorafusion.imports import load
 from lorafusion.plan import Microbatch, Segment
-from lorafusion.runtime.training import of_each_size
+from lorafusion.runtime import worker
+from lorafusion.runtime.board import Position
+from lorafusion.runtime.rehearsal import of_a_step, rehearse
+from lorafusion.runtime.spec import RunSpec
+from lorafusion.runtime.training import TrainingRun, of_each_size
+from lorafusion.scheduler import plan_system
+from lorafusion.workload import Workload
 
 
 def microbatch(*tokens: int) -> Microbatch:
@@ -26,3 +38,50 @@ def microbatch(*tokens: int) -> Microbatch:
 )
 def test_a_microbatch_of_each_size_is_met(sizes, most, expected):
     assert of_each_size([microbatch(*one) for one in sizes], most) == expected
+
+
+@pytest.mark.parametrize("arrangement", [(1, 1), (2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_rehearsal_is_a_step_of_the_first_job(arrangement, flush):
+    stages, replicas = arrangement
+    jobs = Workload(name="toy", jobs=toy_jobs(dropout=0.0))
+    few = jobs.model_copy(update={"jobs": (jobs.jobs[0].model_copy(update={"samples": jobs.jobs[0].samples[:2]}),)})
+    for workload in (jobs, few):
+        plan = plan_system(workload, "fused-sequential" if flush else "lorafusion", stages=stages, capacity=96,
+                           data_parallel=replicas)  # fmt: skip
+        made, rehearsed = of_a_step(workload, plan)
+        (slot,) = rehearsed.slots()
+        assert (rehearsed.stages, rehearsed.flush, len(slot)) == (stages, flush, replicas)
+        assert sum(not one.noop for one in slot) == min(replicas, len(workload.jobs[0].samples))
+        assert [job.name for job in made.jobs] == [workload.jobs[0].name]
+        assert made.jobs[0].learning_rate_at(0) == 0.0
+
+
+@pytest.mark.parametrize("system", ["lorafusion", "mlora", "peft"])
+def test_what_comes_before_the_clock_leaves_no_trace(tmp_path, system):
+    """In the file that training writes, all that it depends on: weights, gradients, moments, steps."""
+    run = build(tmp_path, system)
+    before = state(run)
+    run.warm_up()
+    rehearse(run, load(read_systems()[system].executor, "executor"))
+    after = state(run)
+    assert list(before) == list(after)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not run.record.losses
+    assert not run.record.done
+    assert [adapter.steps for adapter in run.adapters] == [0] * len(run.adapters)
+
+
+def build(folder: Path, system: str) -> TrainingRun:
+    jobs = Workload(name="toy", jobs=toy_jobs(dropout=0.0))
+    spec = RunSpec(system=system, model="tiny", workload="", device="cpu", dtype="float32", adapter_dtype="float32")
+    plan = plan_system(jobs, system, stages=1, capacity=96)
+    return worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(folder, 0), 0)
+
+
+def state(run: TrainingRun) -> dict[str, torch.Tensor]:
+    return {
+        f"{adapter.job.name}/{name}": value.clone()
+        for adapter in run.adapters
+        for name, value in adapter.state().items()
+    }

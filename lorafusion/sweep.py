@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from lorafusion.tuning import Tuned, plan_cell, profile_cell, tune_cell
 from lorafusion.workload import Workload
 
 LOOK_SECONDS = 1.0
+START = 80_000  # tokens of Llama-3.1-8B that an H200 trains while a run starts, about
 
 
 class Share(NamedTuple):
@@ -49,6 +51,16 @@ def shuffled(names: list[str], repeat: int) -> list[str]:
     order = sorted(names)
     random.Random(repeat).shuffle(order)
     return order
+
+
+def spread(costs: dict[str, int], shares: int) -> dict[str, int]:
+    """To which share each of some things goes, so that all have about as much: the costly ones first, each to the share
+    that has least."""
+    loads, homes = [0] * shares, {}
+    for name in sorted(costs, key=lambda one: (-costs[one], one)):
+        homes[name] = loads.index(min(loads))
+        loads[homes[name]] += costs[name]
+    return homes
 
 
 class Step(NamedTuple):
@@ -80,10 +92,12 @@ class Sweep:
         """What this share of the sweep does, in order: all tunings, then the profiles, then repeat after repeat."""
         suite, systems = self.suite, read_systems()
         every = {cell.name: cell for cell in cells(suite, self.suite_path)}
-        places = {name: index for index, name in enumerate(sorted({one.workload_name for one in every.values()}))}
         able = [cell for cell in every.values() if not unavailable(systems[cell.system])]
-        for cell in every.values():
-            self._workload(cell, suite)
+        tokens = {cell.workload_name: Workload.read(self._workload(cell, suite)).tokens for cell in every.values()}
+        costs = Counter()
+        for cell in able:
+            costs[cell.workload_name] += tokens[cell.workload_name] + START
+        homes = spread(costs, self.share.count)
         for cell in self._dealt([one for one in able if one.grid.tuned]):
             yield Step(self.path("tuned", cell, "json"), partial(self._tune, cell))
         for cell in self._dealt([one for one in able if one.workload in suite.profiled and suite.device == "cuda"]):
@@ -91,7 +105,7 @@ class Sweep:
         for repeat in range(1, suite.repeats + 1):
             for name in shuffled(list(every), repeat):
                 cell = every[name]
-                if (places[cell.workload_name] + repeat) % self.share.count == self.share.index:
+                if (homes.get(cell.workload_name, 0) + repeat) % self.share.count == self.share.index:
                     path = self.folder / "runs" / name / f"repeat~{repeat}.json"
                     after = self._tuning(cell) if cell in able else None
                     yield Step(path, partial(self._run, cell, repeat, path), after)

@@ -13,7 +13,7 @@ from lorafusion.config import CONFIGS, cells, read_suite
 from lorafusion.errors import UserError
 from lorafusion.files import write
 from lorafusion.plan import Plan
-from lorafusion.sweep import Share, Sweep, _first_ready, shuffled, sweep
+from lorafusion.sweep import Share, Sweep, _first_ready, shuffled, spread, sweep
 
 
 @pytest.fixture
@@ -100,6 +100,19 @@ def test_shares_are_whole_workloads_and_together_everything(suite, tmp_path, cou
             workloads = {path.parent.parent for path in mine}
             assert mine == {path for path in every if path.name == f"repeat~{repeat}.json"
                             and path.parent.parent in workloads}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("costs", "shares", "expected"),
+    [
+        ({"a": 5, "b": 9, "c": 4}, 2, {"b": 0, "a": 1, "c": 1}),
+        ({"a": 1, "b": 1, "c": 1}, 2, {"a": 0, "b": 1, "c": 0}),
+        ({"a": 1}, 3, {"a": 0}),
+        ({}, 2, {}),
+    ],
+)
+def test_workloads_are_spread_by_what_they_cost(costs, shares, expected):
+    assert spread(costs, shares) == expected
 
 
 def test_a_repeat_has_an_order_of_its_own_which_is_always_the_same():

@@ -39,7 +39,7 @@ CLASSES = dict(
         strict=True,
     )
 )
-LABELLED = 0.05  # of a bar, from which on a part has its number in it
+LABELLED = 0.042  # of a panel's highest bar, from which on a part has its number in it
 
 
 def training_speed(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
@@ -175,16 +175,19 @@ def draw_stacks(data: pd.DataFrame, panel: str, unit: str, title: str) -> Figure
 
 
 def _draw_stacks(ax: Axes, data: pd.DataFrame) -> None:
-    names = list(dict.fromkeys(data["variant"]))
-    heights = dict.fromkeys(names, 0.0)
+    totals = data.groupby("variant", sort=False)["milliseconds"].sum()
+    names, heights = list(totals.index), dict.fromkeys(totals.index, 0.0)
     for row in data.itertuples():
         x, below = names.index(row.variant), heights[row.variant]
         ax.bar(x, row.milliseconds, 0.8, bottom=below, **_part_look(row[data.columns.get_loc("class") + 1]))
-        if row.share >= LABELLED:
+        if row.milliseconds >= LABELLED * totals.max():
             frame = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
             middle = below + row.milliseconds / 2
             ax.text(x, middle, f"{row.milliseconds:.0f}", ha="center", va="center", fontsize=style.SMALL, bbox=frame)
         heights[row.variant] = below + row.milliseconds
+    for x, total in enumerate(totals):
+        ax.annotate(f"{total:.0f}", (x, total), (0, 2), textcoords="offset points", ha="center", fontsize=style.SMALL,
+                    fontweight="bold")  # fmt: skip
     ax.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], rotation=45, ha="right")
 
 

@@ -44,8 +44,8 @@ def test_the_profiles_are_drawn_by_workload_and_system(profiles, tmp_path):
     assert bars.to_numpy().tolist() == [
         ["wikisum", "lorafusion"],
         ["mixed", "peft"],
-        ["mixed", "lorafusion, q k v merged"],
         ["mixed", "lorafusion"],
+        ["mixed", "lorafusion, q k v merged"],
     ]
     assert list(data["class"][:3]) == ["GEMM", "LoRA", "idle"]
     assert list(data.loc[data["system"] == "peft", "milliseconds"]) == [180, 90, 30]

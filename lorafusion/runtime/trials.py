@@ -8,6 +8,7 @@ one of the workload's first global batches, which is run against the clock.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -47,17 +48,24 @@ def try_plans(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], 
 
 def profile(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], object]) -> list[dict[str, object]]:
     """What this process's GPU does while the beginning of the spec's only trial is run: rows of a class of kernels,
-    with milliseconds and kernels for 1000 real tokens."""
+    with milliseconds and kernels for 1000 real tokens. How long it is idle is told by a run without the profiler."""
     part = Workload.read(spec.part)
     plan = _read(spec.trials[0].part, part)
+    runs: list[TrainingRun] = []
+
+    def prepare() -> Callable[[], object]:
+        runs.append(run.again(part, plan))
+        return partial(execute, runs[-1])
+
+    rehearse(run, execute)
     run.again(part, plan).warm_up()
-    runs = [run.again(part, plan) for _ in range(profiler.TIMES)]
-    each = iter(runs)
-    spans = _while_the_clock_runs(profiler.trace(lambda: execute(next(each))), runs[-1])
+    prepare()()
+    seconds = _seconds(runs[-1])
+    spans = _while_the_clock_runs(profiler.trace(prepare), runs[-1])
     print(*profiler.unknown_kernels(spans), sep="\n", flush=True)
     scale = 1000 / plan.statistics.tokens
     parts = {name: profiler.Part(part.milliseconds * scale, part.kernels * scale)
-             for name, part in profiler.breakdown(spans, 1).items()}  # fmt: skip
+             for name, part in profiler.at_full_speed(profiler.breakdown(spans, 1), 1e3 * seconds).items()}  # fmt: skip
     return profiler.csv_rows(parts)
 
 

@@ -17,7 +17,7 @@ from lorafusion.benchmarks.training_suite import Arm, Bench, read_training_suite
 from lorafusion.cli_training import training_app
 from lorafusion.errors import UserError
 from lorafusion.measure import profiler, table
-from lorafusion.measure.profiler import IDLE, Span, breakdown, busy_share, class_of
+from lorafusion.measure.profiler import IDLE, Part, Span, at_full_speed, breakdown, busy_share, class_of
 from lorafusion.measure.table import MeasurementError
 from lorafusion.report import training_figures
 from lorafusion.runtime.board import Position
@@ -205,6 +205,13 @@ def test_parts_add_up_to_the_time_from_the_first_kernel_to_the_last():
     assert (parts["LoRA"].kernels, parts[IDLE].kernels) == (1, 0)
     assert busy_share(parts) == pytest.approx(0.7)
     assert profiler.unknown_kernels([*spans, Span("new", 0, ms), Span("new", 0, ms)]) == ["no class: 2.000 ms of new"]
+
+
+@pytest.mark.parametrize(("milliseconds", "idle"), [(9.0, 4.0), (5.0, 0.0), (4.9, 0.0)])
+def test_what_is_idle_is_told_by_the_time_without_the_profiler(milliseconds, idle):
+    parts = {"GEMM": Part(3.0, 7), IDLE: Part(8.0, 0), "LoRA": Part(2.0, 1)}
+    assert at_full_speed(parts, milliseconds) == parts | {IDLE: Part(idle, 0)}
+    assert at_full_speed({"GEMM": Part(5.0, 7)}, milliseconds)[IDLE] == Part(idle, 0)
 
 
 def test_only_the_devices_work_is_taken_from_a_trace():

@@ -29,7 +29,7 @@ from lorafusion.tuning import Tuned, plan_cell, profile_cell, tune_cell
 from lorafusion.workload import Workload
 
 LOOK_SECONDS = 1.0
-START = 80_000  # tokens of Llama-3.1-8B that an H200 trains while a run starts, about
+START = 80_000  # tokens that are trained while a run starts, about, as an H200 trains Llama-3.1-8B
 
 
 class Share(NamedTuple):
@@ -93,7 +93,8 @@ class Sweep:
         suite, systems = self.suite, read_systems()
         every = {cell.name: cell for cell in cells(suite, self.suite_path)}
         able = [cell for cell in every.values() if not unavailable(systems[cell.system])]
-        tokens = {cell.workload_name: Workload.read(self._workload(cell, suite)).tokens for cell in every.values()}
+        first = {cell.workload_name: cell for cell in every.values()}
+        tokens = {name: Workload.read(self._workload(cell, suite)).tokens for name, cell in first.items()}
         costs = Counter()
         for cell in able:
             costs[cell.workload_name] += tokens[cell.workload_name] + START
@@ -156,7 +157,7 @@ class Sweep:
 
 def sweep(suite_path: Path, folder: Path, share: Share, launch: Callable[..., Outcome], seconds: float) -> int:
     """Do what is missing of a suite, beginning nothing after `seconds`; returns how much was left."""
-    begin, failed = time.monotonic(), 0
+    begin, failed = time.monotonic(), 0  # failed: with what was to come after
     missing = [step for step in Sweep(suite_path, folder, share, launch).steps() if not step.path.exists()]
     wait = _longest_wait(suite_path) if share.count > 1 else 0.0
     while missing and time.monotonic() - begin <= seconds:
@@ -164,12 +165,15 @@ def sweep(suite_path: Path, folder: Path, share: Share, launch: Callable[..., Ou
         if step is None:
             break
         missing.remove(step)
+        if step.path.exists():  # by another sweep meanwhile
+            continue
         started = time.monotonic()
         try:
             said = step.make()
         except UserError as error:
-            said = f"error: {error}"
-            failed += 1
+            said, before = f"error: {error}", len(missing)
+            missing = [one for one in missing if one.after != step.path]
+            failed += 1 + before - len(missing)
         took = time.monotonic() - started
         print(f"{time.monotonic() - begin:7.1f} s, {took:5.1f} s: {step.path.relative_to(folder)}: {said}", flush=True)
     return len(missing) + failed

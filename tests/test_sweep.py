@@ -73,14 +73,21 @@ def test_what_another_share_tunes_is_waited_for_and_not_longer_than_the_time(sui
     assert _first_ready(waiting, -1.0) == waiting[0]
 
 
-def test_what_cannot_be_tuned_does_not_keep_the_rest(suite, tmp_path, capsys, monkeypatch):
-    """And is not waited for by the only share."""
+def test_what_cannot_be_tuned_keeps_neither_the_rest_nor_the_share(suite, tmp_path, capsys, monkeypatch):
     from tests import forked
 
     monkeypatch.setattr("lorafusion.sweep.tune_cell", raise_an_error)
+    monkeypatch.setattr("lorafusion.sweep._first_ready", partial(first_ready_at_once, _first_ready))
+    monkeypatch.setattr("lorafusion.sweep._longest_wait", lambda _: 1e9)
     assert sweep(suite, tmp_path / "results", Share(), forked.launch, float("inf")) == 1 + 2
     assert "error: no tuning today" in capsys.readouterr().out
     assert len(list((tmp_path / "results").rglob("repeat*.json"))) == 2 * 4
+
+
+def first_ready_at_once(real, steps, end):
+    found = real(steps, -1.0)
+    assert found, "waits for what will not come"
+    return found
 
 
 def raise_an_error(*_, **__):

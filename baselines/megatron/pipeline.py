@@ -41,6 +41,7 @@ def execute(run: TrainingRun) -> None:
         finally:
             for model, adapter in zip(models, run.adapters, strict=True):
                 _unwrap(model, adapter)
+            stage.config.no_sync_func = None  # a method of a model, which has the stage, which has this
 
 
 def _train_batch(run: TrainingRun, stage: MegatronStage, model: DistributedDataParallel, slots: list[int]) -> None:
@@ -79,8 +80,9 @@ def _step(run: TrainingRun, slot: int, adapter: AdapterTraining) -> None:
 
 
 def _unwrap(model: DistributedDataParallel, adapter: AdapterTraining) -> None:
-    """Leave the parameters as they were found. Megatron's hooks stay, and do nothing for parameters that they do not
-    know."""
+    """Leave the parameters as they were found. Megatron's hooks go with the nodes of autograd that it keeps for them;
+    else they were called in every later run, and held this one with all its memory."""
+    model.grad_accs.clear()
     model.param_to_bucket_group.clear()
     for parameter in adapter.parameters.values():
         del parameter.main_grad

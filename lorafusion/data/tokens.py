@@ -50,7 +50,8 @@ class SyntheticTokens:
     def _cycle(self, seed: int) -> torch.Tensor:
         """A language's words, kept: with Llama's vocabulary they take the host half a millisecond, at each sample."""
         if seed not in self._cycles:
-            self._cycles[seed] = torch.randperm(self.vocab_size, generator=_generator(seed))[: self.words]
+            # A copy: the part alone would hold the whole.
+            self._cycles[seed] = torch.randperm(self.vocab_size, generator=_generator(seed))[: self.words].clone()
         return self._cycles[seed]
 
 

@@ -56,7 +56,7 @@ def trace(prepare: Callable[[], Callable[[], object]]) -> list[Span]:
     trace of a process starts the profiler itself.
 
     The host's own operations are not recorded, which would slow it down and leave the GPU waiting for it. It is slowed
-    down all the same: see `at_full_speed`.
+    down all the same, which does not matter where microbatches are large: see `at_full_speed`.
     """
     for _ in range(2):
         function = prepare()

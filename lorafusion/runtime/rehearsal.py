@@ -1,8 +1,8 @@
 """A run's executor, once, on a few tokens before the clock starts.
 
-What happens once in a process must not be measured: a GPU's library loads a kernel at its first use, processes connect
-at their first message. What a microbatch does is met in `TrainingRun.warm_up`; this is what its executor does around
-it, up to an optimizer's step. On an H200 first steps took 0.1 to 0.6 s of runs of 3 to 5 s, never twice the same.
+What happens once in a process must not be measured: processes make connections, a GPU's library loads a kernel at its
+first use. What a microbatch does is met in `TrainingRun.warm_up`; this is what its executor does around it, up to an
+optimizer's step. On an H200 first steps took 0.1 to 0.6 s of runs of 3 to 5 s, never twice the same.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from lorafusion.runtime.training import TrainingRun
 from lorafusion.workload import Workload
 
 # A learning rate of zero changes no weight.
-QUIET = {"epochs": 1, "steps": None, "start": 0, "learning_rate": 0.0, "weight_decay": 0.0, "schedule": "constant",
-         "warmup_steps": 0, "evaluation": (), "evaluate_every": None}  # fmt: skip
+QUIET = {"epochs": 1, "steps": None, "start": 0, "learning_rate": 0.0, "evaluation": (), "evaluate_every": None}
 
 
 def rehearse(run: TrainingRun, execute: Callable[[TrainingRun], object]) -> None:
-    """Have an executor train the first adapter for a step of nothing. Leaves no trace; every process calls it."""
+    """Connect the processes, and have an executor train the first adapter for a step of nothing. Every process calls
+    it. Weights, gradients, optimizers and losses are as before; torch's random generator is not."""
+    run.pipeline.connect()
     rehearsal = run.again(*of_a_step(run.workload, run.plan))
     execute(rehearsal)
     rehearsal.record.clock.synchronize()
@@ -29,17 +30,22 @@ def rehearse(run: TrainingRun, execute: Callable[[TrainingRun], object]) -> None
 
 
 def of_a_step(workload: Workload, plan: Plan) -> tuple[Workload, Plan]:
-    """The first job on its shortest samples, one for each replica, in a global batch of which each replica has its
-    sample; replicas beyond the samples have none."""
+    """The first job on its shortest samples, one for each replica, in one global batch; replicas beyond them have none.
+    It is clipped if any job is."""
+    norm = next((job.max_grad_norm for job in workload.jobs if job.max_grad_norm is not None), None)
     job, replicas = workload.jobs[0], plan.data_parallel
     samples = tuple(sorted(job.samples, key=lambda one: one.tokens)[:replicas])
-    job = job.model_copy(update=QUIET | {"samples": samples, "global_batch_size": len(samples)})
+    job = job.model_copy(update=QUIET | {"samples": samples, "global_batch_size": len(samples), "max_grad_norm": norm})
     made = workload.model_copy(update={"jobs": (job,)})
-    microbatches = [Microbatch(noop=True)] * (replicas - len(samples))
-    for position in reversed(range(len(samples))):
-        segment = Segment(adapter=0, samples=(position,), tokens=job.sample_at(position).tokens)
-        microbatches.insert(0, Microbatch(segments=(segment,)))
-    microbatches[len(samples) - 1] = microbatches[len(samples) - 1].model_copy(update={"step_after": (0,)})
+    last = len(samples) - 1
+    microbatches = [
+        Microbatch(
+            segments=(Segment(adapter=0, samples=(position,), tokens=job.sample_at(position).tokens),),
+            step_after=(0,) if position == last else (),
+        )
+        for position in range(len(samples))
+    ]
+    microbatches += [Microbatch(noop=True)] * (replicas - len(samples))
     longest = max(one.tokens for one in samples)
     return made, make_plan(plan.system, made, microbatches, stages=plan.stages, capacity=longest, flush=plan.flush,
                            data_parallel=replicas)  # fmt: skip

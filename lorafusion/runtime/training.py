@@ -239,15 +239,14 @@ class TrainingRun:
             )
 
     def warm_up(self) -> None:
-        """Run what a clock should not see of microbatches: connections to other processes, the largest microbatch
-        forward and backward on this stage alone, and others of other sizes through two layers, since kernels are
-        compiled for the sizes that they meet. (With the largest alone, fused kernels compiled for up to 38 s within
-        runs of 5 s.) `rehearsal` is for what comes around them.
+        """Run what a clock should not see of microbatches: the largest forward and backward on this stage alone, and
+        others of other sizes through two layers, since kernels are compiled for the sizes that they meet. (With the
+        largest alone, fused kernels compiled for up to 38 s within runs of 5 s.) `rehearsal`, which comes before, is
+        for what is around them.
 
         It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless. Every process
         calls it.
         """
-        self.pipeline.connect()
         with self._untold():
             for slot in self._largest(1):
                 self.backward_alone(slot)

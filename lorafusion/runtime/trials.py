@@ -1,20 +1,19 @@
 """Several plans timed one after another by the same processes, and where a GPU's time goes in one of them.
 
-The stage is built once. Each plan is two: the whole one, whose largest microbatch must fit in memory beside the
-optimizers' states (twice, those of the stage's own run being there too, which stand for a reducer's buffers), and the
-one of the workload's first global batches, which is run against the clock.
+The stage is built once. Each plan is two: the whole one, whose largest microbatch must fit in memory beside two sets of
+optimizers' states (the trial's own, and those of the run that the stage was built with, in place of a reducer's
+buffers), and the one of the workload's first global batches, which is run against the clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from lorafusion.measure import profiler
-from lorafusion.measure.timers import free_memory
+from lorafusion.measure.timers import Mark, free_memory
 from lorafusion.plan import Plan, check
 from lorafusion.runtime.rehearsal import rehearse
 from lorafusion.runtime.spec import RunSpec
@@ -51,17 +50,22 @@ def profile(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], ob
     with milliseconds and kernels for 1000 real tokens. How long it is idle is told by a run without the profiler."""
     part = Workload.read(spec.part)
     plan = _read(spec.trials[0].part, part)
-    runs: list[TrainingRun] = []
+    newest: list[_Timed] = []
 
-    def prepare() -> Callable[[], object]:
-        runs.append(run.again(part, plan))
-        return partial(execute, runs[-1])
+    def prepare() -> _Timed:
+        newest.clear()  # with its optimizers' states, before there are others
+        newest.append(_Timed(run.again(part, plan), execute))
+        return newest[0]
 
     rehearse(run, execute)
     run.again(part, plan).warm_up()
-    prepare()()
-    seconds = _seconds(runs[-1])
-    spans = _while_the_clock_runs(profiler.trace(prepare), runs[-1])
+    untraced = prepare()
+    if dist.is_initialized():
+        dist.barrier()
+    untraced()
+    seconds = _seconds(untraced.run)
+    del untraced
+    spans = newest[0].while_the_clock_ran(profiler.trace(prepare))
     print(*profiler.unknown_kernels(spans), sep="\n", flush=True)
     scale = 1000 / plan.statistics.tokens
     parts = {name: profiler.Part(part.milliseconds * scale, part.kernels * scale)
@@ -69,10 +73,23 @@ def profile(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], ob
     return profiler.csv_rows(parts)
 
 
-def _while_the_clock_runs(spans: list[profiler.Span], run: TrainingRun) -> list[profiler.Span]:
-    """Without what an executor has the device do before the run's clock starts, such as filling a reducer's buffers."""
-    begin = max(span.end for span in spans) - 1e9 * _seconds(run)
-    return [span for span in spans if span.begin >= begin]
+class _Timed:
+    """A run, and when its executor was done, which may work before the run's clock starts and after it stops, such as
+    on a reducer's buffers."""
+
+    def __init__(self, run: TrainingRun, execute: Callable[[TrainingRun], object]) -> None:
+        self.run, self.execute = run, execute
+        self.done: Mark | None = None
+
+    def __call__(self) -> None:
+        self.execute(self.run)
+        self.done = self.run.record.clock.mark()
+
+    def while_the_clock_ran(self, spans: list[profiler.Span]) -> list[profiler.Span]:
+        """Those of the spans that it had the device do."""
+        seconds, record = _seconds(self.run), self.run.record
+        stopped = max(span.end for span in spans) - 1e9 * record.clock.seconds(record.done[-1][1], self.done)
+        return [span for span in spans if stopped - 1e9 * seconds <= span.begin < stopped]
 
 
 def _seconds(run: TrainingRun) -> float:

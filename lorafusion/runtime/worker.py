@@ -78,10 +78,11 @@ def trained(spec: RunSpec, device: torch.device, position: Position, rank: int, 
     _require_processes(plan, world, spec.plan)
     drift = canary(device)
     run = build_run(spec, workload, plan, device, position, rank)
-    position.set("the warm-up")
-    run.warm_up()
     execute, arguments = load(read_systems()[spec.system].executor, "executor"), []
     rehearse(run, execute)
+    run.warm_up()
+    position.set("the start of the run")
+    torch.manual_seed(spec.seed)  # PEFT's own dropout draws from torch's generator
     if spec.initial:
         checkpoint.load_initial(run, Path(spec.initial))
     if spec.saving:
@@ -125,7 +126,6 @@ def build_run(
     fill_weights(stage, config, device=device, dtype=dtype, seed=spec.seed)
     stage.train()
     builder = BatchBuilder(workload, token_source(spec, config.vocab_size), device)
-    torch.manual_seed(spec.seed)  # PEFT's own dropout draws from torch's generator
     autocast = dtype if system.wide_adapters and adapter_dtype != dtype else None
     return TrainingRun(workload, plan, stage, active, builder, pipeline, position, autocast, around)
 

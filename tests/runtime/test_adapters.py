@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -23,7 +21,7 @@ def adapter(tmp_path):
         jobs = Workload(name="toy", jobs=(job,))
         spec = RunSpec(system="peft-bf16", model="tiny", workload="", device="cpu", dtype=dtype, adapter_dtype=dtype)
         plan = plan_system(jobs, "peft-bf16", stages=1, capacity=96)
-        run = worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(Path(tmp_path), 0), 0)
+        run = worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(tmp_path, 0), 0)
         (one,) = run.adapters
         generator = torch.Generator().manual_seed(0)
         for gradient in one.gradients:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -19,23 +20,26 @@ from lorafusion.workload import Workload
 
 
 def test_a_profile_has_the_kernels_of_the_second_trace_and_the_time_of_a_run_without(tmp_path, monkeypatch):
-    """On a CPU, with a profiler that saw one GEMM, and the filling of a buffer long before the clock started."""
+    """On a CPU, with a profiler that saw one GEMM, and the filling of a buffer long before the clock started; and of
+    another one after it stopped."""
     jobs = Workload(name="toy", jobs=toy_jobs(dropout=0.0))
     plan = plan_system(jobs, "lorafusion", stages=1, capacity=96)
     (tmp_path / "part.json").write_text(jobs.to_json())
     (tmp_path / "plan.json").write_text(plan.to_json())
     spec = RunSpec(system="lorafusion", model="tiny", workload="", device="cpu", dtype="float32")
     run = worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(tmp_path, 0), 0)
-    execute, executed, hour = load(read_systems()["lorafusion"].executor, "executor"), [], 3600 * 10**9
+    execute, executed = load(read_systems()["lorafusion"].executor, "executor"), []
+    ms, hour = 10**6, 3600 * 10**9
 
     def noted(one):
         executed.append(one)
-        return execute(one)
+        execute(one)
+        time.sleep(0.05)
 
     def trace(prepare):
         for _ in range(2):
             prepare()()
-        return [Span("fill", 0, 10**6), Span("nvjet", hour, hour + 10**6)]
+        return [Span("fill", 0, ms), Span("nvjet", hour - 51 * ms, hour - 50.5 * ms), Span("fill", hour - ms, hour)]
 
     monkeypatch.setattr(trials.profiler, "trace", trace)
     part = SimpleNamespace(part=str(tmp_path / "part.json"), trials=[SimpleNamespace(part=str(tmp_path / "plan.json"))])
@@ -44,6 +48,6 @@ def test_a_profile_has_the_kernels_of_the_second_trace_and_the_time_of_a_run_wit
     assert (len(rehearsal.adapters), len(traced)) == (1, 2)
     assert set(rows) == {"GEMM", IDLE}
     scale = plan.statistics.tokens / 1000
-    assert rows["GEMM"]["milliseconds"] * scale == pytest.approx(1.0)
+    assert rows["GEMM"]["milliseconds"] * scale == pytest.approx(0.5)
     seconds = untraced.record.done[-1][1] - untraced.record.begin
     assert sum(row["milliseconds"] for row in rows.values()) * scale == pytest.approx(1e3 * seconds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from lorafusion.checks import toy_jobs
 from lorafusion.config import read_systems
 from lorafusion.imports import load
 from lorafusion.plan import Microbatch, Segment
-from lorafusion.runtime import worker
+from lorafusion.runtime import forked, worker
 from lorafusion.runtime.board import Position
 from lorafusion.runtime.rehearsal import of_a_step, rehearse
 from lorafusion.runtime.spec import RunSpec
@@ -57,19 +59,56 @@ def test_a_rehearsal_is_a_step_of_the_first_job(arrangement, flush):
         assert made.jobs[0].learning_rate_at(0) == 0.0
 
 
-@pytest.mark.parametrize("system", ["lorafusion", "mlora", "peft"])
+@pytest.mark.parametrize("norms", [(None, None), (None, 0.5), (0.25, 0.5)])
+def test_a_rehearsal_clips_if_any_job_is_clipped(norms):
+    jobs = [job.model_copy(update={"max_grad_norm": one}) for job, one in zip(toy_jobs(), norms, strict=False)]
+    workload = Workload(name="toy", jobs=jobs)
+    made, _ = of_a_step(workload, plan_system(workload, "lorafusion", stages=1, capacity=96))
+    assert made.jobs[0].max_grad_norm == next((one for one in norms if one), None)
+
+
+@pytest.mark.parametrize("system", ["lorafusion", "mlora", "peft", "megatron-pp", "megatron-fsdp"])
 def test_what_comes_before_the_clock_leaves_no_trace(tmp_path, system):
-    """In the file that training writes, all that it depends on: weights, gradients, moments, steps."""
-    run = build(tmp_path, system)
+    """In the file that training writes, all that it depends on: weights, gradients, moments, steps. And the rehearsal's
+    own run goes, with all its memory."""
+    with ProcessPoolExecutor(1, forked.FORKSERVER) as process:  # in which Megatron may make its process groups
+        process.submit(_rehearse, tmp_path, system).result()
+
+
+def _rehearse(folder: Path, system: str) -> None:
+    execute, executed = load(read_systems()[system].executor, "executor"), []
+
+    def noted(run: TrainingRun) -> None:
+        executed.append((weakref.ref(run), [job.name for job in run.workload.jobs]))
+        execute(run)
+
+    run = build(folder, system)
     before = state(run)
+    rehearse(run, noted)
     run.warm_up()
-    rehearse(run, load(read_systems()[system].executor, "executor"))
+    ((rehearsal, jobs),) = executed
+    assert jobs == [run.workload.jobs[0].name]
+    assert rehearsal() is None
     after = state(run)
     assert list(before) == list(after)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert not run.record.losses
     assert not run.record.done
     assert [adapter.steps for adapter in run.adapters] == [0] * len(run.adapters)
+
+
+def test_a_run_is_rehearsed_first(tmp_path, monkeypatch):
+    rehearsed, run = [], worker.rehearse
+    monkeypatch.setattr(worker, "rehearse", lambda *given: rehearsed.append(given) or run(*given))
+    jobs = Workload(name="toy", jobs=toy_jobs())
+    plan = plan_system(jobs, "lorafusion", stages=1, capacity=96)
+    for name, made in (("workload", jobs), ("plan", plan)):
+        (tmp_path / f"{name}.json").write_text(made.to_json())
+    spec = RunSpec(system="lorafusion", model="tiny", workload=str(tmp_path / "workload.json"),
+                   plan=str(tmp_path / "plan.json"), device="cpu", dtype="float32")  # fmt: skip
+    report = worker.trained(spec, torch.device("cpu"), Position(tmp_path, 0), 0, 1)
+    assert len(rehearsed) == 1
+    assert len(report["seconds"]) == len(plan.microbatches)
 
 
 def build(folder: Path, system: str) -> TrainingRun:

@@ -65,7 +65,8 @@ def profile(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], ob
     untraced()
     seconds = _seconds(untraced.run)
     del untraced
-    spans = newest[0].while_the_clock_ran(profiler.trace(prepare))
+    spans = profiler.trace(prepare)
+    spans = newest[0].while_the_clock_ran(spans)
     print(*profiler.unknown_kernels(spans), sep="\n", flush=True)
     scale = 1000 / plan.statistics.tokens
     parts = {name: profiler.Part(part.milliseconds * scale, part.kernels * scale)

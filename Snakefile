@@ -46,6 +46,7 @@ rule all:
         TRAINING_RESULTS,
         f"{RESULTS}/figures/lossless.png",
         [f"{RESULTS}/figures/system_profile.png"] if PROFILED else [],
+        [f"{RESULTS}/figures/tunings.png"] if TUNED else [],
     localrule: True
 
 

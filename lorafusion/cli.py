@@ -286,6 +286,14 @@ def figure_system_profile(
     _drawn("system_profile", "system_profile", out, profiles)
 
 
+@figure_app.command("tunings")
+def figure_tunings(
+    tuned: Annotated[list[Path], typer.Argument(help="files that `lorafusion tune` wrote")], out: Stem
+) -> None:
+    """The capacities that were tried for each system, how fast they were, and which was taken."""
+    _drawn("tunings_figure", "tunings", out, tuned)
+
+
 @page_app.command("checks")
 def page_checks(
     verdicts: Annotated[list[Path], typer.Argument(help="files that `lorafusion check` wrote")], out: Out

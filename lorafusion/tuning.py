@@ -36,7 +36,7 @@ from lorafusion.runtime.spec import RunSpec, Trial
 from lorafusion.scheduler import plan_system
 from lorafusion.workload import Workload, read_versioned
 
-VERSION = 1
+VERSION = 2
 MOST_TRIALS = 6
 PROFILE_COLUMNS = ("suite", "cell", "workload", "qkv", "system", "gpu_name", "git_sha", "class", "milliseconds",
                    "kernels", "share")  # fmt: skip
@@ -62,11 +62,15 @@ class Tuned(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = VERSION
+    suite: str
     cell: str
     system: str
     stages: int
     data_parallel: int
     workload_hash: str
+    gpu_name: str | None
+    git_sha: str | None
+    git_dirty: bool | None
     trials: tuple[Tried, ...] = Field(min_length=1)
 
     @property
@@ -102,8 +106,10 @@ def tune_cell(
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         spec = trials_of(cell, suite, workload, workload_path, candidates(workload, cell), Path(scratch))
         tried = _try_all(spec, partial(launch, processes=cell.gpus), 60 * cell.grid.minutes)
-    tuned = Tuned(cell=name, system=cell.system, stages=cell.stages, data_parallel=cell.grid.data_parallel,
-                  workload_hash=workload.content_hash, trials=tuple(tried))  # fmt: skip
+    origin = provenance(suite.device)
+    tuned = Tuned(suite=suite.name, cell=name, system=cell.system, stages=cell.stages,
+                  data_parallel=cell.grid.data_parallel, workload_hash=workload.content_hash, trials=tuple(tried),
+                  **{key: origin[key] for key in ("gpu_name", "git_sha", "git_dirty")})  # fmt: skip
     write(out, json.dumps(tuned.model_dump(mode="json"), indent=1) + "\n")
     return tuned
 

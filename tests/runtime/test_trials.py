@@ -39,7 +39,11 @@ def test_a_profile_has_the_kernels_of_the_second_trace_and_the_time_of_a_run_wit
     def trace(prepare):
         for _ in range(2):
             prepare()()
-        return [Span("fill", 0, ms), Span("nvjet", hour - 51 * ms, hour - 50.5 * ms), Span("fill", hour - 40 * ms, hour)]
+        return [
+            Span("fill", 0, ms),
+            Span("nvjet", hour - 51 * ms, hour - 50.5 * ms),
+            Span("fill", hour - 40 * ms, hour),
+        ]
 
     monkeypatch.setattr(trials.profiler, "trace", trace)
     part = SimpleNamespace(part=str(tmp_path / "part.json"), trials=[SimpleNamespace(part=str(tmp_path / "plan.json"))])

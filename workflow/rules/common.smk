@@ -87,6 +87,7 @@ CONTRIBUTED = [
 PLANNED = {
     name: cell for name, cell in CELLS.items() if not unavailable(SYSTEMS[cell.system])
 }
+TUNED = [name for name, cell in PLANNED.items() if cell.grid.tuned]
 # Only a GPU's kernels can be told apart.
 PROFILED = [
     name

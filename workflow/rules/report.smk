@@ -160,6 +160,29 @@ rule system_profile:
         "lorafusion figure system_profile {input:q} --out {params.stem:q} > {log:q} 2>&1"
 
 
+rule tunings:
+    input:
+        [f"{RESULTS}/tuned/{name}.json" for name in TUNED],
+    output:
+        png=report(
+            f"{RESULTS}/figures/tunings.png",
+            caption="../report/tunings.rst",
+            category="Figures",
+            labels={"content": "capacities that were tried", "form": "PNG"},
+        ),
+        pdf=f"{RESULTS}/figures/tunings.pdf",
+        csv=f"{RESULTS}/figures/tunings.csv",
+    log:
+        f"{LOGS}/tunings.log",
+    localrule: True
+    conda:
+        "../../environment.yml"
+    params:
+        stem=subpath(output.png, strip_suffix=".png"),
+    shell:
+        "lorafusion figure tunings {input:q} --out {params.stem:q} > {log:q} 2>&1"
+
+
 rule publish:
     input:
         table=f"{RESULTS}/measurements.csv",

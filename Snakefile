@@ -46,7 +46,7 @@ rule all:
         TRAINING_RESULTS,
         f"{RESULTS}/figures/lossless.png",
         [f"{RESULTS}/figures/system_profile.png"] if PROFILED else [],
-        [f"{RESULTS}/figures/tunings.png"] if TUNED else [],
+        [f"{RESULTS}/figures/tunings~{model}.png" for model in TUNED],
     localrule: True
 
 

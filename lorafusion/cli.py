@@ -288,10 +288,12 @@ def figure_system_profile(
 
 @figure_app.command("tunings")
 def figure_tunings(
-    tuned: Annotated[list[Path], typer.Argument(help="files that `lorafusion tune` wrote")], out: Stem
+    tuned: Annotated[list[Path], typer.Argument(help="files that `lorafusion tune` wrote")],
+    model: Annotated[str, typer.Option(help="a model of theirs")],
+    out: Stem,
 ) -> None:
     """The capacities that were tried for each system, how fast they were, and which was taken."""
-    _drawn("tunings_figure", "tunings", out, tuned)
+    _drawn("tunings_figure", "tunings", out, tuned, model)
 
 
 @page_app.command("checks")

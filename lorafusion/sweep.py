@@ -157,7 +157,7 @@ class Sweep:
 
 def sweep(suite_path: Path, folder: Path, share: Share, launch: Callable[..., Outcome], seconds: float) -> int:
     """Do what is missing of a suite, beginning nothing after `seconds`; returns how much was left."""
-    begin, failed = time.monotonic(), 0  # failed: with what was to come after
+    begin, given_up = time.monotonic(), 0
     missing = [step for step in Sweep(suite_path, folder, share, launch).steps() if not step.path.exists()]
     wait = _longest_wait(suite_path) if share.count > 1 else 0.0
     while missing and time.monotonic() - begin <= seconds:
@@ -171,12 +171,12 @@ def sweep(suite_path: Path, folder: Path, share: Share, launch: Callable[..., Ou
         try:
             said = step.make()
         except UserError as error:
-            said, before = f"error: {error}", len(missing)
-            missing = [one for one in missing if one.after != step.path]
-            failed += 1 + before - len(missing)
+            said, left = f"error: {error}", [one for one in missing if one.after != step.path]
+            given_up += 1 + len(missing) - len(left)
+            missing = left
         took = time.monotonic() - started
         print(f"{time.monotonic() - begin:7.1f} s, {took:5.1f} s: {step.path.relative_to(folder)}: {said}", flush=True)
-    return len(missing) + failed
+    return len(missing) + given_up
 
 
 def _longest_wait(suite_path: Path) -> float:

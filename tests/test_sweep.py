@@ -78,7 +78,6 @@ def test_what_cannot_be_tuned_keeps_neither_the_rest_nor_the_share(suite, tmp_pa
 
     monkeypatch.setattr("lorafusion.sweep.tune_cell", raise_an_error)
     monkeypatch.setattr("lorafusion.sweep._first_ready", partial(first_ready_at_once, _first_ready))
-    monkeypatch.setattr("lorafusion.sweep._longest_wait", lambda _: 1e9)
     assert sweep(suite, tmp_path / "results", Share(), forked.launch, float("inf")) == 1 + 2
     assert "error: no tuning today" in capsys.readouterr().out
     assert len(list((tmp_path / "results").rglob("repeat*.json"))) == 2 * 4

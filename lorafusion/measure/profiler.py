@@ -63,6 +63,7 @@ def trace(prepare: Callable[[], Callable[[], object]]) -> list[Span]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             function()
             torch.cuda.synchronize()
+        del function  # with what it holds, before there is another
     return device_spans(profiler.profiler.kineto_results.events())
 
 

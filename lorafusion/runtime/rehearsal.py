@@ -20,6 +20,7 @@ QUIET = {"epochs": 1, "steps": None, "start": 0, "learning_rate": 0.0, "evaluati
 def rehearse(run: TrainingRun, execute: Callable[[TrainingRun], object]) -> None:
     """Connect the processes, and have an executor train the first adapter for a step of nothing. Every process calls
     it. Weights, gradients, optimizers and losses are as before; torch's random generator is not."""
+    run.position.set("the rehearsal")
     run.pipeline.connect()
     rehearsal = run.again(*of_a_step(run.workload, run.plan))
     execute(rehearsal)

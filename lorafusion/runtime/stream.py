@@ -83,6 +83,7 @@ class _Stream:
         for slot in range(max(self.begin, self.end - stages), self.end):
             self._update(slot)
         self.run.pipeline.finish_sends()
+        self.before = self.after = None  # their generators hold this, and with it a run's memory
 
     def _expect(self, slot: int) -> None:
         """Post the receives of all that the stage after this one sends in a slot's backward pass, before anything is

@@ -80,6 +80,7 @@ def trained(spec: RunSpec, device: torch.device, position: Position, rank: int, 
     run = build_run(spec, workload, plan, device, position, rank)
     execute, arguments = load(read_systems()[spec.system].executor, "executor"), []
     rehearse(run, execute)
+    position.set("the warm-up")
     run.warm_up()
     position.set("the start of the run")
     torch.manual_seed(spec.seed)  # PEFT's own dropout draws from torch's generator

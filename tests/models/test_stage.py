@@ -153,5 +153,5 @@ def test_the_first_layers_alone_do_what_all_layers_do(index, count, checkpointin
         layer.register_forward_pre_hook(lambda layer, inputs: seen.append((layer, inputs[0].requires_grad)))
     with stage.first_layers_alone():
         stage(x if index == 0 else x.requires_grad_(), position_ids, borders).sum().backward()
-    assert dict(seen) == dict(list(zip(layers, [index > 0, True], strict=False)))
+    assert dict(seen) == dict(zip(layers, [index > 0, True], strict=False))
     assert torch.equal(stage(x, position_ids, borders), whole)

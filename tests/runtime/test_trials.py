@@ -34,16 +34,14 @@ def test_a_profile_has_the_kernels_of_the_second_trace_and_the_time_of_a_run_wit
     def noted(one):
         executed.append(one)
         execute(one)
-        time.sleep(0.05 * (len(executed) == 4))
+        one.record.begin -= 0.5  # as if it had taken longer
+        time.sleep(0.2 * (len(executed) == 4))
 
     def trace(prepare):
         for _ in range(2):
             prepare()()
-        return [
-            Span("fill", 0, ms),
-            Span("nvjet", hour - 51 * ms, hour - 50.5 * ms),
-            Span("fill", hour - 40 * ms, hour),
-        ]
+        gemm = Span("nvjet", hour - 400 * ms, hour - 399.5 * ms)
+        return [Span("fill", 0, ms), gemm, Span("fill", hour - 190 * ms, hour)]
 
     monkeypatch.setattr(trials.profiler, "trace", trace)
     part = SimpleNamespace(part=str(tmp_path / "part.json"), trials=[SimpleNamespace(part=str(tmp_path / "plan.json"))])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lorafusion.checks import toy_jobs
 from lorafusion.config import read_systems
@@ -67,34 +68,43 @@ def test_a_rehearsal_clips_if_any_job_is_clipped(norms):
     assert made.jobs[0].max_grad_norm == next((one for one in norms if one), None)
 
 
-@pytest.mark.parametrize("system", ["lorafusion", "mlora", "peft", "megatron-pp", "megatron-fsdp"])
-def test_what_comes_before_the_clock_leaves_no_trace(tmp_path, system):
+@pytest.mark.parametrize(
+    ("system", "stages"),
+    [("lorafusion", 1), ("lorafusion", 2), ("mlora", 2), ("peft", 1), ("megatron-pp", 1), ("megatron-pp", 2),
+     ("megatron-fsdp", 1)],
+)  # fmt: skip
+def test_what_comes_before_the_clock_leaves_no_trace(tmp_path, system, stages):
     """In the file that training writes, all that it depends on: weights, gradients, moments, steps. And the rehearsal's
     own run goes, with all its memory."""
-    with ProcessPoolExecutor(1, forked.FORKSERVER) as process:  # in which Megatron may make its process groups
-        process.submit(_rehearse, tmp_path, system).result()
+    with ProcessPoolExecutor(stages, forked.FORKSERVER) as processes:
+        for done in [processes.submit(_rehearse, tmp_path, system, stages, rank) for rank in range(stages)]:
+            done.result()
 
 
-def _rehearse(folder: Path, system: str) -> None:
+def _rehearse(folder: Path, system: str, stages: int, rank: int) -> None:
+    if stages > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=stages)
     execute, executed = load(read_systems()[system].executor, "executor"), []
 
     def noted(run: TrainingRun) -> None:
         executed.append((weakref.ref(run), [job.name for job in run.workload.jobs]))
         execute(run)
 
-    run = build(folder, system)
+    run = build(folder, system, stages, rank)
     before = state(run)
     rehearse(run, noted)
-    run.warm_up()
     ((rehearsal, jobs),) = executed
     assert jobs == [run.workload.jobs[0].name]
     assert rehearsal() is None
+    run.warm_up()
     after = state(run)
     assert list(before) == list(after)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert not run.record.losses
     assert not run.record.done
     assert [adapter.steps for adapter in run.adapters] == [0] * len(run.adapters)
+    if stages > 1:
+        dist.destroy_process_group()
 
 
 def test_a_run_is_rehearsed_first(tmp_path, monkeypatch):
@@ -111,11 +121,11 @@ def test_a_run_is_rehearsed_first(tmp_path, monkeypatch):
     assert len(report["seconds"]) == len(plan.microbatches)
 
 
-def build(folder: Path, system: str) -> TrainingRun:
+def build(folder: Path, system: str, stages: int, rank: int) -> TrainingRun:
     jobs = Workload(name="toy", jobs=toy_jobs(dropout=0.0))
     spec = RunSpec(system=system, model="tiny", workload="", device="cpu", dtype="float32", adapter_dtype="float32")
-    plan = plan_system(jobs, system, stages=1, capacity=96)
-    return worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(folder, 0), 0)
+    plan = plan_system(jobs, system, stages=stages, capacity=96)
+    return worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(folder, rank), rank)
 
 
 def state(run: TrainingRun) -> dict[str, torch.Tensor]:

@@ -87,7 +87,18 @@ CONTRIBUTED = [
 PLANNED = {
     name: cell for name, cell in CELLS.items() if not unavailable(SYSTEMS[cell.system])
 }
-TUNED = [name for name, cell in PLANNED.items() if cell.grid.tuned]
+# By model, the cells whose capacity is found and not said.
+TUNED = {
+    model: names
+    for model in MODELS
+    if (
+        names := [
+            name
+            for name, cell in PLANNED.items()
+            if cell.grid.tuned and cell.model == model
+        ]
+    )
+}
 # Only a GPU's kernels can be told apart.
 PROFILED = [
     name

@@ -162,25 +162,31 @@ rule system_profile:
 
 rule tunings:
     input:
-        [f"{RESULTS}/tuned/{name}.json" for name in TUNED],
+        lambda wildcards: [
+            f"{RESULTS}/tuned/{name}.json" for name in TUNED[wildcards.model]
+        ],
     output:
         png=report(
-            f"{RESULTS}/figures/tunings.png",
+            f"{RESULTS}/figures/tunings~{{model}}.png",
             caption="../report/tunings.rst",
             category="Figures",
-            labels={"content": "capacities that were tried", "form": "PNG"},
+            labels={
+                "content": "capacities that were tried",
+                "model": "{model}",
+                "form": "PNG",
+            },
         ),
-        pdf=f"{RESULTS}/figures/tunings.pdf",
-        csv=f"{RESULTS}/figures/tunings.csv",
+        pdf=f"{RESULTS}/figures/tunings~{{model}}.pdf",
+        csv=f"{RESULTS}/figures/tunings~{{model}}.csv",
     log:
-        f"{LOGS}/tunings.log",
+        f"{LOGS}/tunings~{{model}}.log",
     localrule: True
     conda:
         "../../environment.yml"
     params:
         stem=subpath(output.png, strip_suffix=".png"),
     shell:
-        "lorafusion figure tunings {input:q} --out {params.stem:q} > {log:q} 2>&1"
+        "lorafusion figure tunings {input:q} --model {wildcards.model} --out {params.stem:q} > {log:q} 2>&1"
 
 
 rule publish:

@@ -93,14 +93,9 @@ def _origin(runs: pd.DataFrame) -> dict[str, str]:
 
     One text, since a commit of digits only, in a column of its own, would be read back as a number.
     """
-    commits = ", ".join(sorted({str(commit)[:10] for commit in runs["git_sha"].dropna()})) or "unknown"
-    commits += " with local changes" if runs["git_dirty"].eq(True).any() else ""
     devices = runs.loc[runs["status"] == "ok", "gpu_name"].fillna("CPU")
     device = ", ".join(sorted(devices.unique())) or "no device"
-    return {
-        "device": device,
-        "origin": f"suite {', '.join(sorted(runs['suite'].unique()))} · commit {commits} · {device}",
-    }
+    return {"device": device, "origin": style.origin(runs, device)}
 
 
 def draw(data: pd.DataFrame) -> Figure:

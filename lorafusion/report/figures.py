@@ -298,17 +298,10 @@ def device_count(count: int, cpu: bool) -> str:
 def _footer(data: pd.DataFrame, cpu: bool) -> str:
     """Suite, commit and device, and how to read the bars."""
     cells = data[~data["text"].isin([MISSING])]
-    commits = {str(commit)[:10] for commit in cells["git_sha"].dropna()}
-    dirty = " with local changes" if cells["git_dirty"].eq(True).any() else ""
     devices = [*cells["gpu_name"].dropna().unique(), *(["CPU"] if cpu else [])]
-    origin = [
-        "suite " + ", ".join(sorted(cells["suite"].unique())),
-        "commit " + (", ".join(sorted(commits)) or "unknown") + dirty,
-        ", ".join(sorted(devices)) or "no device",
-    ]
     bars = "bars: median of the repeats"
     if data["ci_low"].notna().any():
         bars += " with its 95 % interval"
     if data["ratio"].notna().any():
         bars += f"; ×: {SYSTEM} over the best baseline that finished"
-    return " · ".join(origin) + "\n" + bars
+    return style.origin(cells, ", ".join(sorted(devices)) or "no device") + "\n" + bars

@@ -269,12 +269,9 @@ def _finish(figure: Figure, data: pd.DataFrame, title: str, handles: list, **leg
     title += f" ({style.CPU_WARNING})" if cpu else ""
     columns = len(handles) if len(handles) < 6 else math.ceil(len(handles) / 2)
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, title=title, **legend)
-    commits = ", ".join(sorted({str(commit)[:10] for commit in measured["git_sha"].dropna()})) or "unknown"
-    dirty = " with local changes" if measured["git_dirty"].eq(True).any() else ""
     devices = ", ".join([*sorted(measured["gpu_name"].dropna().unique()), *(["CPU"] if cpu else [])])
-    suites = ", ".join(sorted(measured["suite"].unique()))
     failed = int((measured["status"] != "ok").sum())
     lost = f"; {failed} failed {'points have' if failed > 1 else 'point has'} no value" if failed else ""
     lost += "; published: the paper's, Torch LoRA beside peft-bf16" if (data["kind"] == "published").any() else ""
-    footer = f"suite {suites} · commit {commits}{dirty} · {devices}\nmedian of the processes{lost}"
+    footer = f"{style.origin(measured, devices)}\nmedian of the processes{lost}"
     figure.supxlabel(footer, fontsize=style.SMALL, color="0.35")

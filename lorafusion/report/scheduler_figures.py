@@ -130,9 +130,7 @@ def draw_times(data: pd.DataFrame) -> Figure:
 
 def _finish(figure: Figure, data: pd.DataFrame, handles: list, title: str) -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), title=title)
-    commits = ", ".join(sorted({str(commit)[:10] for commit in data["git_sha"].dropna()})) or "unknown"
-    dirty = " with local changes" if data["git_dirty"].eq(True).any() else ""
     costs = f"costs of {', '.join(sorted(data['model'].dropna().unique())) or 'equal stages'}"
     capacity = f"capacity {', '.join(str(int(value)) for value in sorted(data['capacity'].unique()))}"
-    footer = f"suite {', '.join(sorted(data['suite'].unique()))} · {costs}, {capacity} · commit {commits}{dirty}"
+    footer = f"suite {', '.join(sorted(data['suite'].unique()))} · {costs}, {capacity} · {style.commit(data)}"
     figure.supxlabel(footer, fontsize=style.SMALL, color="0.35")

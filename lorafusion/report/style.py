@@ -101,6 +101,23 @@ def status_label(status: str) -> str:
     return STATUS_LABELS.get(status, status)
 
 
+def origin(rows: pd.DataFrame, device: str) -> str:
+    """The line of a footer that says where a figure's numbers come from: suite, commit and device."""
+    return f"suite {', '.join(sorted(rows['suite'].unique()))} · {commit(rows)} · {device}"
+
+
+def commit(rows: pd.DataFrame) -> str:
+    """The commits that rows were measured at, as a footer has them."""
+    commits = ", ".join(sorted({str(one)[:10] for one in rows["git_sha"].dropna()})) or "unknown"
+    dirty = " with local changes" if "git_dirty" in rows and rows["git_dirty"].eq(True).any() else ""
+    return f"commit {commits}{dirty}"
+
+
+def variants(rows: pd.DataFrame) -> pd.Series:
+    """The systems by name, with what tells those that have q, k and v as one linear apart."""
+    return rows["system"] + rows["qkv"].eq("merged").map({True: ", q k v merged", False: ""})
+
+
 def rank(column: pd.Series) -> pd.Series:
     """Sort keys for a column: what has a customary order comes in that order, the rest as it is."""
     if column.name in ("workload", "group"):
@@ -109,7 +126,7 @@ def rank(column: pd.Series) -> pd.Series:
         return pd.Series(list(zip(places, column.str.len(), column, strict=True)), index=column.index)
     if column.name == "system":
         return column.map(list(looks(column)).index)
-    customary = {"window": vocabulary.WINDOWS, "kind": vocabulary.KINDS}.get(column.name)
+    customary = {"window": vocabulary.WINDOWS, "kind": vocabulary.KINDS, "qkv": ("separate", "merged")}.get(column.name)
     return column.map(customary.index) if customary else column
 
 

@@ -25,13 +25,12 @@ def system_profile(profiles: Sequence[str | Path], out_stem: str | Path) -> list
 def profile_data(profiles: Sequence[str | Path]) -> pd.DataFrame:
     """The rows of all files in drawing order; of a system that is in several their median."""
     medians = read_profiles(profiles, PROFILE_COLUMNS, BAR, "lorafusion profile")
-    orders = {"class": list(CLASSES), "qkv": ["separate", "merged"]}
+    classes = list(CLASSES)
     medians = medians.sort_values(
         ["workload", "system", "qkv", "class"],
-        key=lambda column: column.map(orders[column.name].index) if column.name in orders else style.rank(column),
+        key=lambda column: column.map(classes.index) if column.name == "class" else style.rank(column),
     )
-    merged = medians["qkv"].eq("merged").map({True: ", q k v merged", False: ""})
-    return medians.assign(variant=medians["system"] + merged).reset_index(drop=True)
+    return medians.assign(variant=style.variants(medians)).reset_index(drop=True)
 
 
 def draw(data: pd.DataFrame) -> Figure:

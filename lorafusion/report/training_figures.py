@@ -201,7 +201,5 @@ def _finish(figure: Figure, data: pd.DataFrame, handles: list[Patch], title: str
     names = set(data["gpu_name"].dropna())
     title += "" if names else f" ({style.CPU_WARNING})"
     figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)), title=title)
-    commits = ", ".join(sorted({str(commit)[:10] for commit in data["git_sha"].dropna()})) or "unknown"
-    devices, suites = ", ".join(sorted(names)) or "CPU", ", ".join(sorted(data["suite"].unique()))
-    dirty = " with local changes" if "git_dirty" in data and data["git_dirty"].eq(True).any() else ""
-    figure.supxlabel(f"suite {suites} · commit {commits}{dirty} · {devices}", fontsize=style.SMALL, color="0.35")
+    footer = style.origin(data, ", ".join(sorted(names)) or "CPU")
+    figure.supxlabel(footer, fontsize=style.SMALL, color="0.35")

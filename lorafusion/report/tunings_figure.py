@@ -44,16 +44,12 @@ def tunings_data(files: Sequence[str | Path], model: str) -> pd.DataFrame:
         raise MeasurementError(f"no tuning of a cell of {model} in {', '.join(map(str, files))}")
     data = pd.DataFrame(rows).astype({"gpus": int, "batch": int})
     data["ratio"] = data["throughput"] / data.groupby(BAR)["throughput"].transform("max")
-    data["variant"] = data["system"] + data["qkv"].eq("merged").map({True: ", q k v merged", False: ""})
+    data["variant"] = style.variants(data)
     for key, text in (("gpus", " GPUs"), ("batch", " a batch")):
         if data[key].nunique() > 1:
             data["variant"] += ", " + data[key].astype(str) + text
     order = ["system", "qkv", "gpus", "batch", "workload", "capacity"]
-    return data.sort_values(order, key=_place).reset_index(drop=True)
-
-
-def _place(column: pd.Series) -> pd.Series:
-    return column.eq("merged") if column.name == "qkv" else style.rank(column)
+    return data.sort_values(order, key=style.rank).reset_index(drop=True)
 
 
 def draw(data: pd.DataFrame) -> Figure:
@@ -75,7 +71,8 @@ def draw(data: pd.DataFrame) -> Figure:
         (model,) = set(data["model"])
         figure.suptitle(f"{model}: capacities that were tried, 1000 tokens/s; framed: the one taken",
                         fontsize=style.FONT_SIZE)  # fmt: skip
-        figure.supxlabel(f"tokens that a microbatch may hold\n{_footer(data)}", fontsize=style.SMALL, color="0.35")
+        footer = style.origin(data, ", ".join(sorted(data["gpu_name"].dropna().unique())) or style.CPU_WARNING)
+        figure.supxlabel(f"tokens that a microbatch may hold\n{footer}", fontsize=style.SMALL, color="0.35")
     return figure
 
 
@@ -94,10 +91,3 @@ def _draw_panel(ax: Axes, data: pd.DataFrame, rows: list[str], capacities: list[
     ax.set_xticks(range(len(capacities)), [f"{one:,}" for one in capacities], rotation=45, ha="right")
     ax.set_yticks(range(len(rows)), rows)
     ax.tick_params(axis="y", length=0)
-
-
-def _footer(data: pd.DataFrame) -> str:
-    devices = ", ".join(sorted(data["gpu_name"].dropna().unique())) or style.CPU_WARNING
-    commits = ", ".join(sorted(str(commit)[:10] for commit in data["git_sha"].dropna().unique())) or "unknown"
-    dirty = " with local changes" if data["git_dirty"].eq(True).any() else ""
-    return f"suite {', '.join(sorted(data['suite'].unique()))} · commit {commits}{dirty} · {devices}"

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,17 +84,25 @@ class Sweep:
     share: Share
     launch: Callable[..., Outcome]
 
-    @property
+    @cached_property
     def suite(self) -> Suite:
         return read_suite(self.suite_path)
 
+    @cached_property
+    def cells(self) -> dict[str, Cell]:
+        return {cell.name: cell for cell in cells(self.suite, self.suite_path)}
+
+    @property
+    def longest_wait(self) -> float:
+        """Seconds after which a tuning that another share has begun is at its end, whatever became of it."""
+        return 60.0 * max(cell.grid.minutes for cell in self.cells.values())
+
     def steps(self) -> Iterator[Step]:
         """What this share of the sweep does, in order: all tunings, then the profiles, then repeat after repeat."""
-        suite, systems = self.suite, read_systems()
-        every = {cell.name: cell for cell in cells(suite, self.suite_path)}
+        suite, systems, every = self.suite, read_systems(), self.cells
         able = [cell for cell in every.values() if not unavailable(systems[cell.system])]
         first = {cell.workload_name: cell for cell in every.values()}
-        tokens = {name: Workload.read(self._workload(cell, suite)).tokens for name, cell in first.items()}
+        tokens = {name: Workload.read(self._workload(cell)).tokens for name, cell in first.items()}
         costs = Counter()
         for cell in able:
             costs[cell.workload_name] += tokens[cell.workload_name] + START
@@ -122,12 +130,13 @@ class Sweep:
     def path(self, kind: str, cell: Cell, suffix: str) -> Path:
         return self.folder / kind / f"{cell.name}.{suffix}"
 
-    def _workload(self, cell: Cell, suite: Suite) -> Path:
+    def _workload(self, cell: Cell) -> Path:
         path = self.folder / "workloads" / f"{cell.workload_name}.json"
         if not path.exists():
-            made = make_workload(CONFIGS / "workloads" / f"{cell.workload}.yaml", samples=cell.grid.samples,
-                                 global_batch=cell.grid.global_batch, scale=cell.grid.length_scale, seed=suite.seed,
-                                 merged_qkv=cell.grid.merged_qkv)  # fmt: skip
+            grid = cell.grid
+            made = make_workload(CONFIGS / "workloads" / f"{cell.workload}.yaml", samples=grid.samples,
+                                 global_batch=grid.global_batch, scale=grid.length_scale, seed=self.suite.seed,
+                                 merged_qkv=grid.merged_qkv)  # fmt: skip
             write(path, made.to_json())
         return path
 
@@ -136,30 +145,32 @@ class Sweep:
         if not path.exists():
             tuning = self._tuning(cell)
             capacity = Tuned.read(tuning).capacity if tuning else cell.grid.capacity_of(cell.workload)
-            write(path, plan_cell(Workload.read(self._workload(cell, self.suite)), cell, capacity).to_json())
+            write(path, plan_cell(Workload.read(self._workload(cell)), cell, capacity).to_json())
         return path
 
     def _tune(self, cell: Cell) -> str:
         out = self.path("tuned", cell, "json")
-        tuned = tune_cell(self.suite_path, cell.name, self._workload(cell, self.suite), out, launch=self.launch)
+        tuned = tune_cell(self.suite_path, cell.name, self._workload(cell), out, launch=self.launch)
         return ", ".join(map(str, tuned.trials))
 
     def _profile(self, cell: Cell) -> str:
-        rows = profile_cell(self.suite_path, cell.name, self._workload(cell, self.suite), self._plan(cell),
+        rows = profile_cell(self.suite_path, cell.name, self._workload(cell), self._plan(cell),
                             self.path("profiles", cell, "csv"), launch=self.launch)  # fmt: skip
         return f"{len(rows)} classes of kernels"
 
     def _run(self, cell: Cell, repeat: int, out: Path) -> str:
-        plan = None if unavailable(read_systems()[cell.system]) else self._plan(cell)
-        workload = self._workload(cell, self.suite)
+        workload, plan = self._workload(cell), None
+        if not unavailable(read_systems()[cell.system]):
+            plan = self._plan(cell)
         return run_cell(self.suite_path, cell.name, workload, plan, out, repeat, 1, None, launch=self.launch)
 
 
 def sweep(suite_path: Path, folder: Path, share: Share, launch: Callable[..., Outcome], seconds: float) -> int:
     """Do what is missing of a suite, beginning nothing after `seconds`; returns how much was left."""
     begin, given_up = time.monotonic(), 0
-    missing = [step for step in Sweep(suite_path, folder, share, launch).steps() if not step.path.exists()]
-    wait = _longest_wait(suite_path) if share.count > 1 else 0.0
+    whole = Sweep(suite_path, folder, share, launch)
+    missing = [step for step in whole.steps() if not step.path.exists()]
+    wait = whole.longest_wait if share.count > 1 else 0.0
     while missing and time.monotonic() - begin <= seconds:
         step = _first_ready(missing, min(time.monotonic() + wait, begin + seconds))
         if step is None:
@@ -177,11 +188,6 @@ def sweep(suite_path: Path, folder: Path, share: Share, launch: Callable[..., Ou
         took = time.monotonic() - started
         print(f"{time.monotonic() - begin:7.1f} s, {took:5.1f} s: {step.path.relative_to(folder)}: {said}", flush=True)
     return len(missing) + given_up
-
-
-def _longest_wait(suite_path: Path) -> float:
-    """Seconds after which a tuning that another share has begun is at its end, whatever became of it."""
-    return 60.0 * max(cell.grid.minutes for cell in cells(read_suite(suite_path), suite_path))
 
 
 def _first_ready(steps: list[Step], end: float) -> Step | None:

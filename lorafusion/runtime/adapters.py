@@ -34,8 +34,7 @@ class AdapterTraining:
         self.optimizer = torch.optim.AdamW(
             self._updated, lr=job.learning_rate, weight_decay=job.weight_decay, fused=True
         )
-        # Now and not in the first step, where a thousand small tensors were made while the clock ran: 2 to 4 % of short
-        # runs.
+        # Now and not in the first step, while the clock runs: with Llama-3.1-8B three for each of 448 tensors.
         for parameter in self._updated:
             self.optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=some.device),

@@ -2,7 +2,7 @@
 
 What happens once in a process must not be measured: processes make connections, a GPU's library loads a kernel at its
 first use. What a microbatch does is met in `TrainingRun.warm_up`; this is what its executor does around it, up to an
-optimizer's step. On an H200 first steps took 0.1 to 0.6 s of runs of 3 to 5 s, never twice the same.
+optimizer's step.
 """
 
 from __future__ import annotations

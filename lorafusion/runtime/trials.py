@@ -69,8 +69,8 @@ def profile(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], ob
     spans = newest[0].while_the_clock_ran(spans)
     print(*profiler.unknown_kernels(spans), sep="\n", flush=True)
     scale = 1000 / plan.statistics.tokens
-    parts = {name: profiler.Part(part.milliseconds * scale, part.kernels * scale)
-             for name, part in profiler.at_full_speed(profiler.breakdown(spans, 1), 1e3 * seconds).items()}  # fmt: skip
+    parts = {name: profiler.Part(one.milliseconds * scale, one.kernels * scale)
+             for name, one in profiler.at_full_speed(profiler.breakdown(spans, 1), 1e3 * seconds).items()}  # fmt: skip
     return profiler.csv_rows(parts)
 
 

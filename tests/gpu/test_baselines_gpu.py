@@ -93,8 +93,8 @@ def large(tmp_path):
         spec = RunSpec(system=system, model=str(tmp_path / "model.yaml"), workload="", device="cuda", dtype="bfloat16",
                        adapter_dtype="bfloat16")  # fmt: skip
         run = worker.build_run(spec, jobs, plan, torch.device("cuda", 0), Position(tmp_path, 0), 0)
-        run.warm_up()
         rehearse(run, executor(system))
+        run.warm_up()
         return run
 
     return make

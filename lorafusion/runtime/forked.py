@@ -37,8 +37,21 @@ def preload(*modules: str) -> None:
 preload()
 
 
+def work(place: dict[str, str], threads: int, spec_path: str, reports: str) -> None:
+    """The worker, in a process that was forked for it."""
+    import torch
+
+    from lorafusion.runtime import worker
+
+    os.environ.update(place)
+    torch.set_num_threads(threads)
+    sys.exit(worker.main(spec_path, reports))
+
+
 class Forked:
     """`lorafusion.runtime.launch.Processes` on one node; the first to fail decides, as under torchrun."""
+
+    work = staticmethod(work)
 
     def __init__(self, processes: int, nodes: int, arguments: list[str], log: IO[str] | None) -> None:
         assert nodes == 1
@@ -51,7 +64,7 @@ class Forked:
             places = [place_of(rank, processes, self._store.port) for rank in range(processes)]
         environment = worker_environment(processes, os.environ)
         threads = int(environment["OMP_NUM_THREADS"])
-        self._workers = [FORKSERVER.Process(target=_work, args=(place, threads, *arguments)) for place in places]
+        self._workers = [FORKSERVER.Process(target=self.work, args=(place, threads, *arguments)) for place in places]
         # The first start is that of the server, in this environment.
         with patch.dict(os.environ, environment | SERVER_ENVIRONMENT):
             for process in self._workers:
@@ -87,13 +100,3 @@ def place_of(rank: int, processes: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-
-
-def _work(place: dict[str, str], threads: int, spec_path: str, reports: str) -> None:
-    import torch
-
-    from lorafusion.runtime import worker
-
-    os.environ.update(place)
-    torch.set_num_threads(threads)
-    sys.exit(worker.main(spec_path, reports))

@@ -48,15 +48,12 @@ class Training:
 
     def run_until(self, slot: int, what) -> None:
         """Run, and do something once to the processes when a checkpoint appears; `what` gets their ids."""
-        done = []
 
-        def look() -> None:
-            if not done and (self.checkpoints / f"slot-{slot:09}").exists():
-                done.append(True)
-                places = sorted((self.folder / "reports").glob("position-*"))
-                what([int(path.read_bytes().split(b"\n")[1]) for path in places])
+        def do() -> None:
+            places = sorted((self.folder / "reports").glob("position-*"))
+            what([int(path.read_bytes().split(b"\n")[1]) for path in places])
 
-        outcome = self.run(look)
+        outcome = self.run(forked.once_saved(self.checkpoints, slot, do))
         shutil.rmtree(self.folder / "reports")
         return outcome
 

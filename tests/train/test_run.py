@@ -48,17 +48,15 @@ def jobs_file(folder: Path, names: str, **changes) -> Path:
 
 def interrupted(monkeypatch, number: int, slot: int, then=lambda: None) -> None:
     """Send this process a signal once, when a checkpoint after so many slots appears."""
-    sent = []
+    looks = []  # one for all runs of a training, which goes on after SIGHUP
+
+    def do() -> None:
+        then()
+        os.kill(os.getpid(), number)
 
     def launch(spec, processes, look, **options):
-        def look_too():
-            look()
-            if not sent and (Path(spec.saving.folder) / f"slot-{slot:09}").exists():
-                sent.append(True)
-                then()
-                os.kill(os.getpid(), number)
-
-        return forked.launch(spec, processes, look=look_too, **options)
+        looks[:] = looks or [forked.once_saved(Path(spec.saving.folder), slot, do)]
+        return forked.launch(spec, processes, look=lambda: (look(), looks[0]()), **options)
 
     monkeypatch.setattr(training, "launch", launch)
 

@@ -42,7 +42,7 @@ class ModelConfig(Config):
     vocab_size: int = Field(ge=2)
     max_position_embeddings: int = Field(ge=1)
     rms_norm_eps: float = Field(gt=0)
-    rope_parameters: dict[str, float | str]
+    rope_parameters: dict[str, int | float | str]
     tie_word_embeddings: bool = False
     initializer_range: float = Field(default=0.02, gt=0, description="standard deviation of random weights")
     weights: str = Field(

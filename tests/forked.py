@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 from lorafusion.runtime import forked
 
@@ -17,37 +16,44 @@ forked.preload("pytest")
 
 
 def work(*arguments) -> None:
-    """The worker, that waits after it has saved a checkpoint for as long as `once_saved` wants it to."""
+    """The worker, that waits before the forward pass of a slot for as long as `once_before` wants it to."""
     from lorafusion.runtime.checkpoint import Checkpoints
 
-    save = Checkpoints.save
+    stop_after = Checkpoints.stop_after
 
-    def save_and_wait(self, run, slot: int) -> None:
-        save(self, run, slot)
-        while _wait_file(self.folder, slot).exists():
-            time.sleep(0.01)
+    def wait_and_ask(self, slot: int, hold: int) -> int | None:
+        wanted = _wanted(self.folder, slot)
+        if wanted.exists():
+            _arrived(self.folder, slot, self.rank).touch()
+            while wanted.exists():
+                time.sleep(0.01)
+        return stop_after(self, slot, hold)
 
-    with patch.object(Checkpoints, "save", save_and_wait):
-        forked.work(*arguments)
+    Checkpoints.stop_after = wait_and_ask  # of this process alone
+    forked.work(*arguments)
 
 
-def once_saved(checkpoints: Path, slot: int, what: Callable[[], None]) -> Callable[[], None]:
-    """A launcher's `look` that calls `what` once, when a checkpoint after so many slots appears. The processes wait for
-    it after they have saved theirs: a toy run would be over before a busy machine's launcher looks again."""
-    wait_file = _wait_file(checkpoints, slot)
+def once_before(slot: int, checkpoints: Path, processes: int, what: Callable[[], None]) -> Callable[[], None]:
+    """A launcher's `look` that calls `what` once, when all processes of a run with checkpoints are before a slot's
+    forward pass. They wait for it there: a toy run would be over before a busy machine's launcher looks again."""
+    wanted, arrived = _wanted(checkpoints, slot), [_arrived(checkpoints, slot, rank) for rank in range(processes)]
     checkpoints.mkdir(parents=True, exist_ok=True)
-    wait_file.touch()
+    wanted.touch()
 
     def look() -> None:
-        if wait_file.exists() and (checkpoints / f"slot-{slot:09}").exists():
+        if wanted.exists() and all(one.exists() for one in arrived):
             what()
-            wait_file.unlink()
+            wanted.unlink()
 
     return look
 
 
-def _wait_file(checkpoints: Path, slot: int) -> Path:
+def _wanted(checkpoints: Path, slot: int) -> Path:
     return checkpoints / f"wait-{slot}"
+
+
+def _arrived(checkpoints: Path, slot: int, rank: int) -> Path:
+    return checkpoints / f"wait-{slot}-{rank}"
 
 
 class Forked(forked.Forked):

@@ -86,6 +86,7 @@ def checkout(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_example_of_a_new_system_works_as_it_is_written(checkout):
     modules = ("lorafusion", "baselines", "fused_lora", "baselines.shortest")
     code = f"import {', '.join(modules)}; print({', '.join(f'{name}.__file__' for name in modules)})"

@@ -51,7 +51,7 @@ def work(place: dict[str, str], threads: int, spec_path: str, reports: str) -> N
 class Forked:
     """`lorafusion.runtime.launch.Processes` on one node; the first to fail decides, as under torchrun."""
 
-    work = staticmethod(work)
+    work = staticmethod(work)  # tests have one that waits for them
 
     def __init__(self, processes: int, nodes: int, arguments: list[str], log: IO[str] | None) -> None:
         assert nodes == 1

@@ -6,6 +6,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +29,8 @@ LOOK_SECONDS = 0.2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RENDEZVOUS_PORT = 29400
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# In what gloo, NCCL and the store say when a process at the other end is gone.
+BROKEN_CONNECTION = re.compile("Connection|Broken pipe|Socket closed")
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,14 @@ class Processes:
         command = worker_command(processes, nodes, os.environ) + arguments
         print("+", shlex.join(command), flush=True, file=log)
         environment = worker_environment(processes // nodes, os.environ)
-        self._child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent,
-                                       stdout=log, stderr=log)  # fmt: skip
+        self._child = subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=partial(end_with_parent, parent=os.getpid()),
+            stdout=log,
+            stderr=log,
+        )
 
     def wait(self, seconds: float) -> int | None:
         """The exit status, or None if they are still running after so long."""
@@ -179,9 +189,12 @@ def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[s
     return {"OMP_NUM_THREADS": str(threads)} | dict(environment) | ours
 
 
-def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Ask Linux to end this process with its parent, so that a killed launcher leaves nothing running."""
+def end_with_parent(number: signal.Signals = signal.SIGTERM, parent: int | None = None) -> None:
+    """Ask Linux to end this process with its parent, so that a killed launcher leaves nothing running. parent: its id,
+    where it may be gone already."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 def outcome(reports: Path, code: int, watch: Watch | None = None) -> Outcome:
@@ -189,7 +202,7 @@ def outcome(reports: Path, code: int, watch: Watch | None = None) -> Outcome:
     failures = [json.loads(path.read_text()) for path in sorted(reports.glob("failure-*.json"))]
     # An exhausted memory explains the others' broken connections, as does a process that was killed.
     failures.sort(key=lambda failure: failure["status"] != "oom")
-    causes = [failure for failure in failures if "Connection" not in failure["message"]]
+    causes = [failure for failure in failures if not BROKEN_CONNECTION.search(failure["message"])]
     if causes:
         return Outcome(causes[0]["status"], causes[0]["message"])
     name = signal.Signals(-code).name if code < 0 else ""

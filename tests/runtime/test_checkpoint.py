@@ -46,14 +46,14 @@ class Training:
     def run(self, look=lambda: None):
         return forked.launch(self.spec, self.processes, 120, reports=self.folder / "reports", look=look)
 
-    def run_until(self, slot: int, what) -> None:
-        """Run, and do something once to the processes when a checkpoint appears; `what` gets their ids."""
+    def run_until(self, slot: int, what):
+        """Run, and do something once to the processes when all are before a slot; `what` gets their ids."""
 
         def do() -> None:
             places = sorted((self.folder / "reports").glob("position-*"))
             what([int(path.read_bytes().split(b"\n")[1]) for path in places])
 
-        outcome = self.run(forked.once_saved(self.checkpoints, slot, do))
+        outcome = self.run(forked.once_before(slot, self.checkpoints, self.processes, do))
         shutil.rmtree(self.folder / "reports")
         return outcome
 
@@ -74,13 +74,12 @@ class Training:
 
 @pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (2, 2)])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, stages, replicas):
-    """The last process is killed when the first part of a checkpoint is there: the others may not have written theirs.
-    Then all of them are."""
+    """Two microbatches after a checkpoint the last process is killed, and one after the next checkpoint all of them."""
     whole = Training(tmp_path / "whole", stages, replicas, every=None)
     assert whole.run().status == "ok"
     killed = Training(tmp_path / "killed", stages, replicas)
-    assert killed.run_until(5, lambda pids: os.kill(pids[-1], signal.SIGKILL)).status == "crash"
-    everyone = killed.run_until(10, lambda pids: [os.kill(pid, signal.SIGKILL) for pid in pids])
+    assert killed.run_until(7, lambda pids: os.kill(pids[-1], signal.SIGKILL)).status == "crash"
+    everyone = killed.run_until(11, lambda pids: [os.kill(pid, signal.SIGKILL) for pid in pids])
     assert everyone.status == "crash"
     last = killed.run()
     assert last.status == "ok"
@@ -97,7 +96,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path, stages, replica
     whole = Training(tmp_path / "whole", stages, replicas, every=None)
     assert whole.run().status == "ok"
     stopped = Training(tmp_path / "stopped", stages, replicas, every=5)
-    outcome = stopped.run_until(5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    outcome = stopped.run_until(7, lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert (outcome.status, outcome.note) == ("stopped", "by SIGTERM, after saving a checkpoint")
     found, _ = stopped.found()
     assert 5 < found.slot < stopped.slots

@@ -56,6 +56,8 @@ class Devices:
 
     def __init__(self, stages: int, replicas: int, ahead: int) -> None:
         self.stages, self.replicas, self.ahead = stages, replicas, ahead
+        self.running = stages * replicas  # hosts
+        self.waiting: list[Host] = []
         self.communicators: dict[tuple, Communicator] = {}
         self.changed = threading.Condition()
         self.stuck = False
@@ -73,10 +75,24 @@ class Devices:
 
     def synchronise(self, host: Host) -> None:
         with self.changed:
-            if not self.changed.wait_for(lambda: self.stuck or all(one.done for one in host.posted), 2):
-                self.stuck = True
+            self.waiting.append(host)
+            self._look()
+            self.changed.wait_for(lambda: self.stuck or host.has_all())
+            self.waiting.remove(host)
             if self.stuck:
                 raise RuntimeError("two hosts wait for each other's devices")
+
+    def ended(self) -> None:
+        """To be called by each host that goes on no longer."""
+        with self.changed:
+            self.running -= 1
+            self._look()
+
+    def _look(self) -> None:
+        """Hosts are stuck when none is left that does not wait in vain."""
+        if 0 < self.running == len(self.waiting) and not any(host.has_all() for host in self.waiting):
+            self.stuck = True
+            self.changed.notify_all()
 
 
 class Inbox:
@@ -122,6 +138,10 @@ class Host:
             finish_sends=lambda: devices.synchronise(self),
             hidden=lambda tokens, name: Expected((1, tokens, 1), torch.float32, name),
         )  # fmt: skip
+
+    def has_all(self) -> bool:
+        """Is its device done with all that was posted?"""
+        return all(one.done for one in self.posted)
 
     def _perhaps_wait(self) -> None:
         if self.waits.random() < self.often:
@@ -171,12 +191,14 @@ def come_to_an_end(stages: int, seed: int, often: float, replicas: int = 1, ahea
             execute(host)
         except BaseException as error:
             errors.append(error)
+        finally:
+            devices.ended()
 
     threads = [threading.Thread(target=work, args=(host,), daemon=True) for host in hosts]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join()
     assert all(isinstance(error, RuntimeError) for error in errors), errors
     ended = [host.updated == list(range(SLOTS)) for host in hosts]
     assert any(errors) != all(ended)

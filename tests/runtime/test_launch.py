@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from safetensors.torch import save_file
 from lorafusion.config import CONFIGS, read_model
 from lorafusion.models.stage import build_stage
 from lorafusion.plan import Plan
-from lorafusion.runtime.launch import Outcome, launch, outcome, worker_command, worker_environment
+from lorafusion.runtime.board import WAITING, Watch
+from lorafusion.runtime.launch import Outcome, end_with_parent, launch, outcome, worker_command, worker_environment
 from lorafusion.runtime.result import result_of
 from lorafusion.runtime.spec import RunSpec
 from lorafusion.scheduler import first_fit
@@ -69,11 +69,9 @@ def test_a_stage_that_fails_ends_the_others(spec, tmp_path):
     tensors = dict(build_stage(config, index=0, count=1, device=CPU, dtype=torch.float32, seed=1).named_parameters())
     del tensors["lm_head.weight"]
     save_file({name: value.detach() for name, value in tensors.items()}, tmp_path / "model.safetensors")
-    begin = time.monotonic()
     done = launch(spec(stages=2, model={"weights": str(tmp_path)}), 2, timeout=120)
     assert done.status == "crash"
     assert done.note == f"rank 1 (stage 1 of 2), start-up: {tmp_path}: the checkpoint has no tensor 'lm_head.weight'"
-    assert time.monotonic() - begin < 90
 
 
 def test_a_loss_that_is_no_number_is_told_apart(spec):
@@ -104,44 +102,60 @@ def test_a_run_that_takes_too_long_is_ended(spec):
 
 
 def test_a_killed_worker_is_a_crash(spec):
-    threading.Timer(1.0, lambda: [child.kill() for child in _children()]).start()
-    done = launch(spec(), 1, timeout=120)
+    done = launch(spec(), 1, timeout=120, look=lambda: [child.kill() for child in _children()])
     assert done.status == "crash"
     assert "SIGKILL" in done.note
 
 
-def test_a_launcher_that_is_killed_leaves_nothing_running(spec):
+def test_a_launcher_that_is_killed_leaves_nothing_running(spec, tmp_path):
     run = spec()
     launcher = os.fork()
     if launcher == 0:
-        launch(run, 1, timeout=120)
-        os._exit(0)
-    workers = []
-    while not workers:
-        workers = psutil.Process(launcher).children(recursive=True)
+        try:
+            launch(run, 1, timeout=120, reports=tmp_path / "reports")
+        finally:
+            os._exit(0)
+    watch = Watch(tmp_path / "reports", 1)
+    while not watch.seen:
         time.sleep(0.05)
+        watch.look()
     os.kill(launcher, signal.SIGKILL)
     os.waitpid(launcher, 0)
-    gone, alive = psutil.wait_procs(workers, timeout=20)
+    gone, alive = psutil.wait_procs([psutil.Process(watch.seen[0].pid)], timeout=60)
     assert not alive
+
+
+def test_what_is_started_by_a_launcher_that_is_gone_ends():
+    """It was killed after it forked, and before the new process could ask to be told."""
+    child = os.fork()
+    if child == 0:
+        try:
+            end_with_parent(parent=1)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM
 
 
 @pytest.fixture
 def long_run(make_job, make_workload, tmp_path):
-    """A run of two stages that goes on for minutes, with something done to rank 1 once it is under way."""
+    """A run of two stages that goes on for minutes, with something done to rank 1 once it is under way: `what` gets its
+    process and a function that says what it is doing, and returns whether it is done."""
 
     def run(what, **options) -> Outcome:
         workload = make_workload(make_job("a", epochs=3000), make_job("b", epochs=3000))
         (tmp_path / "workload.json").write_text(workload.to_json())
         (tmp_path / "plan.json").write_text(first_fit.plan(workload, "lorafusion", 2, 16).to_json())
         paths = {"workload": str(tmp_path / "workload.json"), "plan": str(tmp_path / "plan.json")}
-        done = []
+        watch, done = Watch(tmp_path / "reports", 2), []
+
+        def doing() -> str:
+            watch.look()
+            return watch.seen[1].doing if 1 in watch.seen else ""
 
         def look() -> None:
-            position = tmp_path / "reports" / "position-1"
-            _, pid, _, _, doing, *_ = position.read_bytes().decode().split("\n") if position.exists() else [""] * 6
-            if not done and re.search(r"backward of microbatch \d\d", doing):
-                done.append(what(int(pid)))
+            if not any(done) and re.search(r"backward of microbatch \d\d", doing()):
+                done.append(what(psutil.Process(watch.seen[1].pid), doing))
 
         spec = RunSpec(system="lorafusion", model="tiny", **paths)
         return forked.launch(spec, 2, 120, reports=tmp_path / "reports", look=look, **options)
@@ -149,23 +163,35 @@ def long_run(make_job, make_workload, tmp_path):
     return run
 
 
+def killed(process: psutil.Process, doing) -> bool:
+    process.kill()
+    return True
+
+
+def stopped_at_work(process: psutil.Process, doing) -> bool:
+    """Stop it, unless it waits for the other one by now: then both would wait."""
+    process.suspend()
+    while process.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.001)
+    if doing().startswith(WAITING):
+        process.resume()
+        return False
+    return True
+
+
 def test_a_process_that_dies_is_named(long_run):
-    begin = time.monotonic()
-    done = long_run(lambda pid: os.kill(pid, signal.SIGKILL))
+    done = long_run(killed)
     assert done.status == "crash"
     where, _, reason = done.note.rpartition(": ")
     assert reason == "ended by SIGKILL, often the host's out-of-memory killer"
     assert re.fullmatch(r"rank 1 \(stage 1 of 2\), .*microbatch \d+.*", where)
-    assert time.monotonic() - begin < 60
 
 
 def test_a_process_that_hangs_is_named(long_run):
     """Rank 0 waits for it, and that is not what is wrong."""
-    begin = time.monotonic()
-    done = long_run(lambda pid: os.kill(pid, signal.SIGSTOP), stall=5)
+    done = long_run(stopped_at_work, stall=5)
     assert done.status == "timeout"
     assert re.fullmatch(r"nothing happened for 5 s; rank 1 \(stage 1 of 2\): .*microbatch \d+", done.note)
-    assert time.monotonic() - begin < 60
 
 
 def test_nodes_meet_at_the_first():
@@ -189,6 +215,12 @@ def test_workers_share_the_cores_that_this_process_may_use(monkeypatch, cores, p
     ("failures", "code", "expected"),
     [
         ([("crash", "RuntimeError: Connection closed by peer"), ("crash", "ValueError: bad")], 1, "ValueError: bad"),
+        (
+            [("crash", "RuntimeError: writev [127.0.0.1]: Broken pipe"), ("crash", "ValueError: bad")],
+            1,
+            "ValueError: bad",
+        ),
+        ([("crash", "RuntimeError: Socket closed"), ("crash", "ValueError: bad")], 1, "ValueError: bad"),
         ([("crash", "ValueError: bad"), ("oom", "CUDA out of memory")], 1, "CUDA out of memory"),
         ([], 3, "ended with status 3 and left no report; its log says more"),
         ([], 0, "ended with status 0 and left no report; its log says more"),

@@ -47,7 +47,7 @@ def jobs_file(folder: Path, names: str, **changes) -> Path:
 
 
 def interrupted(monkeypatch, number: int, slot: int, then=lambda: None) -> None:
-    """Send this process a signal once, when a checkpoint after so many slots appears."""
+    """Send this process a signal once, when all processes are before a slot."""
     looks = []  # one for all runs of a training, which goes on after SIGHUP
 
     def do() -> None:
@@ -55,8 +55,13 @@ def interrupted(monkeypatch, number: int, slot: int, then=lambda: None) -> None:
         os.kill(os.getpid(), number)
 
     def launch(spec, processes, look, **options):
-        looks[:] = looks or [forked.once_saved(Path(spec.saving.folder), slot, do)]
-        return forked.launch(spec, processes, look=lambda: (look(), looks[0]()), **options)
+        def look_too() -> None:
+            look()
+            looks[0]()
+
+        if not looks:
+            looks.append(forked.once_before(slot, Path(spec.saving.folder), processes, do))
+        return forked.launch(spec, processes, look=look_too, **options)
 
     monkeypatch.setattr(training, "launch", launch)
 

@@ -103,6 +103,7 @@ def test_a_gpu_suite_on_a_machine_without_a_gpu_is_refused_before_anything_runs(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_killed_workflow_resumes_without_redoing_finished_cells(checkout):
     """SIGKILL in the middle of the runs; then the same command, to the end; then again, with nothing to do."""
     suite = small_suite(checkout)
@@ -111,10 +112,8 @@ def test_a_killed_workflow_resumes_without_redoing_finished_cells(checkout):
     with said.open("w") as log:
         first = subprocess.Popen(command, cwd=checkout, stdout=log, stderr=subprocess.STDOUT)
     runs, logs = (checkout / "results" / "small" / name for name in ("runs", "logs/run"))
-    deadline = time.monotonic() + 150
     # A second run has begun: the first one's end is on record.
     while len(list(logs.rglob("repeat~*.log"))) < 2:
-        assert time.monotonic() < deadline, f"no cell finished:\n{said.read_text()}"
         assert first.poll() is None, f"the workflow ended early:\n{said.read_text()}"
         time.sleep(0.2)
     os.kill(first.pid, signal.SIGKILL)
@@ -152,8 +151,7 @@ def _wait_for_orphans(checkout: Path) -> None:
                 continue
         return False
 
-    deadline = time.monotonic() + 60
-    while running() and time.monotonic() < deadline:
+    while running():
         time.sleep(0.2)
 
 

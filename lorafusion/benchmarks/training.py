@@ -157,8 +157,7 @@ class Trainer:
     def finish(self) -> None:
         """Wait for the device, and forget what was noted on the way."""
         record = self.run.record
-        record.clock.synchronize()
-        record.readback.wait()
+        record.wait()
         record.losses.clear()
         record.done.clear()
 
@@ -315,7 +314,7 @@ def profiled(name: str, bench: Bench, arms: Arms, identity: dict) -> tuple[list[
     """How busy the GPU is with each arm, as rows, and what it does meanwhile, as those of `profiler`."""
     rows, shares = [_failed(name, bench, arm, "busy", arms) for arm in arms.lost], []
     for arm, trainer in arms.trainers.items():
-        spans = profiler.trace(lambda trainer=trainer: partial(trainer.train, PROFILED))
+        spans = profiler.trace(partial(trainer.train, PROFILED))
         trainer.finish()
         if not spans:
             print(f"{name}: {arm.name}: the profiler saw no kernels", flush=True)

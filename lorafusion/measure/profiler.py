@@ -51,19 +51,18 @@ class Part(NamedTuple):
     kernels: int
 
 
-def trace(prepare: Callable[[], Callable[[], object]]) -> list[Span]:
-    """What a function has a GPU do. prepare: makes the function, outside of the trace. Both are called twice: the first
+def trace(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> list[Span]:
+    """What a function has a GPU do. before: is called before it, outside of the trace. Both are called twice: the first
     trace of a process starts the profiler itself.
 
     The host's own operations are not recorded, which would slow it down and leave the GPU waiting for it. It is slowed
     down all the same, which does not matter where microbatches are large: see `at_full_speed`.
     """
     for _ in range(2):
-        function = prepare()
+        before()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             function()
             torch.cuda.synchronize()
-        del function  # with what it holds, before there is another
     return device_spans(profiler.profiler.kineto_results.events())
 
 

@@ -105,11 +105,10 @@ class AdapterTraining:
                 gradient = state.get(f"{name}/gradient")
                 parameter.grad.zero_() if gradient is None else parameter.grad.copy_(gradient)
             if f"{name}/exp_avg" in state:
-                self.optimizer.state[parameter] = {
-                    "step": state["optimizer_steps"].to(parameter.device, torch.float32, copy=True),
-                    "exp_avg": state[f"{name}/exp_avg"].to(parameter, copy=True),
-                    "exp_avg_sq": state[f"{name}/exp_avg_sq"].to(parameter, copy=True),
-                }
+                own = self.optimizer.state[parameter]
+                own["step"].copy_(state["optimizer_steps"])
+                own["exp_avg"].copy_(state[f"{name}/exp_avg"])
+                own["exp_avg_sq"].copy_(state[f"{name}/exp_avg_sq"])
 
 
 def _own_part(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

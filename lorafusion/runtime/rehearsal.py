@@ -24,8 +24,7 @@ def rehearse(run: TrainingRun, execute: Callable[[TrainingRun], object]) -> None
     run.pipeline.connect()
     rehearsal = run.again(*of_a_step(run.workload, run.plan))
     execute(rehearsal)
-    rehearsal.record.clock.synchronize()
-    rehearsal.record.readback.wait()
+    rehearsal.record.wait()
     if run.around is not None:
         run.around.attach(run)
 

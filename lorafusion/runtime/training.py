@@ -55,6 +55,11 @@ class Record:
             self.done.append((slot, self.clock.mark()))
         self.readback.poll()
 
+    def wait(self) -> None:
+        """Until the device has done its work and all that was read back is here."""
+        self.clock.synchronize()
+        self.readback.wait()
+
     def event(self, **values: object) -> None:
         if self.events:
             self.events.write(json.dumps(values) + "\n")
@@ -279,10 +284,9 @@ class TrainingRun:
         """Within it nothing is written of losses, and those that were noted are forgotten."""
         events, self.record.events = self.record.events, None
         yield
-        self.record.readback.wait()
+        self.record.wait()
         self.record.losses.clear()
         self.record.events = events
-        self.record.clock.synchronize()
 
     def backward_alone(self, slot: int) -> None:
         """A slot's forward and backward pass on this stage, whatever the others do."""

@@ -8,6 +8,7 @@ buffers), and the one of the workload's first global batches, which is run again
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -50,23 +51,15 @@ def profile(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], ob
     with milliseconds and kernels for 1000 real tokens. How long it is idle is told by a run without the profiler."""
     part = Workload.read(spec.part)
     plan = _read(spec.trials[0].part, part)
-    newest: list[_Timed] = []
-
-    def prepare() -> _Timed:
-        newest.clear()  # with its optimizers' states, before there are others
-        newest.append(_Timed(run.again(part, plan), execute))
-        return newest[0]
-
+    timed = _Timed(partial(run.again, part, plan), execute)
     rehearse(run, execute)
     run.again(part, plan).warm_up()
-    untraced = prepare()
+    timed.prepare()
     if dist.is_initialized():
         dist.barrier()
-    untraced()
-    seconds = _seconds(untraced.run)
-    del untraced
-    spans = profiler.trace(prepare)
-    spans = newest[0].while_the_clock_ran(spans)
+    timed()
+    seconds = _seconds(timed.run)
+    spans = timed.while_the_clock_ran(profiler.trace(timed, before=timed.prepare))
     print(*profiler.unknown_kernels(spans), sep="\n", flush=True)
     scale = 1000 / plan.statistics.tokens
     parts = {name: profiler.Part(one.milliseconds * scale, one.kernels * scale)
@@ -75,19 +68,24 @@ def profile(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], ob
 
 
 class _Timed:
-    """A run, and when its executor was done, which may work before the run's clock starts and after it stops, such as
-    on a reducer's buffers."""
+    """Runs that are made and executed one after another, and when the executor of the newest was done, which may work
+    before the run's clock starts and after it stops, such as on a reducer's buffers."""
 
-    def __init__(self, run: TrainingRun, execute: Callable[[TrainingRun], object]) -> None:
-        self.run, self.execute = run, execute
+    def __init__(self, make: Callable[[], TrainingRun], execute: Callable[[TrainingRun], object]) -> None:
+        self.make, self.execute = make, execute
+        self.run: TrainingRun | None = None
         self.done: Mark | None = None
+
+    def prepare(self) -> None:
+        self.run = None  # with its optimizers' states, before there are others
+        self.run = self.make()
 
     def __call__(self) -> None:
         self.execute(self.run)
         self.done = self.run.record.clock.mark()
 
     def while_the_clock_ran(self, spans: list[profiler.Span]) -> list[profiler.Span]:
-        """Those of the spans that it had the device do."""
+        """Those of the newest run's spans that it had the device do."""
         seconds, record = _seconds(self.run), self.run.record
         stopped = max(span.end for span in spans) - 1e9 * record.clock.seconds(record.done[-1][1], self.done)
         return [span for span in spans if stopped - 1e9 * seconds <= span.begin < stopped]
@@ -95,8 +93,7 @@ class _Timed:
 
 def _seconds(run: TrainingRun) -> float:
     """Of a run that is over, on this process's clock."""
-    run.record.clock.synchronize()
-    run.record.readback.wait()
+    run.record.wait()
     return run.record.clock.seconds(run.record.begin, run.record.done[-1][1])
 
 

@@ -97,8 +97,7 @@ def trained(spec: RunSpec, device: torch.device, position: Position, rank: int, 
         dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
     finished = execute(run, *arguments) is not False
     position.set("the end of the run")
-    run.record.clock.synchronize()
-    run.record.readback.wait()
+    run.record.wait()
     report = collect(run, drift) | {"finished": finished}
     if spec.save_adapters and finished:
         save_adapters(run, Path(spec.save_adapters))

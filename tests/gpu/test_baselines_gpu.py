@@ -133,5 +133,5 @@ def test_a_step_has_few_kernels(large, system):
     """Not one for each of an adapter's 28 tensors here, of 448 in the whole model."""
     run = large(system)
     adapter = run.adapters[0]
-    spans = trace(lambda: lambda: adapter.step(adapter.squared_norm()))
+    spans = trace(lambda: adapter.step(adapter.squared_norm()))
     assert 0 < len(spans) < 28

@@ -37,9 +37,10 @@ def test_a_profile_has_the_kernels_of_the_second_trace_and_the_time_of_a_run_wit
         one.record.begin -= 100  # as if it had taken longer, so that a busy machine makes no difference
         time.sleep(0.2 * (len(executed) == 4))
 
-    def trace(prepare):
+    def trace(function, before):
         for _ in range(2):
-            prepare()()
+            before()
+            function()
         gemm = Span("nvjet", hour - 50_000 * ms, hour - 49_999.5 * ms)
         return [Span("fill", 0, ms), gemm, Span("fill", hour - 190 * ms, hour)]
 

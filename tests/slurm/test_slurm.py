@@ -77,6 +77,7 @@ def test_a_job_of_two_processes_runs_on_two_nodes(cluster, tmp_path):
         check=True,
         text=True,
         capture_output=True,
+        timeout=60,
     )
     while (state := jobs()[submitted.stdout.strip()][0]) == "COMPLETING":  # its end is known before its nodes are free
         time.sleep(0.1)

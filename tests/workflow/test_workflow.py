@@ -112,8 +112,10 @@ def test_a_killed_workflow_resumes_without_redoing_finished_cells(checkout):
     with said.open("w") as log:
         first = subprocess.Popen(command, cwd=checkout, stdout=log, stderr=subprocess.STDOUT)
     runs, logs = (checkout / "results" / "small" / name for name in ("runs", "logs/run"))
+    deadline = time.monotonic() + 600
     # A second run has begun: the first one's end is on record.
     while len(list(logs.rglob("repeat~*.log"))) < 2:
+        assert time.monotonic() < deadline, f"no cell finished:\n{said.read_text()}"
         assert first.poll() is None, f"the workflow ended early:\n{said.read_text()}"
         time.sleep(0.2)
     os.kill(first.pid, signal.SIGKILL)

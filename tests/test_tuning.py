@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from lorafusion.plan import Plan
 from lorafusion.runtime.launch import Outcome
 from lorafusion.runtime.trials import SLOWER
 from lorafusion.scheduler import plan_system
-from lorafusion.tuning import Tried, Tuned, beginning, candidates, profile_cell, tune_cell
+from lorafusion.tuning import Tried, Tuned, beginning, candidates, profile_cell, sizes, tune_cell
 from lorafusion.workload import Workload
 
 
@@ -64,16 +65,32 @@ def tuned(made, launch, tmp_path) -> Tuned:
     return Tuned.read(out)
 
 
-def test_capacities_are_halved_as_long_as_the_planner_can_and_the_plan_differs(suite):
+def test_capacities_get_smaller_as_long_as_the_planner_can_and_the_plan_differs(suite):
     made = suite()
     plans = candidates(made.workload, made.cell)
     longest = max(sample.tokens for job in made.workload.jobs for sample in job.samples)
     assert [plan.capacity for plan in plans] == sorted((plan.capacity for plan in plans), reverse=True)
-    assert all(1024 % plan.capacity == 0 and plan.capacity >= longest for plan in plans)
+    assert all(plan.capacity in sizes(1024) and plan.capacity >= longest for plan in plans)
     assert len({plan.microbatches for plan in plans}) == len(plans)
     # Eight samples, the global batch, fit in less than the most: the plan is named by the least that holds it.
     assert plans[0].capacity < 1024
     assert max(one.rows for one in plans[0].microbatches) == 8
+
+
+def test_sizes_are_halves_and_three_quarters():
+    assert list(sizes(16)) == [16, 12, 8, 6, 4, 3, 2, 1, 1]
+
+
+@pytest.mark.parametrize("system", ["mlora-packed", "peft-bf16"])
+@pytest.mark.parametrize("name", ["xsum", "cnn_dailymail", "wikisum", "mixed", "heterogeneous"])
+def test_no_number_of_samples_is_left_out(suite, name, system):
+    """The sizes are near enough to each other for each power of two of samples."""
+    made = make_workload(CONFIGS / "workloads" / f"{name}.yaml", samples=16, global_batch=8, seed=1)
+    cell = suite(system=system, capacity=32768).cell
+    counts = [max(len(one.samples) for batch in plan.microbatches for one in batch.segments)
+              for plan in candidates(made, cell)]  # fmt: skip
+    assert len(counts) > 1
+    assert all(larger <= 2 * smaller for larger, smaller in pairwise(counts))
 
 
 def test_the_first_global_batches_are_run(suite):

@@ -4,6 +4,9 @@ Full microbatches are the fewest, but not always the fastest: where the dependen
 smaller microbatches of equal size take the same turns with less waiting. So the capacity is an upper limit here, and a
 few lower ones are tried on the first samples of the jobs, then the packer's orders, and how much of a microbatch may
 stay empty before a further adapter is let in.
+
+On one GPU nothing waits, and the fewest are the fastest. But the last one may be a crumb, in which the GPU waits for
+the host. So a short plan has the lowest target that needs no more of them.
 """
 
 from __future__ import annotations
@@ -47,8 +50,10 @@ def plan(
     """A plan of little waiting; costs: of the stages, by default of equal ones."""
     require_samples_fit(workload, capacity)
     trials = Trials(workload.jobs, stages, capacity, data_parallel)
-    best = trials.fastest(costs or even_costs(stages))
-    return _plan(workload, system, trials, best.way)
+    way = trials.fastest(costs or even_costs(stages)).way
+    if stages == data_parallel == 1 and trials.samples <= TRIED_SAMPLES:
+        way = trials.evened(way)
+    return _plan(workload, system, trials, way)
 
 
 def fewest(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
@@ -138,6 +143,20 @@ class Trials:
             return best
         compared = [self.trial(model, way, COMPARED_SAMPLES) for way in dict.fromkeys(near)]
         return max(compared, key=lambda one: one.throughput)
+
+    def evened(self, way: Way) -> Way:
+        """A way for one GPU with as many slots, or fewer, to the lowest target that still does. On an H200 a last
+        microbatch of 394 tokens after four of 16,384 took 0.17 s, 4 % of the run, for 0.03 s of work."""
+        most = sum(1 for _ in self.slots(way, self.samples))
+        low, even = sum(job.tokens for job in self.jobs) // most, way
+        while even.target - low > max(1, self.capacity // EXACT):
+            target = (low + even.target) // 2
+            lower = way._replace(target=target, slack=target // EXACT)
+            if sum(1 for _ in self.slots(lower, self.samples)) <= most:
+                even = lower
+            else:
+                low = target
+        return even
 
     def _best_target(self, model: CostModel, full: Trial) -> Trial:
         """The fastest target in the usual order; of those within GAIN of it the one with the most tokens."""

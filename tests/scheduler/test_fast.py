@@ -90,6 +90,26 @@ def test_each_thing_that_is_tried_wins_somewhere(name, stages, global_batch, ada
     assert fast.Trials(workload.jobs, stages, 8192).fastest(even_costs(stages)).way == way
 
 
+@given(workload=workloads(), slack=st.integers(0, CAPACITY))
+def test_an_evened_way_has_no_more_slots_and_no_higher_target(workload, slack):
+    trials = fast.Trials(workload.jobs, 1, CAPACITY)
+    way = fast.Way(CAPACITY, "longest-way", slack)
+    evened = trials.evened(way)
+    assert evened.target <= CAPACITY
+    assert sum(1 for _ in trials.slots(evened)) <= sum(1 for _ in trials.slots(way))
+
+
+@pytest.mark.parametrize("capacity", [8192, 16384, 24576])
+@pytest.mark.parametrize("name", ["xsum", "cnn_dailymail", "wikisum", "mixed", "heterogeneous"])
+def test_a_short_plan_for_one_gpu_has_no_crumbs(name, capacity):
+    workload = repeated_workload(name, 16, 8, 4, 1)
+    plan = plan_workload(workload, "fast", stages=1, capacity=capacity)
+    full = fast.Trials(workload.jobs, 1, capacity).slots(fast.Way(capacity, "longest-way", capacity // 256))
+    tokens = [microbatch.tokens for microbatch in plan.microbatches]
+    assert len(tokens) <= sum(1 for _ in full)
+    assert min(tokens) > 0.75 * max(tokens)
+
+
 def test_fewest_takes_the_order_with_the_fewest_microbatches():
     workload = repeated_workload("xsum", 100, 16, 2, 1)
     counts = {

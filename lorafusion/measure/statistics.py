@@ -1,4 +1,4 @@
-"""What repeats of a measurement say together: their median and how well it is known."""
+"""What repeats of a measurement say together: their median or mean, and how well it is known."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from scipy.special import stdtrit
+
 CONFIDENCE = 0.95
+FEWEST_OF_MEAN = 3  # from two values the interval would be 25 times as wide as they are apart
 
 
 def median(values: Sequence[float]) -> float:
@@ -32,6 +35,23 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
     if dropped is None:
         return None
     return float(ordered[dropped]), float(ordered[count - 1 - dropped])
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The geometric mean of at least one positive number."""
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def geometric_mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """Where the geometric mean lies of what positive values are drawn from, by Student's t of their logarithms, which
+    are taken to be normally distributed; None from fewer than `FEWEST_OF_MEAN` values."""
+    if len(values) < FEWEST_OF_MEAN:
+        return None
+    logarithms = [math.log(value) for value in values]
+    error = statistics.stdev(logarithms) / math.sqrt(len(values))
+    reach = float(stdtrit(len(values) - 1, (1 + confidence) / 2)) * error
+    middle = statistics.fmean(logarithms)
+    return math.exp(middle - reach), math.exp(middle + reach)
 
 
 def fewest(confidence: float = CONFIDENCE) -> int:

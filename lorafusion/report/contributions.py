@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from lorafusion.measure.statistics import fewest, interval, median
+from lorafusion.measure.statistics import FEWEST_OF_MEAN, geometric_mean, geometric_mean_interval, median
 from lorafusion.measure.vocabulary import WINDOWS
 from lorafusion.report import style
 from lorafusion.report.throughput import SYSTEM, ablations, group_names, merged_qkv, require_one_cell_a_place
@@ -64,10 +64,10 @@ class Arm(NamedTuple):
 
 
 class Ratios(NamedTuple):
-    """Throughputs over those of `over`, one for each repeat that all have, or in `note` why there are none."""
+    """Throughputs over those of `over`, by repeat, of which all have each, or in `note` why there are none."""
 
     over: str
-    values: list[float]
+    values: dict[int, float]
     note: str
 
 
@@ -82,8 +82,8 @@ def contributions(table: pd.DataFrame) -> pd.DataFrame:
     """The factors of every model, number of GPUs, window and workload, and over all workloads: a row each (`COLUMNS`).
 
     `low` and `high` of a workload are the smallest and the largest ratio (`bounds` is range). Over all workloads they
-    are, from six ratios on, a 95 % interval of the median of a run of these workloads (interval), which need not lie
-    around the geometric mean. A factor without a number says why in `note`. A cell of which any repeat failed has no
+    are, from three repeats on, a 95 % interval of the geometric mean over these workloads (interval), by Student's t of
+    the repeats' own means. A factor without a number says why in `note`. A cell of which any repeat failed has no
     number, as in the table's own medians. Raises `MeasurementError` where two cells claim one place.
     """
     rows = measured(table).sort_values("group", key=style.rank)
@@ -132,7 +132,7 @@ def _factors(arms: dict[str, Arm], qkv: str, own_ablations: set[str]) -> Iterato
             yield "baseline", _ratios(arms, BASE, best, without)
         else:
             for factor in ("speedup", "baseline"):
-                yield factor, Ratios(A_BASELINE, [], "no baseline finished")
+                yield factor, Ratios(A_BASELINE, {}, "no baseline finished")
         by_one = next((name for name in BY_ONE if name in arms), BY_ONE[0])
         remarks = [] if by_one == BY_ONE[0] else [f"{EXECUTOR}: {by_one}, as {BY_ONE[0]} has no cell"]
         yield "schedule", _ratios(arms, TURNS, by_one, remarks)
@@ -159,10 +159,10 @@ def _ratios(
     taken = [arms.get(name, Arm({}, f"{name}: no such cell")) for name in names]
     reasons = [arm.reason for arm in taken if arm.reason]
     if reasons:
-        return Ratios(below, [], "; ".join(dict.fromkeys(reasons)))
+        return Ratios(below, {}, "; ".join(dict.fromkeys(reasons)))
     repeats = sorted(set.intersection(*(set(arm.values) for arm in taken)))
     if not repeats:
-        return Ratios(below, [], f"{' and '.join(names)}: no repeat in common")
+        return Ratios(below, {}, f"{' and '.join(names)}: no repeat in common")
     notes = list(remarks)
     if above == below:
         notes.append("1 by definition")
@@ -171,19 +171,19 @@ def _ratios(
     pairs = list(zip(taken[::2], taken[1::2], strict=True))
     if len({arm.capacity for arm in taken}) > 1:
         notes.append(f"{CAPACITY} {', divided by '.join(f'{one.capacity} over {two.capacity}' for one, two in pairs)}")
-    values = []
+    values = {}
     for repeat in repeats:
         ratio, *divisor = [one.values[repeat] / two.values[repeat] for one, two in pairs]
-        values.append(ratio / math.prod(divisor))
+        values[repeat] = ratio / math.prod(divisor)
     return Ratios(below, values, "; ".join(notes))
 
 
 def _row(place: tuple, factor: str, ratios: Ratios) -> dict:
     """A factor of one workload."""
-    values = ratios.values
+    values = list(ratios.values.values())
     row = _named(place, place[-1], factor, ratios.over, ratios.note, len(values))
     if values:
-        row["value"] = _geometric_mean(values)
+        row["value"] = geometric_mean(values)
     if len(values) > 1:
         row |= {"low": min(values), "high": max(values), "bounds": "range"}
     return row
@@ -209,16 +209,19 @@ def _mean_row(place: tuple, factor: str, parts: dict[str, Ratios]) -> dict:
         same = len(reasons) == len(parts) and len(set(reasons.values())) == 1
         texts = reasons.values() if same else (f"{name}: {reason}" for name, reason in reasons.items())
         return _named(place, ALL, factor, over, "; ".join(dict.fromkeys(texts)), 0)
-    values = [value for ratios in parts.values() for value in ratios.values]
+    values = [list(ratios.values.values()) for ratios in parts.values()]
+    row = _named(place, ALL, factor, over, "", sum(map(len, values)))
     # Each workload counts once, however many repeats it has.
-    row = _named(place, ALL, factor, over, "", len(values))
-    row["value"] = _geometric_mean(_geometric_mean(ratios.values) for ratios in parts.values())
-    if bounds := interval(values):
+    row["value"] = geometric_mean([geometric_mean(of_one) for of_one in values])
+    repeats = sorted(set.intersection(*(set(ratios.values) for ratios in parts.values())))
+    if bounds := geometric_mean_interval(
+        [geometric_mean([ratios.values[repeat] for ratios in parts.values()]) for repeat in repeats]
+    ):
         row |= {"low": bounds[0], "high": bounds[1], "bounds": "interval"}
-        notes = [f"95 % interval of the median, {median(values):.4f}"]
+        notes = [f"95 % interval from {len(repeats)} repeats"]
     else:
-        row |= {"low": min(values), "high": max(values), "bounds": "range"}
-        notes = [f"no 95 % interval from {len(values)} ratios, it takes {fewest()}"]
+        row |= {"low": min(map(min, values)), "high": max(map(max, values)), "bounds": "range"}
+        notes = [f"no 95 % interval from {len(repeats)} repeats, it takes {FEWEST_OF_MEAN}"]
     if len(overs) > 1:
         notes += [f"{name}: over {ratios.over}" for name, ratios in parts.items()]
     remarks = {name: [remark for remark in ratios.note.split("; ") if remark] for name, ratios in parts.items()}
@@ -232,12 +235,6 @@ def _named(place: tuple, workload: str, factor: str, over: str, note: str, count
     row = dict(zip(PLACE[:-1], place, strict=False))
     row |= {"workload": workload, "factor": factor, "over": over, "n": count, "note": note or None}
     return row | {"value": math.nan, "low": math.nan, "high": math.nan, "bounds": None}
-
-
-def _geometric_mean(values: Iterable[float]) -> float:
-    """The geometric mean of at least one positive number."""
-    logarithms = [math.log(value) for value in values]
-    return math.exp(math.fsum(logarithms) / len(logarithms))
 
 
 def _rank(column: pd.Series) -> pd.Series:

@@ -1,12 +1,14 @@
-"""Medians and their intervals."""
+"""Medians and means, and their intervals."""
 
 from __future__ import annotations
 
+import math
 import random
+import statistics
 
 import pytest
 
-from lorafusion.measure.statistics import fewest, interval, median
+from lorafusion.measure.statistics import fewest, geometric_mean, geometric_mean_interval, interval, median
 
 
 def test_median_of_odd_and_even_counts():
@@ -44,3 +46,27 @@ def test_interval_holds_the_true_median_as_often_as_it_claims():
         low, high = interval([generator.lognormvariate(0, 1) for _ in range(9)])
         held += low <= 1.0 <= high
     assert 0.95 <= held / trials <= 0.97  # 0.961 exactly
+
+
+@pytest.mark.parametrize(("count", "quantile"), [(3, 4.3027), (5, 2.7764), (15, 2.1448)])
+def test_the_interval_of_a_geometric_mean_is_that_of_the_tables_of_students_t(count, quantile):
+    values = [random.Random(index).lognormvariate(0, 0.3) for index in range(count)]
+    logarithms = [math.log(value) for value in values]
+    reach = math.exp(quantile * statistics.stdev(logarithms) / math.sqrt(count))
+    middle = geometric_mean(values)
+    assert middle == pytest.approx(math.prod(values) ** (1 / count))
+    assert geometric_mean_interval(values) == pytest.approx((middle / reach, middle * reach), rel=1e-4)
+
+
+@pytest.mark.parametrize("count", range(3))
+def test_from_two_values_there_is_no_interval_of_a_mean(count):
+    assert geometric_mean_interval([1.0, 2.0][:count]) is None
+
+
+def test_the_interval_of_a_mean_holds_it_as_often_as_it_claims():
+    generator, trials = random.Random(2), 4000
+    held = 0
+    for _ in range(trials):
+        low, high = geometric_mean_interval([generator.lognormvariate(0, 1) for _ in range(3)])
+        held += low <= 1.0 <= high
+    assert 0.94 <= held / trials <= 0.96

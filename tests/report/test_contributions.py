@@ -188,28 +188,35 @@ def test_the_systems_that_the_parts_cannot_do_without():
     assert lacking(["lorafusion", "megatron-pp", "unfused-ours"]) == ["unfused-sequential", "mlora-paper-setting"]
 
 
-def test_over_all_workloads_are_the_geometric_mean_and_an_interval_of_the_median(measure, factors):
-    """Kernels give 1.5 and 6 in two workloads of three repeats each: of six ratios, the extremes are the interval."""
-    runs = measure(workloads=["xsum"]) + measure(SPEEDS | {"lorafusion": 3600.0}, workloads=["mixed"])
+def test_over_all_workloads_are_the_geometric_mean_and_its_interval(measure, factors):
+    """Kernels give 1.5 and 6 in two workloads: that they differ is no uncertainty, only that their repeats do."""
+    others = {name: speed for name, speed in SPEEDS.items() if name != "lorafusion"}
+    runs = measure(others, ["xsum", "mixed"])
+    runs += measure({"lorafusion": 900.0}, ["xsum"], drift=(1.0, math.exp(0.2), math.exp(-0.2)))
+    runs += measure({"lorafusion": 3600.0}, ["mixed"], drift=(1.0, 1.0, 1.0))
     kernels = factors(runs).loc[("all", "kernels")]
     assert kernels["value"] == pytest.approx(3)
-    assert (kernels["low"], kernels["high"], kernels["bounds"], kernels["n"]) == (1.5, 6.0, "interval", 6)
-    assert kernels["note"] == "95 % interval of the median, 3.7500"
+    assert (kernels["bounds"], kernels["n"], kernels["note"]) == ("interval", 6, "95 % interval from 3 repeats")
+    # The repeats' means are 3, 3 e^0.1 and 3 e^-0.1; Student's t of two degrees of freedom is 4.3027.
+    reach = 4.3027 * 0.1 / math.sqrt(3)
+    assert (kernels["low"], kernels["high"]) == pytest.approx((3 * math.exp(-reach), 3 * math.exp(reach)), rel=1e-4)
 
 
-def test_fifteen_ratios_leave_out_three_at_each_end(measure, factors):
+def test_a_product_over_all_workloads_is_that_of_its_parts(measure, factors):
     runs = []
     for factor, workload in enumerate(style.WORKLOADS, start=1):
         runs += measure(SPEEDS | {"lorafusion": 600.0 * factor}, [workload])
-    kernels = factors(runs).loc[("all", "kernels")]
-    assert (kernels["low"], kernels["high"], kernels["n"]) == pytest.approx((2, 4, 15))
-    assert kernels["value"] == pytest.approx(math.factorial(5) ** (1 / 5))
+    rows = factors(runs).loc["all"]
+    assert rows.loc["kernels", "value"] == pytest.approx(math.factorial(5) ** (1 / 5))
+    assert rows.loc["kernels", "n"] == 15
+    parts = rows.loc[["baseline", "schedule", "packing", "kernels"], "value"]
+    assert parts.prod() == pytest.approx(rows.loc["speedup", "value"])
 
 
-def test_too_few_ratios_have_a_range_and_say_so(measure, factors):
+def test_too_few_repeats_have_a_range_and_say_so(measure, factors):
     speedup = factors(measure(workloads=["xsum", "mixed"], drift=(1.0, 1.0))).loc[("all", "speedup")]
     assert (speedup["bounds"], speedup["n"]) == ("range", 4)
-    assert "no 95 % interval from 4 ratios, it takes 6" in speedup["note"]
+    assert "no 95 % interval from 2 repeats, it takes 3" in speedup["note"]
     alone = factors(measure(drift=(1.0,)))
     assert "all" not in alone.index
     assert alone.loc[("xsum", "speedup")][["low", "high", "bounds"]].isna().all()
@@ -373,7 +380,7 @@ def test_nothing_overlaps_or_leaves_the_figure(whole_suite):
 def test_the_speedup_over_all_has_its_interval_and_other_capacities_a_star(whole_suite):
     figure, (parts, *_) = drawn(whole_suite)
     assert len([text for text in texts(parts) if "[" in text]) == 1
-    assert "95 % interval of the median" in figure.get_supxlabel()
+    assert "95 % interval of the mean" in figure.get_supxlabel()
     assert not [text for text in texts(parts) if text.endswith("*")]
 
 

@@ -103,7 +103,7 @@ class Grid(Config):
     merged_qkv: bool = Field(default=False, description="one adapter for q, k and v as one linear, in every system")
     tuned: bool = Field(
         default=False,
-        description="`capacity` is the most that is tried; made smaller until it fits, and while that is no slower",
+        description="`capacity` is the most that is tried; smaller ones until it fits, then until it is slower",
     )
     minutes: int = Field(ge=1, description="time limit of a run; longer is status timeout")
     memory_gb: int = Field(default=4, ge=1, description="host memory of a run")

@@ -1,9 +1,10 @@
 """How many tokens a microbatch may hold in a cell, by one rule for all systems: the most that fits, then the fastest.
 
 The most that is tried is the suite's. It is made smaller (`sizes`) until the plan's largest microbatches fit in memory,
-and then as long as that makes the system no slower. A trial is one run of the first global batch of each adapter (of as
-many as there are stages), cut as in the whole plan. Systems that fix the number of samples of a microbatch take as many
-as fit in those tokens (`scheduler.common.largest_microbatch`), so that the same rule tunes them.
+and further until a size is 2 % slower than the fastest. A trial is one run of the first global batch of each adapter
+(of as many as there are stages), planned as the whole workload is. Systems that fix the number of samples of a
+microbatch take as many as fit in those tokens (`scheduler.common.largest_microbatch`), so that the same rule tunes
+them.
 """
 
 from __future__ import annotations
@@ -152,7 +153,9 @@ def sizes(most: int) -> Iterator[int]:
     """A capacity, three quarters of it, half of it, and so on. By halves alone a system that takes a power of two of
     samples can miss one: with 32,768 tokens four of WikiSum from each adapter, with 16,384 one, in between two."""
     while most:
-        yield from filter(None, (most, most * 3 // 4))
+        yield most
+        if most > 1:
+            yield most * 3 // 4
         most //= 2
 
 

@@ -78,7 +78,7 @@ def test_capacities_get_smaller_as_long_as_the_planner_can_and_the_plan_differs(
 
 
 def test_sizes_are_halves_and_three_quarters():
-    assert list(sizes(16)) == [16, 12, 8, 6, 4, 3, 2, 1, 1]
+    assert list(sizes(32)) == [32, 24, 16, 12, 8, 6, 4, 3, 2, 1, 1]
 
 
 @pytest.mark.parametrize("system", ["mlora-packed", "peft-bf16"])
@@ -164,6 +164,18 @@ def test_the_beginning_is_cut_as_the_whole_plan_is(name, workload):
             cuts.append({tuple((one.adapter, len(one.samples)) for one in batch.segments)
                          for batch in plan.microbatches})  # fmt: skip
         assert cuts[0] == cuts[1]
+
+
+@pytest.mark.parametrize("workload", ["xsum", "cnn_dailymail", "wikisum", "mixed", "heterogeneous"])
+def test_the_beginning_has_no_larger_microbatches_than_the_whole_plan(workload):
+    """Which would not fit in memory where the plan does."""
+    whole = make_workload(CONFIGS / "workloads" / f"{workload}.yaml", samples=16, global_batch=8, seed=1)
+    for capacity in sizes(32768):
+        if capacity < 4096:
+            break
+        largest = [max(one.tokens for one in plan_system(jobs, "lorafusion", stages=1, capacity=capacity).microbatches)
+                   for jobs in (beginning(whole, 1), whole)]  # fmt: skip
+        assert largest[0] <= largest[1]
 
 
 @pytest.mark.parametrize(("system", "gpus"), [("lorafusion", 1), ("mlora", 2), ("megatron-pp", 2)])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
-FEWEST_OF_MEAN = 3  # from two values the interval would be 25 times as wide as they are apart
+FEWEST_OF_MEAN = 3  # from two values the interval would be 13 times as wide as they are apart
 
 
 def median(values: Sequence[float]) -> float:
@@ -43,8 +43,8 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def geometric_mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """Where the geometric mean lies of what positive values are drawn from, by Student's t of their logarithms, which
-    are taken to be normally distributed; None from fewer than `FEWEST_OF_MEAN` values."""
+    """An interval for the true geometric mean of positive values, by Student's t of their logarithms, which are taken
+    to be normally distributed; None from fewer than `FEWEST_OF_MEAN` values."""
     if len(values) < FEWEST_OF_MEAN:
         return None
     logarithms = [math.log(value) for value in values]

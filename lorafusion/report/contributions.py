@@ -213,15 +213,17 @@ def _mean_row(place: tuple, factor: str, parts: dict[str, Ratios]) -> dict:
     row = _named(place, ALL, factor, over, "", sum(map(len, values)))
     # Each workload counts once, however many repeats it has.
     row["value"] = geometric_mean([geometric_mean(of_one) for of_one in values])
-    repeats = sorted(set.intersection(*(set(ratios.values) for ratios in parts.values())))
-    if bounds := geometric_mean_interval(
-        [geometric_mean([ratios.values[repeat] for ratios in parts.values()]) for repeat in repeats]
-    ):
-        row |= {"low": bounds[0], "high": bounds[1], "bounds": "interval"}
-        notes = [f"95 % interval from {len(repeats)} repeats"]
+    row |= {"low": min(map(min, values)), "high": max(map(max, values)), "bounds": "range"}
+    repeats = {tuple(ratios.values) for ratios in parts.values()}
+    if len(repeats) > 1:
+        notes = ["no 95 % interval, as the workloads have different repeats"]
     else:
-        row |= {"low": min(map(min, values)), "high": max(map(max, values)), "bounds": "range"}
-        notes = [f"no 95 % interval from {len(repeats)} repeats, it takes {FEWEST_OF_MEAN}"]
+        means = [geometric_mean(of_one) for of_one in zip(*values, strict=True)]
+        if bounds := geometric_mean_interval(means):
+            row |= {"low": bounds[0], "high": bounds[1], "bounds": "interval"}
+            notes = [f"95 % interval from {len(means)} repeats"]
+        else:
+            notes = [f"no 95 % interval from {len(means)} repeats, it takes {FEWEST_OF_MEAN}"]
     if len(overs) > 1:
         notes += [f"{name}: over {ratios.over}" for name, ratios in parts.items()]
     remarks = {name: [remark for remark in ratios.note.split("; ") if remark] for name, ratios in parts.items()}

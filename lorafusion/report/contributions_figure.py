@@ -325,7 +325,7 @@ def _handles(merged: bool) -> list[Patch]:
 def _footer(data: pd.DataFrame) -> str:
     bars = "bars: geometric mean of the repeats' ratios; whiskers: their range"
     if (data["bounds"] == "interval").any():
-        bars += f"; of {ALL}, in [ ]: 95 % interval of the mean"
+        bars += f"; of {ALL}, in [ ]: 95 % interval of the geometric mean"
     parts = data[data["factor"].isin(LANES) & (data["factor"] != "speedup") & data["value"].notna()]
     marks = dict(mark for _, row in parts.iterrows() for mark in _marks(row))
     bars += "".join(f"\n{mark}: {meaning}" for mark, meaning in sorted(marks.items()))

@@ -5,21 +5,22 @@ smaller microbatches of equal size take the same turns with less waiting. So the
 few lower ones are tried on the first samples of the jobs, then the packer's orders, and how much of a microbatch may
 stay empty before a further adapter is let in.
 
-On one GPU nothing waits, and the fewest are the fastest. But the last one may be a crumb, in which the GPU waits for
-the host. So a short plan has the lowest target that needs no more of them.
+On one GPU nothing waits, and the fewest are the fastest. But what is left for the last one may be a crumb, for which
+the host takes longer than the GPU. So the last two share their samples then.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from lorafusion.plan import Microbatch, Plan, make_plan
 from lorafusion.scheduler.common import NOOP, Item, by_adapter, microbatches_of, progress, require_samples_fit
-from lorafusion.scheduler.packer import EXACT, ORDERS, Packer, items_of
+from lorafusion.scheduler.packer import EXACT, ORDERS, Packer, fill, items_of
 from lorafusion.simulator.costs import CostModel, Costs, even_costs
 from lorafusion.simulator.stream import simulate_stream
 from lorafusion.workload import Job, Workload
@@ -50,10 +51,8 @@ def plan(
     """A plan of little waiting; costs: of the stages, by default of equal ones."""
     require_samples_fit(workload, capacity)
     trials = Trials(workload.jobs, stages, capacity, data_parallel)
-    way = trials.fastest(costs or even_costs(stages)).way
-    if stages == data_parallel == 1 and trials.samples <= TRIED_SAMPLES:
-        way = trials.evened(way)
-    return _plan(workload, system, trials, way)
+    best = trials.fastest(costs or even_costs(stages))
+    return _plan(workload, system, trials, best.way)
 
 
 def fewest(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
@@ -68,12 +67,41 @@ def fewest(workload: Workload, system: str, stages: int, capacity: int, data_par
 def _plan(workload: Workload, system: str, trials: Trials, way: Way) -> Plan:
     sizes = {"stages": trials.stages, "capacity": trials.capacity, "data_parallel": trials.data_parallel}
     microbatches: list[Microbatch] = []
+    slots = trials.slots(way)
+    if trials.stages == trials.data_parallel == 1:
+        slots = without_crumb(slots)
     with progress(trials.samples >= LONG_WORK) as bar:
         task = bar.add_task("packing", total=trials.samples)
-        for bins, ended in trials.slots(way):
+        for bins, ended in slots:
             microbatches += slot_microbatches(workload, bins, ended, trials.data_parallel)
             bar.advance(task, sum(map(len, bins)))
     return make_plan(system, workload, microbatches, **sizes)
+
+
+def without_crumb(slots: Iterable[Slot]) -> Iterator[Slot]:
+    """The slots of a plan for one GPU; if the last one has less than half the tokens of the one before, they share.
+
+    On an H200 a last microbatch of 394 tokens after one of 16,356 took 0.17 s, 4 % of a run, for 0.03 s of work."""
+    held: deque[Slot] = deque()
+    for slot in slots:
+        held.append(slot)
+        if len(held) > 2:
+            yield held.popleft()
+    yield from _shared(*held) if len(held) == 2 else held
+
+
+def _shared(before: Slot, last: Slot) -> tuple[Slot, Slot]:
+    """The same two slots of one bin each, about even if the last was less than half. A batch of an adapter that is
+    followed by another one in the last slot stays where it is."""
+    ([first], ended), ([second], ended_last) = before, last
+    tokens, crumb = (sum(item.tokens for item in items) for items in (first, second))
+    if 2 * crumb >= tokens:
+        return before, last
+    staying = ended & {item.adapter for item in second}
+    moved = fill([[item for item in first if item.adapter not in staying]], (tokens - crumb) // 2, slack=0)
+    late = ended & {item.adapter for item in moved}
+    left = [item for item in first if item not in moved]
+    return ([left], ended - late), ([second + moved], ended_last | late)
 
 
 def slot_microbatches(
@@ -143,20 +171,6 @@ class Trials:
             return best
         compared = [self.trial(model, way, COMPARED_SAMPLES) for way in dict.fromkeys(near)]
         return max(compared, key=lambda one: one.throughput)
-
-    def evened(self, way: Way) -> Way:
-        """A way for one GPU with as many slots, or fewer, to the lowest target that still does. On an H200 a last
-        microbatch of 394 tokens after four of 16,384 took 0.17 s, 4 % of the run, for 0.03 s of work."""
-        most = sum(1 for _ in self.slots(way, self.samples))
-        low, even = sum(job.tokens for job in self.jobs) // most, way
-        while even.target - low > max(1, self.capacity // EXACT):
-            target = (low + even.target) // 2
-            lower = way._replace(target=target, slack=target // EXACT)
-            if sum(1 for _ in self.slots(lower, self.samples)) <= most:
-                even = lower
-            else:
-                low = target
-        return even
 
     def _best_target(self, model: CostModel, full: Trial) -> Trial:
         """The fastest target in the usual order; of those within GAIN of it the one with the most tokens."""

@@ -222,6 +222,13 @@ def test_too_few_repeats_have_a_range_and_say_so(measure, factors):
     assert alone.loc[("xsum", "speedup")][["low", "high", "bounds"]].isna().all()
 
 
+def test_workloads_of_different_repeats_have_a_range_and_say_so(measure, factors):
+    runs = measure(workloads=["xsum"]) + measure(workloads=["mixed"], drift=(1.0,) * 4)
+    kernels = factors(runs).loc[("all", "kernels")]
+    assert (kernels["bounds"], kernels["n"]) == ("range", 7)
+    assert "no 95 % interval, as the workloads have different repeats" in kernels["note"]
+
+
 def test_windows_are_apart(measure, factors):
     runs = measure()
     for run in runs:
@@ -380,7 +387,7 @@ def test_nothing_overlaps_or_leaves_the_figure(whole_suite):
 def test_the_speedup_over_all_has_its_interval_and_other_capacities_a_star(whole_suite):
     figure, (parts, *_) = drawn(whole_suite)
     assert len([text for text in texts(parts) if "[" in text]) == 1
-    assert "95 % interval of the mean" in figure.get_supxlabel()
+    assert "95 % interval of the geometric mean" in figure.get_supxlabel()
     assert not [text for text in texts(parts) if text.endswith("*")]
 
 

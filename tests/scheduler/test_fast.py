@@ -90,24 +90,36 @@ def test_each_thing_that_is_tried_wins_somewhere(name, stages, global_batch, ada
     assert fast.Trials(workload.jobs, stages, 8192).fastest(even_costs(stages)).way == way
 
 
-@given(workload=workloads(), slack=st.integers(0, CAPACITY))
-def test_an_evened_way_has_no_more_slots_and_no_higher_target(workload, slack):
+@given(workload=workloads(), order=st.sampled_from(list(ORDERS)), slack=st.integers(0, CAPACITY))
+def test_without_a_crumb_it_is_a_plan_of_the_same_size(workload, order, slack):
     trials = fast.Trials(workload.jobs, 1, CAPACITY)
-    way = fast.Way(CAPACITY, "longest-way", slack)
-    evened = trials.evened(way)
-    assert evened.target <= CAPACITY
-    assert sum(1 for _ in trials.slots(evened)) <= sum(1 for _ in trials.slots(way))
+    before = list(trials.slots(fast.Way(CAPACITY, order, slack)))
+    slots = list(fast.without_crumb(before))
+    microbatches = [one for bins, ended in slots for one in fast.slot_microbatches(workload, bins, ended, 1)]
+    check(make_plan("x", workload, microbatches, stages=1, capacity=CAPACITY), workload)
+    assert len(slots) == len(before)
+    assert slots[:-2] == before[:-2]
+    counts = [[sum(item.tokens for item in items) for [items], _ in some[-2:]] for some in (before, slots)]
+    assert min(counts[1]) >= min(counts[0])
+    assert max(counts[1]) <= max(counts[0])
 
 
-@pytest.mark.parametrize("capacity", [8192, 16384, 24576])
+def test_the_last_two_share_samples_but_not_of_a_batch_that_must_come_first(make_job, make_workload):
+    """30 and 8 tokens: 10 of b, of which no further batch is there, make it 20 and 18, and b steps after the last."""
+    jobs = (make_job("a", (10, 10, 8), global_batch_size=2), make_job("b", (10,), global_batch_size=1))
+    plan = plan_workload(make_workload(*jobs), "fast", stages=1, capacity=30)
+    assert [one.tokens for one in plan.microbatches] == [20, 18]
+    assert [one.step_after for one in plan.microbatches] == [(0,), (0, 1)]
+    alone = plan_workload(make_workload(jobs[0]), "fast", stages=1, capacity=30)
+    assert [one.tokens for one in alone.microbatches] == [20, 8]
+
+
+@pytest.mark.parametrize("capacity", [8192, 16384, 24576, 32768])
 @pytest.mark.parametrize("name", ["xsum", "cnn_dailymail", "wikisum", "mixed", "heterogeneous"])
-def test_a_short_plan_for_one_gpu_has_no_crumbs(name, capacity):
+def test_a_plan_for_one_gpu_has_no_crumb(name, capacity):
     workload = repeated_workload(name, 16, 8, 4, 1)
-    plan = plan_workload(workload, "fast", stages=1, capacity=capacity)
-    full = fast.Trials(workload.jobs, 1, capacity).slots(fast.Way(capacity, "longest-way", capacity // 256))
-    tokens = [microbatch.tokens for microbatch in plan.microbatches]
-    assert len(tokens) <= sum(1 for _ in full)
-    assert min(tokens) > 0.75 * max(tokens)
+    *_, before, last = plan_workload(workload, "fast", stages=1, capacity=capacity).microbatches
+    assert 2 * last.tokens >= before.tokens
 
 
 def test_fewest_takes_the_order_with_the_fewest_microbatches():

@@ -37,11 +37,6 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
     return float(ordered[dropped]), float(ordered[count - 1 - dropped])
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    """The geometric mean of at least one positive number."""
-    return math.exp(statistics.fmean(map(math.log, values)))
-
-
 def geometric_mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
     """An interval for the true geometric mean of positive values, by Student's t of their logarithms, which are taken
     to be normally distributed; None from fewer than `FEWEST_OF_MEAN` values."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from statistics import geometric_mean
 from typing import NamedTuple
 
 import pandas as pd
 
-from lorafusion.measure.statistics import FEWEST_OF_MEAN, geometric_mean, geometric_mean_interval, median
+from lorafusion.measure.statistics import FEWEST_OF_MEAN, geometric_mean_interval, median
 from lorafusion.measure.vocabulary import WINDOWS
 from lorafusion.report import style
 from lorafusion.report.throughput import SYSTEM, ablations, group_names, merged_qkv, require_one_cell_a_place
@@ -209,21 +210,11 @@ def _mean_row(place: tuple, factor: str, parts: dict[str, Ratios]) -> dict:
         same = len(reasons) == len(parts) and len(set(reasons.values())) == 1
         texts = reasons.values() if same else (f"{name}: {reason}" for name, reason in reasons.items())
         return _named(place, ALL, factor, over, "; ".join(dict.fromkeys(texts)), 0)
-    values = [list(ratios.values.values()) for ratios in parts.values()]
-    row = _named(place, ALL, factor, over, "", sum(map(len, values)))
+    row = _named(place, ALL, factor, over, "", sum(len(ratios.values) for ratios in parts.values()))
     # Each workload counts once, however many repeats it has.
-    row["value"] = geometric_mean([geometric_mean(of_one) for of_one in values])
-    row |= {"low": min(map(min, values)), "high": max(map(max, values)), "bounds": "range"}
-    repeats = {tuple(ratios.values) for ratios in parts.values()}
-    if len(repeats) > 1:
-        notes = ["no 95 % interval, as the workloads have different repeats"]
-    else:
-        means = [geometric_mean(of_one) for of_one in zip(*values, strict=True)]
-        if bounds := geometric_mean_interval(means):
-            row |= {"low": bounds[0], "high": bounds[1], "bounds": "interval"}
-            notes = [f"95 % interval from {len(means)} repeats"]
-        else:
-            notes = [f"no 95 % interval from {len(means)} repeats, it takes {FEWEST_OF_MEAN}"]
+    row["value"] = geometric_mean(geometric_mean(ratios.values.values()) for ratios in parts.values())
+    bounds, remark = _bounds([ratios.values for ratios in parts.values()])
+    row, notes = row | bounds, [remark]
     if len(overs) > 1:
         notes += [f"{name}: over {ratios.over}" for name, ratios in parts.items()]
     remarks = {name: [remark for remark in ratios.note.split("; ") if remark] for name, ratios in parts.items()}
@@ -231,6 +222,18 @@ def _mean_row(place: tuple, factor: str, parts: dict[str, Ratios]) -> dict:
     notes += (of_all := [remark for remark in first if all(remark in of_other for of_other in others)])
     notes += [f"{name}: {remark}" for name, own in remarks.items() for remark in own if remark not in of_all]
     return row | {"note": "; ".join(notes)}
+
+
+def _bounds(ratios: list[dict[int, float]]) -> tuple[dict, str]:
+    """Between which values the mean over workloads is, whose ratios are given by repeat, and a remark on that."""
+    every = [ratio for of_one in ratios for ratio in of_one.values()]
+    whole = {"low": min(every), "high": max(every), "bounds": "range"}
+    if len({tuple(of_one) for of_one in ratios}) > 1:
+        return whole, "no 95 % interval, as the workloads have different repeats"
+    means = [geometric_mean(of_one[repeat] for of_one in ratios) for repeat in ratios[0]]
+    if found := geometric_mean_interval(means):
+        return {"low": found[0], "high": found[1], "bounds": "interval"}, f"95 % interval from {len(means)} repeats"
+    return whole, f"no 95 % interval from {len(means)} repeats, it takes {FEWEST_OF_MEAN}"
 
 
 def _named(place: tuple, workload: str, factor: str, over: str, note: str, count: int) -> dict:

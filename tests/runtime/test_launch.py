@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -19,7 +20,9 @@ from safetensors.torch import save_file
 from lorafusion.config import CONFIGS, read_model
 from lorafusion.models.stage import build_stage
 from lorafusion.plan import Plan
+from lorafusion.runtime import worker
 from lorafusion.runtime.board import WAITING, Watch
+from lorafusion.runtime.forked import FORKSERVER
 from lorafusion.runtime.launch import Outcome, end_with_parent, launch, outcome, worker_command, worker_environment
 from lorafusion.runtime.result import result_of
 from lorafusion.runtime.spec import RunSpec
@@ -54,6 +57,19 @@ def test_a_run_ends_with_a_report(spec):
     assert [len(values) for values in done.report["losses"].values()] == [3, 2]
     assert done.report["peak_memory"] > 2**20
     assert set(done.report["canary"]) == {"canary-gemm", "canary-copy"}
+
+
+def test_no_collection_of_garbage_looks_at_what_was_imported(spec, tmp_path):
+    (tmp_path / "spec.json").write_text(spec().model_dump_json())
+    process = FORKSERVER.Process(target=count_tracked_objects, args=(str(tmp_path / "spec.json"), str(tmp_path)))
+    process.start()
+    process.join()
+    assert json.loads((tmp_path / "report.json").read_text())["tracked"] < 10_000
+
+
+def count_tracked_objects(*arguments: str) -> None:
+    worker.trained = lambda *_: {"tracked": len(gc.get_objects())}  # of this process alone
+    worker.main(*arguments)
 
 
 def test_a_mistake_is_one_line_that_names_it(spec):

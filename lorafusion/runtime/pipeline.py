@@ -110,6 +110,11 @@ class Pipeline:
         self.sum_over_stages(self._nothing())
         self.sum_over_replicas([self._nothing()])
 
+    def wait_for_everyone(self) -> None:
+        """Until all processes of the run are here, if there are several, or an executor made a group of this one."""
+        if dist.is_initialized():
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
     def _nothing(self) -> torch.Tensor:
         return torch.zeros(1, device=self.device)
 

@@ -55,8 +55,7 @@ def profile(spec: RunSpec, run: TrainingRun, execute: Callable[[TrainingRun], ob
     rehearse(run, execute)
     run.again(part, plan).warm_up()
     timed.prepare()
-    if dist.is_initialized():
-        dist.barrier()
+    run.pipeline.wait_for_everyone()
     timed()
     seconds = _seconds(timed.run)
     spans = timed.while_the_clock_ran(profiler.trace(timed, before=timed.prepare))
@@ -105,8 +104,7 @@ def _read(path: str, workload: Workload) -> Plan:
 
 def _throughput(run: TrainingRun, execute: Callable[[TrainingRun], object]) -> float:
     """Of all processes the slowest's, so that they all go on or all end."""
-    if dist.is_initialized():
-        dist.barrier()
+    run.pipeline.wait_for_everyone()
     execute(run)
     seconds = torch.tensor([_seconds(run)], device=run.pipeline.device)
     if dist.is_initialized():

@@ -96,9 +96,8 @@ def trained(spec: RunSpec, device: torch.device, position: Position, rank: int, 
     if spec.events:
         run.open_events(Path(spec.events))
     reset_peak_memory(device)
-    if dist.is_initialized():
-        position.waiting("the other processes to begin")
-        dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+    position.waiting("the other processes to begin")
+    run.pipeline.wait_for_everyone()
     finished = execute(run, *arguments) is not False
     position.set("the end of the run")
     run.record.wait()

@@ -3,6 +3,9 @@ clock runs."""
 
 from __future__ import annotations
 
+import ctypes
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,23 +84,24 @@ def test_two_gpus_train_what_one_trains(tmp_path, expected, system, arrangement)
 
 @pytest.fixture
 def large(tmp_path):
-    """Makes a run of a system on two layers of Llama-3.1-8B's size, with microbatches of many sizes."""
+    """Makes a run of a system, as `make_large`."""
+    return partial(make_large, tmp_path)
+
+
+def make_large(folder: Path, system: str) -> TrainingRun:
+    """A run on two layers of Llama-3.1-8B's size, with microbatches of many sizes, that is about to start."""
     data = yaml.safe_load((CONFIGS / "models" / "llama-3.1-8b.yaml").read_text()) | {"num_hidden_layers": 2}
-    (tmp_path / "model.yaml").write_text(yaml.safe_dump(data))
-
-    def make(system: str) -> TrainingRun:
-        jobs = make_workload(CONFIGS / "workloads" / "xsum.yaml", samples=12, global_batch=8, seed=1)
-        clipped = tuple(job.model_copy(update={"max_grad_norm": 1.0}) for job in jobs.jobs)
-        jobs = jobs.model_copy(update={"jobs": clipped})
-        plan = plan_system(jobs, system, stages=1, capacity=8192)
-        spec = RunSpec(system=system, model=str(tmp_path / "model.yaml"), workload="", device="cuda", dtype="bfloat16",
-                       adapter_dtype="bfloat16")  # fmt: skip
-        run = worker.build_run(spec, jobs, plan, torch.device("cuda", 0), Position(tmp_path, 0), 0)
-        rehearse(run, executor(system))
-        run.warm_up()
-        return run
-
-    return make
+    (folder / "model.yaml").write_text(yaml.safe_dump(data))
+    jobs = make_workload(CONFIGS / "workloads" / "xsum.yaml", samples=12, global_batch=8, seed=1)
+    clipped = tuple(job.model_copy(update={"max_grad_norm": 1.0}) for job in jobs.jobs)
+    jobs = jobs.model_copy(update={"jobs": clipped})
+    plan = plan_system(jobs, system, stages=1, capacity=8192)
+    spec = RunSpec(system=system, model=str(folder / "model.yaml"), workload="", device="cuda", dtype="bfloat16",
+                   adapter_dtype="bfloat16")  # fmt: skip
+    run = worker.build_run(spec, jobs, plan, torch.device("cuda", 0), Position(folder, 0), 0)
+    rehearse(run, executor(system))
+    run.warm_up()
+    return run
 
 
 def executor(system: str):
@@ -126,6 +130,22 @@ def test_nothing_waits_for_the_device_while_the_clock_runs(large, system):
         executor(system)(run)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("system", ["megatron-pp", "megatron-fsdp"])
+def test_the_start_needs_no_memory(tmp_path, system):
+    """Not for NCCL, which has its own, where torch's allocator keeps what the warm-up took."""
+    with ProcessPoolExecutor(1, forked.FORKSERVER) as processes:
+        processes.submit(start_without_memory, tmp_path, system).result()
+
+
+def start_without_memory(folder: Path, system: str) -> None:
+    run, driver, address = make_large(folder, system), ctypes.CDLL("libcuda.so.1"), ctypes.c_uint64()
+    for size in (2**30, 2**21, 2**10):
+        while driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size)) == 0:
+            pass
+    run.pipeline.wait_for_everyone()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("system", ["lorafusion", "peft-bf16", "peft"])

@@ -75,7 +75,7 @@ def test_a_rehearsal_clips_if_any_job_is_clipped(norms):
 )  # fmt: skip
 def test_what_comes_before_the_clock_leaves_no_trace(tmp_path, system, stages):
     """In the file that training writes, all that it depends on: weights, gradients, moments, steps. And the rehearsal's
-    own run goes, with all its memory."""
+    own run goes, with all its memory. Where there are processes to wait for, they met in it."""
     with ProcessPoolExecutor(stages, forked.FORKSERVER) as processes:
         for done in [processes.submit(_rehearse, tmp_path, system, stages, rank) for rank in range(stages)]:
             done.result()
@@ -90,9 +90,12 @@ def _rehearse(folder: Path, system: str, stages: int, rank: int) -> None:
         executed.append((weakref.ref(run), [job.name for job in run.workload.jobs]))
         execute(run)
 
+    meet, met = dist.barrier, []
+    dist.barrier = lambda **given: met.append(given) or meet(**given)
     run = build(folder, system, stages, rank)
     before = state(run)
     rehearse(run, noted)
+    assert len(met) == dist.is_initialized()
     ((rehearsal, jobs),) = executed
     assert jobs == [run.workload.jobs[0].name]
     assert rehearsal() is None

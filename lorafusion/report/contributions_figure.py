@@ -105,7 +105,7 @@ def draw(data: pd.DataFrame) -> Figure:
     limits = [_limits(data, LEFT), _corner_limits(data, RIGHT)]
     on_cpu = "CPU" in data["device"][0]
     with matplotlib.rc_context(style.PARAMETERS):
-        figure = Figure(figsize=(style.TEXT_WIDTH, 1.2 + sum(heights) + 0.2 * len(heights)), layout="constrained")
+        figure = Figure(figsize=(style.TEXT_WIDTH, 1.35 + sum(heights) + 0.2 * len(heights)), layout="constrained")
         axes = figure.subplots(
             len(panels), 2, sharex="col", squeeze=False, width_ratios=(LEFT, RIGHT), height_ratios=heights
         )
@@ -242,8 +242,9 @@ def _text(factor: str, row: pd.Series) -> str:
     """A factor's number; that of the speedup over all workloads with its interval."""
     if factor != "speedup":
         return f"×{row['value']:.2f}{''.join(mark for mark, _ in _marks(row))}"
-    bounds = f" [{row['low']:.2f}, {row['high']:.2f}]" if row["bounds"] == "interval" else ""
-    return f"{row['value']:.2f}×{bounds}"
+    if row["bounds"] != "interval":
+        return f"{row['value']:.2f}×"
+    return f"{row['value']:.3f}× [{row['low']:.3f}, {row['high']:.3f}]"
 
 
 def _marks(row: pd.Series) -> list[tuple[str, str]]:
@@ -329,4 +330,7 @@ def _footer(data: pd.DataFrame) -> str:
     parts = data[data["factor"].isin(LANES) & (data["factor"] != "speedup") & data["value"].notna()]
     marks = dict(mark for _, row in parts.iterrows() for mark in _marks(row))
     bars += "".join(f"\n{mark}: {meaning}" for mark, meaning in sorted(marks.items()))
+    bars += f"\nleft: logarithmic; the bar of {SYSTEM} begins at the best baseline"
+    if "merged" in set(data["qkv"]):
+        bars += f"; right: with merged q, k, v, over {BASE} with them"
     return f"{data['origin'][0]}\n{bars}"

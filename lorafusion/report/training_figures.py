@@ -34,7 +34,7 @@ CLASSES = dict(
             style.Look("#F0E442", "++++"),
             style.Look("#D55E00", "||||"),
             style.Look("#444444", "oooo"),
-            style.Look("#EEEEEE", ""),
+            style.Look("#D0D0D0", ""),
         ),
         strict=True,
     )

@@ -54,16 +54,16 @@ def tunings_data(files: Sequence[str | Path], model: str) -> pd.DataFrame:
 
 def draw(data: pd.DataFrame) -> Figure:
     panels = sorted(set(data["workload"]), key=lambda name: style.rank(pd.Series([name], name="workload"))[0])
-    rows, capacities = list(dict.fromkeys(data["variant"])), sorted(data["capacity"].unique())
-    fit = int((style.TEXT_WIDTH - LABEL_WIDTH) / (COLUMN_WIDTH * (len(capacities) + 0.5)))
+    capacities, most_rows = sorted(data["capacity"].unique()), data.groupby("workload")["variant"].nunique().max()
+    fit = int(style.TEXT_WIDTH / (LABEL_WIDTH + COLUMN_WIDTH * (len(capacities) + 0.5)))
     columns = min(len(panels), max(1, fit))
     lines = -(-len(panels) // columns)
-    height = 0.5 + lines * (PANEL_HEIGHT + ROW_HEIGHT * len(rows))
+    height = 0.5 + lines * (PANEL_HEIGHT + ROW_HEIGHT * most_rows)
     with matplotlib.rc_context(style.PARAMETERS | {"axes.grid": False}):
         figure = Figure(figsize=(style.TEXT_WIDTH, height), layout="constrained")
-        axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+        axes = figure.subplots(lines, columns, sharex=True, squeeze=False)
         for ax, panel in zip(axes.flat, panels, strict=False):
-            _draw_panel(ax, data[data["workload"] == panel], rows, capacities)
+            _draw_panel(ax, data[data["workload"] == panel], capacities)
             ax.set_title(panel)
             ax.tick_params(labelbottom=True)
         for ax in axes.flat[len(panels) :]:
@@ -72,11 +72,16 @@ def draw(data: pd.DataFrame) -> Figure:
         figure.suptitle(f"{model}: capacities that were tried, 1000 tokens/s; framed: the one taken",
                         fontsize=style.FONT_SIZE)  # fmt: skip
         footer = style.origin(data, ", ".join(sorted(data["gpu_name"].dropna().unique())) or style.CPU_WARNING)
-        figure.supxlabel(f"tokens that a microbatch may hold\n{footer}", fontsize=style.SMALL, color="0.35")
+        figure.supxlabel(
+            f"tokens that a microbatch may hold; blank: the plan of a smaller one, or not tried\n{footer}",
+            fontsize=style.SMALL,
+            color="0.35",
+        )
     return figure
 
 
-def _draw_panel(ax: Axes, data: pd.DataFrame, rows: list[str], capacities: list[int]) -> None:
+def _draw_panel(ax: Axes, data: pd.DataFrame, capacities: list[int]) -> None:
+    rows = list(dict.fromkeys(data["variant"]))
     for trial in data.itertuples():
         x, y = capacities.index(trial.capacity), rows.index(trial.variant)
         shade, text = 0.0, style.status_label(trial.status)
@@ -88,6 +93,6 @@ def _draw_panel(ax: Axes, data: pd.DataFrame, rows: list[str], capacities: list[
             ax.add_patch(Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, facecolor="none", edgecolor="black", zorder=3))
     ax.set_xlim(-0.5, len(capacities) - 0.5)
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xticks(range(len(capacities)), [f"{one:,}" for one in capacities], rotation=45, ha="right")
+    ax.set_xticks(range(len(capacities)), [f"{one:,}" for one in capacities], rotation=90)
     ax.set_yticks(range(len(rows)), rows)
     ax.tick_params(axis="y", length=0)

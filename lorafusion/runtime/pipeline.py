@@ -111,7 +111,7 @@ class Pipeline:
         self.sum_over_replicas([self._nothing()])
 
     def wait_for_everyone(self) -> None:
-        """Until all processes of the run are here, if there are several, or an executor made a group of this one."""
+        """Until all processes are here, if there are several or an executor made a group of this one alone."""
         if dist.is_initialized():
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 

@@ -27,7 +27,7 @@ def rehearse(run: TrainingRun, execute: Callable[[TrainingRun], object]) -> None
     rehearsal.record.wait()
     # The group of all has a communicator of its own. Made at the start of the run, after a warm-up that left the memory
     # to torch's allocator, NCCL found none (megatron-fsdp with microbatches of 24,576 tokens on an H200).
-    run.pipeline.wait_for_everyone()
+    run.wait_for_everyone()
     if run.around is not None:
         run.around.attach(run)
 

@@ -173,6 +173,12 @@ class TrainingRun:
         parts_of_it = losses.split([segment.stop - segment.start for segment in batch.segments])
         self.record.readback.add(torch.stack([one.sum() for one in parts_of_it]), note)
 
+    def wait_for_everyone(self) -> None:
+        """Until all processes of the run are at this point."""
+        if self.pipeline.size * self.pipeline.replicas > 1:
+            self.position.waiting("the other processes")
+        self.pipeline.wait_for_everyone()
+
     def reduce(self, slot: int) -> torch.Tensor | None:
         """After a slot's backward pass: for the adapters that step, the gradient summed over the replicas, and the
         squared norm of this stage's part, [n]; None where none steps."""

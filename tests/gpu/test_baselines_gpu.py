@@ -144,6 +144,7 @@ def start_without_memory(folder: Path, system: str) -> None:
     for size in (2**30, 2**21, 2**10):
         while driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size)) == 0:
             pass
+    assert torch.distributed.is_initialized()
     run.pipeline.wait_for_everyone()
     torch.cuda.synchronize()
 

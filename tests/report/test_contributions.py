@@ -422,7 +422,7 @@ def test_failures_are_text_in_place_of_bars(measure, make_table):
         *("×1.25", "unfused-sequential: OOM", "×1.50 (no unfused-sequential)", "1.38× (no unfused-sequential)"),
         *("×1.25", "unfused-ours: crash", "unfused-ours: crash", "1.38×"),
         *("×1.25", "xsum: unfused-sequential: OOM", "mixed: unfused-ours: crash"),
-        "1.38× [1.38, 1.38] (no unfused-sequential)",
+        "1.385× [1.385, 1.385] (no unfused-sequential)",
     ]
     assert not corners.patches
 

@@ -90,7 +90,7 @@ def test_words_and_frames_are_drawn(tuned):
     assert [label.get_text() for label in ax.get_yticklabels()] == ["mlora", "lorafusion"]
 
 
-@pytest.mark.parametrize(("sizes", "lines"), [(1, 1), (3, 1), (6, 2), (9, 3)])
+@pytest.mark.parametrize(("sizes", "lines"), [(1, 2), (3, 3), (6, 3), (9, 5)])
 def test_numbers_have_room(tuned, sizes, lines):
     """Of five workloads and 15 systems, whatever the number of sizes."""
     rates = {512 * 2**place: 12_345.0 for place in range(sizes)}

@@ -59,8 +59,9 @@ def test_a_run_ends_with_a_report(spec):
     assert set(done.report["canary"]) == {"canary-gemm", "canary-copy"}
 
 
-def test_no_collection_of_garbage_looks_at_what_was_imported(spec, tmp_path):
-    (tmp_path / "spec.json").write_text(spec().model_dump_json())
+@pytest.mark.parametrize("system", ["lorafusion", "megatron-fsdp"])
+def test_no_collection_of_garbage_looks_at_what_was_imported(spec, tmp_path, system):
+    (tmp_path / "spec.json").write_text(spec(system=system).model_dump_json())
     process = FORKSERVER.Process(target=count_tracked_objects, args=(str(tmp_path / "spec.json"), str(tmp_path)))
     process.start()
     process.join()

@@ -113,7 +113,7 @@ def draw(data: pd.DataFrame) -> Figure:
         for (parts, corners), (gpus, window, panel) in zip(axes, panels, strict=True):
             workloads = _workloads(panel)
             _draw_parts(parts, panel[panel["qkv"] == "separate"], workloads)
-            _draw_corners(corners, panel[panel["workload"] == workloads[-1]])
+            _draw_corners(corners, _corners(panel))
             average = "geometric mean of the workloads" if workloads[-1] == ALL else workloads[-1]
             if average != title:
                 corners.set_title(f"over {BASE},\n{average}")
@@ -130,7 +130,7 @@ def draw(data: pd.DataFrame) -> Figure:
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         cpu = f" ({style.CPU_WARNING})" if on_cpu else ""
         title = f"{data['model'][0]}: what the parts of {SYSTEM} add{cpu}"
-        handles = _handles("merged" in set(data["qkv"]))
+        handles = _handles(_shows_merged(data))
         figure.legend(handles=handles, loc="outside upper center", ncols=4, title=title)
         figure.supxlabel(_footer(data), fontsize=style.SMALL, color="0.35")
     return figure
@@ -139,6 +139,17 @@ def draw(data: pd.DataFrame) -> Figure:
 def _workloads(panel: pd.DataFrame) -> list[str]:
     """The workloads of a panel from top to bottom, all of them together last."""
     return list(dict.fromkeys(panel.loc[panel["qkv"] == "separate", "workload"]))
+
+
+def _corners(panel: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a panel's corners: of all workloads together, or of its only one."""
+    return panel[panel["factor"].isin(CORNERS) & (panel["workload"] == _workloads(panel)[-1])]
+
+
+def _shows_merged(data: pd.DataFrame) -> bool:
+    """Is any bar one with merged q, k and v? Where only some workloads have such cells, there is none."""
+    panels = data.groupby(["gpus", "window"])
+    return any("merged" in set(_corners(panel)["qkv"]) for _, panel in panels)
 
 
 def _height(panel: pd.DataFrame) -> float:
@@ -205,7 +216,7 @@ def _draw_bar(
 
 def _draw_corners(ax: Axes, panel: pd.DataFrame) -> None:
     """The orders below each other, each with its operations, separate and merged, as bars from zero."""
-    corners = panel[panel["factor"].isin(CORNERS)].set_index(["qkv", "factor"])
+    corners = panel.set_index(["qkv", "factor"])
     series = [(qkv, operation) for qkv in dict.fromkeys(panel["qkv"]) for operation in OPERATIONS]
     ax.axvline(1, color="0.3", linewidth=0.6, zorder=1)
     for index, order in enumerate(ORDERS):
@@ -328,9 +339,10 @@ def _footer(data: pd.DataFrame) -> str:
     if (data["bounds"] == "interval").any():
         bars += f"; of {ALL}, in [ ]: 95 % interval of the geometric mean"
     parts = data[data["factor"].isin(LANES) & (data["factor"] != "speedup") & data["value"].notna()]
+    parts = parts[parts["qkv"] == "separate"]
     marks = dict(mark for _, row in parts.iterrows() for mark in _marks(row))
     bars += "".join(f"\n{mark}: {meaning}" for mark, meaning in sorted(marks.items()))
     bars += f"\nleft: logarithmic; the bar of {SYSTEM} begins at the best baseline"
-    if "merged" in set(data["qkv"]):
+    if _shows_merged(data):
         bars += f"; right: with merged q, k, v, over {BASE} with them"
     return f"{data['origin'][0]}\n{bars}"

@@ -391,6 +391,19 @@ def test_the_speedup_over_all_has_its_interval_and_other_capacities_a_star(whole
     assert not [text for text in texts(parts) if text.endswith("*")]
 
 
+def test_nothing_is_explained_that_is_not_drawn(measure, make_table, whole_suite):
+    """Merged cells of one of two workloads have no bar, nor have their capacities."""
+    others = {name: speed for name, speed in MERGED.items() if name != "lorafusion"}
+    runs = measure(workloads=["xsum", "mixed"]) + measure(others, capacity=4096, qkv="/qkv~merged")
+    some, _ = drawn(make_table(runs + measure({"lorafusion": 900.0}, qkv="/qkv~merged")))
+    every, _ = drawn(whole_suite)
+    for figure, shown in ((some, False), (every, True)):
+        assert ("merged q, k, v" in figure.get_supxlabel()) == shown
+        labels = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert ("with merged q, k, v" in labels) == shown
+    assert "*" not in some.get_supxlabel()
+
+
 def test_parts_between_two_capacities_have_a_star(measure, make_table):
     others = {name: speed for name, speed in SPEEDS.items() if name != "lorafusion"}
     figure, (parts, *_) = drawn(make_table(measure(others, capacity=4096) + measure({"lorafusion": 900.0})))

@@ -213,6 +213,19 @@ def gres(wildcards):
     return f"gpu:{min(cell_of(wildcards).gpus, SUITE.gpus_per_node)}"
 
 
+# Of all that runs a cell. `device` is one on each machine (profiles), so that nothing disturbs a run's clock.
+CELL_RESOURCES = {
+    "runtime": lambda wildcards: cell_of(wildcards).grid.minutes + 5,
+    "mem_mb": lambda wildcards: 1000 * cell_of(wildcards).grid.memory_gb,
+    "tasks_per_gpu": 0,
+    "gres": gres,
+    "cpus_per_task": lambda wildcards: min(
+        cell_of(wildcards).gpus, SUITE.gpus_per_node
+    ),
+    "device": 1,
+}
+
+
 def order(wildcards):
     """Repeat after repeat, the cells of a repeat in an order shuffled by its number.
 

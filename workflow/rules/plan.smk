@@ -66,14 +66,7 @@ rule tune_cell:
     conda:
         "../../environment.yml"
     resources:
-        runtime=lambda wildcards: cell_of(wildcards).grid.minutes + 5,
-        mem_mb=lambda wildcards: 1000 * cell_of(wildcards).grid.memory_gb,
-        tasks_per_gpu=0,
-        gres=gres,
-        cpus_per_task=lambda wildcards: min(
-            cell_of(wildcards).gpus, SUITE.gpus_per_node
-        ),
-        device=1,
+        **CELL_RESOURCES,
     params:
         suite=SUITE_PATH,
         configuration=lambda wildcards: config_hash(

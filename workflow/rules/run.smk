@@ -1,5 +1,5 @@
 # One run of one cell in fresh processes. A run that fails is a result too: its status is in its file, and the
-# workflow goes on. `device` is one on each machine (profiles), so that runs do not disturb each other's clocks.
+# workflow goes on.
 rule run:
     input:
         workload=lambda wildcards: f"{RESULTS}/workloads/{cell_of(wildcards).workload_name}.json",
@@ -16,17 +16,10 @@ rule run:
     conda:
         "../../environment.yml"
     resources:
-        runtime=lambda wildcards: cell_of(wildcards).grid.minutes + 5,
-        mem_mb=lambda wildcards: 1000 * cell_of(wildcards).grid.memory_gb,
+        **CELL_RESOURCES,
         nodes=nodes_of,
         tasks=nodes_of,
-        tasks_per_gpu=0,
-        gres=gres,
         mpi=launcher,
-        cpus_per_task=lambda wildcards: min(
-            cell_of(wildcards).gpus, SUITE.gpus_per_node
-        ),
-        device=1,
     params:
         suite=SUITE_PATH,
         plan=lambda wildcards, input: f"--plan={input.plan}" if input.plan else "",
@@ -52,14 +45,7 @@ rule profile:
     conda:
         "../../environment.yml"
     resources:
-        runtime=lambda wildcards: cell_of(wildcards).grid.minutes + 5,
-        mem_mb=lambda wildcards: 1000 * cell_of(wildcards).grid.memory_gb,
-        tasks_per_gpu=0,
-        gres=gres,
-        cpus_per_task=lambda wildcards: min(
-            cell_of(wildcards).gpus, SUITE.gpus_per_node
-        ),
-        device=1,
+        **CELL_RESOURCES,
     params:
         suite=SUITE_PATH,
         configuration=lambda wildcards: config_hash(

@@ -20,6 +20,7 @@ from lorafusion.imports import load
 from lorafusion.measure.profiler import trace
 from lorafusion.runtime import worker
 from lorafusion.runtime.board import Position
+from lorafusion.runtime.forked import FORKSERVER
 from lorafusion.runtime.rehearsal import rehearse
 from lorafusion.runtime.spec import RunSpec
 from lorafusion.runtime.training import TrainingRun
@@ -135,7 +136,7 @@ def test_nothing_waits_for_the_device_while_the_clock_runs(large, system):
 @pytest.mark.parametrize("system", ["megatron-pp", "megatron-fsdp"])
 def test_the_start_needs_no_memory(tmp_path, system):
     """Not for NCCL, which has its own, where torch's allocator keeps what the warm-up took."""
-    with ProcessPoolExecutor(1, forked.FORKSERVER) as processes:
+    with ProcessPoolExecutor(1, FORKSERVER) as processes:
         processes.submit(start_without_memory, tmp_path, system).result()
 
 

@@ -5,7 +5,7 @@ workflow would, in the same places and by the same functions: `lorafusion measur
 from them. What is there already is not done again.
 
 Several of it share the work on a machine with several GPUs. Tunings and profiles are dealt out one by one. Of a repeat
-a share runs whole workloads, so that systems are compared on one GPU, and another one in each repeat.
+a share runs whole workloads, so that systems are compared on one GPU, and the next one in the next repeat.
 """
 
 from __future__ import annotations

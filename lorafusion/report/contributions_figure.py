@@ -53,6 +53,7 @@ ORDERS = {"sequential": "sequential", "mlora": "mLoRA's\norder", "ours": "our\no
 OPERATIONS = {"unfused": "#BBBBBB", "fused": style.SYSTEMS[SYSTEM].colour}
 MERGED_HATCH = "////"
 FAILED = "#B00000"
+RANGE = "‡"  # at a corner whose whisker is a range, where others are intervals
 # The mark at a part's number, and what it says, where the part's note has the remark.
 MARKS = {
     CAPACITY: ("*", "also at another capacity, each tuned for its system"),
@@ -146,6 +147,11 @@ def _corners(panel: pd.DataFrame) -> pd.DataFrame:
     return panel[panel["factor"].isin(CORNERS) & (panel["workload"] == _workloads(panel)[-1])]
 
 
+def _ranges(corners: pd.DataFrame) -> pd.Series:
+    """Which corners have a range where others have an interval: those of which a cell lacks a repeat."""
+    return corners["bounds"].eq("range") & corners["bounds"].eq("interval").any()
+
+
 def _shows_merged(data: pd.DataFrame) -> bool:
     """Is any bar one with merged q, k and v? Where only some workloads have such cells, there is none."""
     panels = data.groupby(["gpus", "window"])
@@ -216,7 +222,7 @@ def _draw_bar(
 
 def _draw_corners(ax: Axes, panel: pd.DataFrame) -> None:
     """The orders below each other, each with its operations, separate and merged, as bars from zero."""
-    corners = panel.set_index(["qkv", "factor"])
+    corners = panel.assign(mark=_ranges(panel).map({True: RANGE, False: ""})).set_index(["qkv", "factor"])
     series = [(qkv, operation) for qkv in dict.fromkeys(panel["qkv"]) for operation in OPERATIONS]
     ax.axvline(1, color="0.3", linewidth=0.6, zorder=1)
     for index, order in enumerate(ORDERS):
@@ -232,7 +238,7 @@ def _draw_corners(ax: Axes, panel: pd.DataFrame) -> None:
                 bounds = [row["low"], row["high"]]
                 ax.plot(bounds, [y, y], color="black", linewidth=0.7, marker="|", markersize=2.6, zorder=3)
                 right = max(right, *bounds)
-            _write(ax, right, y, f"{row['value']:.2f}")
+            _write(ax, right, y, f"{row['value']:.2f}{row['mark']}")
     step = len(series) + GAP
     centres = [index * step + (len(series) - 1) / 2 for index in range(len(ORDERS))]
     ax.set_yticks(centres, list(ORDERS.values()), fontsize=style.SMALL)
@@ -345,4 +351,6 @@ def _footer(data: pd.DataFrame) -> str:
     bars += f"\nleft: logarithmic; the bar of {SYSTEM} begins at the best baseline"
     if _shows_merged(data):
         bars += f"; right: with merged q, k, v, over {BASE} with them"
+    if any(_ranges(_corners(panel)).any() for _, panel in data.groupby(["gpus", "window"])):
+        bars += f"\n{RANGE}: range of all ratios, as a repeat is missing"
     return f"{data['origin'][0]}\n{bars}"

@@ -419,6 +419,15 @@ def test_parts_with_another_executor_have_a_dagger(measure, make_table):
     assert "*" not in figure.get_supxlabel()
 
 
+def test_a_range_among_intervals_has_a_double_dagger(measure, make_table, whole_suite):
+    others = {name: speed for name, speed in SPEEDS.items() if name != "lorafusion"}
+    runs = measure(others, ["xsum", "mixed"]) + measure({"lorafusion": 900.0}, ["mixed"])
+    figure, (_, corners, *_) = drawn(make_table(runs + measure({"lorafusion": 900.0}, drift=(1.0, 1.0))))
+    assert [text for text in texts(corners) if "‡" in text] == ["2.81‡"]
+    assert "‡: range of all ratios, as a repeat is missing" in figure.get_supxlabel()
+    assert "‡" not in drawn(whole_suite)[0].get_supxlabel()
+
+
 @pytest.mark.parametrize("base", [320.0, 650.0, 850.0])
 def test_ticks_are_at_least_three_and_apart(measure, make_table, base):
     figure, axes = drawn(make_table(measure(SPEEDS | {"unfused-sequential": base})))

@@ -213,7 +213,8 @@ def gres(wildcards):
     return f"gpu:{min(cell_of(wildcards).gpus, SUITE.gpus_per_node)}"
 
 
-# Of all that runs a cell. `device` is one on each machine (profiles), so that nothing disturbs a run's clock.
+# Resources of every rule that runs a cell. `device` is one on each machine (profiles), so that nothing disturbs a run's
+# clock.
 CELL_RESOURCES = {
     "runtime": lambda wildcards: cell_of(wildcards).grid.minutes + 5,
     "mem_mb": lambda wildcards: 1000 * cell_of(wildcards).grid.memory_gb,

@@ -147,6 +147,11 @@ def _corners(panel: pd.DataFrame) -> pd.DataFrame:
     return panel[panel["factor"].isin(CORNERS) & (panel["workload"] == _workloads(panel)[-1])]
 
 
+def _all_corners(data: pd.DataFrame) -> list[pd.DataFrame]:
+    """`_corners` of every panel."""
+    return [_corners(panel) for _, panel in data.groupby(["gpus", "window"])]
+
+
 def _ranges(corners: pd.DataFrame) -> pd.Series:
     """Which corners have a range where others have an interval: those of which a cell lacks a repeat."""
     return corners["bounds"].eq("range") & corners["bounds"].eq("interval").any()
@@ -154,8 +159,7 @@ def _ranges(corners: pd.DataFrame) -> pd.Series:
 
 def _shows_merged(data: pd.DataFrame) -> bool:
     """Is any bar one with merged q, k and v? Where only some workloads have such cells, there is none."""
-    panels = data.groupby(["gpus", "window"])
-    return any("merged" in set(_corners(panel)["qkv"]) for _, panel in panels)
+    return any("merged" in set(corners["qkv"]) for corners in _all_corners(data))
 
 
 def _height(panel: pd.DataFrame) -> float:
@@ -351,6 +355,6 @@ def _footer(data: pd.DataFrame) -> str:
     bars += f"\nleft: logarithmic; the bar of {SYSTEM} begins at the best baseline"
     if _shows_merged(data):
         bars += f"; right: with merged q, k, v, over {BASE} with them"
-    if any(_ranges(_corners(panel)).any() for _, panel in data.groupby(["gpus", "window"])):
+    if any(_ranges(corners).any() for corners in _all_corners(data)):
         bars += f"\n{RANGE}: range of all ratios, as a repeat is missing"
     return f"{data['origin'][0]}\n{bars}"

@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 
-.PHONY: help setup reproduce test slurm-test lint lock clean distclean
+.PHONY: help setup reproduce test planted planted-table slurm-test lint lock clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -17,6 +17,12 @@ reproduce: .venv/.installed  ## run a suite and print its verdicts: make reprodu
 # One thread a process: two workers on two cores, and sums that do not depend on how many threads there were.
 test: .venv/.installed  ## run the tests; more options: make test ARGS="-k plan"
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+planted: .venv/.installed  ## put each planted error into the code and see that a test fails: make planted ARGS="-k NAME"
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "planted or not planted" $(ARGS) tests/planted
+
+planted-table: .venv/.installed  ## write docs/planted-errors.md anew
+	@$(BIN)/python -m tests.planted.table
 
 slurm-test: .venv/.installed  ## run the workflow on a toy Slurm cluster on this machine (root)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm $(ARGS) tests/slurm

@@ -9,23 +9,23 @@ from typing import Annotated
 import typer
 
 from lorafusion.cli_check import check_app
-from lorafusion.cli_common import PLAIN, Log, Out, Stem
+from lorafusion.cli_common import CommandLine, Log, Out, Stem, Written
 from lorafusion.cli_plan import plan_app
 from lorafusion.cli_training import training_app
 from lorafusion.errors import UserError
 from lorafusion.files import write
 
-app = typer.Typer(**PLAIN, help=__doc__)
-figure_app = typer.Typer(**PLAIN, help="Draw a figure from the measurement table.")
-page_app = typer.Typer(**PLAIN, help="Make a page of the report.")
+app = CommandLine(help=__doc__)
+figure_app = CommandLine(help="Draw a figure from the measurement table.")
+page_app = CommandLine(help="Make a page of the report.")
 app.add_typer(plan_app, name="plan")
 app.add_typer(training_app, name="training")
 app.add_typer(check_app, name="check")
 app.add_typer(figure_app, name="figure")
 app.add_typer(page_app, name="page")
-kernels_app = typer.Typer(**PLAIN, help="Measure LoRA linears and decoder layers; suites: configs/kernels.yaml.")
+kernels_app = CommandLine(help="Measure LoRA linears and decoder layers; suites: configs/kernels.yaml.")
 app.add_typer(kernels_app, name="kernels")
-scheduler_app = typer.Typer(**PLAIN, help="Judge the scheduler's strategies; suites: configs/scheduler.yaml.")
+scheduler_app = CommandLine(help="Judge the scheduler's strategies; suites: configs/scheduler.yaml.")
 app.add_typer(scheduler_app, name="scheduler")
 
 SuiteFile = Annotated[Path, typer.Option("--suite", help="a file of configs/suites")]
@@ -203,9 +203,17 @@ def scheduler_measure(
     print(f"{out}: {run_bench(suite, bench, repeat, out, log)}")
 
 
+def _measurement_files(folder: Path) -> list[Path]:
+    return [folder / f"measurements.{suffix}" for suffix in ("csv", "parquet", "schema.json", "html")]
+
+
 @app.command()
 def measurements(
-    folder: Annotated[Path, typer.Argument(help="folder to write measurements.{csv,parquet,schema.json,html} to")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="folder to write measurements.{csv,parquet,schema.json,html} to"),
+        Written(_measurement_files),
+    ],
     results: Annotated[list[Path], typer.Argument(help="result files of runs")],
 ) -> None:
     """Gather result files in the measurement table, and validate it."""
@@ -214,10 +222,11 @@ def measurements(
 
     frame = table.summarise(table.read_results(results))
     table.validate(frame)
-    table.write(frame, folder / "measurements.csv", folder / "measurements.parquet")
-    table.write_json_schema(folder / "measurements.schema.json")
-    write(folder / "measurements.html", measurements_page(frame))
-    print(f"{folder}/measurements.csv: {len(frame)} rows from {len(results)} runs")
+    csv, parquet, schema, page = _measurement_files(folder)
+    table.write(frame, csv, parquet)
+    table.write_json_schema(schema)
+    write(page, measurements_page(frame))
+    print(f"{csv}: {len(frame)} rows from {len(results)} runs")
 
 
 def _model_figure(module: str, name: str, function: str, text: str) -> None:
@@ -351,8 +360,18 @@ def reproduce(
     raise typer.Exit(reproduce(suite))
 
 
+def _schema_files(folder: Path) -> list[Path]:
+    from lorafusion.schemas import schema_files
+
+    return list(schema_files(folder).values())
+
+
 @app.command()
-def schemas(folder: Annotated[Path, typer.Argument()] = Path("workflow/schemas")) -> None:
+def schemas(
+    folder: Annotated[Path, typer.Argument(help="folder to write them to"), Written(_schema_files)] = Path(
+        "workflow/schemas"
+    ),
+) -> None:
     """Write the JSON Schemas of the configuration files."""
     from lorafusion.schemas import write_schemas
 

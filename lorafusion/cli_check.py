@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lorafusion.cli_common import PLAIN, Out
+from lorafusion.cli_common import CommandLine, Out, Written
 
-check_app = typer.Typer(**PLAIN, help="Prove that results are right; exit 1 where they are not.")
+check_app = CommandLine(help="Prove that results are right; exit 1 where they are not.")
 
 
 @check_app.command("plans")
@@ -28,7 +28,7 @@ def check_plans(
 def check_lossless(
     out: Out,
     arrangement: Annotated[list[str], typer.Option(help="stages x replicas, as 2x1 or 2x1+recompute")] = ("1x1",),
-    curves: Annotated[Path | None, typer.Option(help="write all losses there, as CSV")] = None,
+    curves: Annotated[Path | None, typer.Option(help="write all losses there, as CSV"), Written()] = None,
 ) -> None:
     """Adapters trained together equal each alone, and that plain PEFT."""
     from lorafusion.checks import lossless, write_curves

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from lorafusion.cli_common import PLAIN, Out
+from lorafusion.cli_common import CommandLine, Out, Written
 from lorafusion.errors import UserError, one_of
 from lorafusion.files import write
 
@@ -24,8 +24,7 @@ class _MakesByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-plan_app = typer.Typer(
-    **PLAIN,
+plan_app = CommandLine(
     cls=_MakesByDefault,
     help="Plan a workload (`plan WORKLOAD.json`), or look at a plan (`plan show PLAN.json`).",
 )
@@ -89,8 +88,10 @@ def show(
     schedule: Annotated[str | None, typer.Option(help="stream, flush, gpipe, greedy, sharded")] = None,
     first: Annotated[int, typer.Option(min=0, help="first microbatch of the chart")] = 0,
     count: Annotated[int, typer.Option(min=1, help="microbatches of the chart")] = 24,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="write the chart: .png, .svg, .pdf or .html")] = None,
-    trace: Annotated[Path | None, typer.Option(help="write a Chrome trace for ui.perfetto.dev")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="write the chart: .png, .svg, .pdf or .html"), Written()
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="write a Chrome trace for ui.perfetto.dev"), Written()] = None,
 ) -> None:
     """Statistics and a Gantt chart of a plan, simulated."""
     from lorafusion.plan import Plan, check

@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lorafusion.cli_common import PLAIN, Log, Out, Stem
+from lorafusion.cli_common import CommandLine, Log, Out, Stem, Written
 
-training_app = typer.Typer(
-    **PLAIN, help="Measure whole training steps in every implementation; suites: configs/training.yaml."
-)
+training_app = CommandLine(help="Measure whole training steps in every implementation; suites: configs/training.yaml.")
 Suite = Annotated[str, typer.Option(help="an entry of configs/training.yaml")]
 
 
@@ -30,7 +28,7 @@ def training_measure(
     bench: Annotated[str, typer.Option(help="a bench of the suite")],
     out: Out,
     repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
-    profile: Annotated[Path | None, typer.Option(help="a CSV to write of where a GPU's time goes")] = None,
+    profile: Annotated[Path | None, typer.Option(help="a CSV to write of where a GPU's time goes"), Written()] = None,
     log: Log = None,
 ) -> None:
     """Train some steps of one bench in all its implementations and write its result file."""

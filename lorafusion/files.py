@@ -1,16 +1,21 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all, and never over something that is not a file of the kind that is written."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from lorafusion.errors import UserError
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path to write a file to, in one step to be the one at `path`, whose folder is made. On an error nothing is."""
+    """A path to write a file to, in one step to be the one at `path`, whose folder is made. On an error nothing is.
+    Raises `UserError` where a device, a pipe or a folder is at `path`: it would be gone."""
+    require_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -26,3 +31,39 @@ def write(path: Path, text: str) -> None:
     """Write a text file in one step, making its folder."""
     with whole(path) as partial:
         partial.write_text(text)
+
+
+def require_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise `UserError` unless each output can be written, and nothing is lost by that: it is none of the inputs, nor
+    another output, under whichever name or link. Touches nothing."""
+    read = [path for path in inputs if os.path.exists(path)]  # false for a value that can be no path
+    named: dict[Path, Path] = {}
+    for path in outputs:
+        require_replaceable(path)
+        for source in read:
+            if path.exists() and path.samefile(source):
+                raise UserError(f"{path}: is to be written, but it is read too ({source}); name another file")
+        if path.resolve() in named:
+            raise UserError(f"{path}: is to be written twice, expected a file for each output")
+        named[path.resolve()] = path
+
+
+def require_replaceable(path: Path) -> None:
+    """Raise `UserError` unless `path` is a regular file, or nothing in a folder that is there or can be made."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        _require_folder(path)
+        return
+    except OSError as error:  # a file as its folder, a name that is too long, links in a circle
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise UserError(f"{path}: expected a file to write, found {kind}")
+    _require_folder(path)
+
+
+def _require_folder(path: Path) -> None:
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written (no permission in {nearest})")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorafusion.config import ModelConfig, Suite, SystemConfig
 from lorafusion.data.lengths import WorkloadConfig
+from lorafusion.files import write
 
 SCHEMAS = {
     "suite": Suite.model_json_schema,
@@ -23,10 +24,12 @@ def schema_text(name: str) -> str:
 
 def write_schemas(folder: Path) -> list[Path]:
     """Write each schema to `folder`; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name in SCHEMAS:
-        path = folder / f"{name}.schema.json"
-        path.write_text(schema_text(name))
-        paths.append(path)
-    return paths
+    files = schema_files(folder)
+    for name, path in files.items():
+        write(path, schema_text(name))
+    return list(files.values())
+
+
+def schema_files(folder: Path) -> dict[str, Path]:
+    """The file of each schema in a folder."""
+    return {name: folder / f"{name}.schema.json" for name in SCHEMAS}

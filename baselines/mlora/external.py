@@ -30,7 +30,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from lorafusion.errors import UserError
-from lorafusion.files import write
+from lorafusion.files import require_outputs, write
 from lorafusion.workload import ALL_LINEAR, MERGED, Job, Workload
 
 COMMIT = "4abf120"
@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="result to write")
     options = parser.parse_args(arguments)
     try:
+        require_outputs([options.out], [options.workload])
         home, python = installation()
         workload = Workload.read(options.workload)
         folder = options.out.with_suffix(".mlora").resolve()

@@ -1,0 +1,135 @@
+"""No command replaces a device, a folder or what it reads: one line, status 2, and everything is as it was."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from lorafusion.cli import app
+from lorafusion.cli_common import Written
+from lorafusion.config import CONFIGS
+from lorafusion.errors import UserError
+from lorafusion.files import require_outputs, write
+from tests.test_cli import lorafusion
+
+
+def commands(group, prefix=()):
+    """Every command of the program, as its words and its function."""
+    for one in group.registered_commands:
+        yield (*prefix, one.name or one.callback.__name__), one.callback
+    for one in group.registered_groups:
+        yield from commands(one.typer_instance, (*prefix, one.name))
+
+
+ALL = {" ".join(words): function for words, function in commands(app)}
+
+
+@pytest.mark.parametrize("words", list(ALL))
+def test_whatever_a_command_writes_is_marked(words):
+    hints = get_type_hints(ALL[words], include_extras=True)
+    hints.pop("return")
+    marked = {name for name, hint in hints.items() if any(isinstance(mark, Written) for mark in hint.__metadata__)}
+    more = {"check lossless": "curves", "training measure": "profile", "measurements": "folder", "schemas": "folder"}
+    assert marked == ({"out", "trace", more.get(words)} & hints.keys())
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with an input, a link to it, a pipe, a folder and a file; and what stands in it, to compare."""
+    (tmp_path / "in.csv").write_text("adapter,run,step,loss\n")
+    (tmp_path / "link.csv").symlink_to("in.csv")
+    (tmp_path / "hard.csv").hardlink_to(tmp_path / "in.csv")
+    (tmp_path / "other").symlink_to(tmp_path)
+    # A link: where the check is missing the machine keeps its device.
+    (tmp_path / "device").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "pages.html").write_text("mine")
+    return tmp_path
+
+
+def state(folder: Path) -> dict:
+    """What is in a folder: kinds, times and contents."""
+    return {
+        path.name: (path.lstat().st_mode, path.lstat().st_mtime_ns, path.lstat().st_ino) for path in folder.iterdir()
+    }
+
+
+REFUSED = {
+    "a device": ("{place}/device", "found a device or a pipe"),
+    "a pipe": ("{place}/pipe", "found a device or a pipe"),
+    "a folder": ("{place}/folder", "found a folder"),
+    "nothing": ("", "found a folder"),
+    "under a file": ("{place}/pages.html/x.json", "cannot be written (Not a directory)"),
+    "too long": ("{place}/" + 300 * "x", "cannot be written (File name too long)"),
+    "its input": ("{place}/in.csv", "it is read too"),
+    "its input by another way": ("{place}/other/in.csv", "it is read too"),
+    "a link to its input": ("{place}/link.csv", "it is read too"),
+    "another name of its input": ("{place}/hard.csv", "it is read too"),
+    "the configuration": (str(CONFIGS / "systems.yaml"), "it is read too"),
+}
+COMMANDS = {
+    "workload": ["workload", "{place}/in.csv", "-o"],
+    "plan": ["plan", "{place}/in.csv", "-o"],
+    "a chart": ["plan", "show", "{place}/in.csv", "-o"],
+    "a trace": ["plan", "show", "{place}/in.csv", "--trace"],
+    "plans": ["check", "plans", "{place}/in.csv", "--workload", "{place}/pages.html", "-o"],
+    "a page": ["page", "checks", "{place}/in.csv", "-o"],
+    "tuning": ["tune", "--suite", "{place}/in.csv", "--cell", "c", "--workload", "{place}/pages.html", "-o"],
+    "a run": ["run", "--suite", "{place}/in.csv", "--cell", "c", "--workload", "{place}/pages.html", "-o"],
+}
+
+
+@pytest.mark.parametrize("output", list(REFUSED))
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_an_output_that_would_cost_something_is_refused(place, command, output):
+    before = state(place)
+    path, message = REFUSED[output]
+    done = lorafusion(*(word.format(place=place) for word in [*COMMANDS[command], path]))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert state(place) == before
+
+
+def test_a_figure_does_not_replace_the_curves_it_is_drawn_from(place):
+    done = lorafusion("figure", "lossless", place / "in.csv", "-o", place / "in")
+    assert (done.returncode, "in.csv: is to be written, but it is read too" in done.stderr) == (2, True)
+    assert (place / "in.csv").read_text() == "adapter,run,step,loss\n"
+
+
+def test_a_table_is_not_written_over_a_result(place):
+    (place / "measurements.csv").symlink_to("in.csv")
+    done = lorafusion("measurements", place, place / "in.csv")
+    assert (done.returncode, "measurements.csv: is to be written, but it is read too" in done.stderr) == (2, True)
+    assert (place / "in.csv").read_text() == "adapter,run,step,loss\n"
+
+
+def test_the_second_output_is_looked_at_too(place):
+    done = lorafusion("check", "lossless", "-o", place / "x.json", "--curves", place / "device")
+    assert done.stderr == f"error: {place}/device: expected a file to write, found a device or a pipe\n"
+    done = lorafusion("check", "lossless", "-o", place / "x.json", "--curves", place / "other" / "x.json")
+    assert "is to be written twice" in done.stderr
+    assert not (place / "x.json").exists()
+
+
+def test_an_output_in_a_folder_without_permission_is_one_line(place, monkeypatch):
+    monkeypatch.setattr("lorafusion.files.os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"x\.json: cannot be written \(no permission in .*/folder\)"):
+        require_outputs([place / "folder" / "new" / "x.json"], [])
+
+
+def test_what_can_be_written_is_let_through(place):
+    require_outputs([place / "new.json", place / "deep" / "new.json", place / "pages.html"], [place / "in.csv"])
+
+
+@pytest.mark.parametrize("name", ["pipe", "folder"])
+def test_a_file_is_not_written_over_something_else_by_any_code(place, name):
+    before = state(place)
+    with pytest.raises(UserError, match="expected a file to write, found a"):
+        write(place / name, "text")
+    assert state(place) == before

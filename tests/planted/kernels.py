@@ -1,0 +1,136 @@
+"""Errors in the LoRA linear, its masks, and mLoRA's loop of adapters."""
+
+from __future__ import annotations
+
+from tests.planted.plant import planted
+
+PHILOX = "tests/fused_lora/test_philox.py"
+REFERENCE = "tests/fused_lora/test_reference.py"
+LOOPED = "tests/baselines/test_looped.py"
+FUNCTIONS = f"{REFERENCE}::test_the_functions_of_the_reference_are_the_linear"
+DEFINITION = f"{REFERENCE}::test_forward_and_gradients_equal_autograd_of_the_definition"
+
+
+@planted("fused_lora.philox:mask_key", caught_by=f"{PHILOX}::test_keys_are_the_same_everywhere")
+def all_layers_have_one_mask(original):
+    """The key of a dropout mask ignores the layer."""
+    return lambda seed, layer, module: original(seed, 0, module)
+
+
+@planted("fused_lora.philox:mask_key", caught_by=f"{PHILOX}::test_keys_are_the_same_everywhere")
+def all_seeds_have_one_mask(original):
+    """The key of a dropout mask ignores the seed."""
+    return lambda seed, layer, module: original(0, layer, module)
+
+
+@planted(
+    "fused_lora.philox:words_of_threshold",
+    caught_by=f"{PHILOX}::test_masks_of_other_keys_positions_and_columns_are_independent",
+)
+def all_tokens_have_one_mask(original):
+    """A dropout mask ignores the token's position."""
+    return lambda key, positions, columns, threshold: original(key, 0 * positions, columns, threshold)
+
+
+@planted("fused_lora.philox:philox4x32", caught_by=f"{PHILOX}::test_known_answers")
+def philox_has_a_round_less(original):
+    """The random numbers are not those of Philox4x32-7."""
+    return lambda counter, key, rounds=7: original(counter, key, rounds - 1)
+
+
+@planted("fused_lora.philox:drop_threshold", caught_by=f"{PHILOX}::test_masks_drop_the_asked_share_evenly")
+def dropout_is_a_tenth_too_high(original):
+    """A dropout of p drops 1.1 p."""
+    return lambda p: original(min(1.1 * p, 0.999))
+
+
+@planted("fused_lora.reference:draw_masks", caught_by=FUNCTIONS)
+def masks_are_those_of_the_first_token(original):
+    """The masks of a segment begin at the batch's first position."""
+
+    def draw_masks(adapters, segments, positions, *rest):
+        return original(adapters, segments, positions * 0 + positions[:1], *rest)
+
+    return draw_masks
+
+
+@planted("fused_lora.reference:_factor", caught_by=FUNCTIONS)
+def the_keep_factor_is_missing(original):
+    """What dropout keeps is not divided by 1 - p."""
+    return lambda adapter, mask: adapter.scaling
+
+
+@planted("fused_lora.reference:_factor", caught_by=DEFINITION)
+def the_scale_is_two_percent_up(original):
+    """LoRA's scale is multiplied by 1.02."""
+    return lambda adapter, mask: 1.02 * original(adapter, mask)
+
+
+def _backward(change):
+    """The reference's backward pass with a change to dx, da and db."""
+
+    def replace(original):
+        def lora_backward(dy, x, weight, *rest):
+            return change(dy, weight, *original(dy, x, weight, *rest))
+
+        return lora_backward
+
+    return replace
+
+
+@planted("fused_lora.reference:lora_backward", caught_by=DEFINITION)
+def dx_lacks_loras_part(original):
+    """The gradient of the input is that of the frozen linear alone."""
+    return _backward(lambda dy, weight, dx, da, db: (dy @ weight, da, db))(original)
+
+
+@planted("fused_lora.reference:lora_backward", caught_by=DEFINITION)
+def da_is_two_percent_down(original):
+    """The gradient of A is multiplied by 0.98."""
+    return _backward(lambda dy, weight, dx, da, db: (dx, [0.98 * a for a in da], db))(original)
+
+
+@planted(
+    "fused_lora.reference:lora_backward", caught_by=f"{REFERENCE}::test_any_batch_equals_autograd_of_the_definition"
+)
+def neighbours_swap_their_gradients(original):
+    """The gradients of B go to the adapters in reverse order where their shapes allow it."""
+
+    def swapped(dy, weight, dx, da, db):
+        if len({b.shape for b in db}) == 1:
+            return dx, da, db[::-1]
+        return dx, da, [b * 0 for b in db]
+
+    return _backward(swapped)(original)
+
+
+@planted("fused_lora.reference:gated_backward", caught_by="tests/fused_lora/test_gated.py")
+def the_gates_derivative_is_a_sigmoid(original):
+    """The derivative of silu lacks its second term."""
+
+    def gated_backward(gate, up, dh):
+        _, dup = original(gate, up, dh)
+        return (dh * up * gate.sigmoid()).to(gate.dtype), dup
+
+    return gated_backward
+
+
+@planted("baselines.mlora.lora:_add_product", caught_by=f"{LOOPED}::test_results_and_gradients_are_those_of_autograd")
+def mloras_scale_is_two_percent_down(original):
+    """The looped LoRA's scale is multiplied by 0.98."""
+    return lambda target, left, right, scaling: original(target, left, right, 0.98 * scaling)
+
+
+@planted(
+    "baselines.mlora.lora:_BatchLoRA.backward",
+    caught_by=f"{LOOPED}::test_the_backward_pass_is_the_derivative_of_the_forward_pass",
+)
+def mloras_da_is_two_percent_down(original):
+    """The looped LoRA's gradients of A are multiplied by 0.98."""
+
+    def backward(ctx, dy):
+        dx, *nothing_and_factors = original.__func__(ctx, dy)
+        nothing, factors = nothing_and_factors[:3], nothing_and_factors[3:]
+        return dx, *nothing, *(0.98 * g if i % 2 == 0 else g for i, g in enumerate(factors))
+
+    return staticmethod(backward)

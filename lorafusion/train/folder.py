@@ -72,7 +72,9 @@ class OutputFolder:
         self.progress = Progress(settings=settings)
         file = path / "progress.json"
         if file.exists():
-            self.progress = validated(Progress, _json(file), file)
+            done = validated(Progress, _json(file), file)
+            # Of a folder that was only marked as ours there is nothing that depends on the settings.
+            self.progress = done if done.settings else self.progress
             for key, value in settings.items():
                 found = self.progress.settings.get(key)
                 if found != value:

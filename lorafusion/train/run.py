@@ -30,6 +30,7 @@ from lorafusion.train.config import TrainConfig, read_train_config
 from lorafusion.train.export import export
 from lorafusion.train.folder import OutputFolder, Run, locked
 from lorafusion.train.metrics import EventReader, History
+from lorafusion.train.ownership import claim, require_own
 from lorafusion.train.prepare import DATA, base_model, prepare
 from lorafusion.train.progress import Display, WandbLog
 from lorafusion.workload import Workload, content_hash
@@ -46,7 +47,9 @@ def train(path: Path) -> int:
     and goes on."""
     while True:
         config = read_train_config(path)
+        require_own(config)
         with locked(config.output):
+            claim(config.output)
             training = Training(config)
             outcome = training.run()
         if outcome.status != "stopped" or RELOAD not in outcome.note:

@@ -1,0 +1,82 @@
+"""Whose an output folder is. A training writes only into a folder that was empty when it began, which it marks before
+anything else, and never through a link: so it replaces nothing but what a training has made."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lorafusion.errors import UserError
+from lorafusion.files import write
+from lorafusion.plan import Plan
+from lorafusion.train.config import TrainConfig
+from lorafusion.train.folder import Progress
+
+MARK = "progress.json"
+LOCK = ".lock"
+WANDBS = "wandb"  # has links of its own making
+
+
+def require_own(config: TrainConfig) -> None:
+    """Raise `UserError` where the output folder of a jobs file holds what no training has made, has a link in it or is
+    read as well. Touches nothing."""
+    folder, where = config.output, f"{config.path}: output"
+    try:
+        names = set(os.listdir(folder))
+    except FileNotFoundError:
+        names = set()
+    except OSError as error:  # a file, or under one
+        raise UserError(f"{where}: {folder} is no folder to write to ({error.strerror})") from None
+    if not (_is_new(names) or is_own(folder)):
+        raise UserError(
+            f"{where}: {folder} holds files, but not those of a training ({sorted(names)[0]}); expected a new or an "
+            "empty folder"
+        )
+    for path in _links(folder):
+        raise UserError(f"{where}: {path} is a link, expected a file or folder of the training's own")
+    inside = folder.resolve()
+    for path in _inputs(config):
+        if inside in path.resolve().parents or path.resolve() == inside:
+            raise UserError(f"{where}: {folder} holds {path}, which is read; keep what is read in another folder")
+
+
+def claim(folder: Path) -> None:
+    """Mark a folder, which must be locked, as a training's."""
+    if not (folder / MARK).exists():
+        write(folder / MARK, Progress(settings={}).model_dump_json(indent=1) + "\n")
+
+
+def is_own(folder: Path) -> bool:
+    """Has a training marked the folder, or, as they did before there was a mark, planned a run in it?"""
+    try:
+        if (folder / MARK).exists():
+            Progress.model_validate(json.loads((folder / MARK).read_text()))
+            return True
+        return any(Plan.read(path) for path in sorted(folder.glob("runs/*/plan.json"))[:1])
+    except (UserError, ValidationError, ValueError, OSError):
+        return False
+
+
+def _is_new(names: set[str]) -> bool:
+    """Is there nothing in a folder but what the marking of it leaves when it is interrupted?"""
+    return all(name == LOCK or name.startswith(f".{MARK}.") for name in names)
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        yield from (Path(parent, name) for name in (*folders, *files) if os.path.islink(Path(parent, name)))
+        if Path(parent) == folder and WANDBS in folders:
+            folders.remove(WANDBS)
+
+
+def _inputs(config: TrainConfig) -> Iterator[Path]:
+    """Every file and folder that a jobs file names, and itself."""
+    yield config.path
+    for job in config.jobs:
+        for block in (job.data, job.evaluation_data):
+            yield from (*getattr(block, "jsonl", ()), *getattr(block, "text", ()))
+    yield from (Path(name) for name in (config.model, config.tokenizer) if name and Path(name).is_absolute())

@@ -326,12 +326,10 @@ def publish(
     entity: Annotated[str | None, typer.Option()] = None,
 ) -> None:
     """Hand the measurements to wandb: a run for each cell and one with the tables. Offline unless told otherwise."""
-    import json
-
-    from lorafusion.measure.table import read
+    from lorafusion.measure.table import read, read_result
     from lorafusion.report.wandb_publisher import publish
 
-    contents = [json.loads(path.read_text()) for path in results]
+    contents = [read_result(path) for path in results]
     runs = publish(read(table), contents, figure, directory, mode=mode, project=project, entity=entity)
     print(f"{directory}: {len(runs)} runs, {mode}")
 

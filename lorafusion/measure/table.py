@@ -86,16 +86,25 @@ def read_results(paths: Iterable[str | Path]) -> pd.DataFrame:
     """The table of all rows of the result files; raises `MeasurementError` naming the file that is wrong."""
     rows = []
     for path in paths:
-        try:
-            result = json.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise MeasurementError(f"{path}: no such file; every run writes a result, also one that fails") from None
-        except json.JSONDecodeError as error:
-            raise MeasurementError(f"{path}: not valid JSON: {error}") from None
-        rows += rows_of_result(result, str(path))
+        rows += rows_of_result(_json(path), str(path))
     table = frame(rows)
     validate(table)
     return table.sort_values(list(ORDER), ignore_index=True)
+
+
+def read_result(path: str | Path) -> dict:
+    """The content of a run's result file; raises `MeasurementError` for one that the table would not take."""
+    read_results([path])
+    return _json(path)
+
+
+def _json(path: str | Path) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise MeasurementError(f"{path}: no such file; every run writes a result, also one that fails") from None
+    except ValueError as error:
+        raise MeasurementError(f"{path}: not valid JSON: {error}") from None
 
 
 def rows_of_result(result: dict, path: str) -> list[dict]:

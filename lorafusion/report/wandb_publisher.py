@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -19,13 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from lorafusion.errors import UserError, one_of
 from lorafusion.measure.table import csv_text
 from lorafusion.measure.vocabulary import COLUMNS
+from lorafusion.report.published import replaced, write_manifest
 
 MANIFEST = "runs.json"
 MODES = {"offline", "online"}
@@ -49,6 +49,15 @@ USERS_OWN = {"WANDB_API_KEY", "WANDB_BASE_URL"}
 INIT_SECONDS, FINISH_SECONDS = 60, 120
 
 
+class PublishedCell(NamedTuple):
+    """What of a cell is handed to wandb."""
+
+    status: str
+    settings: dict[str, Any]
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class CellRuns:
     """A cell as it is published: its rows of the table, its repeats' result files, and the settings of its run."""
@@ -61,6 +70,10 @@ class CellRuns:
     @property
     def name(self) -> str:
         return self.singles["cell"].iloc[0]
+
+    @property
+    def published(self) -> PublishedCell:
+        return PublishedCell(self.status, self.settings, list(self.history), self.summary)
 
     @property
     def status(self) -> str:
@@ -144,32 +157,35 @@ def publish(
 
     table: with the summary rows of `lorafusion.measure.table.summarise`.
     results: the content of the runs' result files, for their losses and all of their provenance.
-    figures: PNG files. directory: emptied first if it holds an earlier publication; wandb writes nowhere else.
+    figures: PNG files. directory: new, empty, or one that holds an earlier publication just as it was written, which
+    this one replaces once it is whole; wandb writes nowhere else.
     mode: "offline" writes files only; "online" sends them too, with the key of WANDB_API_KEY or ~/.netrc, to the
     server of WANDB_BASE_URL.
     A run's id is made from the table and the cell, so that publishing a table twice replaces and does not double.
-    Raises `UserError` for a mode, a figure or a folder that will not do, and where an online run cannot be sent.
+    Raises `UserError` for a mode, a figure or a folder that will not do, and where an online run cannot be sent; then
+    the directory is as it was.
     """
     one_of("mode", mode, MODES, "wandb")
     images = _images(figures)
-    folder = _emptied(Path(directory).resolve())
     sweep = _digest(csv_text(table))
-    manifest = {}
-    with _wandb(folder, mode) as start:
-        for cell in _cells(table, results, sweep):
-            run = start(project=project, entity=entity, **cell.settings)
-            _log_cell(run, cell)
-            entry = {"cell": cell.name, "status": cell.status, "job_type": "end_to_end"}
-            manifest[run.id] = entry | {"folder": _folder_of(run, folder)}
-            run.finish(exit_code=0 if cell.status == "ok" else 1)
-        run = start(project=project, entity=entity, **_comparison(table, sweep))
-        _log_comparison(run, table, images)
-        manifest[run.id] = {"job_type": "compare", "folder": _folder_of(run, folder)}
-        run.finish()
-    # Last, so that its presence says that the publication is whole.
-    head = {"sweep": sweep, "mode": mode, "project": project, "entity": entity}
-    (folder / MANIFEST).write_text(json.dumps(head | {"runs": manifest}, indent=1) + "\n")
-    return list(manifest)
+    cells = [cell.published for cell in _cells(table, results, sweep)]
+    comparison = _comparison(table, sweep)
+    with replaced(Path(directory).resolve(), MANIFEST) as folder:
+        runs = {}
+        with _wandb(folder, mode) as start:
+            for cell in cells:
+                run = start(project=project, entity=entity, **cell.settings)
+                _log_cell(run, cell)
+                entry = {"cell": cell.settings["name"], "status": cell.status, "job_type": "end_to_end"}
+                runs[run.id] = entry | {"folder": _folder_of(run, folder)}
+                run.finish(exit_code=0 if cell.status == "ok" else 1)
+            run = start(project=project, entity=entity, **comparison)
+            _log_comparison(run, table, images)
+            runs[run.id] = {"job_type": "compare", "folder": _folder_of(run, folder)}
+            run.finish()
+        head = {"sweep": sweep, "mode": mode, "project": project, "entity": entity}
+        write_manifest(folder, MANIFEST, head | {"runs": runs})
+    return list(runs)
 
 
 def read_back(directory: str | Path) -> dict[str, dict[str, Any]]:
@@ -193,7 +209,7 @@ def _cells(table: pd.DataFrame, results: list[dict], sweep: str) -> Iterator[Cel
         yield CellRuns(rows[single].sort_values("repeat"), rows[~single], own, sweep)
 
 
-def _log_cell(run: Any, cell: CellRuns) -> None:
+def _log_cell(run: Any, cell: PublishedCell) -> None:
     for name in ("repeat", "status", "global_batch"):
         run.define_metric(name, summary="none")
     # Without summaries of their own, as the last repeat is not the cell's result.
@@ -284,29 +300,27 @@ def _environment(folder: Path, mode: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _emptied(folder: Path) -> Path:
-    """The folder, new and empty; only an earlier publication is deleted for that."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: expected a folder to publish to, found a file")
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if names and not names & {MANIFEST, "wandb"}:
-        raise UserError(f"{folder}: holds other files than a publication; name an empty folder")
-    if names:
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _images(figures: list[Path]) -> dict[str, Path]:
     """Figures by name."""
     out: dict[str, Path] = {}
     for path in map(Path, figures):
-        if path.suffix != ".png" or not path.is_file():
+        if path.suffix != ".png" or not _is_picture(path):
             raise UserError(f"{path}: expected a PNG file")
         if path.stem in out:
             raise UserError(f"{path}: another figure has this name")
         out[path.stem] = path
     return out
+
+
+def _is_picture(path: Path) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.format == "PNG"
+    except (OSError, SyntaxError):  # Pillow raises the latter for a file that is cut
+        return False
 
 
 def _read_run(run: Path, folder: Path) -> dict[str, Any]:

@@ -149,6 +149,8 @@ def test_mistakes_are_one_line(runs, make_table, tmp_path):
 def test_other_peoples_folders_are_not_emptied(runs, make_table, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("important")
-    with pytest.raises(UserError, match="holds other files than a publication"):
+    with pytest.raises(
+        UserError, match="thesis: chapter.tex was not published there as it is; name a new or an empty folder"
+    ):
         publish(make_table(runs), runs, [], tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "important"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafusion.errors import UserError
@@ -49,6 +49,7 @@ def refused(path: Path, message: str) -> None:
     assert tree(path.parent) == before
 
 
+@settings(max_examples=40)
 @given(names=st.sets(st.sampled_from(NAMES), min_size=1))
 def test_whatever_a_user_keeps_in_a_folder_stays_there(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("user")

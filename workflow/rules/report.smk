@@ -198,15 +198,14 @@ rule publish:
         ],
         results=[f"{RESULTS}/runs/{run}.json" for run in RUNS],
     output:
-        f"{RESULTS}/wandb/runs.json",
+        directory(f"{RESULTS}/wandb"),
     log:
         f"{LOGS}/publish.log",
     localrule: True
     conda:
         "../../environment.yml"
     params:
-        folder=subpath(output[0], parent=True),
         figures=lambda wildcards, input: [f"--figure={path}" for path in input.figures],
     shell:
         "lorafusion publish {input.table:q} {input.results:q} {params.figures:q}"
-        " --directory {params.folder:q} > {log:q} 2>&1"
+        " --directory {output:q} > {log:q} 2>&1"

@@ -40,7 +40,7 @@ rule all:
         f"{RESULTS}/checks.html",
         [f"{RESULTS}/figures/end_to_end~{model}.png" for model in MODELS],
         [f"{RESULTS}/figures/contributions~{model}.png" for model in CONTRIBUTED],
-        f"{RESULTS}/wandb/runs.json",
+        f"{RESULTS}/wandb",
         KERNEL_RESULTS,
         SCHEDULER_RESULTS,
         TRAINING_RESULTS,

@@ -162,6 +162,8 @@ def description(
         "stages": cell.stages,
         "global_batch": cell.grid.global_batch,
         "capacity": plan.capacity if plan else None,
+        "merged_qkv": cell.grid.merged_qkv,
+        "samples": cell.grid.samples,
         "seed": suite.seed,
     }
 

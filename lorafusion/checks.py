@@ -17,6 +17,7 @@ from lorafusion.plan import Plan
 from lorafusion.runtime.launch import launch
 from lorafusion.runtime.spec import RunSpec
 from lorafusion.scheduler import plan_system
+from lorafusion.seals import seal
 from lorafusion.workload import ALL_LINEAR, Job, Sample, Workload
 
 RUN_SECONDS = 300
@@ -154,6 +155,7 @@ def write_curves(curves: list[Curve], path: Path) -> None:
     for curve in curves:
         lines += [f"{curve.job},{curve.trainer},{step},{loss!r}" for step, loss in enumerate(curve.losses, 1)]
     write(path, "\n".join(lines) + "\n")
+    seal(path)
 
 
 def systems(names: list[str], arrangement: Arrangement) -> Verdict:

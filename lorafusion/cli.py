@@ -14,6 +14,7 @@ from lorafusion.cli_plan import plan_app
 from lorafusion.cli_training import training_app
 from lorafusion.errors import UserError
 from lorafusion.files import write
+from lorafusion.seals import seal_path
 
 app = CommandLine(help=__doc__)
 figure_app = CommandLine(help="Draw a figure from the measurement table.")
@@ -204,7 +205,9 @@ def scheduler_measure(
 
 
 def _measurement_files(folder: Path) -> list[Path]:
-    return [folder / f"measurements.{suffix}" for suffix in ("csv", "parquet", "schema.json", "html")]
+    """The table in its two forms, its schema and page, and the seals of the two."""
+    files = [folder / f"measurements.{suffix}" for suffix in ("csv", "parquet", "schema.json", "html")]
+    return [*files, *map(seal_path, files[:2])]
 
 
 @app.command()
@@ -215,14 +218,20 @@ def measurements(
         Written(_measurement_files),
     ],
     results: Annotated[list[Path], typer.Argument(help="result files of runs")],
+    incomplete: Annotated[
+        bool, typer.Option("--incomplete", help="also where runs are missing; the table's seal then says so")
+    ] = False,
 ) -> None:
-    """Gather result files in the measurement table, and validate it."""
+    """Gather result files in the measurement table, validate and seal it."""
     from lorafusion.measure import table
     from lorafusion.report.pages import measurements_page
 
     frame = table.summarise(table.read_results(results))
     table.validate(frame)
-    csv, parquet, schema, page = _measurement_files(folder)
+    missing = table.gaps(frame)
+    if missing and not incomplete:
+        raise UserError(f"{folder}: {missing}; give their result files too, or --incomplete")
+    csv, parquet, schema, page, *_ = _measurement_files(folder)
     table.write(frame, csv, parquet)
     table.write_json_schema(schema)
     write(page, measurements_page(frame))

@@ -12,6 +12,7 @@ import typer
 
 from lorafusion.config import CONFIGS
 from lorafusion.files import require_outputs
+from lorafusion.seals import SUFFIX
 
 # Plain text: an error stays one line in a log too.
 PLAIN = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
@@ -73,7 +74,7 @@ def _paths(value: object) -> Iterable[Path]:
 
 
 def _figure_files(stem: Path) -> list[Path]:
-    return [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "pdf", "csv")]
+    return [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "pdf", "csv", f"csv{SUFFIX}")]
 
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="file to write"), Written()]

@@ -35,6 +35,7 @@ from lorafusion.plan import Plan
 from lorafusion.runtime.launch import Outcome, launch
 from lorafusion.runtime.spec import RunSpec, Trial
 from lorafusion.scheduler import plan_system
+from lorafusion.seals import seal
 from lorafusion.workload import Workload, read_versioned
 
 VERSION = 2
@@ -237,4 +238,5 @@ def profile_cell(
     }
     frame = pd.DataFrame([whose | row for row in outcome.report["profile"]], columns=PROFILE_COLUMNS)
     write(out, frame.to_csv(index=False))
+    seal(out)
     return frame

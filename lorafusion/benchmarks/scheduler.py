@@ -111,7 +111,8 @@ def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | No
         print(f"{name}: global batch {global_batch}, {adapters} adapters", flush=True)
     metrics.append(row("peak_memory", largest_resident_set(), "whole", {"cell": name, "kind": "measured"}))
     cell = {"suite": suite_name, "kind": "simulated", "cell": name, "model": suite.model, "workload": workload_name,
-            "gpus": stages, "repeat": repeat, "stages": stages, "capacity": suite.capacity}  # fmt: skip
+            "gpus": stages, "repeat": repeat, "stages": stages, "capacity": suite.capacity,
+            "samples": grid.samples}  # fmt: skip
     write_bench(out, cell, metrics, provenance("cpu"), config_hash=bench_hash(suite, name), seed=suite.seed,
                 started=started, log=log)  # fmt: skip
     return f"{len(metrics)} numbers"

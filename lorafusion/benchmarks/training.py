@@ -45,6 +45,7 @@ from lorafusion.models.stage import Stage, build_stage, named_generator
 from lorafusion.runtime.board import Position
 from lorafusion.runtime.pipeline import Pipeline
 from lorafusion.runtime.training import TrainingRun
+from lorafusion.seals import seal
 from lorafusion.workload import Job, Sample
 
 WARM_UPS = 3  # microbatches of each arm before any is timed
@@ -211,7 +212,7 @@ def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | No
     cell = {
         "suite": suite_name, "kind": "measured", "cell": f"bench~{name}/canary", "model": bench.model, "gpus": 1,
         "repeat": repeat, "rank": bench.rank, "dropout": bench.dropout, "dtype": suite.dtype,
-        "stages": bench.stage[1], "capacity": bench.tokens,
+        "stages": bench.stage[1], "capacity": bench.tokens, "bench": name,
     }  # fmt: skip
     write_rows = partial(write_bench, out, cell, origin=origin, config_hash=bench_hash(suite, name), seed=suite.seed,
                          started=started, log=log)  # fmt: skip
@@ -226,6 +227,7 @@ def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | No
             rows += found
             if profile:
                 write(profile, profiler.csv_text(shares))
+                seal(profile)
     write_rows(rows)
     failed = [one for one in rows if one["status"] != "ok"]
     return f"{len(rows)} numbers, {len(failed)} failed"

@@ -8,29 +8,26 @@ Parquet (with types), which hold the same.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lorafusion.errors import UserError, describe
+from lorafusion.errors import describe
 from lorafusion.measure.statistics import fewest, interval, median
+from lorafusion.measure.validation import GROUP, KEY, ORDER, MeasurementError, validate
 from lorafusion.measure.vocabulary import COLUMNS, METRICS, STATUSES, TYPE_NAMES, WINDOWS, json_schema
+from lorafusion.seals import require_seal, seal
 
-
-class MeasurementError(UserError):
-    """A result file or a table that does not say what it must; names the file, the row, the column and the remedy."""
-
-
-# Rows that agree here, and differ only in `repeat`, are repeats of each other.
-GROUP = ("suite", "kind", "cell", "metric", "window", "implementation", "pass")
-KEY = (*GROUP, "statistic", "repeat")
-ORDER = ("suite", "kind", "model", "workload", "gpus", "system", *KEY[2:])
+# Columns that tables did not always have, and what their cells' names said instead; others of them are empty.
+BY_NAME = {
+    "merged_qkv": lambda cells: cells.str.contains("/qkv~merged/").where(cells.str.contains("/system~")),
+    "samples": lambda cells: cells.str.extract(r"/samples~(\d+)")[0],
+    "bench": lambda cells: cells.str.extract(r"^bench~([^/]+)")[0],
+}
 # Repeats that differ in the first are not repeats; where they differ in the second, the summary's note says so.
 MUST_AGREE = ("config_hash", "workload_hash", "plan_hash")
 SHOULD_AGREE = ("git_sha", "git_dirty", "gpu_name", "driver", "cuda", "torch", "triton")
@@ -160,39 +157,15 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([single, frame(rows)]).sort_values(list(ORDER), ignore_index=True)
 
 
-def validate(table: pd.DataFrame, source: str | Path = "table") -> None:
-    """Raise `MeasurementError` at the first thing that a row says and must not, or must say and does not."""
-    for name in table.columns:
-        if name not in COLUMNS:
-            raise MeasurementError(f"{source}: unknown column {name!r}; known: {', '.join(COLUMNS)}")
-    for name in COLUMNS:
-        if name not in table.columns:
-            raise MeasurementError(f"{source}: no column {name!r}")
-    checked = _Checked(table, source)
-    for name, column in COLUMNS.items():
-        if column.required:
-            checked.reject(table[name].isna(), name, "a value")
-        if column.values:
-            known = table[name].isin(column.values) | table[name].isna()
-            checked.reject(~known, name, "one of " + ", ".join(column.values))
-    for field in ("unit", "direction"):
-        fixed = table["metric"].map({name: getattr(metric, field) for name, metric in METRICS.items()})
-        checked.reject(table[field] != fixed, field, fixed + " for " + table["metric"])
-    _validate_values(table, checked)
-    single = table["statistic"] == "single"
-    checked.reject(~single & table["repeat"].notna(), "repeat", "none in a summary")
-    measured = single & (table["kind"] == "measured")
-    checked.reject(measured & table["repeat"].isna(), "repeat", "the number of the fresh process")
-    twice = "one " + table["statistic"] + " row for " + table["metric"] + " of cell " + table["cell"]
-    checked.reject(table.duplicated(list(KEY)), "repeat", twice)
-
-
 def write(table: pd.DataFrame, csv_path: str | Path, parquet_path: str | Path) -> None:
-    """Write a valid table in both forms, each file whole or not at all; equal tables give equal bytes."""
+    """Write a valid table in both forms, each file whole or not at all, and their seals, which say what is missing;
+    equal tables give equal bytes."""
     validate(table, csv_path)
     ordered = _typed(table[list(COLUMNS)], csv_path).sort_values(list(ORDER), ignore_index=True)
     _write_whole(csv_path, lambda partial: partial.write_text(csv_text(ordered), newline=""))
     _write_whole(parquet_path, lambda partial: ordered.to_parquet(partial, engine="pyarrow", index=False))
+    for path in (csv_path, parquet_path):
+        seal(Path(path), gaps(table))
 
 
 def csv_text(table: pd.DataFrame) -> str:
@@ -201,21 +174,67 @@ def csv_text(table: pd.DataFrame) -> str:
 
 
 def read(path: str | Path) -> pd.DataFrame:
-    """A table from its CSV or its Parquet file, the same from either."""
+    """A sealed table from its CSV or its Parquet file, the same from either.
+
+    Raises `UserError` where the table was cut or edited, lacks runs that its seal does not say are missing, or has
+    summaries that are not those of its runs.
+    """
     path = Path(path)
-    if path.suffix not in (".csv", ".parquet"):
-        raise MeasurementError(f"{path}: expected a file that ends in .csv or .parquet")
-    if not path.is_file():
-        raise MeasurementError(f"{path}: no such file")
+    _require_form(path)
+    sealed = require_seal(path)
+    table = read_unsealed(path)
+    if (missing := gaps(table)) != sealed.remark:
+        none = "no run is missing"
+        raise MeasurementError(f"{path}: expected, as its seal says: {sealed.remark or none}; found: {missing or none}")
+    _require_own_summaries(table, path)
+    return table
+
+
+def read_unsealed(path: str | Path) -> pd.DataFrame:
+    """A valid table of which nothing says that it is whole; those of older versions get the columns that they lack."""
+    path = Path(path)
+    _require_form(path)
     if path.suffix == ".parquet":
         table = pd.read_parquet(path, engine="pyarrow")
     else:
         # Only an empty field is empty: "nan" is a status.
         table = pd.read_csv(path, dtype="string", keep_default_na=False, na_values=[""])
+    lacking = [name for name in BY_NAME if name not in table.columns and "cell" in table.columns]
+    table = table.assign(**{name: BY_NAME[name](table["cell"]) for name in lacking})
     validate(table.head(0), path)
     table = _typed(table, path)
     validate(table, path)
     return table
+
+
+def _require_form(path: Path) -> None:
+    if path.suffix not in (".csv", ".parquet"):
+        raise MeasurementError(f"{path}: expected a file that ends in .csv or .parquet")
+    if not path.is_file():
+        raise MeasurementError(f"{path}: no such file")
+
+
+def gaps(table: pd.DataFrame) -> str:
+    """The runs that a table lacks, in a line; empty if it has all.
+
+    Each cell must have a number, or a row that says why there is none, in each repeat in which any cell of its suite
+    and kind has one of that metric. A run that failed has only the rows that it was expected to have.
+    """
+    runs = table[(table["statistic"] == "single") & table["repeat"].notna()]
+    what, cell = ["suite", "kind", "metric", "window", "implementation", "pass"], ["suite", "kind", "cell"]
+    repeats = runs[["suite", "kind", "metric", "window", "repeat"]].drop_duplicates()
+    expected = runs[[*what, "cell"]].drop_duplicates().merge(repeats, on=["suite", "kind", "metric", "window"])
+    present = runs[[*what, "cell", "repeat"]].drop_duplicates().assign(present=True)
+    missing = expected.merge(present, how="left")
+    missing = missing[missing["present"].isna()][[*cell, "repeat"]].drop_duplicates()
+    failed = runs[runs["status"] != "ok"][[*cell, "repeat"]].drop_duplicates().assign(failed=True)
+    missing = missing.merge(failed, how="left")
+    missing = missing[missing["failed"].isna()].sort_values([*cell, "repeat"])
+    if missing.empty:
+        return ""
+    first, count = missing.iloc[0], len(missing)
+    runs_are = "1 run of a cell is" if count == 1 else f"{count} runs of cells are"
+    return f"{runs_are} missing, first repeat {first['repeat']} of {first['cell']!r}"
 
 
 def write_json_schema(path: str | Path) -> None:
@@ -288,37 +307,23 @@ def _require_agreement(single: pd.DataFrame) -> None:
             raise MeasurementError(f"cell {cell!r}: its repeats differ in {name}; delete those of the older settings")
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """A table under validation, and where it is from."""
-
-    table: pd.DataFrame
-    source: str | Path
-
-    def reject(self, bad: pd.Series, column: str, expected: str | pd.Series) -> None:
-        """Raise for the first bad row, counted from 1 below the header, with what was expected there."""
-        flags = bad.to_numpy(dtype=bool, na_value=True)
-        if not flags.any():
-            return
-        position = int(flags.argmax())
-        wanted = expected if isinstance(expected, str) else expected.iloc[position]
-        found, result = self.table[column].iloc[position], self.table["result"].iloc[position]
-        origin = "" if pd.isna(result) else f" (of {result})"
-        shown = "nothing" if pd.isna(found) else repr(found) if isinstance(found, str) else str(found)
-        raise MeasurementError(f"{self.source}: row {position + 1}{origin}: {column}: expected {wanted}, found {shown}")
-
-
-def _validate_values(table: pd.DataFrame, checked: _Checked) -> None:
-    ok, value = table["status"] == "ok", table["value"]
-    checked.reject(ok & value.isna(), "value", "a number with status ok")
-    checked.reject(~ok & value.notna(), "value", "none with status " + table["status"])
-    for name in ("value", "ci_low", "ci_high"):
-        checked.reject(table[name].isin([math.inf, -math.inf]), name, "a finite number")
-    low, high = table["ci_low"], table["ci_high"]
-    checked.reject(low.isna() != high.isna(), "ci_low", "both ends of the interval or neither")
-    outside = (low > value).fillna(False) | (high < value).fillna(False)
-    checked.reject(outside, "ci_low", "an interval around the value")
-    checked.reject(table["n"] < 1, "n", "at least 1")
+def _require_own_summaries(table: pd.DataFrame, source: Path) -> None:
+    """Raise where a summary is not that of the single rows, or either is without the other. Tables of summaries alone
+    have nothing to compare with."""
+    single = table["statistic"] == "single"
+    if not single.any():
+        return
+    said = ["status", "n", "value", "ci_low", "ci_high"]
+    own, made = (rows[rows["statistic"] != "single"].set_index(list(KEY))[said] for rows in (table, summarise(table)))
+    if len(own) and not own.sort_index().equals(made.sort_index()):
+        differing = own.index.symmetric_difference(made.index)
+        if differing.empty:
+            aligned = made.reindex(own.index)
+            same = (own == aligned).fillna(False) | (own.isna() & aligned.isna())
+            differing = own.index[~same.all(axis=1).to_numpy()]
+        place = dict(zip(KEY, differing[0], strict=True))
+        what = f"{place['statistic']} of {place['metric']} of cell {place['cell']!r}"
+        raise MeasurementError(f"{source}: the {what} is not that of its single rows; gather the table again")
 
 
 def _typed(table: pd.DataFrame, source: str | Path) -> pd.DataFrame:

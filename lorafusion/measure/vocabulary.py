@@ -79,6 +79,9 @@ COLUMNS = {
     "stages": Column("Int64", "pipeline stages"),
     "global_batch": Column("Int64", "samples of one optimizer step"),
     "capacity": Column("Int64", "tokens a microbatch may hold"),
+    "merged_qkv": Column("boolean", "have q, k and v one adapter, as one linear? empty where there is no such choice"),
+    "samples": Column("Int64", "samples an adapter"),
+    "bench": Column("string", "bench of the suite's entry in configs/training.yaml"),
     "git_sha": Column("string", "commit of this project"),
     "git_dirty": Column("boolean", "were there changes that are not in the commit?"),
     "config_hash": Column("string", "of the cell's settings"),
@@ -98,6 +101,11 @@ COLUMNS = {
     "result": Column("string", "path of the run's result file"),
     "log": Column("string", "path of the run's log"),
 }
+# What tells a cell from another, but for its name. The capacity does not: where it is tuned it is a result.
+IDENTITY = (
+    *("suite", "kind", "system", "model", "workload", "gpus", "tokens", "in_features", "out_features", "rank"),
+    *("adapters", "dropout", "dtype", "stages", "global_batch", "merged_qkv", "samples", "bench"),
+)
 TYPE_NAMES = {"string": "text", "Int64": "a whole number", "Float64": "a number", "boolean": "True or False"}
 JSON_TYPES = {"string": "string", "Int64": "integer", "Float64": "number", "boolean": "boolean"}
 

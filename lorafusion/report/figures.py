@@ -17,10 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from lorafusion.files import write
 from lorafusion.measure.table import MeasurementError
 from lorafusion.measure.vocabulary import WINDOWS
 from lorafusion.report import style
 from lorafusion.report.throughput import SYSTEM, ablations, group_names, merged_qkv, require_one_cell_a_place
+from lorafusion.seals import require_seal, seal
 
 WINDOW_TITLES = {"whole": "whole run", "steady": "steady state"}
 MISSING = "n/a"
@@ -49,14 +51,15 @@ def end_to_end(table: pd.DataFrame, model: str, out_stem: str | Path, footer: st
 def written(data: pd.DataFrame, draw: Callable[[pd.DataFrame], Figure], out_stem: str | Path) -> list[Path]:
     """Write what a figure shows as CSV, draw it from there, and save it; equal tables give equal bytes."""
     stem = Path(out_stem)
-    stem.parent.mkdir(parents=True, exist_ok=True)
     csv = stem.with_name(stem.name + ".csv")
-    data.to_csv(csv, index=False, lineterminator="\n")
+    write(csv, data.to_csv(index=False, lineterminator="\n"))
+    seal(csv)
     return [*save(draw(read_data(csv)), stem), csv]
 
 
 def read_data(path: str | Path) -> pd.DataFrame:
-    """A figure's CSV, as its drawing takes it; only an empty field is empty."""
+    """A sealed CSV, as a figure's drawing takes it; only an empty field is empty. Raises `UserError` if it is cut."""
+    require_seal(Path(path))
     return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from lorafusion.measure.vocabulary import IDENTITY
+
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5rem; color: #1a1a1a; }
 h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-top: 1.6rem; }
@@ -17,9 +19,10 @@ th { position: sticky; top: 0; background: #f4f4f4; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 code { font-size: 12px; overflow-wrap: anywhere; } .ok { color: #0a6b2d; } .failed { color: #b3261e; font-weight: 600; }
 """
-CELL_COLUMNS = ["model", "workload", "gpus", "system"]
-NUMBER_COLUMNS = ["metric", "window", "implementation", "value", "unit", "ci_low", "ci_high", "n", "status", "note"]
-RUN_COLUMNS = [*CELL_COLUMNS, "repeat", "metric", "window", "implementation", "value", "unit", "status", "note"]
+# What tells the rows of a table apart, and what they say.
+KEY_COLUMNS = [*IDENTITY, "implementation", "pass"]
+NUMBER_COLUMNS = ["metric", "window", "value", "unit", "ci_low", "ci_high", "n", "status", "note"]
+RUN_COLUMNS = ["repeat", "metric", "window", "value", "unit", "status", "note"]
 ORIGIN_COLUMNS = ["cell", "repeat", "status", "result", "log", "command", "git_sha", "started_at"]
 CODE_COLUMNS = {"cell", "result", "log", "command", "git_sha"}
 
@@ -27,13 +30,17 @@ CODE_COLUMNS = {"cell", "result", "log", "command", "git_sha"}
 def measurements_page(table: pd.DataFrame) -> str:
     """Medians, single runs, and for each run its result file, log, command and commit."""
     single = table["statistic"] == "single"
+    shared = [name for name in KEY_COLUMNS if table[name].nunique(dropna=False) == 1]
+    told = "; ".join(f"{name}: {escape(str(table[name].iloc[0]))}" for name in shared if table[name].notna().any())
+    key = [name for name in KEY_COLUMNS if name not in shared]
     origins = table[single][ORIGIN_COLUMNS].drop_duplicates(["cell", "repeat"])
     return page(
         "Measurements",
+        f"<p>In every row: {told}.</p>" if told else "",
         "<h2>Medians over the fresh processes of a cell</h2>",
-        _table(table[~single][[*CELL_COLUMNS, *NUMBER_COLUMNS]]),
+        _table(table[~single][[*key, *NUMBER_COLUMNS]]),
         "<h2>Single runs</h2>",
-        _table(table[single][RUN_COLUMNS]),
+        _table(table[single][[*key, *RUN_COLUMNS]]),
         "<h2>Where the numbers of a run come from</h2>",
         _table(origins),
     )

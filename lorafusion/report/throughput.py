@@ -8,7 +8,6 @@ from lorafusion.config import read_systems
 from lorafusion.measure.table import MeasurementError
 
 SYSTEM = "lorafusion"  # the one that the others are compared with
-MERGED = "/qkv~merged"  # in the name of a cell with one adapter for q, k and v
 
 
 def ablations() -> set[str]:
@@ -17,8 +16,8 @@ def ablations() -> set[str]:
 
 
 def merged_qkv(rows: pd.DataFrame) -> pd.Series:
-    """Are the rows of cells with one adapter for q, k and v? The table has no other column for it."""
-    return rows["cell"].str.contains(MERGED, regex=False).astype(bool)
+    """Are the rows of cells with one adapter for q, k and v?"""
+    return rows["merged_qkv"].fillna(False).astype(bool)
 
 
 def group_names(rows: pd.DataFrame) -> pd.Series:

@@ -21,6 +21,7 @@ from lorafusion.measure.profiler import IDLE, Part, Span, at_full_speed, breakdo
 from lorafusion.measure.table import MeasurementError
 from lorafusion.report import training_figures
 from lorafusion.runtime.board import Position
+from lorafusion.seals import seal
 
 BENCH = {"model": "tiny", "tokens": 64, "sample_tokens": 16, "microbatches": 2,
          "implementations": ["frozen", "peft-bf16", "fused-multi"], "adapters": [2]}  # fmt: skip
@@ -242,6 +243,7 @@ def test_a_profile_is_drawn_by_implementation_and_before_and_after(suite, tmp_pa
         ]
         paths.append(tmp_path / f"{commit[0]}.csv")
         paths[-1].write_text(profiler.csv_text(rows))
+        seal(paths[-1])
     one = pd.read_csv(training_figures.training_profile([paths[0], paths[0]], tmp_path / "one")[2])
     assert list(one["variant"].unique()) == ["frozen", "fused-multi, 4 adapters"]
     assert list(one["milliseconds"][:3]) == [1, 1, 1]
@@ -249,6 +251,7 @@ def test_a_profile_is_drawn_by_implementation_and_before_and_after(suite, tmp_pa
     both = pd.read_csv(training_figures.training_profile(paths, tmp_path / "both")[2])
     assert list(both["variant"].unique())[:2] == ["frozen\n" + "a" * 10, "frozen\n" + "b" * 10]
     paths[0].write_text("suite,bench\n")
+    seal(paths[0])
     with pytest.raises(MeasurementError, match="no column"):
         training_figures.training_profile(paths[:1], tmp_path / "none")
     with pytest.raises(UserError, match="only a GPU's kernels"):

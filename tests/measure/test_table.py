@@ -74,8 +74,8 @@ def test_columns_are_in_the_designs_order():
     text = (
         "suite kind cell system model workload gpus repeat metric value unit direction statistic n ci_low ci_high "
         "window status note implementation pass tokens in_features out_features rank adapters dropout dtype stages "
-        "global_batch capacity git_sha git_dirty config_hash workload_hash plan_hash gpu_name gpu_uuid driver cuda "
-        "torch triton clock_mhz power_w seed started_at command result log"
+        "global_batch capacity merged_qkv samples bench git_sha git_dirty config_hash workload_hash plan_hash gpu_name "
+        "gpu_uuid driver cuda torch triton clock_mhz power_w seed started_at command result log"
     )
     assert list(COLUMNS) == text.split()
     assert list(build(result()).columns) == list(COLUMNS)
@@ -277,7 +277,7 @@ def test_equal_tables_give_equal_bytes_whatever_their_order(tmp_path):
     table.write(shuffled, tmp_path / "2.csv", tmp_path / "2.parquet")
     for suffix in ("csv", "parquet"):
         assert (tmp_path / f"1.{suffix}").read_bytes() == (tmp_path / f"2.{suffix}").read_bytes()
-    assert len(list(tmp_path.iterdir())) == 4  # no temporary files
+    assert len(list(tmp_path.iterdir())) == 8  # four seals and no temporary files
 
 
 def test_a_wrong_table_is_not_written(tmp_path):
@@ -294,10 +294,10 @@ def test_read_names_the_row_of_an_edited_file(tmp_path):
     unit = r"t\.csv: row 1 .*: unit: expected tok/s for throughput, found 'tok/min'"
     path.write_text(text.replace("tok/s", "tok/min"))
     with pytest.raises(MeasurementError, match=unit):
-        table.read(path)
+        table.read_unsealed(path)
     path.write_text(text.replace(",100.0,", ",OOM,"))
     with pytest.raises(MeasurementError, match=r"t\.csv: value: expected a number, found 'OOM'"):
-        table.read(path)
+        table.read_unsealed(path)
     with pytest.raises(MeasurementError, match="ends in .csv or .parquet"):
         table.read(tmp_path / "t.json")
 

@@ -30,6 +30,7 @@ def run(system="lorafusion", workload="xsum", gpus=1, repeat=1, status="ok", gpu
         "repeat": repeat,
         "implementation": "fused",
         "global_batch": 8,
+        "merged_qkv": False,
     }
     return {
         "version": 1,

@@ -54,7 +54,9 @@ def measure(make_run):
                 for repeat, factor in enumerate(drift, start=1):
                     status = (failed or {}).get((workload, system, repeat), "ok")
                     name = f"model~tiny/workload~{workload}/gpus~{cell.get('gpus', 1)}/batch~8{qkv}/system~{system}"
-                    result = make_run(system, workload, repeat=repeat, status=status, **{"cell": name} | cell)
+                    result = make_run(
+                        system, workload, repeat=repeat, status=status, **{"cell": name, "merged_qkv": bool(qkv)} | cell
+                    )
                     for metric, value in zip(result["metrics"], (speed * factor, 10 * speed), strict=False):
                         metric["value"] = value
                     out.append(result)

@@ -245,7 +245,7 @@ def test_ablations_and_merged_cells_are_not_compared(make_run, make_table, draw)
     plain = figures.end_to_end_data(make_table(runs[:2]), "tiny")
     for system in ("lorafusion", "mlora"):
         name = f"model~tiny/workload~xsum/gpus~1/batch~8/qkv~merged/system~{system}"
-        runs.append(make_run(system, speed=5000.0, cell=name))
+        runs.append(make_run(system, speed=5000.0, cell=name, merged_qkv=True))
     pd.testing.assert_frame_equal(figures.end_to_end_data(make_table(runs), "tiny"), plain)
     assert plain["ratio"].max() == pytest.approx(2011 / 1011)
 

@@ -7,8 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from lorafusion.cli import app
+from lorafusion.errors import UserError
 from lorafusion.measure.table import MeasurementError
 from lorafusion.report.system_profile import system_profile
+from lorafusion.seals import seal
 from lorafusion.tuning import PROFILE_COLUMNS
 
 CLASSES = {"idle": 10.0, "GEMM": 60.0, "LoRA": 30.0}  # in the wrong order on purpose
@@ -24,6 +26,7 @@ def profile(path, system, workload="mixed", qkv="separate", times=1.0):
         for name, value in CLASSES.items()
     ]  # fmt: skip
     pd.DataFrame(rows, columns=PROFILE_COLUMNS).to_csv(path, index=False)
+    seal(path)
     return path
 
 
@@ -61,5 +64,13 @@ def test_the_command_draws_the_profiles_that_it_is_given(profiles, tmp_path):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "other.csv").write_text("suite,cell\nh200,x\n")
+    seal(tmp_path / "other.csv")
     with pytest.raises(MeasurementError, match=r"other.csv: no column 'class'; lorafusion profile writes them"):
         system_profile([tmp_path / "other.csv"], tmp_path / "out")
+
+
+def test_a_profile_that_was_cut_is_refused(profiles, tmp_path):
+    lines = profiles[0].read_text().splitlines(keepends=True)
+    profiles[0].write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match=r"1\.csv: cut or edited"):
+        system_profile(profiles, tmp_path / "out")

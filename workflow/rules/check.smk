@@ -22,6 +22,7 @@ rule check_lossless:
     output:
         verdict=f"{RESULTS}/checks/lossless.json",
         curves=f"{RESULTS}/checks/lossless.csv",
+        seal=f"{RESULTS}/checks/lossless.csv.sha256",
     log:
         f"{LOGS}/check_lossless.log",
     conda:

@@ -135,6 +135,9 @@ rule kernel_measurements:
             labels={"content": "kernels: every number", "form": "CSV"},
         ),
         parquet=f"{KERNEL_FOLDER}/measurements.parquet",
+        seals=multiext(
+            f"{KERNEL_FOLDER}/measurements", ".csv.sha256", ".parquet.sha256"
+        ),
         schema=f"{KERNEL_FOLDER}/measurements.schema.json",
         html=report(
             f"{KERNEL_FOLDER}/measurements.html",

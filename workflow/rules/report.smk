@@ -10,6 +10,9 @@ rule measurements:
             labels={"content": "every number", "form": "CSV"},
         ),
         parquet=f"{RESULTS}/measurements.parquet",
+        seals=multiext(
+            f"{RESULTS}/measurements", ".csv.sha256", ".parquet.sha256"
+        ),
         schema=f"{RESULTS}/measurements.schema.json",
         html=report(
             f"{RESULTS}/measurements.html",

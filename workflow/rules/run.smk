@@ -39,7 +39,8 @@ rule profile:
         workload=lambda wildcards: f"{RESULTS}/workloads/{cell_of(wildcards).workload_name}.json",
         plan=f"{RESULTS}/plans/{{cell}}.json",
     output:
-        f"{RESULTS}/profiles/{{cell}}.csv",
+        csv=f"{RESULTS}/profiles/{{cell}}.csv",
+        seal=f"{RESULTS}/profiles/{{cell}}.csv.sha256",
     log:
         f"{LOGS}/profile/{{cell}}.log",
     conda:
@@ -53,4 +54,4 @@ rule profile:
         ),
     shell:
         "lorafusion profile --suite {params.suite:q} --cell {wildcards.cell:q} --workload {input.workload:q}"
-        " --plan {input.plan:q} --out {output:q} > {log:q} 2>&1"
+        " --plan {input.plan:q} --out {output.csv:q} > {log:q} 2>&1"

@@ -43,6 +43,9 @@ rule scheduler_measurements:
             labels={"content": "scheduler: every number", "form": "CSV"},
         ),
         parquet=f"{SCHEDULER_FOLDER}/measurements.parquet",
+        seals=multiext(
+            f"{SCHEDULER_FOLDER}/measurements", ".csv.sha256", ".parquet.sha256"
+        ),
         schema=f"{SCHEDULER_FOLDER}/measurements.schema.json",
         html=report(
             f"{SCHEDULER_FOLDER}/measurements.html",

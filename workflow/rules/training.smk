@@ -23,6 +23,10 @@ rule training_bench:
             f"{TRAINING_FOLDER}/runs/{{trained}}/repeat~{{repeat}}.profile.csv"
             for _ in TRAINING_PROFILES[:1]
         ],
+        seals=[
+            f"{TRAINING_FOLDER}/runs/{{trained}}/repeat~{{repeat}}.profile.csv.sha256"
+            for _ in TRAINING_PROFILES[:1]
+        ],
     log:
         f"{LOGS}/training_bench/{{trained}}/repeat~{{repeat}}.log",
     priority: training_order
@@ -57,6 +61,9 @@ rule training_measurements:
             labels={"content": "training: every number", "form": "CSV"},
         ),
         parquet=f"{TRAINING_FOLDER}/measurements.parquet",
+        seals=multiext(
+            f"{TRAINING_FOLDER}/measurements", ".csv.sha256", ".parquet.sha256"
+        ),
         schema=f"{TRAINING_FOLDER}/measurements.schema.json",
         html=report(
             f"{TRAINING_FOLDER}/measurements.html",

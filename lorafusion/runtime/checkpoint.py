@@ -1,9 +1,10 @@
 """Checkpoints of a run: adapters, optimizer states, gradients on their way, and the place in the plan.
 
-A checkpoint is a folder `slot-N`: N slots of the plan are done. Each process writes its own part, a file of tensors and
-then a small one that says what it is of and what the first one's hash is; nobody waits for the others. It is whole when
-all parts are there and have those hashes. So a process may be killed at any moment: a part without its companion, or a
-checkpoint without all parts, is as if it were not there.
+A checkpoint is a folder `slot-N`: N slots of the plan are done. Each process writes its own part and says so; when all
+have, the first process writes the manifest: the files with their hashes, what they are of, how far each adapter and
+each file of events is. So a process may be killed at any moment: a checkpoint without its manifest is as if it were not
+there. One that differs from its manifest in a bit is passed over. `newest.json` beside the checkpoints says that there
+was a whole one, so that a run whose checkpoints are all damaged or gone is not begun anew in silence.
 """
 
 from __future__ import annotations
@@ -12,21 +13,26 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lorafusion import manifest
 from lorafusion.errors import UserError
-from lorafusion.files import whole, write
+from lorafusion.files import whole
+from lorafusion.manifest import MANIFEST, DamagedError, Entry, UnfinishedError
+from lorafusion.runtime import events
+from lorafusion.runtime.adapters import AdapterTraining
 from lorafusion.runtime.pipeline import AHEAD
 from lorafusion.runtime.spec import STOP_FILE, RunSpec, Saving
 from lorafusion.runtime.training import TrainingRun
 
-VERSION = 1
+VERSION = 2
+NEWEST = "newest.json"
 ASKED = "stop-asked"  # in the processes' store: somebody was asked to stop
 BEYOND = AHEAD + 1  # slots; messages of so many may be waited for already when a process learns where to stop
 
@@ -42,19 +48,47 @@ class IncompleteError(CheckpointError):
 @dataclass(frozen=True)
 class Found:
     """A whole checkpoint. steps: of each adapter, those that are done. stopped: of each one that was stopped, the steps
-    that its weights have seen."""
+    that its weights have seen. events: how far each file of events was."""
 
     path: Path
     slot: int
     steps: dict[str, int]
     stopped: dict[str, int]
+    events: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def events_kept(self) -> dict[str, int]:
+        """Bytes of each file of events."""
+        return {name: entry.size for name, entry in self.events.items()}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process has written of a checkpoint."""
+
+    name: str
+    entry: Entry
+    steps: dict[str, int]
+    stopped: dict[str, int]
+    events: dict[str, Entry]
+
+    def to_json(self) -> str:
+        noted = {name: entry.model_dump() for name, entry in self.events.items()}
+        return json.dumps(vars(self) | {"entry": self.entry.model_dump(), "events": noted})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Part:
+        values = json.loads(text)
+        noted = {name: Entry(**entry) for name, entry in values["events"].items()}
+        return cls(**values | {"entry": Entry(**values["entry"]), "events": noted})
 
 
 def identity(spec: RunSpec, plan_hash: str) -> dict:
     """What a run must have in common with a checkpoint to go on from it exactly."""
-    model = hashlib.sha256(Path(spec.model).read_bytes()).hexdigest() if spec.model.endswith(".yaml") else spec.model
+    model = _hash(spec.model) if spec.model.endswith(".yaml") else spec.model
+    initial = _hash(Path(spec.initial) / MANIFEST) if spec.initial else None
     keys = {"system", "dtype", "adapter_dtype", "seed"}
-    return {"version": VERSION, "plan": plan_hash, "model": model, **spec.model_dump(include=keys)}
+    return {"version": VERSION, "plan": plan_hash, "model": model, "initial": initial, **spec.model_dump(include=keys)}
 
 
 class Checkpoints:
@@ -75,11 +109,29 @@ class Checkpoints:
         self._hold = 0
         self._last: int | None = None
 
+    def due(self, run: TrainingRun, begin: int) -> int:
+        """The slot after whose predecessor the next checkpoint is due: at intervals, and where a job has ended, so that
+        its adapter can be had while the others train on."""
+        regular = begin - begin % self.every + self.every
+        return min([regular, *(slot + 1 for slot in run.ends if slot >= begin)])
+
     def save(self, run: TrainingRun, slot: int) -> None:
-        """Write this process's part of the checkpoint after `slot` slots, and clear older ones away."""
+        """Write this process's part of the checkpoint after `slot` slots. The first process waits for the others',
+        seals the checkpoint and clears older ones away."""
         run.position.set(f"saving the checkpoint after {slot} microbatches")
-        folder = self.folder / f"slot-{slot:09}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self.folder / _slot_name(slot)
+        part = self._write(run, folder)
+        if self.rank > 0:
+            self.store.set(_part_key(slot, self.rank), part.to_json())
+            return
+        parts = [part]
+        if self.processes > 1:
+            run.position.waiting(f"the other processes' parts of the checkpoint after {slot} microbatches")
+            parts += self._others(slot)
+        self._seal(folder, slot, parts)
+        self._clear()
+
+    def _write(self, run: TrainingRun, folder: Path) -> Part:
         state, steps, stopped = {}, {}, {}
         for adapter in run.adapters:
             state |= {f"{adapter.job.name}/{name}": value for name, value in adapter.state().items()}
@@ -89,12 +141,27 @@ class Checkpoints:
         path = folder / f"rank-{self.rank}.safetensors"
         with whole(path) as partial:
             save_file({name: value.detach().to("cpu").contiguous() for name, value in state.items()}, partial)
-            digest = _digest(partial)
-        described = self.origin | {"slot": slot, "rank": self.rank, "processes": self.processes, "sha256": digest,
-                                   "steps": steps, "stopped": stopped}  # fmt: skip
-        write(path.with_suffix(".json"), json.dumps(described) + "\n")
-        if self.rank == 0:
-            self._clear()
+            entry = Entry.of(partial)
+        log = run.record.events
+        return Part(path.name, entry, steps, stopped, {log.path.name: log.entry()} if log else {})
+
+    def _others(self, slot: int) -> list[Part]:
+        keys = [_part_key(slot, rank) for rank in range(1, self.processes)]
+        self.store.wait(keys)
+        parts = [Part.from_json(self.store.get(key)) for key in keys]
+        for key in keys:
+            self.store.delete_key(key)
+        return parts
+
+    def _seal(self, folder: Path, slot: int, parts: list[Part]) -> None:
+        first = parts[0]
+        if any((part.steps, part.stopped) != (first.steps, first.stopped) for part in parts):
+            raise RuntimeError(f"processes disagree on the steps made after {slot} microbatches")
+        noted = {name: entry.model_dump() for part in parts for name, entry in part.events.items()}
+        facts = {"slot": slot, "processes": self.processes, "origin": self.origin, "steps": first.steps,
+                 "stopped": first.stopped, "events": noted}  # fmt: skip
+        manifest.seal(folder, {part.name: part.entry for part in parts}, facts)
+        manifest.write_sealed(self.folder / NEWEST, {"slot": slot})
 
     def _clear(self) -> None:
         """Remove checkpoints that are older than the last whole ones."""
@@ -138,76 +205,114 @@ class Checkpoints:
         return self._asked() or (self.folder / STOP_FILE).exists()
 
 
-def newest(folder: Path, origin: dict) -> tuple[Found | None, list[str]]:
-    """The newest whole checkpoint that a run can go on from, and for each newer one why it is passed over.
+def newest(folder: Path, origin: dict, log: Path | None = None) -> tuple[Found | None, list[str]]:
+    """The newest whole checkpoint that a run can go on from, and for each newer one why it is passed over; log: the
+    folder of the run's events, which must be there as far as the checkpoint says.
 
-    Raises `CheckpointError` where there are whole ones, but none that it can go on from."""
+    Raises `CheckpointError` where there was a whole one, but there is none that it can go on from."""
     passed, refused = [], []
     for path in reversed(_slots(folder)):
         try:
-            return opened(path, origin), passed + refused
+            return opened(path, origin, log), passed + refused
         except IncompleteError as error:
             passed.append(str(error))
         except CheckpointError as error:
             refused.append(str(error))
+    if not refused and (folder / NEWEST).exists():
+        refused = [*passed, f"{folder}: its checkpoints are gone"]
     if refused:
-        raise CheckpointError(f"{refused[0]}; to begin anew, move {folder} away")
+        raise CheckpointError(f"{refused[0]}; no good checkpoint is left; to begin anew, move {folder} away")
     return None, passed
 
 
-def opened(path: Path, origin: dict | None = None) -> Found:
-    """A checkpoint, checked; origin: what it must be of. Raises `CheckpointError` naming the file and what is wrong."""
-    missing = _missing(path)
-    if missing:
-        raise IncompleteError(f"{path}: incomplete, {missing}")
-    for part in _parts(path):
-        described = _described(part)
+def opened(path: Path, origin: dict | None = None, log: Path | None = None) -> Found:
+    """A checkpoint, every file of which was compared with the manifest; origin: what it must be of. Raises
+    `CheckpointError` naming the file and what is wrong."""
+    try:
+        facts = manifest.verified(path)
+        noted = {name: Entry(**entry) for name, entry in facts["events"].items()}
         for key, expected in (origin or {}).items():
-            if described.get(key) != expected:
-                raise CheckpointError(f"{part}: of another run, its {key} is {described.get(key)!r}, not {expected!r}")
-        tensors = part.with_suffix(".safetensors")
-        if _digest(tensors) != described["sha256"]:
-            raise CheckpointError(f"{tensors}: corrupt, its hash is not the one in {part.name}")
-    return Found(path, described["slot"], described["steps"], described["stopped"])
+            found = facts["origin"].get(key)
+            if found != expected:
+                raise CheckpointError(f"{path}: of another run, its {key} is {found!r}, not {expected!r}")
+        if path.name != _slot_name(facts["slot"]):
+            raise CheckpointError(f"{path}: it is the checkpoint of {_slot_name(facts['slot'])}; it was renamed")
+        if log is not None:
+            events.require(log, noted)
+    except UnfinishedError as error:
+        raise IncompleteError(str(error)) from None
+    except DamagedError as error:
+        raise CheckpointError(str(error)) from None
+    return Found(path, facts["slot"], facts["steps"], facts["stopped"], noted)
 
 
 def load(run: TrainingRun, found: Found, rank: int) -> None:
     """Put a run where the checkpoint of the same plan and number of processes was."""
-    with safe_open(found.path / f"rank-{rank}.safetensors", framework="pt") as file:
+    path = found.path / f"rank-{rank}.safetensors"
+    with safe_open(path, framework="pt") as file:
         for adapter in run.adapters:
             prefix = f"{adapter.job.name}/"
             mine = [name for name in sorted(file.keys()) if name.startswith(prefix)]
             state = {name.removeprefix(prefix): file.get_tensor(name) for name in mine}
+            _require_fit(path, adapter, state, adapter.state().keys())
             adapter.load(state, found.steps[adapter.job.name])
-    run.begin = found.slot
+    run.begin, run.events_kept = found.slot, found.events_kept
 
 
-def adapters_of(found: Found, folder: Path) -> None:
-    """Write each adapter of a checkpoint, all stages together, to `folder`: as of its last step, so that it can be gone
-    on with in another plan, beside other jobs, on another number of stages."""
-    states: dict[str, dict[str, torch.Tensor]] = {}
-    for part in _parts(found.path):
-        with safe_open(part.with_suffix(".safetensors"), framework="pt") as file:
+def adapter_states(found: Found) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Each job of a checkpoint with the state of its adapter, all stages together, as of its last step: so that it can
+    be gone on with in another plan, beside other jobs, on another number of stages."""
+    for job in sorted(found.steps):
+        yield job, adapter_state(found, job)
+
+
+def adapter_state(found: Found, job: str) -> dict[str, torch.Tensor]:
+    """What `adapter_states` tells of one job."""
+    state: dict[str, torch.Tensor] = {}
+    for part in sorted(found.path.glob("rank-*.safetensors")):
+        with safe_open(part, framework="pt") as file:
             for name in sorted(file.keys()):
-                job, _, rest = name.partition("/")
-                if not rest.endswith("/gradient"):
-                    states.setdefault(job, {})[rest] = file.get_tensor(name)
-    for job, state in states.items():
-        with whole(folder / f"{job}.safetensors") as partial:
-            save_file(state, partial)
+                owner, _, rest = name.partition("/")
+                if owner == job and not rest.endswith("/gradient"):
+                    state[rest] = file.get_tensor(name)
+    return state
+
+
+def seal_initial(folder: Path, steps: dict[str, int]) -> None:
+    """Write the manifest of a folder that holds JOB.safetensors, a state of `adapter_states`, for each job of `steps`:
+    the steps that it has made. It is a `RunSpec.initial` then."""
+    manifest.seal(folder, manifest.entries(folder, [f"{job}.safetensors" for job in steps]), {"steps": steps})
 
 
 def load_initial(run: TrainingRun, folder: Path) -> None:
-    """Give the jobs that are trained in part already what `adapters_of` kept of them."""
+    """Give the jobs that are trained in part already what `seal_initial` knows of them."""
+    steps = manifest.verified(folder)["steps"]
     for adapter in run.adapters:
-        if not adapter.job.start:
+        job = adapter.job
+        if not job.start:
             continue
-        path = folder / f"{adapter.job.name}.safetensors"
+        path = folder / f"{job.name}.safetensors"
+        if steps.get(job.name) != job.start:
+            raise UserError(f"{path}: of {steps.get(job.name)} steps, but {job.name!r} goes on after {job.start}")
         try:
             with safe_open(path, framework="pt") as file:
-                adapter.load({name: file.get_tensor(name) for name in sorted(file.keys())}, adapter.job.start)
-        except (OSError, SafetensorError, KeyError) as error:
-            raise UserError(f"{path}: not what training {adapter.job.name!r} can go on with ({error})") from None
+                state = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a file of tensors ({error})") from None
+        needed = [name for name in adapter.state() if not name.endswith("/gradient")]
+        _require_fit(path, adapter, state, needed)
+        adapter.load(state, job.start)
+
+
+def _require_fit(path: Path, adapter: AdapterTraining, state: dict[str, torch.Tensor], needed: Iterable[str]) -> None:
+    """Raise unless a state has all tensors that are needed of the adapter, in the shapes of those that it has now."""
+    own = adapter.state()
+    for name in needed:
+        if name not in state:
+            raise UserError(f"{path}: not of the adapter {adapter.job.name!r}, it has no {name}")
+        if state[name].shape != own[name].shape:
+            shapes = f"{tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+            raise UserError(f"{path}: not of the adapter {adapter.job.name!r}, the shape of {name} is {shapes}")
 
 
 def set_aside(folder: Path, found: Found | None) -> None:
@@ -220,13 +325,20 @@ def set_aside(folder: Path, found: Found | None) -> None:
             path.rename(target)
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hash(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _hold_key(rank: int) -> str:
     return f"stop-hold-{rank}"
+
+
+def _part_key(slot: int, rank: int) -> str:
+    return f"checkpoint-{slot}-{rank}"
+
+
+def _slot_name(slot: int) -> str:
+    return f"slot-{slot:09}"
 
 
 def _slots(folder: Path) -> list[Path]:
@@ -234,31 +346,9 @@ def _slots(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("slot-*") if re.fullmatch(r"slot-\d{9,}", path.name))
 
 
-def _parts(path: Path) -> list[Path]:
-    return sorted(path.glob("rank-*.json"))
-
-
-def _described(part: Path) -> dict:
-    try:
-        return json.loads(part.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise CheckpointError(f"{part}: corrupt, not JSON") from None
-
-
 def _is_whole(path: Path) -> bool:
+    """Was it finished, as far as can be told without reading its tensors?"""
     try:
-        return not _missing(path)
-    except CheckpointError:
+        return path.name == _slot_name(manifest.facts_of(path)["slot"])
+    except UserError:
         return False
-
-
-def _missing(path: Path) -> str:
-    """What a checkpoint lacks to be whole; empty if nothing."""
-    parts = _parts(path)
-    if not parts:
-        return "no process has finished writing it"
-    expected = _described(parts[0]).get("processes", 0)
-    if len(parts) != expected:
-        return f"{len(parts)} of {expected} parts are there"
-    gone = [part.stem for part in parts if not part.with_suffix(".safetensors").exists()]
-    return f"the tensors of {gone[0]} are gone" if gone else ""

@@ -37,7 +37,7 @@ def execute(run: TrainingRun, checkpoints: Checkpoints | None = None) -> bool:
         if flush:
             end = next(slot for slot in range(begin, count) if run.steps[slot] or slot == count - 1) + 1
         if checkpoints is not None:
-            end = min(count, begin - begin % checkpoints.every + checkpoints.every)
+            end = min(count, checkpoints.due(run, begin))
         stream = _Stream(run, begin, end, checkpoints)
         stream.run_through()
         begin = stream.end

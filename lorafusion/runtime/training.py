@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol
 
 import torch
 
 from lorafusion.data.packing import BatchBuilder, PackedBatch
-from lorafusion.files import write
 from lorafusion.measure.timers import Clock, Mark
 from lorafusion.models.lora import ActiveBatch
 from lorafusion.models.loss import weighted_losses
@@ -20,6 +18,7 @@ from lorafusion.models.stage import Stage
 from lorafusion.plan import Microbatch, Plan
 from lorafusion.runtime.adapters import AdapterTraining
 from lorafusion.runtime.board import Position
+from lorafusion.runtime.events import EventLog
 from lorafusion.runtime.pipeline import Pipeline
 from lorafusion.runtime.readback import Readback
 from lorafusion.workload import Workload
@@ -45,7 +44,7 @@ class Record:
     kept: bool = True
     stopped: set[int] = field(default_factory=set)
     readback: Readback = field(default_factory=Readback)
-    events: TextIO | None = None
+    events: EventLog | None = None
 
     def start(self) -> None:
         self.begin = self.clock.mark()
@@ -62,8 +61,7 @@ class Record:
 
     def event(self, **values: object) -> None:
         if self.events:
-            self.events.write(json.dumps(values) + "\n")
-            self.events.flush()
+            self.events.write(values)
 
 
 class Around(Protocol):
@@ -103,6 +101,7 @@ class TrainingRun:
         self.evaluations = _evaluations(workload, self.steps)
         self.adapters = [AdapterTraining(stage, job) for job in workload.jobs]
         self.begin = 0  # the slot to begin with
+        self.events_kept: dict[str, int] = {}  # bytes of the files of events that are of the slots before it
         self._batches: dict[int, PackedBatch] = {}  # of the slots in flight
         self._evaluation_batches: dict[int, list[PackedBatch]] = {}  # by adapter
 
@@ -321,13 +320,16 @@ class TrainingRun:
         return kept
 
     def open_events(self, folder: Path) -> None:
-        """Write events to this replica's file of a folder, where those of slots that will be run again are dropped."""
-        if not self.stage.is_last:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"replica-{self.pipeline.replica}.jsonl"
-        trim_events(path, self.begin)
-        self.record.events = open(path, "a")  # noqa: SIM115 - until the process ends
+        """Write events to this replica's file of a folder, after those that the checkpoint gone on from has noted."""
+        if self.stage.is_last:
+            name = f"replica-{self.pipeline.replica}.jsonl"
+            self.record.events = EventLog(folder / name, keep=self.events_kept.get(name, 0))
+
+    @property
+    def ends(self) -> list[int]:
+        """The slots after which a job has made its last step, in order."""
+        last = {adapter: slot for slot, stepping in enumerate(self.steps) for adapter in stepping}
+        return sorted(set(last.values()))
 
 
 def _evaluations(workload: Workload, steps: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -354,20 +356,3 @@ def of_each_size(microbatches: Sequence[Microbatch], most: int) -> list[int]:
             found.setdefault((len(one.segments), one.length), index)
     ordered = [found[size] for size in sorted(found)]
     return ordered[:: max(1, -(-len(ordered) // most))] if most else []
-
-
-def trim_events(path: Path, begin: int) -> None:
-    """Drop the events of slots from `begin` on, which are run again."""
-    if path.exists():
-        text = path.read_text()
-        kept = "".join(f"{line}\n" for line in text.splitlines() if _slot(line) < begin)
-        if kept != text:
-            write(path, kept)
-
-
-def _slot(line: str) -> float:
-    """The slot of an event; a line that a killed process left half written belongs to none."""
-    try:
-        return json.loads(line)["slot"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")

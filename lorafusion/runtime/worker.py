@@ -140,7 +140,8 @@ def _checkpoints(spec: RunSpec, run: TrainingRun, rank: int, world: int) -> chec
     origin = checkpoint.identity(spec, run.plan.content_hash)
     found, reasons = [None], []
     if rank == 0:
-        found[0], reasons = checkpoint.newest(Path(spec.saving.folder), origin)
+        log = Path(spec.events) if spec.events else None
+        found[0], reasons = checkpoint.newest(Path(spec.saving.folder), origin, log)
         checkpoint.set_aside(Path(spec.saving.folder), found[0])
         for reason in reasons:
             print(f"warning: passed over a checkpoint: {reason}", file=sys.stderr, flush=True)

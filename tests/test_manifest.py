@@ -12,8 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorafusion.manifest import (
-    MANIFEST, DamagedError, UnfinishedError, entries, facts_of, read_sealed, seal, verified, write_sealed,
-)  # fmt: skip
+    MANIFEST,
+    DamagedError,
+    UnfinishedError,
+    entries,
+    facts_of,
+    read_sealed,
+    seal,
+    verified,
+    write_sealed,
+)
 
 FACTS = {"slot": 12, "steps": {"a": 3}, "note": "ä"}
 NAMES = ("one.bin", "inner/two.bin", MANIFEST)

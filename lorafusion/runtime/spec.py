@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from lorafusion.config import Config
+from lorafusion.runtime.lock import Lock
 
 STOP_FILE = "stop"  # in the folder of checkpoints: somebody wants the run to save and end
 DType = Literal["float64", "float32", "bfloat16", "float16"]
@@ -46,6 +47,7 @@ class RunSpec(Config):
     seed: int = Field(default=1, ge=0, description="draws the base model's random weights")
     checkpointing: float = Field(default=0.0, ge=0, le=1, description="share of the layers that are recomputed")
     saving: Saving | None = None
+    lock: Lock | None = Field(default=None, description="of the folder that the run writes to, where it may be shared")
     initial: str | None = Field(default=None, description="folder of adapters that are trained in part already")
     save_adapters: str | None = Field(default=None, description="folder to write the trained adapters to")
     events: str | None = Field(default=None, description="folder for what becomes known while the run goes on")

@@ -35,6 +35,7 @@ from lorafusion.plan import Plan, check
 from lorafusion.runtime import checkpoint, probe, trials
 from lorafusion.runtime.board import ENDED, Position
 from lorafusion.runtime.launch import end_with_parent
+from lorafusion.runtime.lock import join
 from lorafusion.runtime.pipeline import Pipeline
 from lorafusion.runtime.rehearsal import rehearse
 from lorafusion.runtime.spec import RunSpec
@@ -51,6 +52,8 @@ def main(spec_path: str, report_directory: str) -> int:
     position = Position(reports, rank)
     try:
         spec = validated(RunSpec, json.loads(Path(spec_path).read_text()), spec_path)
+        if spec.lock:
+            join(spec.lock)
         device = _device(spec)
         _import_all(spec.system)
         if world > 1:

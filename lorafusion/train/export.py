@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lorafusion.config import ModelConfig
+from lorafusion.errors import UserError
 from lorafusion.files import write
+from lorafusion.manifest import DamagedError, entries, facts_of
 from lorafusion.models.lora import peft_config, save_adapter
-from lorafusion.train.metrics import Step
-from lorafusion.workload import Job
+from lorafusion.runtime.checkpoint import NEWEST, adapter_state, opened
+from lorafusion.train.folder import Exported, OutputFolder, Run
+from lorafusion.train.metrics import History, Step
+from lorafusion.workload import Job, Workload
 
 STOPPED = "\n**Stopped at step {step}: its gradient was not finite. These are the weights before.**\n"
 CARD = """---
@@ -39,15 +47,114 @@ model = PeftModel.from_pretrained(base_model, "{name}")
 """
 
 
+EXACT = ("adapter_model.safetensors", "adapter_config.json", "training.json")
+COMPANIONS = ("README.md",)  # which their owner may write anew
+
+
+class Exporter:
+    """Writes each job's adapter when the job has ended, while the others train on; once, however often the training is
+    interrupted. One that cannot be written hinders no other."""
+
+    def __init__(self, output: OutputFolder, model: ModelConfig, workload: Workload, history: History) -> None:
+        self.output, self.model, self.workload, self.history = output, model, workload, history
+        self.failures: dict[str, str] = {}
+        self._seen: bytes | None = None
+
+    def look(self, run: Run) -> list[str]:
+        """Export the jobs that have ended by the newest checkpoint of a run under way; their names."""
+        newest = run.checkpoints / NEWEST
+        seen = newest.read_bytes() if newest.exists() else None
+        if seen is None or seen == self._seen:
+            return []
+        slots = sorted(run.checkpoints.glob("slot-*"))
+        try:
+            steps = facts_of(slots[-1])["steps"]
+            due = [job for job in self._pending if steps.get(job.name) == len(job.batches)]
+            found = opened(slots[-1]) if due else None
+            for job in due:
+                self._try(job, len(job.batches), found.stopped.get(job.name), adapter_state(found, job.name))
+        except (UserError, OSError):
+            return []  # it is being written, or cleared away for a newer one; at the next look, or at the end
+        self._seen = seen
+        return [job.name for job in due]
+
+    def finish(self) -> None:
+        """Export the jobs that have ended in runs that were left."""
+        self.failures.clear()
+        for job in self._pending:
+            done = self.output.progress.jobs.get(job.name)
+            if done is not None and (done.steps == len(job.batches) or done.stopped is not None):
+                self._try(job, done.steps, done.stopped)
+
+    @property
+    def _pending(self) -> list[Job]:
+        return [job for job in self.workload.jobs if not self.is_done(job) and job.name not in self.failures]
+
+    def is_done(self, job: Job) -> bool:
+        """Has the adapter been written, and is it there as it was?"""
+        exported, folder = self.output.progress.exported.get(job.name), self.output.adapter(job.name)
+        if exported is None or any(not (folder / name).is_file() for name in COMPANIONS):
+            return False
+        try:
+            for name, entry in exported.files.items():
+                entry.require(folder / name)
+        except DamagedError:
+            return False
+        return True
+
+    def _try(self, job: Job, steps: int, stopped: int | None, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Export a job after so many steps; without a state, that which was kept of it."""
+        try:
+            state = state or load_file(self.output.state_of(job.name))
+            self._export(job, steps, stopped, state)
+        except (UserError, OSError, SafetensorError) as error:
+            self.failures[job.name] = " ".join(str(error).split())[:150]
+            print(f"warning: {job.name} could not be exported: {self.failures[job.name]}", file=sys.stderr)
+
+    def _export(self, job: Job, steps: int, stopped: int | None, state: dict[str, torch.Tensor]) -> None:
+        """Write the adapter beside its place, put it there, and note it."""
+        self.history.require(job.name, steps)
+        rows = self.history.complete(job.name)
+        rows = {step: row for step, row in rows.items() if stopped is None or step < stopped}
+        weights = {name.removesuffix("/weight"): value for name, value in state.items() if name.endswith("/weight")}
+        folder = self.output.adapter(job.name)
+        partial = folder.with_name(f".{job.name}.partial")
+        for path in (folder, partial):
+            if path.is_symlink():
+                raise UserError(f"{path}: a link, expected a folder of the training's own")
+        shutil.rmtree(partial, ignore_errors=True)
+        export(job, self.model, weights, rows, stopped=stopped is not None, others=len(self.workload.jobs) - 1,
+               folder=partial)  # fmt: skip
+        files = entries(partial, EXACT)
+        _put(partial, folder)
+        exported = self.output.progress.exported | {job.name: Exported(steps=steps, files=files)}
+        self.output.update(exported=exported)
+        print(folder, file=sys.stderr)
+
+
+def _put(partial: Path, folder: Path) -> None:
+    """Make a folder the one at `folder`; where there is one already its other files stay."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    for path in partial.iterdir():
+        path.replace(folder / path.name)
+    partial.rmdir()
+
+
 def export(
-    job: Job, model: ModelConfig, state: Path, steps: dict[int, Step], *, stopped: bool, others: int, folder: Path
+    job: Job,
+    model: ModelConfig,
+    weights: dict[str, torch.Tensor],
+    steps: dict[int, Step],
+    *,
+    stopped: bool,
+    others: int,
+    folder: Path,
 ) -> None:
     """Write the adapter of a job to `folder`: adapter_model.safetensors, adapter_config.json, README.md, training.json
-    and loss.png. state: the file that `lorafusion.runtime.checkpoint.adapters_of` wrote. stopped: is it of the weights
-    before a gradient that was not finite? others: the jobs beside it."""
-    weights = {
-        name.removesuffix("/weight"): value for name, value in load_file(state).items() if name.endswith("/weight")
-    }
+    and loss.png. weights: by PEFT's names. stopped: is it of the weights before a gradient that was not finite? others:
+    the jobs beside it."""
     config = peft_config(job)
     config.base_model_name_or_path = None if model.weights == "random" else model.weights
     config.inference_mode = True

@@ -1,35 +1,65 @@
 """The output folder of a training, and what of it is done: the memory that lets the same command go on.
 
-progress.json        of each job, the steps that are done outside the run in hand
-state/JOB            each job's adapter and optimizer as of that step
+progress.json        of each job, the steps that are done outside the run in hand; the hashes of what is named below
+state/               each job's adapter and optimizer as of that step; a file's name has its hash
 runs/000, 001, ...   a workload, its plan, checkpoints and events; a new one when the jobs or the processes change
 adapters/JOB         the trained adapters
 metrics.jsonl        every step of every job
+
+progress.json is the root: a run or a state that it does not name was never begun, one that it names and that is gone or
+changed is an error. What it names is written before it, and what it no longer names is removed after it.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from lorafusion import manifest
 from lorafusion.config import Config
 from lorafusion.errors import UserError, validated
-from lorafusion.files import write
+from lorafusion.files import whole, write
+from lorafusion.manifest import MANIFEST, DamagedError, Entry, read_sealed, write_sealed
 from lorafusion.plan import Plan
-from lorafusion.runtime.checkpoint import Found, adapters_of
+from lorafusion.runtime import events
+from lorafusion.runtime.checkpoint import Found, adapter_states, seal_initial
 from lorafusion.workload import Job, Workload, content_hash
+
+PROGRESS = "progress.json"
+HASH_LETTERS = 16  # of a state's hash in its name
+DECORATION = 32  # bytes that the longest file name has besides the job's name: a hash, endings, a process id
+RESERVING = torch.nn.ModuleDict()  # PEFT keeps adapters in it by their names
 
 
 class JobProgress(Config):
-    """steps: optimizer steps done. stopped: those before the one that was not finite. described: the job of them."""
+    """steps: optimizer steps done. stopped: those before the one that was not finite. described: the job of them.
+    state: the file of the adapter after them."""
 
     steps: int
     stopped: int | None = None
     described: dict
+    state: Entry
+
+
+class RunProgress(Config):
+    """manifest: of the run's folder. events: how far its files of events went when it was left for good, null while it
+    may be gone on with."""
+
+    manifest: Entry
+    events: dict[str, Entry] | None = None
+
+
+class Exported(Config):
+    """An adapter that was written after so many steps, and its files."""
+
+    steps: int
+    files: dict[str, Entry]
 
 
 class Progress(Config):
@@ -38,6 +68,8 @@ class Progress(Config):
 
     settings: dict
     jobs: dict[str, JobProgress] = {}
+    runs: dict[str, RunProgress] = {}
+    exported: dict[str, Exported] = {}
     probed: dict[str, list] = {}
 
 
@@ -48,12 +80,21 @@ class Run:
     folder: Path
 
     @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
     def workload(self) -> Path:
         return self.folder / "workload.json"
 
     @property
     def plan(self) -> Path:
         return self.folder / "plan.json"
+
+    @property
+    def initial(self) -> Path:
+        """The states that its jobs begin with, where they are trained in part already."""
+        return self.folder / "initial"
 
     @property
     def checkpoints(self) -> Path:
@@ -65,52 +106,113 @@ class Run:
 
 
 class OutputFolder:
-    """A training's output folder. Raises `UserError` where what is in it belongs to another model."""
+    """A training's output folder. Raises `UserError` where what is in it belongs to another model, or is damaged."""
 
     def __init__(self, path: Path, settings: dict) -> None:
         self.path = path
         self.progress = Progress(settings=settings)
-        file = path / "progress.json"
-        if file.exists():
-            done = validated(Progress, _json(file), file)
+        if (path / PROGRESS).exists():
+            done = read_progress(path)
             # Of a folder that was only marked as ours there is nothing that depends on the settings.
             self.progress = done if done.settings else self.progress
-            for key, value in settings.items():
-                found = self.progress.settings.get(key)
-                if found != value:
-                    raise UserError(
-                        f"{path}: begun with {key} {found!r}, now it is {value!r}; take another output folder"
-                    )
-
-    @property
-    def state(self) -> Path:
-        return self.path / "state"
+        for key, value in settings.items():
+            found = self.progress.settings.get(key)
+            if found != value:
+                raise UserError(f"{path}: begun with {key} {found!r}, now it is {value!r}; take another output folder")
+        for run in self.runs():
+            self._require_run(run)
 
     def adapter(self, job: str) -> Path:
         return self.path / "adapters" / job
 
     def runs(self) -> list[Run]:
         """The runs that were planned, the latest last."""
-        return [Run(path) for path in sorted(self.path.glob("runs/*")) if (path / "plan.json").exists()]
+        return [self._run(name) for name in sorted(self.progress.runs)]
+
+    def _run(self, name: str) -> Run:
+        return Run(self.path / "runs" / name)
+
+    def _require_run(self, run: Run) -> None:
+        try:
+            self.progress.runs[run.name].manifest.require(run.folder / MANIFEST)
+            manifest.verified(run.folder)
+        except DamagedError as error:
+            raise DamagedError(f"{error}; put it back as it was, or take another output folder") from None
+
+    @property
+    def in_hand(self) -> Run | None:
+        """The run to go on with, if its jobs and processes are still wanted."""
+        last = self.runs()[-1:]
+        return last[0] if last and self.left_at(last[0]) is None else None
+
+    def left_at(self, run: Run) -> dict[str, Entry] | None:
+        """How far the events of a run went that was left for good; None of the one in hand."""
+        return self.progress.runs[run.name].events
 
     def new_run(self, workload: Workload, plan: Plan) -> Run:
-        run = Run(self.path / "runs" / f"{len(list(self.path.glob('runs/*'))):03}")
+        """Plan a run, which is in hand then."""
+        run = self._run(f"{len(self.progress.runs):03}")
+        if run.folder.exists():  # it was being planned when the command was killed
+            aside = run.folder.with_name(f"passed-over-{run.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            run.folder.rename(aside)
         write(run.workload, workload.to_json())
-        write(run.plan, plan.to_json())  # last, as a run without a plan was not begun
+        write(run.plan, plan.to_json())
+        names = [run.workload.name, run.plan.name]
+        begun = {job.name: job.start for job in workload.jobs if job.start}
+        if begun:
+            for job in begun:
+                with whole(run.initial / f"{job}.safetensors") as partial:
+                    shutil.copyfile(self.state_of(job), partial)
+            seal_initial(run.initial, begun)
+            names.append(f"{run.initial.name}/{MANIFEST}")
+        manifest.seal(run.folder, manifest.entries(run.folder, names), {"run": run.name})
+        entry = RunProgress(manifest=Entry.of(run.folder / MANIFEST))
+        self.update(runs=self.progress.runs | {run.name: entry})
         return run
 
     def update(self, **changes: object) -> None:
-        self.progress = self.progress.model_copy(update=changes)
-        write(self.path / "progress.json", json.dumps(self.progress.model_dump(mode="json"), indent=1) + "\n")
+        """Change what is known to be done, in one step."""
+        changed = self.progress.model_copy(update=changes)
+        write_progress(self.path, changed)
+        self.progress = changed
 
-    def take_over(self, run: Run, found: Found) -> None:
-        """Keep each adapter of a checkpoint for whatever comes next."""
-        adapters_of(found, self.state)
+    def take_over(self, run: Run, found: Found | None) -> None:
+        """Leave a run for good: keep each adapter of its last checkpoint, if there is one, for whatever comes next."""
         jobs = dict(self.progress.jobs)
-        for job in Workload.read(run.workload).jobs:
-            done = {"steps": found.steps[job.name], "stopped": found.stopped.get(job.name)}
-            jobs[job.name] = JobProgress(**done, described=described(job))
-        self.update(jobs=jobs)
+        if found is not None:
+            begun = {job.name: job for job in Workload.read(run.workload).jobs}
+            for name, state in adapter_states(found):
+                jobs[name] = JobProgress(steps=found.steps[name], stopped=found.stopped.get(name),
+                                         described=described(begun[name]), state=self._keep(name, state))  # fmt: skip
+        kept = found.events if found else {}
+        trim_events(run, kept)
+        left = self.progress.runs[run.name].model_copy(update={"events": kept})
+        self.update(jobs=jobs, runs=self.progress.runs | {run.name: left})
+        named = [_state_path(self.path, name, job.state) for name, job in jobs.items()]
+        for path in (self.path / "state").glob("*.safetensors"):
+            if path not in named:
+                path.unlink()
+
+    def _keep(self, job: str, state: dict[str, torch.Tensor]) -> Entry:
+        """Write an adapter's state to a file that is named by its hash, so that it never replaces another one."""
+        path = self.path / "state" / f"{job}.safetensors"
+        with whole(path) as partial:
+            try:
+                save_file(state, partial)
+            except SafetensorError as error:
+                raise UserError(f"{path}: could not be written ({error})") from None
+            entry = Entry.of(partial)
+        path.rename(_state_path(self.path, job, entry))
+        return entry
+
+    def state_of(self, job: str) -> Path:
+        """The file of a job's adapter and optimizer after the steps that are done. Raises `DamagedError` where it is
+        not as it was written."""
+        entry = self.progress.jobs[job].state
+        path = _state_path(self.path, job, entry)
+        entry.require(path)
+        return path
 
     def remaining(self, workload: Workload) -> Workload | None:
         """The jobs that have steps left, each from where it is; None where none has. Raises `UserError` for a job that
@@ -136,23 +238,47 @@ class OutputFolder:
                 )
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Within it no other training uses this output folder."""
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path}: another training is using this folder") from None
-        yield
-
-
-def _json(path: Path) -> object:
+def read_progress(folder: Path) -> Progress:
+    """What is done in a folder. Raises `DamagedError` where the file is not as a training wrote it."""
+    path = folder / PROGRESS
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        return validated(Progress, read_sealed(path), path)
+    except DamagedError as error:
+        raise DamagedError(f"{error}; put it back as it was, or take another output folder") from None
+
+
+def write_progress(folder: Path, progress: Progress) -> None:
+    write_sealed(folder / PROGRESS, progress.model_dump(mode="json"))
+
+
+def trim_events(run: Run, kept: dict[str, Entry]) -> None:
+    """Drop the events of a run that are beyond what is kept of it."""
+    for path in run.events.glob("*.jsonl"):
+        events.trim(path, kept[path.name].size if path.name in kept else 0)
+
+
+def require_names(folder: Path, names: list[str], source: Path) -> None:
+    """Raise `UserError` where the files of a job cannot have its name in this folder: it is too long for the file
+    system, is another's but for its case (adapters are copied to file systems that ignore it), or is one that torch has
+    a use for."""
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    most = os.pathconf(nearest, "PC_NAME_MAX") - DECORATION
+    known: dict[str, str] = {}
+    for name in names:
+        where = f"{source}: jobs.{name[:40]}{'...' * (len(name) > 40)}: name"
+        if len(os.fsencode(name)) > most:
+            raise UserError(
+                f"{where}: it has {len(os.fsencode(name))} bytes, the most is {most}: files are named by it"
+            )
+        if name.lower() in known:
+            raise UserError(f"{where}: it differs from {known[name.lower()][:40]!r} only in case")
+        if hasattr(RESERVING, name):
+            raise UserError(f"{where}: torch's modules have an attribute of this name; choose another")
+        known[name.lower()] = name
+
+
+def _state_path(folder: Path, job: str, entry: Entry) -> Path:
+    return folder / "state" / f"{job}.{entry.sha256[:HASH_LETTERS]}.safetensors"
 
 
 def described(job: Job) -> dict:

@@ -12,7 +12,9 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lorafusion.errors import UserError
 from lorafusion.files import write
+from lorafusion.runtime.events import parse
 from lorafusion.workload import Job, Workload
 
 
@@ -52,6 +54,15 @@ class History:
         done = {step: row for step, row in self.steps.get(job, {}).items() if row.is_complete}
         return dict(sorted(done.items()))
 
+    def require(self, job: str, steps: int) -> None:
+        """Raise `UserError` unless each of a job's first steps has its row."""
+        rows = self.complete(job)
+        missing = [step + 1 for step in range(steps) if step not in rows]
+        if missing:
+            raise UserError(
+                f"{job}: {len(missing)} of {steps} steps have no row in its events, the first is {missing[0]}"
+            )
+
     def write(self, path: Path) -> None:
         """All steps that are done, a line of JSON each: job, step (from 1), and what is known of a `Step`."""
         lines = []
@@ -67,21 +78,20 @@ class EventReader:
     def __init__(self, folder: Path, workload: Workload, history: History) -> None:
         self.folder, self.workload, self.history = folder, workload, history
         self.tokens = [0] * len(workload.jobs)  # of each job, trained in this run
-        self._read: dict[Path, int] = {}
+        self._read: dict[Path, tuple[int, int]] = {}  # bytes and lines of each file
         self._shares: dict[tuple[str, int], dict[tuple[Path, int], tuple[float, int]]] = {}
 
     def poll(self) -> list[tuple[str, int]]:
         """Read what is new; the (job, step) whose rows have changed."""
         changed = []
         for path in sorted(self.folder.glob("replica-*.jsonl")):
-            with open(path) as file:
-                file.seek(self._read.get(path, 0))
-                text = file.read()
-            # A line may be half written.
-            whole = text[: text.rfind("\n") + 1]
-            self._read[path] = self._read.get(path, 0) + len(whole.encode())
-            for line in whole.splitlines():
-                changed.append(self._add(path, json.loads(line)))
+            offset, lines = self._read.get(path, (0, 0))
+            with open(path, "rb") as file:
+                file.seek(offset)
+                data = file.read()
+            before = len(changed)
+            size = parse(path, data, lambda event, path=path: changed.append(self._add(path, event)), lines + 1)
+            self._read[path] = (offset + size, lines + len(changed) - before)
         return changed
 
     def _add(self, path: Path, event: dict) -> tuple[str, int]:

@@ -8,16 +8,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from lorafusion.errors import UserError
-from lorafusion.files import write
-from lorafusion.plan import Plan
+from lorafusion.manifest import MANIFEST
+from lorafusion.runtime.lock import LOCK
 from lorafusion.train.config import TrainConfig
-from lorafusion.train.folder import Progress
+from lorafusion.train.folder import PROGRESS, Progress, write_progress
 
-MARK = "progress.json"
-LOCK = ".lock"
 WANDBS = "wandb"  # has links of its own making
 
 
@@ -46,24 +42,24 @@ def require_own(config: TrainConfig) -> None:
 
 def claim(folder: Path) -> None:
     """Mark a folder, which must be locked, as a training's."""
-    if not (folder / MARK).exists():
-        write(folder / MARK, Progress(settings={}).model_dump_json(indent=1) + "\n")
+    if not (folder / PROGRESS).exists():
+        write_progress(folder, Progress(settings={}))
 
 
 def is_own(folder: Path) -> bool:
-    """Has a training marked the folder, or, as they did before there was a mark, planned a run in it?"""
+    """Has a training marked the folder? Its mark may be damaged, or of an earlier version; that is told when it is
+    read."""
+    path = folder / PROGRESS
     try:
-        if (folder / MARK).exists():
-            Progress.model_validate(json.loads((folder / MARK).read_text()))
-            return True
-        return any(Plan.read(path) for path in sorted(folder.glob("runs/*/plan.json"))[:1])
-    except (UserError, ValidationError, ValueError, OSError):
-        return False
+        data = json.loads(path.read_text())
+    except (ValueError, OSError):
+        return path.is_file() and any(folder.glob(f"runs/*/{MANIFEST}"))
+    return isinstance(data, dict) and {"settings", "jobs"} <= data.keys()
 
 
 def _is_new(names: set[str]) -> bool:
     """Is there nothing in a folder but what the marking of it leaves when it is interrupted?"""
-    return all(name == LOCK or name.startswith(f".{MARK}.") for name in names)
+    return all(name == LOCK or name.startswith(f".{PROGRESS}.") for name in names)
 
 
 def _links(folder: Path) -> Iterator[Path]:

@@ -7,9 +7,9 @@ processes, from each adapter's last step in a new plan. So a job is added or wit
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -20,102 +20,157 @@ from lorafusion.files import write
 from lorafusion.measure.environment import gpu_state
 from lorafusion.plan import Plan
 from lorafusion.runtime.checkpoint import Found, identity, newest
+from lorafusion.runtime.events import require
 from lorafusion.runtime.launch import Outcome, launch
+from lorafusion.runtime.lock import Lock, locked
 from lorafusion.runtime.probe import Measured, capacity_of
 from lorafusion.runtime.spec import RunSpec, Saving
-from lorafusion.runtime.training import trim_events
 from lorafusion.scheduler import fast
 from lorafusion.simulator import model_costs
 from lorafusion.train.config import TrainConfig, read_train_config
-from lorafusion.train.export import export
-from lorafusion.train.folder import OutputFolder, Run, locked
+from lorafusion.train.export import Exporter
+from lorafusion.train.folder import OutputFolder, Run, require_names, trim_events
 from lorafusion.train.metrics import EventReader, History
-from lorafusion.train.ownership import claim, require_own
+from lorafusion.train.ownership import claim, is_own, require_own
 from lorafusion.train.prepare import DATA, base_model, prepare
 from lorafusion.train.progress import Display, WandbLog
-from lorafusion.workload import Workload, content_hash
+from lorafusion.train.status import RUNNING, STATUS, Status, output_named_in, refuse, running
+from lorafusion.workload import Job, Workload, content_hash
 
 SYSTEM = "lorafusion"
 CPU_CAPACITY = 2048  # tokens, where nothing is probed
 DONE, FAILED, STOPPED = 0, 1, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again
 RELOAD = "SIGHUP"
+LOG, METRICS = "log.txt", "metrics.jsonl"
 METRICS_SECONDS = 5  # between two writings of the metrics, all of them each time
 
 
 def train(path: Path) -> int:
     """Train the jobs of a file; the exit status. SIGTERM and SIGINT save and end; SIGHUP saves, reads the file again
     and goes on."""
+    before = None
     while True:
-        config = read_train_config(path)
-        require_own(config)
-        with locked(config.output):
-            claim(config.output)
-            training = Training(config)
-            outcome = training.run()
+        config = _read(path, before)
+        before = config.output
+        try:
+            outcome = _train_once(config)
+        except OSError as error:
+            where = f"{error.filename or config.output}: {error.strerror or error}"
+            raise UserError(f"{where}; nothing is lost, the same command goes on") from None
         if outcome.status != "stopped" or RELOAD not in outcome.note:
             break
         print(f"{path}: reading it again", file=sys.stderr)
-    write(training.output.path / "status.json", json.dumps({"status": outcome.status, "note": outcome.note}) + "\n")
     if outcome.status == "ok":
         return DONE
     if outcome.status == "stopped":
         print(f"stopped {outcome.note}; the same command goes on", file=sys.stderr)
         return STOPPED
-    print(f"error: {outcome.status}: {outcome.note}; its log: {training.log}", file=sys.stderr)
+    print(f"error: {outcome.status}: {outcome.note}; its log: {config.output / LOG}", file=sys.stderr)
     return FAILED
+
+
+def _read(path: Path, before: Path | None) -> TrainConfig:
+    """The jobs file; one that cannot be taken is told to those who watch the folder. before: the folder that it named
+    when it was read before."""
+    folder = before or output_named_in(path)
+    try:
+        config = read_train_config(path)
+        folder = config.output
+        require_own(config)
+        require_names(folder, [job.name for job in config.jobs], path)
+        return config
+    except UserError as error:
+        if folder is not None and is_own(folder) and (folder / STATUS).is_file():
+            with suppress(UserError, OSError), locked(folder):  # unless another training is at work there
+                refuse(folder, path, error)
+        raise
+
+
+def _train_once(config: TrainConfig) -> Outcome:
+    with locked(config.output) as lock, running(config.output, config.path) as status:
+        claim(config.output)
+        training = Training(config, lock, status)
+        outcome = training.run()
+        status.jobs = training.states()
+        status.write(outcome.status, outcome.note)
+        return outcome
 
 
 class Training:
     """One invocation of the command, with the jobs file as it is now."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, lock: Lock, status: Status) -> None:
+        self.config, self.lock, self.status = config, lock, status
         self.model: ModelConfig = base_model(config)
         text = yaml.safe_dump(self.model.model_dump(mode="json"))
         settings = {"model": hashlib.sha256(text.encode()).hexdigest()[:16], "dtype": config.chosen_dtype,
                     "adapter_dtype": config.adapter_dtype, "seed": config.seed}  # fmt: skip
         self.output = OutputFolder(config.output, settings)
-        self.model_file, self.log = config.output / "model.yaml", config.output / "log.txt"
+        self.model_file, self.log = config.output / "model.yaml", config.output / LOG
         self._model_text = text
+        self.history = History()
         self._readers: dict[Run, EventReader] = {}
+        self._found_before: Found | None = None  # the checkpoint of the run in hand, when the command began
 
     def run(self) -> Outcome:
-        """Plan what remains and run it; the outcome is "nan" where an adapter was stopped."""
+        """Plan what remains and run it; the outcome is "nan" where an adapter was stopped, "failed" where one could not
+        be exported."""
         write(self.model_file, self._model_text)
-        workload = prepare(self.config, self.output.path)
-        history = self._history()
+        self.workload = prepare(self.config, self.output.path)
+        self._read_history()
+        self.exporter = Exporter(self.output, self.model, self.workload, self.history)
+        run, remaining = self._in_hand()
+        self.exporter.finish()
+        self._tell()
         outcome = Outcome("ok")
-        run, remaining = self._in_hand(workload)
         if remaining is not None:
-            outcome = self._execute(run or self._planned(remaining), remaining, history)
+            outcome = self._execute(run or self._planned(remaining), remaining)
         else:
             print(f"{self.output.path}: all jobs are trained", file=sys.stderr)
-        history.write(self.output.path / "metrics.jsonl")
-        return self._exported(workload, history) if outcome.status == "ok" else outcome
+        self.history.write(self.output.path / METRICS)
+        self.exporter.finish()
+        return self._judged() if outcome.status == "ok" else outcome
 
-    def _in_hand(self, workload: Workload) -> tuple[Run | None, Workload | None]:
+    def states(self) -> dict[str, dict]:
+        """Of each job what `status.json` has."""
+        return {job.name: self._state(job) for job in self.workload.jobs}
+
+    def _state(self, job: Job) -> dict:
+        done = self.output.progress.jobs.get(job.name)
+        steps = max(len(self.history.complete(job.name)), done.steps if done else 0)
+        if job.name in self.exporter.failures:
+            return {"state": "failed", "steps": steps, "note": self.exporter.failures[job.name]}
+        if self.exporter.is_done(job):
+            return {"state": "stopped" if job.name in self.history.stopped else "exported", "steps": steps}
+        return {"state": "training", "steps": steps}
+
+    def _tell(self) -> None:
+        self.status.jobs = self.states()
+        self.status.write(RUNNING)
+
+    def _in_hand(self) -> tuple[Run | None, Workload | None]:
         """The run to go on with, if there is one of just these jobs, and what remains to be trained in it."""
-        remaining = self.output.remaining(workload)
-        runs = self.output.runs()
-        if not runs or remaining is None:
+        remaining = self.output.remaining(self.workload)
+        run = self.output.in_hand
+        if run is None:
             return None, remaining
-        plan = Plan.read(runs[-1].plan)
-        capacity = self.config.capacity or plan.capacity
-        wanted = (remaining.content_hash, self.config.stages, self.config.data_parallel, capacity)
-        if wanted == (plan.workload_hash, plan.stages, plan.data_parallel, plan.capacity):
-            return runs[-1], remaining
-        self._take_over(runs[-1])
-        return None, self.output.remaining(workload)
-
-    def _take_over(self, run: Run) -> None:
-        found = self._found(run)
-        if found is not None:
-            self.output.take_over(run, found)
+        if remaining is not None:
+            plan = Plan.read(run.plan)
+            capacity = self.config.capacity or plan.capacity
+            wanted = (remaining.content_hash, self.config.stages, self.config.data_parallel, capacity)
+            if wanted == (plan.workload_hash, plan.stages, plan.data_parallel, plan.capacity):
+                return run, remaining
+        self.output.take_over(run, self._found_before)
+        return None, self.output.remaining(self.workload)
 
     def _found(self, run: Run) -> Found | None:
         """The checkpoint that a run goes on from."""
-        origin = identity(self._base_spec(run.workload, 0.0), Plan.read(run.plan).content_hash)
-        return newest(run.checkpoints, origin)[0]
+        spec = self._base_spec(run.workload, 0.0).model_copy(update=self._initial(run))
+        origin = identity(spec, Plan.read(run.plan).content_hash)
+        found, reasons = newest(run.checkpoints, origin, run.events)
+        for reason in reasons:
+            print(f"warning: passed over a checkpoint: {reason}", file=sys.stderr)
+        return found
 
     def _planned(self, remaining: Workload) -> Run:
         stages = self.config.stages
@@ -161,18 +216,21 @@ class Training:
         config = self.config
         return RunSpec(system=SYSTEM, model=str(self.model_file), workload=str(workload), device=config.chosen_device,
                        dtype=config.chosen_dtype, adapter_dtype=config.adapter_dtype, seed=config.seed,
-                       checkpointing=share)  # fmt: skip
+                       checkpointing=share, lock=self.lock)  # fmt: skip
+
+    def _initial(self, run: Run) -> dict[str, str]:
+        return {"initial": str(run.initial)} if run.initial.exists() else {}
 
     def _spec(self, run: Run) -> RunSpec:
         share = self._capacity(Workload.read(run.workload), Plan.read(run.plan).capacity)[1]
-        more = {"plan": str(run.plan), "tokens": str(self.output.path / DATA), "initial": str(self.output.state),
+        more = {"plan": str(run.plan), "tokens": str(self.output.path / DATA),
                 "saving": Saving(folder=str(run.checkpoints), every=self.config.save_every, keep=self.config.keep),
                 "events": str(run.events)}  # fmt: skip
-        return self._base_spec(run.workload, share).model_copy(update=more)
+        return self._base_spec(run.workload, share).model_copy(update=more | self._initial(run))
 
-    def _execute(self, run: Run, workload: Workload, history: History) -> Outcome:
+    def _execute(self, run: Run, workload: Workload) -> Outcome:
         # That of a run in hand has read what is known already: no progress of this command, nor to be logged again.
-        reader = self._readers.get(run) or EventReader(run.events, workload, history)
+        reader = self._readers.get(run) or EventReader(run.events, workload, self.history)
         wandb = None
         if self.config.wandb != "off":
             name = f"{self.output.path.name}-{run.folder.name}"
@@ -184,10 +242,12 @@ class Training:
                 nonlocal written
                 changed = reader.poll()
                 for job, step in changed if wandb else ():
-                    wandb.log(job, step, history)
+                    wandb.log(job, step, self.history)
                 if time.monotonic() - written > METRICS_SECONDS:
-                    history.write(self.output.path / "metrics.jsonl")
+                    self.history.write(self.output.path / METRICS)
                     written = time.monotonic()
+                if self.exporter.look(run):
+                    self._tell()
                 display.update()
 
             outcome = launch(
@@ -197,34 +257,36 @@ class Training:
         if wandb:
             wandb.finish()
         if outcome.status == "ok":
-            self._take_over(run)
+            self.output.take_over(run, self._found(run))
         return outcome
 
-    def _history(self) -> History:
+    def _read_history(self) -> None:
         """What all runs so far have told, but for what will be run again."""
-        history = History()
-        for run in self.output.runs()[-1:]:
-            found = self._found(run)
-            for path in run.events.glob("*.jsonl"):
-                trim_events(path, found.slot if found else 0)
         for run in self.output.runs():
-            self._readers[run] = EventReader(run.events, Workload.read(run.workload), history)
+            left = self.output.left_at(run)
+            if left is None:
+                self._found_before = found = self._found(run)
+                trim_events(run, found.events if found else {})
+            else:
+                require(run.events, left)
+            self._readers[run] = EventReader(run.events, Workload.read(run.workload), self.history)
             self._readers[run].poll()
-        return history
 
-    def _exported(self, workload: Workload, history: History) -> Outcome:
-        """Write the adapters of all jobs."""
-        stopped = []
-        for job in workload.jobs:
-            last = self.output.progress.jobs[job.name].stopped
-            if last is not None:
-                stopped.append(f"{job.name} at step {last + 1}")
-            steps = {step: row for step, row in history.complete(job.name).items() if last is None or step < last}
-            state, folder = self.output.state / f"{job.name}.safetensors", self.output.adapter(job.name)
-            export(
-                job, self.model, state, steps, stopped=last is not None, others=len(workload.jobs) - 1, folder=folder
-            )
-            print(folder, file=sys.stderr)
+    def _judged(self) -> Outcome:
+        """How a training ends whose processes ended well: each job has made its steps, each step has its row, each
+        adapter is there."""
+        failures, stopped = dict(self.exporter.failures), []
+        for job in self.workload.jobs:
+            done = self.output.progress.jobs[job.name]
+            if done.stopped is not None:
+                stopped.append(f"{job.name} at step {done.stopped + 1}")
+            elif done.steps < len(job.batches):
+                failures.setdefault(job.name, f"{done.steps} of {len(job.batches)} steps are done")
+            if not self.exporter.is_done(job):
+                failures.setdefault(job.name, "its adapter is not there")
+        if failures:
+            told = "; ".join(f"{name} could not be exported: {reason}" for name, reason in failures.items())
+            return Outcome("failed", f"{told}; the others are exported, the same command tries again")
         if stopped:
             reason = f"{', '.join(stopped)}: the gradient is not finite, the adapter has the weights before"
             return Outcome("nan", f"{reason}; the others are trained")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -11,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from lorafusion import manifest
 from lorafusion.checks import toy_jobs
+from lorafusion.manifest import MANIFEST
 from lorafusion.plan import Plan
 from lorafusion.runtime.checkpoint import CheckpointError, Checkpoints, identity, newest, opened, set_aside
 from lorafusion.runtime.spec import STOP_FILE, RunSpec, Saving
@@ -21,6 +24,7 @@ from lorafusion.scheduler import fast
 from lorafusion.workload import Workload
 from tests import forked
 
+TENSORS = "rank-0.safetensors"
 CHANGES = {"epochs": 3, "max_grad_norm": 0.5, "schedule": "cosine", "warmup_steps": 2, "evaluate_every": 2}
 
 
@@ -135,24 +139,37 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
 
-def describe(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def described(folder: Path, **changes) -> None:
+    """A checkpoint that was written with other facts."""
+    facts = manifest.facts_of(folder)
+    origin = facts["origin"] | {key: value for key, value in changes.items() if key in facts["origin"]}
+    manifest.seal(folder, manifest.entries(folder, ["rank-0.safetensors"]), facts | changes | {"origin": origin})
 
 
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda last: flip(last / "rank-0.safetensors"), "rank-0.safetensors: corrupt, its hash is not the one in"),
-        (lambda last: cut(last / "rank-0.safetensors"), "rank-0.safetensors: corrupt, its hash is not the one in"),
-        (lambda last: cut(last / "rank-0.json"), "rank-0.json: corrupt, not JSON"),
-        (lambda last: (last / "rank-0.safetensors").unlink(), "incomplete, the tensors of rank-0 are gone"),
-        (lambda last: (last / "rank-0.json").unlink(), "incomplete, no process has finished writing it"),
-        (lambda last: describe(last / "rank-0.json", processes=2), "incomplete, 1 of 2 parts are there"),
-        (lambda last: describe(last / "rank-0.json", plan="00"), "of another run, its plan is '00', not '"),
-        (lambda last: describe(last / "rank-0.json", dtype="float16"), "its dtype is 'float16', not 'float32'"),
-        (lambda last: describe(last / "rank-0.json", version=0), "its version is 0, not 1"),
-    ],
-)
+def with_the_tensors_before(last: Path) -> None:
+    shutil.copy(min(last.parent.glob("slot-*")) / TENSORS, last)
+
+
+DAMAGES = {
+    "a bit of the tensors": (lambda last: flip(last / TENSORS), f"{TENSORS}: damaged, its hash is not the one"),
+    "cut tensors": (lambda last: cut(last / TENSORS), f"{TENSORS}: damaged, it has 100 bytes, not"),
+    "no tensors": (lambda last: (last / TENSORS).unlink(), f"{TENSORS}: missing"),
+    "other tensors": (with_the_tensors_before, f"{TENSORS}: damaged, "),
+    "a bit of the manifest": (lambda last: flip(last / MANIFEST), f"{MANIFEST}: damaged, not JSON"),
+    "a cut manifest": (lambda last: cut(last / MANIFEST), f"{MANIFEST}: damaged, not JSON"),
+    "no manifest": (lambda last: (last / MANIFEST).unlink(), f"not finished, it has no {MANIFEST}"),
+    "a file too many": (lambda last: (last / "rank-1.safetensors").touch(), "rank-1.safetensors: not a file of this"),
+    "another folder": (
+        lambda last: described(last, slot=999),
+        "it is the checkpoint of slot-000000999; it was renamed",
+    ),
+    "another plan": (lambda last: described(last, plan="00"), "of another run, its plan is '00', not '"),
+    "another dtype": (lambda last: described(last, dtype="float16"), "its dtype is 'float16', not 'float32'"),
+    "another version": (lambda last: described(last, version=0), "its version is 0, not 2"),
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_bad_checkpoint_is_refused_and_the_last_good_one_taken(saved, copied, damage, reason):
     before, last = sorted(copied.glob("slot-*"))
     damage(last)
@@ -163,10 +180,40 @@ def test_a_bad_checkpoint_is_refused_and_the_last_good_one_taken(saved, copied, 
         opened(last, of(saved))
 
 
-def test_where_none_is_good_nothing_is_begun_anew_in_silence(saved, copied):
-    for path in copied.glob("slot-*/*.safetensors"):
-        flip(path)
-    with pytest.raises(CheckpointError, match=r"corrupt.*; to begin anew, move .* away"):
+@given(name=st.sampled_from([TENSORS, MANIFEST]), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+def test_any_bit_of_a_checkpoint_counts(saved, copied, name, place, bit):
+    before, last = sorted(copied.glob("slot-*"))
+    whole = (last / name).read_bytes()
+    damaged = bytearray(whole)
+    damaged[int(place * len(whole))] ^= 1 << bit
+    (last / name).write_bytes(damaged)
+    assert newest(copied, of(saved))[0].path == before
+    (last / name).write_bytes(whole)
+
+
+def test_a_checkpoint_whose_events_are_damaged_is_passed_over(saved, copied, tmp_path):
+    """The rows are there again when the slots after the one before have been run again."""
+    shutil.copytree(saved.spec.events, tmp_path / "events")
+    path = tmp_path / "events" / "replica-0.jsonl"
+    before, last = (opened(one) for one in sorted(copied.glob("slot-*")))
+    assert newest(copied, of(saved), tmp_path / "events")[0] == last
+    data = path.read_bytes()
+    path.write_bytes(data[:-10] + b"*" * 9 + b"\n")
+    found, [reason] = newest(copied, of(saved), tmp_path / "events")
+    assert found == before
+    assert f"{path}: line {len(data.splitlines())} is broken (" in reason
+    path.write_bytes(b"*" + data[1:])
+    with pytest.raises(CheckpointError, match="line 1 is broken .* no good checkpoint is left"):
+        newest(copied, of(saved), tmp_path / "events")
+
+
+@pytest.mark.parametrize("damage", [lambda last: flip(last / TENSORS), lambda last: cut(last / MANIFEST), shutil.rmtree,
+                                    lambda last: (last / MANIFEST).unlink()])  # fmt: skip
+def test_where_none_is_good_nothing_is_begun_anew_in_silence(saved, copied, damage):
+    for path in copied.glob("slot-*"):
+        damage(path)
+    with pytest.raises(CheckpointError, match=r"no good checkpoint is left; to begin anew, move .* away"):
         newest(copied, of(saved))
 
 
@@ -186,7 +233,7 @@ def test_only_the_last_ones_are_kept(saved):
 
 def test_a_damaged_old_checkpoint_hinders_no_new_one(saved, copied):
     old, last = sorted(copied.glob("slot-*"))
-    cut(old / "rank-0.json")
+    cut(old / MANIFEST)
     Checkpoints(Saving(folder=str(copied), keep=1), {}, 0, 1, None, lambda: False)._clear()
     assert sorted(copied.glob("slot-*")) == [last]
 
@@ -194,9 +241,9 @@ def test_a_damaged_old_checkpoint_hinders_no_new_one(saved, copied):
 def test_what_lies_beyond_the_one_gone_on_from_is_put_aside(saved, copied):
     """Else a part that an interrupted process left would complete the next attempt's checkpoint of that slot."""
     before, last = sorted(copied.glob("slot-*"))
-    (last / "rank-0.json").unlink()
+    (last / MANIFEST).unlink()
     found, _ = newest(copied, of(saved))
     set_aside(copied, found)
-    assert sorted(path.name for path in copied.iterdir()) == [f"passed-over-{last.name}", before.name]
+    assert sorted(path.name for path in copied.glob("*slot*")) == [f"passed-over-{last.name}", before.name]
     set_aside(copied, None)
-    assert newest(copied, of(saved)) == (None, [])
+    assert sorted(copied.glob("slot-*")) == []

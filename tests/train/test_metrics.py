@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lorafusion.runtime.training import trim_events
+from lorafusion.errors import UserError
+from lorafusion.manifest import DamagedError, Entry
+from lorafusion.runtime.events import EventLog, require, trim
 from lorafusion.train.metrics import EventReader, History
 
 
@@ -58,12 +64,91 @@ def test_a_line_that_is_half_written_is_read_when_it_is_whole(told):
 def test_what_is_run_again_is_dropped_first(told):
     """Other digits, as on a GPU, have other lengths: a reader that had seen the old ones would begin in mid-line."""
     reader, history, write, folder = told
-    write(loss(0, 0, 8, 2.0), step(0, 0), loss(1, 1, 8, 1.123456789), step(1, 1), end='\n{"slot": 2, "ada')
-    trim_events(folder / "replica-0.jsonl", 1)
+    write(loss(0, 0, 8, 2.0), step(0, 0))
+    kept = Entry.of(folder / "replica-0.jsonl")
+    write(loss(1, 1, 8, 1.123456789), step(1, 1), end='\n{"slot": 2, "ada')
+    trim(folder / "replica-0.jsonl", kept.size)
+    require(folder, {"replica-0.jsonl": kept})
     reader.poll()
     write(loss(1, 1, 8, 1.12), step(1, 1), step(2, 2))
     reader.poll()
     assert [row.loss for row in history.complete("a").values()] == [2.0, 1.12]
+
+
+BROKEN = {
+    "no JSON": b'{"slot": 0, "adap',
+    "no letters": b"\xff\xfe",
+    "no event": b'{"slot": 0}',
+    "no object": b"[1]",
+    "empty": b"",
+    "another job's": b'{"adapter": 1, "slot": 0, "batch": 0, "tokens": 8, "loss": 2.0}',
+    "another step's": b'{"adapter": 0, "slot": 0, "batch": 9, "tokens": 8, "loss": 2.0}',
+    "without a slot": b'{"adapter": 0, "batch": 0, "tokens": 8, "loss": 2.0}',
+}
+
+
+@pytest.mark.parametrize("line", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_line_is_an_error_that_names_it(told, line):
+    """Wherever it is read: at once, or when more has come."""
+    reader, _, write, folder = told
+    path = folder / "replica-0.jsonl"
+    write(loss(0, 0, 8, 2.0), step(0, 0))
+    reader.poll()
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    write(step(1, 1))
+    for one in (reader, EventReader(folder, reader.workload, History())):
+        with pytest.raises(DamagedError, match=re.escape(f"{path}: line 3 is broken (")) as caught:
+            one.poll()
+        assert len(str(caught.value)) < 300
+
+
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_bit_of_what_was_noted_counts(tmp_path_factory, place, bit):
+    folder = tmp_path_factory.mktemp("events")
+    log = EventLog(folder / "a.jsonl")
+    log.write(step(0, 0))
+    kept = {"a.jsonl": log.entry()}
+    log.write(step(1, 1))
+    require(folder, kept)
+    data = bytearray((folder / "a.jsonl").read_bytes())
+    data[int(place * kept["a.jsonl"].size)] ^= 1 << bit
+    (folder / "a.jsonl").write_bytes(data)
+    with pytest.raises(DamagedError, match="a.jsonl: "):
+        require(folder, kept)
+
+
+@pytest.mark.parametrize("left", [None, 0, 10])
+def test_a_file_of_events_that_is_gone_or_cut_is_an_error(tmp_path, left):
+    path = tmp_path / "a.jsonl"
+    log = EventLog(path)
+    log.write(step(0, 0))
+    kept = {"a.jsonl": log.entry()}
+    path.unlink() if left is None else os.truncate(path, left)
+    with pytest.raises(DamagedError, match="missing" if left is None else "cut, it has"):
+        require(tmp_path, kept)
+    with pytest.raises(DamagedError, match="cut, it has"):
+        EventLog(path, keep=kept["a.jsonl"].size)
+
+
+def test_a_log_that_is_gone_on_with_knows_all_of_itself(tmp_path):
+    path = tmp_path / "a.jsonl"
+    first = EventLog(path)
+    first.write(step(0, 0))
+    kept = first.entry()
+    first.write(step(1, 1))
+    second = EventLog(path, kept.size)
+    second.write(step(1, 1, norm=2.0))
+    assert second.entry() == Entry.of(path)
+    assert [json.loads(line)["norm"] for line in path.read_text().splitlines()] == [1.0, 2.0]
+
+
+def test_a_step_without_a_row_is_told(told):
+    reader, history, write, _ = told
+    write(loss(0, 0, 8, 2.0), step(0, 0), step(1, 1), loss(2, 2, 6, 1.0), step(2, 2))
+    reader.poll()
+    history.require("a", 1)
+    with pytest.raises(UserError, match="a: 1 of 3 steps have no row in its events, the first is 2"):
+        history.require("a", 3)
 
 
 def test_evaluations_of_replicas_are_added(told):

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafusion.errors import UserError
+from lorafusion.runtime.lock import locked
 from lorafusion.scheduler import fast
 from lorafusion.train import run as training
 from lorafusion.train.config import read_train_config
-from lorafusion.train.folder import OutputFolder, locked
+from lorafusion.train.folder import OutputFolder
 from lorafusion.train.ownership import claim, require_own
 from lorafusion.train.run import train
 
@@ -114,7 +115,7 @@ def test_a_training_marks_its_folder_before_it_writes(tmp_path, monkeypatch):
     """Killed anywhere after that, the same command goes on."""
     seen = []
 
-    def stop(config):
+    def stop(config, *_):
         seen.append(sorted(path.name for path in config.output.iterdir()))
         raise KeyboardInterrupt
 
@@ -123,7 +124,7 @@ def test_a_training_marks_its_folder_before_it_writes(tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             train(path)
-    assert seen == [[".lock", "progress.json"]] * 2
+    assert seen == [[".lock", "progress.json", "status.json"]] * 2
 
 
 def test_what_an_interrupted_marking_leaves_is_no_obstacle(tmp_path):
@@ -142,12 +143,17 @@ def test_a_marked_folder_of_no_step_binds_to_no_settings(tmp_path):
         OutputFolder(tmp_path, {"dtype": "float32"})
 
 
-def test_a_folder_from_before_there_were_marks_is_gone_on_with(tmp_path, make_workload):
+def test_a_folder_that_has_lost_its_mark_is_not_begun_anew(tmp_path, make_workload):
     workload = make_workload()
     out = tmp_path / "out"
     with locked(out):
         OutputFolder(out, {}).new_run(workload, fast.plan(workload, "lorafusion", 1, 64))
-    path = jobs_file(tmp_path)
-    require_own(read_train_config(path))
-    (out / "runs" / "000" / "plan.json").write_text("{}")
-    refused(path, "holds files, but not those of a training")
+    (out / "progress.json").unlink()
+    refused(jobs_file(tmp_path), "holds files, but not those of a training")
+
+
+def test_a_folder_of_an_earlier_version_is_told_apart(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "progress.json").write_text('{"settings": {"seed": 1}, "jobs": {}, "probed": {}}')
+    with pytest.raises(UserError, match="it was written by another version, or changed"):
+        train(jobs_file(tmp_path))

@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from lorafusion.errors import UserError
+from lorafusion.runtime.lock import locked
 from lorafusion.train import run as training
-from lorafusion.train.folder import locked
 from lorafusion.train.run import DONE, FAILED, STOPPED, train
 from tests import forked
 from tests.tiny_tokenizer import save_tokenizer
@@ -98,7 +98,9 @@ def whole(tmp_path_factory):
 
 def test_what_comes_out(whole):
     out = whole / "out"
-    assert json.loads((out / "status.json").read_text()) == {"status": "ok", "note": ""}
+    status = json.loads((out / "status.json").read_text())
+    assert (status["status"], status["note"]) == ("ok", "")
+    assert status["jobs"] == {name: {"state": "exported", "steps": 12} for name in ("alice", "bob", "carol")}
     for name in ("alice", "bob", "carol"):
         steps = rows(whole, name)
         assert [row["step"] for row in steps] == list(range(1, 13))  # 22 samples, 4 at a time, twice

@@ -1,0 +1,86 @@
+"""status.json: how the last command in an output folder ended, or that one is at work, for scripts that watch it.
+
+status    running, or how it ended: ok, nan, stopped, failed, refused, interrupted, or as a run of processes can: crash,
+          oom, timeout
+note      why, in one line
+jobs_file the jobs file that this is about, and the hash of what stood in it
+process   of the command: `running` is true only while a process of this id was started at this time on this machine
+began, changed
+jobs      of each: its steps that are done, and `state`: training, exported, stopped (by a gradient that is not finite;
+          what it was before is exported), or failed (to be exported) with a note
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lorafusion.errors import UserError
+from lorafusion.files import write
+from lorafusion.runtime.lock import Process
+
+STATUS, RUNNING = "status.json", "running"
+
+
+class Status:
+    """The file, written anew at every change."""
+
+    def __init__(self, folder: Path, jobs_file: Path) -> None:
+        self.path = folder / STATUS
+        self.status = ""
+        self.jobs: dict[str, dict] = {}
+        digest = hashlib.sha256(jobs_file.read_bytes() if jobs_file.is_file() else b"").hexdigest()
+        self._known = {"jobs_file": {"path": str(jobs_file.absolute()), "sha256": digest},
+                       "process": Process.own().model_dump(), "began": _now()}  # fmt: skip
+
+    def write(self, status: str, note: str = "") -> None:
+        self.status = status
+        content = {"status": status, "note": note, **self._known, "changed": _now(), "jobs": self.jobs}
+        write(self.path, json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def running(folder: Path, jobs_file: Path) -> Iterator[Status]:
+    """Within it a command is at work; who ends in order says how by `Status.write`, else the error does."""
+    status = Status(folder, jobs_file)
+    status.write(RUNNING)
+    try:
+        yield status
+    except (UserError, OSError) as error:
+        with suppress(OSError):  # a full disk: the file says of a process that is gone that it runs
+            status.write("failed", _line(error))
+        raise
+    except KeyboardInterrupt:
+        status.write("interrupted", "at once, what was done since the last checkpoint is lost")
+        raise
+    finally:
+        if status.status == RUNNING:
+            with suppress(OSError):
+                status.write("crash", "an error of the program, it said more on standard error")
+
+
+def refuse(folder: Path, jobs_file: Path, error: UserError) -> None:
+    """Say that a jobs file was not taken."""
+    Status(folder, jobs_file).write("refused", _line(error))
+
+
+def output_named_in(jobs_file: Path) -> Path | None:
+    """The output folder that a jobs file names, however broken the rest of it is."""
+    try:
+        found = re.search(r"^output:[ \t]*([^#\n]+)", jobs_file.read_text(), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return jobs_file.absolute().parent / Path(found[1].strip().strip("'\"")).expanduser() if found else None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -109,7 +109,7 @@ def test_a_run_is_saved_and_gone_on_from(spec):
     whole = [json.loads(line) for line in events.read_text().splitlines()]
     folder = Path(spec.saving.folder)
     found, _ = newest(folder, identity(spec, Plan.read(spec.plan).content_hash))
-    (found.path / "rank-0.json").unlink()  # as if the last one had not been finished
+    (found.path / "manifest.json").unlink()  # as if the last one had not been finished
     again = launch(spec, 1, 240)
     assert again.status == "ok"
     for one, other in zip(whole, map(json.loads, events.read_text().splitlines()), strict=True):

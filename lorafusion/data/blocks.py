@@ -6,6 +6,7 @@ The pydantic models are the schema. A block's kind is told by the one key that o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from lorafusion.data.lengths import MIXED, read_table
 from lorafusion.errors import UserError, validated
 
 SYNTHETIC = "synthetic:"  # how the name of a dataset begins whose tokens are made up when they are needed
+MESSAGE, TURN = {"role", "content"}, {"from", "value"}  # keys of a message of a chat
 Files = Annotated[
     tuple[Path, ...],
     BeforeValidator(lambda value: [value] if isinstance(value, str | Path) else value),
@@ -141,7 +143,8 @@ def pieces(template: str) -> tuple[tuple[str, str | None], ...]:
 
 
 def fill(template: str, row: Mapping[str, object], where: str) -> str:
-    """A template with a row's fields; `UserError` names `where` and the field that is missing or null."""
+    """A template with a row's fields: text as it is, everything else as JSON has it. `UserError` names `where` and the
+    field that cannot be put in."""
     out = []
     for text, field in pieces(template):
         out.append(text)
@@ -151,8 +154,46 @@ def fill(template: str, row: Mapping[str, object], where: str) -> str:
             raise UserError(f"{where}: no field {field!r}; found {', '.join(row) or 'none'}")
         if row[field] is None:
             raise UserError(f"{where}: field {field!r} is null; expected a value to put into the template")
-        out.append(str(row[field]))
+        out.append(_as_text(row[field], f"{where}: field {field!r}"))
     return "".join(out)
+
+
+def is_blank(template: str, row: Mapping[str, object]) -> bool:
+    """Is there nothing in a row for the fields of a template: a null, or only empty or blank text?"""
+    fields = [field for _, field in pieces(template) if field is not None]
+    if any(field not in row for field in fields):
+        return False  # a mistake, which `fill` tells
+    values = [row[field] for field in fields]
+    return bool(fields) and (
+        any(value is None for value in values) or all(isinstance(value, str) and not value.strip() for value in values)
+    )
+
+
+def _as_text(value: object, where: str) -> str:
+    """A field's value as it is put into a template."""
+    if _is_conversation(value):
+        raise UserError(
+            f"{where} is a list of chat messages, expected text; render it with the tokenizer's chat template "
+            "(`apply_chat_template`) and give prompt and answer as fields of their own"
+        )
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise UserError(f"{where} has {half}, half of a character (a lone surrogate); expected whole ones") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{where} is neither text nor JSON ({error})") from None
+    return text
+
+
+def _is_conversation(value: object) -> bool:
+    """Is a value a list of messages, in either of the forms that are common?"""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and (item.keys() >= MESSAGE or item.keys() >= TURN) for item in value)
+    )
 
 
 def _names(paths: tuple[Path, ...]) -> str:

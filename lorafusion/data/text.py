@@ -1,19 +1,21 @@
 """Samples from text: rows of JSONL files and hub datasets through templates, plain text in blocks, as token ids.
 
-Prompt and completion are tokenised apart, so that the border between what is given and what is learnt is exact. The
-prompt has what the tokenizer puts before a text, the completion ends with the end-of-sequence token.
+A row is what the tokenizer makes of its prompt and its completion as one text, so that a model meets the tokens that it
+will meet when it is used. What is learnt begins with the first token that reaches into the completion: a token that
+spans the border belongs to it. No special token stands twice, where a chat template has written them out already.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from lorafusion.data.blocks import HubData, JsonlData, TextData, fill
+from lorafusion.data.blocks import HubData, JsonlData, TextData, fill, is_blank
+from lorafusion.data.encoder import Encoder, Specials, begins_with, ends_with
+from lorafusion.data.plain_text import batches, token_runs
 from lorafusion.errors import UserError
 from lorafusion.models.checkpoint import HUB_ERRORS
 from lorafusion.scheduler.common import progress
@@ -23,12 +25,6 @@ if TYPE_CHECKING:
 
 BATCH = 1000  # rows that are tokenised in parallel
 LARGE = 10_000  # rows from which on a progress bar is shown
-# Characters of plain text that are tokenised at once. Pieces end with a line, where tokens hardly ever reach across.
-PIECE = 1 << 18
-PIECES = 16
-LARGE_TEXT = 100  # pieces from which on a progress bar is shown
-
-Item = TypeVar("Item")
 
 
 class Row(NamedTuple):
@@ -52,74 +48,30 @@ class Counts:
     kept: int = 0
     truncated: int = 0
     too_long: int = 0
+    blank: int = 0
     empty: int = 0
 
     def __str__(self) -> str:
         return (
             f"{self.kept} samples, {self.truncated} of them truncated; dropped {self.too_long} as too long, "
-            f"{self.empty} with nothing to learn"
+            f"{self.blank} with an empty or null completion, {self.empty} with nothing left to learn"
         )
-
-
-class Encoder:
-    """What a tokenizer makes of texts, with its special tokens where a sample wants them."""
-
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.end: int = tokenizer.eos_token_id
-        around = self._encode([""], special=True)[0]
-        # Some tokenizers close a text too. That would stand between prompt and completion.
-        self._closes = around[-1:] == [self.end] and (len(around) > 1 or tokenizer.bos_token_id != self.end)
-
-    def beginnings(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts that something follows, with what the tokenizer puts before a text."""
-        encoded = self._encode(texts, special=True)
-        return [ids[:-1] for ids in encoded] if self._closes else encoded
-
-    def middles(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts without special tokens."""
-        return self._encode(texts, special=False)
-
-    def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        # Not verbose: it would warn of texts longer than the model's positions, which are cut later.
-        return self.tokenizer(
-            texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        ).input_ids
-
-
-def load_encoder(source: str, revision: str | None = None) -> Encoder:
-    """The tokenizer in a local folder or a repository of the hub."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (*HUB_ERRORS, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"tokenizer {source!r}: neither in a local folder nor to be had from the hub ({reason})"
-        ) from None
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"tokenizer {source!r}: expected a fast one with a tokenizer.json, found {type(tokenizer).__name__}"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer {source!r}: no eos_token, which has to end every sample")
-    return Encoder(tokenizer)
 
 
 @dataclass(frozen=True)
 class SampleRule:
-    """What samples are made of rows: how long one may be, what becomes of a longer one, whether prompts are learnt."""
+    """What samples are made of rows: how long one may be, what becomes of a longer one, whether prompts are learnt,
+    which special tokens are added (add_bos None: what the tokenizer puts before a text)."""
 
     max_length: int
     too_long: Literal["truncate", "drop", "error"]
     learn_prompt: bool
+    add_bos: bool | None = None
+    add_eos: bool = True
 
-    def sample(self, row: Row, prompt: list[int], completion: list[int], counts: Counts) -> Encoded | None:
+    def sample(self, row: Row, whole: Encoded, counts: Counts) -> Encoded | None:
         """The sample of a row, or None where it is dropped."""
-        ids = prompt + completion
+        ids = whole.ids
         if len(ids) > self.max_length:
             if self.too_long == "error":
                 raise UserError(f"{row.where}: {len(ids)} tokens, more than max_length {self.max_length}")
@@ -127,11 +79,11 @@ class SampleRule:
                 counts.too_long += 1
                 return None
             ids = ids[: self.max_length]
-        first_label = 1 if self.learn_prompt else max(1, len(prompt))
+        first_label = 1 if self.learn_prompt else max(1, whole.first_label)
         if len(ids) <= first_label:
             counts.empty += 1
             return None
-        counts.truncated += len(ids) < len(prompt) + len(completion)
+        counts.truncated += len(ids) < len(whole.ids)
         counts.kept += 1
         return Encoded(ids, first_label)
 
@@ -143,23 +95,43 @@ def encode(
 
     Raises `UserError` for a file, a row or a dataset that cannot be used, and where no sample remains.
     """
-    samples = _blocks(block, encoder, counts) if isinstance(block, TextData) else _rows(block, encoder, rule, counts)
-    yield from samples
+    specials = encoder.specials(rule.add_bos, rule.add_eos)
+    if isinstance(block, TextData):
+        yield from _blocks(block, encoder, specials, counts)
+    else:
+        yield from _rows(block, encoder, specials, rule, counts)
     if not counts.kept:
         raise UserError(f"{block.dataset}: no sample remains: {counts}")
 
 
-def _rows(block: JsonlData | HubData, encoder: Encoder, rule: SampleRule, counts: Counts) -> Iterator[Encoded]:
+def _rows(
+    block: JsonlData | HubData, encoder: Encoder, specials: Specials, rule: SampleRule, counts: Counts
+) -> Iterator[Encoded]:
     rows, total = _jsonl_rows(block) if isinstance(block, JsonlData) else _hub_rows(block)
     # The bar is opened where rows are used, so that it is gone before the message of a mistake in one.
     with progress(total >= LARGE) as bar:
-        for batch in _batches(bar.track(rows, total=total, description=block.dataset), BATCH):
-            prompts = encoder.beginnings([fill(block.prompt, row.fields, row.where) for row in batch])
-            completions = encoder.middles([fill(block.completion, row.fields, row.where) for row in batch])
-            for row, prompt, completion in zip(batch, prompts, completions, strict=True):
-                sample = rule.sample(row, prompt, [*completion, encoder.end], counts)
+        for batch in batches(bar.track(rows, total=total, description=block.dataset), BATCH):
+            used = [row for row in batch if not is_blank(block.completion, row.fields)]
+            counts.blank += len(batch) - len(used)
+            texts = [
+                (fill(block.prompt, row.fields, row.where), fill(block.completion, row.fields, row.where))
+                for row in used
+            ]
+            for row, whole in zip(used, _joined(texts, encoder, specials), strict=True):
+                sample = rule.sample(row, whole, counts)
                 if sample:
                     yield sample
+
+
+def _joined(texts: list[tuple[str, str]], encoder: Encoder, specials: Specials) -> Iterator[Encoded]:
+    """Prompts with their completions, special tokens included."""
+    wholes = [prompt + completion for prompt, completion in texts]
+    for (prompt, _), whole, tokens in zip(texts, wholes, encoder.tokenised(wholes), strict=True):
+        before = [] if begins_with(specials, tokens.ids) else specials.before
+        after = [] if ends_with(specials, whole, tokens) else specials.after
+        # Without a prompt all is learnt, also the token of a blank that is put before a text and has no characters.
+        given = sum(stop <= len(prompt) for _, stop in tokens.offsets) if prompt else 0
+        yield Encoded([*before, *tokens.ids, *after], len(before) + given)
 
 
 def _jsonl_rows(block: JsonlData) -> tuple[Iterator[Row], int]:
@@ -184,12 +156,16 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 def _object(line: bytes, where: str) -> dict[str, object]:
     try:
-        value = json.loads(line)
-    except ValueError as error:  # bad JSON or bad UTF-8
+        value = json.loads(line, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
         raise UserError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object, found a {type(value).__name__}")
     return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def hub_dataset(block: HubData) -> Dataset:
@@ -210,49 +186,18 @@ def _hub_rows(block: HubData) -> tuple[Iterator[Row], int]:
     return (Row(f"{block.dataset}: row {number}", fields) for number, fields in enumerate(dataset)), len(dataset)
 
 
-def _blocks(block: TextData, encoder: Encoder, counts: Counts) -> Iterator[Encoded]:
-    """All files end to end, each with the tokens of its beginning and end, cut anew every `block` tokens."""
+def _blocks(block: TextData, encoder: Encoder, specials: Specials, counts: Counts) -> Iterator[Encoded]:
+    """All files end to end, cut anew every `block` tokens."""
     ids: list[int] = []
-    total = sum(path.stat().st_size for path in block.text) // PIECE
-    with progress(total >= LARGE_TEXT) as bar:
-        for more in bar.track(_token_runs(block, encoder), total=total, description=block.dataset):
-            ids += more
-            whole = len(ids) - len(ids) % block.block
-            for start in range(0, whole, block.block):
-                counts.kept += 1
-                yield Encoded(ids[start : start + block.block], 1)
-            ids = ids[whole:]
+    for more in token_runs(block, encoder, specials):
+        ids += more
+        whole = len(ids) - len(ids) % block.block
+        for start in range(0, whole, block.block):
+            counts.kept += 1
+            yield Encoded(ids[start : start + block.block], 1)
+        ids = ids[whole:]
     if len(ids) > 1:
         counts.kept += 1
         yield Encoded(ids, 1)
     elif ids:
         counts.empty += 1
-
-
-def _token_runs(block: TextData, encoder: Encoder) -> Iterator[list[int]]:
-    """The tokens of each piece of text, and of the end of each file."""
-    for path in block.text:
-        first = True
-        for texts in _batches(_text_pieces(path), PIECES):
-            if first:
-                yield encoder.beginnings(texts[:1])[0]
-            yield from encoder.middles(texts[first:])
-            first = False
-        if first:
-            raise UserError(f"{path}: no text in the file")
-        yield [encoder.end]
-
-
-def _text_pieces(path: Path) -> Iterator[str]:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            while lines := file.readlines(PIECE):
-                yield "".join(lines)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from None
-
-
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    remaining = iter(items)
-    while batch := list(islice(remaining, size)):
-        yield batch

@@ -34,6 +34,10 @@ class TrainJob(Config):
     )
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     learn_prompt: bool = Field(default=False, description="learn the tokens of the prompt too")
+    add_bos: bool | None = Field(
+        default=None, description="begin a sample with that token, if its text does not; null: as the tokenizer does"
+    )
+    add_eos: bool = Field(default=True, description="end a sample with that token, if its text does not")
     evaluation: Data | float = Field(
         default=0.0, description="the share of the samples, to 0.5, that the loss is measured on, or data of its own"
     )

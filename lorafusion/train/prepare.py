@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,15 +18,17 @@ import numpy as np
 
 from lorafusion.config import ModelConfig, read_model
 from lorafusion.data.blocks import Data, HubData, JsonlData, SyntheticData, TextData
+from lorafusion.data.encoder import Encoder, load_encoder
 from lorafusion.data.lengths import draw_lengths
 from lorafusion.data.store import StoreFile, StoreWriter, store_path, stored_dataset
-from lorafusion.data.text import Counts, Encoder, SampleRule, encode, hub_dataset, load_encoder
+from lorafusion.data.text import Counts, SampleRule, encode, hub_dataset
 from lorafusion.errors import UserError, validated
 from lorafusion.files import write
 from lorafusion.models.description import huggingface_model
 from lorafusion.train.config import DEFAULT_MAX_LENGTH, TrainConfig, TrainJob
 from lorafusion.workload import Job, Sample, Workload, content_hash
 
+VERSION = 2  # of what is made of a row: another one makes other tokens of the same text
 DATA = "data"  # the folder of the stores, beside workload.json
 
 
@@ -55,7 +58,7 @@ def prepare(config: TrainConfig, folder: Path) -> Workload:
     stores = _Stores(config, model, folder / DATA)
     jobs = []
     for job in config.jobs:
-        rule = SampleRule(_max_length(config, job, model), job.too_long, job.learn_prompt)
+        rule = SampleRule(_max_length(config, job, model), job.too_long, job.learn_prompt, job.add_bos, job.add_eos)
         rows = _synthetic_rows(config, job, rule) if job.is_synthetic else stores.rows(job, rule)
         jobs.append(_job(config, job, rows))
     workload = Workload(name=config.path.stem, jobs=tuple(jobs))
@@ -118,7 +121,8 @@ class _Stores:
                 "blocks": [block.model_dump(exclude={"jsonl", "text"}) for block in blocks],
                 "content": [self._digests(block) for block in blocks],
                 "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id],
-                "rule": [rule.max_length, rule.too_long, rule.learn_prompt],
+                "rule": asdict(rule),
+                "version": VERSION,
             }
         )
 

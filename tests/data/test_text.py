@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorafusion.data import text
+from lorafusion.data import plain_text, text
 from lorafusion.data.blocks import HubData, JsonlData, TextData, data_block, fill
-from lorafusion.data.text import Counts, Encoded, SampleRule, encode, load_encoder
+from lorafusion.data.encoder import load_encoder
+from lorafusion.data.text import Counts, Encoded, SampleRule, encode
 from lorafusion.errors import UserError
 from tests.tiny_tokenizer import BOS, EOS, save_tokenizer
 
@@ -35,10 +36,10 @@ def encoded(block, encoder, rule=RULE):
 
 
 def ids(encoder, characters):
-    return encoder.middles([characters])[0]
+    return encoder.tokenised([characters])[0].ids
 
 
-def test_prompt_and_completion_are_tokenised_apart(tmp_path, encoder):
+def test_a_sample_is_a_prompt_with_its_completion(tmp_path, encoder):
     block = jsonl(tmp_path, {"q": "ab", "a": "xyz"}, prompt="<{q}>", completion=" {a}")
     samples, counts = encoded(block, encoder)
     assert samples == [Encoded([BOS, *ids(encoder, "<ab>"), *ids(encoder, " xyz"), EOS], 5)]
@@ -105,13 +106,28 @@ def test_what_is_too_long_is_cut_or_dropped_and_counted(tmp_path, encoder, rule,
     assert all(1 <= sample.first_label < len(sample.ids) <= length for sample in samples)
 
 
-def test_fields_that_are_no_strings_are_put_in_as_text():
-    assert fill("{n}, {x}, {{n}}, {a.b}", {"n": 3, "x": [True], "a.b": 0.5}, "here") == "3, [True], {n}, 0.5"
+def test_fields_that_are_no_strings_are_put_in_as_json():
+    row = {"n": 3, "x": [True, None, {"é": 'a"b'}], "a.b": 0.10}
+    assert fill("{n}, {x}, {{n}}, {a.b}", row, "here") == '3, [true, null, {"é": "a\\"b"}], {n}, 0.1'
 
 
 BAD_ROWS = {
     "a missing field": ([{"q": "x"}], r"rows\.jsonl:1: no field 'a'; found q$"),
-    "a null": ([{"q": "x", "a": "y"}, {"q": None, "a": ""}], r"rows\.jsonl:2: field 'q' is null"),
+    "a null": ([{"q": "x", "a": "y"}, {"q": None, "a": "z"}], r"rows\.jsonl:2: field 'q' is null"),
+    "not a number": ([{"q": "x", "a": "y"}, '{"q": "x", "a": NaN}'], r"rows\.jsonl:2: not valid JSON \(NaN is no JSON"),
+    "infinity": (['{"q": "x", "a": -Infinity}'], r"rows\.jsonl:1: not valid JSON \(-Infinity is no JSON"),
+    "a number too large": (['{"q": "x", "a": [1e999]}'], r"rows\.jsonl:1: field 'a' is neither text nor JSON"),
+    "half a character": (
+        [{"q": "cut \ud83d", "a": "y"}],
+        r"rows\.jsonl:1: field 'q' has '\\ud83d', half of a character",
+    ),
+    "half a key": ([{"q": "x", "a": {"\ud83d": 1}}], r"rows\.jsonl:1: field 'a' has '\\ud83d', half of a character"),
+    "depth": (['{"q": "x", "a": ' + 100_000 * "["], r"rows\.jsonl:1: not valid JSON"),
+    "messages": (
+        [{"q": "x", "a": [{"role": "user", "content": "y"}]}],
+        r"rows\.jsonl:1: field 'a' is a list of chat messages, expected text; render it with .*apply_chat_template",
+    ),
+    "turns": ([{"q": [{"from": "human", "value": "y"}], "a": "x"}], r"field 'q' is a list of chat messages"),
     "bad JSON": ([{"q": "x", "a": "y"}, "", "{"], r"rows\.jsonl:3: not valid JSON \(Expecting"),
     "no object": (["[1]"], r"rows\.jsonl:1: expected a JSON object, found a list"),
     "nothing": ([], r"rows\.jsonl: no rows; expected a JSON object a line"),
@@ -172,8 +188,8 @@ def test_a_bad_block_is_named_by_its_key(tmp_path, name):
 
 @pytest.mark.parametrize("piece", [1, 7, 1 << 18])
 def test_plain_text_is_cut_into_blocks_with_nothing_lost(tmp_path, encoder, monkeypatch, piece):
-    monkeypatch.setattr(text, "PIECE", piece)
-    monkeypatch.setattr(text, "PIECES", 2)
+    monkeypatch.setattr(plain_text, "PIECE", piece)
+    monkeypatch.setattr(plain_text, "WINDOWS", 2)
     texts = ["one\ntwo\n\nthree", "four\n" * 4]
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for path, content in zip(paths, texts, strict=True):
@@ -255,5 +271,9 @@ def test_a_tokenizer_that_cannot_be_had_is_one_line(tmp_path):
 
 
 def test_a_tokenizer_needs_an_end(tmp_path):
-    with pytest.raises(UserError, match="no eos_token, which has to end every sample"):
-        load_encoder(str(save_tokenizer(tmp_path, eos=None)))
+    encoder = load_encoder(str(save_tokenizer(tmp_path / "tokenizer", eos=None)))
+    block = jsonl(tmp_path, {"q": "ab", "a": "x"})
+    with pytest.raises(UserError, match="no eos_token to end a sample with; or set add_eos to false"):
+        encoded(block, encoder)
+    samples, _ = encoded(block, encoder, SampleRule(1000, "truncate", False, add_eos=False))
+    assert samples == [Encoded([BOS, *ids(encoder, "abx")], 3)]

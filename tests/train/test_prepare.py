@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from lorafusion.config import read_model
+from lorafusion.data.encoder import PROBE, Encoder
 from lorafusion.data.lengths import draw_lengths
 from lorafusion.data.store import JobTokens, StoreFile
-from lorafusion.data.text import Encoder
 from lorafusion.errors import UserError
 from lorafusion.models.stage import hf_config
 from lorafusion.train.config import read_train_config
@@ -56,12 +56,12 @@ def run(tmp_path, tokenizer):
 
 @pytest.fixture
 def tokenised(monkeypatch):
-    """Counts the texts that are tokenised from here on, but for the empty one that every tokenizer is asked about."""
+    """Counts the texts that are tokenised from here on, but for the one that every tokenizer is asked about."""
     texts = []
     encode = Encoder._encode
 
     def counting(self, batch, special):
-        texts.extend(text for text in batch if text)
+        texts.extend(text for text in batch if text != PROBE)
         return encode(self, batch, special)
 
     monkeypatch.setattr(Encoder, "_encode", counting)
@@ -140,13 +140,13 @@ def test_synthetic_samples_keep_to_the_rule_too(run):
 def test_nothing_is_tokenised_again_that_has_not_changed(run, rows, tokenised, tmp_path):
     job = {"name": "a", "data": rows(), "evaluation": 0.2}
     first = run(job)
-    assert len(tokenised) == 20
+    assert len(tokenised) == 10
     written = (tmp_path / "run" / "data" / "a.safetensors").stat()
     assert run(job) == first
     (tmp_path / "rows.jsonl").rename(tmp_path / "moved.jsonl")
     again = run(job | {"data": job["data"] | {"jsonl": "moved.jsonl"}, "seed": 7, "rank": 2, "evaluation": 0.1})
     assert len(again.jobs[0].evaluation) == 1
-    assert len(tokenised) == 20
+    assert len(tokenised) == 10
     assert (tmp_path / "run" / "data" / "a.safetensors").stat().st_mtime_ns == written.st_mtime_ns
 
 
@@ -155,6 +155,8 @@ CHANGES = {
     "the length": {"max_length": 9},
     "what is too long": {"too_long": "drop"},
     "what is learnt": {"learn_prompt": True},
+    "its beginning": {"add_bos": False},
+    "its end": {"add_eos": False},
     "data to evaluate on": {"evaluation": {"text": "rows.jsonl"}},
 }
 
@@ -173,7 +175,7 @@ def test_other_text_of_the_same_length_is_another_workload(run, rows, tokenised)
     first = run({"name": "a", "data": rows(letter="x")})
     tokenised.clear()
     second = run({"name": "a", "data": rows(letter="y")})
-    assert len(tokenised) == 20
+    assert len(tokenised) == 10
     assert first.jobs[0].samples == second.jobs[0].samples
     assert first.content_hash != second.content_hash
 
@@ -188,7 +190,7 @@ def test_another_tokenizer_tokenises_again(run, rows, tokenised, tmp_path):
 def test_jobs_share_tokens_and_a_damaged_store_is_made_anew(run, rows, tokenised, tmp_path):
     jobs = [{"name": name, "data": rows(), "learning_rate": rate} for name, rate in (("a", 1e-4), ("b", 1e-3))]
     first = run(*jobs)
-    assert len(tokenised) == 20
+    assert len(tokenised) == 10
     data = tmp_path / "run" / "data"
     assert sorted(path.name for path in data.iterdir()) == ["a.safetensors", "b.safetensors"]
     whole = (data / "a.safetensors").read_bytes()
@@ -196,7 +198,7 @@ def test_jobs_share_tokens_and_a_damaged_store_is_made_anew(run, rows, tokenised
     (data / "a.safetensors").unlink()
     (data / "a.safetensors").write_bytes(whole[:-5])
     assert run(*jobs) == first
-    assert len(tokenised) == 40
+    assert len(tokenised) == 20
     assert (data / "a.safetensors").read_bytes() == whole
 
 

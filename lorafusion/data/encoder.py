@@ -1,0 +1,92 @@
+"""What a tokenizer makes of texts, with the special tokens that a sample begins and ends with, each of them once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lorafusion.errors import UserError
+from lorafusion.models.checkpoint import HUB_ERRORS
+
+PROBE = "a"  # a text to see what the tokenizer puts around it
+
+
+class Tokenised(NamedTuple):
+    """n token ids of a text without special tokens of our own, and where in the text each begins and ends."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class Specials(NamedTuple):
+    """Token ids that go before and after a text."""
+
+    before: list[int]
+    after: list[int]
+
+
+class Encoder:
+    """A fast tokenizer of the transformers library."""
+
+    def __init__(self, tokenizer, source: str) -> None:
+        self.tokenizer, self.source = tokenizer, source
+        bare, dressed = (self._encode([PROBE], special).input_ids[0] for special in (False, True))
+        start = next(i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
+        self._own = Specials(dressed[:start], dressed[start + len(bare) :])  # what the tokenizer itself would add
+
+    def tokenised(self, texts: Sequence[str]) -> list[Tokenised]:
+        """What the tokenizer makes of each text. Special tokens that are written out in it are those tokens."""
+        if not texts:
+            return []
+        encoded = self._encode(list(texts), special=False)
+        return [Tokenised(*pair) for pair in zip(encoded.input_ids, encoded.offset_mapping, strict=True)]
+
+    def specials(self, add_bos: bool | None, add_eos: bool) -> Specials:
+        """What goes around a text. add_bos: None for what the tokenizer itself puts before a text. Raises `UserError`
+        for a token that the tokenizer has not."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if add_bos and bos is None and not self._own.before:
+            raise UserError(f"tokenizer {self.source!r}: no bos_token to begin a sample with, as add_bos asks for")
+        if add_eos and eos is None:
+            raise UserError(f"tokenizer {self.source!r}: no eos_token to end a sample with; or set add_eos to false")
+        before = [] if add_bos is False else self._own.before or ([bos] if add_bos else [])
+        closes = self._own.after[-1:] == [eos]
+        return Specials(before, [*self._own.after, *([] if closes else [eos])] if add_eos else [])
+
+    def _encode(self, texts: list[str], special: bool):
+        # Not verbose: it would warn of texts longer than the model's positions, which are cut later.
+        return self.tokenizer(
+            texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False,
+            return_offsets_mapping=True, verbose=False,
+        )  # fmt: skip
+
+
+def begins_with(specials: Specials, ids: Sequence[int]) -> bool:
+    """Does a text begin with its special token already, as one that a chat template made?"""
+    return bool(specials.before) and list(ids[:1]) == specials.before[:1]
+
+
+def ends_with(specials: Specials, text: str, tokens: Tokenised) -> bool:
+    """Does a text end with its special token already, blanks after it aside?"""
+    for token, (start, stop) in zip(reversed(tokens.ids), reversed(tokens.offsets), strict=True):
+        if text[start:stop].strip():
+            return specials.after[-1:] == [token]
+    return False
+
+
+def load_encoder(source: str, revision: str | None = None) -> Encoder:
+    """The tokenizer in a local folder or a repository of the hub."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (*HUB_ERRORS, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"tokenizer {source!r}: neither in a local folder nor to be had from the hub ({reason})"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer {source!r}: expected a fast one with a tokenizer.json, found {type(tokenizer).__name__}"
+        )
+    return Encoder(tokenizer, source)

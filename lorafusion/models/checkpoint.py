@@ -7,8 +7,8 @@ from pathlib import Path
 
 import httpx
 import torch
-from huggingface_hub import file_exists, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 
 from lorafusion.config import ModelConfig
@@ -45,19 +45,22 @@ def checkpoint_weights(config: ModelConfig):
 
 
 def _shard_of_each_tensor(config: ModelConfig) -> dict[str, str]:
-    if _exists(config, INDEX):
-        return json.loads(_file(config, INDEX).read_text())["weight_map"]
-    path = _file(config, SINGLE)
-    with safe_open(path, framework="pt") as shard:
+    index = _file_if_any(config, INDEX)
+    if index is not None:
+        return json.loads(index.read_text())["weight_map"]
+    with safe_open(_file(config, SINGLE), framework="pt") as shard:
         return dict.fromkeys(shard.keys(), SINGLE)
 
 
-def _exists(config: ModelConfig, filename: str) -> bool:
+def _file_if_any(config: ModelConfig, filename: str) -> Path | None:
+    """A file of the checkpoint, None where it has none of this name: locally, on the hub, or offline in its cache."""
     local = Path(config.weights)
     if local.is_dir():
-        return (local / filename).exists()
+        return local / filename if (local / filename).exists() else None
     try:
-        return file_exists(config.weights, filename, revision=config.revision)
+        return _fetched(config, filename)
+    except EntryNotFoundError:
+        return None
     except HUB_ERRORS as error:
         raise _unreachable(config, error) from None
 
@@ -69,11 +72,18 @@ def _file(config: ModelConfig, filename: str) -> Path:
             raise UserError(f"{local}: no {INDEX} and no {filename}; is it a safetensors checkpoint?")
         return local / filename
     try:
-        return Path(hf_hub_download(config.weights, filename, revision=config.revision))
-    except HUB_ERRORS as error:
+        return _fetched(config, filename)
+    except (*HUB_ERRORS, EntryNotFoundError) as error:
         raise _unreachable(config, error) from None
+
+
+def _fetched(config: ModelConfig, filename: str) -> Path:
+    return Path(hf_hub_download(config.weights, filename, revision=config.revision))
 
 
 def _unreachable(config: ModelConfig, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"weights {config.weights!r}: neither a local folder nor to be had from the hub ({reason})")
+    revision = f" of revision {config.revision!r}" if config.revision else ""
+    return UserError(
+        f"weights {config.weights!r}{revision}: neither a local folder nor to be had from the hub ({reason})"
+    )

@@ -51,8 +51,10 @@ class TrainJob(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**32, description="draws initial weights, dropout masks and the order")
     global_batch_size: int = Field(default=8, ge=1, description="samples of one optimizer step")
-    epochs: int = Field(default=1, ge=1)
-    steps: int | None = Field(default=None, ge=1, description="optimizer steps after which to end before the epochs do")
+    epochs: int | None = Field(default=None, ge=1, description="null: as many as the steps need; without those, one")
+    steps: int | None = Field(
+        default=None, ge=1, description="optimizer steps; with epochs too, what ends first counts"
+    )
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: int = Field(default=0, ge=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
@@ -99,7 +101,8 @@ class TrainJob(Config):
     @property
     def hyper_parameters(self) -> dict:
         """The fields that a `Job` takes as they are."""
-        return self.model_dump(include=(set(TrainJob.model_fields) & set(Job.model_fields)) - {"evaluation"})
+        names = (set(TrainJob.model_fields) & set(Job.model_fields)) - {"evaluation", "epochs"}
+        return self.model_dump(include=names)
 
 
 class TrainConfig(Config):

@@ -156,7 +156,8 @@ def export(
     and loss.png. weights: by PEFT's names. stopped: is it of the weights before a gradient that was not finite? others:
     the jobs beside it."""
     config = peft_config(job)
-    config.base_model_name_or_path = None if model.weights == "random" else model.weights
+    if model.weights != "random":
+        config.base_model_name_or_path, config.revision = model.weights, model.revision
     config.inference_mode = True
     save_adapter(config, weights, folder)
     settings = job.model_dump(mode="json", exclude={"samples", "evaluation", "start"})
@@ -186,9 +187,10 @@ def _card(job: Job, model: ModelConfig, steps: dict[int, Step], stopped: bool, o
         "seed": job.seed,
     }
     known = model.weights != "random"
+    revision = f", revision {model.revision}" if model.revision else ""
     return CARD.format(
         name=job.name,
-        base=model.weights if known else f"a {model.architecture} with random weights",
+        base=f"{model.weights}{revision}" if known else f"a {model.architecture} with random weights",
         base_model=f"base_model: {model.weights}\n" if known else "",
         others=others,
         stopped=STOPPED.format(step=len(steps) + 1) if stopped else "",

@@ -7,6 +7,7 @@ of the samples and the choice of those to evaluate on are no part of that: they 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -194,7 +195,33 @@ def _job(config: TrainConfig, job: TrainJob, rows: Rows) -> Job:
     if job.shuffle:
         training = [training[index] for index in _permutation(len(training), f"shuffle/{job.seed}")]
     samples = {"dataset": dataset, "samples": tuple(training), "evaluation": tuple(evaluation)}
-    return validated(Job, job.hyper_parameters | samples, _where(config, job))
+    epochs = {"epochs": _epochs(job, len(training))}
+    made = validated(Job, job.hyper_parameters | epochs | samples, _where(config, job))
+    steps = len(made.batches)
+    if made.warmup_steps >= steps:
+        raise UserError(
+            f"{_where(config, job)}: warmup_steps: {made.warmup_steps}, but the job has {steps} step(s), so that its "
+            "learning rate would never be reached; expected fewer"
+        )
+    return made
+
+
+def _epochs(job: TrainJob, samples: int) -> int:
+    """How often a job's samples are gone through; says so where both its epochs and its steps would end it."""
+    of_an_epoch = math.ceil(samples / job.global_batch_size)
+    if job.steps is None:
+        return job.epochs or 1
+    needed = math.ceil(job.steps / of_an_epoch)
+    if job.epochs is None:
+        return needed
+    if job.steps != job.epochs * of_an_epoch:
+        ends = "epochs" if job.epochs < needed else "steps"
+        print(
+            f"{job.name}: {job.epochs} epoch(s) have {job.epochs * of_an_epoch} steps, steps is {job.steps}: "
+            f"{ends} end(s) the job",
+            file=sys.stderr,
+        )
+    return job.epochs
 
 
 def _split(config: TrainConfig, job: TrainJob, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:

@@ -65,7 +65,7 @@ def run_cell(
             return f"{outcome.status}; the first node writes the result"
         if shared:
             shutil.rmtree(shared)
-    result = result_of(outcome, plan, description(suite, cell, workload, system, plan, repeat), origin)
+    result = result_of(outcome, workload, plan, description(suite, cell, workload, system, plan, repeat), origin)
     write_result(out, result)
     return describe(result)
 

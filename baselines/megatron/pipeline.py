@@ -13,6 +13,10 @@ is that of every other system, on the buffers that Megatron's reduction filled: 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
@@ -20,11 +24,20 @@ from baselines.megatron.device import device_of
 from baselines.megatron.schedule import MegatronStage, forward_and_backward, global_batches, initialise
 from lorafusion.errors import UserError
 from lorafusion.runtime.adapters import AdapterTraining
+from lorafusion.runtime.executor import prepared_by
 from lorafusion.runtime.training import TrainingRun
 
 
-def execute(run: TrainingRun) -> None:
-    """Train a sequential plan on this stage, global batch by global batch; every stage calls this."""
+class Wrapped(NamedTuple):
+    """The stage as megatron-core's schedules take it, and as its `DistributedDataParallel` has it for each adapter."""
+
+    stage: MegatronStage
+    models: list[DistributedDataParallel]
+
+
+@contextmanager
+def wrapped(run: TrainingRun) -> Iterator[Wrapped]:
+    """The stage in Megatron's hands: its process groups, and a buffer for each adapter's gradients."""
     if run.active.stacks:
         raise UserError("megatron-pp: adapters in stacks have no gradients of their own; take a LoRA kind without them")
     initialise(run.pipeline)
@@ -33,15 +46,20 @@ def execute(run: TrainingRun) -> None:
     with device_of(run.pipeline.device):
         models = [_data_parallel(stage, adapter) for adapter in run.adapters]
         try:
-            run.record.start()
-            for last, slots in global_batches(run):
-                (index,) = run.steps[last]
-                _train_batch(run, stage, models[index], slots)
-                _step(run, last, run.adapters[index])
+            yield Wrapped(stage, models)
         finally:
             for model, adapter in zip(models, run.adapters, strict=True):
                 _unwrap(model, adapter)
             stage.config.no_sync_func = None  # a method of a model, which has the stage, which has this
+
+
+@prepared_by(wrapped)
+def execute(run: TrainingRun, around: Wrapped) -> None:
+    """Train a sequential plan on this stage, global batch by global batch; every stage calls this."""
+    for last, slots in global_batches(run):
+        (index,) = run.steps[last]
+        _train_batch(run, around.stage, around.models[index], slots)
+        _step(run, last, run.adapters[index])
 
 
 def _train_batch(run: TrainingRun, stage: MegatronStage, model: DistributedDataParallel, slots: list[int]) -> None:

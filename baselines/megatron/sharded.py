@@ -16,12 +16,16 @@ others have one computes theirs without a loss, as all must gather the layers to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig, TorchFullyShardedDataParallel
 
 from baselines.megatron.device import device_of
 from baselines.megatron.schedule import MegatronStage, forward_and_backward, global_batches, initialise
 from lorafusion.models.stage import Stage
+from lorafusion.runtime.executor import prepared_by
 from lorafusion.runtime.pipeline import Pipeline
 from lorafusion.runtime.training import TrainingRun
 
@@ -56,14 +60,19 @@ def shard(stage: Stage, pipeline: Pipeline) -> Sharded:
     return Sharded(whole, model)
 
 
-def execute(run: TrainingRun) -> None:
-    """Train a sequential plan of one stage, global batch by global batch; every replica calls this."""
+@contextmanager
+def in_megatrons_hands(run: TrainingRun) -> Iterator[Sharded]:
+    """The sharded model, with Megatron's process groups and on its device."""
     initialise(run.pipeline)
-    sharded = run.around
     with device_of(run.pipeline.device):
-        run.record.start()
-        for last, slots in global_batches(run):
-            forward_and_backward(sharded.model, sharded.stage, slots)
-            norms = run.squared_norms(last)
-            run.pipeline.sum_over_replicas([norms])  # of the parts of the gradients
-            run.update(last, norms)
+        yield run.around
+
+
+@prepared_by(in_megatrons_hands)
+def execute(run: TrainingRun, sharded: Sharded) -> None:
+    """Train a sequential plan of one stage, global batch by global batch; every replica calls this."""
+    for last, slots in global_batches(run):
+        forward_and_backward(sharded.model, sharded.stage, slots)
+        norms = run.squared_norms(last)
+        run.pipeline.sum_over_replicas([norms])  # of the parts of the gradients
+        run.update(last, norms)

@@ -38,12 +38,13 @@ from lorafusion.errors import UserError, one_of
 from lorafusion.files import write
 from lorafusion.measure import profiler
 from lorafusion.measure.environment import has_gpu, provenance
-from lorafusion.measure.timers import canary, free_memory, peak_memory, reset_peak_memory
+from lorafusion.measure.timers import Duration, canary, free_memory
 from lorafusion.models import lora
 from lorafusion.models.liger import is_installed, use_liger
 from lorafusion.models.stage import Stage, build_stage, named_generator
 from lorafusion.runtime.board import Position
 from lorafusion.runtime.pipeline import Pipeline
+from lorafusion.runtime.result import FaultyRunError, require_clocks, require_steps
 from lorafusion.runtime.training import TrainingRun
 from lorafusion.seals import seal
 from lorafusion.workload import Job, Sample
@@ -131,9 +132,13 @@ class Trainer:
         # PEFT as shipped has adapters in float32 and trains under autocast.
         autocast = dtype if arm.implementation == "peft" and device.type == "cuda" else None
         self.run = TrainingRun(workload, plan, stage, active, builder, shared.pipeline, shared.position, autocast)
+        self.wanted = {job.name: 0 for job in workload.jobs}  # steps
+        self.clocks: list[Duration] = []  # of turns
 
     def microbatch(self, slot: int) -> None:
         """As `stream.execute` trains one."""
+        for adapter in self.run.steps[slot]:
+            self.wanted[self.run.workload.jobs[adapter].name] += 1
         x = None if self.x is None else self.x.detach().requires_grad_()
         out = self.run.forward(slot, x)
         torch.autograd.backward(out, self.gradient)
@@ -147,13 +152,15 @@ class Trainer:
     def seconds(self) -> float:
         """The time of a microbatch in a turn. One before the clock starts lets the host get ahead of the device, and
         finds memory where other arms' activations were."""
-        clock = self.run.record.clock
+        meter = self.run.record.meter
+        start = meter.point()
         self.train(1)
-        begin = clock.mark()
+        begin = meter.mark()
         self.train()
-        end = clock.mark()
+        end = meter.point()
         self.finish()
-        return clock.seconds(begin, end) / len(self.run.microbatches)
+        self.clocks.append(meter.duration(start, end))
+        return meter.seconds(begin, end.mark) / len(self.run.microbatches)
 
     def finish(self) -> None:
         """Wait for the device, and forget what was noted on the way."""
@@ -162,10 +169,14 @@ class Trainer:
         record.losses.clear()
         record.done.clear()
 
-    @property
-    def is_sound(self) -> bool:
-        """Were all gradients finite?"""
-        return not any(adapter.stopped.item() for adapter in self.run.adapters)
+    def require_sound(self) -> None:
+        """Raise `FaultyRunError` unless every step was made, and the device's clock went as the host's."""
+        adapters = self.run.adapters
+        report = {"steps": {adapter.job.name: adapter.steps_made() for adapter in adapters},
+                  "stopped": [adapter.job.name for adapter in adapters if adapter.stopped]}  # fmt: skip
+        if adapters:
+            require_steps(report, self.wanted)
+        require_clocks(self.clocks, len(self.clocks))
 
 
 def own_modules(stage: Stage) -> Stage:
@@ -253,8 +264,10 @@ def measure(name: str, bench: Bench, suite: TrainingSuite, repeat: int, position
         print(f"{name}: {arm.name}: {_gibibytes(peak)}", flush=True)
     times = seconds(bench, arms, shared.pipeline.device, suite.rounds, repeat)
     for arm in list(arms.trainers):
-        if not arms.trainers[arm].is_sound:
-            arms.lose(arm, "nan", "the gradient of an adapter is not finite")
+        try:
+            arms.trainers[arm].require_sound()
+        except FaultyRunError as fault:
+            arms.lose(arm, fault.status, str(fault))
     return arms, rows + speed_rows(name, bench, arms, times)
 
 
@@ -266,10 +279,11 @@ def _first_turn(bench: Bench, shared: Shared, arms: Arms, arm: Arm) -> float:
     free_memory()
     others = _allocated(device) - shared.allocated
     arms.trainers[arm] = Trainer(bench, arm, shared)
-    reset_peak_memory(device)
+    meter = arms.trainers[arm].run.record.meter
+    meter.reset_peak_memory()
     arms.trainers[arm].train()
     arms.trainers[arm].finish()
-    return peak_memory(device) - others
+    return meter.peak_memory() - others
 
 
 def seconds(bench: Bench, arms: Arms, device: torch.device, rounds: int, seed: int) -> dict[Arm, list[float]]:

@@ -79,8 +79,8 @@ class AdapterTraining:
             self.optimizer.grad_scale = factor.reciprocal()
 
     def steps_made(self) -> int:
-        """The steps that changed the weights: fewer than `steps` once the adapter is stopped. Waits for the device."""
-        return int(next(iter(self.optimizer.state.values()))["step"])
+        """The steps that changed all weights: fewer than `steps` once the adapter is stopped. Waits for the device."""
+        return int(torch.stack([state["step"] for state in self.optimizer.state.values()]).min())
 
     def zero_gradients(self) -> None:
         torch._foreach_zero_(self.gradients)

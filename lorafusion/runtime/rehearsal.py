@@ -7,9 +7,8 @@ optimizer's step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from lorafusion.plan import Microbatch, Plan, Segment, make_plan
+from lorafusion.runtime.executor import Executor, prepared
 from lorafusion.runtime.training import TrainingRun
 from lorafusion.workload import Workload
 
@@ -17,13 +16,14 @@ from lorafusion.workload import Workload
 QUIET = {"epochs": 1, "steps": None, "start": 0, "learning_rate": 0.0, "evaluation": (), "evaluate_every": None}
 
 
-def rehearse(run: TrainingRun, execute: Callable[[TrainingRun], object]) -> None:
+def rehearse(run: TrainingRun, execute: Executor) -> None:
     """Connect the processes, and have an executor train the first adapter for a step of nothing. Every process calls
     it. Weights, gradients, optimizers and losses are as before; torch's random generator is not."""
     run.position.set("the rehearsal")
     run.pipeline.connect()
     rehearsal = run.again(*of_a_step(run.workload, run.plan))
-    execute(rehearsal)
+    with prepared(rehearsal, execute) as train:
+        train()
     rehearsal.record.wait()
     # The group of all has a communicator of its own. Made at the start of the run, after a warm-up that left the memory
     # to torch's allocator, NCCL found none (megatron-fsdp with microbatches of 24,576 tokens on an H200).

@@ -1,7 +1,8 @@
 """The result file of a run: one JSON object, written whatever happened.
 
 Its form is what `lorafusion.measure.table` reads: the cell's identity and parameters, the metrics that it should
-have, those that it has, the losses, and where all that comes from.
+have, those that it has, the losses, and where all that comes from. A run that ended by itself is believed only where
+its report shows that it trained the whole workload (`require_whole`).
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
+from lorafusion.errors import UserError
 from lorafusion.files import write
-from lorafusion.plan import Plan
+from lorafusion.plan import Plan, statistics_of
 from lorafusion.runtime.launch import Outcome
+from lorafusion.workload import Workload
 
 VERSION = 1
 EXPECTED = (
@@ -24,6 +28,17 @@ EXPECTED = (
     ("peak_memory", "whole"),
     ("fill", "whole"),
 )
+
+
+CLOCKS_AGREE = 0.01  # of the host's seconds, by which the device's may differ
+
+
+class FaultyRunError(UserError):
+    """A run that ended by itself and has no numbers all the same: its status in the measurement table, and why."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -39,41 +54,115 @@ class Metric:
     note: str = ""
 
 
-def result_of(outcome: Outcome, plan: Plan | None, cell: dict, provenance: dict) -> dict:
-    """The content of the result file. A run with a loss that is no number has status `nan` and no metrics."""
-    status, note = outcome.status, outcome.note
-    losses = outcome.report.get("losses", {})
-    broken = [name for name, values in losses.items() if not all(map(math.isfinite, values))]
-    if broken:
-        status, note = "nan", f"the loss of {broken[0]} is not finite"
+def result_of(outcome: Outcome, workload: Workload, plan: Plan | None, cell: dict, provenance: dict) -> dict:
+    """The content of the result file. A run that did not train the whole workload, or whose clocks cannot be believed,
+    has status `nan` or `crash` and no metrics."""
+    status, note, report = outcome.status, outcome.note, outcome.report
+    if status == "ok":
+        try:
+            require_whole(report, workload, plan)
+        except FaultyRunError as fault:
+            status, note = fault.status, str(fault)
     return {
         "version": VERSION,
         "status": status,
         "note": note,
         "cell": cell,
         "expected": [{"metric": metric, "window": window} for metric, window in EXPECTED],
-        "metrics": [asdict(metric) for metric in metrics(outcome.report, plan)] if status == "ok" else [],
-        "losses": {
-            name: [value if math.isfinite(value) else None for value in values] for name, values in losses.items()
-        },
+        "metrics": [asdict(metric) for metric in metrics(report, workload, plan)] if status == "ok" else [],
+        "losses": {name: [_number(value) for value in values] for name, values in report.get("losses", {}).items()},
+        "steps": report.get("steps", {}),
+        "clocks": [dict(zip(("device", "host"), seconds, strict=True)) for seconds in report.get("clocks", [])],
         "provenance": provenance,
     }
 
 
-def metrics(report: dict, plan: Plan) -> list[Metric]:
+def _number(value: float | None) -> float | None:
+    """A loss as JSON has it."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def require_whole(report: dict, workload: Workload, plan: Plan) -> None:
+    """Raise `FaultyRunError` unless a report (`timed.report_of`) is of a run that trained all of its workload: every
+    loss is there and finite, every adapter made every step, the plan's tokens are the workload's, and the times are
+    those of a run."""
+    losses = report["losses"]
+    for job in workload.jobs:
+        if any(value is not None and not math.isfinite(value) for value in losses.get(job.name, [])):
+            raise FaultyRunError("nan", f"the loss of {job.name} is not finite")
+    require_steps(report, {job.name: len(job.batches) - job.start for job in workload.jobs})
+    for job in workload.jobs:
+        values = losses.get(job.name, [])
+        missing = [batch for batch in range(len(job.batches)) if batch >= len(values) or values[batch] is None]
+        if missing:
+            raise FaultyRunError("crash", f"the loss of global batch {missing[0]} of {job.name} is missing or in part")
+    tokens = statistics_of(plan.microbatches, plan.capacity).tokens
+    if tokens != workload.tokens:
+        raise FaultyRunError("crash", f"the plan has {tokens} tokens, its workload {workload.tokens}")
+    require_clocks(report["clocks"], plan.stages * plan.data_parallel)
+    _require_marks(report["seconds"], plan, report["clocks"][0][0])
+    if report["peak_memory"] <= 0:
+        raise FaultyRunError("crash", f"the peak of memory is {report['peak_memory']} bytes")
+
+
+def require_steps(report: dict, expected: dict[str, int]) -> None:
+    """Raise `FaultyRunError` unless each adapter made as many optimizer steps as expected, and none was stopped."""
+    for name, steps in expected.items():
+        made = report["steps"].get(name, 0)
+        said = f"{name} made {made} of {steps} steps"
+        if name in report["stopped"]:
+            raise FaultyRunError("nan", f"{said}: it was stopped by a gradient that is not finite")
+        if made != steps:
+            raise FaultyRunError("crash", said)
+    unknown = sorted(set(report["steps"]) - set(expected))
+    if unknown or not expected:
+        raise FaultyRunError("crash", f"the run had another adapter, {unknown[0]}" if unknown else "no adapter trained")
+
+
+def require_clocks(clocks: list[list[float]], processes: int) -> None:
+    """Raise `FaultyRunError` unless the device's seconds and the host's, of each process, are the same."""
+    if len(clocks) != processes:
+        raise FaultyRunError("crash", f"the report has the times of {len(clocks)} processes, the run had {processes}")
+    for rank, (device, host) in enumerate(clocks):
+        said = f"process {rank} ran {device:.6g} s by its device's clock and {host:.6g} s by the host's"
+        if not (0 < device < math.inf and 0 < host < math.inf):
+            raise FaultyRunError("crash", said)
+        if abs(device - host) > CLOCKS_AGREE * host:
+            raise FaultyRunError("crash", f"{said}, more than {CLOCKS_AGREE:.0%} apart")
+
+
+def _require_marks(marks: list[list[float]], plan: Plan, end: float) -> None:
+    """Raise unless the first stage was done with every slot, or, as a schedule that flushes notes it, with each that
+    steps; one after the other, between the start of its clock and the end."""
+    stepping = [slot for slot, parts in enumerate(plan.slots()) if any(part.step_after for part in parts)]
+    if [slot for slot, _ in marks] not in ([*range(len(plan.slots()))], stepping):
+        raise FaultyRunError("crash", f"the times of microbatches {', '.join(str(slot) for slot, _ in marks[:5])}, ... "
+                                      f"are not those of the plan's {len(plan.slots())} in their order")  # fmt: skip
+    times = [0.0, *(time for _, time in marks), end]
+    for (before, after), slot in zip(pairwise(times), [*(slot for slot, _ in marks), "the end"], strict=True):
+        if not before <= after:
+            raise FaultyRunError("crash", f"the clock ran backwards: {after:.6g} s at {slot}, after {before:.6g} s")
+
+
+def whole_seconds(report: dict) -> float:
+    """From the start of the clock to when the last process's device had done its work."""
+    return max(device for device, _ in report["clocks"])
+
+
+def metrics(report: dict, workload: Workload, plan: Plan) -> list[Metric]:
     """The numbers of a run that ended well."""
-    seconds = {index: time for index, time in report["seconds"]}
-    whole = max(seconds.values())
-    steady, window = steady_throughput(seconds, plan)
+    whole = whole_seconds(report)
+    steady, window = steady_throughput({slot: time for slot, time in report["seconds"]}, plan)
     padded = sum(microbatch.length for microbatch in plan.microbatches)
+    fill = statistics_of(plan.microbatches, plan.capacity).fill
     peak_note = "largest over the processes"
     out = [
-        Metric("throughput", plan.statistics.tokens / whole, "tok/s", "higher", "whole"),
+        Metric("throughput", workload.tokens / whole, "tok/s", "higher", "whole"),
         Metric("throughput", steady, "tok/s", "higher", "steady", note=window),
         Metric("throughput_padded", padded / whole, "tok/s", "higher", "whole"),
         Metric("time", whole, "s", "lower", "whole"),
         Metric("peak_memory", report["peak_memory"], "B", "lower", "whole", note=peak_note),
-        Metric("fill", plan.statistics.fill, "1", "higher", "whole"),
+        Metric("fill", fill, "1", "higher", "whole"),
     ]
     for name, time in report["canary"].items():
         out.append(Metric("time", time, "s", "lower", "steady", implementation=name))
@@ -92,7 +181,8 @@ def steady_throughput(seconds: dict[int, float], plan: Plan) -> tuple[float, str
     marks = sorted(seconds)
     inside = [index for index in marks if 2 * stages <= index <= count - stages]
     if len(marks) == 1:
-        return plan.statistics.tokens / seconds[marks[0]], "the whole run, which has only one step"
+        tokens = statistics_of(plan.microbatches, plan.capacity).tokens
+        return tokens / seconds[marks[0]], "the whole run, which has only one step"
     begin, end = (inside[0], inside[-1]) if len(inside) > 1 else (marks[0], marks[-1])
     tokens = sum(microbatch.tokens for slot in slots[begin + 1 : end + 1] for microbatch in slot)
     return tokens / (seconds[end] - seconds[begin]), f"microbatches {begin + 1} to {end} of {count}"

@@ -31,7 +31,6 @@ def execute(run: TrainingRun, checkpoints: Checkpoints | None = None) -> bool:
             f"the plan of {run.plan.system} flushes its pipeline; it cannot be interrupted and gone on with"
         )
     count, begin = len(run.microbatches), run.begin
-    run.record.start()
     while begin < count:
         end = count
         if flush:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from lorafusion.data.packing import BatchBuilder, PackedBatch
-from lorafusion.measure.timers import Clock, Mark
+from lorafusion.measure.timers import Mark, Meter, Point
 from lorafusion.models.lora import ActiveBatch
 from lorafusion.models.loss import weighted_losses
 from lorafusion.models.stage import Stage
@@ -30,6 +30,7 @@ MOST_SIZES = 256  # of microbatches in a warm-up, each through two layers
 class Record:
     """What happened on this stage: when, and with which losses.
 
+    begin, end, steps_before: the clock's start and stop, and the steps of each adapter at the start; `timed` sets them.
     done: after the backward of slot k, and the steps that follow it, the mark (k, mark).
     losses: an adapter's share of its global batch's loss in one microbatch, (adapter, batch, value).
     kept: are these two kept for a report? A long training has its events instead.
@@ -37,8 +38,10 @@ class Record:
     events: where losses, norms and evaluations are written as they become known, a line of JSON each.
     """
 
-    clock: Clock
-    begin: Mark | None = None
+    meter: Meter
+    begin: Point | None = None
+    end: Point | None = None
+    steps_before: list[int] = field(default_factory=list)
     done: list[tuple[int, Mark]] = field(default_factory=list)
     losses: list[tuple[int, int, float]] = field(default_factory=list)
     kept: bool = True
@@ -46,17 +49,14 @@ class Record:
     readback: Readback = field(default_factory=Readback)
     events: EventLog | None = None
 
-    def start(self) -> None:
-        self.begin = self.clock.mark()
-
     def finished(self, slot: int) -> None:
         if self.kept:
-            self.done.append((slot, self.clock.mark()))
+            self.done.append((slot, self.meter.mark()))
         self.readback.poll()
 
     def wait(self) -> None:
         """Until the device has done its work and all that was read back is here."""
-        self.clock.synchronize()
+        self.meter.synchronize()
         self.readback.wait()
 
     def event(self, **values: object) -> None:
@@ -87,14 +87,15 @@ class TrainingRun:
         position: Position,
         autocast: torch.dtype | None = None,
         around: Around | None = None,
+        meter: Meter | None = None,
     ) -> None:
-        """autocast: the dtype to compute in where that is not the parameters' own."""
+        """autocast: the dtype to compute in where that is not the parameters' own. meter: by default the device's."""
         self.workload, self.plan, self.stage, self.pipeline = workload, plan, stage, pipeline
         self.active, self.position, self._builder, self._autocast = active, position, builder, autocast
         self.around = around
         if around is not None:
             around.attach(self)
-        self.record = Record(Clock(pipeline.device))
+        self.record = Record(meter or Meter(pipeline.device))
         slots = plan.slots()
         self.microbatches: list[Microbatch] = [slot[pipeline.replica] for slot in slots]
         self.steps = [tuple(sorted({one for part in slot for one in part.step_after})) for slot in slots]
@@ -110,7 +111,7 @@ class TrainingRun:
         source, device = self._builder.source, self.pipeline.device
         builder = BatchBuilder(workload, source, device)
         return TrainingRun(workload, plan, self.stage, self.active, builder, self.pipeline, self.position,
-                           self._autocast, self.around)  # fmt: skip
+                           self._autocast, self.around, self.record.meter)  # fmt: skip
 
     @property
     def norm_dtype(self) -> torch.dtype:

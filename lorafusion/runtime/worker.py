@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from lorafusion.data.tokens import SyntheticTokens, TokenSource
 from lorafusion.errors import UserError, one_of, validated
 from lorafusion.files import write
 from lorafusion.imports import load
-from lorafusion.measure.timers import canary, peak_memory, reset_peak_memory
+from lorafusion.measure.timers import Meter, canary
 from lorafusion.models.liger import is_installed, use_liger
 from lorafusion.models.lora import adapter_state, inject_adapters, peft_config, save_adapter
 from lorafusion.models.merged import merge_qkv
@@ -37,8 +38,9 @@ from lorafusion.runtime.board import ENDED, Position
 from lorafusion.runtime.launch import end_with_parent
 from lorafusion.runtime.lock import join
 from lorafusion.runtime.pipeline import Pipeline
-from lorafusion.runtime.rehearsal import rehearse
+from lorafusion.runtime.result import FaultyRunError
 from lorafusion.runtime.spec import RunSpec
+from lorafusion.runtime.timed import report_of, timed
 from lorafusion.runtime.training import TrainingRun
 from lorafusion.workload import Workload
 
@@ -76,19 +78,27 @@ def main(spec_path: str, report_directory: str) -> int:
     return 0
 
 
-def trained(spec: RunSpec, device: torch.device, position: Position, rank: int, world: int) -> dict:
-    """Run the plan, from where a checkpoint is; the report of all processes."""
+def trained(
+    spec: RunSpec, device: torch.device, position: Position, rank: int, world: int, meter: Meter | None = None
+) -> dict:
+    """Run the plan, from where a checkpoint is; the report of all processes. meter: by default the device's."""
     workload, plan = Workload.read(spec.workload), Plan.read(spec.plan)
     check(plan, workload, source=spec.plan)
     _require_processes(plan, world, spec.plan)
     drift = canary(device)
-    run = build_run(spec, workload, plan, device, position, rank)
-    execute, arguments = load(read_systems()[spec.system].executor, "executor"), []
-    rehearse(run, execute)
-    position.set("the warm-up")
-    run.warm_up()
-    position.set("the start of the run")
+    run = build_run(spec, workload, plan, device, position, rank, meter)
+    execute = load(read_systems()[spec.system].executor, "executor")
+    finished = timed(run, execute, partial(_placed, spec, run, rank, world))
+    report = report_of(run) | {"canary": drift, "finished": finished}
+    if spec.save_adapters and finished:
+        save_adapters(run, Path(spec.save_adapters))
+    return report
+
+
+def _placed(spec: RunSpec, run: TrainingRun, rank: int, world: int) -> list[checkpoint.Checkpoints]:
+    """Put a run where it is to begin; what its executor takes besides it."""
     torch.manual_seed(spec.seed)  # PEFT's own dropout draws from torch's generator
+    arguments = []
     if spec.initial:
         checkpoint.load_initial(run, Path(spec.initial))
     if spec.saving:
@@ -96,19 +106,17 @@ def trained(spec: RunSpec, device: torch.device, position: Position, rank: int, 
         arguments = [_checkpoints(spec, run, rank, world)]
     if spec.events:
         run.open_events(Path(spec.events))
-    reset_peak_memory(device)
-    run.wait_for_everyone()
-    finished = execute(run, *arguments) is not False
-    position.set("the end of the run")
-    run.record.wait()
-    report = collect(run, drift) | {"finished": finished}
-    if spec.save_adapters and finished:
-        save_adapters(run, Path(spec.save_adapters))
-    return report
+    return arguments
 
 
 def build_run(
-    spec: RunSpec, workload: Workload, plan: Plan, device: torch.device, position: Position, rank: int
+    spec: RunSpec,
+    workload: Workload,
+    plan: Plan,
+    device: torch.device,
+    position: Position,
+    rank: int,
+    meter: Meter | None = None,
 ) -> TrainingRun:
     """The stage of this process with its adapters, and the microbatches of its plan."""
     systems = read_systems()
@@ -130,7 +138,7 @@ def build_run(
     stage.train()
     builder = BatchBuilder(workload, token_source(spec, config.vocab_size), device)
     autocast = dtype if system.wide_adapters and adapter_dtype != dtype else None
-    return TrainingRun(workload, plan, stage, active, builder, pipeline, position, autocast, around)
+    return TrainingRun(workload, plan, stage, active, builder, pipeline, position, autocast, around, meter)
 
 
 def token_source(spec: RunSpec, vocabulary: int) -> TokenSource:
@@ -217,31 +225,6 @@ def _device(spec: RunSpec) -> torch.device:
     return device
 
 
-def collect(run: TrainingRun, drift: dict[str, float]) -> dict:
-    """The report on rank 0: timings of its stage, losses of the last stages, memory of all processes."""
-    mine = (run.record.losses, peak_memory(run.pipeline.device))
-    everyone = [mine]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-    losses, peaks = zip(*everyone, strict=True)
-    record = run.record
-    return {
-        "seconds": [[slot, record.clock.seconds(record.begin, mark)] for slot, mark in record.done],
-        "losses": losses_by_job(run.workload, [loss for part in losses for loss in part]),
-        "peak_memory": max(peaks),
-        "canary": drift,
-    }
-
-
-def losses_by_job(workload: Workload, shares: list[tuple[int, int, float]]) -> dict[str, list[float]]:
-    """For each job the loss of each of its global batches: the sum of the shares in its microbatches."""
-    sums = [[0.0] * len(job.batches) for job in workload.jobs]
-    for adapter, batch, share in shares:
-        sums[adapter][batch] += share
-    return {job.name: values for job, values in zip(workload.jobs, sums, strict=True)}
-
-
 def save_adapters(run: TrainingRun, directory: Path) -> None:
     """Write each adapter in PEFT's format, gathered from all stages, to a folder of its name."""
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -258,6 +241,8 @@ def save_adapters(run: TrainingRun, directory: Path) -> None:
 
 def status_of(error: Exception) -> str:
     """The status of a run that ended with this error."""
+    if isinstance(error, FaultyRunError):
+        return error.status
     out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
     return "oom" if out_of_memory else "crash"
 

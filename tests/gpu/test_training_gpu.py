@@ -82,7 +82,7 @@ def trained(tmp_path, system, **changes):
     paths = {"workload": str(tmp_path / "workload.json"), "plan": str(tmp_path / "plan.json")}
     outcome = launch(RunSpec(system=system, model="tiny", device="cuda", **paths, **changes), 1, 120)
     assert outcome.status == "ok", outcome.note
-    assert result_of(outcome, plan, {}, {})["status"] == "ok"
+    assert result_of(outcome, workload, plan, {}, {})["status"] == "ok"
     return outcome.report
 
 

@@ -28,6 +28,7 @@ from lorafusion.runtime.launch import Outcome, end_with_parent, launch, outcome,
 from lorafusion.runtime.result import result_of
 from lorafusion.runtime.spec import RunSpec
 from lorafusion.scheduler import first_fit
+from lorafusion.workload import Workload
 from tests import forked
 
 CPU = torch.device("cpu")
@@ -102,7 +103,7 @@ def test_a_stage_that_fails_ends_the_others(spec, tmp_path):
 def test_a_loss_that_is_no_number_is_told_apart(spec):
     done = forked.launch(spec(learning_rate=1e20), 1, timeout=120)
     assert done.status == "ok"
-    result = result_of(done, Plan.read(spec().plan), {}, {})
+    result = result_of(done, Workload.read(spec().workload), Plan.read(spec().plan), {}, {})
     assert result["status"] == "nan"
     assert result["note"] == "the loss of a is not finite"
     assert result["metrics"] == []

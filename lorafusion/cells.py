@@ -6,19 +6,19 @@ import importlib.util
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lorafusion.config import Cell, Suite, SystemConfig, cells, read_model, read_suite, read_systems
+from lorafusion.config import Cell, Suite, SystemConfig, cells, read_suite
 from lorafusion.errors import UserError
+from lorafusion.keys import CellFiles
 from lorafusion.measure.environment import has_gpu, provenance
-from lorafusion.plan import Plan, check
+from lorafusion.plan import Plan
 from lorafusion.runtime.launch import Outcome, launch
 from lorafusion.runtime.result import result_of, write_result
 from lorafusion.runtime.spec import RunSpec
-from lorafusion.workload import Workload, content_hash
+from lorafusion.workload import Workload
 
 
 def run_cell(
@@ -30,28 +30,28 @@ def run_cell(
     repeat: int,
     nodes: int,
     log: Path | None,
+    tuned_path: Path | None = None,
     launch: Callable[..., Outcome] = launch,
 ) -> str:
-    """Run a cell and write its result; returns the status. Raises `UserError` for input that no run can use.
+    """Run a cell and write its result; returns the status. Raises `UserError` for input that no run can use, or that
+    was not made for this cell.
 
     A cell that cannot be run by what is built (`unavailable`) needs no plan and has the status `skipped`.
     """
-    suite = read_suite(suite_path)
-    cell = find_cell(suite, name, suite_path)
-    system = read_systems()[cell.system]
-    workload = Workload.read(workload_path)
-    reason = unavailable(system)
-    plan = None if reason else read_plan(plan_path, workload)
+    files = cell_files(suite_path, name)
+    suite, cell, system = files.suite, files.cell, files.system
     require_device(suite, suite_path)
-    require_the_cells_own(cell, workload, workload_path, plan, plan_path)
+    workload, reason = files.workload(workload_path), unavailable(system)
+    plan = None if reason else files.plan(plan_path, files.tuned(tuned_path))
+    paths = {"--workload": workload_path, "--plan": plan_path, "--tuned": tuned_path, "--out": out}
     origin = provenance(suite.device) | {
-        "config_hash": config_hash(suite, cell, system),
+        "config_hash": files.configuration,
         "workload_hash": workload.content_hash,
         "plan_hash": plan.content_hash if plan else None,
         "seed": suite.seed,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "log": str(log) if log else None,
-        "command": shlex.join(["lorafusion", *sys.argv[1:]]),
+        "command": run_command(suite_path, name, paths, repeat, nodes),
     }
     if plan is None:
         outcome = Outcome("skipped", reason)
@@ -68,6 +68,15 @@ def run_cell(
     result = result_of(outcome, workload, plan, description(suite, cell, workload, system, plan, repeat), origin)
     write_result(out, result)
     return describe(result)
+
+
+def run_command(suite_path: Path, name: str, paths: dict[str, Path | None], repeat: int, nodes: int) -> str:
+    """What to type to do one run again, whichever driver did it. paths: by option, None where it is not given."""
+    words = ["lorafusion", "run", "--suite", suite_path, "--cell", name]
+    for option, path in paths.items():
+        words += [option, path] if path is not None else []
+    words += ["--repeat", repeat, *(["--nodes", nodes] if nodes > 1 else [])]
+    return shlex.join(map(str, words))
 
 
 def spec_of(cell: Cell, suite: Suite, workload_path: Path) -> RunSpec:
@@ -95,48 +104,23 @@ def unavailable(system: SystemConfig) -> str:
     return "" if found else f"the package {system.requires} is not installed"
 
 
-def read_plan(path: Path | None, workload: Workload) -> Plan:
-    """The plan of a run, checked against its workload."""
-    if path is None:
-        raise UserError("--plan: missing; make one with `lorafusion plan`")
-    plan = Plan.read(path)
-    check(plan, workload, source=path)
-    return plan
-
-
 def require_device(suite: Suite, source: Path) -> None:
     """Raise where a suite is for GPUs and there is none."""
     if suite.device == "cuda" and not has_gpu():
         raise UserError(f"{source}: a suite for GPUs, but nvidia-smi finds none; try configs/suites/smoke.yaml")
 
 
-def require_the_cells_own(
-    cell: Cell, workload: Workload, workload_path: Path, plan: Plan | None, plan_path: Path | None
-) -> None:
-    """Raise where a workload or a plan was made for another cell: its numbers would bear this cell's name."""
-    pairs = [(workload_path, "workload", workload.name, cell.workload)]
-    if plan:
-        pairs += [
-            (plan_path, "system", plan.system, cell.system),
-            (plan_path, "stages", plan.stages, cell.stages),
-            (plan_path, "data_parallel", plan.data_parallel, cell.grid.data_parallel),
-        ]
-        if not cell.grid.tuned:
-            pairs.append((plan_path, "capacity", plan.capacity, cell.grid.capacity_of(cell.workload)))
-    for path, what, found, expected in pairs:
-        if found != expected:
-            raise UserError(f"{path}: {what} {found!r}, but cell {cell.name} has {expected!r}")
-
-
 def describe(result: dict) -> str:
     return f"{result['status']} ({result['note']})" if result["note"] else result["status"]
 
 
-def find_cell(suite: Suite, name: str, source: Path) -> Cell:
-    for cell in cells(suite, source):
+def cell_files(suite_path: Path, name: str) -> CellFiles:
+    """The files of a cell of a suite, by its name."""
+    suite = read_suite(suite_path)
+    for cell in cells(suite, suite_path):
         if cell.name == name:
-            return cell
-    raise UserError(f"{source}: no cell {name!r}; `lorafusion cells --suite {source}` lists them")
+            return CellFiles(suite, cell)
+    raise UserError(f"{suite_path}: no cell {name!r}; `lorafusion cells --suite {suite_path}` lists them")
 
 
 def description(
@@ -166,13 +150,3 @@ def description(
         "samples": cell.grid.samples,
         "seed": suite.seed,
     }
-
-
-def config_hash(suite: Suite, cell: Cell, system: SystemConfig) -> str:
-    """Changes with anything in the configuration that a run of the cell depends on."""
-    settings = suite.model_dump(mode="json", include={"device", "dtype", "adapter_dtype", "seed"})
-    parts_of_it = {"samples", "global_batch", "length_scale", "checkpointing", "data_parallel", "merged_qkv", "tuned"}
-    grid = cell.grid.model_dump(mode="json", include=parts_of_it)
-    parts = system.model_dump(mode="json", exclude={"description"})
-    model = read_model(cell.model).model_dump(mode="json")
-    return content_hash([cell.name, settings, grid, cell.grid.capacity_of(cell.workload), parts, model])

@@ -30,6 +30,7 @@ scheduler_app = CommandLine(help="Judge the scheduler's strategies; suites: conf
 app.add_typer(scheduler_app, name="scheduler")
 
 SuiteFile = Annotated[Path, typer.Option("--suite", help="a file of configs/suites")]
+Tuning = Annotated[Path | None, typer.Option(help="the file of `lorafusion tune`, for a cell that is tuned")]
 
 
 def main() -> None:
@@ -70,6 +71,7 @@ def run(
     workload: Annotated[Path, typer.Option(help="the cell's workload file")],
     out: Out,
     plan: Annotated[Path | None, typer.Option(help="the cell's plan file")] = None,
+    tuned: Tuning = None,
     repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="machines the processes are spread over")] = 1,
     log: Log = None,
@@ -77,7 +79,7 @@ def run(
     """Run one cell of a suite once and write its result file, also where it fails."""
     from lorafusion.cells import run_cell
 
-    status = run_cell(suite, cell, workload, plan, out, repeat, nodes, log)
+    status = run_cell(suite, cell, workload, plan, out, repeat, nodes, log, tuned)
     print(f"{out}: {status}")
 
 
@@ -103,11 +105,12 @@ def profile(
     workload: Annotated[Path, typer.Option(help="the cell's workload file")],
     plan: Annotated[Path, typer.Option(help="the cell's plan file")],
     out: Out,
+    tuned: Tuning = None,
 ) -> None:
     """Say what a GPU does in the first global batches of a cell: milliseconds for 1000 tokens by class of kernel."""
     from lorafusion.tuning import profile_cell
 
-    print(profile_cell(suite, cell, workload, plan, out).to_string(index=False))
+    print(profile_cell(suite, cell, workload, plan, out, tuned).to_string(index=False))
 
 
 @app.command()
@@ -384,6 +387,16 @@ def schemas(
 
     for path in write_schemas(folder):
         print(path)
+
+
+@app.command("tree-hash")
+def show_tree_hash(
+    commit: Annotated[str | None, typer.Argument(help="a commit of this repository; else this tree")] = None,
+) -> None:
+    """Print the hash of the project's source files, as it stands in the table's column `tree_hash`."""
+    from lorafusion.measure.tree import commit_tree_hash, tree_hash
+
+    print(commit_tree_hash(commit) if commit else tree_hash())
 
 
 if __name__ == "__main__":

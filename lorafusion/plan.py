@@ -96,10 +96,11 @@ class Plan(BaseModel):
     flush: bool = False
     microbatches: tuple[Microbatch, ...] = Field(min_length=1)
     statistics: Statistics
+    key: str | None = Field(default=None, description="`lorafusion.keys.plan_key`, of a plan of a system")
 
     @cached_property
     def content_hash(self) -> str:
-        return content_hash(self.model_dump(mode="json", exclude={"statistics"}))
+        return content_hash(self.model_dump(mode="json", exclude={"statistics", "key"}))
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json", exclude_defaults=True) | {"version": VERSION}) + "\n"

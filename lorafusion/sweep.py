@@ -2,7 +2,7 @@
 
 For a machine that is rented by the minute, where starting a run takes longer than the run. It leaves the files that the
 workflow would, in the same places and by the same functions: `lorafusion measurements` and `lorafusion figure` go on
-from them. What is there already is not done again.
+from them. What is there already is not done again, if it was made from what the suite says now (`lorafusion.keys`).
 
 Several of it share the work on a machine with several GPUs. Tunings and profiles are dealt out one by one. Of a repeat
 a share runs whole workloads, so that systems are compared on one GPU, and the next one in the next repeat.
@@ -14,19 +14,20 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 from lorafusion.cells import run_cell, unavailable
-from lorafusion.config import CONFIGS, Cell, Suite, cells, read_suite, read_systems
-from lorafusion.data.lengths import make_workload
+from lorafusion.config import Cell, Suite, cells, read_suite
 from lorafusion.errors import UserError
 from lorafusion.files import write
+from lorafusion.keys import CellFiles, OutOfDateError
+from lorafusion.plan import Plan
 from lorafusion.runtime.launch import Outcome
-from lorafusion.tuning import Tuned, plan_cell, profile_cell, tune_cell
-from lorafusion.workload import Workload
+from lorafusion.tuning import plan_cell, profile_cell, tune_cell
 
 LOOK_SECONDS = 1.0
 START = 80_000  # tokens that are trained while a run starts, about, as an H200 trains Llama-3.1-8B
@@ -63,16 +64,38 @@ def spread(costs: dict[str, int], shares: int) -> dict[str, int]:
     return homes
 
 
+def out_of_date(path: Path, read: Callable[[Path], object]) -> str:
+    """Why a file is not what it would be if it were made now; empty if it is. read: raises `UserError` then."""
+    if not path.exists():
+        return "missing"
+    try:
+        read(path)
+    except OutOfDateError as error:
+        return error.reason
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return ""
+
+
 class Step(NamedTuple):
-    """A file to be made, and what makes it, once there is another file, which may be another share's to make."""
+    """A file to be made, how it is read where it is up to date, and what makes it, once another step is done, which may
+    be another share's to do. make: is given a log."""
 
     path: Path
-    make: Callable[[], str]
-    after: Path | None = None
+    read: Callable[[Path], object]
+    make: Callable[[Path], str]
+    after: Step | None = None
 
     @property
     def is_ready(self) -> bool:
-        return self.after is None or self.after.exists()
+        return self.after is None or not self.after.reason
+
+    @property
+    def reason(self) -> str:
+        """Why it is to be done, empty if it is not."""
+        if not self.is_ready:
+            return f"after {self.after.path}"
+        return out_of_date(self.path, self.read)
 
 
 @dataclass(frozen=True)
@@ -89,100 +112,145 @@ class Sweep:
         return read_suite(self.suite_path)
 
     @cached_property
-    def cells(self) -> dict[str, Cell]:
-        return {cell.name: cell for cell in cells(self.suite, self.suite_path)}
+    def files(self) -> dict[str, CellFiles]:
+        """By the cells' names."""
+        return {cell.name: CellFiles(self.suite, cell) for cell in cells(self.suite, self.suite_path)}
 
     @property
     def longest_wait(self) -> float:
         """Seconds after which a tuning that another share has begun is at its end, whatever became of it."""
-        return 60.0 * max(cell.grid.minutes for cell in self.cells.values())
+        return 60.0 * max(one.cell.grid.minutes for one in self.files.values())
 
     def steps(self) -> Iterator[Step]:
         """What this share of the sweep does, in order: all tunings, then the profiles, then repeat after repeat."""
-        suite, systems, every = self.suite, read_systems(), self.cells
-        able = [cell for cell in every.values() if not unavailable(systems[cell.system])]
-        first = {cell.workload_name: cell for cell in every.values()}
-        tokens = {name: Workload.read(self._workload(cell)).tokens for name, cell in first.items()}
+        suite, every = self.suite, self.files
+        able = [one for one in every.values() if not unavailable(one.system)]
+        for one in {one.cell.workload_name: one for one in every.values()}.values():
+            self._workload(one)
         costs = Counter()
-        for cell in able:
-            costs[cell.workload_name] += tokens[cell.workload_name] + START
+        for one in able:
+            costs[one.cell.workload_name] += one.expected_workload.tokens + START
         homes = spread(costs, self.share.count)
-        for cell in self._dealt([one for one in able if one.grid.tuned]):
-            yield Step(self.path("tuned", cell, "json"), partial(self._tune, cell))
-        for cell in self._dealt([one for one in able if one.workload in suite.profiled and suite.device == "cuda"]):
-            yield Step(self.path("profiles", cell, "csv"), partial(self._profile, cell), self._tuning(cell))
+        yield from filter(None, map(self._tuning, self._dealt([one for one in able if one.cell.grid.tuned])))
+        profiled = [one for one in able if one.cell.workload in suite.profiled and suite.device == "cuda"]
+        for one in self._dealt(profiled):
+            yield Step(self.path("profiles", one.cell, "csv"), partial(self._read_profile, one),
+                       partial(self._profile, one), self._tuning(one))  # fmt: skip
         for repeat in range(1, suite.repeats + 1):
             for name in shuffled(list(every), repeat):
-                cell = every[name]
-                if (homes.get(cell.workload_name, 0) + repeat) % self.share.count == self.share.index:
-                    path = self.folder / "runs" / name / f"repeat~{repeat}.json"
-                    after = self._tuning(cell) if cell in able else None
-                    yield Step(path, partial(self._run, cell, repeat, path), after)
+                if (homes.get(every[name].cell.workload_name, 0) + repeat) % self.share.count == self.share.index:
+                    yield self._repeat(every[name], repeat)
 
-    def _dealt(self, some: list[Cell]) -> list[Cell]:
+    def _dealt(self, some: list[CellFiles]) -> list[CellFiles]:
         """Those of some cells that are this share's: costly ones lie together, and no share has them all."""
         return some[self.share.index :: self.share.count]
 
-    def _tuning(self, cell: Cell) -> Path | None:
-        """The file that says with which capacity a cell is planned, if it is tuned."""
-        return self.path("tuned", cell, "json") if cell.grid.tuned else None
+    def _tuning(self, one: CellFiles) -> Step | None:
+        """What finds the capacity with which a cell is planned, if it is tuned."""
+        if not one.cell.grid.tuned or unavailable(one.system):
+            return None
+        return Step(self.path("tuned", one.cell, "json"), one.tuned, partial(self._tune, one))
+
+    def _repeat(self, one: CellFiles, repeat: int) -> Step:
+        path = self.folder / "runs" / one.cell.name / f"repeat~{repeat}.json"
+        return Step(path, partial(self._read_result, one, repeat), partial(self._run, one, repeat, path),
+                    self._tuning(one))  # fmt: skip
 
     def path(self, kind: str, cell: Cell, suffix: str) -> Path:
         return self.folder / kind / f"{cell.name}.{suffix}"
 
-    def _workload(self, cell: Cell) -> Path:
-        path = self.folder / "workloads" / f"{cell.workload_name}.json"
-        if not path.exists():
-            grid = cell.grid
-            made = make_workload(CONFIGS / "workloads" / f"{cell.workload}.yaml", samples=grid.samples,
-                                 global_batch=grid.global_batch, scale=grid.length_scale, seed=self.suite.seed,
-                                 merged_qkv=grid.merged_qkv)  # fmt: skip
-            write(path, made.to_json())
+    def _workload(self, one: CellFiles) -> Path:
+        path = self.folder / "workloads" / f"{one.cell.workload_name}.json"
+        return self._up_to_date(path, one.workload, lambda: one.expected_workload.to_json())
+
+    def _plan(self, one: CellFiles) -> Path | None:
+        if unavailable(one.system):
+            return None
+        tuned = one.tuned(self._tuned_path(one))
+        return self._up_to_date(
+            self.path("plans", one.cell, "json"),
+            partial(one.plan, tuned=tuned),
+            lambda: plan_cell(one.expected_workload, one.cell, one.capacity(tuned)).to_json(),
+        )
+
+    def _up_to_date(self, path: Path, read: Callable[[Path], object], text: Callable[[], str]) -> Path:
+        """The path of a file that takes no time, made where it is missing or out of date."""
+        reason = out_of_date(path, read)
+        if reason:
+            say_anew(self.folder, path, reason)
+            write(path, text())
         return path
 
-    def _plan(self, cell: Cell) -> Path:
-        path = self.path("plans", cell, "json")
-        if not path.exists():
-            tuning = self._tuning(cell)
-            capacity = Tuned.read(tuning).capacity if tuning else cell.grid.capacity_of(cell.workload)
-            write(path, plan_cell(Workload.read(self._workload(cell)), cell, capacity).to_json())
-        return path
+    def _tuned_path(self, one: CellFiles) -> Path | None:
+        step = self._tuning(one)
+        return step.path if step else None
 
-    def _tune(self, cell: Cell) -> str:
-        out = self.path("tuned", cell, "json")
-        tuned = tune_cell(self.suite_path, cell.name, self._workload(cell), out, launch=self.launch)
+    def _read_plan(self, one: CellFiles) -> Plan | None:
+        path = self._plan(one)
+        return one.plan(path, one.tuned(self._tuned_path(one))) if path else None
+
+    def _read_profile(self, one: CellFiles, path: Path) -> object:
+        return one.profile(path, self._read_plan(one))
+
+    def _read_result(self, one: CellFiles, repeat: int, path: Path) -> object:
+        return one.result(path, self._read_plan(one), repeat)
+
+    def _tune(self, one: CellFiles, log: Path) -> str:
+        out = self.path("tuned", one.cell, "json")
+        with self._logged(log) as launch:
+            tuned = tune_cell(self.suite_path, one.cell.name, self._workload(one), out, launch=launch)
         return ", ".join(map(str, tuned.trials))
 
-    def _profile(self, cell: Cell) -> str:
-        rows = profile_cell(self.suite_path, cell.name, self._workload(cell), self._plan(cell),
-                            self.path("profiles", cell, "csv"), launch=self.launch)  # fmt: skip
+    def _profile(self, one: CellFiles, log: Path) -> str:
+        with self._logged(log) as launch:
+            rows = profile_cell(self.suite_path, one.cell.name, self._workload(one), self._plan(one),
+                                self.path("profiles", one.cell, "csv"), self._tuned_path(one), launch)  # fmt: skip
         return f"{len(rows)} classes of kernels"
 
-    def _run(self, cell: Cell, repeat: int, out: Path) -> str:
-        workload, plan = self._workload(cell), None
-        if not unavailable(read_systems()[cell.system]):
-            plan = self._plan(cell)
-        return run_cell(self.suite_path, cell.name, workload, plan, out, repeat, 1, None, launch=self.launch)
+    def _run(self, one: CellFiles, repeat: int, out: Path, log: Path) -> str:
+        with self._logged(log) as launch:
+            return run_cell(self.suite_path, one.cell.name, self._workload(one), self._plan(one), out, repeat, 1, log,
+                            self._tuned_path(one), launch)  # fmt: skip
+
+    @contextmanager
+    def _logged(self, log: Path) -> Iterator[Callable[..., Outcome]]:
+        """The launcher of runs whose output goes to a file."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as file:
+            yield partial(self.launch, log=file)
+
+    def log(self, step: Step) -> Path:
+        """Where the workflow has the log of a step, too."""
+        kind, *rest = step.path.relative_to(self.folder).with_suffix(".log").parts
+        return self.folder / "logs" / {"tuned": "tune", "profiles": "profile", "runs": "run"}[kind] / Path(*rest)
+
+
+def say_anew(folder: Path, path: Path, reason: str) -> None:
+    """Say of a file that is out of date why it is made anew."""
+    if path.exists():
+        print(f"{path.relative_to(folder)}: made anew: {reason}", flush=True)
 
 
 def sweep(suite_path: Path, folder: Path, share: Share, launch: Callable[..., Outcome], seconds: float) -> int:
-    """Do what is missing of a suite, beginning nothing after `seconds`; returns how much was left."""
+    """Do what is missing of a suite or out of date, beginning nothing after `seconds`; returns how much was left."""
     begin, given_up = time.monotonic(), 0
     whole = Sweep(suite_path, folder, share, launch)
-    missing = [step for step in whole.steps() if not step.path.exists()]
+    missing = [step for step in whole.steps() if step.reason]
     wait = whole.longest_wait if share.count > 1 else 0.0
     while missing and time.monotonic() - begin <= seconds:
         step = _first_ready(missing, min(time.monotonic() + wait, begin + seconds))
         if step is None:
             break
         missing.remove(step)
-        if step.path.exists():  # by another sweep meanwhile
-            continue
         started = time.monotonic()
         try:
-            said = step.make()
+            reason = step.reason
+            if not reason:  # made by another sweep meanwhile
+                continue
+            say_anew(folder, step.path, reason)
+            said = step.make(whole.log(step))
         except UserError as error:
-            said, left = f"error: {error}", [one for one in missing if one.after != step.path]
+            said, left = f"error: {error}", [one for one in missing if one.after is None or one.after.path != step.path]
             given_up += 1 + len(missing) - len(left)
             missing = left
         took = time.monotonic() - started

@@ -17,115 +17,52 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field
 
-from lorafusion.cells import (
-    find_cell,
-    read_plan,
-    require_device,
-    require_the_cells_own,
-    spec_of,
-    unavailable,
-)
-from lorafusion.config import Cell, Suite, read_suite, read_systems
-from lorafusion.errors import UserError, validated
+from lorafusion.cells import cell_files, require_device, spec_of, unavailable
+from lorafusion.config import Cell, Suite
+from lorafusion.errors import UserError
 from lorafusion.files import write
+from lorafusion.keys import CellFiles
 from lorafusion.measure.environment import provenance
 from lorafusion.plan import Plan
 from lorafusion.runtime.launch import Outcome, launch
 from lorafusion.runtime.spec import RunSpec, Trial
 from lorafusion.scheduler import plan_system
 from lorafusion.seals import seal
-from lorafusion.workload import Workload, read_versioned
+from lorafusion.tuned import Tried, Tuned
+from lorafusion.workload import Workload
 
-VERSION = 2
 MOST_TRIALS = 10
-PROFILE_COLUMNS = ("suite", "cell", "workload", "qkv", "system", "gpu_name", "git_sha", "class", "milliseconds",
-                   "kernels", "share")  # fmt: skip
-
-
-class Tried(BaseModel):
-    """A capacity that was tried: tokens a second of the first global batches, or why there is no such number."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    capacity: int = Field(ge=1)
-    throughput: float | None = None
-    status: str = "ok"
-    note: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.capacity}: {self.status if self.throughput is None else f'{self.throughput:,.0f} tok/s'}"
-
-
-class Tuned(BaseModel):
-    """The outcome for a cell."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    version: int = VERSION
-    suite: str
-    cell: str
-    system: str
-    stages: int
-    data_parallel: int
-    workload_hash: str
-    gpu_name: str | None
-    git_sha: str | None
-    git_dirty: bool | None
-    trials: tuple[Tried, ...] = Field(min_length=1)
-
-    @property
-    def capacity(self) -> int:
-        """The fastest, of equal ones the largest; where none was run to its end the smallest tried, for which the run
-        itself will say what is wrong."""
-        done = [one for one in self.trials if one.throughput is not None]
-        if not done:
-            return min(one.capacity for one in self.trials)
-        return max(done, key=lambda one: (one.throughput, one.capacity)).capacity
-
-    @classmethod
-    def read(cls, path: str | Path) -> Tuned:
-        return validated(cls, read_versioned(path, VERSION, "tuning"), path)
-
-    def require(self, source: Path, workload: Workload, system: str, stages: int, data_parallel: int) -> None:
-        """Raise where this is the tuning of another workload, system or arrangement."""
-        for what, found, expected in (
-            ("workload", self.workload_hash, workload.content_hash),
-            ("system", self.system, system),
-            ("stages", self.stages, stages),
-            ("data_parallel", self.data_parallel, data_parallel),
-        ):
-            if found != expected:
-                raise UserError(f"{source}: tuned for {what} {found}, but this plan is for {expected}")
+PROFILE_COLUMNS = ("suite", "cell", "workload", "qkv", "system", "gpu_name", "git_sha", "tree_hash", "config_hash",
+                   "plan_hash", "class", "milliseconds", "kernels", "share")  # fmt: skip
 
 
 def tune_cell(
     suite_path: Path, name: str, workload_path: Path, out: Path, launch: Callable[..., Outcome] = launch
 ) -> Tuned:
     """Tune a cell of a suite and write the outcome, also where nothing fits."""
-    suite, cell, workload = _read(suite_path, name, workload_path)
+    files, workload = _read(suite_path, name, workload_path)
+    suite, cell = files.suite, files.cell
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         spec = trials_of(cell, suite, workload, workload_path, candidates(workload, cell), Path(scratch))
         tried = _try_all(spec, partial(launch, processes=cell.gpus), 60 * cell.grid.minutes)
     origin = provenance(suite.device)
     tuned = Tuned(suite=suite.name, cell=name, system=cell.system, stages=cell.stages,
-                  data_parallel=cell.grid.data_parallel, workload_hash=workload.content_hash, trials=tuple(tried),
-                  **{key: origin[key] for key in ("gpu_name", "git_sha", "git_dirty")})  # fmt: skip
-    write(out, json.dumps(tuned.model_dump(mode="json"), indent=1) + "\n")
+                  data_parallel=cell.grid.data_parallel, config_hash=files.configuration,
+                  workload_hash=workload.content_hash, trials=tuple(tried),
+                  **{key: origin[key] for key in ("gpu_name", "git_sha", "git_dirty", "tree_hash")})  # fmt: skip
+    write(out, tuned.to_json())
     return tuned
 
 
-def _read(suite_path: Path, name: str, workload_path: Path) -> tuple[Suite, Cell, Workload]:
+def _read(suite_path: Path, name: str, workload_path: Path) -> tuple[CellFiles, Workload]:
     """A cell of a suite that can be run here, and its workload."""
-    suite = read_suite(suite_path)
-    require_device(suite, suite_path)
-    cell, workload = find_cell(suite, name, suite_path), Workload.read(workload_path)
-    reason = unavailable(read_systems()[cell.system])
+    files = cell_files(suite_path, name)
+    require_device(files.suite, suite_path)
+    reason = unavailable(files.system)
     if reason:
         raise UserError(f"cell {name}: {reason}")
-    require_the_cells_own(cell, workload, workload_path, None, None)
-    return suite, cell, workload
+    return files, files.workload(workload_path)
 
 
 def trials_of(
@@ -212,31 +149,31 @@ def profile_cell(
     workload_path: Path,
     plan_path: Path,
     out: Path,
+    tuned_path: Path | None = None,
     launch: Callable[..., Outcome] = launch,
 ) -> pd.DataFrame:
     """Where the GPU's time goes in the first global batches of a cell, planned with the capacity of its plan; written
     as CSV."""
-    suite, cell, workload = _read(suite_path, name, workload_path)
+    files, workload = _read(suite_path, name, workload_path)
+    suite, cell = files.suite, files.cell
     if suite.device == "cpu":
         raise UserError(f"{suite_path}: a suite for a CPU; only a GPU's kernels can be told apart")
-    plan = read_plan(plan_path, workload)
-    require_the_cells_own(cell, workload, workload_path, plan, plan_path)
+    plan = files.plan(plan_path, files.tuned(tuned_path))
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         spec = trials_of(cell, suite, workload, workload_path, [plan], Path(scratch))
         outcome = launch(spec.model_copy(update={"profile": True}), cell.gpus, 60 * cell.grid.minutes)
     if outcome.status != "ok":
         raise UserError(f"profile: the run of {name} ended as {outcome.status}: {outcome.note}")
-    origin = provenance(suite.device)
-    whose = {
+    identity = {
         "suite": suite.name,
         "cell": name,
         "workload": cell.workload,
         "qkv": "merged" if cell.grid.merged_qkv else "separate",
         "system": cell.system,
-        "gpu_name": origin["gpu_name"],
-        "git_sha": origin["git_sha"],
-    }
-    frame = pd.DataFrame([whose | row for row in outcome.report["profile"]], columns=PROFILE_COLUMNS)
+        "config_hash": files.configuration,
+        "plan_hash": plan.content_hash,
+    } | {key: value for key, value in provenance(suite.device).items() if key in PROFILE_COLUMNS}
+    frame = pd.DataFrame([identity | row for row in outcome.report["profile"]], columns=PROFILE_COLUMNS)
     write(out, frame.to_csv(index=False))
     seal(out)
     return frame

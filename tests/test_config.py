@@ -7,10 +7,11 @@ from itertools import product
 import pytest
 import yaml
 
-from lorafusion.cells import config_hash, unavailable
+from lorafusion.cells import unavailable
 from lorafusion.config import CONFIGS, cells, names_in, read_model, read_suite, read_systems, suite_path
 from lorafusion.errors import UserError
 from lorafusion.imports import load
+from lorafusion.keys import configuration_hash
 from lorafusion.schemas import SCHEMAS, schema_text
 
 SMOKE = CONFIGS / "suites" / "smoke.yaml"
@@ -145,11 +146,11 @@ def test_a_bad_import_path_is_named(path, message):
 def test_the_configuration_hash_follows_what_a_run_depends_on():
     suite, systems = read_suite(SMOKE), read_systems()
     cell = cells(suite)[0]
-    base = config_hash(suite, cell, systems[cell.system])
+    base = configuration_hash(suite, cell, systems[cell.system])
     more_repeats = suite.model_copy(update={"repeats": 9, "description": "other"})
-    assert config_hash(more_repeats, cell, systems[cell.system]) == base
-    assert config_hash(suite.model_copy(update={"seed": 2}), cell, systems[cell.system]) != base
-    assert config_hash(suite, cell, systems["mlora"]) != base
+    assert configuration_hash(more_repeats, cell, systems[cell.system]) == base
+    assert configuration_hash(suite.model_copy(update={"seed": 2}), cell, systems[cell.system]) != base
+    assert configuration_hash(suite, cell, systems["mlora"]) != base
 
 
 def test_a_system_whose_package_is_missing_is_skipped_with_its_reason():

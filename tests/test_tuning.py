@@ -212,9 +212,10 @@ def test_a_tuning_is_for_one_cell(suite, tmp_path):
 
 
 def test_a_file_that_is_no_tuning_says_so(tmp_path):
-    whose = {"version": 2, "cell": "c", "workload_hash": "h", "system": "s", "stages": 1, "data_parallel": 1}
-    origin = {"suite": "s", "gpu_name": None, "git_sha": None, "git_dirty": None}
-    (tmp_path / "t.json").write_text(json.dumps(whose | origin | {"trials": [{}]}))
+    identity = {"version": 3, "cell": "c", "workload_hash": "h", "config_hash": "c", "system": "s", "stages": 1,
+                "data_parallel": 1}  # fmt: skip
+    origin = {"suite": "s", "gpu_name": None, "git_sha": None, "git_dirty": None, "tree_hash": None}
+    (tmp_path / "t.json").write_text(json.dumps(identity | origin | {"trials": [{}]}))
     with pytest.raises(UserError, match=r"t.json: trials.0.capacity: field required"):
         Tuned.read(tmp_path / "t.json")
 

@@ -1,13 +1,14 @@
 """Measure the launch choices of every kernel on this GPU: `python -m fused_lora.tune`.
 
 Writes `fused_lora/tuned/<gpu>.json`, which `gpu.choices` reads: for each kernel and shape the fastest of the candidates
-below, with its time, the library GEMM's among the GEMMs, and the commit it was measured at. A candidate that does not
+below, with its time, the library GEMM's among the GEMMs, and a hash of the sources. A candidate that does not
 compile or run, or keeps registers in memory, is counted and left out. Entries of other shapes stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -202,9 +204,18 @@ def tuned(kernel: str, shape: Shape, widths: tuple[int, ...], entries: list[dict
     measured = {"microseconds": round(times[best], 2), "candidates": len(times), "failed": failed, "spilled": spilled}
     if kernel in choices.GEMMS and 0 in times:
         measured["library_microseconds"] = round(times[0], 2)
-    measured["commit"] = os.environ.get("LORAFUSION_GIT_SHA")
+    measured["sources"] = sources_hash()
     measured["measured_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     return choices.entry(kernel, shape, CANDIDATES[kernel][best], **measured)
+
+
+@cache
+def sources_hash() -> str:
+    """Sixteen hexadecimal digits that change with any of this package's modules."""
+    digest, folder = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def spills(run: Callable[[], None]) -> bool:

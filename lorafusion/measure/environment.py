@@ -10,7 +10,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from lorafusion.measure.tree import state
+
 GPU_FIELDS = {
     "gpu_name": "name",
     "gpu_uuid": "uuid",
@@ -21,13 +22,11 @@ GPU_FIELDS = {
 
 
 def provenance(device: str) -> dict[str, str | float | bool | None]:
-    """Commit, package versions and, for a run on a GPU, the device and its state now."""
+    """Commit and source files, package versions and, for a run on a GPU, the device and its state now."""
     import torch
 
-    told = os.environ.get("LORAFUSION_GIT_SHA")  # where a copy is measured, whose own history says nothing
     return {
-        "git_sha": told or _git("rev-parse", "HEAD"),
-        "git_dirty": None if told else _dirty(),
+        **state(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
@@ -73,17 +72,6 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _dirty() -> bool | None:
-    """Do tracked files differ from the commit? None where there is no commit to differ from."""
-    changes = _git("status", "--porcelain", "--untracked-files=no")
-    return None if _git("rev-parse", "HEAD") is None else bool(changes)
-
-
-def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:

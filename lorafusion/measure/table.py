@@ -27,6 +27,7 @@ BY_NAME = {
     "merged_qkv": lambda cells: cells.str.contains("/qkv~merged/").where(cells.str.contains("/system~")),
     "samples": lambda cells: cells.str.extract(r"/samples~(\d+)")[0],
     "bench": lambda cells: cells.str.extract(r"^bench~([^/]+)")[0],
+    "tree_hash": lambda _: pd.NA,
 }
 # Repeats that differ in the first are not repeats; where they differ in the second, the summary's note says so.
 MUST_AGREE = ("config_hash", "workload_hash", "plan_hash")

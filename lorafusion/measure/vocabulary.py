@@ -84,6 +84,7 @@ COLUMNS = {
     "bench": Column("string", "bench of the suite's entry in configs/training.yaml"),
     "git_sha": Column("string", "commit of this project"),
     "git_dirty": Column("boolean", "were there changes that are not in the commit?"),
+    "tree_hash": Column("string", "of the project's source files, the same with and without a repository"),
     "config_hash": Column("string", "of the cell's settings"),
     "workload_hash": Column("string", "of the jobs and their samples"),
     "plan_hash": Column("string", "of the plan that was run"),

@@ -37,8 +37,12 @@ def preload(*modules: str) -> None:
 preload()
 
 
-def work(place: dict[str, str], threads: int, spec_path: str, reports: str) -> None:
-    """The worker, in a process that was forked for it."""
+def work(place: dict[str, str], threads: int, log: str | None, spec_path: str, reports: str) -> None:
+    """The worker, in a process that was forked for it. log: the file to which its output goes."""
+    if log is not None:
+        with open(log, "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
     import torch
 
     from lorafusion.runtime import worker
@@ -64,7 +68,8 @@ class Forked:
             places = [place_of(rank, processes, self._store.port) for rank in range(processes)]
         environment = worker_environment(processes, os.environ)
         threads = int(environment["OMP_NUM_THREADS"])
-        self._workers = [FORKSERVER.Process(target=self.work, args=(place, threads, *arguments)) for place in places]
+        told = (threads, log.name if log else None, *arguments)
+        self._workers = [FORKSERVER.Process(target=self.work, args=(place, *told)) for place in places]
         # The first start is that of the server, in this environment.
         with patch.dict(os.environ, environment | SERVER_ENVIRONMENT):
             for process in self._workers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from lorafusion.config import read_systems, require_possible
 from lorafusion.errors import UserError, one_of
 from lorafusion.imports import load
+from lorafusion.keys import plan_key
 from lorafusion.plan import Plan
 from lorafusion.simulator.costs import CostModel
 from lorafusion.workload import Workload
@@ -34,7 +35,9 @@ def plan_system(
     entry = systems[system]
     require_possible(system, entry, stages, data_parallel)
     planner = load(entry.planner, "planner")
-    return planner(workload, system, stages, capacity, data_parallel, **entry.options, **options)
+    chosen = entry.options | options
+    plan = planner(workload, system, stages, capacity, data_parallel, **chosen)
+    return plan.model_copy(update={"key": plan_key(plan, entry.planner, chosen)})
 
 
 def plan_workload(

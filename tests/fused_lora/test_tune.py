@@ -84,7 +84,6 @@ def measured(monkeypatch):
     monkeypatch.setattr(tune, "spills", spills)
     monkeypatch.setattr(tune, "captured", lambda run: None)
     monkeypatch.setattr(tune, "microseconds", lambda graphs: {index: 1000.0 - index for index in graphs})
-    monkeypatch.setenv("LORAFUSION_GIT_SHA", "abc")
     return results
 
 
@@ -95,7 +94,7 @@ def test_the_fastest_candidate_that_runs_and_does_not_spill(measured):
     assert found["choice"] == tune.CANDIDATES["output"][count - 2]
     assert (found["candidates"], found["failed"], found["spilled"]) == (count - 2, 1, 1)
     assert "library_microseconds" not in found  # the first, which failed
-    assert found["commit"] == "abc"
+    assert found["sources"] == tune.sources_hash()
 
 
 def test_nothing_but_spills_is_no_entry_and_nothing_but_errors_is_an_error(measured):

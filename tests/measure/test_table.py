@@ -74,8 +74,8 @@ def test_columns_are_in_the_designs_order():
     text = (
         "suite kind cell system model workload gpus repeat metric value unit direction statistic n ci_low ci_high "
         "window status note implementation pass tokens in_features out_features rank adapters dropout dtype stages "
-        "global_batch capacity merged_qkv samples bench git_sha git_dirty config_hash workload_hash plan_hash gpu_name "
-        "gpu_uuid driver cuda torch triton clock_mhz power_w seed started_at command result log"
+        "global_batch capacity merged_qkv samples bench git_sha git_dirty tree_hash config_hash workload_hash "
+        "plan_hash gpu_name gpu_uuid driver cuda torch triton clock_mhz power_w seed started_at command result log"
     )
     assert list(COLUMNS) == text.split()
     assert list(build(result()).columns) == list(COLUMNS)

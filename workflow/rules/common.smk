@@ -11,7 +11,7 @@ from lorafusion.benchmarks.scheduler import read_scheduler_suites
 from lorafusion.benchmarks.suite import bench_hash, benches, read_kernel_suites
 from lorafusion.benchmarks.training_suite import bench_hash as training_hash
 from lorafusion.benchmarks.training_suite import read_training_suites
-from lorafusion.cells import config_hash, unavailable
+from lorafusion.cells import unavailable
 from lorafusion.config import (
     CONFIGS,
     Arrangement,
@@ -21,6 +21,7 @@ from lorafusion.config import (
     suite_path,
 )
 from lorafusion.errors import UserError
+from lorafusion.keys import CellFiles
 from lorafusion.measure.environment import has_gpu
 from lorafusion.report.contributions import lacking
 from lorafusion.sweep import shuffled
@@ -192,9 +193,24 @@ def tuned(wildcards):
     """Where a cell's capacity is found, if the suite does not say it."""
     return (
         f"{RESULTS}/tuned/{wildcards.cell}.json"
-        if cell_of(wildcards).grid.tuned
+        if cell_of(wildcards).grid.tuned and wildcards.cell in PLANNED
         else []
     )
+
+
+def tuned_option(wildcards, input):
+    """How a step is told of that."""
+    return f"--tuned={input.tuned}" if input.tuned else ""
+
+
+def configuration(wildcards):
+    """What a cell's tuning, runs and profile depend on: they are made again when it changes, and only then."""
+    return CellFiles(SUITE, cell_of(wildcards)).configuration
+
+
+def workload_hash(wildcards):
+    """The content that a workload file must have."""
+    return CellFiles(SUITE, WORKLOADS[wildcards.shared]).expected_workload.content_hash
 
 
 def nodes_of(wildcards):

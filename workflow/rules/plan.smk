@@ -20,6 +20,8 @@ rule workload:
         merged=lambda wildcards: (
             "--merged-qkv" if WORKLOADS[wildcards.shared].grid.merged_qkv else ""
         ),
+        # Not in the command: drawn again when anything that it is made of changes.
+        content=workload_hash,
     shell:
         "lorafusion workload {input.config:q} --samples {params.samples}"
         " --global-batch {params.global_batch} --length-scale {params.length_scale}"
@@ -69,9 +71,7 @@ rule tune_cell:
         **CELL_RESOURCES,
     params:
         suite=SUITE_PATH,
-        configuration=lambda wildcards: config_hash(
-            SUITE, cell_of(wildcards), SYSTEMS[cell_of(wildcards).system]
-        ),
+        configuration=configuration,
     shell:
         "lorafusion tune --suite {params.suite:q} --cell {wildcards.cell:q} --workload {input:q} --out {output:q}"
         " > {log:q} 2>&1"

@@ -8,6 +8,7 @@ rule run:
             if wildcards.cell in PLANNED
             else []
         ),
+        tuned=tuned,
     output:
         ensure(f"{RESULTS}/runs/{{cell}}/repeat~{{repeat}}.json", non_empty=True),
     log:
@@ -23,14 +24,13 @@ rule run:
     params:
         suite=SUITE_PATH,
         plan=lambda wildcards, input: f"--plan={input.plan}" if input.plan else "",
+        tuned=tuned_option,
         # Not in the command: a cell runs again when its configuration changes, and only then.
-        configuration=lambda wildcards: config_hash(
-            SUITE, cell_of(wildcards), SYSTEMS[cell_of(wildcards).system]
-        ),
+        configuration=configuration,
     shell:
         "{resources.mpi} lorafusion run --suite {params.suite:q} --cell {wildcards.cell:q}"
         " --repeat {wildcards.repeat} --nodes {resources.nodes} --workload {input.workload:q} {params.plan:q}"
-        " --out {output:q} --log {log:q} > {log:q} 2>&1"
+        " {params.tuned:q} --out {output:q} --log {log:q} > {log:q} 2>&1"
 
 
 # The first global batches of a cell under a profiler, which takes the time of nothing that is measured elsewhere.
@@ -38,6 +38,7 @@ rule profile:
     input:
         workload=lambda wildcards: f"{RESULTS}/workloads/{cell_of(wildcards).workload_name}.json",
         plan=f"{RESULTS}/plans/{{cell}}.json",
+        tuned=tuned,
     output:
         csv=f"{RESULTS}/profiles/{{cell}}.csv",
         seal=f"{RESULTS}/profiles/{{cell}}.csv.sha256",
@@ -49,9 +50,8 @@ rule profile:
         **CELL_RESOURCES,
     params:
         suite=SUITE_PATH,
-        configuration=lambda wildcards: config_hash(
-            SUITE, cell_of(wildcards), SYSTEMS[cell_of(wildcards).system]
-        ),
+        tuned=tuned_option,
+        configuration=configuration,
     shell:
         "lorafusion profile --suite {params.suite:q} --cell {wildcards.cell:q} --workload {input.workload:q}"
-        " --plan {input.plan:q} --out {output.csv:q} > {log:q} 2>&1"
+        " --plan {input.plan:q} {params.tuned:q} --out {output.csv:q} > {log:q} 2>&1"

@@ -1,0 +1,85 @@
+"""The outcome of tuning a cell: which capacities were tried, how fast each was, and which is the cell's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lorafusion.errors import UserError, validated
+from lorafusion.workload import Workload, content_hash, read_versioned
+
+VERSION = 3
+
+
+class Tried(BaseModel):
+    """A capacity that was tried: tokens a second of the first global batches, or why there is no such number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    capacity: int = Field(ge=1)
+    throughput: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    status: str = "ok"
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.capacity}: {self.status if self.throughput is None else f'{self.throughput:,.0f} tok/s'}"
+
+
+class Tuned(BaseModel):
+    """The outcome for a cell, and what it was made from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = VERSION
+    suite: str
+    cell: str
+    system: str
+    stages: int
+    data_parallel: int
+    config_hash: str
+    workload_hash: str
+    gpu_name: str | None
+    git_sha: str | None
+    git_dirty: bool | None
+    tree_hash: str | None
+    trials: tuple[Tried, ...] = Field(min_length=1)
+    seal: str | None = Field(default=None, description="hash of all the rest, so that a change by hand shows")
+
+    @property
+    def capacity(self) -> int:
+        """The fastest, of equal ones the largest; where none was run to its end the smallest tried, for which the run
+        itself will say what is wrong."""
+        done = [one for one in self.trials if one.throughput is not None]
+        if not done:
+            return min(one.capacity for one in self.trials)
+        return max(done, key=lambda one: (one.throughput, one.capacity)).capacity
+
+    @property
+    def own_seal(self) -> str:
+        """What `seal` must be."""
+        return content_hash(self.model_dump(mode="json", exclude={"seal"}))
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json") | {"seal": self.own_seal}, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: str | Path) -> Tuned:
+        """Read a file of `lorafusion tune`; `UserError` names the file and what is wrong."""
+        found = validated(cls, read_versioned(path, VERSION, "tuning"), path)
+        if found.seal != found.own_seal:
+            raise UserError(f"{path}: seal: found {found.seal}, expected {found.own_seal}; it was changed since, "
+                            "make it again with `lorafusion tune`")  # fmt: skip
+        return found
+
+    def require(self, source: Path, workload: Workload, system: str, stages: int, data_parallel: int) -> None:
+        """Raise where this is the tuning of another workload, system or arrangement."""
+        for what, found, expected in (
+            ("workload", self.workload_hash, workload.content_hash),
+            ("system", self.system, system),
+            ("stages", self.stages, stages),
+            ("data_parallel", self.data_parallel, data_parallel),
+        ):
+            if found != expected:
+                raise UserError(f"{source}: tuned for {what} {found}, but this plan is for {expected}")

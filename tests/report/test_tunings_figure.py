@@ -13,7 +13,7 @@ from lorafusion.errors import UserError
 from lorafusion.measure.table import MeasurementError
 from lorafusion.report import style
 from lorafusion.report.tunings_figure import draw, tunings, tunings_data
-from lorafusion.tuning import VERSION
+from lorafusion.tuned import Tuned
 
 FULL = {"status": "oom", "note": "it went wrong"}
 
@@ -29,20 +29,21 @@ def tuned(tmp_path):
             for capacity, rate in trials.items()
         ]
         made = {
-            "version": VERSION,
             "suite": "h200",
             "cell": cell,
             "system": system,
             "stages": gpus,
             "trials": tried,
             "data_parallel": 1,
+            "config_hash": "c",
             "workload_hash": "h",
             "gpu_name": "a GPU",
             "git_sha": "a" * 40,
             "git_dirty": False,
+            "tree_hash": "b" * 16,
         }
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
-        path.write_text(json.dumps(made))
+        path.write_text(Tuned.model_validate(made).to_json())
         return path
 
     return tuned
@@ -115,5 +116,5 @@ def test_the_command_draws_them_and_refuses_other_files(tuned, tmp_path):
     with pytest.raises(MeasurementError, match="no tuning of a cell of large in"):
         tunings([file], "large", stem)
     (tmp_path / "other.json").write_text(json.dumps({"version": 1}))
-    with pytest.raises(UserError, match="other.json: tuning of version 1, expected version 2; make it again"):
+    with pytest.raises(UserError, match="other.json: tuning of version 1, expected version 3; make it again"):
         tunings([tmp_path / "other.json"], "tiny", stem)

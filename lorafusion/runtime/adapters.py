@@ -19,6 +19,9 @@ class AdapterTraining:
     tensors may be views of them. All that happens in a step is decided on the device: a gradient that is not finite on
     any stage stops the adapter for good, its weights and moments stay as they were before, and nobody waits to learn of
     it.
+
+    A float16 adapter is a copy of one in float32, which is what AdamW updates: in float16 a gradient's square is nearly
+    always zero, and a step divides by its root.
     """
 
     def __init__(self, stage: Stage, job: Job) -> None:
@@ -28,7 +31,9 @@ class AdapterTraining:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         # Of a parameter that is sharded over replicas this process updates its own part, in the same memory.
-        self._updated = [_own_part(parameter) for parameter in self.parameters.values()]
+        self._parts = [_own_part(parameter) for parameter in self.parameters.values()]
+        self._is_copy = self._parts[0].dtype == torch.float16
+        self._updated = [_in_float32(part) for part in self._parts] if self._is_copy else self._parts
         some = self._updated[0]
         self.norm_dtype = torch.promote_types(some.dtype, torch.float32)
         self.optimizer = torch.optim.AdamW(
@@ -49,7 +54,7 @@ class AdapterTraining:
 
     @property
     def gradients(self) -> list[torch.Tensor]:
-        return [parameter.grad for parameter in self._updated]
+        return [part.grad for part in self._parts]
 
     def squared_norm(self) -> torch.Tensor:
         """Of this stage's part of the gradient, a scalar of `norm_dtype`."""
@@ -59,11 +64,16 @@ class AdapterTraining:
     def step(self, squared_norm: torch.Tensor) -> torch.Tensor:
         """Update the adapter by its gradient, whose squared norm over all stages is given; returns the norm."""
         norm = squared_norm.sqrt()
+        if self._is_copy:
+            torch._foreach_copy_([master.grad for master in self._updated], self.gradients)
         self.stopped.copy_(torch.maximum(self.stopped, (~norm.isfinite()).float()))
         if self.job.max_grad_norm is not None:
             self._clip(norm)
         self.optimizer.param_groups[0]["lr"] = self.job.learning_rate_at(self.steps)
         self.optimizer.step()
+        if self._is_copy:
+            with torch.no_grad():
+                torch._foreach_copy_(self._parts, self._updated)
         self.zero_gradients()
         self.steps += 1
         return norm
@@ -72,7 +82,7 @@ class AdapterTraining:
         """Have the next update see the gradient with at most the job's norm."""
         factor = (self.job.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
         if factor.dtype == self._updated[0].dtype:
-            torch._foreach_mul_(self.gradients, factor)
+            torch._foreach_mul_([parameter.grad for parameter in self._updated], factor)
         else:
             # For a factor of another dtype torch launches a kernel a tensor, 448 for an adapter of Llama-3.1-8B. AdamW
             # divides by what gradient scalers multiplied with, within its kernel and in float32.
@@ -88,9 +98,11 @@ class AdapterTraining:
     def state(self) -> dict[str, torch.Tensor]:
         """All that its training depends on, by names that do not depend on the number of stages."""
         out = {"stopped": self.stopped}
-        for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
+        for (name, parameter), updated in zip(self.parameters.items(), self._updated, strict=True):
+            state = self.optimizer.state[updated]
             out[f"{name}/weight"], out[f"{name}/gradient"] = parameter.detach(), parameter.grad
+            if self._is_copy:
+                out[f"{name}/float32"] = updated.detach()
             out[f"{name}/exp_avg"], out[f"{name}/exp_avg_sq"] = state["exp_avg"], state["exp_avg_sq"]
             out["optimizer_steps"] = state["step"]
         return out
@@ -99,13 +111,15 @@ class AdapterTraining:
         """Take over what `state` returned, of this stage's parameters. A gradient that is not in it is zero."""
         self.steps = steps
         self.stopped.copy_(state["stopped"])
-        for name, parameter in self.parameters.items():
+        for (name, parameter), updated in zip(self.parameters.items(), self._updated, strict=True):
             with torch.no_grad():
                 parameter.copy_(state[f"{name}/weight"])
+                if self._is_copy:
+                    updated.copy_(state[f"{name}/float32"])
                 gradient = state.get(f"{name}/gradient")
                 parameter.grad.zero_() if gradient is None else parameter.grad.copy_(gradient)
             if f"{name}/exp_avg" in state:
-                own = self.optimizer.state[parameter]
+                own = self.optimizer.state[updated]
                 own["step"].copy_(state["optimizer_steps"])
                 own["exp_avg"].copy_(state[f"{name}/exp_avg"])
                 own["exp_avg_sq"].copy_(state[f"{name}/exp_avg_sq"])
@@ -118,3 +132,10 @@ def _own_part(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     part = torch.nn.Parameter(parameter.detach().to_local())
     part.grad = parameter.grad.to_local()
     return part
+
+
+def _in_float32(part: torch.nn.Parameter) -> torch.nn.Parameter:
+    """A parameter in float32, with a gradient of its own."""
+    copy = torch.nn.Parameter(part.detach().float())
+    copy.grad = torch.zeros_like(copy)
+    return copy

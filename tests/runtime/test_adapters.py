@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,21 +17,23 @@ from lorafusion.scheduler import plan_system
 from lorafusion.workload import Workload
 
 
+def build(folder: Path, dtype: str, device: str = "cpu", **changes) -> AdapterTraining:
+    """A toy job's adapter on the tiny model, with gradients that are the same on every device."""
+    job = toy_jobs(dropout=0.0)[0].model_copy(update=changes)
+    jobs = Workload(name="toy", jobs=(job,))
+    spec = RunSpec(system="peft-bf16", model="tiny", workload="", device=device, dtype=dtype, adapter_dtype=dtype)
+    plan = plan_system(jobs, "peft-bf16", stages=1, capacity=96)
+    run = worker.build_run(spec, jobs, plan, torch.device(device), Position(folder, 0), 0)
+    (one,) = run.adapters
+    generator = torch.Generator().manual_seed(0)
+    for gradient in one.gradients:
+        gradient.copy_(torch.randn(gradient.shape, generator=generator))
+    return one
+
+
 @pytest.fixture
 def adapter(tmp_path):
-    def make(dtype: str, **changes) -> AdapterTraining:
-        job = toy_jobs(dropout=0.0)[0].model_copy(update=changes)
-        jobs = Workload(name="toy", jobs=(job,))
-        spec = RunSpec(system="peft-bf16", model="tiny", workload="", device="cpu", dtype=dtype, adapter_dtype=dtype)
-        plan = plan_system(jobs, "peft-bf16", stages=1, capacity=96)
-        run = worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(tmp_path, 0), 0)
-        (one,) = run.adapters
-        generator = torch.Generator().manual_seed(0)
-        for gradient in one.gradients:
-            gradient.copy_(torch.randn(gradient.shape, generator=generator))
-        return one
-
-    return make
+    return partial(build, tmp_path)
 
 
 def moments(adapter: AdapterTraining) -> torch.Tensor:
@@ -36,7 +41,9 @@ def moments(adapter: AdapterTraining) -> torch.Tensor:
     return torch.cat([state["exp_avg"].double().flatten() for state in adapter.optimizer.state.values()])
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [("float64", 1e-12), ("float32", 1e-6), ("bfloat16", 2**-8)])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float64", 1e-12), ("float32", 1e-6), ("bfloat16", 2**-8), ("float16", 1e-6)]
+)
 @pytest.mark.parametrize("bound", [0.5, 1e6, None])
 def test_a_step_sees_the_gradient_with_at_most_the_jobs_norm(adapter, dtype, precision, bound):
     one = adapter(dtype, max_grad_norm=bound)
@@ -48,7 +55,7 @@ def test_a_step_sees_the_gradient_with_at_most_the_jobs_norm(adapter, dtype, pre
     assert all(not gradient.any() for gradient in one.gradients)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("bound", [0.5, None])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_gradient_that_is_not_finite_changes_nothing_for_good(adapter, dtype, bound, bad):
@@ -73,3 +80,42 @@ def test_the_states_are_there_before_the_first_step(adapter):
     assert one.steps_made() == 0
     one.step(one.squared_norm())
     assert one.steps_made() == 1
+
+
+def trained(one: AdapterTraining, scale: float, steps: range) -> dict[str, torch.Tensor]:
+    """The weights after steps on gradients of this size, which are the same in every dtype."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for gradient in one.gradients:
+            gradient.copy_((scale * torch.randn(gradient.shape, generator=generator)).half())
+        one.step(one.squared_norm())
+    return {name: value.float() for name, value in one.state().items() if name.endswith("/weight")}
+
+
+@pytest.mark.parametrize("bound", [0.5, None])
+@pytest.mark.parametrize("scale", [1e-2, 1e-4, 1e-6])
+def test_a_float16_adapter_is_trained_as_a_float32_one_is(adapter, scale, bound):
+    """Its weights are rounded, and nothing else: also where a gradient's square is zero in float16."""
+    changes = {"max_grad_norm": bound, "learning_rate": 1e-3, "weight_decay": 0.1}
+    one = adapter("float32", **changes)
+    before = {name: value.clone() for name, value in one.state().items()}
+    exact = trained(one, scale, range(12))
+    half = trained(adapter("float16", **changes), scale, range(12))
+    for name, value in exact.items():
+        rounded = (before[name].half().float() - before[name]).abs() + 2**-11 * value.abs()
+        assert ((half[name] - value).abs() <= rounded + 1e-7).all(), name
+    assert max(value.abs().max() for name, value in half.items() if "lora_B" in name) < 0.02
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_gone_on_with_ends_in_the_same_bits(adapter, dtype):
+    changes = {"max_grad_norm": 0.5, "learning_rate": 1e-3}
+    whole = adapter(dtype, **changes)
+    trained(whole, 1e-3, range(12))
+    first, second = adapter(dtype, **changes), adapter(dtype, **changes)
+    trained(first, 1e-3, range(5))
+    second.load({name: value.clone() for name, value in first.state().items()}, first.steps)
+    trained(second, 1e-3, range(5, 12))
+    expected, found = whole.state(), second.state()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

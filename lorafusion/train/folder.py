@@ -13,6 +13,7 @@ changed is an error. What it names is written before it, and what it no longer n
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,6 +250,14 @@ def read_progress(folder: Path) -> Progress:
 
 def write_progress(folder: Path, progress: Progress) -> None:
     write_sealed(folder / PROGRESS, progress.model_dump(mode="json"))
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed processes had begun to write in a locked folder; nobody reads it."""
+    for place in ("", "data", "state", "runs"):
+        for path in (folder / place).glob("**/.*" if place == "runs" else ".*"):
+            if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+                path.unlink()
 
 
 def trim_events(run: Run, kept: dict[str, Entry]) -> None:

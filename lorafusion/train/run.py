@@ -29,7 +29,7 @@ from lorafusion.scheduler import fast
 from lorafusion.simulator import model_costs
 from lorafusion.train.config import TrainConfig, read_train_config
 from lorafusion.train.export import Exporter
-from lorafusion.train.folder import OutputFolder, Run, require_names, trim_events
+from lorafusion.train.folder import OutputFolder, Run, remove_partial, require_names, trim_events
 from lorafusion.train.metrics import EventReader, History
 from lorafusion.train.ownership import claim, is_own, require_own
 from lorafusion.train.prepare import DATA, base_model, prepare
@@ -87,13 +87,15 @@ def _read(path: Path, before: Path | None) -> TrainConfig:
 
 
 def _train_once(config: TrainConfig) -> Outcome:
-    with locked(config.output) as lock, running(config.output, config.path) as status:
+    with locked(config.output) as lock:
         claim(config.output)
-        training = Training(config, lock, status)
-        outcome = training.run()
-        status.jobs = training.states()
-        status.write(outcome.status, outcome.note)
-        return outcome
+        remove_partial(config.output)
+        with running(config.output, config.path) as status:
+            training = Training(config, lock, status)
+            outcome = training.run()
+            status.jobs = training.states()
+            status.write(outcome.status, outcome.note)
+            return outcome
 
 
 class Training:

@@ -33,6 +33,15 @@ def work(*arguments) -> None:
     forked.work(*arguments)
 
 
+def work_on(*arguments) -> None:
+    """The worker that outlives its launcher, as one in a slow microbatch does, and has none of its files open."""
+    from lorafusion.runtime import worker
+
+    os.closerange(3, 1000)
+    worker.end_with_parent = lambda *_: None  # of this process alone
+    work(*arguments)
+
+
 def once_before(slot: int, checkpoints: Path, processes: int, what: Callable[[], None]) -> Callable[[], None]:
     """A launcher's `look` that calls `what` once, when all processes of a run with checkpoints are before a slot's
     forward pass. They wait for it there: a toy run would be over before a busy machine's launcher looks again."""
@@ -64,6 +73,10 @@ class Forked(forked.Forked):
     def __init__(self, *arguments) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         super().__init__(*arguments)
+
+
+class Outliving(Forked):
+    work = staticmethod(work_on)
 
 
 launch = partial(forked.launch_any, start=Forked)

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from lorafusion.errors import UserError
-from lorafusion.manifest import facts_of, verified, write_sealed
+from lorafusion.manifest import verified
 from lorafusion.runtime.checkpoint import adapter_state, opened
 from lorafusion.runtime.launch import Outcome
 from lorafusion.train import export as exporting
@@ -23,81 +22,19 @@ from lorafusion.train import run as training
 from lorafusion.train.folder import read_progress, write_progress
 from lorafusion.train.run import DONE, FAILED, train
 from lorafusion.workload import Workload
-from tests import forked
 from tests.faults import Killed, fault_at, full_disk
-
-JOBS = [{"name": "short", "steps": 2, "seed": 1}, {"name": "long", "seed": 2}]
-SETTINGS = {
-    "model": "tiny", "output": "out", "capacity": 64, "save_every": 4, "keep": 100, "dtype": "float64",
-    "defaults": {"data": {"synthetic": {"samples": 12, "dataset": "xsum", "scale": 32}}, "global_batch_size": 2,
-                 "rank": 2, "target_modules": ["q_proj"]},
-    "jobs": JOBS,
-}  # fmt: skip
-EXACT = ("adapter_model.safetensors", "adapter_config.json", "training.json")
+from tests.train.playback import JOBS, files, jobs_file, status
 
 
-def jobs_file(folder: Path, **changes) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "jobs.yaml").write_text(yaml.safe_dump(SETTINGS | changes))
-    return folder / "jobs.yaml"
-
-
-def status(folder: Path) -> dict:
-    return json.loads((folder / "out" / "status.json").read_text())
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """What a user has of a training: its rows and its adapters."""
-    found = {f"{path.parent.name}/{path.name}": path for path in (folder / "out" / "adapters").glob("[!.]*/*")}
-    kept = {name: path.read_bytes() for name, path in found.items() if path.name in EXACT}
-    return kept | {"metrics": (folder / "out" / "metrics.jsonl").read_bytes()}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A training in one go, with all its checkpoints."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "launch", forked.launch)
-        assert train(jobs_file(folder)) == DONE
-    assert len(list((folder / "out/runs/000/checkpoints").glob("slot-*"))) >= 3
-    return folder
-
-
-@pytest.fixture
-def played(whole, monkeypatch):
-    """Runs are played back: a checkpoint appears with the events before it, the launcher looks, and so on."""
-    launched = []
-
-    def launch(spec, processes, look, **_) -> Outcome:
-        launched.append(spec)
-        there = Path(spec.saving.folder)
-        for slot in sorted((whole / "out/runs/000/checkpoints").glob("slot-*")):
-            facts = facts_of(slot)
-            if not (there / slot.name).exists():
-                for name, entry in facts["events"].items():
-                    Path(spec.events).mkdir(exist_ok=True)
-                    data = (whole / "out/runs/000/events" / name).read_bytes()
-                    (Path(spec.events) / name).write_bytes(data[: entry["size"]])
-                shutil.copytree(slot, there / slot.name)
-                write_sealed(there / "newest.json", {"slot": facts["slot"]})
-            look()
-        return Outcome("ok", report={"finished": True})
-
-    monkeypatch.setattr(training, "launch", launch)
-    monkeypatch.setattr(exporting, "_draw", lambda job, steps, path: path.touch())
-    return launched
-
-
-def test_what_is_played_back_is_the_training(whole, played, tmp_path):
+def test_what_is_played_back_is_the_training(recorded, played, tmp_path):
     with fault_at(10**9) as changes:
         assert train(jobs_file(tmp_path)) == DONE
-    assert files(tmp_path) == files(whole)
+    assert files(tmp_path) == files(recorded)
     assert len(changes) > 40, "these are the moments of the tests below"
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_killed_at_any_moment_it_goes_on_to_the_same_end(whole, played, tmp_path, part):
+def test_killed_at_any_moment_it_goes_on_to_the_same_end(recorded, played, tmp_path, part):
     """And the attempt that goes on is killed too, somewhere else."""
     moment, killed = part + 1, True
     while killed:
@@ -109,7 +46,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(whole, played, tmp_path
             except Killed:
                 killed = True
         assert train(folder / "jobs.yaml") == DONE, moment
-        assert files(folder) == files(whole), moment
+        assert files(folder) == files(recorded), moment
         assert status(folder)["status"] == "ok"
         left = [str(path.relative_to(folder)) for path in folder.rglob(".*") if path.name != ".lock"]
         assert left == [], moment
@@ -117,7 +54,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(whole, played, tmp_path
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_a_full_disk_loses_nothing(whole, played, tmp_path, capsys, part):
+def test_a_full_disk_loses_nothing(recorded, played, tmp_path, capsys, part):
     moment = part + 1
     while True:
         folder = tmp_path / str(moment)
@@ -131,16 +68,16 @@ def test_a_full_disk_loses_nothing(whole, played, tmp_path, capsys, part):
         assert code in (2, FAILED)
         assert "No space left on device" in said.splitlines()[-1]
         assert train(folder / "jobs.yaml") == DONE, moment
-        assert files(folder) == files(whole), moment
+        assert files(folder) == files(recorded), moment
         moment += 4
 
 
 @pytest.fixture(scope="module")
-def stopped(whole, tmp_path_factory):
+def stopped(recorded, tmp_path_factory):
     """The training as it was when it was asked to stop at its second checkpoint, before a third job was added."""
     folder = tmp_path_factory.mktemp("stopped")
-    slots = sorted((whole / "out/runs/000/checkpoints").glob("slot-*"))[:2]
-    shutil.copytree(whole / "out", folder / "out")
+    slots = sorted((recorded / "out/runs/000/checkpoints").glob("slot-*"))[:2]
+    shutil.copytree(recorded / "out", folder / "out")
     checkpoints = folder / "out/runs/000/checkpoints"
     for path in set(checkpoints.glob("slot-*")) - {checkpoints / slot.name for slot in slots}:
         shutil.rmtree(path)

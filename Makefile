@@ -27,6 +27,9 @@ planted-table: .venv/.installed  ## write docs/planted-errors.md anew
 slurm-test: .venv/.installed  ## run the workflow on a toy Slurm cluster on this machine (root)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm $(ARGS) tests/slurm
 
+browser-test: .venv/.installed  ## click through the smoke suite's report in Chromium
+	@$(BIN)/pytest -m browser $(ARGS) tests/browser
+
 lint: .venv/.installed  ## check style and format, of Python and of the workflow
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -19,6 +19,6 @@ uv pip compile requirements.in --universal --python-version 3.11 --fork-strategy
 {
     echo "# Written by \`make lock\` from requirements.in, for Python 3.11 and 3.12. Installed by \`make\` (tools/install.sh),"
     echo "# which adds the build of torch that fits the machine: on its own this file would take the CUDA build."
-    grep -vE "^(nvidia|cuda)-|sys_platform == 'win32'" "$draft" | sed 's/^\(torch==[^+ ]*\)+[^ ]*/\1/'
+    grep -vE "^(nvidia|cuda)-|sys_platform == 'win32'|os_name == 'nt'" "$draft" | sed 's/^\(torch==[^+ ]*\)+[^ ]*/\1/'
 } >requirements.lock.new
 mv requirements.lock.new requirements.lock

@@ -11,12 +11,14 @@ import pandas as pd
 from lorafusion.measure.vocabulary import IDENTITY
 
 STYLE = """
-body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5rem; color: #1a1a1a; }
+body { font: 14px/1.4 system-ui, sans-serif; margin: 1rem; color: #1a1a1a; overflow-wrap: anywhere; }
 h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-top: 1.6rem; }
-table { border-collapse: collapse; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; }
-th { position: sticky; top: 0; background: #f4f4f4; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.table { overflow: auto; max-height: 80vh; max-width: 100%; }
+table { border-collapse: collapse; overflow-wrap: normal; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+th { position: sticky; top: 0; background: #f4f4f4; white-space: nowrap; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.code { min-width: 14rem; } td.note { min-width: 12rem; }
 code { font-size: 12px; overflow-wrap: anywhere; } .ok { color: #0a6b2d; } .failed { color: #b3261e; font-weight: 600; }
 """
 # What tells the rows of a table apart, and what they say.
@@ -63,6 +65,7 @@ def page(title: str, *parts: str) -> str:
     body = "\n".join(parts)
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<style>{STYLE}</style></head><body><h1>{title}</h1>\n{body}\n</body></html>\n"
     )
 
@@ -75,7 +78,8 @@ def _table(frame: pd.DataFrame) -> str:
         "<tr>" + "".join(_cell(column, value) for column, value in zip(frame.columns, row, strict=True)) + "</tr>"
         for row in frame.itertuples(index=False, name=None)
     ]
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f"<div class='table'><table>{body}</table></div>"  # a wide table scrolls, and the page does not
 
 
 def _cell(column: str, value: object) -> str:
@@ -84,4 +88,6 @@ def _cell(column: str, value: object) -> str:
     if isinstance(value, float):
         return f"<td class='number'>{value:,.4g}</td>" if abs(value) < 1e4 else f"<td class='number'>{value:,.0f}</td>"
     text = escape(str(value))
-    return f"<td><code>{text}</code></td>" if column in CODE_COLUMNS else f"<td>{text}</td>"
+    if column in CODE_COLUMNS:
+        return f"<td class='code'><code>{text}</code></td>"
+    return f"<td class='note'>{text}</td>" if column == "note" else f"<td>{text}</td>"

@@ -47,7 +47,7 @@ rule lossless:
             f"{RESULTS}/figures/lossless.png",
             caption="../report/lossless.rst",
             category="Checks",
-            labels={"content": "losses lying on each other", "form": "PNG"},
+            labels={"content": "losses lying on each other (PNG)"},
         ),
         pdf=f"{RESULTS}/figures/lossless.pdf",
         csv=f"{RESULTS}/figures/lossless.csv",

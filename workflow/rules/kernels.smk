@@ -132,7 +132,7 @@ rule kernel_measurements:
             f"{KERNEL_FOLDER}/measurements.csv",
             caption="../report/measurements.rst",
             category="Measurements",
-            labels={"content": "kernels: every number", "form": "CSV"},
+            labels={"content": "kernels: every number (CSV)"},
         ),
         parquet=f"{KERNEL_FOLDER}/measurements.parquet",
         seals=multiext(
@@ -143,10 +143,7 @@ rule kernel_measurements:
             f"{KERNEL_FOLDER}/measurements.html",
             caption="../report/measurements.rst",
             category="Measurements",
-            labels={
-                "content": "kernels: medians and runs, with log, command and commit",
-                "form": "page",
-            },
+            labels={"content": "kernels: medians and runs (page)"},
         ),
     log:
         f"{LOGS}/kernel_measurements.log",
@@ -167,13 +164,13 @@ rule kernel_figures:
             f"{RESULTS}/figures/{{figure}}.png",
             caption="../report/kernels.rst",
             category="Figures",
-            labels={"content": "{figure}", "form": "PNG"},
+            labels={"content": "{figure} (PNG)"},
         ),
         pdf=report(
             f"{RESULTS}/figures/{{figure}}.pdf",
             caption="../report/kernels.rst",
             category="Figures",
-            labels={"content": "{figure}", "form": "PDF"},
+            labels={"content": "{figure} (PDF)"},
         ),
         csv=f"{RESULTS}/figures/{{figure}}.csv",
     log:

@@ -7,7 +7,7 @@ rule measurements:
             f"{RESULTS}/measurements.csv",
             caption="../report/measurements.rst",
             category="Measurements",
-            labels={"content": "every number", "form": "CSV"},
+            labels={"content": "systems: every number (CSV)"},
         ),
         parquet=f"{RESULTS}/measurements.parquet",
         seals=multiext(
@@ -18,10 +18,7 @@ rule measurements:
             f"{RESULTS}/measurements.html",
             caption="../report/measurements.rst",
             category="Measurements",
-            labels={
-                "content": "medians and runs, with log, command and commit",
-                "form": "page",
-            },
+            labels={"content": "systems: medians and runs (page)"},
         ),
     log:
         f"{LOGS}/measurements.log",
@@ -46,7 +43,7 @@ rule checks:
             f"{RESULTS}/checks.html",
             caption="../report/checks.rst",
             category="Checks",
-            labels={"content": "what the figures rest on", "form": "page"},
+            labels={"content": "what the figures rest on (page)"},
         ),
     log:
         f"{LOGS}/checks.log",
@@ -66,21 +63,13 @@ rule end_to_end:
             f"{RESULTS}/figures/end_to_end~{{model}}.png",
             caption="../report/end_to_end.rst",
             category="Figures",
-            labels={
-                "content": "end-to-end throughput",
-                "model": "{model}",
-                "form": "PNG",
-            },
+            labels={"content": "end-to-end throughput, {model} (PNG)"},
         ),
         pdf=report(
             f"{RESULTS}/figures/end_to_end~{{model}}.pdf",
             caption="../report/end_to_end.rst",
             category="Figures",
-            labels={
-                "content": "end-to-end throughput",
-                "model": "{model}",
-                "form": "PDF",
-            },
+            labels={"content": "end-to-end throughput, {model} (PDF)"},
         ),
         csv=f"{RESULTS}/figures/end_to_end~{{model}}.csv",
     log:
@@ -103,31 +92,19 @@ rule contributions:
             f"{RESULTS}/figures/contributions~{{model}}.png",
             caption="../report/contributions.rst",
             category="Figures",
-            labels={
-                "content": "what the parts of LoRAFusion add",
-                "model": "{model}",
-                "form": "PNG",
-            },
+            labels={"content": "what the parts of LoRAFusion add, {model} (PNG)"},
         ),
         pdf=report(
             f"{RESULTS}/figures/contributions~{{model}}.pdf",
             caption="../report/contributions.rst",
             category="Figures",
-            labels={
-                "content": "what the parts of LoRAFusion add",
-                "model": "{model}",
-                "form": "PDF",
-            },
+            labels={"content": "what the parts of LoRAFusion add, {model} (PDF)"},
         ),
         csv=report(
             f"{RESULTS}/figures/contributions~{{model}}.csv",
             caption="../report/contributions.rst",
             category="Figures",
-            labels={
-                "content": "what the parts of LoRAFusion add",
-                "model": "{model}",
-                "form": "CSV",
-            },
+            labels={"content": "what the parts of LoRAFusion add, {model} (CSV)"},
         ),
     log:
         f"{LOGS}/contributions~{{model}}.log",
@@ -148,7 +125,7 @@ rule system_profile:
             f"{RESULTS}/figures/system_profile.png",
             caption="../report/system_profile.rst",
             category="Figures",
-            labels={"content": "what the GPU does with each system", "form": "PNG"},
+            labels={"content": "what the GPU does with each system (PNG)"},
         ),
         pdf=f"{RESULTS}/figures/system_profile.pdf",
         csv=f"{RESULTS}/figures/system_profile.csv",
@@ -173,11 +150,7 @@ rule tunings:
             f"{RESULTS}/figures/tunings~{{model}}.png",
             caption="../report/tunings.rst",
             category="Figures",
-            labels={
-                "content": "capacities that were tried",
-                "model": "{model}",
-                "form": "PNG",
-            },
+            labels={"content": "capacities that were tried, {model} (PNG)"},
         ),
         pdf=f"{RESULTS}/figures/tunings~{{model}}.pdf",
         csv=f"{RESULTS}/figures/tunings~{{model}}.csv",

@@ -40,7 +40,7 @@ rule scheduler_measurements:
             f"{SCHEDULER_FOLDER}/measurements.csv",
             caption="../report/measurements.rst",
             category="Measurements",
-            labels={"content": "scheduler: every number", "form": "CSV"},
+            labels={"content": "scheduler: every number (CSV)"},
         ),
         parquet=f"{SCHEDULER_FOLDER}/measurements.parquet",
         seals=multiext(
@@ -51,10 +51,7 @@ rule scheduler_measurements:
             f"{SCHEDULER_FOLDER}/measurements.html",
             caption="../report/measurements.rst",
             category="Measurements",
-            labels={
-                "content": "scheduler: medians and runs, with log, command and commit",
-                "form": "page",
-            },
+            labels={"content": "scheduler: medians and runs (page)"},
         ),
     log:
         f"{LOGS}/scheduler_measurements.log",
@@ -75,13 +72,13 @@ rule scheduler_figures:
             f"{RESULTS}/figures/{{scheduler_figure}}.png",
             caption="../report/scheduler.rst",
             category="Figures",
-            labels={"content": "{scheduler_figure}", "form": "PNG"},
+            labels={"content": "{scheduler_figure} (PNG)"},
         ),
         pdf=report(
             f"{RESULTS}/figures/{{scheduler_figure}}.pdf",
             caption="../report/scheduler.rst",
             category="Figures",
-            labels={"content": "{scheduler_figure}", "form": "PDF"},
+            labels={"content": "{scheduler_figure} (PDF)"},
         ),
         csv=f"{RESULTS}/figures/{{scheduler_figure}}.csv",
     log:

@@ -58,7 +58,7 @@ rule training_measurements:
             f"{TRAINING_FOLDER}/measurements.csv",
             caption="../report/measurements.rst",
             category="Measurements",
-            labels={"content": "training: every number", "form": "CSV"},
+            labels={"content": "training: every number (CSV)"},
         ),
         parquet=f"{TRAINING_FOLDER}/measurements.parquet",
         seals=multiext(
@@ -69,10 +69,7 @@ rule training_measurements:
             f"{TRAINING_FOLDER}/measurements.html",
             caption="../report/measurements.rst",
             category="Measurements",
-            labels={
-                "content": "training: medians and runs, with log, command and commit",
-                "form": "page",
-            },
+            labels={"content": "training: medians and runs (page)"},
         ),
     log:
         f"{LOGS}/training_measurements.log",
@@ -93,13 +90,13 @@ rule training_speed:
             f"{RESULTS}/figures/training_speed.png",
             caption="../report/training.rst",
             category="Figures",
-            labels={"content": "training_speed", "form": "PNG"},
+            labels={"content": "training_speed (PNG)"},
         ),
         pdf=report(
             f"{RESULTS}/figures/training_speed.pdf",
             caption="../report/training.rst",
             category="Figures",
-            labels={"content": "training_speed", "form": "PDF"},
+            labels={"content": "training_speed (PDF)"},
         ),
         csv=f"{RESULTS}/figures/training_speed.csv",
     log:
@@ -123,13 +120,13 @@ if TRAINING_PROFILES:
                 f"{RESULTS}/figures/training_profile.png",
                 caption="../report/training.rst",
                 category="Figures",
-                labels={"content": "training_profile", "form": "PNG"},
+                labels={"content": "training_profile (PNG)"},
             ),
             pdf=report(
                 f"{RESULTS}/figures/training_profile.pdf",
                 caption="../report/training.rst",
                 category="Figures",
-                labels={"content": "training_profile", "form": "PDF"},
+                labels={"content": "training_profile (PDF)"},
             ),
             csv=f"{RESULTS}/figures/training_profile.csv",
         log:

@@ -1,0 +1,39 @@
+"""What README.md and the smaller documents quote: the headline, and what follows from the configuration."""
+
+from __future__ import annotations
+
+from lorafusion.config import cells, read_model, read_suite, read_systems, suite_path
+from lorafusion.runtime.trials import SLOWER
+from tests.numbers import end_to_end
+from tests.numbers.quoted import number, percent
+
+
+def readme() -> list[str]:
+    speeds = end_to_end.speeds("lorafusion")
+    return [
+        f"train with {number(min(speeds), ',.0f')} to {number(max(speeds), ',.0f')} tokens a second, "
+        f"{number(end_to_end.headline().value, '.2f')} times as fast as with the best baseline",
+    ]
+
+
+def artifact() -> list[str]:
+    passages = []
+    for name in ("smoke", "h200", "paper"):
+        suite = read_suite(suite_path(name))
+        count = len(cells(suite, suite_path(name)))
+        passages.append(f"| {number(count)} × {number(suite.repeats)} |")
+    return passages
+
+
+def baselines() -> list[str]:
+    model, rank, size = read_model("llama-3.1-8b"), 16, 2  # bytes of bfloat16
+    shapes = model.linears.values()
+    of_adapter = size * rank * model.num_hidden_layers * sum(one + other for one, other in shapes)
+    of_model = size * (
+        model.num_hidden_layers * sum(one * other for one, other in shapes) + 2 * model.vocab_size * model.hidden_size
+    )
+    return [
+        f"rounded up to {number(read_systems()['mlora'].options['row_multiple'])} (`row_multiple",
+        f"slower than the fastest by {percent(1 - SLOWER)} or more",
+        f"{number(of_adapter / 1e6, '.0f')} MB an adapter beside {number(of_model / 1e9, '.0f')} GB of Llama-3.1-8B",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorafusion.config import cells, read_model, read_suite, read_systems, suite_path
+from lorafusion.runtime.result import CLOCKS_AGREE
 from lorafusion.runtime.trials import SLOWER
 from tests.numbers import end_to_end
 from tests.numbers.quoted import number, percent
@@ -37,3 +38,7 @@ def baselines() -> list[str]:
         f"slower than the fastest by {percent(1 - SLOWER)} or more",
         f"{number(of_adapter / 1e6, '.0f')} MB an adapter beside {number(of_model / 1e9, '.0f')} GB of Llama-3.1-8B",
     ]
+
+
+def measuring() -> list[str]:
+    return [f"differ by at most {percent(CLOCKS_AGREE)}."]

@@ -25,7 +25,7 @@ TIED: dict[str, Callable[[], list[str]]] = {
     "docs/baselines.md": others.baselines,
     "docs/end-to-end.md": end_to_end.passages,
     "docs/kernels.md": kernels.passages,
-    "docs/measuring.md": NOTHING,
+    "docs/measuring.md": others.measuring,
     "docs/scheduler.md": scheduler.passages,
     "docs/training.md": training.passages,
 }

@@ -10,9 +10,7 @@ rule measurements:
             labels={"content": "systems: every number (CSV)"},
         ),
         parquet=f"{RESULTS}/measurements.parquet",
-        seals=multiext(
-            f"{RESULTS}/measurements", ".csv.sha256", ".parquet.sha256"
-        ),
+        seals=multiext(f"{RESULTS}/measurements", ".csv.sha256", ".parquet.sha256"),
         schema=f"{RESULTS}/measurements.schema.json",
         html=report(
             f"{RESULTS}/measurements.html",

@@ -56,7 +56,7 @@ def run_cell(
     if plan is None:
         outcome = Outcome("skipped", reason)
     else:
-        spec = spec_of(cell, suite, workload_path).model_copy(update={"plan": str(plan_path)})
+        spec = spec_of(cell, suite, workload_path).model_copy(update={"plan": str(plan_path), "cost": suite.cost})
         # Named by the job, so that reports of a killed attempt are not taken for this one's.
         job = os.environ.get("SLURM_JOB_ID", "local")
         shared = out.with_name(f"{out.name}.reports-{job}") if nodes > 1 else None

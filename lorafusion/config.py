@@ -176,6 +176,7 @@ class Suite(Config):
     seed: int = Field(default=1, ge=0)
     gpus_per_node: int = Field(default=8, ge=1)
     checks: Checks = Checks()
+    cost: bool = Field(default=True, description="say in each result what the run costs besides time")
     profiled: list[str] = Field(default=[], description="workloads whose cells are profiled, on a GPU")
     cells: list[Grid] = Field(min_length=1)
 

@@ -33,15 +33,17 @@ CLASSES = {
 ORDER = ("GEMM", "attention", "elementwise", "LoRA", "loss", "optimizer", "copies", OTHER, IDLE)
 COLUMNS = ("suite", "bench", "implementation", "adapters", "class", "milliseconds", "kernels", "share", "gpu_name",
            "git_sha")  # fmt: skip
+COMMUNICATION = re.compile("nccl", re.IGNORECASE)
 WAITING = re.compile("^(Context|Stream|Event) (Sync|Wait)")  # what the profiler lists of a stream beside its work
 
 
 class Span(NamedTuple):
-    """A kernel or a copy on the device, from `begin` to `end` in ns."""
+    """A kernel or a copy on the device, from `begin` to `end` in ns, and which of the host's launches it came by."""
 
     name: str
     begin: int
     end: int
+    launch: int = 0
 
 
 class Part(NamedTuple):
@@ -60,21 +62,54 @@ def trace(function: Callable[[], object], before: Callable[[], object] = lambda:
     """
     for _ in range(2):
         before()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        with Tracer() as tracer:
             function()
-            torch.cuda.synchronize()
-    return device_spans(profiler.profiler.kineto_results.events())
+    return tracer.spans
+
+
+def start() -> None:
+    """Make the first trace of a process, so that the next one is whole."""
+    with Tracer():
+        torch.zeros(1, device="cuda")
+
+
+class Tracer:
+    """Within it a GPU's work is traced; `spans` has it afterwards."""
+
+    def __enter__(self) -> Tracer:
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        torch.cuda.synchronize()
+        self._profile.__exit__(*error)
+        self.spans = device_spans(self._profile.profiler.kineto_results.events())
 
 
 def device_spans(events: Iterable[Any]) -> list[Span]:
     """The work on the device among a profiler's events, which are the host's calls and annotations too."""
     return [
-        Span(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
+        Span(event.name(), event.start_ns(), event.start_ns() + event.duration_ns(), event.correlation_id())
         for event in events
         if event.device_type() == torch.autograd.DeviceType.CUDA
         and not event.is_user_annotation()
         and not WAITING.search(event.name())
     ]
+
+
+def without_communication(spans: Iterable[Span]) -> list[Span]:
+    """Without the kernels by which devices wait for each other."""
+    return [span for span in spans if not COMMUNICATION.search(span.name)]
+
+
+def busy_nanoseconds(spans: Iterable[Span]) -> int:
+    """In which at least one of them is there."""
+    busy = reached = 0
+    for span in sorted(spans, key=lambda one: one.begin):
+        busy += max(0, span.end - max(span.begin, reached))
+        reached = max(reached, span.end)
+    return busy
 
 
 def class_of(name: str) -> str:

@@ -36,6 +36,11 @@ def is_installed() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
+def is_used(stage: Stage) -> bool:
+    """Are the forwards of a stage's norms Liger's?"""
+    return any(isinstance(module.forward, partial) and module.forward.func is _norm for module in stage.modules())
+
+
 def install(stage: Stage) -> None:
     """What `use_liger` does, unchecked."""
     norms = tuple(parts.norm for parts in ARCHITECTURES.values())

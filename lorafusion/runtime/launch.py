@@ -106,14 +106,22 @@ def launch(
             finally:
                 running.end()
         if isinstance(code, str):
-            return Outcome("timeout", code)
+            return _with_its_time(Outcome("timeout", code), spec, reports)
         # A signal that torchrun got too is a failure to it, however orderly its processes ended.
         stopped = interrupted and (reports / "report.json").exists()
         done = outcome(reports, 0 if stopped else code, watch)
         if done.status == "ok" and not done.report.get("finished", True):
             reason = f"by {interrupted[-1]}" if interrupted else "by request"
             return Outcome("stopped", f"{reason}, after saving a checkpoint", done.report)
+        return _with_its_time(done, spec, reports)
+
+
+def _with_its_time(done: Outcome, spec: RunSpec, reports: Path) -> Outcome:
+    """The outcome of a run that was over, and reported, when something ended the look at its cost: it is a good one."""
+    report = reports / "report.json"
+    if not spec.cost or done.status == "ok" or not report.exists():
         return done
+    return Outcome("ok", report=json.loads(report.read_text()) | {"cost": {"unknown": done.note}})
 
 
 def _wait(running: Processes, watch: Watch, timeout: float, stall: float, look: Callable[[], None]) -> int | str:

@@ -63,6 +63,9 @@ def result_of(outcome: Outcome, workload: Workload, plan: Plan | None, cell: dic
             require_whole(report, workload, plan)
         except FaultyRunError as fault:
             status, note = fault.status, str(fault)
+    cost = report.get("cost", {})
+    if status == "ok" and "unknown" in cost:
+        note = f"the cost is unknown: {cost['unknown']}"
     return {
         "version": VERSION,
         "status": status,
@@ -72,6 +75,7 @@ def result_of(outcome: Outcome, workload: Workload, plan: Plan | None, cell: dic
         "metrics": [asdict(metric) for metric in metrics(report, workload, plan)] if status == "ok" else [],
         "losses": {name: [_number(value) for value in values] for name, values in report.get("losses", {}).items()},
         "steps": report.get("steps", {}),
+        "cost": cost,
         "clocks": [dict(zip(("device", "host"), seconds, strict=True)) for seconds in report.get("clocks", [])],
         "provenance": provenance,
     }
@@ -166,6 +170,27 @@ def metrics(report: dict, workload: Workload, plan: Plan) -> list[Metric]:
     ]
     for name, time in report["canary"].items():
         out.append(Metric("time", time, "s", "lower", "steady", implementation=name))
+    return out + cost_metrics(report.get("cost", {}), workload.tokens / whole, len(report["clocks"]))
+
+
+def cost_metrics(cost: dict, throughput: float, processes: int) -> list[Metric]:
+    """What a run costs besides time (`cost.cost_of`), where that is known. The devices are busy for as long as they
+    were in the part of it that was looked at; throughput: of the whole run, tokens a second."""
+    if "counts" not in cost:
+        return []
+    counts, scale = cost["counts"], 1000 / cost["tokens"]
+    out = [
+        Metric(name, scale * counts[name], "1/ktok", "lower", "whole", note=cost["part"])
+        for name in ("operators", "kernels", "launches")
+        if name in counts
+    ]
+    if "busy_ms" in counts:
+        busy = scale * counts["busy_ms"]
+        share = busy * throughput / (1e6 * processes)
+        out += [
+            Metric("device_busy", busy, "ms/ktok", "lower", "whole", note=cost["part"]),
+            Metric("busy", share, "1", "higher", "whole", note=cost["part"]),
+        ]
     return out
 
 

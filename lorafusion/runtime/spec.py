@@ -46,6 +46,7 @@ class RunSpec(Config):
     adapter_dtype: DType = "float32"
     seed: int = Field(default=1, ge=0, description="draws the base model's random weights")
     checkpointing: float = Field(default=0.0, ge=0, le=1, description="share of the layers that are recomputed")
+    cost: bool = Field(default=False, description="say what the run costs besides time, once it is over")
     saving: Saving | None = None
     lock: Lock | None = Field(default=None, description="of the folder that the run writes to, where it may be shared")
     initial: str | None = Field(default=None, description="folder of adapters that are trained in part already")

@@ -91,7 +91,7 @@ class TrainingRun:
     ) -> None:
         """autocast: the dtype to compute in where that is not the parameters' own. meter: by default the device's."""
         self.workload, self.plan, self.stage, self.pipeline = workload, plan, stage, pipeline
-        self.active, self.position, self._builder, self._autocast = active, position, builder, autocast
+        self.active, self.position, self._builder, self.autocast = active, position, builder, autocast
         self.around = around
         if around is not None:
             around.attach(self)
@@ -111,7 +111,7 @@ class TrainingRun:
         source, device = self._builder.source, self.pipeline.device
         builder = BatchBuilder(workload, source, device)
         return TrainingRun(workload, plan, self.stage, self.active, builder, self.pipeline, self.position,
-                           self._autocast, self.around, self.record.meter)  # fmt: skip
+                           self.autocast, self.around, self.record.meter)  # fmt: skip
 
     @property
     def norm_dtype(self) -> torch.dtype:
@@ -152,7 +152,7 @@ class TrainingRun:
     def _through(self, batch: PackedBatch, x: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states, and on the last stage each token's share of its adapter's loss."""
         self.active.batch = batch
-        dtype = self._autocast
+        dtype = self.autocast
         with torch.autocast(self.pipeline.device.type, dtype) if dtype else nullcontext():
             out = self.stage(batch.input_ids if self.stage.is_first else x, batch.position_ids, batch.borders)
             if not self.stage.is_last:

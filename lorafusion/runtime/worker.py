@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from lorafusion.models.stage import Stage, fill_weights
 from lorafusion.plan import Plan, check
 from lorafusion.runtime import checkpoint, probe, trials
 from lorafusion.runtime.board import ENDED, Position
+from lorafusion.runtime.cost import known_cost
 from lorafusion.runtime.launch import end_with_parent
 from lorafusion.runtime.lock import join
 from lorafusion.runtime.pipeline import Pipeline
@@ -60,10 +62,9 @@ def main(spec_path: str, report_directory: str) -> int:
         _import_all(spec.system)
         if world > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=RENDEZVOUS_TIMEOUT)
-        run = tried if spec.trials else trained if spec.plan else probed
-        report = run(spec, device, position, rank, world)
-        if rank == 0:
-            _write(reports / "report.json", report)
+        keep = partial(_write, reports / "report.json") if rank == 0 else lambda _: None
+        run = tried if spec.trials else partial(trained, keep=keep) if spec.plan else probed
+        keep(run(spec, device, position, rank, world))
     except Exception as error:  # the border of the process: every failure becomes a report
         traceback.print_exc()
         failure = {"status": status_of(error), "message": describe(error, position)}
@@ -79,9 +80,16 @@ def main(spec_path: str, report_directory: str) -> int:
 
 
 def trained(
-    spec: RunSpec, device: torch.device, position: Position, rank: int, world: int, meter: Meter | None = None
+    spec: RunSpec,
+    device: torch.device,
+    position: Position,
+    rank: int,
+    world: int,
+    meter: Meter | None = None,
+    keep: Callable[[dict], object] = lambda report: None,
 ) -> dict:
-    """Run the plan, from where a checkpoint is; the report of all processes. meter: by default the device's."""
+    """Run the plan, from where a checkpoint is; the report of all processes. meter: by default the device's. keep: is
+    given the report before anything else is tried that may end the process."""
     workload, plan = Workload.read(spec.workload), Plan.read(spec.plan)
     check(plan, workload, source=spec.plan)
     _require_processes(plan, world, spec.plan)
@@ -92,6 +100,9 @@ def trained(
     report = report_of(run) | {"canary": drift, "finished": finished}
     if spec.save_adapters and finished:
         save_adapters(run, Path(spec.save_adapters))
+    if spec.cost and finished:
+        keep(report)
+        report["cost"] = known_cost(run, execute)
     return report
 
 

@@ -224,12 +224,13 @@ def test_only_the_devices_work_is_taken_from_a_trace():
             is_user_annotation=lambda: annotation,
             start_ns=lambda: 5,
             duration_ns=lambda: 7,
+            correlation_id=lambda: 3,
         )
 
     cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
     events = [event("cudaLaunchKernel", cpu), event("nvjet", cuda), event("Optimizer.step#AdamW.step", cuda, True),
               event("Stream Sync", cuda)]  # fmt: skip
-    assert profiler.device_spans(events) == [Span("nvjet", 5, 12)]
+    assert profiler.device_spans(events) == [Span("nvjet", 5, 12, 3)]
 
 
 def test_a_profile_is_drawn_by_implementation_and_before_and_after(suite, tmp_path):

@@ -72,7 +72,7 @@ def test_no_collection_of_garbage_looks_at_what_was_imported(spec, tmp_path):
 
 
 def count_tracked_objects(*arguments: str) -> None:
-    def trained(spec: RunSpec, *_) -> dict:
+    def trained(spec: RunSpec, *_, **__) -> dict:
         load(read_systems()[spec.system].executor, "executor")
         return {"tracked": len(gc.get_objects())}
 

@@ -1,0 +1,128 @@
+"""What a piece of work costs in operators of PyTorch: how many of which class, and the bytes that they move.
+
+It counts on any device and never depends on its speed. On a GPU an operator may be several kernels, and kernels of
+Triton are none: `profiler` counts those.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PRODUCTS, RANDOM, ELEMENTWISE = "matrix products", "random numbers", "elementwise"
+HOST_READS = "host reads"  # of what a device has computed, for which the host waits
+NAMESPACES = {"fused_lora": "LoRA", "c10d": "communication", "_c10d_functional": "communication"}
+READING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# An operator is of the first class that its name, without namespace and overload, tells.
+NAMES = {
+    PRODUCTS: re.compile("(mm|addmm_?|bmm|baddbmm_?|addbmm|mv|addmv|dot|matmul|linear|_grouped_mm)"),
+    "attention": re.compile("_scaled_dot_product_.*|_(flash|efficient|cudnn)_attention_.*"),
+    "optimizer": re.compile("_fused_.*|_foreach_.*|_amp_.*"),
+    "loss": re.compile("(_log_softmax|nll_loss).*"),
+    RANDOM: re.compile("native_dropout.*|dropout.*|bernoulli.*|(rand|normal|uniform|exponential|multinomial).*"),
+    "copies": re.compile(
+        "clone|copy_?|_to_copy|cat|stack|repeat|repeat_interleave|roll|constant_pad_nd|pin_memory|_pin_memory|contiguous"
+        "|resize_|(select|slice)_(backward|scatter)|split.*_copy|embedding|index|index_select|gather"
+    ),
+    "fills": re.compile("(new_)?(zeros|ones|full)(_like)?|fill_?|zero_?|arange|scalar_tensor|eye|tril|triu"),
+    "reductions": re.compile(
+        "sum|mean|prod|amax|amin|max|min|any|all|var.*|std.*|cumsum.*|(linalg_vector_)?norm|nansum"
+    ),
+}
+# They move nothing.
+FREE = re.compile("(new_)?empty(_like|_strided)?(_strided)?|_unsafe_view|_reshape_alias|lift_fresh|set_|record_stream")
+
+
+class Operation(NamedTuple):
+    """An operator that ran: its name and class, the bytes of its arguments and results, and its arguments' dtypes."""
+
+    name: str
+    kind: str
+    read: int
+    written: int
+    dtypes: tuple[str, ...]
+
+
+class Part(NamedTuple):
+    """What the operators of a class come to."""
+
+    operators: int
+    read: int
+    written: int
+
+
+class Counting(TorchDispatchMode):
+    """Within it `note` is told each operator that moves something; views and allocations move nothing."""
+
+    def __init__(self, note: Callable[[Operation], object]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        kind, arguments, results = class_of(function), _tensors([args, kwargs]), _tensors(result)
+        if kind is not None and (arguments or results):
+            read, written = (sum(one.nbytes for one in tensors) for tensors in (arguments, results))
+            self._note(Operation(_short(function), kind, read, written, tuple(dtype_name(one) for one in arguments)))
+        return result
+
+
+@cache
+def class_of(function: torch._ops.OpOverload) -> str | None:
+    """The class of an operator; None for views and allocations. What has no class is one of its own."""
+    name, tags = _short(function), set(function.tags)
+    if function.namespace in NAMESPACES:
+        return NAMESPACES[function.namespace]
+    if function.is_view or FREE.fullmatch(name):
+        return None
+    if tags & READING_TAGS or name == "_local_scalar_dense":
+        return HOST_READS
+    known = next((known for known, pattern in NAMES.items() if pattern.fullmatch(name)), None)
+    if known is None and torch.Tag.nondeterministic_seeded in tags:
+        return RANDOM
+    return known or (ELEMENTWISE if torch.Tag.pointwise in tags else f"other: {name}")
+
+
+def by_class(operations: Iterable[Operation]) -> dict[str, Part]:
+    """Sums of each class, in the order of their names."""
+    sums: dict[str, Part] = defaultdict(lambda: Part(0, 0, 0))
+    for one in operations:
+        sum_ = sums[one.kind]
+        sums[one.kind] = Part(sum_.operators + 1, sum_.read + one.read, sum_.written + one.written)
+    return dict(sorted(sums.items()))
+
+
+def product_dtypes(operations: Sequence[Operation]) -> dict[str, int]:
+    """How many matrix products have arguments of which dtypes."""
+    counts: dict[str, int] = defaultdict(int)
+    for one in operations:
+        if one.kind == PRODUCTS:
+            counts[" x ".join(sorted(set(one.dtypes)))] += 1
+    return dict(sorted(counts.items()))
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """Its dtype, without the module's name."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _short(function: torch._ops.OpOverload) -> str:
+    """The name without namespace and overload."""
+    return function.overloadpacket.__name__
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Those of an operator's arguments or results, which nest in lists, tuples and dicts alone."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for part in value for tensor in _tensors(part)]

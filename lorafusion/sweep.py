@@ -48,8 +48,9 @@ class Share(NamedTuple):
 
 
 def shuffled(names: list[str], repeat: int) -> list[str]:
-    """Cells in the order of one of the repeats: the same wherever it is asked for, another for each repeat."""
-    order = sorted(names)
+    """Cells in the order of one of the repeats: the same wherever it is asked for, another for each repeat. It depends
+    on their places in the suite, not on what they are called."""
+    order = list(names)
     random.Random(repeat).shuffle(order)
     return order
 

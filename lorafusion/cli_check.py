@@ -70,6 +70,25 @@ def check_learning(out: Out) -> None:
     _report(learning(), out)
 
 
+@check_app.command("contract")
+def check_contract(
+    record: Annotated[Path, typer.Argument(help="file of what each system costs")],
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    write: Annotated[bool, typer.Option("--write", help="write what is found to the file")] = False,
+) -> None:
+    """Each system costs what is recorded: operators or kernels, bytes, dtypes, plans."""
+    from lorafusion.contract import SETTINGS, check_contracts
+    from lorafusion.errors import one_of
+
+    one_of("device", device, set(SETTINGS), "check contract")
+    changed = check_contracts(record, device, write)
+    if changed:
+        print(changed)
+    if changed and not write:
+        print(f"FAILED: what systems cost has changed; if it is meant to: lorafusion check contract {record} --write")
+        raise typer.Exit(1)
+
+
 def _report(verdict, out: Path) -> None:
     from lorafusion.checks import write_verdict
 

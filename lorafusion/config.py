@@ -9,22 +9,29 @@ from __future__ import annotations
 import re
 from itertools import product
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lorafusion.errors import UserError, one_of, validated
 from lorafusion.measure.environment import has_gpu
+from lorafusion.reading import read_yaml
+from lorafusion.schema import (
+    LEAST_SCALE,
+    MOST_MINUTES,
+    MOST_PROCESSES,
+    MOST_REPEATS,
+    MOST_SAMPLES,
+    MOST_SCALE,
+    MOST_SEED,
+    MOST_TOKENS,
+    Config,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-
-
-class Config(BaseModel):
-    """A misspelt key is an error, not a default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+Size = Annotated[int, Field(ge=1, le=2**24)]  # of a model
+Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 
 
 Entry = TypeVar("Entry", bound=Config)
@@ -34,17 +41,17 @@ class ModelConfig(Config):
     """A file of configs/models: the published dimensions of a base model, and where its weights come from."""
 
     architecture: Literal["llama", "qwen2"]
-    hidden_size: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1)
-    num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int = Field(ge=1)
-    vocab_size: int = Field(ge=2)
-    max_position_embeddings: int = Field(ge=1)
-    rms_norm_eps: float = Field(gt=0)
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: int = Field(ge=1, le=10_000)
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    vocab_size: int = Field(ge=2, le=2**24)
+    max_position_embeddings: int = Field(ge=1, le=MOST_TOKENS)
+    rms_norm_eps: float = Field(gt=0, le=1)
     rope_parameters: dict[str, int | float | str]
     tie_word_embeddings: bool = False
-    initializer_range: float = Field(default=0.02, gt=0, description="standard deviation of random weights")
+    initializer_range: float = Field(default=0.02, gt=0, le=10, description="standard deviation of random weights")
     weights: str = Field(
         default="random", description="`random`, a local folder with safetensors, or a repository on the hub"
     )
@@ -91,22 +98,26 @@ class Grid(Config):
     """A block of a suite: the product of models, GPU counts, workloads and systems under the same settings."""
 
     models: list[str] = Field(min_length=1)
-    gpus: list[int] = Field(min_length=1, description="processes, where the device is the CPU")
+    gpus: list[Processes] = Field(min_length=1, description="processes, where the device is the CPU")
     workloads: list[str] = Field(min_length=1)
     systems: list[str] = Field(min_length=1)
-    data_parallel: int = Field(default=1, ge=1, description="replicas; stages = gpus / data_parallel")
-    samples: int = Field(ge=1, description="samples an adapter")
-    global_batch: int = Field(ge=1, description="samples of one optimizer step of an adapter")
+    data_parallel: int = Field(
+        default=1, ge=1, le=MOST_PROCESSES, description="replicas; stages = gpus / data_parallel"
+    )
+    samples: int = Field(ge=1, le=MOST_SAMPLES, description="samples an adapter")
+    global_batch: int = Field(ge=1, le=MOST_SAMPLES, description="samples of one optimizer step of an adapter")
     capacity: int | dict[str, int] = Field(description="tokens a microbatch may hold, or that by workload")
-    length_scale: float = Field(default=1.0, gt=0, description="divides the sample lengths, for small models")
+    length_scale: float = Field(
+        default=1.0, ge=LEAST_SCALE, le=MOST_SCALE, description="divides the sample lengths, for small models"
+    )
     checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
     merged_qkv: bool = Field(default=False, description="one adapter for q, k and v as one linear, in every system")
     tuned: bool = Field(
         default=False,
         description="`capacity` is the most that is tried; smaller ones until it fits, then until it is slower",
     )
-    minutes: int = Field(ge=1, description="time limit of a run; longer is status timeout")
-    memory_gb: int = Field(default=4, ge=1, description="host memory of a run")
+    minutes: int = Field(ge=1, le=MOST_MINUTES, description="time limit of a run; longer is status timeout")
+    memory_gb: int = Field(default=4, ge=1, le=1_000_000, description="host memory of a run")
 
     def capacity_of(self, workload: str) -> int:
         return self.capacity if isinstance(self.capacity, int) else self.capacity[workload]
@@ -114,13 +125,11 @@ class Grid(Config):
     @model_validator(mode="after")
     def _settings_cover_the_product(self) -> Grid:
         values = self.capacity.values() if isinstance(self.capacity, dict) else [self.capacity]
-        if any(value < 1 for value in values):
-            raise ValueError("capacity must be at least 1 token")
+        if not all(1 <= value <= MOST_TOKENS for value in values):
+            raise ValueError(f"capacity must be from 1 to {MOST_TOKENS} tokens")
         if isinstance(self.capacity, dict) and set(self.capacity) != set(self.workloads):
             raise ValueError("capacity, where given by workload, must name exactly the workloads of its block")
         for gpus in self.gpus:
-            if gpus < 1:
-                raise ValueError(f"gpus must be at least 1, found {gpus}")
             if gpus % self.data_parallel:
                 raise ValueError(f"{gpus} gpus cannot hold {self.data_parallel} replicas of equal size")
         return self
@@ -172,9 +181,9 @@ class Suite(Config):
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16", "float16"]
     adapter_dtype: Literal["float32", "bfloat16", "float16"]
-    repeats: int = Field(ge=1, description="fresh processes a cell")
-    seed: int = Field(default=1, ge=0)
-    gpus_per_node: int = Field(default=8, ge=1)
+    repeats: int = Field(ge=1, le=MOST_REPEATS, description="fresh processes a cell")
+    seed: int = Field(default=1, ge=0, le=MOST_SEED)
+    gpus_per_node: int = Field(default=8, ge=1, le=MOST_PROCESSES)
     checks: Checks = Checks()
     cost: bool = Field(default=True, description="say in each result what the run costs besides time")
     profiled: list[str] = Field(default=[], description="workloads whose cells are profiled, on a GPU")
@@ -204,22 +213,6 @@ class Cell(Config):
         """The part of the identity that its systems share: they train the same workload."""
         merged = "/qkv~merged" if self.grid.merged_qkv else ""
         return f"model~{self.model}/workload~{self.workload}/gpus~{self.gpus}/batch~{self.grid.global_batch}{merged}"
-
-
-def read_yaml(path: str | Path) -> dict:
-    """The mapping in a YAML file; `UserError` names the file and the line."""
-    try:
-        data = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not valid YAML: {reason}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping, found {type(data).__name__}")
-    return data
 
 
 def names_in(folder: str) -> set[str]:

@@ -10,8 +10,25 @@ from pydantic import BaseModel, ValidationError
 Model = TypeVar("Model", bound=BaseModel)
 
 
+LONGEST = 300  # characters of a message
+FOUND = 80  # characters of a value that was found
+
+
 class UserError(ValueError):
-    """A mistake in the input. The command line prints it as one line and exits with status 2."""
+    """A mistake in the input. The command line prints it as one line, of at most `LONGEST` characters, and exits with
+    status 2."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(" ".join(message.split()), LONGEST))
+
+
+def shortened(text: str, most: int) -> str:
+    """A text without its middle, if it has more than so many characters: what it is about stands at the beginning, and
+    what to do at the end."""
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail - 5]} ... {text[-tail:]}"
 
 
 def validated(model: type[Model], data: object, source: str | Path) -> Model:
@@ -28,7 +45,7 @@ def describe(error: ValidationError) -> str:
     first = mistakes[0]
     key = ".".join(str(part) for part in first["loc"]) or "(top level)"
     found = first["input"]
-    shown = "" if isinstance(found, dict | list | tuple | BaseModel) else f" (found {found!r})"
+    shown = "" if isinstance(found, dict | list | tuple | BaseModel) else f" (found {shortened(repr(found), FOUND)})"
     message = first["msg"].removeprefix("Value error, ")
     more = f"; and {len(mistakes) - 1} more" if len(mistakes) > 1 else ""
     return f"{key}: {message[0].lower()}{message[1:]}{shown}{more}"

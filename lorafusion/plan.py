@@ -20,9 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from lorafusion.errors import UserError, validated
+from lorafusion.schema import MOST_PROCESSES, MOST_TOKENS, Data, Float, Int
 from lorafusion.workload import Workload, content_hash, read_versioned
 
 VERSION = 1
@@ -32,26 +33,25 @@ class PlanError(UserError):
     """A plan that would not train its workload exactly."""
 
 
-class Segment(BaseModel):
+class Segment(Data):
     """Consecutive tokens of one adapter in a microbatch: whole samples, in this order."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    adapter: int = Field(ge=0, description="index of the job in the workload")
-    samples: tuple[int, ...] = Field(min_length=1, description="positions in the job's stream")
-    tokens: int = Field(ge=1)
+    adapter: Int = Field(ge=0, description="index of the job in the workload")
+    samples: tuple[Int, ...] = Field(min_length=1, description="positions in the job's stream")
+    tokens: Int = Field(ge=1, le=MOST_TOKENS)
 
 
-class Microbatch(BaseModel):
+class Microbatch(Data):
     """What passes through the pipeline at once; `step_after` names the adapters that step after its backward."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     segments: tuple[Segment, ...] = ()
-    step_after: tuple[int, ...] = ()
+    step_after: tuple[Int, ...] = ()
     noop: bool = False
-    row_tokens: int | None = Field(
-        default=None, ge=1, description="tokens that each sample is padded to; none packs them end to end"
+    row_tokens: Int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_TOKENS,
+        description="tokens that each sample is padded to; none packs them end to end",
     )
 
     @property
@@ -70,29 +70,25 @@ class Microbatch(BaseModel):
         return self.tokens if self.row_tokens is None else self.rows * self.row_tokens
 
 
-class Statistics(BaseModel):
+class Statistics(Data):
     """What a plan says of itself; derived, so not part of its hash."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tokens: int
-    microbatches: int = Field(description="no-ops included")
-    noops: int
-    lower_bound: int = Field(description="microbatches without which the tokens do not fit: ceil(tokens/capacity)")
-    fill: float = Field(description="real tokens over the capacity of all microbatches, no-ops included")
+    tokens: Int
+    microbatches: Int = Field(description="no-ops included")
+    noops: Int
+    lower_bound: Int = Field(description="microbatches without which the tokens do not fit: ceil(tokens/capacity)")
+    fill: Float = Field(description="real tokens over the capacity of all microbatches, no-ops included")
 
 
-class Plan(BaseModel):
+class Plan(Data):
     """An order of microbatches for a workload on a number of pipeline stages."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = VERSION
     system: str
     workload_hash: str
-    stages: int = Field(ge=1)
-    data_parallel: int = Field(default=1, ge=1)
-    capacity: int = Field(ge=1, description="tokens that a microbatch may hold")
+    stages: Int = Field(ge=1, le=MOST_PROCESSES)
+    data_parallel: Int = Field(default=1, ge=1, le=MOST_PROCESSES)
+    capacity: Int = Field(ge=1, le=MOST_TOKENS, description="tokens that a microbatch may hold")
     flush: bool = False
     microbatches: tuple[Microbatch, ...] = Field(min_length=1)
     statistics: Statistics

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from lorafusion.errors import UserError, validated
+from lorafusion.schema import MOST_TOKENS, Data, Float, Int
 from lorafusion.workload import Workload, content_hash, read_versioned
 
 VERSION = 3
 
 
-class Tried(BaseModel):
+class Tried(Data):
     """A capacity that was tried: tokens a second of the first global batches, or why there is no such number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    capacity: int = Field(ge=1)
-    throughput: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    capacity: Int = Field(ge=1, le=MOST_TOKENS)
+    throughput: Float | None = Field(default=None, gt=0, le=1e12)
     status: str = "ok"
     note: str = ""
 
@@ -27,17 +26,15 @@ class Tried(BaseModel):
         return f"{self.capacity}: {self.status if self.throughput is None else f'{self.throughput:,.0f} tok/s'}"
 
 
-class Tuned(BaseModel):
+class Tuned(Data):
     """The outcome for a cell, and what it was made from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    version: int = VERSION
+    version: Int = VERSION
     suite: str
     cell: str
     system: str
-    stages: int
-    data_parallel: int
+    stages: Int
+    data_parallel: Int
     config_hash: str
     workload_hash: str
     gpu_name: str | None

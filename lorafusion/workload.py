@@ -22,9 +22,23 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from lorafusion.errors import UserError, validated
+from lorafusion.reading import read_json
+from lorafusion.schema import (
+    MOST_ALPHA,
+    MOST_DECAY,
+    MOST_EPOCHS,
+    MOST_NORM,
+    MOST_RATE,
+    MOST_SAMPLES,
+    MOST_STEPS,
+    MOST_TOKENS,
+    Data,
+    Float,
+    Int,
+)
 
 VERSION = 1
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -35,14 +49,12 @@ MERGED, MERGED_PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
 class Sample(NamedTuple):
     """One training sample: its identity in the dataset and its length in tokens (at least 2: one to predict)."""
 
-    id: Annotated[int, Field(ge=0)]
-    tokens: Annotated[int, Field(ge=2)]
+    id: Annotated[Int, Field(ge=0)]
+    tokens: Annotated[Int, Field(ge=2, le=MOST_TOKENS)]
 
 
-class _Frozen(BaseModel):
-    """Data that does not change; a changed copy does not inherit what was computed from the original."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Frozen(Data):
+    """Data of which a changed copy does not inherit what was computed from the original."""
 
     def model_copy(self, **options):
         copied = super().model_copy(**options)
@@ -57,26 +69,34 @@ class Job(_Frozen):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="the adapter's name; PEFT forbids dots")
     dataset: str = Field(min_length=1, description="where the samples come from")
-    rank: int = Field(ge=1, le=256)
-    alpha: float = Field(gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    rank: Int = Field(ge=1, le=256)
+    alpha: Float = Field(gt=0, le=MOST_ALPHA)
+    dropout: Float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = Field(default=False, description="scale by alpha/sqrt(rank) instead of alpha/rank")
     target_modules: tuple[str, ...] = Field(default=ALL_LINEAR, min_length=1)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    seed: int = Field(default=0, ge=0, lt=2**32, description="draws the initial weights and the dropout masks")
-    global_batch_size: int = Field(ge=1)
-    epochs: int = Field(default=1, ge=1)
-    steps: int | None = Field(default=None, ge=1, description="optimizer steps after which to end before the epochs do")
-    start: int = Field(default=0, ge=0, description="global batches that are trained already; the others remain")
+    learning_rate: Float = Field(default=1e-4, gt=0, le=MOST_RATE)
+    weight_decay: Float = Field(default=0.0, ge=0, le=MOST_DECAY)
+    seed: Int = Field(default=0, ge=0, lt=2**32, description="draws the initial weights and the dropout masks")
+    global_batch_size: Int = Field(ge=1, le=MOST_SAMPLES)
+    epochs: Int = Field(default=1, ge=1, le=MOST_EPOCHS)
+    steps: Int | None = Field(
+        default=None, ge=1, le=MOST_STEPS, description="optimizer steps after which to end before the epochs do"
+    )
+    start: Int = Field(
+        default=0, ge=0, le=MOST_STEPS, description="global batches that are trained already; the others remain"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="the learning rate after the warm-up: as it is, or down to zero"
     )
-    warmup_steps: int = Field(default=0, ge=0, description="steps in which the learning rate rises from zero")
-    max_grad_norm: float | None = Field(default=None, gt=0, description="norm that an adapter's gradient is clipped to")
+    warmup_steps: Int = Field(
+        default=0, ge=0, le=MOST_STEPS, description="steps in which the learning rate rises from zero"
+    )
+    max_grad_norm: Float | None = Field(
+        default=None, gt=0, le=MOST_NORM, description="norm that an adapter's gradient is clipped to"
+    )
     samples: tuple[Sample, ...] = Field(min_length=1)
     evaluation: tuple[Sample, ...] = Field(default=(), description="samples that the loss is measured on")
-    evaluate_every: int | None = Field(default=None, ge=1, description="steps between two evaluations")
+    evaluate_every: Int | None = Field(default=None, ge=1, le=MOST_STEPS, description="steps between two evaluations")
 
     @model_validator(mode="after")
     def _names_a_linear_once(self) -> Job:
@@ -222,15 +242,8 @@ def content_hash(data: object) -> str:
 
 def read_versioned(path: str | Path, version: int, kind: str) -> dict:
     """The JSON object in a file, once its version is known to be one that this program reads."""
-    try:
-        data = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such {kind} file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a {kind} file, as it is not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object with a {kind}, found a {type(data).__name__}")
+    data = read_json(path, kind)
     found = data.get("version")
-    if found != version:
+    if type(found) is not int or found != version:
         raise UserError(f"{path}: {kind} of version {found!r}, expected version {version}; make it again")
     return data

@@ -81,11 +81,11 @@ CHANGES = {
     "an unknown model": ({"models": ["gpt"]}, "cells.0: unknown model 'gpt'; known: llama-3.1-70b"),
     "an unknown workload": ({"workloads": ["c4"]}, "cells.0: unknown workload 'c4'; known: cnn_dailymail"),
     "more stages than layers": ({"gpus": [5]}, "cells.0: 5 stages, but model tiny has only 4 layers"),
-    "no gpus": ({"gpus": [0]}, "gpus must be at least 1, found 0"),
+    "no gpus": ({"gpus": [0]}, "cells.0.gpus.0: input should be greater than or equal to 1 (found 0)"),
     "replicas that do not divide": ({"data_parallel": 3, "gpus": [4]}, "4 gpus cannot hold 3 replicas of equal size"),
     "a negative batch": ({"global_batch": -1}, "cells.0.global_batch: input should be greater than or equal to 1"),
     "capacity of a missing workload": ({"capacity": {"xsum": 9}}, "must name exactly the workloads of its block"),
-    "capacity 0": ({"capacity": 0}, "capacity must be at least 1 token"),
+    "capacity 0": ({"capacity": 0}, "capacity must be from 1 to 2147483647 tokens"),
     "a misspelt key": ({"sample": 3}, "cells.0.sample: extra inputs are not permitted (found 3)"),
     "a system on too many gpus": ({"systems": ["peft"], "gpus": [2]}, "system peft runs on 1 gpus at most, found 2"),
     "a system with too many stages": (

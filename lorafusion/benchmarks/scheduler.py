@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
@@ -22,11 +23,13 @@ from lorafusion.imports import load
 from lorafusion.measure.environment import largest_resident_set, provenance
 from lorafusion.plan import Plan
 from lorafusion.scheduler import STRATEGIES, bounds, plan_workload
+from lorafusion.schema import MOST_MINUTES, MOST_REPEATS, MOST_SAMPLES, MOST_SEED, MOST_TOKENS
 from lorafusion.simulator import CostModel, chosen_costs, costs_of, simulate
 from lorafusion.workload import Workload, content_hash
 
 SUITES = CONFIGS / "scheduler.yaml"
 # mLoRA's own executor chooses as it goes, and needs no no-ops; the one that trains its plans here keeps their order.
+Count = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 SCHEDULES = {"mlora": "greedy"}
 
 
@@ -34,10 +37,10 @@ class Grid(Config):
     """Points of the suite: the product of all lists."""
 
     workloads: list[str] = Field(min_length=1)
-    stages: list[int] = Field(min_length=1)
-    global_batch: list[int] = Field(min_length=1, description="samples of one optimizer step of an adapter")
-    adapters: list[int] = Field(min_length=1, description="the workload's adapters are repeated to as many")
-    samples: int = Field(ge=1, description="samples an adapter")
+    stages: list[Count] = Field(min_length=1)
+    global_batch: list[Count] = Field(min_length=1, description="samples of one optimizer step of an adapter")
+    adapters: list[Count] = Field(min_length=1, description="the workload's adapters are repeated to as many")
+    samples: Count = Field(description="samples an adapter")
     strategies: list[str] = Field(min_length=1)
 
 
@@ -47,10 +50,10 @@ class SchedulerSuite(Config):
     model: str | None = Field(
         default=None, description="a file of configs/models, whose costs are simulated; else stages are equal"
     )
-    capacity: int = Field(ge=1, description="tokens a microbatch may hold")
-    repeats: int = Field(default=1, ge=1, description="fresh processes a bench")
-    seed: int = Field(default=1, ge=0)
-    minutes: int = Field(default=10, ge=1, description="time limit of a process")
+    capacity: int = Field(ge=1, le=MOST_TOKENS, description="tokens a microbatch may hold")
+    repeats: int = Field(default=1, ge=1, le=MOST_REPEATS, description="fresh processes a bench")
+    seed: int = Field(default=1, ge=0, le=MOST_SEED)
+    minutes: int = Field(default=10, ge=1, le=MOST_MINUTES, description="time limit of a process")
     grids: list[Grid] = Field(min_length=1)
 
 

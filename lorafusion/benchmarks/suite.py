@@ -8,24 +8,29 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafusion.config import CONFIGS, Config, names_in, read_entries, read_model
 from lorafusion.errors import UserError, one_of
+from lorafusion.schema import MOST_MINUTES, MOST_REPEATS, MOST_SAMPLES, MOST_SEED
 from lorafusion.workload import content_hash
 
 KERNELS = CONFIGS / "kernels.yaml"
+TokenCount = Annotated[int, Field(ge=1, le=2**24)]
+Rank = Annotated[int, Field(ge=1, le=256)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Features = Annotated[int, Field(ge=1, le=2**24)]
 Implementation = Literal["frozen", "peft", "peft-bf16", "peft-compiled", "fused", "fused-multi"]
 
 
 class Tokens(Config):
     """Numbers of tokens, from `first` to `last`."""
 
-    first: int = Field(ge=1)
-    last: int = Field(ge=1)
-    step: int = Field(ge=1)
+    first: TokenCount
+    last: TokenCount
+    step: TokenCount
 
     @property
     def values(self) -> list[int]:
@@ -35,11 +40,13 @@ class Tokens(Config):
 class Block(Config):
     """What linears and layers have in common."""
 
-    tokens: list[int] | Tokens
-    ranks: list[int] = Field(default=[16], min_length=1)
-    dropouts: list[float] = Field(default=[0.1], min_length=1)
+    tokens: list[TokenCount] | Tokens
+    ranks: list[Rank] = Field(default=[16], min_length=1)
+    dropouts: list[Dropout] = Field(default=[0.1], min_length=1)
     implementations: list[Implementation] = Field(min_length=1)
-    adapters: list[int] = Field(default=[4, 16], description="adapters of fused-multi")
+    adapters: list[Annotated[int, Field(ge=1, le=MOST_SAMPLES)]] = Field(
+        default=[4, 16], description="adapters of fused-multi"
+    )
 
     @property
     def token_counts(self) -> list[int]:
@@ -49,46 +56,40 @@ class Block(Config):
     def _possible(self) -> Block:
         if self.implementations[0] != "frozen":
             raise ValueError("implementations must begin with frozen, which the others are compared with")
-        if not self.token_counts or min(self.token_counts) < 1:
-            raise ValueError("tokens must be one or more numbers above 0")
-        if any(not 1 <= rank <= 256 for rank in self.ranks):
-            raise ValueError("ranks must be from 1 to 256")
-        if any(not 0 <= dropout < 1 for dropout in self.dropouts):
-            raise ValueError("dropouts must be probabilities in [0, 1)")
-        if any(count < 1 for count in self.adapters):
-            raise ValueError("adapters must be at least 1")
+        if not self.token_counts:
+            raise ValueError("tokens must be one or more numbers")
         return self
 
 
 class LinearBlock(Block):
     """Single linears, by (in, out)."""
 
-    shapes: list[tuple[int, int]] = Field(min_length=1)
+    shapes: list[tuple[Features, Features]] = Field(min_length=1)
 
 
 class LayerBlock(Block):
     """Decoder layers of models of configs/models, all seven linears with adapters; samples packed to the tokens."""
 
     models: list[str] = Field(min_length=1)
-    sample_tokens: int = Field(default=512, ge=1, description="tokens of each packed sample, the last one shorter")
+    sample_tokens: TokenCount = Field(default=512, description="tokens of each packed sample, the last one shorter")
     liger: bool = Field(default=False, description="Liger's RMSNorm and SwiGLU in every implementation; needs a GPU")
 
 
 class Verification(Config):
     """What is compared with float64 before anything is drawn."""
 
-    shapes: list[tuple[int, int]] = Field(min_length=1)
-    tokens: list[int] = Field(min_length=1)
-    ranks: list[int] = Field(default=[16], min_length=1)
+    shapes: list[tuple[Features, Features]] = Field(min_length=1)
+    tokens: list[TokenCount] = Field(min_length=1)
+    ranks: list[Rank] = Field(default=[16], min_length=1)
 
 
 class Traffic(Config):
     """What the memory counters are read for."""
 
-    shapes: list[tuple[int, int]] = Field(min_length=1)
-    tokens: int = Field(ge=1)
+    shapes: list[tuple[Features, Features]] = Field(min_length=1)
+    tokens: TokenCount
     implementations: list[Implementation] = Field(min_length=1)
-    adapters: int = Field(default=4, ge=1)
+    adapters: int = Field(default=4, ge=1, le=MOST_SAMPLES)
 
 
 class KernelSuite(Config):
@@ -96,10 +97,10 @@ class KernelSuite(Config):
 
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16", "float16"]
-    repeats: int = Field(ge=1, description="fresh processes a bench")
-    replays: int = Field(ge=1, description="timed executions of each point in a process")
-    seed: int = Field(default=1, ge=0)
-    minutes: int = Field(default=10, ge=1, description="time limit of a process")
+    repeats: int = Field(ge=1, le=MOST_REPEATS, description="fresh processes a bench")
+    replays: int = Field(ge=1, le=MOST_SAMPLES, description="timed executions of each point in a process")
+    seed: int = Field(default=1, ge=0, le=MOST_SEED)
+    minutes: int = Field(default=10, ge=1, le=MOST_MINUTES, description="time limit of a process")
     verify: Verification
     linears: list[LinearBlock] = []
     layers: list[LayerBlock] = []

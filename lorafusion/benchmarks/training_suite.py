@@ -13,10 +13,20 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lorafusion.config import CONFIGS, Config, names_in, read_entries, read_model
 from lorafusion.errors import UserError, one_of
 from lorafusion.plan import Microbatch, Plan, Segment, make_plan
+from lorafusion.schema import (
+    MOST_ALPHA,
+    MOST_MINUTES,
+    MOST_REPEATS,
+    MOST_SAMPLES,
+    MOST_SEED,
+    MOST_TOKENS,
+)
 from lorafusion.workload import ALL_LINEAR, Job, Sample, Workload, content_hash
 
 SUITES = CONFIGS / "training.yaml"
 Implementation = Literal["frozen", "peft", "peft-bf16", "fused", "fused-multi"]
+Count = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
+Stage = Annotated[int, Field(ge=0, le=10_000)]
 BenchName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -37,16 +47,18 @@ class Bench(Config):
     """Equal microbatches on a whole model or on one of its stages."""
 
     model: str = Field(description="a file of configs/models")
-    stage: tuple[int, int] = Field(default=(0, 1), description="which stage, from 0, of how many")
-    tokens: int = Field(ge=2, description="of a microbatch, in equal shares for its adapters")
-    sample_tokens: int = Field(default=1024, ge=2, description="of each sample that is packed in it")
-    microbatches: int = Field(default=4, ge=2, description="that an implementation trains in its turn")
+    stage: tuple[Stage, Stage] = Field(default=(0, 1), description="which stage, from 0, of how many")
+    tokens: int = Field(ge=2, le=MOST_TOKENS, description="of a microbatch, in equal shares for its adapters")
+    sample_tokens: int = Field(default=1024, ge=2, le=MOST_TOKENS, description="of each sample that is packed in it")
+    microbatches: int = Field(default=4, ge=2, le=MOST_SAMPLES, description="that an implementation trains in its turn")
     checkpointing: float = Field(default=0.0, ge=0, le=1, description="share of the layers that are recomputed")
     rank: int = Field(default=16, ge=1, le=256)
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0, le=MOST_ALPHA)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     implementations: list[Implementation] = Field(min_length=1)
-    adapters: list[int] = Field(default=[4], description="adapters of fused-multi")
+    adapters: list[Annotated[int, Field(ge=1, le=MOST_SAMPLES)]] = Field(
+        default=[4], description="adapters of fused-multi"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Bench:
@@ -56,8 +68,6 @@ class Bench(Config):
         if len(set(self.arms)) != len(self.arms):
             raise ValueError("implementations and adapters must name each arm once")
         for arm in self.arms:
-            if arm.adapters < 1 and arm.implementation != "frozen":
-                raise ValueError("adapters must be at least 1")
             # The same samples in every arm: the work of attention grows with their lengths.
             if self.tokens % (self.sample_tokens * max(1, arm.adapters)):
                 raise ValueError(f"tokens must be a multiple of sample_tokens x {arm.adapters} adapters")
@@ -77,10 +87,10 @@ class TrainingSuite(Config):
 
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16", "float16"]
-    repeats: int = Field(default=1, ge=1, description="fresh processes a bench")
-    rounds: int = Field(ge=1, description="in each of them every implementation has a timed turn")
-    seed: int = Field(default=1, ge=0)
-    minutes: int = Field(default=10, ge=1, description="time limit of a process")
+    repeats: int = Field(default=1, ge=1, le=MOST_REPEATS, description="fresh processes a bench")
+    rounds: int = Field(ge=1, le=MOST_SAMPLES, description="in each of them every implementation has a timed turn")
+    seed: int = Field(default=1, ge=0, le=MOST_SEED)
+    minutes: int = Field(default=10, ge=1, le=MOST_MINUTES, description="time limit of a process")
     benches: dict[BenchName, Bench] = Field(min_length=1)
 
 

@@ -15,9 +15,9 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from lorafusion.config import Config
 from lorafusion.data.lengths import MIXED, read_table
 from lorafusion.errors import UserError, validated
+from lorafusion.schema import LEAST_SCALE, MOST_SAMPLES, MOST_SCALE, MOST_TOKENS, Config
 
 SYNTHETIC = "synthetic:"  # how the name of a dataset begins whose tokens are made up when they are needed
 MESSAGE, TURN = {"role", "content"}, {"from", "value"}  # keys of a message of a chat
@@ -70,7 +70,9 @@ class TextData(Config):
     """Plain text, cut into samples of equal length; all of it is learnt."""
 
     text: Files
-    block: int = Field(default=2048, ge=2, description="tokens of a sample; the last one of all may be shorter")
+    block: int = Field(
+        default=2048, ge=2, le=MOST_TOKENS, description="tokens of a sample; the last one of all may be shorter"
+    )
 
     @property
     def dataset(self) -> str:
@@ -80,9 +82,9 @@ class TextData(Config):
 class SyntheticSamples(Config):
     """How many samples of which lengths are made up."""
 
-    samples: int = Field(default=100, ge=1)
+    samples: int = Field(default=100, ge=1, le=MOST_SAMPLES)
     dataset: str = Field(default="xsum", description="whose sample lengths: a row of workloads/lengths.csv, or mixed")
-    scale: float = Field(default=1.0, gt=0, description="divides the lengths")
+    scale: float = Field(default=1.0, ge=LEAST_SCALE, le=MOST_SCALE, description="divides the lengths")
 
     @field_validator("dataset")
     @classmethod

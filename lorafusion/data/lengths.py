@@ -7,45 +7,41 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from lorafusion.config import CONFIGS, read_yaml
+from lorafusion.config import CONFIGS
 from lorafusion.errors import UserError, one_of, validated
+from lorafusion.reading import read_yaml
+from lorafusion.schema import MOST_ALPHA, MOST_RATE, MOST_TOKENS, Config
 from lorafusion.workload import ALL_LINEAR, MERGED, MERGED_PARTS, Job, Sample, Workload
 
 LENGTHS_TABLE = CONFIGS / "workloads" / "lengths.csv"
 MIXED = "mixed"
 
 
-class LengthDistribution(BaseModel):
+class LengthDistribution(Config):
     """One row of the table: a log-normal by its mean and the standard deviation of its logarithm, clamped."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     dataset: str
-    mean: float = Field(gt=0, description="tokens, before the clamp")
-    log_sigma: float = Field(gt=0)
-    maximum: int = Field(ge=2, description="tokens; longer samples are counted as this long")
+    mean: float = Field(gt=0, le=MOST_TOKENS, description="tokens, before the clamp")
+    log_sigma: float = Field(gt=0, le=10)
+    maximum: int = Field(ge=2, le=MOST_TOKENS, description="tokens; longer samples are counted as this long")
 
 
-class AdapterConfig(BaseModel):
+class AdapterConfig(Config):
     """One adapter of a workload file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
     rank: int = Field(ge=1, le=256)
-    alpha: float = Field(gt=0)
+    alpha: float = Field(gt=0, le=MOST_ALPHA)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = False
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0, le=MOST_RATE)
     target_modules: tuple[str, ...] = Field(default=ALL_LINEAR, min_length=1)
 
 
-class WorkloadConfig(BaseModel):
+class WorkloadConfig(Config):
     """A file of configs/workloads: which adapters are trained together, on which datasets."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     description: str
     adapters: tuple[AdapterConfig, ...] = Field(min_length=1)

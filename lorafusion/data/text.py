@@ -18,6 +18,7 @@ from lorafusion.data.encoder import Encoder, Specials, begins_with, ends_with
 from lorafusion.data.plain_text import batches, token_runs
 from lorafusion.errors import UserError
 from lorafusion.models.checkpoint import HUB_ERRORS
+from lorafusion.reading import distinct
 from lorafusion.scheduler.common import progress
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 def _object(line: bytes, where: str) -> dict[str, object]:
     try:
-        value = json.loads(line, parse_constant=_no_number)
+        value = json.loads(line, parse_constant=_no_number, object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
         raise UserError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(value, dict):

@@ -20,6 +20,7 @@ from lorafusion.errors import describe
 from lorafusion.measure.statistics import fewest, interval, median
 from lorafusion.measure.validation import GROUP, KEY, ORDER, MeasurementError, validate
 from lorafusion.measure.vocabulary import COLUMNS, METRICS, STATUSES, TYPE_NAMES, WINDOWS, json_schema
+from lorafusion.reading import read_json
 from lorafusion.seals import require_seal, seal
 
 # Columns that tables did not always have, and what their cells' names said instead; others of them are empty.
@@ -97,12 +98,9 @@ def read_result(path: str | Path) -> dict:
 
 
 def _json(path: str | Path) -> dict:
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise MeasurementError(f"{path}: no such file; every run writes a result, also one that fails") from None
-    except ValueError as error:
-        raise MeasurementError(f"{path}: not valid JSON: {error}") from None
+    if not Path(path).exists():
+        raise MeasurementError(f"{path}: no such file; every run writes a result, also one that fails")
+    return read_json(path, "result")
 
 
 def rows_of_result(result: dict, path: str) -> list[dict]:

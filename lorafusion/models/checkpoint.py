@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import httpx
@@ -13,6 +12,7 @@ from safetensors import safe_open
 
 from lorafusion.config import ModelConfig
 from lorafusion.errors import UserError
+from lorafusion.reading import read_json
 
 # No such repository, no access to it, no connection, offline mode: all of them the user's to mend.
 HUB_ERRORS = (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError)
@@ -47,7 +47,10 @@ def checkpoint_weights(config: ModelConfig):
 def _shard_of_each_tensor(config: ModelConfig) -> dict[str, str]:
     index = _file_if_any(config, INDEX)
     if index is not None:
-        return json.loads(index.read_text())["weight_map"]
+        shards = read_json(index, "list of shards").get("weight_map")
+        if not isinstance(shards, dict):
+            raise UserError(f"{index}: weight_map: expected the file of each tensor, found {type(shards).__name__}")
+        return shards
     with safe_open(_file(config, SINGLE), framework="pt") as shard:
         return dict.fromkeys(shard.keys(), SINGLE)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from html import escape
 from pathlib import Path
 
 import pandas as pd
 
 from lorafusion.measure.vocabulary import IDENTITY
+from lorafusion.reading import read_json
 
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 1rem; color: #1a1a1a; overflow-wrap: anywhere; }
@@ -52,7 +52,7 @@ def checks_page(paths: list[Path]) -> str:
     """The verdicts of the checks with their figures."""
     parts = []
     for path in paths:
-        verdict = json.loads(path.read_text())
+        verdict = read_json(path, "verdict")
         state = "<span class='ok'>passed</span>" if verdict["passed"] else "<span class='failed'>FAILED</span>"
         parts.append(f"<h2>{escape(verdict['check'])}: {state}</h2><p>{escape(verdict['statement'])}.</p>")
         figures = pd.DataFrame({"figure": list(verdict["figures"]), "value": list(verdict["figures"].values())})

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorafusion.errors import UserError
+from lorafusion.reading import parse_json
 
 FILES = "files"  # key of the manifest
 # What others add to a publication: wandb beside a run that it has sent, Snakemake in a folder that it has made.
@@ -95,7 +96,7 @@ def _described(path: Path) -> str:
 def _listed(manifest: Path) -> dict[str, str]:
     """What a manifest lists. Raises `UserError` for a file of that name that is none."""
     try:
-        listed = json.loads(manifest.read_text())[FILES]
+        listed = parse_json(manifest.read_text(), manifest)[FILES]
     except (OSError, ValueError, KeyError, TypeError):
         listed = None
     if not isinstance(listed, dict):

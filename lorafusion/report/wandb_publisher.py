@@ -25,6 +25,7 @@ import pandas as pd
 from lorafusion.errors import UserError, one_of
 from lorafusion.measure.table import csv_text
 from lorafusion.measure.vocabulary import COLUMNS
+from lorafusion.reading import read_json
 from lorafusion.report.published import replaced, write_manifest
 
 MANIFEST = "runs.json"
@@ -197,7 +198,7 @@ def read_back(directory: str | Path) -> dict[str, dict[str, Any]]:
     folder = Path(directory).resolve()
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder}: no {MANIFEST}, so no whole publication")
-    runs = json.loads((folder / MANIFEST).read_text())["runs"]
+    runs = read_json(folder / MANIFEST, "publication")["runs"]
     return {run_id: _read_run(folder / entry["folder"], folder) for run_id, entry in runs.items()}
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from lorafusion.config import ModelConfig, read_yaml
+from lorafusion.config import ModelConfig
 from lorafusion.errors import UserError, validated
 from lorafusion.models.partition import head_layers, split_layers
 from lorafusion.plan import Microbatch, Plan
+from lorafusion.reading import read_yaml
+from lorafusion.schema import Config
 from lorafusion.workload import Workload
 
 # Measured on the H200 (results/reference/nvidia-h200/kernels.csv, commit 09b1e6e): a decoder layer of Llama-3.1-70B
@@ -69,10 +71,8 @@ class Costs:
         return self.forward.shape[1]
 
 
-class CostModel(BaseModel):
+class CostModel(Config):
     """The costs of a base model on a number of stages, as a function of a microbatch; times in seconds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     layers: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, description="decoder layers of each stage")
     token: float = Field(gt=0, description="of a token in a layer, forward")

@@ -12,11 +12,28 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from lorafusion.config import Config, names_in, read_yaml
+from lorafusion.config import names_in
 from lorafusion.data.blocks import Data, SyntheticData, data_block
 from lorafusion.errors import UserError, one_of, validated
 from lorafusion.measure.environment import has_gpu
+from lorafusion.reading import read_yaml
 from lorafusion.runtime.spec import DType
+from lorafusion.schema import (
+    MOST_ALPHA,
+    MOST_DECAY,
+    MOST_EPOCHS,
+    MOST_MINUTES,
+    MOST_NORM,
+    MOST_PROCESSES,
+    MOST_RATE,
+    MOST_SAMPLES,
+    MOST_SEED,
+    MOST_STEPS,
+    MOST_TOKENS,
+    Config,
+    Float,
+    Int,
+)
 from lorafusion.workload import ALL_LINEAR, Job
 
 DEFAULT_MAX_LENGTH = 4096
@@ -30,7 +47,10 @@ class TrainJob(Config):
     data: Data
     shuffle: bool = Field(default=True, description="put the samples in an order drawn once from the job's seed")
     max_length: int | None = Field(
-        default=None, ge=2, description="tokens of a sample; null: 4096, or what the model has positions for if fewer"
+        default=None,
+        ge=2,
+        le=MOST_TOKENS,
+        description="tokens of a sample; null: 4096, or what the model has positions for if fewer",
     )
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     learn_prompt: bool = Field(default=False, description="learn the tokens of the prompt too")
@@ -41,23 +61,25 @@ class TrainJob(Config):
     evaluation: Data | float = Field(
         default=0.0, description="the share of the samples, to 0.5, that the loss is measured on, or data of its own"
     )
-    evaluate_every: int | None = Field(default=None, ge=1, description="steps between two evaluations")
-    rank: int = Field(default=16, ge=1, le=256)
-    alpha: float = Field(default=32.0, gt=0)
-    dropout: float = Field(default=0.05, ge=0, lt=1)
+    evaluate_every: Int | None = Field(default=None, ge=1, le=MOST_STEPS, description="steps between two evaluations")
+    rank: Int = Field(default=16, ge=1, le=256)
+    alpha: Float = Field(default=32.0, gt=0, le=MOST_ALPHA)
+    dropout: Float = Field(default=0.05, ge=0, lt=1)
     rslora: bool = Field(default=False, description="scale by alpha/sqrt(rank) instead of alpha/rank")
     target_modules: tuple[str, ...] = Field(default=ALL_LINEAR, min_length=1)
-    learning_rate: float = Field(default=2e-4, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    seed: int = Field(default=0, ge=0, lt=2**32, description="draws initial weights, dropout masks and the order")
-    global_batch_size: int = Field(default=8, ge=1, description="samples of one optimizer step")
-    epochs: int | None = Field(default=None, ge=1, description="null: as many as the steps need; without those, one")
-    steps: int | None = Field(
-        default=None, ge=1, description="optimizer steps; with epochs too, what ends first counts"
+    learning_rate: Float = Field(default=2e-4, gt=0, le=MOST_RATE)
+    weight_decay: Float = Field(default=0.0, ge=0, le=MOST_DECAY)
+    seed: Int = Field(default=0, ge=0, lt=2**32, description="draws initial weights, dropout masks and the order")
+    global_batch_size: Int = Field(default=8, ge=1, le=MOST_SAMPLES, description="samples of one optimizer step")
+    epochs: int | None = Field(
+        default=None, ge=1, le=MOST_EPOCHS, description="null: as many as the steps need; without those, one"
+    )
+    steps: Int | None = Field(
+        default=None, ge=1, le=MOST_STEPS, description="optimizer steps; with epochs too, what ends first counts"
     )
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = Field(default=0, ge=0)
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    warmup_steps: Int = Field(default=0, ge=0, le=MOST_STEPS)
+    max_grad_norm: Float | None = Field(default=1.0, gt=0, le=MOST_NORM)
 
     @field_validator("evaluation", mode="before")
     @classmethod
@@ -117,18 +139,24 @@ class TrainConfig(Config):
     device: Literal["cpu", "cuda"] | None = Field(default=None, description="null: cuda if there is a GPU")
     dtype: DType | None = Field(default=None, description="of the base model; null: bfloat16 on cuda, else float32")
     adapter_dtype: DType = "float32"
-    processes: int = Field(default=1, ge=1, description="GPUs, or processes on the CPU")
-    data_parallel: int = Field(default=1, ge=1, description="replicas; stages = processes / data_parallel")
-    capacity: int | None = Field(default=None, ge=2, description="tokens of a microbatch; null: found by trying")
+    processes: int = Field(default=1, ge=1, le=MOST_PROCESSES, description="GPUs, or processes on the CPU")
+    data_parallel: int = Field(
+        default=1, ge=1, le=MOST_PROCESSES, description="replicas; stages = processes / data_parallel"
+    )
+    capacity: int | None = Field(
+        default=None, ge=2, le=MOST_TOKENS, description="tokens of a microbatch; null: found by trying"
+    )
     checkpointing: Literal["auto", "none", "all"] | float = Field(
         default="auto", description="which layers recompute their activations, or which share of them"
     )
-    save_every: int = Field(default=100, ge=1, description="microbatch slots between two checkpoints")
-    keep: int = Field(default=2, ge=1, description="checkpoints to keep")
-    stall_minutes: float = Field(default=10.0, gt=0, description="without a microbatch, after which a run is ended")
+    save_every: int = Field(default=100, ge=1, le=MOST_STEPS, description="microbatch slots between two checkpoints")
+    keep: int = Field(default=2, ge=1, le=MOST_STEPS, description="checkpoints to keep")
+    stall_minutes: float = Field(
+        default=10.0, gt=0, le=MOST_MINUTES, description="without a microbatch, after which a run is ended"
+    )
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = Field(default="lorafusion", min_length=1)
-    seed: int = Field(default=1, ge=0, description="draws the base model's random weights")
+    seed: int = Field(default=1, ge=0, le=MOST_SEED, description="draws the base model's random weights")
     jobs: tuple[TrainJob, ...] = Field(min_length=1)
 
     @field_validator("wandb", mode="before")

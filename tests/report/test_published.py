@@ -127,5 +127,5 @@ def test_the_command_reads_everything_before_it_touches_the_folder(tmp_path):
         "--directory", tmp_path / "d",
     )  # fmt: skip
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "r.json: not valid JSON" in done.stderr
+    assert "r.json: not a result file, as it is not JSON" in done.stderr
     assert tree(tmp_path) == before

@@ -152,7 +152,7 @@ TOP = {
         "checkpointing: expected auto, none, all or a share from 0 to 1",
     ),
     "an unknown word": ({"checkpointing": "some"}, "a share from 0 to 1 (found 'some')"),
-    "a word that YAML turns into true": ({"checkpointing": True}, "a share from 0 to 1 (found True)"),
+    "a word that YAML turns into true": ({"checkpointing": True}, "a share from 0 to 1 (found 'true')"),
     "wandb on": ({"wandb": True}, "wandb: input should be 'off', 'offline' or 'online' (found True)"),
     "no capacity": ({"capacity": 0}, "capacity: input should be greater than or equal to 2 (found 0)"),
     "a dtype": ({"dtype": "int8"}, "dtype: input should be 'float64', 'float32', 'bfloat16' or 'float16'"),

@@ -1,0 +1,133 @@
+"""Files are read strictly: a key that comes twice, a number that is none or an alias that blows up is an error.
+
+The only place where YAML and JSON are parsed that people or other programs may have written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorafusion.errors import UserError
+
+# Values of a YAML file, its aliases written out. A dozen lines of aliases of aliases can stand for millions.
+MOST_VALUES = 100_000
+MERGE = "tag:yaml.org,2002:merge"  # of `<<`, which stands for no value
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file; `UserError` names one that is not there or no text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The mapping in a YAML file; `UserError` names the file and the line."""
+    loader = Loader(read_text(path))
+    try:
+        node = loader.get_single_node()
+        if node is not None:
+            _Checker(loader, path).require(node)
+        data = None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
+    finally:
+        loader.dispose()
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping, found {type(data).__name__}")
+    return data
+
+
+class _Checker:
+    """What a parsed YAML file must not have, and its parser does not mind."""
+
+    def __init__(self, loader: yaml.SafeLoader, path: str | Path) -> None:
+        self.loader, self.path = loader, path
+        self.sizes: dict[int, int | None] = {}  # by node; none while it is counted
+
+    def require(self, root: yaml.Node) -> None:
+        written_out = self._size(root)
+        if written_out > max(MOST_VALUES, 2 * len(self.sizes)):
+            raise UserError(f"{self.path}: its aliases stand for {written_out} values, expected {MOST_VALUES} at most")
+
+    def _size(self, node: yaml.Node) -> int:
+        if id(node) not in self.sizes:
+            self.sizes[id(node)] = None
+            below: list[yaml.Node] = []
+            if isinstance(node, yaml.MappingNode):
+                self._require_distinct_keys(node)
+                below = [part for pair in node.value for part in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                below = node.value
+            self.sizes[id(node)] = 1 + sum(map(self._size, below))
+        size = self.sizes[id(node)]
+        if size is None:
+            raise UserError(f"{self.path}: line {node.start_mark.line + 1}: an alias stands for what it is a part of")
+        return size
+
+    def _require_distinct_keys(self, node: yaml.MappingNode) -> None:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            value = key.value if key.tag == MERGE else self.loader.construct_object(key)
+            if value in seen:
+                raise UserError(f"{self.path}: line {key.start_mark.line + 1}: key {value!r} comes twice in a mapping")
+            seen.add(value)
+
+
+def parse_json(text: str | bytes, source: str | Path, kind: str = "JSON") -> Any:
+    """The value of a JSON text; `UserError` names the source, what was expected, and what is wrong."""
+    try:
+        return json.loads(text, object_pairs_hook=distinct, parse_constant=_no_number, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{source}: not {kind}: {reason}") from None
+
+
+def read_json(path: str | Path, kind: str) -> dict:
+    """The object in a JSON file. kind: what is expected in it, as `plan`."""
+    try:
+        text = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {kind} file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a {kind} file ({error.strerror})") from None
+    data = parse_json(text, path, f"a {kind} file, as it is not JSON")
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object with a {kind}, found a {type(data).__name__}")
+    return data
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, none of whose keys may come twice: its readers would take one of them, each its own."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+        raise ValueError(f"key {twice!r} comes twice in an object")
+    return data
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, found {text}")
+    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,8 +20,10 @@ from lorafusion.errors import UserError
 from lorafusion.measure import profiler, table
 from lorafusion.measure.profiler import IDLE, Part, Span, at_full_speed, breakdown, busy_share, class_of
 from lorafusion.measure.table import MeasurementError
+from lorafusion.measure.timers import Duration
 from lorafusion.report import training_figures
 from lorafusion.runtime.board import Position
+from lorafusion.runtime.result import FaultyRunError
 from lorafusion.seals import seal
 
 BENCH = {"model": "tiny", "tokens": 64, "sample_tokens": 16, "microbatches": 2,
@@ -145,6 +148,37 @@ def test_an_arm_without_memory_is_rows_without_values(suite, tmp_path, monkeypat
     assert {row["implementation"] for row in failed} == {"peft-bf16"}
     assert set(arms.trainers) == {FROZEN, MULTI}
     assert not [row for row in rows if row["metric"] == "speedup" and row["status"] == "ok"]
+
+
+def test_an_arm_that_does_not_train_is_rows_without_values(suite, tmp_path, monkeypatch):
+    """Its gradients are not finite, which makes it neither slower nor faster."""
+    entry, built = suite(), Trainer.__init__
+
+    def spoiled(trainer, bench, arm, shared):
+        built(trainer, bench, arm, shared)
+        if arm == PEFT:
+            for parameter in trainer.run.adapters[0].parameters.values():
+                parameter.register_hook(lambda gradient: gradient * float("nan"))
+
+    monkeypatch.setattr(Trainer, "__init__", spoiled)
+    arms, rows = training.measure("toy", entry.benches["toy"], entry, 1, Position(tmp_path, 0))
+    assert set(arms.trainers) == {FROZEN, MULTI}
+    assert arms.lost[PEFT][0] == "nan"
+    assert re.fullmatch(r"\S+ made 0 of \d+ steps: it was stopped by a gradient that is not finite", arms.lost[PEFT][1])
+    failed = [row for row in rows if row["status"] == "nan"]
+    assert {row["metric"] for row in failed} == {"time", "throughput", "overhead", "speedup"}
+    assert all(row["value"] is None for row in failed)
+
+
+def test_an_arm_whose_clocks_disagree_has_no_time(suite, tmp_path):
+    entry = suite()
+    bench = entry.benches["toy"]
+    trainer = Trainer(bench, MULTI, shared_by(tmp_path, entry, bench))
+    trainer.seconds()
+    trainer.require_sound()
+    trainer.clocks.append(Duration(device=1.0, host=1.02))
+    with pytest.raises(FaultyRunError, match="more than 1% apart"):
+        trainer.require_sound()
 
 
 def test_an_arm_that_runs_out_of_memory_later_leaves_the_others():

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from baselines.mlora import planner as mlora
 from lorafusion.plan import Statistics, make_plan
 from lorafusion.runtime.launch import Outcome
-from lorafusion.runtime.result import EXPECTED, metrics, result_of, steady_throughput
+from lorafusion.runtime.result import (
+    EXPECTED,
+    FaultyRunError,
+    metrics,
+    require_steps,
+    result_of,
+    steady_throughput,
+)
 from lorafusion.scheduler import sequential
 from tests.conftest import job as make_a_job
 from tests.conftest import workload as make_a_workload
@@ -183,6 +190,11 @@ def test_a_run_that_did_not_train_everything_has_no_numbers(change, status, note
     assert len(result["note"]) <= 300
     assert result["metrics"] == []
     json.dumps(result["losses"], allow_nan=False)
+
+
+def test_a_run_without_adapters_has_no_numbers():
+    with pytest.raises(FaultyRunError, match="no adapter trained"):
+        require_steps({"steps": {}, "stopped": []}, {})
 
 
 def test_a_plan_of_fewer_tokens_than_the_workloads_has_no_numbers():

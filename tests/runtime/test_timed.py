@@ -44,10 +44,12 @@ def executor(system: str) -> Callable:
     return load(read_systems()[system].executor, "executor")
 
 
-def build(folder: Path, system: str, stages: int = 1, rank: int = 0, meter: KnownMeter | None = None) -> TrainingRun:
+def build(
+    folder: Path, system: str, stages: int = 1, rank: int = 0, meter: KnownMeter | None = None, replicas: int = 1
+) -> TrainingRun:
     jobs = Workload(name="toy", jobs=tuple(job.model_copy(update={"epochs": 1}) for job in toy_jobs(dropout=0.0)))
     spec = RunSpec(system=system, model="tiny", workload="", device="cpu", dtype="float32", adapter_dtype="float32")
-    plan = plan_system(jobs, system, stages=stages, capacity=96)
+    plan = plan_system(jobs, system, stages=stages, capacity=96, data_parallel=replicas)
     return worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(folder, rank), rank, meter)
 
 
@@ -277,21 +279,35 @@ def test_what_one_stage_did_not_do_is_told(tmp_path, spoiled, status, note, rank
         assert note in report["note"]
 
 
+@pytest.mark.parametrize(
+    ("spoiled", "status", "note"),
+    [
+        (forget_a_loss, "crash", "is missing or in part"),
+        (skip_last_step, "crash", "job-1 made 2 of 3 steps"),
+        (None, "ok", ""),
+    ],
+)
+def test_what_one_replica_did_not_do_is_told(tmp_path, spoiled, status, note):
+    for report in in_two_processes(tmp_path, {1: spoiled} if spoiled else {}, stages=1):
+        assert report["status"] == status
+        assert note in report["note"]
+
+
 def nothing(run: TrainingRun) -> None:
     pass
 
 
-def in_two_processes(folder: Path, spoiled: dict[int, Callable[[TrainingRun], None]]) -> list[dict]:
+def in_two_processes(folder: Path, spoiled: dict[int, Callable[[TrainingRun], None]], stages: int = 2) -> list[dict]:
     with ProcessPoolExecutor(2, forked.FORKSERVER) as processes:
-        done = [processes.submit(_train_a_stage, folder, rank, spoiled.get(rank, nothing)) for rank in range(2)]
+        done = [processes.submit(_train_a_part, folder, rank, stages, spoiled.get(rank, nothing)) for rank in range(2)]
         return [one.result(timeout=120) for one in done]
 
 
-def _train_a_stage(folder: Path, rank: int, spoiled: Callable[[TrainingRun], None]) -> dict:
+def _train_a_part(folder: Path, rank: int, stages: int, spoiled: Callable[[TrainingRun], None]) -> dict:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     meter = KnownMeter(seconds=float(1 + 2 * rank), memory=1 + 2 * rank)
-    run = build(folder, "mlora-packed", 2, rank, meter)
+    run = build(folder, "mlora-packed", stages, rank, meter, replicas=2 // stages)
     with meter.watching():
         timed.timed(run, executor("mlora-packed"), lambda: spoiled(run) or ())
     found = result(run)

@@ -49,16 +49,17 @@ def require_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def require_replaceable(path: Path) -> None:
-    """Raise `UserError` unless `path` is a regular file, or nothing in a folder that is there or can be made."""
+    """Raise `UserError` unless `path` is a regular file, or nothing in a folder that is there or can be made. A link is
+    neither: it would be gone, and what it leads to may be anything, as of /dev/stdout."""
     try:
-        mode = path.stat().st_mode
+        mode = path.lstat().st_mode
     except FileNotFoundError:
         _require_folder(path)
         return
     except OSError as error:  # a file as its folder, a name that is too long, links in a circle
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        kind = "a folder" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "a device or a pipe"
         raise UserError(f"{path}: expected a file to write, found {kind}")
     _require_folder(path)
 

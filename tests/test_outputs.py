@@ -43,12 +43,20 @@ def place(tmp_path):
     (tmp_path / "link.csv").symlink_to("in.csv")
     (tmp_path / "hard.csv").hardlink_to(tmp_path / "in.csv")
     (tmp_path / "other").symlink_to(tmp_path)
-    # A link: where the check is missing the machine keeps its device.
-    (tmp_path / "device").symlink_to("/dev/null")
+    (tmp_path / "stdout").symlink_to("pages.html")  # as /dev/stdout, where a command's output goes to a file
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "pages.html").write_text("mine")
     return tmp_path
+
+
+@pytest.fixture
+def device():
+    """A terminal: a device in a place where no file can be made, so that the machine keeps it whatever happens."""
+    ends = os.openpty()
+    yield os.ttyname(ends[1])
+    for end in ends:
+        os.close(end)
 
 
 def state(folder: Path) -> dict:
@@ -59,7 +67,8 @@ def state(folder: Path) -> dict:
 
 
 REFUSED = {
-    "a device": ("{place}/device", "found a device or a pipe"),
+    "a device": ("{device}", "found a device or a pipe"),
+    "standard output": ("{place}/stdout", "found a link"),
     "a pipe": ("{place}/pipe", "found a device or a pipe"),
     "a folder": ("{place}/folder", "found a folder"),
     "nothing": ("", "found a folder"),
@@ -67,7 +76,7 @@ REFUSED = {
     "too long": ("{place}/" + 300 * "x", "cannot be written (File name too long)"),
     "its input": ("{place}/in.csv", "it is read too"),
     "its input by another way": ("{place}/other/in.csv", "it is read too"),
-    "a link to its input": ("{place}/link.csv", "it is read too"),
+    "a link to its input": ("{place}/link.csv", "found a link"),
     "another name of its input": ("{place}/hard.csv", "it is read too"),
     "the configuration": (str(CONFIGS / "systems.yaml"), "it is read too"),
 }
@@ -85,10 +94,10 @@ COMMANDS = {
 
 @pytest.mark.parametrize("output", list(REFUSED))
 @pytest.mark.parametrize("command", list(COMMANDS))
-def test_an_output_that_would_cost_something_is_refused(place, command, output):
+def test_an_output_that_would_cost_something_is_refused(place, device, command, output):
     before = state(place)
     path, message = REFUSED[output]
-    done = lorafusion(*(word.format(place=place) for word in [*COMMANDS[command], path]))
+    done = lorafusion(*(word.format(place=place, device=device) for word in [*COMMANDS[command], path]))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
@@ -103,15 +112,15 @@ def test_a_figure_does_not_replace_the_curves_it_is_drawn_from(place):
 
 
 def test_a_table_is_not_written_over_a_result(place):
-    (place / "measurements.csv").symlink_to("in.csv")
+    (place / "measurements.csv").hardlink_to(place / "in.csv")
     done = lorafusion("measurements", place, place / "in.csv")
     assert (done.returncode, "measurements.csv: is to be written, but it is read too" in done.stderr) == (2, True)
     assert (place / "in.csv").read_text() == "adapter,run,step,loss\n"
 
 
 def test_the_second_output_is_looked_at_too(place):
-    done = lorafusion("check", "lossless", "-o", place / "x.json", "--curves", place / "device")
-    assert done.stderr == f"error: {place}/device: expected a file to write, found a device or a pipe\n"
+    done = lorafusion("check", "lossless", "-o", place / "x.json", "--curves", place / "pipe")
+    assert done.stderr == f"error: {place}/pipe: expected a file to write, found a device or a pipe\n"
     done = lorafusion("check", "lossless", "-o", place / "x.json", "--curves", place / "other" / "x.json")
     assert "is to be written twice" in done.stderr
     assert not (place / "x.json").exists()

@@ -29,7 +29,7 @@ def save_tokenizer(folder: Path, around: str = "<s> $A", bos: str = "<s>", eos: 
 
 
 CORPUS = ["The river runs past seven mills and one old bridge.", "Question: how many cats? Answer: four cats, {}.",
-          "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f642 f(x) = [1, 2]\n\n\n"] * 20  # fmt: skip
+          "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f642 f(x) = [1, 2]\n\n\n\n\n"] * 20  # fmt: skip
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant\n{% endif %}"

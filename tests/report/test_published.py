@@ -91,6 +91,12 @@ def test_what_is_linked_from_a_publication_is_not_followed(tmp_path):
         require_own(tmp_path / "d", MANIFEST)
 
 
+def test_a_file_that_was_changed_since_is_kept(tmp_path):
+    publish(tmp_path / "d", "old")
+    (tmp_path / "d" / "wandb" / "run-1" / "files" / "a.json").write_text("mine")
+    refused(tmp_path / "d", r"a\.json was not published there as it is")
+
+
 def test_what_was_sent_and_what_a_workflow_has_stamped_is_still_a_publication(tmp_path):
     publish(tmp_path / "d", "old")
     (tmp_path / "d" / "wandb" / "run-1" / "run-1.wandb.synced").write_text("https://example.org")

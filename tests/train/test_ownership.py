@@ -43,8 +43,10 @@ def tree(folder: Path) -> dict[str, object]:
 def refused(path: Path, message: str) -> None:
     """The command refuses a jobs file in one line, and the folder is as it was."""
     before = tree(path.parent)
-    with pytest.raises(UserError, match=message) as caught:
-        train(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "Training", lambda config: pytest.fail("a training was begun"))
+        with pytest.raises(UserError, match=message) as caught:
+            train(path)
     assert str(caught.value).startswith(f"{path}: output: ")
     assert len(str(caught.value).splitlines()) == 1
     assert tree(path.parent) == before

@@ -11,33 +11,39 @@ from lorafusion.cli_common import CommandLine, Out, Written
 
 check_app = CommandLine(help="Prove that results are right; exit 1 where they are not.")
 
+Suite = Annotated[Path | None, typer.Option(help="a file of configs/suites: checked on its device, too, and for it")]
+Arrangements = Annotated[
+    list[str] | None, typer.Option(help="stages x replicas, as 2x1 or 2x1+recompute; by default the suite's")
+]
+
 
 @check_app.command("plans")
 def check_plans(
     plans: Annotated[list[Path], typer.Argument(help="plan files")],
     workloads: Annotated[list[Path], typer.Option("--workload", help="the workload files they were made for")],
     out: Out,
+    suite: Suite = None,
 ) -> None:
     """Every plan against its workload."""
     from lorafusion.checks import plans as check
 
-    _report(check(plans, workloads), out)
+    _report(check(plans, workloads), out, suite)
 
 
 @check_app.command("lossless")
 def check_lossless(
     out: Out,
-    arrangement: Annotated[list[str], typer.Option(help="stages x replicas, as 2x1 or 2x1+recompute")] = ("1x1",),
+    arrangement: Arrangements = None,
     curves: Annotated[Path | None, typer.Option(help="write all losses there, as CSV"), Written()] = None,
+    suite: Suite = None,
 ) -> None:
     """Adapters trained together equal each alone, and that plain PEFT."""
-    from lorafusion.checks import lossless, write_curves
-    from lorafusion.config import Arrangement
+    from lorafusion.checks import grounds_of, lossless, write_curves
 
-    verdict, found = lossless([Arrangement.read(one) for one in arrangement])
+    verdict, found = lossless(_arrangements(arrangement, suite), grounds=grounds_of(_read(suite)))
     if curves:
         write_curves(found, curves)
-    _report(verdict, out)
+    _report(verdict, out, suite)
 
 
 @check_app.command("systems")
@@ -45,12 +51,30 @@ def check_systems(
     out: Out,
     system: Annotated[list[str], typer.Option(help="a name of configs/systems.yaml")],
     arrangement: Annotated[str, typer.Option(help="stages x replicas, or as many processes as a system can")] = "2x1",
+    suite: Suite = None,
 ) -> None:
     """Each system trains what plain PEFT trains."""
-    from lorafusion.checks import systems
+    from lorafusion.checks import grounds_of, systems
     from lorafusion.config import Arrangement
 
-    _report(systems(system, Arrangement.read(arrangement)), out)
+    # On the large models it is the gradients that are compared.
+    grounds = [one for one in grounds_of(_read(suite)) if not one.layers]
+    _report(systems(system, Arrangement.read(arrangement), grounds), out, suite)
+
+
+@check_app.command("gradients")
+def check_gradients(
+    out: Out,
+    system: Annotated[list[str], typer.Option(help="a name of configs/systems.yaml")],
+    merged: Annotated[list[str], typer.Option(help="a system that is checked with q, k and v merged, too")] = (),
+    arrangement: Arrangements = None,
+    suite: Suite = None,
+) -> None:
+    """One step's gradients of each system against float64."""
+    from lorafusion.gradients import gradients, grounds_of
+
+    read = _read(suite)
+    _report(gradients(system, _arrangements(arrangement, suite), grounds_of(read), merged), out, suite)
 
 
 @check_app.command("kernels")
@@ -58,16 +82,18 @@ def check_kernels(out: Out, suite: Annotated[str, typer.Option(help="an entry of
     """LoRA linears against float64."""
     from lorafusion.benchmarks.suite import read_kernel_suite
     from lorafusion.benchmarks.verify import verify
+    from lorafusion.verdicts import origin_of
 
-    _report(verify(read_kernel_suite(suite), suite), out)
+    read = read_kernel_suite(suite)
+    _write(verify(read, suite), out, origin_of(suite, read.device, read.dtype))
 
 
 @check_app.command("learning")
-def check_learning(out: Out) -> None:
+def check_learning(out: Out, suite: Suite = None) -> None:
     """Weights change and the loss falls."""
-    from lorafusion.checks import learning
+    from lorafusion.checks import grounds_of, learning
 
-    _report(learning(), out)
+    _report(learning(grounds=grounds_of(_read(suite))), out, suite)
 
 
 @check_app.command("contract")
@@ -89,14 +115,41 @@ def check_contract(
         raise typer.Exit(1)
 
 
-def _report(verdict, out: Path) -> None:
-    from lorafusion.checks import write_verdict
+def _read(suite: Path | None):
+    """The suite, if this machine has what it runs on."""
+    from lorafusion.cells import require_device
+    from lorafusion.config import read_suite
+
+    if suite is None:
+        return None
+    read = read_suite(suite)
+    require_device(read, suite)
+    return read
+
+
+def _arrangements(given: list[str] | None, suite: Path | None) -> list:
+    from lorafusion.config import Arrangement, read_suite
+
+    default = read_suite(suite).checks.lossless if suite else ["1x1"]
+    return [Arrangement.read(one) for one in given or default]
+
+
+def _report(verdict, out: Path, suite: Path | None) -> None:
+    from lorafusion.config import read_suite
+    from lorafusion.verdicts import origin_of
+
+    read = read_suite(suite) if suite else None
+    _write(verdict, out, origin_of(read.name, read.device, read.dtype) if read else origin_of(None, "cpu", "float64"))
+
+
+def _write(verdict, out: Path, origin) -> None:
+    from lorafusion.verdicts import write_verdict
 
     print(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.statement}")
     for name, value in verdict.figures.items():
         print(f"  {name}: {value:.3g}")
     if not verdict.passed:
         # Beside the file, which is there for what holds alone.
-        write_verdict(verdict, out.with_name(f"{out.name}.failed"))
+        write_verdict(verdict, origin, out.with_name(f"{out.name}.failed"))
         raise typer.Exit(1)
-    write_verdict(verdict, out)
+    write_verdict(verdict, origin, out)

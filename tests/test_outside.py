@@ -10,13 +10,12 @@ import torch
 from lorafusion import checks
 from lorafusion.checks import LOSS_TOLERANCE, WEIGHT_TOLERANCE, toy_jobs, train
 from lorafusion.config import read_model
-from lorafusion.data.tokens import SyntheticTokens, Tokens
-from lorafusion.outside import Place, build_model, optimizer_of, summed_loss, train_plainly
+from lorafusion.definitions import Text, synthetic_text
+from lorafusion.outside import build_model, optimizer_of, summed_loss, train_plainly
 from lorafusion.workload import Job, Sample, Workload
 
 pytestmark = pytest.mark.usefixtures("forked_runs")
 TINY = read_model("tiny")
-SOURCE = SyntheticTokens(TINY.vocab_size)
 EVALUATION = tuple(Sample(100 + i, tokens) for i, tokens in enumerate((13, 2, 24)))
 
 
@@ -27,7 +26,7 @@ def jobs(**changes) -> tuple[Job, ...]:
 
 def assert_equal(workload: Workload, trained: checks.Trained, dtype: torch.dtype, loss: float, weight: float) -> None:
     for job in workload.jobs:
-        plain = train_plainly(job, TINY, SOURCE, dtype)
+        plain = train_plainly(job, TINY, dtype)
         assert trained.losses[job.name] == pytest.approx(plain.losses, rel=loss)
         assert trained.weights[job.name].keys() == plain.weights.keys()
         for name, tensor in plain.weights.items():
@@ -72,14 +71,14 @@ def test_evaluations_are_those_of_plain_training(tmp_path, monkeypatch):
     for index, job in enumerate(workload.jobs):
         found = {event["step"]: event["evaluation"] for event in events if event["adapter"] == index}
         assert list(found) == [4, 6]
-        assert found == pytest.approx(train_plainly(job, TINY, SOURCE, torch.float64).evaluations, rel=LOSS_TOLERANCE)
+        assert found == pytest.approx(train_plainly(job, TINY, torch.float64).evaluations, rel=LOSS_TOLERANCE)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_learning_rates_are_those_of_transformers(schedule, warmup):
     job = jobs(schedule=schedule, warmup_steps=warmup)[0]
-    optimizer, scheduler = optimizer_of([torch.nn.Parameter(torch.zeros(1))], job)
+    optimizer, scheduler = optimizer_of([torch.nn.Parameter(torch.zeros(1))], job, len(job.batches))
     for step in range(len(job.batches)):
         assert job.learning_rate_at(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
         optimizer.step()
@@ -89,9 +88,9 @@ def test_learning_rates_are_those_of_transformers(schedule, warmup):
 @pytest.mark.parametrize("first_label", [1, 5])
 def test_the_loss_is_transformers_own_of_the_tokens_that_are_learnt(first_label):
     job = jobs(dropout=0.0)[0]
-    whole = build_model(job, TINY, torch.float32, 1, Place())
-    ids = SOURCE.tokens(job, Sample(0, 9)).ids
+    whole, _ = build_model(job, TINY, torch.float32, 1)
+    ids = synthetic_text(job, Sample(0, 9), TINY.vocab_size).ids
     labels = ids.clone()
     labels[:first_label] = -100
     expected = whole(input_ids=ids[None], labels=labels[None]).loss
-    assert summed_loss(whole, Tokens(ids, first_label)).item() == pytest.approx(expected.item() * (9 - first_label))
+    assert summed_loss(whole, Text(ids, first_label)).item() == pytest.approx(expected.item() * (9 - first_label))

@@ -16,7 +16,7 @@ from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, lora_l
 from fused_lora.reference import draw_masks, lora_backward, lora_forward
 from lorafusion.benchmarks.measure import require_device
 from lorafusion.benchmarks.suite import KernelSuite
-from lorafusion.checks import Verdict
+from lorafusion.verdicts import Verdict
 
 # Of eager's root mean square error. Kernels add in float32, in another order, and round once where eager rounds twice;
 # in float32 itself they add one after the other what a library adds in pieces (5.0 was the worst on an H200).

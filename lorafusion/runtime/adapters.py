@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lorafusion.models.lora import named_adapter_parameters
 from lorafusion.models.stage import Stage
@@ -102,8 +102,9 @@ class AdapterTraining:
             state = self.optimizer.state[updated]
             out[f"{name}/weight"], out[f"{name}/gradient"] = parameter.detach(), parameter.grad
             if self._is_copy:
-                out[f"{name}/float32"] = updated.detach()
-            out[f"{name}/exp_avg"], out[f"{name}/exp_avg_sq"] = state["exp_avg"], state["exp_avg_sq"]
+                out[f"{name}/float32"] = _whole(parameter, updated.detach())
+            for moment in ("exp_avg", "exp_avg_sq"):
+                out[f"{name}/{moment}"] = _whole(parameter, state[moment])
             out["optimizer_steps"] = state["step"]
         return out
 
@@ -113,16 +114,49 @@ class AdapterTraining:
         self.stopped.copy_(state["stopped"])
         for (name, parameter), updated in zip(self.parameters.items(), self._updated, strict=True):
             with torch.no_grad():
-                parameter.copy_(state[f"{name}/weight"])
+                parameter.copy_(_as(parameter, state[f"{name}/weight"]))
                 if self._is_copy:
-                    updated.copy_(state[f"{name}/float32"])
+                    updated.copy_(_part(_as(parameter, state[f"{name}/float32"])))
                 gradient = state.get(f"{name}/gradient")
-                parameter.grad.zero_() if gradient is None else parameter.grad.copy_(gradient)
+                if gradient is None:
+                    parameter.grad.zero_()
+                else:
+                    parameter.grad.copy_(_as(parameter, gradient))
             if f"{name}/exp_avg" in state:
                 own = self.optimizer.state[updated]
                 own["step"].copy_(state["optimizer_steps"])
-                own["exp_avg"].copy_(state[f"{name}/exp_avg"])
-                own["exp_avg_sq"].copy_(state[f"{name}/exp_avg_sq"])
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    own[moment].copy_(_part(_as(parameter, state[f"{name}/{moment}"])))
+
+
+def gradients_of(adapter: AdapterTraining) -> dict[str, torch.Tensor]:
+    """A copy of an adapter's gradients on this stage, by name, on the CPU and in at least float32."""
+    out = {}
+    for name, parameter in adapter.parameters.items():
+        whole = parameter.grad.full_tensor() if isinstance(parameter, DTensor) else parameter.grad
+        out[name] = whole.detach().to("cpu", torch.promote_types(whole.dtype, torch.float32), copy=True).contiguous()
+    return out
+
+
+def _as(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A whole tensor as a parameter is kept: sharded over replicas where that one is."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    whole = whole.to(parameter.device)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _part(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, or this process's part of one that is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """What this process's part is a part of, sharded as its parameter is."""
+    if not isinstance(parameter, DTensor):
+        return part
+    mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
+    return DTensor.from_local(part, mesh, parameter.placements, shape=shape, stride=stride)
 
 
 def _own_part(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

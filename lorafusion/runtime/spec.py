@@ -50,5 +50,8 @@ class RunSpec(Config):
     saving: Saving | None = None
     lock: Lock | None = Field(default=None, description="of the folder that the run writes to, where it may be shared")
     initial: str | None = Field(default=None, description="folder of adapters that are trained in part already")
+    save_gradients: str | None = Field(
+        default=None, description="folder to write the gradient of each adapter's first step to, before the step"
+    )
     save_adapters: str | None = Field(default=None, description="folder to write the trained adapters to")
     events: str | None = Field(default=None, description="folder for what becomes known while the run goes on")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors.torch import save_file
 
 from lorafusion.data.packing import BatchBuilder, PackedBatch
 from lorafusion.measure.timers import Mark, Meter, Point
@@ -16,7 +17,7 @@ from lorafusion.models.lora import ActiveBatch
 from lorafusion.models.loss import weighted_losses
 from lorafusion.models.stage import Stage
 from lorafusion.plan import Microbatch, Plan
-from lorafusion.runtime.adapters import AdapterTraining
+from lorafusion.runtime.adapters import AdapterTraining, gradients_of
 from lorafusion.runtime.board import Position
 from lorafusion.runtime.events import EventLog
 from lorafusion.runtime.pipeline import Pipeline
@@ -103,6 +104,7 @@ class TrainingRun:
         self.adapters = [AdapterTraining(stage, job) for job in workload.jobs]
         self.begin = 0  # the slot to begin with
         self.events_kept: dict[str, int] = {}  # bytes of the files of events that are of the slots before it
+        self.gradients: Path | None = None  # where those of the adapters' first steps are written to
         self._batches: dict[int, PackedBatch] = {}  # of the slots in flight
         self._evaluation_batches: dict[int, list[PackedBatch]] = {}  # by adapter
 
@@ -199,12 +201,25 @@ class TrainingRun:
         if squared_norms is not None:
             self.position.set(f"the optimizer steps after microbatch {slot}")
             stepping = self.steps[slot]
+            self._save_gradients([self.adapters[one] for one in stepping])
             steps = [self.adapters[one].steps for one in stepping]
             norms = [self.adapters[one].step(squared) for one, squared in zip(stepping, squared_norms, strict=True)]
             stopped = [self.adapters[one].stopped for one in stepping]
             if self.stage.is_last:
                 self._note_steps(slot, stepping, steps, torch.stack([*norms, *(one.to(norms[0]) for one in stopped)]))
         self.record.finished(slot)
+
+    def _save_gradients(self, stepping: Sequence[AdapterTraining]) -> None:
+        """Write this stage's part of the gradients of first steps, summed over the replicas, before any clipping."""
+        if self.gradients is None:
+            return
+        for adapter in stepping:
+            if adapter.steps == adapter.job.start:
+                whole = gradients_of(adapter)  # replicas over which the stage is sharded make it together
+                if self.pipeline.replica == 0:
+                    folder = self.gradients / adapter.job.name
+                    folder.mkdir(parents=True, exist_ok=True)
+                    save_file(whole, folder / f"stage-{self.pipeline.index}.safetensors")
 
     def _note_steps(self, slot: int, adapters: tuple[int, ...], steps: list[int], values: torch.Tensor) -> None:
         def note(found: list[float]) -> None:

@@ -115,6 +115,7 @@ def _placed(spec: RunSpec, run: TrainingRun, rank: int, world: int) -> list[chec
     if spec.saving:
         run.record.kept = False
         arguments = [_checkpoints(spec, run, rank, world)]
+    run.gradients = Path(spec.save_gradients) if spec.save_gradients else None
     if spec.events:
         run.open_events(Path(spec.events))
     return arguments

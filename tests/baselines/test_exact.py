@@ -47,14 +47,13 @@ def trained(jobs, system, arrangement) -> checks.Trained:
 
 @functools.cache
 def plainly(jobs) -> checks.Trained:
-    return checks._plainly(jobs)
+    return checks.train_plainly(jobs, checks.EXACT, "float64")
 
 
 def assert_equal(ours, plain, jobs):
-    for job in jobs:
-        loss, weight = checks._difference(ours, plain, job)
-        assert loss <= checks.LOSS_TOLERANCE
-        assert weight <= checks.WEIGHT_TOLERANCE
+    loss, weight = checks.Plain(plain, None).errors(ours, jobs)
+    assert loss <= checks.LOSS_TOLERANCE
+    assert weight <= checks.WEIGHT_TOLERANCE
 
 
 def assert_learnt(found, jobs):
@@ -123,7 +122,7 @@ BUILD_MODEL = outside.build_model
 def tied(*arguments):
     """`lorafusion.outside.build_model` with one A for q, k and v, which is what one adapter on the three together is;
     it begins as that of the merged linear does."""
-    job, whole = arguments[0], BUILD_MODEL(*arguments)
+    job, (whole, place) = arguments[0], BUILD_MODEL(*arguments)
     for name, attention in whole.base_model.model.named_modules():
         if name.endswith(".self_attn"):
             first = attention.q_proj.lora_A[outside.ADAPTER]
@@ -131,7 +130,7 @@ def tied(*arguments):
             torch.nn.init.kaiming_uniform_(first.weight, a=math.sqrt(5), generator=generator)
             for other in (attention.k_proj, attention.v_proj):
                 other.lora_A[outside.ADAPTER] = first
-    return whole
+    return whole, place
 
 
 @functools.cache
@@ -139,7 +138,7 @@ def merged_plainly() -> checks.Trained:
     """Plain libraries with q, k and v apart and A in common, under the names that the merged linear has."""
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(outside, "build_model", tied)
-        plain = checks._plainly(APART)
+        plain = checks.train_plainly(APART, checks.EXACT, "float64")
     return checks.Trained(plain.losses, {name: joined(state) for name, state in plain.weights.items()})
 
 

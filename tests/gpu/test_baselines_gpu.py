@@ -1,5 +1,5 @@
-"""The systems on GPUs: each trains what the others train, on one GPU and on two, and nothing is compiled while the
-clock runs."""
+"""The systems on a GPU: nothing is compiled while the clock runs, nothing waits, and a step has few kernels. That they
+train the same is test_checks_gpu.py's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import pytest
 import torch
 import yaml
 
-from lorafusion.cells import unavailable
-from lorafusion.checks import possible, toy_jobs
-from lorafusion.config import CONFIGS, Arrangement, read_systems
+from lorafusion.config import CONFIGS, read_systems
 from lorafusion.data.lengths import make_workload
 from lorafusion.imports import load
 from lorafusion.measure.profiler import trace
@@ -25,62 +23,6 @@ from lorafusion.runtime.rehearsal import rehearse
 from lorafusion.runtime.spec import RunSpec
 from lorafusion.runtime.training import TrainingRun
 from lorafusion.scheduler import plan_system
-from lorafusion.workload import MERGED, Workload
-from tests import forked
-
-SYSTEMS = [name for name, system in read_systems().items() if not unavailable(system)]
-MERGED_LINEARS = (MERGED, "o_proj", "gate_proj", "up_proj", "down_proj")
-TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has fewer than two GPUs")
-
-
-def workload(merged: bool) -> Workload:
-    jobs = toy_jobs(dropout=0.0)
-    if merged:
-        jobs = tuple(job.model_copy(update={"target_modules": MERGED_LINEARS}) for job in jobs)
-    return Workload(name="toy", jobs=jobs)
-
-
-def losses(folder: Path, system: str, arrangement: str = "1x1", merged: bool = False) -> dict[str, list[float]]:
-    """The losses of a system's run of the toy jobs, without dropout, in bfloat16."""
-    chosen = possible(Arrangement.read(arrangement), read_systems()[system])
-    plan = plan_system(workload(merged), system, stages=chosen.stages, capacity=96, data_parallel=chosen.replicas)
-    (folder / "workload.json").write_text(workload(merged).to_json())
-    (folder / "plan.json").write_text(plan.to_json())
-    paths = {"workload": str(folder / "workload.json"), "plan": str(folder / "plan.json")}
-    spec = RunSpec(system=system, model="tiny", device="cuda", dtype="bfloat16", adapter_dtype="bfloat16",
-                   checkpointing=chosen.recompute, **paths)  # fmt: skip
-    outcome = forked.launch(spec, chosen.stages * chosen.replicas, 240, stall=60)
-    assert outcome.status == "ok", outcome.note
-    return outcome.report["losses"]
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory):
-    """Of plain training, q, k and v apart and merged."""
-    return {merged: losses(tmp_path_factory.mktemp("plain"), "peft-bf16", merged=merged) for merged in (False, True)}
-
-
-def assert_alike(found: dict[str, list[float]], plain: dict[str, list[float]]) -> None:
-    """Step for step, where only the first losses are the same whatever LoRA does; and it learns."""
-    for job, values in found.items():
-        assert values[:2] == pytest.approx(plain[job][:2], rel=1e-2)
-        assert values == pytest.approx(plain[job], rel=5e-2)
-        assert values[-1] < values[0]
-
-
-@pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_every_system_trains_what_plain_training_trains(tmp_path, expected, system, merged):
-    assert_alike(losses(tmp_path, system, merged=merged), expected[merged])
-
-
-@TWO
-@pytest.mark.parametrize("arrangement", ["2x1", "1x2", "2x1+recompute"])
-@pytest.mark.parametrize("system", ["lorafusion", "mlora", "megatron-pp", "megatron-fsdp", "fused-sequential"])
-def test_two_gpus_train_what_one_trains(tmp_path, expected, system, arrangement):
-    if unavailable(read_systems()[system]):
-        pytest.skip(unavailable(read_systems()[system]))
-    assert_alike(losses(tmp_path, system, arrangement), expected[False])
 
 
 @pytest.fixture

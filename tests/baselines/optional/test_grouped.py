@@ -128,8 +128,7 @@ def test_tokens_without_a_segment_are_refused():
 def test_the_system_trains_what_plain_training_trains(arrangement):
     jobs, where = checks.toy_jobs(dropout=0.0), Arrangement.read(arrangement)
     found = checks.train(Workload(name="toy", jobs=jobs), "grouped-mm", where.stages, replicas=where.replicas)
-    plain = checks._plainly(jobs)
-    for one in jobs:
-        loss, weight = checks._difference(found, plain, one)
-        assert loss <= checks.LOSS_TOLERANCE
-        assert weight <= checks.WEIGHT_TOLERANCE
+    plain = checks.train_plainly(jobs, checks.EXACT, "float64")
+    loss, weight = checks.Plain(plain, None).errors(found, jobs)
+    assert loss <= checks.LOSS_TOLERANCE
+    assert weight <= checks.WEIGHT_TOLERANCE

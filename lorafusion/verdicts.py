@@ -1,0 +1,77 @@
+"""The verdict of a check, as a file: what was proved, on what, and of which code; and what a figure asks of it.
+
+This is the one place that reads verdicts. A verdict that cannot be read to the letter is none: `"passed": "no"` is a
+mistake and not true.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lorafusion.errors import UserError, validated
+from lorafusion.files import write
+
+
+class Origin(BaseModel):
+    """What a check was made for and on. suite: the suite's name, None where it was made for none. gpu_name: None on a
+    CPU. code: the state of the code, as the measurement table has it; None where it is not known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    suite: str | None
+    device: Literal["cpu", "cuda"]
+    dtype: str
+    gpu_name: str | None = None
+    code: str | None = None
+
+
+class Verdict(BaseModel):
+    """The outcome of a check: did it hold, and by which figures. origin: there as soon as it is a file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    check: str = Field(min_length=1)
+    passed: bool
+    statement: str
+    figures: dict[str, float | int]
+    origin: Origin | None = None
+
+
+class _Written(Verdict):
+    origin: Origin
+
+
+def origin_of(suite: str | None, device: str, dtype: str) -> Origin:
+    """Of a check that is made here and now."""
+    from lorafusion.measure.environment import provenance
+
+    found = provenance(device)
+    return Origin(suite=suite, device=device, dtype=dtype, gpu_name=found["gpu_name"], code=found.get("tree_hash"))
+
+
+def write_verdict(verdict: Verdict, origin: Origin, path: Path) -> None:
+    """Write a verdict with what it is about, whole or not at all."""
+    write(path, json.dumps({**verdict.model_dump(), "origin": origin.model_dump()}, indent=1) + "\n")
+
+
+def read_verdict(path: Path) -> Verdict:
+    """The verdict in a file; raises `UserError` for one that is missing, cut short, or of another form."""
+    try:
+        data = json.loads(path.read_text(), object_pairs_hook=_distinct)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such verdict; `lorafusion check` makes it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a verdict, as it is not JSON ({error})") from None
+    return validated(_Written, data, path)
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict:
+    keys = [key for key, _ in pairs]
+    repeated = next((key for key in keys if keys.count(key) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"the key {repeated!r} stands there twice")
+    return dict(pairs)

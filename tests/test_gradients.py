@@ -1,0 +1,38 @@
+"""The check of a step's gradients: it holds for what is right and sees what losses hide."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from lorafusion import checks, gradients
+from lorafusion.config import Arrangement
+from tests.training_faults import FAULTS, launched_here
+
+GROUND = checks.Ground(dtype="bfloat16", stretch=4)
+ONE = Arrangement(1, 1, False)
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """Runs are in this process."""
+    monkeypatch.setattr("lorafusion.checks.launch", partial(launched_here, folder=tmp_path))
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return gradients.Expected.of(GROUND, dropout=0.1)
+
+
+def test_a_step_in_bfloat16_has_the_gradients_of_float64(here, expected):
+    error, length = expected.errors(gradients.one_step("lorafusion", ONE, GROUND, expected).gradients)
+    assert error <= gradients.MOST_ERROR
+    assert length <= gradients.MOST_LENGTH_ERROR
+
+
+@pytest.mark.parametrize("name", list(FAULTS))
+def test_a_fault_is_seen(here, expected, monkeypatch, name):
+    FAULTS[name](monkeypatch)
+    error, length = expected.errors(gradients.one_step("lorafusion", ONE, GROUND, expected).gradients)
+    assert error > 1.2 * gradients.MOST_ERROR or length > 1.2 * gradients.MOST_LENGTH_ERROR

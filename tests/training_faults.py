@@ -1,0 +1,116 @@
+"""Faults of a training that a check must see, on any device; and runs in this process, which they reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_lora import LoRABatch, ops
+from lorafusion.data.packing import PackedBatch, SampleBorders
+from lorafusion.models import attention
+from lorafusion.runtime import worker
+from lorafusion.runtime.board import Position
+from lorafusion.runtime.launch import Outcome
+from lorafusion.runtime.spec import RunSpec
+from lorafusion.workload import Job
+
+Fault = Callable[[pytest.MonkeyPatch], None]
+FAULTS: dict[str, Fault] = {}
+
+
+def launched_here(spec: RunSpec, processes: int, *_: object, folder: Path, **__: object) -> Outcome:
+    """`lorafusion.runtime.launch.launch` for one process: this one."""
+    assert processes == 1
+    device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
+    report = worker.trained(spec, device, Position(folder, 0), 0, 1)
+    return Outcome("ok", report=report)
+
+
+def fault(made: Fault) -> Fault:
+    FAULTS[made.__name__] = made
+    return made
+
+
+@fault
+def scale_times_1_02(patches):
+    original = Job.scaling
+    patches.setattr(Job, "scaling", property(lambda job: original.fget(job) * 1.02))
+
+
+@fault
+def da_times_0_98(patches):
+    def shorter(backward):
+        def run(*arguments):
+            *inputs, da, db = backward(*arguments)
+            return *inputs, da * 0.98, db
+
+        return run
+
+    _around(patches, ops.linear_backward, shorter)
+    _around(patches, ops.gated_linear_backward, shorter)
+
+
+@fault
+def dx_without_lora(patches):
+    def base_alone(backward):
+        def run(dys, x, weights, *rest):
+            _, da, db = backward(dys, x, weights, *rest)
+            return sum(dy @ weight for dy, weight in zip(dys, weights, strict=True)), da, db
+
+        return run
+
+    _around(patches, ops.linear_backward, base_alone)
+
+
+@fault
+def attention_across_samples(patches):
+    original = attention.packed_attention
+
+    def across(*arguments, borders, **options):
+        first, *others = borders.lengths
+        lengths = [first + others[0], *others[1:]] if others else [first]
+        return original(*arguments, borders=SampleBorders.of(lengths, borders.offsets.device), **options)
+
+    _everywhere(patches, "packed_attention", across)
+
+
+@fault
+def swapped_adapters(patches):
+    def swapped(batch):
+        segments = [replace(one, adapter=1 - one.adapter) for one in batch.segments]
+        return LoRABatch.of(segments, batch.positions)
+
+    patches.setattr(PackedBatch, "lora", property(swapped))
+
+
+@fault
+def border_off_by_one(patches):
+    def shifted(batch):
+        first, *others = batch.segments
+        if others:
+            first, second = replace(first, stop=first.stop + 1), replace(others[0], start=others[0].start + 1)
+            others = [second, *others[1:]]
+        return LoRABatch.of([first, *others], batch.positions)
+
+    patches.setattr(PackedBatch, "lora", property(shifted))
+
+
+def _around(patches, operator, made) -> None:
+    """Have an operator's kernels, on each device, be what is made of them."""
+    for (one, device), kernel in list(ops.KERNELS.items()):
+        if one is operator:
+            patches.setitem(ops.KERNELS, (one, device), made(kernel))
+
+
+def _everywhere(patches, name, value) -> None:
+    """transformers' interface has the function itself, Liger's attention a name of its module."""
+    from transformers import AttentionInterface
+
+    from lorafusion.models import liger
+
+    patches.setattr(liger, name, value)
+    patches.setitem(AttentionInterface._global_mapping, attention.NAME, value)

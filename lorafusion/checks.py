@@ -405,7 +405,7 @@ def train(
             dtype=dtype or ground.dtype,
             adapter_dtype=dtype or ground.dtype,
             save_adapters=str(folder / "adapters"),
-            checkpointing=checkpointing,
+            checkpointing=float(checkpointing),
         )
         if initial is not None:
             write_initial(workload.jobs, initial, folder / "initial")

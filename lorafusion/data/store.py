@@ -8,8 +8,9 @@ never be about another file.
 
 from __future__ import annotations
 
+import hashlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -36,11 +37,19 @@ TENSORS = {"ids": "I32", "offsets": "I64", "first_labels": "I32"}
 class StoreNotes(Config):
     """What the header of a store says of it."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     fingerprint: str = Field(description="changes with everything that the tokens depend on")
     training: int = Field(ge=1, description="rows before those of evaluation data")
     largest_id: int = Field(ge=0)
     counts: tuple[str, ...] = Field(description="what became of the samples of each data block, for the user")
+    content: str = Field(default="", description="hash of the tensors and of the other notes")
+
+    def hash_of(self, tensors: Mapping[str, np.ndarray]) -> str:
+        """What `content` must be with these tensors."""
+        digest = hashlib.sha256(self.model_dump_json(exclude={"content"}).encode())
+        for name in TENSORS:
+            digest.update(np.ascontiguousarray(tensors[name]))
+        return digest.hexdigest()
 
 
 def store_path(folder: Path, name: str) -> Path:
@@ -77,6 +86,7 @@ class StoreWriter:
         }
         largest = int(tensors["ids"].max())
         notes = StoreNotes(fingerprint=fingerprint, training=training, largest_id=largest, counts=counts)
+        notes = notes.model_copy(update={"content": notes.hash_of(tensors)})
         with whole(path) as partial:
             save_file(tensors, partial, metadata={NOTES: notes.model_dump_json()})
 
@@ -107,6 +117,12 @@ class StoreFile:
             raise UserError(
                 f"{path}: a damaged token store, its rows do not fit its ids; delete it, prepare the run again"
             )
+
+    def require_content(self) -> None:
+        """Read the whole file and raise `UserError` unless it is as it was written."""
+        tensors = {"ids": self._ids[:], "offsets": self._offsets, "first_labels": self._first_labels}
+        if self.notes.hash_of({name: tensor.numpy() for name, tensor in tensors.items()}) != self.notes.content:
+            raise UserError(f"{self.path}: a damaged token store, its hash is not its own; prepare the run again")
 
     def __len__(self) -> int:
         return len(self._first_labels)

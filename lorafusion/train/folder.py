@@ -15,6 +15,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,21 +136,17 @@ class OutputFolder:
         return Run(self.path / "runs" / name)
 
     def _require_run(self, run: Run) -> None:
-        try:
-            self.progress.runs[run.name].manifest.require(run.folder / MANIFEST)
+        noted = self.progress.runs[run.name]
+        with _advice():
+            noted.manifest.require(run.folder / MANIFEST)
             manifest.verified(run.folder)
-        except DamagedError as error:
-            raise DamagedError(f"{error}; put it back as it was, or take another output folder") from None
+            events.require(run.events, noted.events or {})
 
     @property
     def in_hand(self) -> Run | None:
         """The run to go on with, if its jobs and processes are still wanted."""
         last = self.runs()[-1:]
-        return last[0] if last and self.left_at(last[0]) is None else None
-
-    def left_at(self, run: Run) -> dict[str, Entry] | None:
-        """How far the events of a run went that was left for good; None of the one in hand."""
-        return self.progress.runs[run.name].events
+        return last[0] if last and self.progress.runs[last[0].name].events is None else None
 
     def new_run(self, workload: Workload, plan: Plan) -> Run:
         """Plan a run, which is in hand then."""
@@ -242,8 +240,15 @@ class OutputFolder:
 def read_progress(folder: Path) -> Progress:
     """What is done in a folder. Raises `DamagedError` where the file is not as a training wrote it."""
     path = folder / PROGRESS
-    try:
+    with _advice():
         return validated(Progress, read_sealed(path), path)
+
+
+@contextmanager
+def _advice() -> Iterator[None]:
+    """What to do about damage that no earlier checkpoint mends."""
+    try:
+        yield
     except DamagedError as error:
         raise DamagedError(f"{error}; put it back as it was, or take another output folder") from None
 

@@ -142,6 +142,7 @@ class _Stores:
         try:
             store = StoreFile(path)
             if store.notes.fingerprint == fingerprint:
+                store.require_content()
                 return store
         except UserError:
             pass  # it is made anew

@@ -20,7 +20,6 @@ from lorafusion.files import write
 from lorafusion.measure.environment import gpu_state
 from lorafusion.plan import Plan
 from lorafusion.runtime.checkpoint import Found, identity, newest
-from lorafusion.runtime.events import require
 from lorafusion.runtime.launch import Outcome, launch
 from lorafusion.runtime.lock import Lock, locked
 from lorafusion.runtime.probe import Measured, capacity_of
@@ -265,12 +264,9 @@ class Training:
     def _read_history(self) -> None:
         """What all runs so far have told, but for what will be run again."""
         for run in self.output.runs():
-            left = self.output.left_at(run)
-            if left is None:
+            if run == self.output.in_hand:
                 self._found_before = found = self._found(run)
                 trim_events(run, found.events if found else {})
-            else:
-                require(run.events, left)
             self._readers[run] = EventReader(run.events, Workload.read(run.workload), self.history)
             self._readers[run].poll()
 

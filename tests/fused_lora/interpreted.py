@@ -42,6 +42,8 @@ class Case:
     splits: int = 1  # of the columns, in the pass for s
 
 
+NO_NUMBERS = torch.tensor([float("nan"), float("inf"), -float("inf")])
+ISOLATION = "isolation in "  # before a case's name: what its adapters have of each other, and nothing else
 MIXED = ((1, 5, 16, 40),)
 SEVERAL = ((7, 2), (0, 1), (1, 0), (5, -1), (33, 3), (3, 1))
 CASES = {
@@ -130,14 +132,44 @@ def arguments(case: Case, dtype: torch.dtype) -> tuple:
     return inputs, weights, biases, common, tuple(tables[6:]), dys
 
 
-def run(forward, backward, case: Case, dtype: torch.dtype, keep_bits: bool = True) -> dict[str, Any]:
-    """All results of a forward and a backward pass."""
+def run(
+    forward, backward, case: Case, dtype: torch.dtype, keep_bits: bool = True, spoilt: Iterable[int] = ()
+) -> dict[str, Any]:
+    """All results of a forward and a backward pass. spoilt: owners of rows that are no numbers."""
     inputs, weights, biases, common, settings, dys = arguments(case, dtype)
+    for tensor in (*inputs, *dys):
+        tensor[rows_of(case, spoilt)] = NO_NUMBERS.repeat(tensor.shape[1])[: tensor.shape[1]].to(dtype)
     if case.gated:
         [dys], [weights], [biases] = dys, weights, biases
     ys, s, bits = forward(*inputs, weights, biases, *common, *settings, keep_bits)
     *gradients, da, db = backward(dys, *inputs, weights, *common, s, bits, *settings, True, True)
     return {"ys": [ys] if case.gated else ys, "s": s, "bits": bits, "inputs": gradients, "da": da, "db": db}
+
+
+def rows_of(case: Case, owners: Iterable[int]) -> torch.Tensor:
+    """Which rows are of these adapters, -1 being none: bool [tokens]."""
+    return torch.cat([torch.full((length,), owner in owners) for length, owner in case.segments])
+
+
+def isolation(case: Case) -> Iterator[str]:
+    """What of an adapter changes, if only by a bit, when its neighbours' rows are no numbers: zero times infinity is
+    none either, so that other rows must not be multiplied away."""
+    forward, backward = functions(case)
+    clean = run(forward, backward, case, case.dtype)
+    owners = list(dict.fromkeys(owner for length, owner in case.segments if length))
+    for spoilt in (owners[::2], owners[1::2]):
+        found = run(forward, backward, case, case.dtype, spoilt=spoilt)
+        others = [one for one in owners if one not in spoilt and one >= 0]
+        rows, expected = rows_of(case, others), parts(case, clean)
+        for name, ours in parts(case, found).items():
+            kind, _, adapter = name.partition(".")
+            by_row = not kind.startswith(("da", "db"))
+            if by_row and not torch.equal(ours[rows], expected[name][rows]):
+                yield f"{name}: changed by rows of {spoilt}"
+            if adapter and int(adapter) in others and not torch.equal(ours, expected[name]):
+                yield f"{name}: changed by rows of {spoilt}"
+        if not torch.equal(found["s"][:, rows], clean["s"][:, rows]):
+            yield f"s: changed by rows of {spoilt}"
 
 
 def named_inputs(case: Case, gradients: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -174,12 +206,19 @@ def root_mean_square(tensor: torch.Tensor) -> float:
     return tensor.square().mean().sqrt().item()
 
 
+def functions(case: Case) -> tuple:
+    """What launches the kernels: forward and backward."""
+    from fused_lora.gpu import gating, launch
+
+    return (gating.forward, gating.backward) if case.gated else (launch.forward, launch.backward)
+
+
 def problems(case: Case) -> list[str]:
     """What the kernels compute wrong, as the head of this file says."""
     from fused_lora import ops
-    from fused_lora.gpu import calls, choices, gating, launch
+    from fused_lora.gpu import calls, choices
 
-    ours = (gating.forward, gating.backward) if case.gated else (launch.forward, launch.backward)
+    ours = functions(case)
     theirs = (ops.gated_linear, ops.gated_linear_backward) if case.gated else (ops.linear, ops.linear_backward)
 
     def choose(kernel: str, shape: choices.Shape, target: choices.Target) -> dict[str, Any]:
@@ -249,7 +288,8 @@ def main() -> None:
     for line in sys.stdin:
         name = line.strip()
         try:
-            found = problems(drawn(int(name)) if name.isdigit() else CASES[name])
+            case = drawn(int(name)) if name.isdigit() else CASES[name.removeprefix(ISOLATION)]
+            found = list(isolation(case)) if name.startswith(ISOLATION) else problems(case)
         except Exception:
             found = [traceback.format_exc()]
         print(json.dumps(found), flush=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("interpreted.py")
-CASES = runpy.run_path(str(SCRIPT))["CASES"]
+INTERPRETED = runpy.run_path(str(SCRIPT))
+CASES, ISOLATION = INTERPRETED["CASES"], INTERPRETED["ISOLATION"]
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,20 @@ def test_kernels_equal_the_reference(kernels, name):
 @pytest.mark.parametrize("seed", range(4))
 def test_kernels_equal_the_reference_in_a_case_by_chance(kernels, seed):
     assert problems(kernels, seed) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixed ranks and segments",
+        "two linears",
+        "an adapter in two segments",
+        "gated, mixed ranks and segments, float16",
+    ],
+)
+def test_rows_that_are_no_numbers_stay_with_their_adapter(kernels, name):
+    """NaN and infinity in the rows of neighbours, which lie in the same tiles, change no bit of the others."""
+    assert problems(kernels, f"{ISOLATION}{name}") == []
 
 
 def problems(kernels, name):

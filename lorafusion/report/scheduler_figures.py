@@ -32,36 +32,37 @@ DATA = [*IDENTITY, "value", "git_sha", "git_dirty", "model", "capacity"]
 
 def scheduler_bubble(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
     """Simulated idle share of the stages in the steady state, by workload and global batch."""
-    return written(_bars(table, "bubble", "steady"), _draw_bars_of("bubble, steady state", percent=True), out_stem)
+    return written(bars(table, "bubble", "steady"), _draw_bars_of("bubble, steady state", percent=True), out_stem)
 
 
 def scheduler_fill(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
     """Microbatches over their lower bound, by workload and global batch."""
-    data = _bars(table, "microbatch_ratio", "whole")
+    data = bars(table, "microbatch_ratio", "whole")
     return written(data, _draw_bars_of("microbatches over bound", percent=False), out_stem)
 
 
 def scheduler_time(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
     """Time that a plan takes, by the samples of all adapters."""
-    return written(_rows(table, "solve_time", "whole"), draw_times, out_stem)
+    return written(medians(table, "solve_time", "whole"), draw_times, out_stem)
 
 
-def _rows(table: pd.DataFrame, metric: str, window: str) -> pd.DataFrame:
-    """The medians of a metric, in drawing order, with the samples of each adapter from the cell's name."""
+def medians(table: pd.DataFrame, metric: str, window: str) -> pd.DataFrame:
+    """The medians of a metric in drawing order. Raises `MeasurementError` where two suites would share the bars."""
     rows = table[(table["statistic"] == "median") & (table["metric"] == metric) & (table["window"] == window)]
     rows = rows[rows["system"].isin(STRATEGIES)]
     if rows.empty:
         raise MeasurementError(f"the table has no median of {metric} of a strategy; see lorafusion scheduler --help")
-    rows = rows.assign(samples=rows["cell"].str.extract(r"/samples~(\d+)/")[0].astype(int))
+    if len(suites := sorted(rows["suite"].unique())) > 1:
+        raise MeasurementError(f"one bar for several suites: {', '.join(suites)}; draw them from separate tables")
     place = rows["system"].map(list(STRATEGIES).index)
     order = rows.assign(place=place, first=style.rank(rows["workload"]))
     order = order.sort_values(["first", "stages", "global_batch", "adapters", "samples", "place"])
     return order[DATA].reset_index(drop=True)
 
 
-def _bars(table: pd.DataFrame, metric: str, window: str) -> pd.DataFrame:
+def bars(table: pd.DataFrame, metric: str, window: str) -> pd.DataFrame:
     """The points with the stages and adapters of the bars."""
-    rows = _rows(table, metric, window)
+    rows = medians(table, metric, window)
     here = rows[(rows["stages"] == STAGES) & (rows["adapters"] == ADAPTERS)]
     if here.empty:
         raise MeasurementError(f"the table has no {metric} with {STAGES} stages and {ADAPTERS} adapters")

@@ -8,12 +8,14 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from lorafusion.cells import description
 from lorafusion.cli import app
-from lorafusion.config import CONFIGS
+from lorafusion.config import CONFIGS, cells, read_suite, read_systems, suite_path
 from lorafusion.errors import UserError
 from lorafusion.measure import table
 from lorafusion.measure.table import MeasurementError
 from lorafusion.measure.validation import PLACE
+from lorafusion.measure.vocabulary import IDENTITY
 from lorafusion.report.pages import measurements_page
 from lorafusion.seals import seal
 from tests.measure.test_table import build, result
@@ -135,6 +137,16 @@ def test_cells_that_only_their_names_tell_apart_are_refused():
     same = build(*runs(("lorafusion",)), *runs(("lorafusion",), cell=name))
     with pytest.raises(MeasurementError, match=r"cell: expected other columns than those of cell .*system~lorafusion"):
         table.validate(same)
+
+
+@pytest.mark.parametrize("name", ["smoke", "h200", "paper"])
+def test_the_columns_of_a_suites_cells_tell_them_apart(make_workload, name):
+    suite, systems = read_suite(suite_path(name)), read_systems()
+    places = {}
+    for cell in cells(suite, suite_path(name)):
+        columns = description(suite, cell, make_workload(), systems[cell.system], None, 1)
+        places.setdefault(tuple(columns.get(column) for column in IDENTITY), []).append(cell.name)
+    assert [names for names in places.values() if len(names) > 1] == []
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -10,12 +10,11 @@ from collections.abc import Callable
 import pandas as pd
 import pytest
 
-from lorafusion.config import CONFIGS
 from lorafusion.seals import seal
 from tests.numbers import end_to_end, kernels, others, scheduler, sources, training
+from tests.numbers.documents import ROOT, read
 from tests.numbers.quoted import BLOCK, MARKED, missing, one_line, plain, untied
 
-ROOT = CONFIGS.parent
 NOTHING: Callable[[], list[str]] = list
 # What each document takes from tables, besides words.
 TIED: dict[str, Callable[[], list[str]]] = {
@@ -31,10 +30,6 @@ TIED: dict[str, Callable[[], list[str]]] = {
 }
 GENERATED = {"docs/planted-errors.md"}  # from tests/planted/, and its numbers say how wrong an error is
 CACHES = (sources.table, sources.drawn, end_to_end.sweep, end_to_end.profile, kernels.rows, scheduler.over)
-
-
-def read(document: str) -> str:
-    return (ROOT / document).read_text()
 
 
 def test_every_document_is_looked_at():

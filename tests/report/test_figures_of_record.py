@@ -57,5 +57,7 @@ def test_a_figures_csv_is_whole(figure):
 
 
 def test_suites_do_not_share_a_bar(tables):
-    with pytest.raises(MeasurementError, match="one bar for several suites: cpu, cpu-even, cpu-growth; draw them from separate"):
+    with pytest.raises(
+        MeasurementError, match="one bar for several suites: cpu, cpu-even, cpu-growth; draw them from separate"
+    ):
         scheduler_figures.bars(tables["cpu", "scheduler"], "bubble", "steady")

@@ -1,0 +1,11 @@
+"""The documents as they are."""
+
+from __future__ import annotations
+
+from lorafusion.config import CONFIGS
+
+ROOT = CONFIGS.parent
+
+
+def read(document: str) -> str:
+    return (ROOT / document).read_text()

@@ -7,8 +7,10 @@ windows in them and without the blank that some tokenizers put before a text.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -64,9 +66,17 @@ def _file_runs(path: Path, encoder: Encoder, specials: Specials) -> Iterator[lis
                 yield specials.before
             begun, closed = True, ends_with(specials, window.text, tokens)
             # While a window begins with the file, nothing of the one before was told yet.
-            joined = _joined(held if window.start else [], window, _placed(tokens, window.start), encoder)
-            held = [token for token in joined if token.start >= window.shared]
-            yield [token.id for token in joined if token.start < window.shared]
+            known, first = _joint(held, window, tokens) if window.start and held else (0, 0)
+            if first is None:
+                # A word of more characters than are shared: it is cut where the window before ended.
+                window = Window(held[-1].stop, window.text[held[-1].stop - window.start :], window.shared)
+                (tokens,) = encoder.tokenised([window.text])
+                known, first = len(held), 0
+            last = _first_from(tokens, window.shared - window.start)
+            yield [token.id for token in held[:known] if token.start < window.shared]
+            yield tokens.ids[first:last]
+            late = [token for token in held[:known] if token.start >= window.shared]
+            held = late + _placed(tokens, max(first, last), window.start)
     if not begun:
         raise UserError(f"{path}: no text in the file")
     yield [token.id for token in held]
@@ -74,22 +84,27 @@ def _file_runs(path: Path, encoder: Encoder, specials: Specials) -> Iterator[lis
         yield specials.after
 
 
-def _joined(held: list[Token], window: Window, tokens: list[Token], encoder: Encoder) -> list[Token]:
-    """The tokens from the first held one on: those held up to the middle of what is shared, then the window's own."""
-    if not held:
-        return tokens
+def _joint(held: list[Token], window: Window, tokens: Tokenised) -> tuple[int, int | None]:
+    """Where the tokens of a window follow those of the one before: how many of these are right, and the first of the
+    window's own; None where no token after the middle of what is shared is in both."""
     places = {token: index for index, token in reversed(list(enumerate(held)))}
-    for index, token in enumerate(tokens):
-        if token.start >= window.start + SHARED // 2 and token in places:
-            return held[: places[token]] + tokens[index:]
-    # A word of more characters than are shared: it is cut where the window before ended.
-    stop = held[-1].stop
-    (rest,) = encoder.tokenised([window.text[stop - window.start :]])
-    return held + _placed(rest, stop)
+    for index in range(_first_from(tokens, SHARED // 2), _first_from(tokens, SHARED)):
+        start, stop = tokens.offsets[index]
+        place = places.get(Token(tokens.ids[index], window.start + start, window.start + stop))
+        if place is not None:
+            return place, index
+    return len(held), None
 
 
-def _placed(tokens: Tokenised, start: int) -> list[Token]:
-    return [Token(id, start + first, start + last) for id, (first, last) in zip(*tokens, strict=True)]
+def _first_from(tokens: Tokenised, character: int) -> int:
+    """The index of the first token that begins at a character of its window, or after it."""
+    return bisect_left(tokens.offsets, character, key=itemgetter(0))
+
+
+def _placed(tokens: Tokenised, first: int, start: int) -> list[Token]:
+    """The tokens from `first` on, by their characters in the file."""
+    pairs = zip(tokens.ids[first:], tokens.offsets[first:], strict=True)
+    return [Token(id, start + begin, start + end) for id, (begin, end) in pairs]
 
 
 def _windows(path: Path) -> Iterator[Window]:

@@ -7,7 +7,6 @@ spans the border belongs to it. No special token stands twice, where a chat temp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from lorafusion.data.encoder import Encoder, Specials, begins_with, ends_with
 from lorafusion.data.plain_text import batches, token_runs
 from lorafusion.errors import UserError
 from lorafusion.models.checkpoint import HUB_ERRORS
-from lorafusion.reading import distinct
+from lorafusion.reading import parse_json
 from lorafusion.scheduler.common import progress
 
 if TYPE_CHECKING:
@@ -156,17 +155,10 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 
 def _object(line: bytes, where: str) -> dict[str, object]:
-    try:
-        value = json.loads(line, parse_constant=_no_number, object_pairs_hook=distinct)
-    except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
-        raise UserError(f"{where}: not valid JSON ({error})") from None
+    value = parse_json(line, where)
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object, found a {type(value).__name__}")
     return value
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def hub_dataset(block: HubData) -> Dataset:

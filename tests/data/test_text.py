@@ -114,21 +114,27 @@ def test_fields_that_are_no_strings_are_put_in_as_json():
 BAD_ROWS = {
     "a missing field": ([{"q": "x"}], r"rows\.jsonl:1: no field 'a'; found q$"),
     "a null": ([{"q": "x", "a": "y"}, {"q": None, "a": "z"}], r"rows\.jsonl:2: field 'q' is null"),
-    "not a number": ([{"q": "x", "a": "y"}, '{"q": "x", "a": NaN}'], r"rows\.jsonl:2: not valid JSON \(NaN is no JSON"),
-    "infinity": (['{"q": "x", "a": -Infinity}'], r"rows\.jsonl:1: not valid JSON \(-Infinity is no JSON"),
-    "a number too large": (['{"q": "x", "a": [1e999]}'], r"rows\.jsonl:1: field 'a' is neither text nor JSON"),
+    "not a number": (
+        [{"q": "x", "a": "y"}, '{"q": "x", "a": NaN}'],
+        r"rows\.jsonl:2: not JSON: NaN is no number of JSON",
+    ),
+    "infinity": (['{"q": "x", "a": -Infinity}'], r"rows\.jsonl:1: not JSON: -Infinity is no number of JSON"),
+    "a number too large": (
+        ['{"q": "x", "a": [1e999]}'],
+        r"rows\.jsonl:1: not JSON: expected a finite number, found 1e999",
+    ),
     "half a character": (
         [{"q": "cut \ud83d", "a": "y"}],
         r"rows\.jsonl:1: field 'q' has '\\ud83d', half of a character",
     ),
     "half a key": ([{"q": "x", "a": {"\ud83d": 1}}], r"rows\.jsonl:1: field 'a' has '\\ud83d', half of a character"),
-    "depth": (['{"q": "x", "a": ' + 100_000 * "["], r"rows\.jsonl:1: not valid JSON"),
+    "depth": (['{"q": "x", "a": ' + 100_000 * "["], r"rows\.jsonl:1: not JSON: it is nested too deeply"),
     "messages": (
         [{"q": "x", "a": [{"role": "user", "content": "y"}]}],
         r"rows\.jsonl:1: field 'a' is a list of chat messages, expected text; render it with .*apply_chat_template",
     ),
     "turns": ([{"q": [{"from": "human", "value": "y"}], "a": "x"}], r"field 'q' is a list of chat messages"),
-    "bad JSON": ([{"q": "x", "a": "y"}, "", "{"], r"rows\.jsonl:3: not valid JSON \(Expecting"),
+    "bad JSON": ([{"q": "x", "a": "y"}, "", "{"], r"rows\.jsonl:3: not JSON: Expecting"),
     "no object": (["[1]"], r"rows\.jsonl:1: expected a JSON object, found a list"),
     "nothing": ([], r"rows\.jsonl: no rows; expected a JSON object a line"),
     "blank lines": (["", " "], r"rows\.jsonl: no rows"),
@@ -145,7 +151,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, encoder, name):
 def test_a_file_that_is_not_utf8_is_named(tmp_path, encoder):
     path = tmp_path / "latin"
     path.write_bytes(b'{"a": "\xe9"}\n')
-    with pytest.raises(UserError, match="latin:1: not valid JSON .*codec can't decode"):
+    with pytest.raises(UserError, match="latin:1: not JSON: .*codec can't decode"):
         encoded(JsonlData(jsonl=path, completion="{a}"), encoder)
     with pytest.raises(UserError, match=r"latin: not UTF-8 text \("):
         encoded(TextData(text=path), encoder)

@@ -65,7 +65,7 @@ def empty_completions_are_samples(original):
     return lambda template, row: None in row.values()
 
 
-@planted("lorafusion.data.text:_no_number", caught_by=f"{TEXT}::test_a_bad_row_is_named_by_file_and_line[not a number]")
+@planted("lorafusion.reading:_no_number", caught_by=f"{TEXT}::test_a_bad_row_is_named_by_file_and_line[not a number]")
 def not_a_number_is_a_word(original):
     """NaN in a row is trained as a word."""
     return str

@@ -91,6 +91,22 @@ def test_yamls_own_words_are_understood(tmp_path):
     assert (config.wandb, config.checkpointing, config.jobs[0].learning_rate) == ("off", "none", 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("written", "share"), [("1e-1", 0.1), ("5e-1", 0.5), ("2.5e-01", 0.25), ("0", 0.0), (".5", 0.5)]
+)
+def test_a_share_is_a_number_however_it_is_written(tmp_path, written, share):
+    path = tmp_path / "jobs.yaml"
+    path.write_text(
+        f"model: tiny\noutput: out\ncheckpointing: {written}\n"
+        f"jobs: [{{name: a, evaluation: {written}, data: {{synthetic: {{}}}}}}]\n"
+    )
+    config = read_train_config(path)
+    assert (config.checkpointing, config.jobs[0].evaluation) == (share, share)
+    path.write_text(path.read_text().replace(f"evaluation: {written}", "evaluation: 6e-1"))
+    with pytest.raises(UserError, match=r"evaluation: expected a share from 0 to 0\.5, or a data block \(found 0\.6\)"):
+        read_train_config(path)
+
+
 def test_paths_are_relative_to_the_files_folder(read, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

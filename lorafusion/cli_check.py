@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from lorafusion.cli_common import CommandLine, Out, Written
+from lorafusion.errors import UserError
 
 check_app = CommandLine(help="Prove that results are right; exit 1 where they are not.")
 
 Suite = Annotated[Path | None, typer.Option(help="a file of configs/suites: checked on its device, too, and for it")]
-Arrangements = Annotated[
-    list[str] | None, typer.Option(help="stages x replicas, as 2x1 or 2x1+recompute; by default the suite's")
-]
+Arrangements = Annotated[list[str] | None, typer.Option(help="stages x replicas, as 2x1 or 2x1+recompute")]
+Systems = Annotated[list[str] | None, typer.Option(help="a name of configs/systems.yaml; by default the suite's")]
 
 
 @check_app.command("plans")
@@ -38,9 +38,11 @@ def check_lossless(
     suite: Suite = None,
 ) -> None:
     """Adapters trained together equal each alone, and that plain PEFT."""
-    from lorafusion.checks import grounds_of, lossless, write_curves
+    from lorafusion.checking import make
+    from lorafusion.checks import lossless, write_curves
 
-    verdict, found = lossless(_arrangements(arrangement, suite), grounds=grounds_of(_read(suite)))
+    _either("--arrangement", arrangement, suite)
+    verdict, found = make("lossless", suite) if suite else lossless(_arrangements(arrangement))
     if curves:
         write_curves(found, curves)
     _report(verdict, out, suite)
@@ -49,32 +51,34 @@ def check_lossless(
 @check_app.command("systems")
 def check_systems(
     out: Out,
-    system: Annotated[list[str], typer.Option(help="a name of configs/systems.yaml")],
+    system: Systems = None,
     arrangement: Annotated[str, typer.Option(help="stages x replicas, or as many processes as a system can")] = "2x1",
     suite: Suite = None,
 ) -> None:
     """Each system trains what plain PEFT trains."""
-    from lorafusion.checks import grounds_of, systems
+    from lorafusion.checking import make
+    from lorafusion.checks import systems
     from lorafusion.config import Arrangement
 
-    # On the large models it is the gradients that are compared.
-    grounds = [one for one in grounds_of(_read(suite)) if not one.layers]
-    _report(systems(system, Arrangement.read(arrangement), grounds), out, suite)
+    _either("--system", system, suite, needed=True)
+    verdict = make("systems", suite)[0] if suite else systems(system, Arrangement.read(arrangement))
+    _report(verdict, out, suite)
 
 
 @check_app.command("gradients")
 def check_gradients(
     out: Out,
-    system: Annotated[list[str], typer.Option(help="a name of configs/systems.yaml")],
-    merged: Annotated[list[str], typer.Option(help="a system that is checked with q, k and v merged, too")] = (),
+    system: Systems = None,
     arrangement: Arrangements = None,
     suite: Suite = None,
 ) -> None:
     """One step's gradients of each system against float64."""
+    from lorafusion.checking import make
     from lorafusion.gradients import gradients, grounds_of
 
-    read = _read(suite)
-    _report(gradients(system, _arrangements(arrangement, suite), grounds_of(read), merged), out, suite)
+    _either("--system", system, suite, needed=True)
+    verdict = make("gradients", suite)[0] if suite else gradients(system, _arrangements(arrangement), grounds_of(None))
+    _report(verdict, out, suite)
 
 
 @check_app.command("kernels")
@@ -91,9 +95,10 @@ def check_kernels(out: Out, suite: Annotated[str, typer.Option(help="an entry of
 @check_app.command("learning")
 def check_learning(out: Out, suite: Suite = None) -> None:
     """Weights change and the loss falls."""
-    from lorafusion.checks import grounds_of, learning
+    from lorafusion.checking import make
+    from lorafusion.checks import learning
 
-    _report(learning(grounds=grounds_of(_read(suite))), out, suite)
+    _report(make("learning", suite)[0] if suite else learning(), out, suite)
 
 
 @check_app.command("contract")
@@ -115,23 +120,18 @@ def check_contract(
         raise typer.Exit(1)
 
 
-def _read(suite: Path | None):
-    """The suite, if this machine has what it runs on."""
-    from lorafusion.cells import require_device
-    from lorafusion.config import read_suite
-
-    if suite is None:
-        return None
-    read = read_suite(suite)
-    require_device(read, suite)
-    return read
+def _either(option: str, given: list[str] | None, suite: Path | None, needed: bool = False) -> None:
+    """A suite says itself what is checked."""
+    if given and suite:
+        raise UserError(f"{option}: either it or --suite, which says what is checked; found {', '.join(given)}")
+    if needed and not given and suite is None:
+        raise UserError(f"{option} or --suite: expected one of them, found neither")
 
 
-def _arrangements(given: list[str] | None, suite: Path | None) -> list:
-    from lorafusion.config import Arrangement, read_suite
+def _arrangements(given: list[str] | None) -> list:
+    from lorafusion.config import Arrangement
 
-    default = read_suite(suite).checks.lossless if suite else ["1x1"]
-    return [Arrangement.read(one) for one in given or default]
+    return [Arrangement.read(one) for one in given or ["1x1"]]
 
 
 def _report(verdict, out: Path, suite: Path | None) -> None:

@@ -20,11 +20,12 @@ from statistics import fmean
 
 import torch
 
-from lorafusion import checks, outside
+from lorafusion import grounds, outside
 from lorafusion.cells import unavailable
-from lorafusion.checks import Ground, Trained, possible, toy_jobs, train
+from lorafusion.checks import possible
 from lorafusion.config import Arrangement, Suite, read_systems
 from lorafusion.errors import UserError, one_of
+from lorafusion.grounds import Ground, Trained, toy_jobs, train
 from lorafusion.plan import Plan
 from lorafusion.verdicts import Verdict
 from lorafusion.workload import MERGED, MERGED_PARTS, Job, Workload
@@ -43,7 +44,16 @@ def grounds_of(suite: Suite | None) -> list[Ground]:
     if suite is None:
         return [Ground(dtype="bfloat16", stretch=4)]
     tiny = Ground(device=suite.device, dtype=suite.dtype, stretch=4)
-    return [tiny, *(one for one in checks.grounds_of(suite) if one.layers)]
+    return [tiny, *(one for one in grounds.grounds_of(suite) if one.layers)]
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Of systems with the same executor and LoRA operation the first."""
+    known, out = read_systems(), {}
+    for name in names:
+        parts = known[name].model_dump(include={"executor", "lora", "shard", "wide_adapters", "liger"})
+        out.setdefault(tuple(parts.values()), name)
+    return list(out.values())
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class Expected:
 def gradients(
     names: Sequence[str],
     arrangements: Sequence[Arrangement],
-    grounds: Sequence[Ground],
+    on: Sequence[Ground],
     merged: Sequence[str] = (),
     masked: Sequence[str] = ("lorafusion",),
 ) -> Verdict:
@@ -109,9 +119,11 @@ def gradients(
         one_of("system", name, set(known), "check gradients")
     able = [name for name in dict.fromkeys((*names, *merged, *masked)) if not unavailable(known[name])]
     single = Arrangement(1, 1, False)
-    for ground in grounds:
+    for ground in on:
         some = list(dict.fromkeys([single, *(one for one in arrangements if ground.has_room_for(one))]))
-        cases = [(0.0, False, [(name, possible(some[-1], known[name])) for name in able if name in names])]
+        compared = [name for name in able if name in names]
+        compared = _distinct(compared) if ground.layers else compared
+        cases = [(0.0, False, [(name, possible(some[-1], known[name])) for name in compared])]
         cases.append((0.1, False, [(name, one) for name in able if name in masked for one in some]))
         cases.append((0.0, True, [(name, single) for name in able if name in merged]))
         for dropout, together, runs in cases:

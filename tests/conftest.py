@@ -44,4 +44,4 @@ def forked_runs(monkeypatch):
     """The runs of `lorafusion.checks` are those of tests/forked.py, whose processes import nothing."""
     from tests import forked  # imports torch, which most tests do without
 
-    monkeypatch.setattr("lorafusion.checks.launch", forked.launch)
+    monkeypatch.setattr("lorafusion.grounds.launch", forked.launch)

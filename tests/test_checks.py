@@ -73,7 +73,7 @@ def test_a_real_run_computes_what_a_forked_one_computes(monkeypatch):
     """Bit for bit: what the tests here leave out is imports and nothing else."""
     workload = Workload(name="toy", jobs=toy_jobs())
     forked = train(workload, "lorafusion", 2)
-    monkeypatch.setattr("lorafusion.checks.launch", launch)
+    monkeypatch.setattr("lorafusion.grounds.launch", launch)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     real = train(workload, "lorafusion", 2)
     assert real.losses == forked.losses

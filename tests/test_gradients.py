@@ -17,7 +17,7 @@ ONE = Arrangement(1, 1, False)
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """Runs are in this process."""
-    monkeypatch.setattr("lorafusion.checks.launch", partial(launched_here, folder=tmp_path))
+    monkeypatch.setattr("lorafusion.grounds.launch", partial(launched_here, folder=tmp_path))
 
 
 @pytest.fixture(scope="module")

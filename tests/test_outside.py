@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from lorafusion import checks
-from lorafusion.checks import LOSS_TOLERANCE, WEIGHT_TOLERANCE, toy_jobs, train
+from lorafusion import grounds
+from lorafusion.checks import LOSS_TOLERANCE, WEIGHT_TOLERANCE
 from lorafusion.config import read_model
 from lorafusion.definitions import Text, synthetic_text
+from lorafusion.grounds import toy_jobs, train
 from lorafusion.outside import build_model, optimizer_of, summed_loss, train_plainly
 from lorafusion.workload import Job, Sample, Workload
 
@@ -24,7 +25,7 @@ def jobs(**changes) -> tuple[Job, ...]:
     return tuple(job.model_copy(update=changes) for job in toy_jobs())
 
 
-def assert_equal(workload: Workload, trained: checks.Trained, dtype: torch.dtype, loss: float, weight: float) -> None:
+def assert_equal(workload: Workload, trained: grounds.Trained, dtype: torch.dtype, loss: float, weight: float) -> None:
     for job in workload.jobs:
         plain = train_plainly(job, TINY, dtype)
         assert trained.losses[job.name] == pytest.approx(plain.losses, rel=loss)
@@ -58,12 +59,12 @@ def test_in_float32_the_losses_are_those_of_plain_training():
 def test_evaluations_are_those_of_plain_training(tmp_path, monkeypatch):
     """At intervals and at the end, without dropout; training goes on as if there were none."""
     workload = Workload(name="toy", jobs=jobs(evaluation=EVALUATION, evaluate_every=4))
-    launch = checks.launch
+    launch = grounds.launch
 
     def with_events(spec, *arguments):
         return launch(spec.model_copy(update={"events": str(tmp_path)}), *arguments)
 
-    monkeypatch.setattr(checks, "launch", with_events)
+    monkeypatch.setattr(grounds, "launch", with_events)
     trained = train(workload, "lorafusion", 2)
     assert_equal(workload, trained, torch.float64, LOSS_TOLERANCE, WEIGHT_TOLERANCE)
     lines = (tmp_path / "replica-0.jsonl").read_text().splitlines()

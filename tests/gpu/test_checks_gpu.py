@@ -30,13 +30,13 @@ expected = functools.cache(gradients.Expected.of)
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """Runs are in this process."""
-    monkeypatch.setattr("lorafusion.checks.launch", partial(launched_here, folder=tmp_path))
+    monkeypatch.setattr("lorafusion.grounds.launch", partial(launched_here, folder=tmp_path))
 
 
 @pytest.fixture
 def apart(monkeypatch):
     """Runs are in processes of their own."""
-    monkeypatch.setattr("lorafusion.checks.launch", forked.launch)
+    monkeypatch.setattr("lorafusion.grounds.launch", forked.launch)
 
 
 def errors(system: str, ground: checks.Ground, arrangement: str = "1x1", dropout=0.0, merged=False):

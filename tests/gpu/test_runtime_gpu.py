@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from lorafusion.checks import toy_jobs
 from lorafusion.config import CONFIGS, read_model
 from lorafusion.data.packing import IGNORE, SampleBorders
+from lorafusion.grounds import toy_jobs
 from lorafusion.models.loss import CHUNK_ROWS, weighted_losses
 from lorafusion.models.stage import build_stage
 from lorafusion.plan import Plan

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lorafusion.checks import toy_jobs
 from lorafusion.config import read_systems
+from lorafusion.grounds import toy_jobs
 from lorafusion.imports import load
 from lorafusion.measure.timers import Meter
 from lorafusion.runtime import timed, worker

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fused_lora import LoRAAdapter, LoRASegment, keep_mask, lora_linear
-from lorafusion.checks import toy_jobs
 from lorafusion.config import read_model, read_systems
 from lorafusion.data.packing import SampleBorders
+from lorafusion.grounds import toy_jobs
 from lorafusion.imports import load
 from lorafusion.models.attention import packed_attention
 from lorafusion.models.stage import build_stage

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafusion.checks import toy_jobs
+from lorafusion.grounds import toy_jobs
 from lorafusion.runtime import worker
 from lorafusion.runtime.adapters import AdapterTraining
 from lorafusion.runtime.board import Position

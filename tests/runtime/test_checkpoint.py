@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lorafusion import manifest
-from lorafusion.checks import toy_jobs
+from lorafusion.grounds import toy_jobs
 from lorafusion.manifest import MANIFEST
 from lorafusion.plan import Plan
 from lorafusion.runtime.checkpoint import CheckpointError, Checkpoints, identity, newest, opened, set_aside

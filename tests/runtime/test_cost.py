@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafusion.checks import toy_jobs
 from lorafusion.config import read_systems
+from lorafusion.grounds import toy_jobs
 from lorafusion.imports import load
 from lorafusion.measure import profiler
 from lorafusion.measure.operators import Counting, by_class, product_dtypes

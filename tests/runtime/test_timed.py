@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lorafusion.checks import toy_jobs
 from lorafusion.config import read_systems
+from lorafusion.grounds import toy_jobs
 from lorafusion.imports import load
 from lorafusion.runtime import forked, timed, trials, worker
 from lorafusion.runtime.adapters import AdapterTraining

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lorafusion.checks import toy_jobs
 from lorafusion.config import read_systems
+from lorafusion.grounds import toy_jobs
 from lorafusion.imports import load
 from lorafusion.measure.profiler import IDLE, Span
 from lorafusion.runtime import trials, worker

@@ -89,7 +89,7 @@ def spec_of(cell: Cell, suite: Suite, workload_path: Path) -> RunSpec:
         dtype=suite.dtype,
         adapter_dtype=suite.adapter_dtype,
         seed=suite.seed,
-        checkpointing=cell.grid.checkpointing,
+        checkpointing=float(cell.grid.checkpointing),
     )
 
 

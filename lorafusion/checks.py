@@ -99,6 +99,7 @@ class Findings:
 
     def __init__(self) -> None:
         self.figures: dict[str, float] = {}
+        self.limits: dict[str, float] = {}
         self.passed = True
 
     def add(self, what: str, found: Trained, plain: Plain, jobs: Sequence[Job]) -> None:
@@ -107,8 +108,9 @@ class Findings:
         most_loss, most_weight = plain.bounds
         loss, weight = plain.errors(found, jobs)
         moved = min(_smallest_b(found.weights[job.name]) for job in jobs)
-        self.figures |= {f"{what}: {kind} of a loss": loss, f"{what}: of a tensor": weight}
-        self.figures |= {f"allowed {kind} of a loss": most_loss, f"allowed {kind} of a tensor": most_weight}
+        of_loss, of_tensor = f"{what}: {kind} of a loss", f"{what}: of a tensor"
+        self.figures |= {of_loss: loss, of_tensor: weight}
+        self.limits |= {of_loss: most_loss, of_tensor: most_weight}
         self.passed = self.passed and loss <= most_loss and weight <= most_weight and moved > 0
 
 
@@ -151,7 +153,9 @@ def lossless(
         f"{system}: two adapters trained together (stages x replicas: {names}), and each alone, equal plain "
         f"transformers, PEFT and torch{_left_out('no room here', left_out)}"
     )
-    return Verdict(check="lossless", passed=findings.passed, statement=statement, figures=findings.figures), curves
+    return Verdict(
+        check="lossless", passed=findings.passed, statement=statement, figures=findings.figures, limits=findings.limits
+    ), curves
 
 
 def _jobs_for(ground: Ground, dropout: float) -> tuple[Job, ...]:

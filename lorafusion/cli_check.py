@@ -147,7 +147,7 @@ def _write(verdict, out: Path, origin) -> None:
 
     print(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.statement}")
     for name, value in verdict.figures.items():
-        print(f"  {name}: {value:.3g}")
+        print(f"  {name}: {value:.3g}" + (f" (at most {verdict.limits[name]:.3g})" if name in verdict.limits else ""))
     if not verdict.passed:
         # Beside the file, which is there for what holds alone.
         write_verdict(verdict, origin, out.with_name(f"{out.name}.failed"))

@@ -114,7 +114,7 @@ def gradients(
     """One step of each system, from adapters whose B is not zero, has the gradients of float64. masked: systems whose
     dropout is a function of a token's place; they are compared with it, too, and in every arrangement that a ground has
     room for. merged: those that are compared with q, k and v as one linear, too."""
-    known, figures, passed, mixed = read_systems(), {}, True, not masked
+    known, figures, limits, passed, mixed = read_systems(), {}, {}, True, not masked
     for name in (*names, *merged, *masked):
         one_of("system", name, set(known), "check gradients")
     able = [name for name in dict.fromkeys((*names, *merged, *masked)) if not unavailable(known[name])]
@@ -134,13 +134,14 @@ def gradients(
                     run = one_step(name, where, ground, expected)
                     error, length = expected.errors(run.gradients)
                     mixed = mixed or _is_mixed(run.plan)
-                    figures |= {f"{what}: error over that of plain libraries": error, f"{what}: of the length": length}
+                    of_tensor, of_length = f"{what}: error over that of plain libraries", f"{what}: of the length"
+                    figures |= {of_tensor: error, of_length: length}
+                    limits |= {of_tensor: MOST_ERROR, of_length: MOST_LENGTH_ERROR}
                     passed = passed and error <= MOST_ERROR and length <= MOST_LENGTH_ERROR
     if not mixed:
         raise UserError(
             "check gradients: no run had two microbatches, one with both adapters; it proves nothing of them"
         )
-    figures |= {"allowed error of a tensor": MOST_ERROR, "allowed error of a linear's length": MOST_LENGTH_ERROR}
     missing = [name for name in names if name not in able]
     left_out = f"; left out, as their package is missing: {', '.join(missing)}" if missing else ""
     return Verdict(
@@ -148,6 +149,7 @@ def gradients(
         passed=passed and bool(able),
         statement=f"the gradients of one step are those of float64, with the errors of plain libraries{left_out}",
         figures=figures,
+        limits=limits,
     )
 
 

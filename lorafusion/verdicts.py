@@ -7,10 +7,11 @@ mistake and not true.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafusion.errors import UserError, validated
 from lorafusion.files import write
@@ -30,7 +31,8 @@ class Origin(BaseModel):
 
 
 class Verdict(BaseModel):
-    """The outcome of a check: did it hold, and by which figures. origin: there as soon as it is a file."""
+    """The outcome of a check: did it hold, and by which figures. limits: the most that a figure may be, by its name.
+    origin: there as soon as it is a file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -38,7 +40,19 @@ class Verdict(BaseModel):
     passed: bool
     statement: str
     figures: dict[str, float | int]
+    limits: dict[str, float | int] = {}
     origin: Origin | None = None
+
+    @model_validator(mode="after")
+    def _figures_bear_it_out(self) -> Verdict:
+        for name in self.limits:
+            if name not in self.figures:
+                raise ValueError(f"limits: no figure {name!r}")
+        for name, value in self.figures.items():
+            limit = self.limits.get(name, math.inf)
+            if self.passed and not (math.isfinite(value) and value <= limit):
+                raise ValueError(f"passed, although {name!r} is {value}, where at most {limit} is allowed")
+        return self
 
 
 class _Written(Verdict):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from lorafusion.measure.vocabulary import IDENTITY
-from lorafusion.reading import read_json
+from lorafusion.verdicts import read_verdict
 
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 1rem; color: #1a1a1a; overflow-wrap: anywhere; }
@@ -52,11 +52,11 @@ def checks_page(paths: list[Path]) -> str:
     """The verdicts of the checks with their figures."""
     parts = []
     for path in paths:
-        verdict = read_json(path, "verdict")
-        state = "<span class='ok'>passed</span>" if verdict["passed"] else "<span class='failed'>FAILED</span>"
-        parts.append(f"<h2>{escape(verdict['check'])}: {state}</h2><p>{escape(verdict['statement'])}.</p>")
-        figures = pd.DataFrame({"figure": list(verdict["figures"]), "value": list(verdict["figures"].values())})
-        parts.append(_table(figures))
+        verdict = read_verdict(path)
+        state = "<span class='ok'>passed</span>" if verdict.passed else "<span class='failed'>FAILED</span>"
+        parts.append(f"<h2>{escape(verdict.check)}: {state}</h2><p>{escape(verdict.statement)}.</p>")
+        rows = [(name, float(value), verdict.limits.get(name)) for name, value in verdict.figures.items()]
+        parts.append(_table(pd.DataFrame(rows, columns=["figure", "value", "at most"])))
         parts.append(f"<p><code>{escape(str(path))}</code></p>")
     return page("Checks", *parts)
 

@@ -148,3 +148,29 @@ def our_linears_are_faster_in_their_figure(original):
         return rows.assign(value=rows["value"].where(~ours, 0.98 * rows["value"]))
 
     return data
+
+
+@planted(
+    "lorafusion.verdicts:Verdict._figures_bear_it_out",
+    caught_by="tests/report/test_checks_page.py::test_a_verdict_that_is_none_is_refused",
+)
+def a_verdict_is_believed(original):
+    """A verdict that says passed is, whatever its figures are."""
+    return lambda self: self
+
+
+@planted(
+    "lorafusion.verdicts:read_verdict",
+    caught_by="tests/report/test_checks_page.py::test_a_verdict_that_is_none_is_refused",
+)
+def any_word_means_passed(original):
+    """A verdict whose `passed` is a word is taken for one that passed."""
+
+    def read_verdict(path):
+        import json
+
+        from lorafusion.verdicts import Verdict
+
+        return Verdict.model_validate(json.loads(path.read_text()), strict=False)
+
+    return read_verdict

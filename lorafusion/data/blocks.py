@@ -40,6 +40,8 @@ class Rows(Config):
         fields = {field for text in (value, info.data.get("prompt", "")) for _, field in pieces(text)}
         if info.field_name == "completion" and fields <= {None}:
             raise ValueError("no {field} in it nor in the prompt, so that all samples would be the same")
+        if info.field_name == "completion" and not value.strip():
+            raise ValueError("blank, so that there is nothing to learn")
         return value
 
 

@@ -31,7 +31,9 @@ class Encoder:
     def __init__(self, tokenizer, source: str) -> None:
         self.tokenizer, self.source = tokenizer, source
         bare, dressed = (self._encode([PROBE], special).input_ids[0] for special in (False, True))
-        start = next(i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
+        start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), None)
+        if start is None:
+            raise UserError(f"tokenizer {source!r}: its special tokens change those of a text, expected them around it")
         self._own = Specials(dressed[:start], dressed[start + len(bare) :])  # what the tokenizer itself would add
 
     def tokenised(self, texts: Sequence[str]) -> list[Tokenised]:

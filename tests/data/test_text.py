@@ -174,6 +174,7 @@ BAD_TEMPLATES = {
     "no name": ({"completion": "{}"}, "data: completion: a field without a name (found '{}')"),
     "a format": ({"completion": "{a:>3}"}, "data: completion: field 'a' has more than a name"),
     "no field": ({"prompt": "x", "completion": "y"}, "data: completion: no {field} in it nor in the prompt"),
+    "a blank": ({"prompt": "{q}", "completion": " "}, "data: completion: blank, so that there is nothing to learn"),
     "no completion": ({"completion": None}, "completion: input should be a valid string"),
     "another key": ({"answer": "{a}"}, "answer: extra inputs are not permitted"),
     "two kinds": ({"hub": "x/y"}, "expected a mapping with one of the keys jsonl, hub, text, synthetic, found"),

@@ -135,7 +135,8 @@ def test_the_command_trains_and_stops_what_is_no_number(tmp_path):
     settings = yaml.safe_load((CONFIGS / "models" / "tiny.yaml").read_text())
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(settings | {"hidden_size": 256, "intermediate_size": 512}))
     job = {"data": {"synthetic": {"samples": 60, "dataset": "xsum", "scale": 4}}, "rank": 8, "learning_rate": 1e-2}
-    jobs = [job | {"name": "good"}, job | {"name": "wild", "learning_rate": 1e30, "max_grad_norm": None}]
+    wild = {"name": "wild", "learning_rate": 100, "weight_decay": 100, "alpha": 1e6, "max_grad_norm": None}
+    jobs = [job | {"name": "good"}, job | wild]
     losses = []
     for names in ("both", "alone"):
         path = tmp_path / f"{names}.yaml"

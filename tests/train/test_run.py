@@ -23,7 +23,7 @@ JOBS = {
     "alice": {"rank": 4, "seed": 1},
     "bob": {"rank": 8, "seed": 2, "dropout": 0.1},
     "carol": {"seed": 3, "schedule": "cosine", "warmup_steps": 3, "rank": 6},
-    "wild": {"seed": 5, "learning_rate": 1.0e30, "max_grad_norm": None},
+    "wild": {"seed": 5, "learning_rate": 100, "weight_decay": 100, "alpha": 1.0e6, "max_grad_norm": None},
 }
 SETTINGS = {
     "model": "tiny", "output": "out", "capacity": 256, "save_every": 4, "dtype": "float64", "adapter_dtype": "float64",
@@ -150,11 +150,11 @@ def test_jobs_come_and_go_without_a_trace_in_the_others(whole, tmp_path, monkeyp
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_adapter_that_is_no_number_harms_none(whole, tmp_path, capsys, processes):
     assert train(jobs_file(tmp_path, "alice wild bob", processes=processes)) == FAILED
-    note = "wild at step 2: the gradient is not finite, the adapter has the weights before; the others are trained"
+    note = "wild at step 3: the gradient is not finite, the adapter has the weights before; the others are trained"
     assert f"error: nan: {note}" in capsys.readouterr().err
     assert_trained_alike(tmp_path, whole, "alice bob")
     assert all(value.isfinite().all() for value in adapters(tmp_path, "wild").values())
-    assert "**Stopped at step 2" in (tmp_path / "out" / "adapters" / "wild" / "README.md").read_text()
+    assert "**Stopped at step 3" in (tmp_path / "out" / "adapters" / "wild" / "README.md").read_text()
 
 
 def test_a_process_that_fails_is_one_line(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,31 @@
+"""The figure of losses is drawn from whole curves alone."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from lorafusion.checks import PLAIN, Curve, write_curves
+from lorafusion.errors import UserError
+from lorafusion.report.lossless_figure import ALONE, lossless
+
+
+@pytest.fixture
+def curves(tmp_path):
+    path = tmp_path / "lossless.csv"
+    write_curves([Curve("job-0", trainer, [2.0, 1.5]) for trainer in (ALONE, "2x1", PLAIN)], path)
+    return path
+
+
+def test_the_curves_are_drawn_with_their_difference_from_alone(curves, tmp_path):
+    paths = lossless(curves, tmp_path / "figure")
+    assert pd.read_csv(paths[2])["difference"].tolist() == [0.0] * 6
+
+
+def test_curves_that_were_cut_or_edited_are_not_drawn(curves, tmp_path):
+    text = curves.read_text()
+    for changed in (text[: len(text) // 2], text.replace("1.5", "1.4")):
+        curves.write_text(changed)
+        with pytest.raises(UserError, match=r"lossless\.csv: cut or edited"):
+            lossless(curves, tmp_path / "figure")
+    assert not (tmp_path / "figure.png").exists()

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lorafusion.config import Cell, Suite, SystemConfig, cells, read_suite
+from lorafusion.config import Cell, Suite, SystemConfig
 from lorafusion.errors import UserError
-from lorafusion.keys import CellFiles
+from lorafusion.keys import CellFiles, suite_files
 from lorafusion.measure.environment import has_gpu, provenance
 from lorafusion.plan import Plan
 from lorafusion.runtime.launch import Outcome, launch
@@ -116,10 +116,9 @@ def describe(result: dict) -> str:
 
 def cell_files(suite_path: Path, name: str) -> CellFiles:
     """The files of a cell of a suite, by its name."""
-    suite = read_suite(suite_path)
-    for cell in cells(suite, suite_path):
-        if cell.name == name:
-            return CellFiles(suite, cell)
+    every = suite_files(suite_path)
+    if name in every:
+        return every[name]
     raise UserError(f"{suite_path}: no cell {name!r}; `lorafusion cells --suite {suite_path}` lists them")
 
 

@@ -149,12 +149,19 @@ def list_cells(suite: SuiteFile) -> None:
 
 
 @kernels_app.command("benches")
-def kernel_benches(suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")]) -> None:
+def kernel_benches(
+    suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")],
+    missing: Annotated[
+        Path | None, typer.Option(help="only those without an up-to-date BENCH/repeat~1.json in this folder")
+    ] = None,
+) -> None:
     """List the benches of a kernel suite: each is one process."""
     from lorafusion.benchmarks.suite import benches, read_kernel_suite
+    from lorafusion.keys import is_current
 
     for name in benches(read_kernel_suite(suite)):
-        print(name)
+        if missing is None or not is_current(missing / name / "repeat~1.json", ("suite", suite, name)):
+            print(name)
 
 
 @kernels_app.command("measure")
@@ -208,9 +215,9 @@ def scheduler_measure(
 
 
 def _measurement_files(folder: Path) -> list[Path]:
-    """The table in its two forms, its schema and page, and the seals of the two."""
+    """The table in its two forms, its schema and page, the seals of the two, and its store of results."""
     files = [folder / f"measurements.{suffix}" for suffix in ("csv", "parquet", "schema.json", "html")]
-    return [*files, *map(seal_path, files[:2])]
+    return [*files, *map(seal_path, files[:2]), folder / "measurements.results.jsonl.gz"]
 
 
 @app.command()
@@ -220,25 +227,33 @@ def measurements(
         typer.Argument(help="folder to write measurements.{csv,parquet,schema.json,html} to"),
         Written(_measurement_files),
     ],
-    results: Annotated[list[Path], typer.Argument(help="result files of runs")],
+    results: Annotated[list[Path], typer.Argument(help="result files of runs, or a store of them (.results.jsonl.gz)")],
+    suite: Annotated[
+        Path | None, typer.Option(help="a file of configs/suites: refuse results of other cells or settings than its")
+    ] = None,
     incomplete: Annotated[
         bool, typer.Option("--incomplete", help="also where runs are missing; the table's seal then says so")
     ] = False,
 ) -> None:
     """Gather result files in the measurement table, validate and seal it."""
+    from lorafusion.keys import require_results
     from lorafusion.measure import table
+    from lorafusion.measure.store import write_store
     from lorafusion.report.pages import measurements_page
 
-    frame = table.summarise(table.read_results(results))
+    contents = table.read_contents(results)
+    require_results(contents, suite)
+    frame = table.summarise(table.table_of(contents))
     table.validate(frame)
     missing = table.gaps(frame)
     if missing and not incomplete:
         raise UserError(f"{folder}: {missing}; give their result files too, or --incomplete")
     csv, parquet, schema, page, *_ = _measurement_files(folder)
     table.write(frame, csv, parquet)
+    write_store(csv, contents)
     table.write_json_schema(schema)
     write(page, measurements_page(frame))
-    print(f"{csv}: {len(frame)} rows from {len(results)} runs")
+    print(f"{csv}: {len(frame)} rows from {len(contents)} runs")
 
 
 def _model_figure(module: str, name: str, function: str, text: str) -> None:

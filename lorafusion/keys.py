@@ -8,13 +8,15 @@ suite's settings make. Snakemake's rules, `lorafusion sweep` and the commands of
 from __future__ import annotations
 
 import csv
+import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from lorafusion.config import CONFIGS, Cell, Suite, SystemConfig, read_model, read_systems
+from lorafusion.config import CONFIGS, Cell, Suite, SystemConfig, cells, read_model, read_suite, read_systems
 from lorafusion.data.lengths import make_workload
 from lorafusion.errors import UserError
 from lorafusion.plan import Plan, check
@@ -23,6 +25,7 @@ from lorafusion.tuned import Tuned
 from lorafusion.workload import Workload, content_hash, read_versioned
 
 RESULT_VERSION = 1
+BENCHES = ("suite", "training_suite", "scheduler")  # modules of `lorafusion.benchmarks` with a `current_hash`
 
 
 class OutOfDateError(UserError):
@@ -132,16 +135,22 @@ class CellFiles:
     def result(self, path: Path, plan: Plan | None, repeat: int) -> dict:
         """The result file of one repeat. plan: None for a cell that nothing installed here can run."""
         found = read_versioned(path, RESULT_VERSION, "result")
-        cell, origin = _part(found, "cell", path), _part(found, "provenance", path)
+        self.require_result(path, found)
+        require(path, [
+            ("repeat", found["cell"].get("repeat"), repeat),
+            ("plan_hash", found["provenance"].get("plan_hash"), plan.content_hash if plan else None),
+        ])  # fmt: skip
+        return found
+
+    def require_result(self, path: str | Path, result: dict) -> None:
+        """Raise unless the content of a result file is of this cell as the suite has it now."""
+        cell, origin = _part(result, "cell", path), _part(result, "provenance", path)
         require(path, [
             ("suite", cell.get("suite"), self.suite.name),
             ("cell", cell.get("cell"), self.cell.name),
-            ("repeat", cell.get("repeat"), repeat),
             ("config_hash", origin.get("config_hash"), self.configuration),
             ("workload_hash", origin.get("workload_hash"), self.expected_workload.content_hash),
-            ("plan_hash", origin.get("plan_hash"), plan.content_hash if plan else None),
         ])  # fmt: skip
-        return found
 
     def profile(self, path: Path, plan: Plan) -> list[dict[str, str]]:
         """The rows of the CSV of `lorafusion profile`, which its seal says are all of them."""
@@ -157,7 +166,65 @@ class CellFiles:
         return rows
 
 
-def _part(result: dict, key: str, path: Path) -> dict:
+def suite_files(suite_path: Path) -> dict[str, CellFiles]:
+    """The files of all cells of a suite, by the cells' names."""
+    suite = read_suite(suite_path)
+    return {cell.name: CellFiles(suite, cell) for cell in cells(suite, suite_path)}
+
+
+def require_results(contents: dict[str, dict], suite_path: Path | None) -> None:
+    """Raise `UserError` unless results may stand in one table: what trains one workload trained the same, a bench is
+    as configs/ has it now, and with a suite each result is of a cell as the suite has it now. contents: of result
+    files, by name."""
+    files = suite_files(suite_path) if suite_path else {}
+    trained = []
+    for path, result in contents.items():
+        cell, origin = _part(result, "cell", path), _part(result, "provenance", path)
+        name, bench = str(cell.get("cell")), origin.get("bench")
+        if suite_path:
+            if name not in files:
+                raise UserError(f"{path}: cell: found {name}, which {suite_path} does not have")
+            files[name].require_result(path, result)
+        if bench:
+            require(path, [("config_hash", origin.get("config_hash"), _bench_hash(path, bench))])
+        if "/system~" in name:
+            trained.append((path, str(cell.get("suite")), name, origin.get("workload_hash")))
+    require_one_workload(trained)
+
+
+def is_current(path: Path, bench: tuple[str, str, str]) -> bool:
+    """Is a file the result of a bench (its module, suite and name) as configs/ has it now?"""
+    try:
+        origin = _part(read_versioned(path, RESULT_VERSION, "result"), "provenance", path)
+        require(path, [("bench", origin.get("bench"), list(bench)),
+                       ("config_hash", origin.get("config_hash"), _bench_hash(str(path), list(bench)))])  # fmt: skip
+    except UserError:
+        return False
+    return True
+
+
+def require_one_workload(trained: Iterable[tuple[str | Path, str, str, str | None]]) -> None:
+    """Raise `OutOfDateError` unless all systems that are compared trained the same workload. trained: a file, the suite
+    and the cell that it is of, and the hash of the workload that it was made with."""
+    first: dict[tuple[str, str], tuple[str | None, str | Path]] = {}
+    for path, suite, cell, found in trained:
+        expected, other = first.setdefault((suite, cell.rpartition("/system~")[0]), (found, path))
+        if found != expected:
+            raise OutOfDateError(path, "workload_hash", found, f"{expected} as in {other}")
+
+
+def _bench_hash(path: str, bench: list[str]) -> str:
+    """The hash of a bench's configuration, as the file of configs/ for its kind has it now."""
+    kind, suite, name = bench
+    if kind not in BENCHES:
+        raise UserError(f"{path}: bench: found {kind}, expected one of {', '.join(BENCHES)}")
+    try:
+        return importlib.import_module(f"lorafusion.benchmarks.{kind}").current_hash(suite, name)
+    except KeyError:
+        raise UserError(f"{path}: bench: found {name}, which suite {suite} does not have now") from None
+
+
+def _part(result: dict, key: str, path: str | Path) -> dict:
     part = result.get(key)
     if not isinstance(part, dict):
         raise UserError(f"{path}: {key}: expected a JSON object, found {type(part).__name__}")

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lorafusion.cells import run_cell, unavailable
-from lorafusion.config import Cell, Suite, cells, read_suite
+from lorafusion.config import Cell, Suite, read_suite
 from lorafusion.errors import UserError
 from lorafusion.files import write
-from lorafusion.keys import CellFiles, OutOfDateError
+from lorafusion.keys import CellFiles, OutOfDateError, suite_files
 from lorafusion.plan import Plan
 from lorafusion.runtime.launch import Outcome
 from lorafusion.tuning import plan_cell, profile_cell, tune_cell
@@ -115,7 +115,7 @@ class Sweep:
     @cached_property
     def files(self) -> dict[str, CellFiles]:
         """By the cells' names."""
-        return {cell.name: CellFiles(self.suite, cell) for cell in cells(self.suite, self.suite_path)}
+        return suite_files(self.suite_path)
 
     @property
     def longest_wait(self) -> float:

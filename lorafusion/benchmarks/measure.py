@@ -51,8 +51,10 @@ def run_bench(
         "repeat": repeat, "rank": bench.rank, "dropout": bench.dropout, "dtype": suite.dtype,
         **(dict(zip(("in_features", "out_features"), bench.shape, strict=True)) if bench.shape else {}),
     }  # fmt: skip
+    command = ["kernels", "measure", "--suite", suite_name, "--bench", name, "--out", out, "--repeat", repeat,
+               *(word for tokens in only or [] for word in ("--tokens", tokens))]  # fmt: skip
     write_bench(out, cell, metrics, origin, config_hash=bench_hash(suite, bench), seed=suite.seed, started=started,
-                log=log)  # fmt: skip
+                log=log, command=command, bench=None if only else ("suite", suite_name, name))  # fmt: skip
     return f"{len(metrics)} numbers, {len(failed)} failed"
 
 

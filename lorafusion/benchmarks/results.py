@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
 from lorafusion.measure.vocabulary import METRICS
@@ -27,10 +26,14 @@ def write_bench(
     seed: int,
     started: str,
     log: Path | None,
+    command: list[object],
+    bench: tuple[str, str, str] | None = None,
 ) -> None:
-    """The result file of one process. origin: of `measure.environment.provenance`; started: when, in ISO 8601."""
+    """The result file of one process. origin: of `measure.environment.provenance`; started: when, in ISO 8601; command:
+    the words after `lorafusion` that do this again; bench: the module with its kind's `current_hash`, its suite and its
+    name."""
     told = {"config_hash": config_hash, "seed": seed, "started_at": started, "log": str(log) if log else None,
-            "command": shlex.join(["lorafusion", *sys.argv[1:]])}  # fmt: skip
+            "command": shlex.join(["lorafusion", *map(str, command)]), "bench": bench}  # fmt: skip
     write_result(
         out,
         {

@@ -96,6 +96,11 @@ def bench_hash(suite: SchedulerSuite, name: str) -> str:
     return content_hash(suite.model_dump(mode="json", exclude={"grids", "minutes", "repeats"}) | grid.model_dump())
 
 
+def current_hash(suite: str, name: str) -> str:
+    """The hash of a bench of a suite as the file has it now; KeyError for one that it does not have."""
+    return bench_hash(read_scheduler_suites()[suite], name)
+
+
 def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | None) -> str:
     """Plan and simulate all points of a bench and write its result file; returns a line about it."""
     suite = read_scheduler_suite(suite_name)
@@ -117,7 +122,9 @@ def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | No
             "gpus": stages, "repeat": repeat, "stages": stages, "capacity": suite.capacity,
             "samples": grid.samples}  # fmt: skip
     write_bench(out, cell, metrics, provenance("cpu"), config_hash=bench_hash(suite, name), seed=suite.seed,
-                started=started, log=log)  # fmt: skip
+                started=started, log=log, bench=("scheduler", suite_name, name),
+                command=["scheduler", "measure", "--suite", suite_name, "--bench", name, "--out", out, "--repeat",
+                         repeat])  # fmt: skip
     return f"{len(metrics)} numbers"
 
 

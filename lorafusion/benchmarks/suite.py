@@ -192,3 +192,9 @@ def bench_hash(suite: KernelSuite, bench: Bench) -> str:
     block = bench.block.model_dump(mode="json", exclude={"shapes", "models", "ranks", "dropouts"})
     model = read_model(bench.model).model_dump(mode="json") if bench.model else None
     return content_hash([bench.name, settings, block, model])
+
+
+def current_hash(suite: str, name: str) -> str:
+    """The hash of a bench of a suite as the file has it now; KeyError for one that it does not have."""
+    read = read_kernel_suites()[suite]
+    return bench_hash(read, benches(read)[name])

@@ -50,7 +50,8 @@ def run_traffic(suite_name: str, out: Path, log: Path | None) -> str:
     cell = {"suite": suite_name, "kind": "measured", "cell": "traffic", "gpus": 1, "repeat": 1, "rank": first.rank,
             "dropout": first.dropout, "dtype": suite.dtype}  # fmt: skip
     write_bench(out, cell, rows, provenance(suite.device), config_hash=bench_hash(suite, first), seed=suite.seed,
-                started=started, log=log)  # fmt: skip
+                started=started, log=log,
+                command=["kernels", "traffic", "--suite", suite_name, "--out", out])  # fmt: skip
     return f"{len(rows)} numbers, {sum(row['status'] != 'ok' for row in rows)} failed"
 
 

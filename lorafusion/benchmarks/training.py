@@ -226,7 +226,9 @@ def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | No
         "stages": bench.stage[1], "capacity": bench.tokens, "bench": name,
     }  # fmt: skip
     write_rows = partial(write_bench, out, cell, origin=origin, config_hash=bench_hash(suite, name), seed=suite.seed,
-                         started=started, log=log)  # fmt: skip
+                         started=started, log=log, bench=("training_suite", suite_name, name),
+                         command=["training", "measure", "--suite", suite_name, "--bench", name, "--out", out,
+                                  "--repeat", repeat, *(["--profile", profile] if profile else [])])  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as folder:
         arms, measured = measure(name, bench, suite, repeat, Position(Path(folder), 0))
         rows += measured

@@ -120,6 +120,11 @@ def bench_hash(suite: TrainingSuite, name: str) -> str:
     return content_hash([settings, bench.model_dump(mode="json"), read_model(bench.model).model_dump(mode="json")])
 
 
+def current_hash(suite: str, name: str) -> str:
+    """The hash of a bench of a suite as the file has it now; KeyError for one that it does not have."""
+    return bench_hash(read_training_suites()[suite], name)
+
+
 def workload_and_plan(bench: Bench, arm: Arm) -> tuple[Workload, Plan]:
     """Equal microbatches with a share of each adapter, which is its global batch: all adapters step after each.
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lorafusion.errors import describe
 from lorafusion.measure.statistics import fewest, interval, median
+from lorafusion.measure.store import is_store, read_store, require_store
 from lorafusion.measure.validation import GROUP, KEY, ORDER, MeasurementError, validate
 from lorafusion.measure.vocabulary import COLUMNS, METRICS, STATUSES, TYPE_NAMES, WINDOWS, json_schema
 from lorafusion.reading import read_json
@@ -83,10 +84,24 @@ class Result(BaseModel):
 
 def read_results(paths: Iterable[str | Path]) -> pd.DataFrame:
     """The table of all rows of the result files; raises `MeasurementError` naming the file that is wrong."""
-    rows = []
+    return table_of(read_contents(paths))
+
+
+def read_contents(paths: Iterable[str | Path]) -> dict[str, dict]:
+    """The contents of result files by name, those in stores included; raises naming the file that is wrong."""
+    contents: dict[str, dict] = {}
     for path in paths:
-        rows += rows_of_result(_json(path), str(path))
-    table = frame(rows)
+        entries = read_store(path) if is_store(path) else {str(path): _json(path)}
+        twice = contents.keys() & entries.keys()
+        if twice:
+            raise MeasurementError(f"{path}: {min(twice)} is there twice")
+        contents |= entries
+    return contents
+
+
+def table_of(contents: dict[str, dict]) -> pd.DataFrame:
+    """The table of all rows of result files. contents: by name."""
+    table = frame([row for path, result in contents.items() for row in rows_of_result(result, path)])
     validate(table)
     return table.sort_values(list(ORDER), ignore_index=True)
 
@@ -186,6 +201,7 @@ def read(path: str | Path) -> pd.DataFrame:
         none = "no run is missing"
         raise MeasurementError(f"{path}: expected, as its seal says: {sealed.remark or none}; found: {missing or none}")
     _require_own_summaries(table, path)
+    require_store(path, table)
     return table
 
 

@@ -12,10 +12,11 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from lorafusion.keys import require_one_workload
 from lorafusion.measure.table import MeasurementError
 from lorafusion.report import style
 from lorafusion.report.figures import written
-from lorafusion.tuning import Tuned
+from lorafusion.tuned import Tuned
 
 BAR = ["workload", "system", "qkv", "gpus", "batch"]  # what a row of a panel is for, within a model
 SLOWEST = 0.5  # of a row's fastest capacity, from which on the colour is the palest
@@ -32,8 +33,10 @@ def tunings(files: Sequence[str | Path], model: str, out_stem: str | Path) -> li
 
 def tunings_data(files: Sequence[str | Path], model: str) -> pd.DataFrame:
     """A row a trial, in drawing order; ratio: of the throughput to the largest of its row of the figure."""
-    rows = []
-    for tuned in map(Tuned.read, files):
+    rows, every = [], [(path, Tuned.read(path)) for path in files]
+    require_one_workload((path, tuned.suite, tuned.cell, tuned.workload_hash) for path, tuned in every)
+    _require_one_each(every)
+    for _, tuned in every:
         whose = {"qkv": "separate"} | dict(part.split("~", 1) for part in tuned.cell.split("/"))
         if whose["model"] != model:
             continue
@@ -50,6 +53,15 @@ def tunings_data(files: Sequence[str | Path], model: str) -> pd.DataFrame:
             data["variant"] += ", " + data[key].astype(str) + text
     order = ["system", "qkv", "gpus", "batch", "workload", "capacity"]
     return data.sort_values(order, key=style.rank).reset_index(drop=True)
+
+
+def _require_one_each(every: list[tuple[str | Path, Tuned]]) -> None:
+    """Raise where a cell of a suite is there twice, as in files of an older suite and of this one."""
+    first: dict[tuple[str, str], str | Path] = {}
+    for path, tuned in every:
+        other = first.setdefault((tuned.suite, tuned.cell), path)
+        if other != path:
+            raise MeasurementError(f"{path}: a tuning of cell {tuned.cell}, of which {other} is one too")
 
 
 def draw(data: pd.DataFrame) -> Figure:

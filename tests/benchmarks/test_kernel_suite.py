@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from unittest.mock import patch
 
 import pytest
@@ -77,6 +78,9 @@ def test_the_papers_points_are_there():
 def test_a_result_file_becomes_rows_of_the_table(tmp_path):
     path = tmp_path / "repeat~1.json"
     run_bench("smoke", LINEAR, 1, path, None, [64])
+    recorded = json.loads(path.read_text())["provenance"]["command"]
+    assert shlex.split(recorded) == ["lorafusion", "kernels", "measure", "--suite", "smoke", "--bench", LINEAR,
+                                     "--out", str(path), "--repeat", "1", "--tokens", "64"]  # fmt: skip
     rows = table.summarise(table.read_results([path]))
     table.validate(rows)
     times = rows[(rows["metric"] == "time") & (rows["statistic"] == "median") & (rows["pass"] == "both")]

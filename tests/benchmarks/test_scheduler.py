@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+
 import pandas as pd
 import pytest
 import yaml
 
 from lorafusion.benchmarks import scheduler
 from lorafusion.errors import UserError
+from lorafusion.keys import is_current
 from lorafusion.measure import table
 from lorafusion.measure.table import MeasurementError
 from lorafusion.report import scheduler_figures
+from tests.test_cli import lorafusion
 
 SUITE = {
     "model": "llama-3.1-8b",
@@ -101,6 +106,38 @@ def test_mistakes_in_the_file_are_named(suite, changes, message):
     suite(changes)
     with pytest.raises(UserError, match=message):
         scheduler.read_scheduler_suites()
+
+
+def test_the_recorded_command_does_the_bench_again(suite, tmp_path):
+    name = "workload~xsum/stages~4/samples~8"
+    suite({"workloads": ["xsum"], "strategies": ["mlora"], "adapters": [2]})
+    path = tmp_path / "a folder" / "r.json"
+    scheduler.run_bench("toy", name, 3, path, None)
+    before = json.loads(path.read_text())
+    path.unlink()
+    program, *arguments = shlex.split(before["provenance"]["command"])
+    done = lorafusion(*arguments)
+    assert (program, done.returncode) == ("lorafusion", 0), done.stderr
+    after = json.loads(path.read_text())
+    assert after["cell"] == before["cell"]
+    for one, other in zip(before["metrics"], after["metrics"], strict=True):
+        assert one["metric"] == other["metric"]
+        if one["metric"] not in ("solve_time", "time", "peak_memory"):
+            assert one == other
+
+
+def test_a_result_is_up_to_date_while_its_suite_is_the_same(suite, tmp_path):
+    name, path = "workload~xsum/stages~4/samples~8", tmp_path / "r.json"
+    small = {"workloads": ["xsum"], "strategies": ["mlora"], "adapters": [2]}
+    suite(small)
+    scheduler.run_bench("toy", name, 1, path, None)
+    assert is_current(path, ("scheduler", "toy", name))
+    assert not is_current(path, ("scheduler", "toy", "another"))
+    suite(small | {"adapters": [3]})
+    assert not is_current(path, ("scheduler", "toy", name))
+    suite(small)
+    path.write_text(path.read_text()[:-100])
+    assert not is_current(path, ("scheduler", "toy", name))
 
 
 def test_the_hash_changes_with_what_a_bench_depends_on(suite):

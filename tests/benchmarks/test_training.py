@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from functools import partial
 from types import SimpleNamespace
 
@@ -81,6 +83,8 @@ def test_a_bench_becomes_rows_of_the_table_and_a_figure(suite, tmp_path):
     path = tmp_path / "repeat~1.json"
     command = ["measure", "--suite", "small", "--bench", "toy", "--out", str(path)]
     assert CliRunner().invoke(training_app, command, catch_exceptions=False).exit_code == 0
+    recorded = json.loads(path.read_text())["provenance"]["command"]
+    assert shlex.split(recorded) == ["lorafusion", "training", *command, "--repeat", "1"]
     frame = table.summarise(table.read_results([path]))
     table.validate(frame)
     rows = frame[(frame["statistic"] == "median") & ~frame["implementation"].str.startswith("canary")]

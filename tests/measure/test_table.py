@@ -9,6 +9,7 @@ import math
 import pandas as pd
 import pytest
 
+from lorafusion.errors import UserError
 from lorafusion.measure import table
 from lorafusion.measure.table import MeasurementError
 from lorafusion.measure.vocabulary import COLUMNS, METRICS
@@ -108,7 +109,7 @@ def test_read_results_names_the_file_that_is_wrong(tmp_path):
         table.read_results([tmp_path / "gone.json"])
     broken = tmp_path / "broken.json"
     broken.write_text("{")
-    with pytest.raises(MeasurementError, match=r"broken\.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"broken\.json: not a result file, as it is not JSON"):
         table.read_results([broken])
 
 

@@ -135,6 +135,7 @@ rule kernel_measurements:
             labels={"content": "kernels: every number (CSV)"},
         ),
         parquet=f"{KERNEL_FOLDER}/measurements.parquet",
+        store=f"{KERNEL_FOLDER}/measurements.results.jsonl.gz",
         seals=multiext(
             f"{KERNEL_FOLDER}/measurements", ".csv.sha256", ".parquet.sha256"
         ),

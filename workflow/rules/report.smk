@@ -10,6 +10,7 @@ rule measurements:
             labels={"content": "systems: every number (CSV)"},
         ),
         parquet=f"{RESULTS}/measurements.parquet",
+        store=f"{RESULTS}/measurements.results.jsonl.gz",
         seals=multiext(f"{RESULTS}/measurements", ".csv.sha256", ".parquet.sha256"),
         schema=f"{RESULTS}/measurements.schema.json",
         html=report(
@@ -25,8 +26,9 @@ rule measurements:
         "../../environment.yml"
     params:
         folder=subpath(output.csv, parent=True),
+        suite=SUITE_PATH,
     shell:
-        "lorafusion measurements {params.folder:q} {input:q} > {log:q} 2>&1"
+        "lorafusion measurements {params.folder:q} {input:q} --suite {params.suite:q} > {log:q} 2>&1"
 
 
 rule checks:

@@ -43,6 +43,7 @@ rule scheduler_measurements:
             labels={"content": "scheduler: every number (CSV)"},
         ),
         parquet=f"{SCHEDULER_FOLDER}/measurements.parquet",
+        store=f"{SCHEDULER_FOLDER}/measurements.results.jsonl.gz",
         seals=multiext(
             f"{SCHEDULER_FOLDER}/measurements", ".csv.sha256", ".parquet.sha256"
         ),

@@ -61,6 +61,7 @@ rule training_measurements:
             labels={"content": "training: every number (CSV)"},
         ),
         parquet=f"{TRAINING_FOLDER}/measurements.parquet",
+        store=f"{TRAINING_FOLDER}/measurements.results.jsonl.gz",
         seals=multiext(
             f"{TRAINING_FOLDER}/measurements", ".csv.sha256", ".parquet.sha256"
         ),

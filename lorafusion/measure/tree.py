@@ -22,20 +22,18 @@ MADE = {"__pycache__", "build", "dist"}
 
 def state(root: Path = ROOT) -> dict[str, str | bool | None]:
     """`git_sha` and `git_dirty`, None where the project is not a repository of its own, and `tree_hash`."""
-    own, commit = tree_hash(root), head(root)
-    if not (root / ".git").exists():
+    own = tree_hash(root)
+    if not is_repository(root):
         return {"git_sha": None, "git_dirty": None, "tree_hash": own}
+    commit = _git(root, "rev-parse", "--verify", "HEAD")
     changed = commit is None or bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
     return {"git_sha": commit, "git_dirty": changed or commit_tree_hash("HEAD", root) != own, "tree_hash": own}
 
 
-def head(root: Path) -> str | None:
-    """The commit of the repository whose top level is `root`; None where there is no such repository or commit. One
-    that encloses the project's folder is somebody else's."""
+def is_repository(root: Path) -> bool:
+    """Is a folder the top level of a repository? One that encloses the folder is somebody else's."""
     top = _git(root, "rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != root.resolve():
-        return None
-    return _git(root, "rev-parse", "--verify", "HEAD")
+    return top is not None and Path(top).resolve() == root.resolve()
 
 
 def tree_hash(root: Path = ROOT) -> str:

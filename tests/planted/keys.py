@@ -71,16 +71,14 @@ def a_run_records_the_command_of_the_whole_sweep(original):
     return lambda suite_path, *others: f"lorafusion sweep --suite {suite_path}"
 
 
-@planted("lorafusion.measure.tree:head", caught_by=f"{TREE}::test_a_repository_around_the_project_is_somebody_elses")
+@planted(
+    "lorafusion.measure.tree:is_repository", caught_by=f"{TREE}::test_a_repository_around_the_project_is_somebody_elses"
+)
 def any_repository_around_is_this_projects(original):
     """The commit is that of whatever repository encloses the project's folder."""
+    from lorafusion.measure import tree
 
-    def state(root):
-        from lorafusion.measure import tree
-
-        return tree._git(root, "rev-parse", "HEAD")
-
-    return state
+    return lambda root: tree._git(root, "rev-parse", "--show-toplevel") is not None
 
 
 @planted(

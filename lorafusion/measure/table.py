@@ -20,7 +20,7 @@ from lorafusion.errors import describe
 from lorafusion.measure.statistics import fewest, interval, median
 from lorafusion.measure.store import is_store, read_store, require_store
 from lorafusion.measure.validation import GROUP, KEY, ORDER, MeasurementError, validate
-from lorafusion.measure.vocabulary import COLUMNS, METRICS, STATUSES, TYPE_NAMES, WINDOWS, json_schema
+from lorafusion.measure.vocabulary import COLUMNS, COSTS, METRICS, STATUSES, TYPE_NAMES, WINDOWS, json_schema
 from lorafusion.reading import read_json
 from lorafusion.seals import require_seal, seal
 
@@ -233,9 +233,10 @@ def gaps(table: pd.DataFrame) -> str:
     """The runs that a table lacks, in a line; empty if it has all.
 
     Each cell must have a number, or a row that says why there is none, in each repeat in which any cell of its suite
-    and kind has one of that metric. A run that failed has only the rows that it was expected to have.
+    and kind has one of that metric, but for what a run costs besides time. A run that failed has only the rows that it
+    was expected to have.
     """
-    runs = table[(table["statistic"] == "single") & table["repeat"].notna()]
+    runs = table[(table["statistic"] == "single") & table["repeat"].notna() & ~table["metric"].isin(COSTS)]
     what, cell = ["suite", "kind", "metric", "window", "implementation", "pass"], ["suite", "kind", "cell"]
     repeats = runs[["suite", "kind", "metric", "window", "repeat"]].drop_duplicates()
     expected = runs[[*what, "cell"]].drop_duplicates().merge(repeats, on=["suite", "kind", "metric", "window"])

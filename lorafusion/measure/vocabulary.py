@@ -35,6 +35,8 @@ METRICS = {
     "error": Metric("1", "lower", "relative error against a reference"),
     "loss": Metric("1", "lower", "mean cross entropy of a label token, in nats"),
 }
+# What a run costs besides time: a good run may lack it, as it is looked at when the run is over.
+COSTS = ("kernels", "launches", "device_busy", "busy", "operators")
 KINDS = ("measured", "simulated", "published", "derived")
 # From bad to worse: where the repeats of a cell fail in different ways, its summary has the worst.
 STATUSES = ("ok", "skipped", "timeout", "oom", "crash", "nan")

@@ -116,6 +116,14 @@ def test_a_run_that_failed_is_not_missing_and_one_metric_less_is():
     assert "repeat 2" in table.gaps(frame[~gone])
 
 
+def test_a_run_whose_cost_is_unknown_is_not_missing():
+    frame = build(*runs())
+    cost = frame[frame["metric"] == "time"].assign(metric="operators", unit="1/ktok", direction="lower")
+    known = pd.concat([frame, cost[cost["repeat"] != 2]])
+    table.validate(known)
+    assert table.gaps(known) == ""
+
+
 def test_measurements_needs_all_runs_or_to_be_told(tmp_path):
     paths = []
     for index, one in enumerate(runs()[:-1]):

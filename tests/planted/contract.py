@@ -1,0 +1,264 @@
+"""Errors by which one arm costs more than another, or is tuned, warmed up or placed otherwise."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+from tests.planted.plant import planted
+
+COST = "tests/test_contract.py::test_a_system_costs_what_is_recorded"
+RENAMED = "tests/test_contract.py::test_a_system_costs_the_same_under_another_ones_name"
+ORDER = "tests/runtime/test_order.py::test_a_stage_computes_in_the_order_of_1f1b"
+NAMES = "tests/test_names.py"
+OURS = "lorafusion"
+
+
+@planted(
+    "lorafusion.runtime.training:TrainingRun.warm_up",
+    caught_by=f"{RENAMED}[lorafusion]",
+)
+def ours_alone_is_warmed_up(original):
+    """Only `lorafusion` is warmed up before the clock starts."""
+
+    def warm_up(run):
+        if run.plan.system == OURS:
+            original(run)
+
+    return warm_up
+
+
+@planted("lorafusion.runtime.timed:rehearse", caught_by=f"{COST}[megatron-pp]")
+def ours_alone_is_rehearsed(original):
+    """Only the executor of `lorafusion` is rehearsed before the clock starts."""
+
+    def rehearse(run, execute):
+        if run.plan.system == OURS:
+            original(run, execute)
+
+    return rehearse
+
+
+@planted("lorafusion.runtime.timed:ready", caught_by=f"{COST}[mlora]")
+def the_others_are_warmed_up_while_the_clock_runs(original):
+    """The clock starts before a second warm-up of all but `lorafusion`."""
+
+    @contextmanager
+    def ready(run, execute):
+        def late(again, *arguments):
+            if again.plan.system != OURS:
+                again.warm_up()
+            return execute(again, *arguments)
+
+        if hasattr(execute, "preparation"):
+            late.preparation = execute.preparation
+        with original(run, late) as train:
+            yield train
+
+    return ready
+
+
+@planted("lorafusion.runtime.stream:_Stream._forward", caught_by=f"{RENAMED}[lorafusion]")
+def every_arm_but_ours_sleeps(original):
+    """The stream executor sleeps for 5 ms a microbatch unless the plan is of `lorafusion`."""
+
+    def forward(stream, slot):
+        if stream.run.plan.system != OURS:
+            time.sleep(0.005)
+        original(stream, slot)
+
+    return forward
+
+
+@planted(
+    "lorafusion.runtime.stream:execute",
+    caught_by="tests/runtime/test_order.py::test_a_stage_computes_in_the_order_of_1f1b",
+)
+def the_pipeline_is_flushed_after_every_microbatch(original):
+    """Systems that flush their pipeline at a step do so after every microbatch."""
+
+    def execute(run, checkpoints=None):
+        from lorafusion.runtime.stream import _Stream
+
+        if not run.plan.flush or run.plan.stages == 1:
+            return original(run, checkpoints)
+        for slot in range(run.begin, len(run.microbatches)):
+            _Stream(run, slot, slot + 1, None).run_through()
+        return True
+
+    return execute
+
+
+def around_each(kind, before):
+    """A LoRA kind that does something to the input of each linear, or to the time."""
+
+    def installed(linears, active):
+        kind(linears, active)
+        for linear in linears:
+            forward = linear.layer.forward
+            linear.layer.forward = lambda x, forward=forward: forward(before(x))
+
+    return installed
+
+
+def slept(x):
+    time.sleep(0.0001)
+    return x
+
+
+@planted("baselines.mlora.lora:looped", caught_by=f"{COST}[mlora]")
+def looped_linears_sleep(original):
+    """Each looped LoRA linear sleeps."""
+    return around_each(original, slept)
+
+
+@planted("baselines.mlora.lora:looped", caught_by=f"{COST}[mlora]")
+def looped_linears_copy_their_input(original):
+    """Each looped LoRA linear copies its input."""
+    return around_each(original, lambda x: x.clone())
+
+
+@planted("lorafusion.models.lora:peft", caught_by=f"{RENAMED}[peft-bf16]")
+def pefts_linears_copy_their_input(original):
+    """Each of PEFT's linears copies its input."""
+    return around_each(original, lambda x: x.clone())
+
+
+@planted("baselines.megatron.schedule:MegatronStage.forward", caught_by=f"{COST}[megatron-pp]")
+def megatrons_stages_copy_what_they_compute(original):
+    """A stage in Megatron's schedule copies its result."""
+    return lambda stage, slot: original(stage, slot).clone()
+
+
+def changed(systems, **changes):
+    """Settings of all systems but ours."""
+    return {name: one if name == OURS else one.model_copy(update=changes) for name, one in systems.items()}
+
+
+@planted("lorafusion.runtime.worker:read_systems", caught_by=(f"{COST}[mlora]", f"{RENAMED}[lorafusion]"))
+def baselines_have_wide_adapters(original):
+    """All but `lorafusion` have float32 adapters under autocast."""
+    return lambda: changed(original(), wide_adapters=True)
+
+
+@planted("lorafusion.runtime.worker:read_systems", caught_by=f"{COST}[mlora]")
+def liger_is_ours_alone(original):
+    """Liger's kernels are for `lorafusion` only."""
+    return lambda: changed(original(), liger=False)
+
+
+@planted("lorafusion.runtime.worker:build_run", caught_by=f"{COST}[megatron-pp]")
+def baselines_recompute_their_layers(original):
+    """All but `lorafusion` compute each layer's activations again in the backward pass."""
+
+    def build_run(spec, *arguments, **options):
+        share = spec.checkpointing if spec.system == OURS else 1.0
+        return original(spec.model_copy(update={"checkpointing": share}), *arguments, **options)
+
+    return build_run
+
+
+@planted("baselines.mlora.planner:plan", caught_by=f"{COST}[mlora]")
+def rows_are_padded_to_64(original):
+    """mLoRA's rows are padded to a multiple of 64 where it has 8."""
+
+    def plan(*arguments, row_multiple=None, **options):
+        return original(*arguments, row_multiple=row_multiple and 64, **options)
+
+    return plan
+
+
+@planted("lorafusion.scheduler.common:largest_that_fits", caught_by=f"{COST}[megatron-pp]")
+def fixed_microbatches_have_half_the_samples(original):
+    """Systems that fix the samples of a microbatch take half of what fits."""
+    return lambda most, fits: max(1, original(most, fits) // 2)
+
+
+@planted("lorafusion.scheduler:plan_system", caught_by=f"{NAMES}::test_a_plan_does_not_depend_on_a_name")
+def baselines_have_half_the_capacity(original):
+    """All but `lorafusion` are planned with three quarters of the capacity."""
+
+    def plan_system(workload, system, *, capacity, **options):
+        return original(workload, system, capacity=capacity if system == OURS else capacity * 3 // 4, **options)
+
+    return plan_system
+
+
+@planted("lorafusion.tuning:candidates", caught_by=(f"{COST}[mlora]", f"{RENAMED}[lorafusion]"))
+def baselines_are_tuned_from_half(original):
+    """The capacities that are tried of all but `lorafusion` begin at half of the suite's."""
+
+    def candidates(workload, cell):
+        if cell.system != OURS:
+            half = cell.grid.capacity_of(cell.workload) // 2
+            cell = cell.model_copy(update={"grid": cell.grid.model_copy(update={"capacity": half})})
+        return original(workload, cell)
+
+    return candidates
+
+
+@planted("lorafusion.tuned:Tuned.capacity", caught_by=f"{NAMES}::test_the_fastest_capacity_is_chosen_for_every_system")
+def baselines_get_the_slowest_capacity(original):
+    """Of all but `lorafusion` the slowest capacity is taken."""
+
+    def capacity(tuned):
+        done = [one for one in tuned.trials if one.throughput is not None]
+        if tuned.system == OURS or not done:
+            return original.fget(tuned)
+        return min(done, key=lambda one: one.throughput).capacity
+
+    return property(capacity)
+
+
+@planted("lorafusion.sweep:Sweep.steps", caught_by=f"{NAMES}::test_systems_of_a_workload_run_on_one_gpu")
+def ours_runs_on_the_other_gpu(original):
+    """Of two sweeps that share a suite the other one runs the repeats of `lorafusion`."""
+
+    def ours(step):
+        return "runs" in step.path.parts and f"system~{OURS}" in step.path.parts
+
+    def steps(sweep):
+        others = [replace(sweep, share=sweep.share._replace(index=index)) for index in range(sweep.share.count)
+                  if index != sweep.share.index] or [sweep]  # fmt: skip
+        yield from (step for step in original(sweep) if not ours(step))
+        yield from (step for step in original(others[0]) if ours(step))
+
+    return steps
+
+
+@planted("lorafusion.sweep:shuffled", caught_by=f"{NAMES}::test_a_sweep_deals_cells_out_whatever_their_systems_names")
+def ours_runs_first(original):
+    """In each repeat `lorafusion` runs first, when the GPU is cool."""
+    return lambda names, repeat: sorted(original(names, repeat), key=lambda name: not name.endswith(f"~{OURS}"))
+
+
+@planted(
+    "lorafusion.runtime.launch:_with_its_time",
+    caught_by="tests/runtime/test_cost.py::test_what_ends_the_processes_while_they_look_at_the_cost_does_not_end_the_run",
+)
+def a_run_is_lost_with_its_cost(original):
+    """A run whose processes end while they look at its cost has no time."""
+    return lambda done, spec, reports: done
+
+
+@planted(
+    "lorafusion.measure.profiler:without_communication",
+    caught_by="tests/runtime/test_cost.py::test_a_gpu_is_profiled_while_the_clock_runs",
+)
+def waiting_is_being_busy(original):
+    """Kernels that wait for another device count as busy."""
+    return list
+
+
+@planted(
+    "lorafusion.runtime.result:cost_metrics",
+    caught_by=f"{NAMES}::test_equal_times_are_equal_metrics",
+)
+def costs_are_halved(original):
+    """Operators and kernels for 1000 tokens are half of what they are."""
+
+    def cost_metrics(cost, throughput, processes):
+        return [replace(one, value=one.value / 2) for one in original(cost, throughput, processes)]
+
+    return cost_metrics

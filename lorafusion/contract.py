@@ -24,15 +24,15 @@ import torch
 import yaml
 
 from lorafusion.cells import unavailable
-from lorafusion.config import CONFIGS, SystemConfig, cells, model_path, read_suite, read_systems, read_yaml
+from lorafusion.config import CONFIGS, SystemConfig, cells, model_path, read_suite, read_systems
 from lorafusion.data.lengths import make_workload
-from lorafusion.errors import UserError
 from lorafusion.files import write
 from lorafusion.imports import load
 from lorafusion.measure import profiler
 from lorafusion.measure.operators import Counting, Operation, by_class, product_dtypes
 from lorafusion.measure.timers import Meter, Point
 from lorafusion.plan import Plan
+from lorafusion.reading import read_json, read_yaml
 from lorafusion.runtime import cost, worker
 from lorafusion.runtime.board import WAITING, Position
 from lorafusion.runtime.forked import FORKSERVER
@@ -298,12 +298,7 @@ def check_contracts(record: Path, device: str, replace: bool = False) -> str:
 
 
 def read_record(path: Path) -> dict[str, dict]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `lorafusion check contract {path} --write` makes it") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    return read_json(path, "record of what systems cost")
 
 
 def text_of(contracts: dict[str, dict]) -> str:

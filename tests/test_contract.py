@@ -94,7 +94,7 @@ def test_the_command_compares_and_records(tmp_path, monkeypatch):
     arguments = ["check", "contract", str(record)]
     missing = run(app, arguments)
     assert isinstance(missing.exception, UserError)
-    assert "no such file" in str(missing.exception)
+    assert "no such record of what systems cost file" in str(missing.exception)
     assert run(app, [*arguments, "--write"]).exit_code == 0
     assert run(app, arguments).exit_code == 0
     unavailable_one = {"unsloth": ONE} if "unsloth" not in SYSTEMS else {}

@@ -7,10 +7,10 @@ operators are counted. Time is not what is measured here, so that the measuring 
 from __future__ import annotations
 
 import faulthandler
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from lorafusion.workload import Workload
 COUNTING = "the cost of the run"  # what a process is doing then
 # Of the part, at least: half a second of an H200 with Llama-3.1-8B, and of a CPU with the tiny model.
 TOKENS = {"cuda": 8192, "cpu": 512}
-PATIENCE = 120  # seconds, after which a process that waits for another one ends
+PATIENCE = 120.0  # seconds
 UNCHANGED = {"learning_rate": 0.0, "evaluation": (), "evaluate_every": None}
 
 
@@ -76,14 +76,9 @@ def cost_of(run: TrainingRun, execute: Executor) -> dict:
     run.position.set(COUNTING)
     made_of = structure(run)
     run.adapters.clear()
-    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # a process that fails leaves others waiting for it
     part = beginning(run.plan, TOKENS[run.pipeline.device.type])
-    counts = measured(run, execute, part)
-    faulthandler.cancel_dump_traceback_later()
-    everyone = [(made_of, counts)]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (made_of, counts))
+    with patience(PATIENCE):
+        everyone = _of_all((made_of, measured(run, execute, part)))
     stages, counted = [one for one, _ in everyone[: run.pipeline.size]], [one._asdict() for _, one in everyone]
     said = f"the first {len(part.microbatches)} of {len(run.plan.microbatches)} microbatches"
     return made_of | {
@@ -92,6 +87,25 @@ def cost_of(run: TrainingRun, execute: Executor) -> dict:
         "tokens": part.statistics.tokens,
         "counts": {name: sum(one[name] for one in counted) for name in Counts._fields if counted[0][name] is not None},
     }
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """This process ends where what is within takes longer: a process that failed leaves others waiting for it."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _of_all(mine: Any) -> list:
+    """What each process has, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def structure(run: TrainingRun) -> dict:

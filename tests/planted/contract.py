@@ -11,6 +11,7 @@ from tests.planted.plant import planted
 COST = "tests/test_contract.py::test_a_system_costs_what_is_recorded"
 RENAMED = "tests/test_contract.py::test_a_system_costs_the_same_under_another_ones_name"
 ORDER = "tests/runtime/test_order.py::test_a_stage_computes_in_the_order_of_1f1b"
+GPU = "tests/gpu/test_contract_gpu.py::test_a_system_costs_what_is_recorded"
 NAMES = "tests/test_names.py"
 OURS = "lorafusion"
 
@@ -148,15 +149,20 @@ def liger_is_ours_alone(original):
     return lambda: changed(original(), liger=False)
 
 
-@planted("lorafusion.runtime.worker:build_run", caught_by=f"{COST}[megatron-pp]")
-def baselines_recompute_their_layers(original):
-    """All but `lorafusion` compute each layer's activations again in the backward pass."""
+def recomputing(original):
+    """Runs of all systems but ours with all layers computed again."""
 
     def build_run(spec, *arguments, **options):
         share = spec.checkpointing if spec.system == OURS else 1.0
         return original(spec.model_copy(update={"checkpointing": share}), *arguments, **options)
 
     return build_run
+
+
+@planted("lorafusion.runtime.worker:build_run", caught_by=f"{COST}[megatron-pp]")
+def baselines_recompute_their_layers(original):
+    """All but `lorafusion` compute each layer's activations again in the backward pass."""
+    return recomputing(original)
 
 
 @planted("baselines.mlora.planner:plan", caught_by=f"{COST}[mlora]")
@@ -262,3 +268,32 @@ def costs_are_halved(original):
         return [replace(one, value=one.value / 2) for one in original(cost, throughput, processes)]
 
     return cost_metrics
+
+
+@planted("lorafusion.runtime.worker:read_systems", caught_by=f"{GPU}[mlora]", gpu=True)
+def liger_is_ours_alone_on_a_gpu(original):
+    """On a GPU Liger's kernels are for `lorafusion` only."""
+    return lambda: changed(original(), liger=False)
+
+
+@planted("baselines.mlora.lora:looped", caught_by=f"{GPU}[mlora]", gpu=True)
+def looped_linears_copy_their_input_on_a_gpu(original):
+    """On a GPU each looped LoRA linear copies its input."""
+    return around_each(original, lambda x: x.clone())
+
+
+@planted("lorafusion.models.lora:peft", caught_by=f"{GPU}[peft-bf16]", gpu=True)
+def pefts_linears_wait_for_the_device(original):
+    """On a GPU the host waits for the device in each of PEFT's linears."""
+
+    def waited(x):
+        x.flatten()[0].item()
+        return x
+
+    return around_each(original, waited)
+
+
+@planted("lorafusion.runtime.worker:build_run", caught_by=f"{GPU}[megatron-pp]", gpu=True)
+def baselines_recompute_their_layers_on_a_gpu(original):
+    """On a GPU all but `lorafusion` compute each layer's activations again in the backward pass."""
+    return recomputing(original)

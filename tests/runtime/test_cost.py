@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,6 +142,19 @@ def test_a_cost_that_cannot_be_known_does_not_take_the_time_with_it(tmp_path, mo
     assert result["note"] == "the cost is unknown: CUDA out of memory. Tried 3 GiB"
     assert {"throughput", "time"} <= {one["metric"] for one in result["metrics"]}
     assert not {"operators", "kernels"} & {one["metric"] for one in result["metrics"]}
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("no profiler")])
+def test_patience_has_an_end_when_the_work_has(monkeypatch, error):
+    """Else it would end a process that has long gone on."""
+    calls = []
+    monkeypatch.setattr(cost.faulthandler, "dump_traceback_later", lambda *given, **more: calls.append((given, more)))
+    monkeypatch.setattr(cost.faulthandler, "cancel_dump_traceback_later", lambda: calls.append("cancelled"))
+    with contextlib.suppress(RuntimeError), cost.patience(3.0):
+        calls.append("work")
+        if error:
+            raise error
+    assert calls == [((3.0,), {"exit": True}), "work", "cancelled"]
 
 
 def raising(error):

@@ -17,7 +17,8 @@ def whole(path: Path) -> Iterator[Path]:
     Raises `UserError` where a device, a pipe or a folder is at `path`: it would be gone."""
     require_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    short = path.name.encode()[:200].decode(errors="ignore")  # of 255 bytes that a name may have
+    partial = path.with_name(f".{short}.{os.getpid()}")
     try:
         yield partial
         with open(partial, "rb+") as file:

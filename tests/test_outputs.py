@@ -132,6 +132,19 @@ def test_an_output_in_a_folder_without_permission_is_one_line(place, monkeypatch
         require_outputs([place / "folder" / "new" / "x.json"], [])
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "\u65e5" * 85])
+def test_a_name_may_be_as_long_as_the_file_system_has_them(tmp_path, name):
+    write(tmp_path / name, "text")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "text")]
+
+
+def test_another_name_of_an_output_keeps_what_it_had(place):
+    """A page is put in the place of the one that was there, and not written into it."""
+    (place / "kept.html").hardlink_to(place / "pages.html")
+    write(place / "pages.html", "new")
+    assert (place / "kept.html").read_text() == "mine"
+
+
 def test_what_can_be_written_is_let_through(place):
     require_outputs([place / "new.json", place / "deep" / "new.json", place / "pages.html"], [place / "in.csv"])
 

@@ -8,7 +8,6 @@ Parquet (with types), which hold the same.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorafusion.errors import describe
+from lorafusion.files import whole
 from lorafusion.measure.statistics import fewest, interval, median
 from lorafusion.measure.store import is_store, read_store, require_store
 from lorafusion.measure.validation import GROUP, KEY, ORDER, MeasurementError, validate
@@ -369,11 +369,5 @@ def _fits(value: Any, dtype: str) -> bool:
 
 def _write_whole(path: str | Path, writer: Callable[[Path], Any]) -> None:
     """Let `writer` fill a temporary file beside `path` and put it in place once complete."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with whole(Path(path)) as partial:
         writer(partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

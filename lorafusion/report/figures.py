@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lorafusion.files import write
+from lorafusion.files import whole, write
 from lorafusion.measure.table import MeasurementError
 from lorafusion.measure.vocabulary import WINDOWS
 from lorafusion.report import style
@@ -67,8 +67,10 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     """Write PDF and PNG without dates or versions of the tools, so that equal figures are equal files."""
     pdf, png = stem.with_name(stem.name + ".pdf"), stem.with_name(stem.name + ".png")
     with matplotlib.rc_context(style.PARAMETERS):
-        figure.savefig(pdf, metadata={"CreationDate": None})
-        figure.savefig(png, dpi=style.PNG_DPI, metadata={"Software": None})
+        with whole(pdf) as partial:
+            figure.savefig(partial, format="pdf", metadata={"CreationDate": None})
+        with whole(png) as partial:
+            figure.savefig(partial, format="png", dpi=style.PNG_DPI, metadata={"Software": None})
     return [pdf, png]
 
 

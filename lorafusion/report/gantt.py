@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafusion.errors import one_of
-from lorafusion.files import write
+from lorafusion.files import whole, write
 from lorafusion.plan import Plan
 from lorafusion.report import style
 from lorafusion.report.pages import page
@@ -172,7 +172,8 @@ def save(plan: Plan, timeline: Timeline, unit: str, window: Window, path: str | 
     with matplotlib.rc_context(style.PARAMETERS | {"svg.hashsalt": "lorafusion"}):
         if out.suffix != ".html":
             empty = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}[out.suffix]
-            figure.savefig(out, dpi=style.PNG_DPI, metadata=empty)
+            with whole(out) as partial:
+                figure.savefig(partial, format=out.suffix[1:], dpi=style.PNG_DPI, metadata=empty)
             return
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})

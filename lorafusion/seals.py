@@ -43,7 +43,7 @@ def require_seal(path: Path) -> Seal:
     """The seal of a file; raises `UserError` where there is none, or where the file is not what was sealed."""
     beside = seal_path(path)
     if not beside.is_file():
-        raise UserError(f"{path}: expected its seal {beside.name} beside it, which says that it is whole; found none")
+        raise UserError(f"{path}: expected its seal {beside.name} beside it, as what wrote it makes one; found none")
     parsed = FORM.fullmatch(beside.read_text(errors="replace"))
     if parsed is None or parsed[4] != path.name:
         raise UserError(

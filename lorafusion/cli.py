@@ -14,6 +14,7 @@ from lorafusion.cli_plan import plan_app
 from lorafusion.cli_training import training_app
 from lorafusion.errors import UserError
 from lorafusion.files import write
+from lorafusion.schema import LEAST_SCALE, MOST_PROCESSES, MOST_REPEATS, MOST_SAMPLES, MOST_SCALE, MOST_SEED
 from lorafusion.seals import seal_path
 
 app = CommandLine(help=__doc__)
@@ -46,17 +47,19 @@ def main() -> None:
 def workload(
     config: Annotated[Path, typer.Argument(help="a file of configs/workloads")],
     out: Out,
-    samples: Annotated[int, typer.Option(min=1, help="samples an adapter")] = 1000,
-    global_batch: Annotated[int, typer.Option(min=1, help="samples of one optimizer step")] = 8,
+    samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="samples an adapter")] = 1000,
+    global_batch: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="samples of one optimizer step")] = 8,
     length_scale: Annotated[float, typer.Option(help="divides the sample lengths")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 1,
     merged_qkv: Annotated[bool, typer.Option("--merged-qkv", help="one adapter for q, k and v as one linear")] = False,
 ) -> None:
     """Draw the jobs of a workload: adapters and sample lengths."""
     from lorafusion.data.lengths import make_workload
 
-    if length_scale <= 0:
-        raise UserError(f"--length-scale: expected a number above 0, found {length_scale}")
+    if not LEAST_SCALE <= length_scale <= MOST_SCALE:
+        raise UserError(
+            f"--length-scale: expected a number from {LEAST_SCALE:g} to {MOST_SCALE:g}, found {length_scale}"
+        )
     made = make_workload(
         config, samples=samples, global_batch=global_batch, scale=length_scale, seed=seed, merged_qkv=merged_qkv
     )
@@ -72,8 +75,8 @@ def run(
     out: Out,
     plan: Annotated[Path | None, typer.Option(help="the cell's plan file")] = None,
     tuned: Tuning = None,
-    repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="machines the processes are spread over")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="which fresh process this is")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, max=MOST_PROCESSES, help="machines the processes are spread over")] = 1,
     log: Log = None,
 ) -> None:
     """Run one cell of a suite once and write its result file, also where it fails."""
@@ -169,7 +172,7 @@ def kernels_measure(
     suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")],
     bench: Annotated[str, typer.Option(help="a bench of the suite")],
     out: Out,
-    repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="which fresh process this is")] = 1,
     tokens: Annotated[list[int] | None, typer.Option(help="only these of the bench's numbers of tokens")] = None,
     log: Log = None,
 ) -> None:
@@ -205,7 +208,7 @@ def scheduler_measure(
     suite: Annotated[str, typer.Option(help="an entry of configs/scheduler.yaml")],
     bench: Annotated[str, typer.Option(help="a bench of the suite")],
     out: Out,
-    repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="which fresh process this is")] = 1,
     log: Log = None,
 ) -> None:
     """Plan and simulate all points of a bench and write its result file."""

@@ -11,8 +11,10 @@ from typer.core import TyperGroup
 from lorafusion.cli_common import CommandLine, Out, Written
 from lorafusion.errors import UserError, one_of
 from lorafusion.files import write
+from lorafusion.schema import MOST_PROCESSES, MOST_TOKENS
 
 MAKE = "make"
+MOST_GIBIBYTES = 2**20  # of a GPU
 
 
 class _MakesByDefault(TyperGroup):
@@ -36,10 +38,10 @@ def make(
     out: Out,
     system: Annotated[str | None, typer.Option(help="a name of configs/systems.yaml; by default lorafusion")] = None,
     strategy: Annotated[str | None, typer.Option(help="a strategy of the scheduler instead: fast, paper, …")] = None,
-    stages: Annotated[int, typer.Option(min=1, help="pipeline stages")] = 1,
-    capacity: Annotated[int, typer.Option(min=1, help="tokens a microbatch may hold")] = 8192,
+    stages: Annotated[int, typer.Option(min=1, max=MOST_PROCESSES, help="pipeline stages")] = 1,
+    capacity: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="tokens a microbatch may hold")] = 8192,
     tuned: Annotated[Path | None, typer.Option(help="take the capacity that `lorafusion tune` wrote there")] = None,
-    data_parallel: Annotated[int, typer.Option(min=1, help="replicas of the pipeline")] = 1,
+    data_parallel: Annotated[int, typer.Option(min=1, max=MOST_PROCESSES, help="replicas of the pipeline")] = 1,
     model: Annotated[str | None, typer.Option(help="a name of configs/models, whose costs fast plans by")] = None,
     costs: Annotated[Path | None, typer.Option(help="a cost model (YAML) instead; by default stages are equal")] = None,
 ) -> None:
@@ -119,11 +121,13 @@ def show(
 def propose(
     workload: Annotated[Path, typer.Argument(help="a workload file")],
     model: Annotated[str, typer.Option(help="a name of configs/models")],
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs to use, all of them")],
+    gpus: Annotated[int, typer.Option(min=1, max=MOST_PROCESSES, help="GPUs to use, all of them")],
     memory: Annotated[float, typer.Option(min=1, help="GiB of a GPU")] = 80.0,
     checkpointing: Annotated[bool, typer.Option(help="recompute activations in the backward pass")] = False,
 ) -> None:
     """Propose stages, replicas and capacity, with the throughput that the simulator predicts for each choice."""
+    if not 1 <= memory <= MOST_GIBIBYTES:
+        raise UserError(f"--memory: expected 1 to {MOST_GIBIBYTES} GiB, found {memory}")
     from rich.console import Console
     from rich.table import Table
 

@@ -147,7 +147,19 @@ MISTAKES = {
     ),
     "zero stages": (["plan", "{folder}/deep/w.json", "--stages", "0", "-o", "{folder}/x"], "--stages"),
     "no such command": (["dance"], "No such command 'dance'"),
-    "bad scale": (["workload", XSUM, "--length-scale", "0", "-o", "{folder}/x"], "expected a number above 0"),
+    **{
+        f"a scale of {value}": (
+            ["workload", XSUM, "--length-scale", value, "-o", "{folder}/x"],
+            f"expected a number from 0.01 to 1e+06, found {float(value)}",
+        )
+        for value in ("0", "-1", "nan", "inf", "1e300", "1e-300")
+    },
+    "too many samples": (["workload", XSUM, "--samples", "1000000000000", "-o", "{folder}/x"], "--samples"),
+    "a seed beyond the adapters'": (["workload", XSUM, "--seed", "4294967295", "-o", "{folder}/x"], "--seed"),
+    "no number of memory": (
+        ["plan", "propose", "{folder}/deep/w.json", "--model", "tiny", "--gpus", "1", "--memory", "nan"],
+        "--memory",
+    ),
     "unknown cell": (
         ["run", "--suite", str(CONFIGS / "suites/smoke.yaml"), "--cell", "c", "--workload", "w", "-o", "{folder}/x"],
         "no cell 'c'",

@@ -85,9 +85,20 @@ def read_profiles(profiles: Sequence[str | Path], columns: Sequence[str], bar: l
     if missing or rows.empty:
         what = f"column {min(missing)!r}" if missing else "row"
         raise MeasurementError(f"{', '.join(map(str, profiles))}: no {what}; {writer} writes them")
+    _require_one_make(rows)
     rows[["gpu_name", "git_sha"]] = rows[["gpu_name", "git_sha"]].astype(object).fillna("unknown")
     medians = rows.groupby([*bar, "gpu_name", "class"], sort=False)[["milliseconds", "kernels"]].median().reset_index()
     return medians.assign(share=medians["milliseconds"] / medians.groupby(bar)["milliseconds"].transform("sum"))
+
+
+def _require_one_make(rows: pd.DataFrame) -> None:
+    """Raise where a cell was profiled with two configurations or plans, of which a median would be of nothing."""
+    made_of = [name for name in ("config_hash", "plan_hash") if name in rows]
+    for name in made_of:
+        different = rows.groupby(["suite", "cell"])[name].nunique()
+        if different.max() > 1:
+            cell = different.idxmax()[1]
+            raise MeasurementError(f"cell {cell!r}: its profiles differ in {name}; leave out those of older settings")
 
 
 def _places(column: pd.Series) -> pd.Series:

@@ -55,6 +55,17 @@ def test_the_profiles_are_drawn_by_workload_and_system(profiles, tmp_path):
     assert list(data["share"][:3]) == pytest.approx([0.6, 0.3, 0.1])
 
 
+@pytest.mark.parametrize("name", ["config_hash", "plan_hash"])
+def test_profiles_of_two_configurations_of_a_cell_have_no_median(tmp_path, name):
+    paths = []
+    for value in ("old", "new"):
+        paths.append(profile(tmp_path / f"{value}.csv", "peft"))
+        pd.read_csv(paths[-1]).assign(**{name: value}).to_csv(paths[-1], index=False)
+        seal(paths[-1])
+    with pytest.raises(MeasurementError, match=f"its profiles differ in {name}"):
+        system_profile(paths, tmp_path / "out")
+
+
 def test_the_command_draws_the_profiles_that_it_is_given(profiles, tmp_path):
     stem = tmp_path / "system_profile"
     result = CliRunner().invoke(app, ["figure", "system_profile", *map(str, profiles), "--out", str(stem)])

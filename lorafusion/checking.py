@@ -13,17 +13,14 @@ from pathlib import Path
 import pandas as pd
 
 from lorafusion.cells import require_device
-from lorafusion.checks import Curve, learning, lossless, systems
+from lorafusion.checks import Curve, learning, lossless, systems, write_curves
 from lorafusion.config import Arrangement, Suite, read_suite
 from lorafusion.errors import UserError
 from lorafusion.grounds import grounds_of
-from lorafusion.verdicts import Verdict, read_verdict
+from lorafusion.measure.table import read
+from lorafusion.verdicts import BY_SYSTEM, Verdict, origin_of, read_verdict, write_outcome
 
 SYSTEMS_AS = "2x1"  # stages x replicas, or as many processes as a system can have
-# Their figures name each system that they have compared.
-BY_SYSTEM = ("systems", "gradients")
-OF_RUNS = ("lossless", *BY_SYSTEM, "learning")
-OF_KERNELS = ("kernels",)
 
 
 def make(name: str, suite_path: Path) -> tuple[Verdict, list[Curve]]:
@@ -46,6 +43,16 @@ def make(name: str, suite_path: Path) -> tuple[Verdict, list[Curve]]:
     return gradients(systems_of(suite), arrangements, grounds_of_gradients(suite), merged), []
 
 
+def make_files(name: str, suite_path: Path, folder: Path) -> str:
+    """Make one of `OF_RUNS`, and write it to a folder if it holds, else raise `CheckError`; returns its statement."""
+    suite = read_suite(suite_path)
+    verdict, curves = make(name, suite_path)
+    if curves:
+        write_curves(curves, folder / f"{name}.csv")
+    write_outcome(verdict, origin_of(suite.name, suite.device, suite.dtype), folder / f"{name}.json")
+    return verdict.statement
+
+
 def systems_of(suite: Suite, merged: bool | None = None) -> list[str]:
     """The systems of a suite's cells, or of those with q, k and v merged or apart."""
     grids = [grid for grid in suite.cells if merged is None or grid.merged_qkv is merged]
@@ -66,6 +73,13 @@ def require_passed(path: Path, check: str, suite: str, code: str | None) -> Verd
     return verdict
 
 
+def checked_table(path: Path, folder: Path | None, needed: Sequence[str]) -> pd.DataFrame:
+    """A measurement table, once the checks that its figures need are there: in a folder, or in `checks` beside it."""
+    table = read(path)
+    require_checks(folder or path.parent / "checks", needed, table)
+    return table
+
+
 def require_checks(folder: Path, needed: Sequence[str], table: pd.DataFrame) -> None:
     """Raise `UserError` unless a table's numbers rest on the checks in a folder. A table that does not say which state
     of the code it is from, as old ones, is not asked."""
@@ -79,7 +93,7 @@ def require_checks(folder: Path, needed: Sequence[str], table: pd.DataFrame) -> 
             raise UserError(f"{path}: made on {found}, but the table's numbers are of {expected}; make it there")
         if check in BY_SYSTEM:
             compared = {figure.partition(" as ")[0] for figure in verdict.figures}
-            missing = sorted(set(measured["system"].dropna()) - compared)
+            missing = sorted(set(measured["system"].dropna()) - compared - {""})
             if missing:
                 raise UserError(f"{path}: says nothing of {missing[0]}, which the table has; make it for all systems")
 

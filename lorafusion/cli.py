@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lorafusion.cli_check import check_app
-from lorafusion.cli_common import CommandLine, Log, Out, Stem, Written
+from lorafusion.cli_common import ChecksFolder, CommandLine, Log, Out, Stem, Written
 from lorafusion.cli_plan import plan_app
 from lorafusion.cli_training import training_app
 from lorafusion.errors import UserError
@@ -267,10 +267,12 @@ def _model_figure(module: str, name: str, function: str, text: str) -> None:
         table: Annotated[Path, typer.Argument(help="the measurement table")],
         model: Annotated[str, typer.Option(help="a model of the table")],
         out: Stem,
+        checks: ChecksFolder = None,
     ) -> None:
-        from lorafusion.measure.table import read
+        from lorafusion.checking import checked_table
+        from lorafusion.verdicts import OF_RUNS
 
-        _drawn(module, function, out, read(table), model)
+        _drawn(module, function, out, checked_table(table, checks, OF_RUNS), model)
 
 
 def _suite_figure(module: str, name: str, text: str) -> None:
@@ -281,6 +283,19 @@ def _suite_figure(module: str, name: str, text: str) -> None:
         from lorafusion.measure.table import read
 
         _drawn(module, name, out, read(table))
+
+
+def _kernel_figure(name: str, text: str) -> None:
+    """Add a command that draws a figure of kernels, which `check kernels` has proved right."""
+
+    @figure_app.command(name, help=text)
+    def _draw(
+        table: Annotated[Path, typer.Argument(help="the measurement table")], out: Stem, checks: ChecksFolder = None
+    ) -> None:
+        from lorafusion.checking import checked_table
+        from lorafusion.verdicts import OF_KERNELS
+
+        _drawn("kernel_figures", name, out, checked_table(table, checks, OF_KERNELS))
 
 
 def _drawn(module: str, function: str, out: Path, *data: object) -> None:
@@ -299,10 +314,10 @@ _model_figure(
     "contributions_figure",
     "The speedup over the best baseline, and what schedule, packing and kernels add to it.",
 )
-_suite_figure("kernel_figures", "kernel_speed", "Time of LoRA linears over the frozen one's, by tokens.")
-_suite_figure("kernel_figures", "layer_speed", "Time and memory of decoder layers, by model and tokens.")
-_suite_figure("kernel_figures", "dram_traffic", "GiB that LoRA linears move, beside the published values.")
-_suite_figure("kernel_figures", "roofline", "LoRA linears under the measured ceilings of the GPU.")
+_kernel_figure("kernel_speed", "Time of LoRA linears over the frozen one's, by tokens.")
+_kernel_figure("layer_speed", "Time and memory of decoder layers, by model and tokens.")
+_kernel_figure("dram_traffic", "GiB that LoRA linears move, beside the published values.")
+_kernel_figure("roofline", "LoRA linears under the measured ceilings of the GPU.")
 _suite_figure("scheduler_figures", "scheduler_bubble", "Simulated bubble of every strategy, by workload and batch.")
 _suite_figure("scheduler_figures", "scheduler_fill", "Microbatches of every strategy over their lower bound.")
 _suite_figure("scheduler_figures", "scheduler_time", "Time that a plan takes, by its samples.")

@@ -9,12 +9,29 @@ import typer
 
 from lorafusion.cli_common import CommandLine, Out, Written
 from lorafusion.errors import UserError
+from lorafusion.verdicts import OF_RUNS, CheckError
 
 check_app = CommandLine(help="Prove that results are right; exit 1 where they are not.")
 
 Suite = Annotated[Path | None, typer.Option(help="a file of configs/suites: checked on its device, too, and for it")]
 Arrangements = Annotated[list[str] | None, typer.Option(help="stages x replicas, as 2x1 or 2x1+recompute")]
 Systems = Annotated[list[str] | None, typer.Option(help="a name of configs/systems.yaml; by default the suite's")]
+
+
+@check_app.command("all")
+def check_all(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="folder to write the verdicts to: `checks` beside the table, for figures to find them"),
+        Written(lambda folder: [folder / f"{name}.json" for name in OF_RUNS]),
+    ],
+    suite: Annotated[Path, typer.Option(help="a file of configs/suites")],
+) -> None:
+    """All that the figures of a suite's runs need; ends at the first that does not hold."""
+    from lorafusion.checking import make_files
+
+    for name in OF_RUNS:
+        print(f"passed: {name}: {make_files(name, suite, folder)}", flush=True)
 
 
 @check_app.command("plans")
@@ -143,13 +160,13 @@ def _report(verdict, out: Path, suite: Path | None) -> None:
 
 
 def _write(verdict, out: Path, origin) -> None:
-    from lorafusion.verdicts import write_verdict
+    from lorafusion.verdicts import write_outcome
 
     print(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.statement}")
     for name, value in verdict.figures.items():
         print(f"  {name}: {value:.3g}" + (f" (at most {verdict.limits[name]:.3g})" if name in verdict.limits else ""))
-    if not verdict.passed:
-        # Beside the file, which is there for what holds alone.
-        write_verdict(verdict, origin, out.with_name(f"{out.name}.failed"))
-        raise typer.Exit(1)
-    write_verdict(verdict, origin, out)
+    try:
+        write_outcome(verdict, origin, out)
+    except CheckError as error:
+        print(error)
+        raise typer.Exit(1) from None

@@ -84,3 +84,6 @@ Stem = Annotated[
     Written(_figure_files),
 ]
 Log = Annotated[Path | None, typer.Option(help="where this command's output goes, for the record")]
+ChecksFolder = Annotated[
+    Path | None, typer.Option("--checks", help="folder of the verdicts; by default `checks` beside the table")
+]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorafusion.cli_common import CommandLine, Log, Out, Stem, Written
+from lorafusion.cli_common import ChecksFolder, CommandLine, Log, Out, Stem, Written
 
 training_app = CommandLine(help="Measure whole training steps in every implementation; suites: configs/training.yaml.")
 Suite = Annotated[str, typer.Option(help="an entry of configs/training.yaml")]
@@ -41,12 +41,14 @@ def training_measure(
 def training_speed(
     table: Annotated[Path, typer.Argument(help="the measurement table")],
     out: Stem,
+    checks: ChecksFolder = None,
 ) -> None:
     """Draw tokens per second and memory of training steps, by bench and implementation."""
-    from lorafusion.measure.table import read
+    from lorafusion.checking import checked_table
     from lorafusion.report.training_figures import training_speed
+    from lorafusion.verdicts import OF_TRAINING
 
-    training_speed(read(table), out)
+    training_speed(checked_table(table, checks, OF_TRAINING), out)
     print(f"{out}.png, .pdf, .csv")
 
 

@@ -162,8 +162,6 @@ class Checks(Config):
         min_length=1,
         description="stages x replicas that train together, as 2x1 or 2x1+recompute",
     )
-    systems: bool = Field(default=True, description="is each system of the suite compared with plain training?")
-    learning: bool = True
 
     @field_validator("lossless")
     @classmethod

@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lorafusion.cells import run_cell, unavailable
+from lorafusion.checking import make_files, require_passed
 from lorafusion.config import Cell, Suite, read_suite
 from lorafusion.errors import UserError
 from lorafusion.files import write
 from lorafusion.keys import CellFiles, OutOfDateError, suite_files
+from lorafusion.measure.tree import tree_hash
 from lorafusion.plan import Plan
 from lorafusion.runtime.launch import Outcome
 from lorafusion.tuning import plan_cell, profile_cell, tune_cell
+from lorafusion.verdicts import OF_RUNS
 
 LOOK_SECONDS = 1.0
 START = 80_000  # tokens that are trained while a run starts, about, as an H200 trains Llama-3.1-8B
@@ -123,8 +126,12 @@ class Sweep:
         return 60.0 * max(one.cell.grid.minutes for one in self.files.values())
 
     def steps(self) -> Iterator[Step]:
-        """What this share of the sweep does, in order: all tunings, then the profiles, then repeat after repeat."""
+        """What this share of the sweep does, in order: checks, tunings, profiles, then repeat after repeat."""
         suite, every = self.suite, self.files
+        for name in OF_RUNS[self.share.index :: self.share.count]:
+            yield Step(self.folder / "checks" / f"{name}.json",
+                       partial(require_passed, check=name, suite=suite.name, code=tree_hash()),
+                       partial(self._check, name))  # fmt: skip
         able = [one for one in every.values() if not unavailable(one.system)]
         for one in {one.cell.workload_name: one for one in every.values()}.values():
             self._workload(one)
@@ -145,6 +152,11 @@ class Sweep:
     def _dealt(self, some: list[CellFiles]) -> list[CellFiles]:
         """Those of some cells that are this share's: costly ones lie together, and no share has them all."""
         return some[self.share.index :: self.share.count]
+
+    def _check(self, name: str, log: Path) -> str:
+        statement = make_files(name, self.suite_path, self.folder / "checks")
+        write(log, f"passed: {statement}\n")
+        return statement
 
     def _tuning(self, one: CellFiles) -> Step | None:
         """What finds the capacity with which a cell is planned, if it is tuned."""
@@ -223,7 +235,8 @@ class Sweep:
     def log(self, step: Step) -> Path:
         """Where the workflow has the log of a step, too."""
         kind, *rest = step.path.relative_to(self.folder).with_suffix(".log").parts
-        return self.folder / "logs" / {"tuned": "tune", "profiles": "profile", "runs": "run"}[kind] / Path(*rest)
+        places = {"checks": "check_", "tuned": "tune/", "profiles": "profile/", "runs": "run/"}
+        return self.folder / "logs" / f"{places[kind]}{Path(*rest)}"
 
 
 def say_anew(folder: Path, path: Path, reason: str) -> None:

@@ -16,6 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lorafusion.errors import UserError, validated
 from lorafusion.files import write
 
+# The checks that figures need: of a suite's runs, of kernels, of whole training steps. The figures of some name each
+# system that was compared.
+BY_SYSTEM = ("systems", "gradients")
+OF_RUNS = ("lossless", *BY_SYSTEM, "learning")
+OF_KERNELS = ("kernels",)
+OF_TRAINING = ("gradients", "learning")
+
+
+class CheckError(UserError):
+    """A check that does not hold."""
+
 
 class Origin(BaseModel):
     """What a check was made for and on. suite: the suite's name, None where it was made for none. gpu_name: None on a
@@ -70,6 +81,18 @@ def origin_of(suite: str | None, device: str, dtype: str) -> Origin:
 def write_verdict(verdict: Verdict, origin: Origin, path: Path) -> None:
     """Write a verdict with what it is about, whole or not at all."""
     write(path, json.dumps({**verdict.model_dump(), "origin": origin.model_dump()}, indent=1) + "\n")
+
+
+def write_outcome(verdict: Verdict, origin: Origin, path: Path) -> None:
+    """Write the verdict of a check that holds. Raises `CheckError` for one that does not, whose figures are written
+    beside: the file itself is there for what holds alone."""
+    if verdict.passed:
+        write_verdict(verdict, origin, path)
+        return
+    path.unlink(missing_ok=True)
+    failed = path.with_name(f"{path.name}.failed")
+    write_verdict(verdict, origin, failed)
+    raise CheckError(f"check {verdict.check} does not hold; its figures: {failed}")
 
 
 def read_verdict(path: Path) -> Verdict:

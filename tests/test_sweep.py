@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lorafusion import checking
 from lorafusion.config import CONFIGS, cells, read_suite
 from lorafusion.errors import UserError
 from lorafusion.files import write
@@ -20,6 +21,7 @@ from lorafusion.plan import Plan
 from lorafusion.runtime.launch import Outcome
 from lorafusion.sweep import Share, Sweep, _first_ready, shuffled, spread, sweep
 from lorafusion.tuned import Tuned
+from lorafusion.verdicts import OF_RUNS, Verdict
 from lorafusion.workload import Workload
 
 FORK = multiprocessing.get_context("fork")
@@ -35,6 +37,15 @@ def small_suite(path: Path) -> Path:
     ]
     path.write_text(yaml.safe_dump(data | {"name": "swept", "repeats": 2, "cells": blocks}))
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def checked():
+    """Checks hold at once: what is checked is not the sweep's."""
+    verdict = Verdict(check="lossless", passed=True, statement="it holds", figures={})
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr("lorafusion.checking.make", lambda name, _: (verdict.model_copy(update={"check": name}), []))
+        yield patches
 
 
 @pytest.fixture
@@ -70,6 +81,18 @@ def origin(monkeypatch):
     same = cells.provenance("cpu")
     for module in (cells, tuning):
         monkeypatch.setattr(module, "provenance", lambda device: dict(same))
+
+
+def test_the_checks_come_first_and_one_that_does_not_hold_is_told(suite, origin, tmp_path, capsys, monkeypatch):
+    failed = Verdict(check="systems", passed=False, statement="it does not", figures={})
+    make = checking.make
+    monkeypatch.setattr(checking, "make", lambda name, path: (failed, []) if name == "systems" else make(name, path))
+    assert sweep(suite, tmp_path / "results", Share(), instant, float("inf")) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("checks/")[2].partition(".json")[0] for line in lines[:4]] == list(OF_RUNS)
+    assert "error: check systems does not hold" in lines[1]
+    assert not (tmp_path / "results" / "checks" / "systems.json").exists()
+    assert (tmp_path / "results" / "checks" / "systems.json.failed").exists()
 
 
 def files(folder: Path) -> dict[str, int]:
@@ -251,7 +274,7 @@ def test_shares_that_work_at_once_leave_nothing_old(suite, origin, tmp_path, mon
 
 def test_nothing_is_begun_when_the_time_is_up(suite, tmp_path):
     launch = partial(pytest.fail, "a run was started")
-    assert sweep(suite, tmp_path / "results", Share(), launch, -1.0) == 1 + 2 * 5
+    assert sweep(suite, tmp_path / "results", Share(), launch, -1.0) == len(OF_RUNS) + 1 + 2 * 5
 
 
 def test_what_another_share_tunes_is_waited_for_and_not_longer_than_the_time(suite, tmp_path):

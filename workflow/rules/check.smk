@@ -14,8 +14,10 @@ rule check_plans:
         workloads=lambda wildcards, input: [
             f"--workload={path}" for path in input.workloads
         ],
+        suite=SUITE_PATH,
     shell:
-        "lorafusion check plans {input.plans:q} {params.workloads:q} --out {output:q} > {log:q} 2>&1"
+        "lorafusion check plans {input.plans:q} {params.workloads:q} --suite {params.suite:q} --out {output:q}"
+        " > {log:q} 2>&1"
 
 
 rule check_lossless:
@@ -31,11 +33,14 @@ rule check_lossless:
         runtime=15,
         mem_mb=2000 * LOSSLESS_PROCESSES,
         cpus_per_task=LOSSLESS_PROCESSES,
+        gres=check_gres,
         device=1,
     params:
-        arrangements=[f"--arrangement={one}" for one in SUITE.checks.lossless],
+        suite=SUITE_PATH,
+        # Not in the command: checked again when what is checked changes.
+        configuration=content_hash(SUITE.checks.model_dump(mode="json")),
     shell:
-        "lorafusion check lossless {params.arrangements:q} --curves {output.curves:q} --out {output.verdict:q}"
+        "lorafusion check lossless --suite {params.suite:q} --curves {output.curves:q} --out {output.verdict:q}"
         " > {log:q} 2>&1"
 
 
@@ -64,24 +69,28 @@ rule lossless:
 
 rule check_systems:
     output:
-        f"{RESULTS}/checks/systems.json",
+        f"{RESULTS}/checks/{{check}}.json",
     log:
-        f"{LOGS}/check_systems.log",
+        f"{LOGS}/check_{{check}}.log",
+    wildcard_constraints:
+        check="systems|gradients",
     conda:
         "../../environment.yml"
     resources:
-        runtime=20,
-        mem_mb=4000,
-        cpus_per_task=2,
+        runtime=30,
+        mem_mb=2000 * LOSSLESS_PROCESSES,
+        cpus_per_task=LOSSLESS_PROCESSES,
+        gres=check_gres,
         device=1,
     params:
-        systems=[f"--system={name}" for name in COMPARED],
+        suite=SUITE_PATH,
         # Not in the command: checked again when what is checked changes.
         configuration=content_hash(
-            [SYSTEMS[name].model_dump(mode="json") for name in COMPARED]
+            [SUITE.checks.model_dump(mode="json")]
+            + [SYSTEMS[name].model_dump(mode="json") for name in COMPARED]
         ),
     shell:
-        "lorafusion check systems {params.systems:q} --out {output:q} > {log:q} 2>&1"
+        "lorafusion check {wildcards.check} --suite {params.suite:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule check_learning:
@@ -94,6 +103,9 @@ rule check_learning:
     resources:
         runtime=10,
         mem_mb=2000,
+        gres=check_gres,
         device=1,
+    params:
+        suite=SUITE_PATH,
     shell:
-        "lorafusion check learning --out {output:q} > {log:q} 2>&1"
+        "lorafusion check learning --suite {params.suite:q} --out {output:q} > {log:q} 2>&1"

@@ -25,6 +25,7 @@ from lorafusion.keys import CellFiles
 from lorafusion.measure.environment import has_gpu
 from lorafusion.report.contributions import lacking
 from lorafusion.sweep import shuffled
+from lorafusion.verdicts import OF_RUNS, OF_TRAINING
 from lorafusion.workload import content_hash
 
 # The workflow's own Python, also where the environment was not activated and inside Slurm jobs.
@@ -112,6 +113,9 @@ LOGS = f"{RESULTS}/logs"
 RUNS = [f"{name}/repeat~{repeat}" for repeat in REPEATS for name in CELLS]
 BENCHES = benches(KERNEL_SUITE) if KERNEL_SUITE else {}
 KERNEL_FOLDER = f"{RESULTS}/kernels"
+CHECKS = f"{RESULTS}/checks"
+RUN_VERDICTS = [f"{CHECKS}/{name}.json" for name in OF_RUNS]
+TRAINING_VERDICTS = [f"{CHECKS}/{name}.json" for name in OF_TRAINING]
 KERNEL_VERDICTS = [f"{RESULTS}/checks/kernels.json"] if KERNEL_SUITE else []
 KERNEL_RUNS = []
 KERNEL_FIGURES = []
@@ -241,6 +245,14 @@ CELL_RESOURCES = {
     ),
     "device": 1,
 }
+
+
+# Of checks that train: all GPUs of a node that their arrangements can use, as many as there are.
+check_gres = (
+    ""
+    if SUITE.device == "cpu"
+    else f"gpu:{min(SUITE.gpus_per_node, max(cell.gpus for cell in CELLS.values()))}"
+)
 
 
 def order(wildcards):

@@ -159,7 +159,8 @@ rule kernel_measurements:
 
 rule kernel_figures:
     input:
-        f"{KERNEL_FOLDER}/measurements.csv",
+        KERNEL_VERDICTS,
+        table=f"{KERNEL_FOLDER}/measurements.csv",
     output:
         png=report(
             f"{RESULTS}/figures/{{figure}}.png",
@@ -180,6 +181,8 @@ rule kernel_figures:
     conda:
         "../../environment.yml"
     params:
+        checks=CHECKS,
         stem=subpath(output.png, strip_suffix=".png"),
     shell:
-        "lorafusion figure {wildcards.figure} {input:q} --out {params.stem:q} > {log:q} 2>&1"
+        "lorafusion figure {wildcards.figure} {input.table:q} --checks {params.checks:q} --out {params.stem:q}"
+        " > {log:q} 2>&1"

@@ -34,9 +34,7 @@ rule measurements:
 rule checks:
     input:
         f"{RESULTS}/checks/plans.json",
-        f"{RESULTS}/checks/lossless.json",
-        [f"{RESULTS}/checks/systems.json"] if SUITE.checks.systems else [],
-        [f"{RESULTS}/checks/learning.json"] if SUITE.checks.learning else [],
+        RUN_VERDICTS,
         KERNEL_VERDICTS,
     output:
         report(
@@ -78,9 +76,11 @@ rule end_to_end:
     conda:
         "../../environment.yml"
     params:
+        checks=CHECKS,
         stem=subpath(output.png, strip_suffix=".png"),
     shell:
-        "lorafusion figure end_to_end {input.table:q} --model {wildcards.model} --out {params.stem:q} > {log:q} 2>&1"
+        "lorafusion figure end_to_end {input.table:q} --model {wildcards.model} --checks {params.checks:q}"
+        " --out {params.stem:q} > {log:q} 2>&1"
 
 
 rule contributions:
@@ -112,9 +112,11 @@ rule contributions:
     conda:
         "../../environment.yml"
     params:
+        checks=CHECKS,
         stem=subpath(output.png, strip_suffix=".png"),
     shell:
-        "lorafusion figure contributions {input.table:q} --model {wildcards.model} --out {params.stem:q} > {log:q} 2>&1"
+        "lorafusion figure contributions {input.table:q} --model {wildcards.model} --checks {params.checks:q}"
+        " --out {params.stem:q} > {log:q} 2>&1"
 
 
 rule system_profile:

@@ -85,7 +85,8 @@ rule training_measurements:
 
 rule training_speed:
     input:
-        f"{TRAINING_FOLDER}/measurements.csv",
+        TRAINING_VERDICTS,
+        table=f"{TRAINING_FOLDER}/measurements.csv",
     output:
         png=report(
             f"{RESULTS}/figures/training_speed.png",
@@ -106,9 +107,10 @@ rule training_speed:
     conda:
         "../../environment.yml"
     params:
+        checks=CHECKS,
         stem=subpath(output.png, strip_suffix=".png"),
     shell:
-        "lorafusion training speed {input:q} --out {params.stem:q} > {log:q} 2>&1"
+        "lorafusion training speed {input.table:q} --checks {params.checks:q} --out {params.stem:q} > {log:q} 2>&1"
 
 
 if TRAINING_PROFILES:

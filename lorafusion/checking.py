@@ -59,14 +59,13 @@ def systems_of(suite: Suite, merged: bool | None = None) -> list[str]:
     return list(dict.fromkeys(system for grid in grids for system in grid.systems))
 
 
-def require_passed(path: Path, check: str, suite: str, code: str | None) -> Verdict:
-    """The verdict in a file; raises `UserError` unless it is this check's, is passed, and is about this suite and code.
-
-    code: None where it is not known."""
+def require_passed(path: Path, check: str, suite: str, code: str | None, dtype: str | None = None) -> Verdict:
+    """The verdict in a file; raises `UserError` unless it is this check's, is passed, and is about this suite and code,
+    and this dtype. These two: None where they are not known."""
     verdict = read_verdict(path)
     pairs = [("check", verdict.check, check), ("passed", verdict.passed, True), ("suite", verdict.origin.suite, suite)]
-    if code is not None:
-        pairs.append(("code", verdict.origin.code, code))
+    known = [("code", verdict.origin.code, code), ("dtype", verdict.origin.dtype, dtype)]
+    pairs += [pair for pair in known if pair[2] is not None]
     for what, found, expected in pairs:
         if found != expected:
             raise UserError(f"{path}: {what}: expected {expected}, found {found}; `lorafusion check {check}` makes it")

@@ -128,9 +128,10 @@ class Sweep:
     def steps(self) -> Iterator[Step]:
         """What this share of the sweep does, in order: checks, tunings, profiles, then repeat after repeat."""
         suite, every = self.suite, self.files
+        code = tree_hash()
         for name in OF_RUNS[self.share.index :: self.share.count]:
             yield Step(self.folder / "checks" / f"{name}.json",
-                       partial(require_passed, check=name, suite=suite.name, code=tree_hash()),
+                       partial(require_passed, check=name, suite=suite.name, code=code, dtype=suite.dtype),
                        partial(self._check, name))  # fmt: skip
         able = [one for one in every.values() if not unavailable(one.system)]
         for one in {one.cell.workload_name: one for one in every.values()}.values():

@@ -365,7 +365,9 @@ def publish(
     table: Annotated[Path, typer.Argument(help="the measurement table")],
     results: Annotated[list[Path], typer.Argument(help="result files of runs")],
     figure: Annotated[list[Path], typer.Option(help="a figure to show beside the tables")],
-    directory: Annotated[Path, typer.Option(help="folder for everything that wandb writes")],
+    directory: Annotated[
+        Path, typer.Option(help="folder for all that wandb writes: new, empty, or of an earlier publication")
+    ],
     mode: Annotated[str, typer.Option(help="offline, or online to send it to your wandb server")] = "offline",
     project: Annotated[str, typer.Option()] = "lorafusion",
     entity: Annotated[str | None, typer.Option()] = None,

@@ -27,7 +27,7 @@ def shortened(text: str, most: int) -> str:
     what to do at the end."""
     if len(text) <= most:
         return text
-    tail = most // 3
+    tail = most // 2
     return f"{text[: most - tail - 5]} ... {text[-tail:]}"
 
 

@@ -215,3 +215,11 @@ def test_a_cells_workload_is_the_one_that_the_command_makes(made):
 )
 def test_the_first_difference(found, expected, difference):
     assert first_difference(found, expected) == difference
+
+
+def test_an_error_says_what_was_found_and_expected_however_long_the_path_is():
+    path = "results/" + "a-long-folder/" * 15 + "workload.json"
+    text = str(OutOfDateError(path, "config_hash", "0" * 16, "1" * 16))
+    assert len(text) == 300
+    assert text.startswith("results/a-long-folder")
+    assert "/workload.json: config_hash: found 0000000000000000, expected 1111111111111111; it was made for" in text

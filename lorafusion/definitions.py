@@ -83,22 +83,30 @@ def first_a(job: Job, linear: str, columns: int, dtype: torch.dtype, device: tor
 def keep_mask(job: Job, layer: int, module: str, offset: int, tokens: int, columns: int) -> torch.Tensor:
     """Which elements of x [tokens, columns] the job's dropout keeps before a linear, the first token being `offset`
     tokens into the job's stream: bool, on the CPU."""
-    threshold = min(round(job.dropout * 65536), 65535)
-    words = _keep_words(f"{job.seed}/{layer}/{module}", offset, tokens, -(-columns // COLUMNS), threshold)
-    bits = np.unpackbits(words.astype("<u4").view(np.uint8).reshape(tokens, -1), axis=1, bitorder="little")
+    digest = hashlib.blake2b(f"{job.seed}/{layer}/{module}".encode(), digest_size=8).digest()
+    return keep_mask_of_key(int.from_bytes(digest, "little"), job.dropout, offset, tokens, columns)
+
+
+def keep_mask_of_key(key: int, dropout: float, offset: int, tokens: int, columns: int) -> torch.Tensor:
+    """`keep_mask` of the 64-bit key of a linear of a job."""
+    threshold = min(round(dropout * 65536), 65535)
+    words = _keep_words(key, offset, tokens, -(-columns // COLUMNS), threshold)
+    bits = np.unpackbits(
+        words.astype("<u4").view(np.uint8).reshape(tokens, 4 * words.shape[1]), axis=1, bitorder="little"
+    )
     return torch.from_numpy(bits[:, :columns].astype(bool))
 
 
 @lru_cache(maxsize=4096)
-def _keep_words(name: str, offset: int, tokens: int, words: int, threshold: int) -> np.ndarray:
+def _keep_words(key: int, offset: int, tokens: int, words: int, threshold: int) -> np.ndarray:
     """uint32 [tokens, words], a bit for each element: kept where a number of 16 bits is not below the threshold. Bit i
     of the j-th of 16 random words is bit j of the number of column i."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+    halves = key & 0xFFFFFFFF, key >> 32
     place = offset + np.arange(tokens, dtype=np.uint64)[:, None]
     below = np.zeros((tokens, words), np.uint64)
     equal = np.full((tokens, words), U32)
-    random = [word for call in range(4) for word in philox(place, 4 * np.arange(words, dtype=np.uint64) + call, key)]
+    calls = 4 * np.arange(words, dtype=np.uint64)
+    random = [word for call in range(4) for word in philox(place, calls + np.uint64(call), halves)]
     for bit in reversed(range(16)):  # the highest bit that differs from the threshold's decides
         if threshold >> bit & 1:
             below |= equal & ~random[bit]

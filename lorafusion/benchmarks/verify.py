@@ -1,4 +1,4 @@
-"""The LoRA linear against float64: outputs and gradients, with the same dropout masks.
+"""The LoRA linear against float64: outputs and gradients by the plain formula and autograd, masks by their definition.
 
 The measure is the root mean square error over that of plain PyTorch in the same dtype, and how far the LoRA term's size
 is off: an error along the term, such as a wrong scale, hides in the first beside the base's product.
@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, lora_linears
-from fused_lora.reference import draw_masks, lora_backward, lora_forward
+from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, lora_linears, ops
+from fused_lora.linear import operator_arguments
+from fused_lora.philox import unpack
 from lorafusion.benchmarks.measure import require_device
 from lorafusion.benchmarks.suite import KernelSuite
+from lorafusion.definitions import keep_mask_of_key
 from lorafusion.verdicts import Verdict
 
 # Of eager's root mean square error. Kernels add in float32, in another order, and round once where eager rounds twice;
@@ -47,6 +49,7 @@ def verify(suite: KernelSuite, name: str) -> Verdict:
     require_device(suite)
     device, dtype = torch.device(suite.device), getattr(torch, suite.dtype)
     worst: dict[str, float] = {}
+    wrong, of_masks = 0, "elements of dropout masks that are not those of their definition"
     for inputs, outputs in suite.verify.shapes:
         for tokens in suite.verify.tokens:
             for rank in suite.verify.ranks:
@@ -54,15 +57,18 @@ def verify(suite: KernelSuite, name: str) -> Verdict:
                     problem = random_problem(inputs, outputs, tokens, rank, mixed, device, dtype, suite.seed)
                     for key, value in errors(problem).items():
                         worst[key] = max(worst.get(key, 0.0), value)
+                    wrong += wrong_mask_elements(problem)
     scale, of_size = worst.pop("LoRA term"), "LoRA term of y: relative error of its size"
     figures = {f"{key}: error over plain PyTorch's": value for key, value in worst.items()}
     return Verdict(
         check="kernels",
-        passed=all(value <= MOST_ERROR[dtype] for value in worst.values()) and scale <= MOST_SCALE_ERROR[dtype],
+        passed=all(value <= MOST_ERROR[dtype] for value in worst.values())
+        and scale <= MOST_SCALE_ERROR[dtype]
+        and wrong == 0,
         statement=f"fused_lora in {suite.dtype} on {suite.device} ({name}): outputs and gradients as close to float64 "
         "as plain PyTorch's in the same dtype, with the same masks",
-        figures={**figures, of_size: scale},
-        limits=dict.fromkeys(figures, MOST_ERROR[dtype]) | {of_size: MOST_SCALE_ERROR[dtype]},
+        figures={**figures, of_size: scale, of_masks: wrong},
+        limits=dict.fromkeys(figures, MOST_ERROR[dtype]) | {of_size: MOST_SCALE_ERROR[dtype], of_masks: 0},
     )
 
 
@@ -111,12 +117,46 @@ def errors(problem: Problem) -> dict[str, float]:
 
 
 def reference(problem: Problem) -> dict[str, Tensor]:
-    """y, dx, and da and db of each adapter with tokens, by the reference in the problem's dtype."""
+    """y, dx, and da and db of each adapter with tokens: the plain formula in the problem's dtype, its gradients by
+    autograd, with masks from `lorafusion.definitions`. Nothing of it is the code that is verified."""
     p = problem
-    masks = draw_masks(p.adapters, p.segments, p.positions, p.x.shape[1])
-    y, projected = lora_forward(p.x, p.weight, None, p.adapters, p.segments, masks)
-    dx, da, db = lora_backward(p.dy, p.x, p.weight, projected, p.adapters, p.segments, masks)
-    return _named(p, y, dx, da, db)
+    x = p.x.detach().requires_grad_()
+    factors = [(one.a.detach().requires_grad_(), one.b.detach().requires_grad_()) for one in p.adapters]
+    y = x @ p.weight.T
+    for segment, mask in zip(p.segments, masks(p), strict=True):
+        tokens, adapter, (a, b) = (
+            slice(segment.start, segment.stop),
+            p.adapters[segment.adapter],
+            factors[segment.adapter],
+        )
+        s = (x[tokens] * mask) @ a.T * (adapter.scaling / (1 - adapter.dropout))
+        y = torch.cat([y[: segment.start], y[tokens] + s @ b.T, y[segment.stop :]])
+    y.backward(p.dy)
+    return _named(p, y.detach(), x.grad, [a.grad for a, _ in factors], [b.grad for _, b in factors])
+
+
+def masks(problem: Problem) -> list[Tensor]:
+    """Each segment's mask by its definition: bool [tokens, columns]."""
+    first, columns = int(problem.positions[0]), problem.x.shape[1]
+    return [
+        keep_mask_of_key(one.key, one.dropout, first + segment.start, segment.stop - segment.start, columns)
+        .to(problem.x.device)
+        for segment in problem.segments
+        for one in [problem.adapters[segment.adapter]]
+    ]  # fmt: skip
+
+
+def wrong_mask_elements(problem: Problem) -> int:
+    """How many elements of the masks that the kernels draw are not those of their definition."""
+    p = problem
+    table, batch = AdapterTable.of([p.adapters], p.x.device), LoRABatch.of(p.segments, p.positions)
+    arguments = operator_arguments([p.adapters], batch, table, training=True)
+    _, _, bits = ops.KERNELS[ops.linear, p.x.device.type](p.x, [p.weight], [p.x.new_empty(0)], *arguments, True)
+    drawn = unpack(bits[0], p.x.shape[1])
+    return sum(
+        int((drawn[segment.start : segment.stop] != mask).sum())
+        for segment, mask in zip(p.segments, masks(p), strict=True)
+    )
 
 
 def kernels(problem: Problem) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ import pytest
 import torch
 import yaml
 
+import fused_lora.cpu
+import fused_lora.reference
 from lorafusion.benchmarks import verify
 from lorafusion.benchmarks.implementations import Builder, Setting
 from lorafusion.benchmarks.measure import measured, run_bench
@@ -168,3 +170,27 @@ def test_verification_sees_a_wrong_scale_and_a_wrong_gradient(mixed):
         assert verify.errors(problem)["LoRA term"] > verify.MOST_SCALE_ERROR[torch.float32]
     with patch.object(verify, "kernels", shifted):
         assert verify.errors(problem)["da"] > verify.MOST_ERROR[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "change"),
+    [
+        (fused_lora.reference, "_factor", lambda original: lambda *a: original(*a) * 1.01),
+        (fused_lora.cpu, "words_of_threshold", lambda original: lambda key, *rest: original(key ^ 1, *rest)),
+        (fused_lora.cpu, "lora_backward", lambda original: lambda dy, *rest: original(dy * 1.01, *rest)),
+    ],
+    ids=["scale", "masks", "backward"],
+)
+def test_verification_takes_nothing_from_what_it_verifies(monkeypatch, module, name, change):
+    """On a CPU the kernels are the reference: what is wrong in it must not be on both sides."""
+    assert verify.verify(read_kernel_suite("smoke"), "smoke").passed
+    monkeypatch.setattr(module, name, change(getattr(module, name)))
+    assert not verify.verify(read_kernel_suite("smoke"), "smoke").passed
+
+
+def test_masks_are_compared_element_by_element(monkeypatch):
+    problem = verify.random_problem(48, 40, 70, 8, True, CPU, torch.float32, seed=1)
+    assert verify.wrong_mask_elements(problem) == 0
+    original = fused_lora.cpu.words_of_threshold
+    monkeypatch.setattr(fused_lora.cpu, "words_of_threshold", lambda *arguments: original(*arguments) ^ 1)
+    assert verify.wrong_mask_elements(problem) > 0

@@ -239,6 +239,7 @@ def measurements(
     ] = False,
 ) -> None:
     """Gather result files in the measurement table, validate and seal it."""
+    from lorafusion.config import runs_of
     from lorafusion.keys import require_results
     from lorafusion.measure import table
     from lorafusion.measure.store import write_store
@@ -248,11 +249,12 @@ def measurements(
     require_results(contents, suite)
     frame = table.summarise(table.table_of(contents))
     table.validate(frame)
-    missing = table.gaps(frame)
+    expected = runs_of(suite) if suite else {}
+    missing = table.gaps(frame, expected)
     if missing and not incomplete:
         raise UserError(f"{folder}: {missing}; give their result files too, or --incomplete")
     csv, parquet, schema, page, *_ = _measurement_files(folder)
-    table.write(frame, csv, parquet)
+    table.write(frame, csv, parquet, expected)
     write_store(csv, contents)
     table.write_json_schema(schema)
     write(page, measurements_page(frame))

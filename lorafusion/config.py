@@ -257,6 +257,12 @@ def read_suite(path: str | Path) -> Suite:
     return suite
 
 
+def runs_of(path: Path) -> dict[str, int]:
+    """The repeats of each cell of a suite's file, by the cell's name."""
+    suite = read_suite(path)
+    return {cell.name: suite.repeats for cell in cells(suite, path)}
+
+
 def cells(suite: Suite, source: str | Path = "suite") -> list[Cell]:
     """Every cell of a suite, in order; raises `UserError` for an unknown name or two cells of one identity."""
     systems, seen, out = read_systems(), set(), []

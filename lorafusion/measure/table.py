@@ -8,7 +8,7 @@ Parquet (with types), which hold the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,15 +171,17 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([single, frame(rows)]).sort_values(list(ORDER), ignore_index=True)
 
 
-def write(table: pd.DataFrame, csv_path: str | Path, parquet_path: str | Path) -> None:
-    """Write a valid table in both forms, each file whole or not at all, and their seals, which say what is missing;
-    equal tables give equal bytes."""
+def write(
+    table: pd.DataFrame, csv_path: str | Path, parquet_path: str | Path, expected: Mapping[str, int] | None = None
+) -> None:
+    """Write a valid table in both forms, each file whole or not at all, and their seals, which say which of the
+    expected runs are missing (`gaps`); equal tables give equal bytes."""
     validate(table, csv_path)
     ordered = _typed(table[list(COLUMNS)], csv_path).sort_values(list(ORDER), ignore_index=True)
     _write_whole(csv_path, lambda partial: partial.write_text(csv_text(ordered), newline=""))
     _write_whole(parquet_path, lambda partial: ordered.to_parquet(partial, engine="pyarrow", index=False))
     for path in (csv_path, parquet_path):
-        seal(Path(path), gaps(table))
+        seal(Path(path), gaps(table, expected))
 
 
 def csv_text(table: pd.DataFrame) -> str:
@@ -197,9 +199,8 @@ def read(path: str | Path) -> pd.DataFrame:
     _require_form(path)
     sealed = require_seal(path)
     table = read_unsealed(path)
-    if (missing := gaps(table)) != sealed.remark:
-        none = "no run is missing"
-        raise MeasurementError(f"{path}: expected, as its seal says: {sealed.remark or none}; found: {missing or none}")
+    if (missing := gaps(table)) and not sealed.remark:
+        raise MeasurementError(f"{path}: expected, as its seal says: no run is missing; found: {missing}")
     _require_own_summaries(table, path)
     require_store(path, table)
     return table
@@ -229,28 +230,31 @@ def _require_form(path: Path) -> None:
         raise MeasurementError(f"{path}: no such file")
 
 
-def gaps(table: pd.DataFrame) -> str:
+def gaps(table: pd.DataFrame, expected: Mapping[str, int] | None = None) -> str:
     """The runs that a table lacks, in a line; empty if it has all.
 
     Each cell must have a number, or a row that says why there is none, in each repeat in which any cell of its suite
     and kind has one of that metric, but for what a run costs besides time. A run that failed has only the rows that it
-    was expected to have.
+    was expected to have. expected: the repeats of each cell of the suite, by name, where that is known.
     """
     runs = table[(table["statistic"] == "single") & table["repeat"].notna() & ~table["metric"].isin(COSTS)]
     what, cell = ["suite", "kind", "metric", "window", "implementation", "pass"], ["suite", "kind", "cell"]
     repeats = runs[["suite", "kind", "metric", "window", "repeat"]].drop_duplicates()
-    expected = runs[[*what, "cell"]].drop_duplicates().merge(repeats, on=["suite", "kind", "metric", "window"])
+    alike = runs[[*what, "cell"]].drop_duplicates().merge(repeats, on=["suite", "kind", "metric", "window"])
     present = runs[[*what, "cell", "repeat"]].drop_duplicates().assign(present=True)
-    missing = expected.merge(present, how="left")
+    missing = alike.merge(present, how="left")
     missing = missing[missing["present"].isna()][[*cell, "repeat"]].drop_duplicates()
     failed = runs[runs["status"] != "ok"][[*cell, "repeat"]].drop_duplicates().assign(failed=True)
     missing = missing.merge(failed, how="left")
-    missing = missing[missing["failed"].isna()].sort_values([*cell, "repeat"])
-    if missing.empty:
+    missing = missing[missing["failed"].isna()][["cell", "repeat"]]
+    made = set(runs[["cell", "repeat"]].itertuples(index=False, name=None))
+    wanted = {(name, repeat) for name, count in (expected or {}).items() for repeat in range(1, count + 1)}
+    missing = sorted({*missing.itertuples(index=False, name=None), *(wanted - made)})
+    if not missing:
         return ""
-    first, count = missing.iloc[0], len(missing)
+    (name, repeat), count = missing[0], len(missing)
     runs_are = "1 run of a cell is" if count == 1 else f"{count} runs of cells are"
-    return f"{runs_are} missing, first repeat {first['repeat']} of {first['cell']!r}"
+    return f"{runs_are} missing, first repeat {repeat} of {name!r}"
 
 
 def write_json_schema(path: str | Path) -> None:

@@ -108,6 +108,14 @@ def test_a_missing_repeat_is_told_and_refused_unless_the_seal_says_so(tmp_path):
         table.read(path)
 
 
+def test_a_cell_of_the_suite_that_was_never_run_is_missing():
+    frame = table.summarise(build(*runs()))
+    names = [f"model~tiny/workload~xsum/gpus~2/system~{system}" for system in ("lorafusion", "mlora", "peft")]
+    assert table.gaps(frame, dict.fromkeys(names[:2], 3)) == ""
+    assert table.gaps(frame, dict.fromkeys(names, 3)) == f"3 runs of cells are missing, first repeat 1 of {names[2]!r}"
+    assert table.gaps(frame, dict.fromkeys(names[:2], 4)).startswith("2 runs of cells are missing, first repeat 4")
+
+
 def test_a_run_that_failed_is_not_missing_and_one_metric_less_is():
     failed = [*runs(("lorafusion",)), *runs(("mlora",), (1, 2)), result("mlora", 3, status="oom")]
     assert table.gaps(build(*failed)) == ""

@@ -55,8 +55,8 @@ rule all:
 onsuccess:
     if all(Path(path).exists() for path in rules.all.input):
         shell(
-            f"{sys.executable} -m snakemake --snakefile {workflow.main_snakefile} --cores 1 --nolock --quiet all"
-            f" --config suite={SUITE_PATH} --report {RESULTS}/report.html"
+            f"{sys.executable} -m snakemake --snakefile '{workflow.main_snakefile}' --cores 1 --nolock --quiet all"
+            f" --config 'suite={SUITE_PATH}' --report '{RESULTS}/report.html'"
             f" --report-stylesheet '{Path(workflow.main_snakefile).parent}/workflow/report/phone.css'"
         )
         print(f"report: {RESULTS}/report.html")

@@ -47,6 +47,10 @@ KINDS = {
     "an interval's confidence, a percentile": r"95 % interval|\b\d+th(?: to \d+th)? percentile",
     "a unit's part, a repeat": r"for 1000(?: real)? tokens|repeats \d and \d\b",
     "the name of a license, a conference or a device": r"\bApache-2\.0|\b[A-Z]\w+'\d\d\b|\b[A-Z]+\d+-\d+GB\b",
+    "the name of an algorithm, a field's place": r"\bSHA-256\b|\bfield \d+ of\b",
+    "a date": (
+        r"(?:(?:\d{1,2} )?(?:January|February|March|April|May|June|July|August|September|October|November|December) )20\d\d\b"
+    ),
     "an issue, a year of a commit": r"issue \d+|\b[0-9a-f]{7}, 20\d\d\b",
     "a tensor's shape": r"\[1, T, [A-Z]\]",
     "a list's number": r"(?<=[.:;,] )\d\. (?=[*A-Z`])",

@@ -66,16 +66,16 @@ class Plain:
 
     def errors(self, found: Trained, jobs: Sequence[Job]) -> tuple[float, float]:
         """Of the losses, and of the adapters' tensors: the largest relative ones, or over those of plain libraries."""
-        each = [(self._loss_error(found, job.name), self._weight_error(found, job.name)) for job in jobs]
-        return max(loss for loss, _ in each), max(weight for _, weight in each)
+        return self._loss_error(found, jobs), max(self._weight_error(found, job.name) for job in jobs)
 
-    def _loss_error(self, found: Trained, job: str) -> float:
-        exact, ours = self.exact.losses[job], found.losses[job]
+    def _loss_error(self, found: Trained, jobs: Sequence[Job]) -> float:
+        exact, ours = ([loss for job in jobs for loss in one.losses[job.name]] for one in (self.exact, found))
         if self.rounded is None:
             return max(abs(one - other) / abs(other) for one, other in zip(ours, exact, strict=True))
-        rounded = self.rounded.losses[job]
-        unit = max(abs(one - other) for one, other in zip(rounded, exact, strict=True))
-        return max(abs(one - other) for one, other in zip(ours, exact, strict=True)) / unit
+        # Of all losses together: a single one may be right by chance. The largest error over the largest one of plain
+        # libraries was up to 3.4 on an H200 where nothing was wrong.
+        rounded = [loss for job in jobs for loss in self.rounded.losses[job.name]]
+        return math.dist(ours, exact) / math.dist(rounded, exact)
 
     def _weight_error(self, found: Trained, job: str) -> float:
         exact, ours = self.exact.weights[job], found.weights[job]

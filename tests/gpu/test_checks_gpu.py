@@ -117,7 +117,7 @@ def test_adapters_learn(apart):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["with the projection", "by their own kernel"])
 @pytest.mark.parametrize("offset", [0, 12345, 2**33 + 7])
-@pytest.mark.parametrize("dropout", [0.1, 0.5])
+@pytest.mark.parametrize("dropout", [0.1, 0.4])
 def test_masks_drawn_on_the_gpu_are_those_of_their_definition(offset, dropout, dtype):
     """Bit for bit: those that kernels draw, and the reference's on the GPU."""
     job, columns, tokens = checks.toy_jobs(dropout=dropout)[0], 4128, 257

@@ -272,10 +272,11 @@ def parts_drawn(story):
     with matplotlib.rc_context(style.PARAMETERS):
         FigureCanvasAgg(figure).draw()
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    handles = zip(labels, figure.legends[0].legend_handles, strict=True)
+    pairs = list(zip(labels, figure.legends[0].legend_handles, strict=True))
     # Those of the right panels, of LoRA's operations, are the last.
-    colours = {to_hex(handle.get_facecolor()): label for label, handle in list(handles)[:4]}
-    return dict(zip(("whole", "steady"), figure.axes[::2], strict=True)), colours
+    colours = {to_hex(handle.get_facecolor()): label for label, handle in pairs[:4]}
+    operations = {to_hex(handle.get_facecolor()): label for label, handle in pairs[4:6]}
+    return dict(zip(("whole", "steady"), figure.axes[::2], strict=True)), colours, figure.axes[1::2], operations
 
 
 @WINDOWS
@@ -313,3 +314,22 @@ def test_the_axis_of_the_parts_is_of_ratios(story, parts_drawn, window):
     means = Parts(story, window).over_all()["speedup"]
     low, high = t_interval(means)
     assert f"{mean(means):.3f}× [{low:.3f}, {high:.3f}]" in [text.get_text() for text in ax.texts]
+
+
+@WINDOWS
+def test_each_corner_is_its_operation_under_its_order(story, parts_drawn, window):
+    """Those of the systems that were run; a bar begins at zero."""
+    _, _, panels, operations = parts_drawn
+    ax, parts = panels[["whole", "steady"].index(window)], Parts(story, window)
+    orders = dict(zip([one.get_text() for one in ax.get_yticklabels()], ax.get_yticks(), strict=True))
+    bars = {}
+    for bar in ax.patches:
+        y = bar.get_y() + bar.get_height() / 2
+        order = min(orders, key=lambda name: abs(orders[name] - y))
+        bars[operations[to_hex(bar.get_facecolor())], order] = (bar.get_x(), bar.get_width())
+    means = parts.over_all()
+    assert bars == {
+        ("unfused LoRA", "sequential"): (0, 1),
+        ("unfused LoRA", "our\norder"): (0, pytest.approx(mean(means["schedule_and_packing"]))),
+        ("fused LoRA", "our\norder"): (0, pytest.approx(mean(means["product"]))),
+    }

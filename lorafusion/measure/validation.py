@@ -16,6 +16,7 @@ GROUP = ("suite", "kind", "cell", "metric", "window", "implementation", "pass")
 KEY = (*GROUP, "statistic", "repeat")
 # A number's place by the columns of its cell, without the cell's name: for readers who group by columns.
 PLACE = (*IDENTITY, "metric", "window", "implementation", "pass", "statistic", "repeat")
+ROUNDING = 1e-9  # of a product of two numbers that were written with all their digits
 ORDER = ("suite", "kind", "model", "workload", "gpus", "system", *KEY[2:])
 
 
@@ -48,8 +49,25 @@ def validate(table: pd.DataFrame, source: str | Path = "table") -> None:
     checked.reject(measured & table["repeat"].isna(), "repeat", "the number of the fresh process")
     twice = "one " + table["statistic"] + " row for " + table["metric"] + " of cell " + table["cell"]
     checked.reject(table.duplicated(list(KEY)), "repeat", twice)
+    _require_tokens_over_time(table, checked)
     named = table.groupby(list(PLACE), dropna=False)["cell"].transform("first")
     checked.reject(table.duplicated(list(PLACE)), "cell", "other columns than those of cell " + named)
+
+
+def _require_tokens_over_time(table: pd.DataFrame, checked: _Checked) -> None:
+    """Throughput times time is one whole number of tokens in all runs of a workload, whatever system trained it."""
+    run = ["suite", "cell", "repeat"]
+    rows = table[(table["kind"] == "measured") & (table["statistic"] == "single") & (table["window"] == "whole")]
+    rows = rows[(rows["status"] == "ok") & rows["workload_hash"].notna()]
+    throughput, time = (rows[rows["metric"] == metric].drop_duplicates(run) for metric in ("throughput", "time"))
+    both = throughput.reset_index().merge(time[[*run, "value"]], on=run, suffixes=("", "_of_time")).set_index("index")
+    if both.empty:
+        return
+    tokens = (both["value"] * both["value_of_time"]).astype(float)
+    expected = tokens.groupby(both["workload_hash"]).transform("median").round()
+    bad = (tokens - expected).abs() > ROUNDING * expected
+    said = expected.map("{:.0f} tokens over the run's time, as its workload's other runs have".format)
+    checked.reject(bad.reindex(table.index, fill_value=False), "value", said.reindex(table.index, fill_value=""))
 
 
 @dataclass(frozen=True)

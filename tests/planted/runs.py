@@ -313,6 +313,15 @@ def ratios_are_of_unlike_repeats(original):
     return ratios
 
 
+@planted(
+    "lorafusion.measure.validation:_require_tokens_over_time",
+    caught_by="tests/measure/test_tokens_over_time.py::test_one_that_is_a_little_faster_is_refused",
+)
+def a_throughput_need_not_be_tokens_over_the_time(original):
+    """A table may have throughputs that are not its workload's tokens over the run's time."""
+    return lambda table, checked: None
+
+
 # --- What is drawn
 
 

@@ -89,7 +89,8 @@ class Story:
         grid = {"models": ["tiny"], "gpus": [1], "workloads": list(CAPACITY), "systems": list(RATES), "samples": 6,
                 "global_batch": 2, "length_scale": 64, "capacity": CAPACITY, "minutes": 3}  # fmt: skip
         suite = {"name": "known", "description": "times that are known", "device": "cpu", "dtype": "float32",
-                 "adapter_dtype": "float32", "repeats": len(DRIFT), "cells": [grid]}  # fmt: skip
+                 "adapter_dtype": "float32", "repeats": len(DRIFT), "cost": False,
+                 "cells": [grid]}  # fmt: skip
         self.suite = folder / "known.yaml"
         self.suite.write_text(yaml.safe_dump(suite))
         for workload in CAPACITY:

@@ -25,6 +25,8 @@ THINGS = (
 SIZE = r"(?:1024|2048|2304|4096|5120|6144|8192|14336|27648|28672|16,384|32,768|65,536)"
 SHAPE = rf"(?:{SIZE}|1024)(?:, {SIZE})*(?: → {SIZE}| × {SIZE}|²)?"
 
+MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
+
 # Numbers that are no measurements. Each pattern matches them with the words that make them so.
 KINDS = {
     "a version": rf"(?:{SOFTWARE})[- ](?:[a-z0-9]+ )?v?\d+(?:\.\d+)*(?:(?:, | or | and )\d+(?:\.\d+)+)*",
@@ -48,9 +50,7 @@ KINDS = {
     "a unit's part, a repeat": r"for 1000(?: real)? tokens|repeats \d and \d\b",
     "the name of a license, a conference or a device": r"\bApache-2\.0|\b[A-Z]\w+'\d\d\b|\b[A-Z]+\d+-\d+GB\b",
     "the name of an algorithm, a field's place": r"\bSHA-256\b|\bfield \d+ of\b",
-    "a date": (
-        r"(?:(?:\d{1,2} )?(?:January|February|March|April|May|June|July|August|September|October|November|December) )20\d\d\b"
-    ),
+    "a date": rf"(?:\d{{1,2}} )?(?:{MONTHS}) 20\d\d\b",
     "an issue, a year of a commit": r"issue \d+|\b[0-9a-f]{7}, 20\d\d\b",
     "a tensor's shape": r"\[1, T, [A-Z]\]",
     "a list's number": r"(?<=[.:;,] )\d\. (?=[*A-Z`])",

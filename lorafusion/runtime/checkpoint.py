@@ -47,14 +47,20 @@ class IncompleteError(CheckpointError):
 
 @dataclass(frozen=True)
 class Found:
-    """A whole checkpoint. steps: of each adapter, those that are done. stopped: of each one that was stopped, the steps
-    that its weights have seen. events: how far each file of events was."""
+    """A whole checkpoint. processes: those that have a part of it. steps: of each adapter, those that are done.
+    stopped: of each one that was stopped, the steps that its weights have seen. events: how far each file of them
+    was."""
 
     path: Path
     slot: int
+    processes: int
     steps: dict[str, int]
     stopped: dict[str, int]
     events: dict[str, Entry] = field(default_factory=dict)
+
+    def part(self, rank: int) -> Path:
+        """The tensors of one process."""
+        return self.path / _part_name(rank)
 
     @property
     def events_kept(self) -> dict[str, int]:
@@ -138,7 +144,7 @@ class Checkpoints:
             steps[adapter.job.name] = adapter.steps
             if bool(adapter.stopped):
                 stopped[adapter.job.name] = adapter.steps_made()
-        path = folder / f"rank-{self.rank}.safetensors"
+        path = folder / _part_name(self.rank)
         with whole(path) as partial:
             save_file({name: value.detach().to("cpu").contiguous() for name, value in state.items()}, partial)
             entry = Entry.of(partial)
@@ -221,8 +227,15 @@ def newest(folder: Path, origin: dict, log: Path | None = None) -> tuple[Found |
     if not refused and (folder / NEWEST).exists():
         refused = [*passed, f"{folder}: its checkpoints are gone"]
     if refused:
-        raise CheckpointError(f"{refused[0]}; no good checkpoint is left; to begin anew, move {folder} away")
+        raise CheckpointError(f"{refused[0]}; no good checkpoint is left; to begin anew, move all of them away")
     return None, passed
+
+
+def last_written(folder: Path) -> Path | None:
+    """The newest checkpoint of a run under way, which is whole; it may be removed for a newer one at any moment."""
+    if not (folder / NEWEST).exists():
+        return None
+    return folder / _slot_name(manifest.read_sealed(folder / NEWEST)["slot"])
 
 
 def opened(path: Path, origin: dict | None = None, log: Path | None = None) -> Found:
@@ -243,12 +256,12 @@ def opened(path: Path, origin: dict | None = None, log: Path | None = None) -> F
         raise IncompleteError(str(error)) from None
     except DamagedError as error:
         raise CheckpointError(str(error)) from None
-    return Found(path, facts["slot"], facts["steps"], facts["stopped"], noted)
+    return Found(path, facts["slot"], facts["processes"], facts["steps"], facts["stopped"], noted)
 
 
 def load(run: TrainingRun, found: Found, rank: int) -> None:
     """Put a run where the checkpoint of the same plan and number of processes was."""
-    path = found.path / f"rank-{rank}.safetensors"
+    path = found.part(rank)
     with safe_open(path, framework="pt") as file:
         for adapter in run.adapters:
             prefix = f"{adapter.job.name}/"
@@ -267,10 +280,10 @@ def adapter_states(found: Found) -> Iterator[tuple[str, dict[str, torch.Tensor]]
 
 
 def adapter_state(found: Found, job: str) -> dict[str, torch.Tensor]:
-    """What `adapter_states` tells of one job."""
+    """What `adapter_states` tells of one job. Raises `FileNotFoundError` where the checkpoint has been removed."""
     state: dict[str, torch.Tensor] = {}
-    for part in sorted(found.path.glob("rank-*.safetensors")):
-        with safe_open(part, framework="pt") as file:
+    for rank in range(found.processes):
+        with safe_open(found.part(rank), framework="pt") as file:
             for name in sorted(file.keys()):
                 owner, _, rest = name.partition("/")
                 if owner == job and not rest.endswith("/gradient"):
@@ -335,6 +348,10 @@ def _hold_key(rank: int) -> str:
 
 def _part_key(slot: int, rank: int) -> str:
     return f"checkpoint-{slot}-{rank}"
+
+
+def _part_name(rank: int) -> str:
+    return f"rank-{rank}.safetensors"
 
 
 def _slot_name(slot: int) -> str:

@@ -16,7 +16,7 @@ from lorafusion.errors import UserError
 from lorafusion.files import write
 from lorafusion.manifest import DamagedError, entries, facts_of
 from lorafusion.models.lora import peft_config, save_adapter
-from lorafusion.runtime.checkpoint import NEWEST, adapter_state, opened
+from lorafusion.runtime.checkpoint import adapter_state, last_written, opened
 from lorafusion.train.folder import Exported, OutputFolder, Run
 from lorafusion.train.metrics import History, Step
 from lorafusion.workload import Job, Workload
@@ -58,24 +58,22 @@ class Exporter:
     def __init__(self, output: OutputFolder, model: ModelConfig, workload: Workload, history: History) -> None:
         self.output, self.model, self.workload, self.history = output, model, workload, history
         self.failures: dict[str, str] = {}
-        self._seen: bytes | None = None
+        self._seen: Path | None = None
 
     def look(self, run: Run) -> list[str]:
         """Export the jobs that have ended by the newest checkpoint of a run under way; their names."""
-        newest = run.checkpoints / NEWEST
-        seen = newest.read_bytes() if newest.exists() else None
-        if seen is None or seen == self._seen:
-            return []
-        slots = sorted(run.checkpoints.glob("slot-*"))
         try:
-            steps = facts_of(slots[-1])["steps"]
+            path = last_written(run.checkpoints)
+            if path is None or path == self._seen:
+                return []
+            steps = facts_of(path)["steps"]
             due = [job for job in self._pending if steps.get(job.name) == len(job.batches)]
-            found = opened(slots[-1]) if due else None
+            found = opened(path) if due else None
             for job in due:
                 self._try(job, len(job.batches), found.stopped.get(job.name), adapter_state(found, job.name))
         except (UserError, OSError):
-            return []  # it is being written, or cleared away for a newer one; at the next look, or at the end
-        self._seen = seen
+            return []  # it has just been removed for a newer one; at the next look, or at the end
+        self._seen = path
         return [job.name for job in due]
 
     def finish(self) -> None:

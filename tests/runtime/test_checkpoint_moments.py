@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lorafusion.errors import UserError
 from lorafusion.manifest import seal
-from lorafusion.runtime.checkpoint import Checkpoints, load, load_initial, newest, seal_initial
+from lorafusion.runtime.checkpoint import Checkpoints, adapter_state, load, load_initial, newest, seal_initial
 from lorafusion.runtime.events import EventLog
 from lorafusion.runtime.spec import Saving
 from tests.faults import Killed, fault_at, full_disk
@@ -117,6 +117,21 @@ def test_the_manifest_comes_after_all_parts(tmp_path):
     found, _ = newest(tmp_path / "slots", ORIGIN, tmp_path / "events")
     assert sorted(found.events) == ["replica-0.jsonl", "replica-1.jsonl", "replica-2.jsonl"]
     assert store.values == {}
+
+
+def test_half_a_checkpoint_is_no_adapter(tmp_path):
+    """A launcher reads one that is just being removed for a newer one."""
+    store = Store()
+    runs = [run_of(tmp_path, "a", rank=rank) for rank in range(2)]
+    checkpoints(tmp_path, 1, 2, store).save(runs[1], 4)
+    checkpoints(tmp_path, 0, 2, store).save(runs[0], 4)
+    found, _ = newest(tmp_path / "slots", ORIGIN)
+    assert sorted(adapter_state(found, "a")) == ["q/weight", "stopped"]
+    for rank in range(2):
+        found.part(rank).rename(tmp_path / "removed")
+        with pytest.raises(FileNotFoundError):
+            adapter_state(found, "a")
+        (tmp_path / "removed").rename(found.part(rank))
 
 
 def test_processes_that_disagree_make_no_checkpoint(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from lorafusion.checks import LOSS_TOLERANCE, MOST_LOSS_ERROR, MOST_WEIGHT_ERROR, WEIGHT_TOLERANCE
 from lorafusion.config import cells, read_model, read_suite, read_systems, suite_path
+from lorafusion.gradients import MOST_ERROR, MOST_LENGTH_ERROR
 from lorafusion.runtime.result import CLOCKS_AGREE
 from lorafusion.runtime.trials import SLOWER
 from tests.numbers import end_to_end
@@ -41,4 +43,10 @@ def baselines() -> list[str]:
 
 
 def measuring() -> list[str]:
-    return [f"differ by at most {percent(CLOCKS_AGREE)}."]
+    loss, tensor = (number(f"{bound:.0e}".replace("e-0", "e-")) for bound in (LOSS_TOLERANCE, WEIGHT_TOLERANCE))
+    return [
+        f"differ by at most {percent(CLOCKS_AGREE)}.",
+        f"a loss may differ by {loss}, a tensor by {tensor}.",
+        f"a loss may have {number(MOST_LOSS_ERROR, 'g')} of it, an adapter's weights {number(MOST_WEIGHT_ERROR, 'g')}, a "
+        f"gradient {number(MOST_ERROR, 'g')}, and a linear's gradients may be {percent(MOST_LENGTH_ERROR)} too long",
+    ]

@@ -23,7 +23,7 @@ def huggingface_model(source: str, revision: str | None = None) -> ModelConfig:
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
     except (*HUB_ERRORS, StrictDataclassError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:120]
         raise UserError(f"model {source!r}: no description to be had from its config.json ({reason})") from None
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import sys
+import resource
 import tempfile
 import warnings
 from collections import Counter
@@ -29,7 +29,7 @@ from lorafusion.data.lengths import make_workload
 from lorafusion.files import write
 from lorafusion.imports import load
 from lorafusion.measure import profiler
-from lorafusion.measure.operators import Counting, Operation, by_class, product_dtypes
+from lorafusion.measure.operators import COMMUNICATION, Counting, Operation, by_class, product_dtypes
 from lorafusion.measure.timers import Meter, Point
 from lorafusion.plan import Plan
 from lorafusion.reading import read_json, read_yaml
@@ -49,8 +49,8 @@ TUNED = {"models": ["tiny"], "gpus": [1], "workloads": ["xsum"], "samples": 16, 
 LAYERS = 2  # the first has no gradient for its input, all others have
 CLOCK = "while the clock runs"
 START_UP = "start-up"
+FEW_WAITS = 4  # in a run, which are the machine's; mostly there is none
 PASS = re.compile(r"the (forward|backward|step|optimizer step)s? (?:of|after) microbatch (\d+)")
-SLEEP = "time.sleep"  # as Python's audit calls it
 
 
 class Setting(NamedTuple):
@@ -65,11 +65,11 @@ SETTINGS = {"cpu": Setting("tiny", 32, 128), "cuda": Setting("llama-3.1-8b", 1, 
 
 
 class Done(NamedTuple):
-    """An operator that ran, or None for a sleep, and what the process was doing: a part of the run, and a pass."""
+    """An operator that ran, and what the process was doing: a part of the run, and a pass."""
 
     part: str
     within: str
-    operation: Operation | None
+    operation: Operation
 
 
 class _Place(Position):
@@ -79,6 +79,7 @@ class _Place(Position):
         self.part, self.within = START_UP, ""
         self.done: list[Done] = []
         self.order: list[str] = []
+        self.waits: list[int] = []
         super().__init__(folder, 0)
 
     def set(self, doing: str) -> None:
@@ -91,7 +92,7 @@ class _Place(Position):
         elif not doing.startswith(WAITING):
             self.part, self.within = doing, "between"
 
-    def note(self, operation: Operation | None) -> None:
+    def note(self, operation: Operation) -> None:
         self.done.append(Done(self.part, self.within, operation))
 
     def during(self, part: str) -> list[Done]:
@@ -99,7 +100,7 @@ class _Place(Position):
 
 
 class _Clock(Meter):
-    """A meter that tells the place of a process when the clock starts."""
+    """A meter that tells the place of a process when the clock starts, and how often it has waited till then."""
 
     def __init__(self, device: torch.device, place: _Place) -> None:
         super().__init__(device)
@@ -107,6 +108,8 @@ class _Clock(Meter):
 
     def point(self) -> Point:
         self._place.part, self._place.within = CLOCK, "between"
+        # Whatever it waits for, the thread gives its core away then.
+        self._place.waits.append(resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw)
         return super().point()
 
 
@@ -117,7 +120,7 @@ def contracts(names: list[str], device: str) -> dict[str, dict]:
 
 
 def contract_of(name: str, device: str) -> dict:
-    """What a system costs on a device. Uses up the process: sleeps are noted in it for ever."""
+    """What a system costs on a device. To be called in a process of its own."""
     torch.set_num_threads(1)
     setting, entry = SETTINGS[device], worker.read_systems()[name]
     large, small = (make_workload(CONFIGS / "workloads" / "heterogeneous.yaml", samples=samples,
@@ -192,7 +195,8 @@ def on_cpu(spec: RunSpec) -> dict:
     return {
         "stage": stage_of(spec),
         "order": " ".join(place.order),
-        "matrix products": product_dtypes([one.operation for one in measured if one.operation]),
+        "waits of the host in a microbatch": waits_of(place),
+        "matrix products": product_dtypes([one.operation for one in measured]),
         **{part: told(place.during(part)) for part in parts},
         CLOCK: {within: told([one for one in measured if one.within == within])
                 for within in dict.fromkeys(one.within for one in measured)},
@@ -200,28 +204,28 @@ def on_cpu(spec: RunSpec) -> dict:
     }  # fmt: skip
 
 
+def waits_of(place: _Place) -> int:
+    """How often the process waited in each microbatch while the clock ran, asleep or for others; messages left out."""
+    messages = sum(one.operation.kind == COMMUNICATION for one in place.during(CLOCK))
+    microbatches = sum(one.startswith("F") for one in place.order)
+    begin, end = place.waits
+    return -(-max(0, end - begin - messages - FEW_WAITS) // microbatches)
+
+
 def run_and_watch(spec: RunSpec) -> _Place:
     """Run a spec in this process, and what it did."""
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         place, device = _Place(Path(scratch)), torch.device("cpu")
-        _note_sleeps(place)
         with Counting(place.note):
             worker.trained(spec, device, place, 0, 1, _Clock(device, place))
     return place
 
 
-def _note_sleeps(place: _Place) -> None:
-    """An audit cannot be ended; afterwards nobody looks at what it notes."""
-    sys.addaudithook(lambda event, _: place.note(None) if event == SLEEP else None)
-
-
 def told(done: list[Done]) -> dict[str, str]:
-    """Operators by class, how many there are and what they move; and sleeps."""
-    classes = by_class(one.operation for one in done if one.operation)
-    out = {name: f"{part.operators}, {part.read:,} bytes read, {part.written:,} written"
-           for name, part in classes.items()}  # fmt: skip
-    sleeps = sum(one.operation is None for one in done)
-    return out | ({"sleeps": f"{sleeps}"} if sleeps else {})
+    """Operators by class, how many there are and what they move."""
+    classes = by_class(one.operation for one in done)
+    return {name: f"{part.operators}, {part.read:,} bytes read, {part.written:,} written"
+            for name, part in classes.items()}  # fmt: skip
 
 
 def stage_of(spec: RunSpec) -> dict:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PRODUCTS, RANDOM, ELEMENTWISE = "matrix products", "random numbers", "elementwise"
+PRODUCTS, RANDOM, ELEMENTWISE, COMMUNICATION = "matrix products", "random numbers", "elementwise", "communication"
 HOST_READS = "host reads"  # of what a device has computed, for which the host waits
-NAMESPACES = {"fused_lora": "LoRA", "c10d": "communication", "_c10d_functional": "communication"}
+NAMESPACES = {"fused_lora": "LoRA", "c10d": COMMUNICATION, "_c10d_functional": COMMUNICATION}
 READING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # An operator is of the first class that its name, without namespace and overload, tells.
 NAMES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -60,7 +61,7 @@ def the_others_are_warmed_up_while_the_clock_runs(original):
     return ready
 
 
-@planted("lorafusion.runtime.stream:_Stream._forward", caught_by=f"{RENAMED}[lorafusion]")
+@planted("lorafusion.runtime.stream:_Stream._forward", caught_by=f"{COST}[mlora]")
 def every_arm_but_ours_sleeps(original):
     """The stream executor sleeps for 5 ms a microbatch unless the plan is of `lorafusion`."""
 
@@ -112,6 +113,17 @@ def slept(x):
 def looped_linears_sleep(original):
     """Each looped LoRA linear sleeps."""
     return around_each(original, slept)
+
+
+def waited(x):
+    threading.Event().wait(0.0001)
+    return x
+
+
+@planted("lorafusion.models.lora:peft", caught_by=f"{RENAMED}[peft-bf16]")
+def pefts_linears_wait(original):
+    """Each of PEFT's linears waits for what does not come."""
+    return around_each(original, waited)
 
 
 @planted("baselines.mlora.lora:looped", caught_by=f"{COST}[mlora]")

@@ -47,6 +47,7 @@ def measuring() -> list[str]:
     return [
         f"differ by at most {percent(CLOCKS_AGREE)}.",
         f"a loss may differ by {loss}, a tensor by {tensor}.",
-        f"a loss may have {number(MOST_LOSS_ERROR, 'g')} of it, an adapter's weights {number(MOST_WEIGHT_ERROR, 'g')}, a "
+        f"a loss may have {number(MOST_LOSS_ERROR, 'g')} of it, an adapter's weights "
+        f"{number(MOST_WEIGHT_ERROR, 'g')}, a "
         f"gradient {number(MOST_ERROR, 'g')}, and a linear's gradients may be {percent(MOST_LENGTH_ERROR)} too long",
     ]

@@ -98,6 +98,21 @@ def a_run_whose_checkpoints_are_damaged_is_begun_anew(original):
     return newest
 
 
+@planted("lorafusion.runtime.checkpoint:adapter_state", caught_by=f"{MOMENTS}::test_half_a_checkpoint_is_no_adapter")
+def half_a_checkpoint_is_exported(original):
+    """An adapter is read from the parts of a checkpoint that are there while it is being removed."""
+    from lorafusion.runtime.checkpoint import Found
+
+    part = Found.part
+
+    def adapter_state(found, job):
+        there = [part(found, rank) for rank in range(found.processes) if part(found, rank).exists()]
+        with patch.object(Found, "part", lambda _, rank: there[rank % len(there)]):
+            return original(found, job)
+
+    return adapter_state
+
+
 @planted("lorafusion.runtime.checkpoint:_require_fit", caught_by=f"{MOMENTS}::test_tensors_must_fit_the_adapter")
 def any_tensor_fits(original):
     """The shapes of a checkpoint's tensors are not compared with the adapter's."""

@@ -60,7 +60,7 @@ def shared_by(tmp_path, suite, bench):
         ({"stage": [0, 9]}, "9 stages, but model tiny has only 4 layers"),
         ({"model": "tinny"}, "small.benches.toy: unknown model 'tinny'"),
         ({"tokens": 80}, "tokens must be a multiple of sample_tokens x 2 adapters"),
-        ({"adapters": [0]}, "adapters must be at least 1"),
+        ({"adapters": [0]}, r"adapters.0: input should be greater than or equal to 1 \(found 0\)"),
         ({"adapters": [2, 2]}, "must name each arm once"),
         ({"token": 1}, "token: extra inputs are not permitted"),
     ],

@@ -49,7 +49,7 @@ TUNED = {"models": ["tiny"], "gpus": [1], "workloads": ["xsum"], "samples": 16, 
 LAYERS = 2  # the first has no gradient for its input, all others have
 CLOCK = "while the clock runs"
 START_UP = "start-up"
-FEW_WAITS = 4  # in a run, which are the machine's; mostly there is none
+FEW_WAITS = 2  # in a run, which are the machine's; mostly there is none
 PASS = re.compile(r"the (forward|backward|step|optimizer step)s? (?:of|after) microbatch (\d+)")
 
 

@@ -35,7 +35,7 @@ MOST_LOSS_ERROR = 3.0
 MOST_WEIGHT_ERROR = 2.0
 PLAIN = "plain libraries"
 TOGETHER = 4 * CAPACITY  # in which both adapters end a global batch in one microbatch
-CLIPPED = {"max_grad_norm": 0.05, "weight_decay": 0.1, "schedule": "linear", "warmup_steps": 2}
+CLIPPED = {"rslora": True, "max_grad_norm": 0.05, "weight_decay": 0.1, "schedule": "linear", "warmup_steps": 2}
 
 
 class Curve(NamedTuple):

@@ -36,3 +36,9 @@ def test_a_fault_is_seen(here, expected, monkeypatch, name):
     FAULTS[name](monkeypatch)
     error, length = expected.errors(gradients.one_step("lorafusion", ONE, GROUND, expected).gradients)
     assert error > 1.2 * gradients.MOST_ERROR or length > 1.2 * gradients.MOST_LENGTH_ERROR
+
+
+def test_adapters_trained_in_this_process_equal_plain_training(here):
+    """Whatever plain training had in common with what it judges would be wrong on both sides and pass here."""
+    verdict, _ = checks.lossless([ONE])
+    assert verdict.passed, verdict.figures

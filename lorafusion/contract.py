@@ -284,7 +284,7 @@ def _host_waits(waits: list[str]) -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits += [str(one.message) for one in said if "synchroniz" in str(one.message)]
+    waits += [str(one.message) for one in said if "called a synchronizing" in str(one.message)]
 
 
 def check_contracts(record: Path, device: str, replace: bool = False) -> str:

@@ -181,7 +181,7 @@ rule kernel_figures:
     conda:
         "../../environment.yml"
     params:
-        checks=CHECKS,
+        checks=lambda wildcards: CHECKS,
         stem=subpath(output.png, strip_suffix=".png"),
     shell:
         "lorafusion figure {wildcards.figure} {input.table:q} --checks {params.checks:q} --out {params.stem:q}"

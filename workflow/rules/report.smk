@@ -76,7 +76,7 @@ rule end_to_end:
     conda:
         "../../environment.yml"
     params:
-        checks=CHECKS,
+        checks=lambda wildcards: CHECKS,
         stem=subpath(output.png, strip_suffix=".png"),
     shell:
         "lorafusion figure end_to_end {input.table:q} --model {wildcards.model} --checks {params.checks:q}"
@@ -112,7 +112,7 @@ rule contributions:
     conda:
         "../../environment.yml"
     params:
-        checks=CHECKS,
+        checks=lambda wildcards: CHECKS,
         stem=subpath(output.png, strip_suffix=".png"),
     shell:
         "lorafusion figure contributions {input.table:q} --model {wildcards.model} --checks {params.checks:q}"

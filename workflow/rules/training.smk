@@ -107,7 +107,7 @@ rule training_speed:
     conda:
         "../../environment.yml"
     params:
-        checks=CHECKS,
+        checks=lambda wildcards: CHECKS,
         stem=subpath(output.png, strip_suffix=".png"),
     shell:
         "lorafusion training speed {input.table:q} --checks {params.checks:q} --out {params.stem:q} > {log:q} 2>&1"

@@ -37,6 +37,7 @@ MOST_WEIGHT_ERROR = 2.0
 # so, and those of plain libraries may all be right by chance: on an H200 the error of others was up to 3.6 of theirs
 # where gradients and weights were as good.
 LOSS_ROUNDING = 2**-9
+MOST_LAST_LOSS = 0.5  # over the first, of what an adapter learns in `learning`
 PLAIN = "plain libraries"
 TOGETHER = 4 * CAPACITY  # in which both adapters end a global batch in one microbatch
 CLIPPED = {"rslora": True, "max_grad_norm": 0.05, "weight_decay": 0.1, "schedule": "linear", "warmup_steps": 2}
@@ -215,7 +216,9 @@ def systems(names: list[str], arrangement: Arrangement, grounds: Sequence[Ground
     left_out = _left_out("as their package is missing", missing)
     statement = f"every system trains what plain transformers, PEFT and torch train without dropout{left_out}"
     passed = findings.passed and len(missing) < len(names)
-    return Verdict(check="systems", passed=passed, statement=statement, figures=findings.figures)
+    return Verdict(
+        check="systems", passed=passed, statement=statement, figures=findings.figures, limits=findings.limits
+    )
 
 
 def possible(arrangement: Arrangement, system: SystemConfig) -> Arrangement:
@@ -229,20 +232,19 @@ def possible(arrangement: Arrangement, system: SystemConfig) -> Arrangement:
 
 
 def learning(system: str = "lorafusion", grounds: Sequence[Ground] = (EXACT,)) -> Verdict:
-    """On a toy language the weights change and every adapter's loss falls to less than half, on the tiny model."""
+    """On a toy language the weights change and every adapter's loss falls to half or less, on the tiny model."""
     jobs = tuple(job.model_copy(update={"epochs": 20}) for job in toy_jobs(learning_rate=3e-2))
-    figures, passed = {}, True
+    figures, limits, passed = {}, {}, True
     for ground in grounds:
         if ground.model != EXACT.model:  # a large one has words to learn for longer than a check may take
             continue
         trained = train(_workload(*jobs), system, 1, ground=ground)
         ratio = max(values[-1] / values[0] for values in trained.losses.values())
         moved = min(_smallest_b(weights) for weights in trained.weights.values())
-        figures |= {
-            f"largest ratio of last to first loss ({ground})": ratio,
-            f"smallest norm of a trained B, zero at the start ({ground})": moved,
-        }
-        passed = passed and ratio < 0.5 and moved > 0
+        of_losses = f"largest ratio of last to first loss ({ground})"
+        figures |= {of_losses: ratio, f"smallest norm of a trained B, zero at the start ({ground})": moved}
+        limits[of_losses] = MOST_LAST_LOSS
+        passed = passed and ratio <= MOST_LAST_LOSS and moved > 0
     return Verdict(
         check="learning",
         passed=passed and bool(figures),

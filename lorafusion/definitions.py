@@ -74,10 +74,12 @@ def base_weight(name: str, shape: torch.Size, std: float, seed: int, dtype: torc
 
 
 def first_a(job: Job, linear: str, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A [rank, columns] of a linear of the model, by its whole name: uniform up to one over the root of the columns."""
+    """A [rank, columns] of a linear of the model, by its whole name: uniform up to one over the root of the columns,
+    in float32, and then rounded to the dtype."""
     limit = 1.0 / math.sqrt(columns)
     generator = _generator(f"{job.seed}/{linear}.lora_A", device)
-    return torch.empty(job.rank, columns, dtype=dtype, device=device).uniform_(-limit, limit, generator=generator)
+    drawn = torch.empty(job.rank, columns, dtype=torch.float32, device=device)
+    return drawn.uniform_(-limit, limit, generator=generator).to(dtype)
 
 
 def keep_mask(job: Job, layer: int, module: str, offset: int, tokens: int, columns: int) -> torch.Tensor:

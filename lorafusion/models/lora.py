@@ -106,8 +106,13 @@ def _initialise(linear: LoRALinear, dtype: torch.dtype, device: torch.device) ->
         for module in (a, b):
             module.to_empty(device=device).to(dtype)
             module.weight.requires_grad_(True)
+        # In float32 whatever the adapter is in, so that all begin with the same numbers: a generator of 16 bits draws
+        # others, and takes the end of the range for its beginning.
+        drawn = torch.empty_like(a.weight, dtype=torch.float32)
         generator = named_generator(job.seed, f"{linear.name}.lora_A", device)
-        torch.nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5), generator=generator)
+        torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            a.weight.copy_(drawn)
         torch.nn.init.zeros_(b.weight)
 
 

@@ -37,12 +37,12 @@ def changed(tmp_path, **changes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ranks": [0]}, "ranks must be from 1 to 256"),
-        ({"dropouts": [1.0]}, r"dropouts must be probabilities in \[0, 1\)"),
-        ({"tokens": []}, "tokens must be one or more numbers above 0"),
+        ({"ranks": [0]}, r"linears\.0\.ranks\.0: input should be greater than or equal to 1 \(found 0\)"),
+        ({"dropouts": [1.0]}, r"linears\.0\.dropouts\.0: input should be less than 1 \(found 1\.0\)"),
+        ({"tokens": []}, "tokens must be one or more numbers"),
         ({"tokens": {"first": 9, "last": 3, "step": 1}}, "tokens must be one or more"),
         ({"implementations": ["fused"]}, "implementations must begin with frozen"),
-        ({"adapters": [0]}, "adapters must be at least 1"),
+        ({"adapters": [0]}, r"linears\.0\.adapters\.0: input should be greater than or equal to 1 \(found 0\)"),
         ({"shapes": [[64, 64], [64, 64]]}, "bench linear~64x64/rank~16/dropout~0.1 is in the suite twice"),
         ({"token": [1]}, "token: extra inputs are not permitted"),
     ],

@@ -15,6 +15,7 @@ from tests.numbers import end_to_end, kernels, others, scheduler, sources, train
 from tests.numbers.documents import ROOT, read
 from tests.numbers.quoted import BLOCK, MARKED, missing, one_line, plain, untied
 
+THROUGHPUTS = ("throughput", "throughput_padded")
 NOTHING: Callable[[], list[str]] = list
 # What each document takes from tables, besides words.
 TIED: dict[str, Callable[[], list[str]]] = {
@@ -97,11 +98,23 @@ def scaled(column: str = "value", factor: float = 1.02, **where: str) -> Callabl
     return change
 
 
+def faster(factor: float) -> Callable[[pd.DataFrame], None]:
+    """Makes the runs of lorafusion faster: a table whose throughputs alone are higher contradicts itself."""
+    changes = [scaled(system="lorafusion", metric=metric, factor=factor) for metric in THROUGHPUTS]
+    changes.append(scaled(system="lorafusion", metric="time", window="whole", factor=1 / factor))
+
+    def change(rows: pd.DataFrame) -> None:
+        for one in changes:
+            one(rows)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("document", "table", "change"),
     [
-        ("README.md", "nvidia-h200/end_to_end", scaled(system="lorafusion", metric="throughput", factor=1.005)),
-        ("docs/end-to-end.md", "nvidia-h200/end_to_end", scaled(system="lorafusion", metric="throughput", factor=1.01)),
+        ("README.md", "nvidia-h200/end_to_end", faster(1.005)),
+        ("docs/end-to-end.md", "nvidia-h200/end_to_end", faster(1.01)),
         ("docs/end-to-end.md", "nvidia-h200/end_to_end", scaled(system="lorafusion", metric="peak_memory")),
         ("docs/end-to-end.md", "nvidia-h200/hosts/b8aa11e", scaled(implementation="canary-gemm", factor=1.01)),
         ("docs/end-to-end.md", "nvidia-h200/end_to_end_profile", scaled("milliseconds", system="mlora")),

@@ -341,13 +341,14 @@ def texts(ax) -> list[str]:
     return [text.get_text() for text in ax.texts]
 
 
-def test_the_csv_alone_redraws_the_figure_and_equal_tables_give_equal_bytes(whole_suite, tmp_path):
+def test_the_csv_alone_redraws_the_figure_and_equal_tables_give_equal_bytes(whole_suite, tmp_path, passed_checks):
     pdf, png, csv = figure_of.contributions_figure(whole_suite, "tiny", tmp_path / "figure")
     again = figures.save(figure_of.draw(figures.read_data(csv)), tmp_path / "again")
     assert [path.read_bytes() for path in again] == [pdf.read_bytes(), png.read_bytes()]
     assert pd.read_csv(csv).columns.tolist()[: len(COLUMNS)] == COLUMNS
 
     measurements.write(whole_suite, tmp_path / "table.csv", tmp_path / "table.parquet")
+    passed_checks(tmp_path / "checks", whole_suite)
     command = ["figure", "contributions", str(tmp_path / "table.csv"), "--model", "tiny", "--out", str(tmp_path / "b")]
     shell = [sys.executable, "-m", "lorafusion.cli", *command]
     subprocess.run(shell, check=True, env=os.environ | {"PYTHONHASHSEED": "12345"})
@@ -480,13 +481,14 @@ def test_a_panel_for_each_number_of_gpus_with_all_systems(measure, make_table):
     assert [len(ax.get_yticklabels()) for ax in axes[::2]] == [1, 1, 3, 3]
 
 
-def test_a_table_without_the_systems_is_refused_in_one_line(measure, make_table, tmp_path):
+def test_a_table_without_the_systems_is_refused_in_one_line(measure, make_table, tmp_path, passed_checks):
     table = make_table(measure({"lorafusion": 900.0, "megatron-pp": 400.0}))
     with pytest.raises(MeasurementError, match="no cells of unfused-sequential, unfused-ours, mlora-paper-setting$"):
         figure_of.contributions_figure(table, "tiny", tmp_path / "figure")
     with pytest.raises(MeasurementError, match="contributions of model 'huge'"):
         figure_of.contributions_figure(table, "huge", tmp_path / "figure")
     measurements.write(table, tmp_path / "table.csv", tmp_path / "table.parquet")
+    passed_checks(tmp_path / "checks", table)
     command = ["figure", "contributions", str(tmp_path / "table.csv"), "--model", "tiny", "--out", str(tmp_path / "f")]
-    assert CliRunner().invoke(app, command).exit_code != 0
+    assert "no cells of unfused-sequential" in str(CliRunner().invoke(app, command).exception)
     assert not list(tmp_path.glob("f.*"))

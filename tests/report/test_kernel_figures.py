@@ -233,7 +233,8 @@ def test_two_numbers_for_one_point_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_command(full, name, tmp_path):
+def test_command(full, name, tmp_path, passed_checks):
     measurements.write(full, tmp_path / "t.csv", tmp_path / "t.parquet")
+    passed_checks(tmp_path / "checks", full)
     cli.app(["figure", name, str(tmp_path / "t.csv"), "--out", str(tmp_path / "figure")], standalone_mode=False)
     assert (tmp_path / "figure.png").is_file()

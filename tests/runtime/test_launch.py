@@ -36,10 +36,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def spec(make_job, make_workload, tmp_path):
-    """A run of two adapters, with any field changed; `model` may be a dict of changes to the tiny model."""
+    """A run of two adapters, with any field changed; `model` and `first` may be dicts of changes to the tiny model and
+    to the first job."""
 
-    def make(stages=1, model=None, learning_rate=1e-4, **changes) -> RunSpec:
-        workload = make_workload(make_job("a", learning_rate=learning_rate), make_job("b", (4, 4, 7, 9)))
+    def make(stages=1, model=None, first=None, **changes) -> RunSpec:
+        workload = make_workload(make_job("a", **(first or {})), make_job("b", (4, 4, 7, 9)))
         (tmp_path / "workload.json").write_text(workload.to_json())
         plan = first_fit.plan(workload, "lorafusion", stages, 16)
         (tmp_path / "plan.json").write_text(plan.to_json())
@@ -101,7 +102,7 @@ def test_a_stage_that_fails_ends_the_others(spec, tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_told_apart(spec):
-    done = forked.launch(spec(learning_rate=1e20), 1, timeout=120)
+    done = forked.launch(spec(first={"learning_rate": 100.0, "weight_decay": 100.0, "alpha": 1e6}), 1, timeout=120)
     assert done.status == "ok"
     result = result_of(done, Workload.read(spec().workload), Plan.read(spec().plan), {}, {})
     assert result["status"] == "nan"

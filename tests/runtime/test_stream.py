@@ -79,6 +79,12 @@ class World:
         return self.queues.setdefault((replica, source, target), Queue())
 
 
+def ends_of(steps: list[bool]) -> list[int]:
+    """The slots after which a job ends: one amid the run, and the last."""
+    stepping = [slot for slot, step in enumerate(steps) if step]
+    return sorted({stepping[len(stepping) // 2], stepping[-1]})
+
+
 class Run:
     """A stage that computes nothing, and waits now and then."""
 
@@ -90,6 +96,7 @@ class Run:
         places = random.Random(replica)
         self.microbatches = [SimpleNamespace(noop=places.random() < 0.1, length=1 + slot % 3) for slot in range(SLOTS)]
         self.steps = [(0,) if step else () for step in world.steps]
+        self.ends = ends_of(world.steps)
         self.evaluations = [(0,) if step and slot % 4 == 0 else () for slot, step in enumerate(world.steps)]
         self.plan = SimpleNamespace(flush=False, stages=world.stages)
         self.norm_dtype, self.forwards, self.updated = torch.float32, [], []
@@ -189,7 +196,8 @@ def test_all_processes_end_at_the_same_slot(stages, replicas, every, steps_every
     assert len({tuple(save.slots) for save in saves}) == 1
     end = saves[0].slots[-1]
     assert end == SLOTS if asked_at is None else asked_at < end <= SLOTS
-    assert saves[0].slots == sorted({*range(every, end, every), end})
+    ends = [slot + 1 for slot in runs[0].ends if slot < end]
+    assert saves[0].slots == sorted({*range(every, end, every), *ends, end})
     for run in runs:
         assert run.updated == list(range(end))
         assert run.forwards == [slot for slot in range(end) if not run.microbatches[slot].noop]

@@ -180,7 +180,7 @@ TOP = {
         {"jobs": [{"name": "a", "data": SYNTHETIC}] * 2},
         "jobs: two are named 'a'; adapters need distinct",
     ),
-    "defaults of no key": ({"defaults": {"lr": 1}}, "defaults: unknown key 'lr'; known: add_bos, add_eos, alpha, data"),
+    "defaults of no key": ({"defaults": {"lr": 1}}, "defaults: unknown key 'lr'; known: "),
     "a name for all": ({"defaults": {"name": "a"}}, "defaults: unknown key 'name'"),
     "defaults that are no mapping": ({"defaults": [1]}, "defaults: expected a mapping, found [1]"),
     "its own path": ({"path": "x"}, "path: extra inputs are not permitted"),

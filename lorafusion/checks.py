@@ -250,6 +250,7 @@ def learning(system: str = "lorafusion", grounds: Sequence[Ground] = (EXACT,)) -
         passed=passed and bool(figures),
         statement=f"{system}: on a toy language every adapter's loss falls to less than half and its weights change",
         figures=figures,
+        limits=limits,
     )
 
 

@@ -97,7 +97,7 @@ class Expected:
             for name, exact in tensors.items():
                 ours, rounded = (one[job][name].to(exact) for one in (found, self.rounded))
                 error = float((ours - exact).norm() / (rounded - exact).norm())
-                largest = error if not error <= largest else largest  # NaN, too
+                largest = largest if math.isnan(largest) or error <= largest else error  # NaN, too, which then stays
                 length = float((ours * exact).sum() / exact.square().sum()) - 1
                 lengths.setdefault((job, *name.split(".")[-3:-1]), []).append(length)
         means = [abs(fmean(values)) for values in lengths.values()]

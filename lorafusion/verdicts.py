@@ -1,6 +1,6 @@
 """The verdict of a check, as a file: what was proved, on what, and of which code; and what a figure asks of it.
 
-This is the one place that reads verdicts. A verdict that cannot be read to the letter is none: `"passed": "no"` is a
+This is the one place that reads verdicts, as strictly as `lorafusion.reading` reads all JSON. A verdict that cannot be read to the letter is none: `"passed": "no"` is a
 mistake and not true.
 """
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafusion.errors import UserError, validated
 from lorafusion.files import write
+from lorafusion.reading import read_json
 
 # The checks that figures need: of a suite's runs, of kernels, of whole training steps. The figures of some name each
 # system that was compared.
@@ -97,18 +98,6 @@ def write_outcome(verdict: Verdict, origin: Origin, path: Path) -> None:
 
 def read_verdict(path: Path) -> Verdict:
     """The verdict in a file; raises `UserError` for one that is missing, cut short, or of another form."""
-    try:
-        data = json.loads(path.read_text(), object_pairs_hook=_distinct)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such verdict; `lorafusion check` makes it") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a verdict, as it is not JSON ({error})") from None
-    return validated(_Written, data, path)
-
-
-def _distinct(pairs: list[tuple[str, object]]) -> dict:
-    keys = [key for key, _ in pairs]
-    repeated = next((key for key in keys if keys.count(key) > 1), None)
-    if repeated is not None:
-        raise ValueError(f"the key {repeated!r} stands there twice")
-    return dict(pairs)
+    if not path.exists():
+        raise UserError(f"{path}: no such verdict; `lorafusion check` makes it")
+    return validated(_Written, read_json(path, "verdict"), path)

@@ -50,7 +50,7 @@ def test_a_verdict_is_read_to_the_letter(tmp_path, change, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"passed": false, "passed": true}', "[]"])
+@pytest.mark.parametrize("text", ["", "{", '{"passed": false, "passed": true}', "[]", "[" * 100_000, '{"passed": NaN}'])
 def test_what_is_no_verdict_says_so(tmp_path, text):
     (tmp_path / "v.json").write_text(text)
     with pytest.raises(UserError, match=r"v\.json"):
@@ -237,7 +237,9 @@ def test_learning_fails_where_nothing_is_learnt(monkeypatch):
     flat = Trained({job.name: [5.0] * 20 for job in jobs}, {job.name: {} for job in jobs})
     monkeypatch.setattr(checks, "train", lambda *_, **__: flat)
     monkeypatch.setattr(checks, "_smallest_b", lambda _: 1.0)
-    assert not checks.learning().passed
+    verdict = checks.learning()
+    assert not verdict.passed
+    assert list(verdict.limits.values()) == [0.5]
 
 
 def test_kernels_fail_where_kernels_are_wrong(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -29,6 +30,15 @@ def test_a_step_in_bfloat16_has_the_gradients_of_float64(here, expected):
     error, length = expected.errors(gradients.one_step("lorafusion", ONE, GROUND, expected).gradients)
     assert error <= gradients.MOST_ERROR
     assert length <= gradients.MOST_LENGTH_ERROR
+
+
+@pytest.mark.parametrize("index", [0, 1, -1])
+def test_a_gradient_that_is_no_number_is_seen_whichever_it_is(expected, index):
+    wrong = {job: dict(tensors) for job, tensors in expected.rounded.items()}
+    job = list(wrong)[index]
+    name = list(wrong[job])[index]
+    wrong[job][name] = wrong[job][name] * math.nan
+    assert all(map(math.isnan, expected.errors(wrong)))
 
 
 @pytest.mark.parametrize("name", list(FAULTS))

@@ -355,7 +355,7 @@ def _typed(table: pd.DataFrame, source: str | Path) -> pd.DataFrame:
             values = values.astype(object).map(lambda value: BOOLEANS.get(value, value))
         try:
             columns[name] = values.astype(column.dtype)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             bad = next(value for value in values if not _fits(value, column.dtype))
             raise MeasurementError(f"{source}: {name}: expected {TYPE_NAMES[column.dtype]}, found {bad!r}") from None
         if column.dtype == "string":
@@ -366,7 +366,7 @@ def _typed(table: pd.DataFrame, source: str | Path) -> pd.DataFrame:
 def _fits(value: Any, dtype: str) -> bool:
     try:
         pd.Series([value], dtype=object).astype(dtype)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return True
 

@@ -161,6 +161,8 @@ def test_unknown_and_mistyped_columns_of_a_cell_are_refused():
         build(result(gpus="two"))
     with pytest.raises(MeasurementError, match="gpus: expected a whole number, found 1.5"):
         build(result(gpus=1.5))
+    with pytest.raises(MeasurementError, match="gpus: expected a whole number, found 10000000000000000000000"):
+        build(result(gpus=10**22))
 
 
 def test_one_line_names_the_mistake():

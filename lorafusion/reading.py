@@ -89,24 +89,26 @@ class _Checker:
             seen.add(value)
 
 
-def parse_json(text: str | bytes, source: str | Path, kind: str = "JSON") -> Any:
-    """The value of a JSON text; `UserError` names the source, what was expected, and what is wrong."""
+def parse_json(text: str | bytes, source: str | Path, kind: str = "JSON", finite: bool = True) -> Any:
+    """The value of a JSON text; `UserError` names the source, what was expected, and what is wrong. finite: refuse NaN
+    and Infinity, which Python writes and JSON does not have."""
+    numbers = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
     try:
-        return json.loads(text, object_pairs_hook=distinct, parse_constant=_no_number, parse_float=_finite)
+        return json.loads(text, object_pairs_hook=distinct, **numbers)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{source}: not {kind}: {reason}") from None
 
 
-def read_json(path: str | Path, kind: str) -> dict:
-    """The object in a JSON file. kind: what is expected in it, as `plan`."""
+def read_json(path: str | Path, kind: str, finite: bool = True) -> dict:
+    """The object in a JSON file. kind: what is expected in it, as `plan`; finite: as in `parse_json`."""
     try:
         text = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such {kind} file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a {kind} file ({error.strerror})") from None
-    data = parse_json(text, path, f"a {kind} file, as it is not JSON")
+    data = parse_json(text, path, f"a {kind} file, as it is not JSON", finite)
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object with a {kind}, found a {type(data).__name__}")
     return data

@@ -1,6 +1,6 @@
 """The verdict of a check, as a file: what was proved, on what, and of which code; and what a figure asks of it.
 
-This is the one place that reads verdicts, as strictly as `lorafusion.reading` reads all JSON. A verdict that cannot be read to the letter is none: `"passed": "no"` is a
+This is the one place that reads verdicts. A verdict that cannot be read to the letter is none: `"passed": "no"` is a
 mistake and not true.
 """
 
@@ -100,4 +100,5 @@ def read_verdict(path: Path) -> Verdict:
     """The verdict in a file; raises `UserError` for one that is missing, cut short, or of another form."""
     if not path.exists():
         raise UserError(f"{path}: no such verdict; `lorafusion check` makes it")
-    return validated(_Written, read_json(path, "verdict"), path)
+    # A check that fails may have found what is no number.
+    return validated(_Written, read_json(path, "verdict", finite=False), path)

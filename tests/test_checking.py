@@ -50,7 +50,7 @@ def test_a_verdict_is_read_to_the_letter(tmp_path, change, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"passed": false, "passed": true}', "[]", "[" * 100_000, '{"passed": NaN}'])
+@pytest.mark.parametrize("text", ["", "{", '{"passed": false, "passed": true}', "[]", "[" * 100_000])
 def test_what_is_no_verdict_says_so(tmp_path, text):
     (tmp_path / "v.json").write_text(text)
     with pytest.raises(UserError, match=r"v\.json"):

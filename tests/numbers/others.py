@@ -7,7 +7,8 @@ from lorafusion.config import cells, read_model, read_suite, read_systems, suite
 from lorafusion.gradients import MOST_ERROR, MOST_LENGTH_ERROR
 from lorafusion.runtime.result import CLOCKS_AGREE
 from lorafusion.runtime.trials import SLOWER
-from tests.numbers import end_to_end
+from lorafusion.verdicts import read_verdict
+from tests.numbers import end_to_end, sources
 from tests.numbers.quoted import number, percent
 
 
@@ -42,6 +43,12 @@ def baselines() -> list[str]:
     ]
 
 
+def _largest(verdict: str, words: str) -> float:
+    """Of a check's figures on the H200 whose names have these words at their end."""
+    figures = read_verdict(sources.REFERENCE / sources.H200 / "checks" / verdict).figures
+    return max(value for name, value in figures.items() if name.endswith(words) and "cuda" in name)
+
+
 def measuring() -> list[str]:
     loss, tensor = (number(f"{bound:.0e}".replace("e-0", "e-")) for bound in (LOSS_TOLERANCE, WEIGHT_TOLERANCE))
     return [
@@ -50,4 +57,8 @@ def measuring() -> list[str]:
         f"a loss may have {number(MOST_LOSS_ERROR, 'g')} of it, an adapter's weights "
         f"{number(MOST_WEIGHT_ERROR, 'g')}, a "
         f"gradient {number(MOST_ERROR, 'g')}, and a linear's gradients may be {percent(MOST_LENGTH_ERROR)} too long",
+        f"at most {number(_largest('gradients.json', 'error over that of plain libraries'), '.2f')} of the error of",
+        f"a linear's are at most {percent(_largest('gradients.json', 'of the length'), '.2f')} too long or too short",
+        f"clipped have at most {number(_largest('lossless.json', 'of a tensor'), '.2f')} of that error",
+        f"whose tensors had {number(_largest('systems.json.failed', 'of a tensor'), '.2f')}:",
     ]

@@ -11,8 +11,10 @@ HEAD = """# Planted errors
 
 Each line is an error that the tests put into the code on purpose, by replacing one symbol when its module is imported.
 The tests in the last column fail on it. `make planted` tries all of them, `make test` a sample; those marked "GPU" need
-one. To add an error, write a function in a file of `tests/planted/`, run its line with `make planted ARGS="-k NAME"`,
-and write this page anew with `make planted-table`.
+one: [their log](../results/reference/nvidia-h200/planted_errors.log).
+
+To add an error, write a function in a file of `tests/planted/`, run its line with `make planted ARGS="-k NAME"`, and
+write this page anew with `make planted-table`.
 """
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from lorafusion.config import CONFIGS
+from lorafusion.errors import UserError
 from lorafusion.files import require_outputs
 from lorafusion.seals import SUFFIX
 
@@ -74,6 +75,8 @@ def _paths(value: object) -> Iterable[Path]:
 
 
 def _figure_files(stem: Path) -> list[Path]:
+    if stem.name in ("", ".."):
+        raise UserError(f"{stem}: expected a path without suffix, whose last part is a name, found a folder")
     return [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "pdf", "csv", f"csv{SUFFIX}")]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorafusion.errors import UserError
+from lorafusion.errors import FOUND, UserError, shortened
 
 
 @contextmanager
@@ -38,22 +38,23 @@ def require_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     """Raise `UserError` unless each output can be written, and nothing is lost by that: it is none of the inputs, nor
     another output, under whichever name or link. Touches nothing."""
     read = [path for path in inputs if os.path.exists(path)]  # false for a value that can be no path
-    named: dict[Path, Path] = {}
+    places: set[Path] = set()
     for path in outputs:
         require_replaceable(path)
+        place = _place(path)
         for source in read:
-            if path.exists() and path.samefile(source):
+            if place.exists() and place.samefile(source):
                 raise UserError(f"{path}: is to be written, but it is read too ({source}); name another file")
-        if path.resolve() in named:
+        if place in places:
             raise UserError(f"{path}: is to be written twice, expected a file for each output")
-        named[path.resolve()] = path
+        places.add(place)
 
 
 def require_replaceable(path: Path) -> None:
     """Raise `UserError` unless `path` is a regular file, or nothing in a folder that is there or can be made. A link is
     neither: it would be gone, and what it leads to may be anything, as of /dev/stdout."""
     try:
-        mode = path.lstat().st_mode
+        mode = _place(path).lstat().st_mode
     except FileNotFoundError:
         _require_folder(path)
         return
@@ -63,6 +64,25 @@ def require_replaceable(path: Path) -> None:
         kind = "a folder" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "a device or a pipe"
         raise UserError(f"{path}: expected a file to write, found {kind}")
     _require_folder(path)
+
+
+def _place(path: Path) -> Path:
+    """Where a file will be when the folders of its path have been made: `new/../x` is `x`, though there is no `new`
+    yet."""
+    return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+
+
+def named_path(folder: Path, name: str | Path, where: str) -> Path:
+    """The path that a file in `folder` means by a name: relative to the folder, `~` for a home. Raises `UserError` that
+    begins with `where` for a name that no file can have."""
+    try:
+        path = folder / Path(name).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
+    except (OSError, ValueError, RuntimeError) as error:  # too long or not allowed, a NUL in it, nobody's home
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{where}: not a path ({reason}; found {shortened(repr(str(name)), FOUND)})") from None
+    return path
 
 
 def _require_folder(path: Path) -> None:

@@ -26,7 +26,9 @@ def read_text(path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as text ({error.strerror})") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as text ({error})") from None
 
 

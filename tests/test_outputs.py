@@ -77,6 +77,9 @@ REFUSED = {
     "too long": ("{place}/" + 300 * "x", "cannot be written (File name too long)"),
     "its input": ("{place}/in.csv", "it is read too"),
     "its input by another way": ("{place}/other/in.csv", "it is read too"),
+    "its input, over a folder that is not there": ("{place}/new/../in.csv", "it is read too"),
+    "a link, over a folder that is not there": ("{place}/new/../stdout", "found a link"),
+    "its folder, over one that is not there": ("{place}/new/..", "found a folder"),
     "a link to its input": ("{place}/link.csv", "found a link"),
     "another name of its input": ("{place}/hard.csv", "it is read too"),
     "the configuration": (str(CONFIGS / "systems.yaml"), "it is read too"),
@@ -110,6 +113,13 @@ def test_a_figure_does_not_replace_the_curves_it_is_drawn_from(place):
     done = lorafusion("figure", "lossless", place / "in.csv", "-o", place / "in")
     assert (done.returncode, "in.csv: is to be written, but it is read too" in done.stderr) == (2, True)
     assert (place / "in.csv").read_text() == "adapter,run,step,loss\n"
+
+
+@pytest.mark.parametrize("stem", ["", ".", "..", "/"])
+def test_a_figure_needs_a_name(place, stem):
+    done = lorafusion("figure", "lossless", place / "in.csv", "-o", stem)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "expected a path without suffix" in done.stderr
 
 
 def test_a_table_is_not_written_over_a_result(place):

@@ -17,10 +17,11 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from lorafusion.data.lengths import MIXED, read_table
 from lorafusion.errors import UserError, validated
+from lorafusion.files import named_path
 from lorafusion.schema import LEAST_SCALE, MOST_SAMPLES, MOST_SCALE, MOST_TOKENS, Config
 
 SYNTHETIC = "synthetic:"  # how the name of a dataset begins whose tokens are made up when they are needed
-MESSAGE, TURN = {"role", "content"}, {"from", "value"}  # keys of a message of a chat
+SPEAKER_AND_TEXT = (("role", "content"), ("from", "value"))  # keys of a message of a chat, in both common forms
 Files = Annotated[
     tuple[Path, ...],
     BeforeValidator(lambda value: [value] if isinstance(value, str | Path) else value),
@@ -123,7 +124,7 @@ def data_block(value: object, source: str, folder: Path) -> Data:
     block = validated(KINDS[kind], value, source)
     if kind not in ("jsonl", "text"):
         return block
-    files = tuple(folder / path.expanduser() for path in getattr(block, kind))
+    files = tuple(named_path(folder, path, f"{source}.{kind}") for path in getattr(block, kind))
     for path in files:
         if not path.is_file():
             raise UserError(f"{source}.{kind}: no such file {path}")
@@ -192,11 +193,12 @@ def _as_text(value: object, where: str) -> str:
 
 
 def _is_conversation(value: object) -> bool:
-    """Is a value a list of messages, in either of the forms that are common?"""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(item, dict) and (item.keys() >= MESSAGE or item.keys() >= TURN) for item in value)
+    """Is a value a list of chat messages? One that calls a tool may have no text."""
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        return False
+    return any(
+        all(speaker in item for item in value) and any(text in item for item in value)
+        for speaker, text in SPEAKER_AND_TEXT
     )
 
 

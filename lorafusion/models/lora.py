@@ -5,6 +5,7 @@ decides how linears compute with them. A kind is a function `kind(linears, activ
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -138,8 +139,11 @@ def adapter_state(stage: Stage, job: Job) -> dict[str, torch.Tensor]:
 def save_adapter(config: LoraConfig, state: dict[str, torch.Tensor], folder: Path) -> None:
     """Write an adapter to a folder in PEFT's format; state: its tensors under the names of that format."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = folder / "adapter_model.safetensors"
+    save_file(state, weights, metadata={"format": "pt"})
+    config.target_modules = sorted(config.target_modules)  # PEFT's set has another order in each process
     config.save_pretrained(folder)
+    shutil.copymode(folder / "adapter_config.json", weights)  # safetensors lets nobody else read it
 
 
 def fused(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:

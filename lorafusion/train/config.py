@@ -15,6 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from lorafusion.config import names_in
 from lorafusion.data.blocks import Data, SyntheticData, data_block
 from lorafusion.errors import UserError, one_of, validated
+from lorafusion.files import named_path
 from lorafusion.measure.environment import has_gpu
 from lorafusion.reading import read_yaml
 from lorafusion.runtime.spec import DType
@@ -215,7 +216,8 @@ def read_train_config(path: str | Path) -> TrainConfig:
     folder = path.absolute().parent
     if "path" in data:
         raise UserError(f"{path}: path: extra inputs are not permitted (found {data['path']!r})")
-    defaults = _mapping(data.pop("defaults", None) or {}, f"{path}: defaults")
+    defaults = data.pop("defaults", None)
+    defaults = {} if defaults is None else _mapping(defaults, f"{path}: defaults")
     for key in defaults:
         one_of("key", key, set(TrainJob.model_fields) - {"name"}, f"{path}: defaults")
     jobs = data.get("jobs")
@@ -223,7 +225,9 @@ def read_train_config(path: str | Path) -> TrainConfig:
         raise UserError(f"{path}: jobs: expected a list of jobs, found {jobs!r}")
     data["jobs"] = tuple(_read_job(path, folder, index, job, defaults) for index, job in enumerate(jobs))
     config = validated(TrainConfig, data | {"path": path.absolute()}, path)
-    found = {"model": _located_model(config.model, path, folder), "output": folder / config.output.expanduser()}
+    # Resolved, as `new/../mine` is the folder `mine` as soon as `new` has been made.
+    output = named_path(folder, config.output, f"{path}: output").resolve()
+    found = {"model": _located_model(config.model, path, folder), "output": output}
     if config.tokenizer:
         found["tokenizer"] = _located(config.tokenizer, "tokenizer", path, folder)
     return config.model_copy(update=found)
@@ -251,7 +255,7 @@ def _located_model(value: str, path: Path, folder: Path) -> str:
     if value in names_in("models"):
         return value
     if value.endswith(".yaml"):
-        file = folder / Path(value).expanduser()
+        file = named_path(folder, value, f"{path}: model")
         if not file.is_file():
             raise UserError(f"{path}: model: no such file {file}")
         return str(file)
@@ -261,7 +265,7 @@ def _located_model(value: str, path: Path, folder: Path) -> str:
 
 def _located(value: str, key: str, path: Path, folder: Path, known: str = "") -> str:
     """A local folder as an absolute path, or else a name that the hub may know."""
-    local = folder / Path(value).expanduser()
+    local = named_path(folder, value, f"{path}: {key}")
     if local.is_dir():
         return str(local)
     if value.startswith((".", "/", "~")) or not REPOSITORY.fullmatch(value):

@@ -89,8 +89,11 @@ class _Stores:
         where = _where(self.config, job)
         self.encoder = self.encoder or self._load_encoder(job)
         blocks = [job.data, *([job.evaluation_data] if job.evaluation_data else [])]
-        fingerprint = self._fingerprint(blocks, rule)
-        store = self._fresh(job, fingerprint) or self._make(job, blocks, rule, fingerprint)
+        try:
+            fingerprint = self._fingerprint(blocks, rule)
+            store = self._fresh(job, fingerprint) or self._make(job, blocks, rule, fingerprint)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         self.written.setdefault(fingerprint, store.path)
         if store.notes.largest_id >= self.model.vocab_size:
             raise UserError(
@@ -154,10 +157,7 @@ class _Stores:
     def _make(self, job: TrainJob, blocks: list[Data], rule: SampleRule, fingerprint: str) -> StoreFile:
         writer, sizes, counts = StoreWriter(), [], [Counts() for _ in blocks]
         for block, count in zip(blocks, counts, strict=True):
-            try:
-                writer.extend(encode(block, self.encoder, rule, count))
-            except UserError as error:
-                raise UserError(f"{_where(self.config, job)}: {error}") from None
+            writer.extend(encode(block, self.encoder, rule, count))
             sizes.append(len(writer))
         path = store_path(self.folder, job.name)
         writer.write(path, fingerprint=fingerprint, training=sizes[0], counts=tuple(map(str, counts)))

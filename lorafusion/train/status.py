@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lorafusion.errors import UserError
-from lorafusion.files import write
+from lorafusion.files import named_path, write
 from lorafusion.runtime.lock import Process
 
 STATUS, RUNNING = "status.json", "running"
@@ -73,9 +73,9 @@ def output_named_in(jobs_file: Path) -> Path | None:
     """The output folder that a jobs file names, however broken the rest of it is."""
     try:
         found = re.search(r"^output:[ \t]*([^#\n]+)", jobs_file.read_text(), re.MULTILINE)
-    except (OSError, UnicodeDecodeError):
+        return named_path(jobs_file.absolute().parent, found[1].strip().strip("'\""), "output") if found else None
+    except (OSError, UnicodeDecodeError, UserError):
         return None
-    return jobs_file.absolute().parent / Path(found[1].strip().strip("'\"")).expanduser() if found else None
 
 
 def _line(error: Exception) -> str:

@@ -107,6 +107,9 @@ def test_what_is_too_long_is_cut_or_dropped_and_counted(tmp_path, encoder, rule,
 
 
 def test_fields_that_are_no_strings_are_put_in_as_json():
+    people = [{"role": "cook", "name": "Ann"}, {"role": "waiter"}]
+    assert fill("{x}", {"x": people}, "here") == '[{"role": "cook", "name": "Ann"}, {"role": "waiter"}]'
+    assert fill("{x}", {"x": []}, "here") == "[]"
     row = {"n": 3, "x": [True, None, {"é": 'a"b'}], "a.b": 0.10}
     assert fill("{n}, {x}, {{n}}, {a.b}", row, "here") == '3, [true, null, {"é": "a\\"b"}], {n}, 0.1'
 
@@ -134,6 +137,10 @@ BAD_ROWS = {
         r"rows\.jsonl:1: field 'a' is a list of chat messages, expected text; render it with .*apply_chat_template",
     ),
     "turns": ([{"q": [{"from": "human", "value": "y"}], "a": "x"}], r"field 'q' is a list of chat messages"),
+    "a call of a tool": (
+        [{"q": "x", "a": [{"role": "user", "content": "y"}, {"role": "assistant", "tool_calls": []}]}],
+        r"field 'a' is a list of chat messages",
+    ),
     "bad JSON": ([{"q": "x", "a": "y"}, "", "{"], r"rows\.jsonl:3: not JSON: Expecting"),
     "no object": (["[1]"], r"rows\.jsonl:1: expected a JSON object, found a list"),
     "nothing": ([], r"rows\.jsonl: no rows; expected a JSON object a line"),

@@ -3,6 +3,7 @@ adapters of the kind `fused` are views of stacks."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -188,3 +189,11 @@ def test_the_state_of_an_adapter_is_a_copy_of_what_it_is_now():
         assert all(torch.equal(state[name], kept[name]) for name in kept)
         # Sent to another process, it takes nothing else of its stack along.
         assert all(value.untyped_storage().nbytes() == value.nbytes for value in state.values())
+
+
+def test_a_saved_adapter_is_the_same_from_each_process_and_for_all_to_read(tmp_path):
+    """A set of strings has another order in each process; safetensors makes files that only their owner can read."""
+    lora.save_adapter(lora.peft_config(job()), {"x": torch.zeros(1)}, tmp_path)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    assert json.loads(config.read_text())["target_modules"] == sorted(ALL_LINEAR)
+    assert weights.stat().st_mode == config.stat().st_mode

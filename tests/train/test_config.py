@@ -9,6 +9,7 @@ from lorafusion.config import CONFIGS
 from lorafusion.data.blocks import HubData, JsonlData, SyntheticData, TextData
 from lorafusion.errors import UserError
 from lorafusion.train.config import TrainConfig, TrainJob, read_train_config
+from lorafusion.train.run import train
 from lorafusion.workload import ALL_LINEAR, Job
 
 SYNTHETIC = {"synthetic": {"samples": 4}}
@@ -119,7 +120,7 @@ def test_paths_are_relative_to_the_files_folder(read, tmp_path, monkeypatch):
         evaluation={"text": [str(tmp_path / "b.txt")]},
     )
     assert (config.model, config.tokenizer) == (str(tmp_path / "base"), str(tmp_path / "base"))
-    assert config.output == tmp_path / "../out"
+    assert config.output == tmp_path.parent / "out"
     assert config.jobs[0].data == JsonlData(jsonl=tmp_path / "a.jsonl", completion="{x}")
     assert config.jobs[0].evaluation_data == TextData(text=tmp_path / "b.txt")
 
@@ -183,6 +184,7 @@ TOP = {
     "defaults of no key": ({"defaults": {"lr": 1}}, "defaults: unknown key 'lr'; known: "),
     "a name for all": ({"defaults": {"name": "a"}}, "defaults: unknown key 'name'"),
     "defaults that are no mapping": ({"defaults": [1]}, "defaults: expected a mapping, found [1]"),
+    "defaults that are a number": ({"defaults": 0}, "defaults: expected a mapping, found 0"),
     "its own path": ({"path": "x"}, "path: extra inputs are not permitted"),
 }
 
@@ -191,6 +193,32 @@ TOP = {
 def test_a_mistake_at_the_top_is_one_line(read, tmp_path, name):
     change, message = TOP[name]
     assert_says(lambda: read(change), f"{tmp_path / 'sweep.yaml'}: ", message)
+
+
+@pytest.mark.parametrize("key", ["model", "tokenizer", "output", "jsonl", "text"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a\0b", "null"),
+        ("~nobody-of-this-name/x", "home directory"),
+        ("x" * 300, "too long"),
+        ("x/" * 3000, "too long"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_line(read, tmp_path, key, name, reason):
+    if key in ("model", "tokenizer", "output"):
+        assert_says(lambda: read({key: name}), f"{tmp_path / 'sweep.yaml'}: {key}: not a path (", reason)
+    else:
+        data = {key: name} | ({"completion": "{a}"} if key == "jsonl" else {})
+        assert_says(lambda: read(data=data), f"{tmp_path / 'sweep.yaml'}: jobs.a.data.{key}: not a path (", reason)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "~nobody-of-this-name/x", "x" * 300])
+def test_an_output_that_cannot_be_is_told_by_the_command_too(tmp_path, name):
+    path = tmp_path / "jobs.yaml"
+    path.write_text(yaml.safe_dump({"output": name, "model": "tiny", "jobs": [{"name": "a", "data": SYNTHETIC}]}))
+    with pytest.raises(UserError, match=r"jobs\.yaml: output: not a path"):
+        train(path)
 
 
 ROWS = {"hub": "x/y", "completion": "{a}"}
@@ -239,3 +267,5 @@ def assert_says(action, beginning, message):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml: no such file"):
         read_train_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=r"x\.yaml: cannot be read as text \(File name too long\)"):
+        read_train_config(tmp_path / f"{300 * 'x'}.yaml")

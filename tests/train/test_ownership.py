@@ -63,6 +63,12 @@ def test_whatever_a_user_keeps_in_a_folder_stays_there(tmp_path_factory, names):
     refused(jobs_file(folder), "holds files, but not those of a training")
 
 
+def test_a_way_over_a_folder_that_is_still_to_be_made_leads_to_a_users_folder_too(tmp_path):
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "model.yaml").write_text("mine")
+    refused(jobs_file(tmp_path, "new/../user"), "holds files, but not those of a training")
+
+
 @pytest.mark.parametrize("name", ["jobs.yaml", "model.yaml"])
 def test_a_folder_with_the_jobs_file_is_no_output(tmp_path, name):
     refused(jobs_file(tmp_path, ".", name), "holds files, but not those of a training")

@@ -144,6 +144,16 @@ def a_pipe_is_replaced(original):
 
 
 @planted(
+    "lorafusion.files:_place",
+    caught_by=f"{OUTPUTS}::test_an_output_that_would_cost_something_is_refused[plan-its input, over a folder that is "
+    "not there]",
+)
+def an_output_is_looked_for_before_its_folders_are_there(original):
+    """A command replaces its own input, which is named over a folder that is still to be made."""
+    return lambda path: path
+
+
+@planted(
     "lorafusion.train.ownership:require_own",
     caught_by=f"{FOLDER}::test_a_folder_with_the_jobs_file_is_no_output[jobs.yaml]",
 )

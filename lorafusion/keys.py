@@ -20,7 +20,7 @@ from lorafusion.config import CONFIGS, Cell, Suite, SystemConfig, cells, read_mo
 from lorafusion.data.lengths import make_workload
 from lorafusion.errors import UserError
 from lorafusion.plan import Plan, check
-from lorafusion.seals import require_seal
+from lorafusion.seals import require_own_seal, require_seal
 from lorafusion.tuned import Tuned
 from lorafusion.workload import Workload, content_hash, read_versioned
 
@@ -134,7 +134,7 @@ class CellFiles:
 
     def result(self, path: Path, plan: Plan | None, repeat: int) -> dict:
         """The result file of one repeat. plan: None for a cell that nothing installed here can run."""
-        found = read_versioned(path, RESULT_VERSION, "result")
+        found = _read_result(path)
         self.require_result(path, found)
         require(path, [
             ("repeat", found["cell"].get("repeat"), repeat),
@@ -195,7 +195,7 @@ def require_results(contents: dict[str, dict], suite_path: Path | None) -> None:
 def is_current(path: Path, bench: tuple[str, str, str]) -> bool:
     """Is a file the result of a bench (its module, suite and name) as configs/ has it now?"""
     try:
-        origin = _part(read_versioned(path, RESULT_VERSION, "result"), "provenance", path)
+        origin = _part(_read_result(path), "provenance", path)
         require(path, [("bench", origin.get("bench"), list(bench)),
                        ("config_hash", origin.get("config_hash"), _bench_hash(str(path), list(bench)))])  # fmt: skip
     except UserError:
@@ -222,6 +222,12 @@ def _bench_hash(path: str, bench: list[str]) -> str:
         return importlib.import_module(f"lorafusion.benchmarks.{kind}").current_hash(suite, name)
     except KeyError:
         raise UserError(f"{path}: bench: found {name}, which suite {suite} does not have now") from None
+
+
+def _read_result(path: Path) -> dict:
+    found = read_versioned(path, RESULT_VERSION, "result")
+    require_own_seal(found, path)
+    return found
 
 
 def _part(result: dict, key: str, path: str | Path) -> dict:

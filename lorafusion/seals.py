@@ -1,19 +1,22 @@
 """The seal of a table: a file beside it with its hash and its number of rows, so that one that was cut or edited shows.
 
 A seal is what `sha256sum` writes, with the number of rows as a comment: `sha256sum -c NAME.csv.sha256` compares the two
-without this project. Whatever draws, publishes or prints a table reads it through its seal.
+without this project. Whatever draws, publishes or prints a table reads it through its seal. A JSON file, as of a run or
+a verdict, has its seal in itself. Seals show accidents and careless edits; whoever means to forge can seal again.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from lorafusion.errors import UserError
 from lorafusion.files import write
+from lorafusion.workload import content_hash
 
 SUFFIX = ".sha256"
 FORM = re.compile(r"# (\d+) rows(?:; (.+))?\n([0-9a-f]{64})  (.+)\n")
@@ -56,6 +59,19 @@ def require_seal(path: Path) -> Seal:
         raise UserError(f"{path}: cut or edited since it was written: expected {sealed.rows} rows as in {beside.name}, "
                         f"found {what}; write it again")  # fmt: skip
     return sealed
+
+
+def sealed(data: dict) -> dict:
+    """The content of a JSON file with the key `seal`, a hash of all the rest."""
+    rest = {key: value for key, value in json.loads(json.dumps(data)).items() if key != "seal"}
+    return rest | {"seal": content_hash(rest)}
+
+
+def require_own_seal(data: dict, source: str | Path) -> None:
+    """Raise `UserError` unless the content of a JSON file is what it was sealed with."""
+    found, expected = data.get("seal"), sealed(data)["seal"]
+    if found != expected:
+        raise UserError(f"{source}: seal: found {found}, expected {expected}; it was changed since, make it again")
 
 
 def _digest(path: Path) -> str:

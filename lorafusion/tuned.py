@@ -9,7 +9,8 @@ from pydantic import Field
 
 from lorafusion.errors import UserError, validated
 from lorafusion.schema import MOST_TOKENS, Data, Float, Int
-from lorafusion.workload import Workload, content_hash, read_versioned
+from lorafusion.seals import require_own_seal, sealed
+from lorafusion.workload import Workload, read_versioned
 
 VERSION = 3
 
@@ -53,21 +54,14 @@ class Tuned(Data):
             return min(one.capacity for one in self.trials)
         return max(done, key=lambda one: (one.throughput, one.capacity)).capacity
 
-    @property
-    def own_seal(self) -> str:
-        """What `seal` must be."""
-        return content_hash(self.model_dump(mode="json", exclude={"seal"}))
-
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(mode="json") | {"seal": self.own_seal}, indent=1) + "\n"
+        return json.dumps(sealed(self.model_dump(mode="json")), indent=1) + "\n"
 
     @classmethod
     def read(cls, path: str | Path) -> Tuned:
         """Read a file of `lorafusion tune`; `UserError` names the file and what is wrong."""
         found = validated(cls, read_versioned(path, VERSION, "tuning"), path)
-        if found.seal != found.own_seal:
-            raise UserError(f"{path}: seal: found {found.seal}, expected {found.own_seal}; it was changed since, "
-                            "make it again with `lorafusion tune`")  # fmt: skip
+        require_own_seal(found.model_dump(mode="json"), path)
         return found
 
     def require(self, source: Path, workload: Workload, system: str, stages: int, data_parallel: int) -> None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lorafusion.errors import UserError, validated
 from lorafusion.files import write
 from lorafusion.reading import read_json
+from lorafusion.seals import require_own_seal, sealed
 
 # The checks that figures need: of a suite's runs, of kernels, of whole training steps. The figures of some name each
 # system that was compared.
@@ -80,8 +81,8 @@ def origin_of(suite: str | None, device: str, dtype: str) -> Origin:
 
 
 def write_verdict(verdict: Verdict, origin: Origin, path: Path) -> None:
-    """Write a verdict with what it is about, whole or not at all."""
-    write(path, json.dumps({**verdict.model_dump(), "origin": origin.model_dump()}, indent=1) + "\n")
+    """Write a verdict with what it is about and its seal, whole or not at all."""
+    write(path, json.dumps(sealed({**verdict.model_dump(), "origin": origin.model_dump()}), indent=1) + "\n")
 
 
 def write_outcome(verdict: Verdict, origin: Origin, path: Path) -> None:
@@ -101,4 +102,7 @@ def read_verdict(path: Path) -> Verdict:
     if not path.exists():
         raise UserError(f"{path}: no such verdict; `lorafusion check` makes it")
     # A check that fails may have found what is no number.
-    return validated(_Written, read_json(path, "verdict", finite=False), path)
+    data = read_json(path, "verdict", finite=False)
+    found = validated(_Written, {key: value for key, value in data.items() if key != "seal"}, path)
+    require_own_seal(data, path)
+    return found

@@ -50,6 +50,17 @@ def test_a_verdict_is_read_to_the_letter(tmp_path, change, message):
     assert message in str(caught.value)
 
 
+def test_a_verdict_that_was_changed_by_hand_is_refused(tmp_path):
+    """Its figure was 1e-9, and it was about another suite."""
+    path = tmp_path / "lossless.json"
+    for old, new in (("1e-09", "1e-12"), ("smoke", "h200")):
+        write_verdict(GOOD, ORIGIN, path)
+        assert path.read_text().count(old) == 1
+        path.write_text(path.read_text().replace(old, new))
+        with pytest.raises(UserError, match=r"lossless\.json: seal: found"):
+            read_verdict(path)
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"passed": false, "passed": true}', "[]", "[" * 100_000])
 def test_what_is_no_verdict_says_so(tmp_path, text):
     (tmp_path / "v.json").write_text(text)

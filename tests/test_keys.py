@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from lorafusion.config import CONFIGS, cells, read_suite
 from lorafusion.errors import UserError
 from lorafusion.keys import OutOfDateError, cell_workload, first_difference, plan_key
 from lorafusion.plan import Plan
+from lorafusion.runtime.result import write_result
 from lorafusion.seals import seal
 from lorafusion.tuned import Tried, Tuned
 from lorafusion.tuning import plan_cell
@@ -162,16 +162,28 @@ def test_a_result_of_another_configuration_workload_or_plan_is_not_this_ones(mad
               "plan_hash": plan.content_hash}  # fmt: skip
     cell = {"suite": "keys", "cell": made.cell.name, "repeat": 1}
     path = made.folder / "result.json"
-    path.write_text(json.dumps({"version": 1, "cell": cell, "provenance": origin}))
+    write_result(path, {"version": 1, "cell": cell, "provenance": origin})
     assert files.result(path, plan, 1)
     with pytest.raises(OutOfDateError, match="repeat: found 1, expected 2"):
         files.result(path, plan, 2)
-    path.write_text(json.dumps({"version": 1, "cell": cell, "provenance": origin | {name: "0" * 16}}))
+    write_result(path, {"version": 1, "cell": cell, "provenance": origin | {name: "0" * 16}})
     with pytest.raises(OutOfDateError, match=f"{name}: found 0000000000000000, expected {origin[name]}"):
         files.result(path, plan, 1)
-    path.write_text(json.dumps({"version": 1, "cell": cell, "provenance": None}))
+    write_result(path, {"version": 1, "cell": cell, "provenance": None})
     with pytest.raises(UserError, match="provenance: expected a JSON object"):
         files.result(path, plan, 1)
+
+
+def test_a_result_that_was_changed_by_hand_is_not_this_ones(made):
+    origin = {"config_hash": made.files.configuration, "workload_hash": made.files.expected_workload.content_hash,
+              "plan_hash": None}  # fmt: skip
+    path = made.folder / "result.json"
+    write_result(path, {"version": 1, "cell": {"suite": "keys", "cell": made.cell.name, "repeat": 1},
+                        "status": "oom", "provenance": origin})  # fmt: skip
+    assert made.files.result(path, None, 1)
+    path.write_text(path.read_text().replace("oom", "ok"))
+    with pytest.raises(UserError, match="seal: found"):
+        made.files.result(path, None, 1)
 
 
 def test_a_profile_that_lost_rows_or_is_of_another_plan_is_not_this_ones(made):

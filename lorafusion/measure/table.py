@@ -22,7 +22,7 @@ from lorafusion.measure.store import is_store, read_store, require_store
 from lorafusion.measure.validation import GROUP, KEY, ORDER, MeasurementError, validate
 from lorafusion.measure.vocabulary import COLUMNS, COSTS, METRICS, STATUSES, TYPE_NAMES, WINDOWS, json_schema
 from lorafusion.reading import read_json
-from lorafusion.seals import require_seal, seal
+from lorafusion.seals import require_own_seal, require_seal, seal
 
 # Columns that tables did not always have, and what their cells' names said instead; others of them are empty.
 BY_NAME = {
@@ -95,6 +95,8 @@ def read_contents(paths: Iterable[str | Path]) -> dict[str, dict]:
         twice = contents.keys() & entries.keys()
         if twice:
             raise MeasurementError(f"{path}: {min(twice)} is there twice")
+        for name, content in entries.items():
+            require_own_seal(content, name)
         contents |= entries
     return contents
 

@@ -17,6 +17,7 @@ from lorafusion.errors import UserError
 from lorafusion.files import write
 from lorafusion.plan import Plan, statistics_of
 from lorafusion.runtime.launch import Outcome
+from lorafusion.seals import sealed
 from lorafusion.workload import Workload
 
 VERSION = 1
@@ -214,5 +215,5 @@ def steady_throughput(seconds: dict[int, float], plan: Plan) -> tuple[float, str
 
 
 def write_result(path: str | Path, content: dict) -> None:
-    """Write the file whole or not at all."""
-    write(Path(path), json.dumps(content, indent=1) + "\n")
+    """Write the file with its seal, whole or not at all."""
+    write(Path(path), json.dumps(sealed(content), indent=1) + "\n")

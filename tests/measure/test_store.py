@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import shutil
 
 import pytest
@@ -12,7 +11,8 @@ from lorafusion.config import CONFIGS
 from lorafusion.errors import UserError
 from lorafusion.measure import table
 from lorafusion.measure.store import read_store, require_store, store_path, write_store
-from lorafusion.seals import seal
+from lorafusion.runtime.result import write_result
+from lorafusion.seals import seal, sealed
 from tests.test_cli import lorafusion
 
 CELL = "model~tiny/workload~xsum/gpus~1/batch~8/system~{system}"
@@ -42,7 +42,7 @@ def gathered(tmp_path):
     for system in ("mlora", "peft"):
         for repeat in (1, 2):
             paths.append(runs / f"{system}-{repeat}.json")
-            paths[-1].write_text(json.dumps(result(system, repeat, value=0.1 * repeat)))
+            write_result(paths[-1], result(system, repeat, value=0.1 * repeat))
     done = lorafusion("measurements", tmp_path / "out", *paths)
     assert done.returncode == 0, done.stderr
     shutil.rmtree(runs)
@@ -62,8 +62,8 @@ def test_a_store_has_the_losses_and_all_that_a_result_had(gathered):
     contents = read_store(gathered / "measurements.results.jsonl.gz")
     named = set(table.read(gathered / "measurements.csv")["result"].dropna())
     assert named == set(contents)
-    assert {name.rpartition("/")[2]: content for name, content in contents.items()}["peft-2.json"] == result(
-        "peft", 2, value=0.2
+    assert {name.rpartition("/")[2]: content for name, content in contents.items()}["peft-2.json"] == sealed(
+        result("peft", 2, value=0.2)
     )
 
 
@@ -84,7 +84,9 @@ def test_a_row_without_its_result_is_refused(gathered):
         table.read(csv)
 
 
-@pytest.mark.parametrize("text", [b"", b"no gzip", gzip.compress(b"{}\n"), gzip.compress(b'{"table": NaN}\n')])
+@pytest.mark.parametrize(
+    "text", [b"", b"no gzip", gzip.compress(b"{}\n", mtime=0), gzip.compress(b'{"table": NaN}\n', mtime=0)]
+)
 def test_a_store_that_is_none_or_cut_is_refused(gathered, text):
     store = gathered / "measurements.results.jsonl.gz"
     for content in (text, store.read_bytes()[:-20]):
@@ -102,7 +104,7 @@ def gather(tmp_path, *results, suite=None):
     paths = []
     for index, content in enumerate(results):
         paths.append(tmp_path / f"{index}.json")
-        paths[-1].write_text(json.dumps(content))
+        write_result(paths[-1], content)
     return lorafusion("measurements", tmp_path / "out", *paths, *(["--suite", suite] if suite else []))
 
 

@@ -13,6 +13,7 @@ from lorafusion.errors import UserError
 from lorafusion.measure import table
 from lorafusion.measure.table import MeasurementError
 from lorafusion.measure.vocabulary import COLUMNS, METRICS
+from lorafusion.runtime.result import write_result
 
 
 def result(system="lorafusion", repeat=1, throughput=100.0, status="ok", **cell) -> dict:
@@ -113,12 +114,23 @@ def test_read_results_names_the_file_that_is_wrong(tmp_path):
         table.read_results([broken])
 
 
+@pytest.mark.parametrize("change", [lambda data: data["metrics"][0].update(value=9.0), lambda data: data.pop("seal")])
+def test_a_result_that_was_changed_by_hand_is_refused(tmp_path, change):
+    path = tmp_path / "run.json"
+    write_result(path, result())
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"run\.json: seal: found .*, expected .*; it was changed since, make it again"):
+        table.read_results([path])
+
+
 def test_read_results_does_not_depend_on_the_order_of_the_files(tmp_path):
     paths = []
     for repeat in (1, 2):
         for system in ("mlora", "lorafusion"):
             paths.append(tmp_path / f"{system}-{repeat}.json")
-            paths[-1].write_text(json.dumps(result(system, repeat)))
+            write_result(paths[-1], result(system, repeat))
     pd.testing.assert_frame_equal(table.read_results(paths), table.read_results(reversed(paths)))
 
 

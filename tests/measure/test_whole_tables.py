@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
@@ -17,6 +15,7 @@ from lorafusion.measure.table import MeasurementError
 from lorafusion.measure.validation import PLACE
 from lorafusion.measure.vocabulary import IDENTITY
 from lorafusion.report.pages import measurements_page
+from lorafusion.runtime.result import write_result
 from lorafusion.seals import seal
 from tests.measure.test_table import build, result
 
@@ -49,7 +48,7 @@ def test_a_table_that_was_cut_is_neither_drawn_nor_published_nor_read(written, t
         table.read(written)
     figure = ["figure", "end_to_end", str(written), "--model", "tiny", "--out", str(tmp_path / "f")]
     run, drawn = tmp_path / "run.json", tmp_path / "drawn.png"
-    run.write_text(json.dumps(result()))
+    write_result(run, result())
     drawn.touch()
     publish = ["publish", str(written), str(run), "--figure", str(drawn), "--directory", str(tmp_path / "wandb")]
     for command in (figure, publish):
@@ -136,7 +135,7 @@ def test_measurements_needs_all_runs_or_to_be_told(tmp_path):
     paths = []
     for index, one in enumerate(runs()[:-1]):
         paths.append(tmp_path / f"{index}.json")
-        paths[-1].write_text(json.dumps(one))
+        write_result(paths[-1], one)
     command = ["measurements", str(tmp_path / "out"), *map(str, paths)]
     done = CliRunner().invoke(app, command)
     assert isinstance(done.exception, UserError)

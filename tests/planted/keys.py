@@ -50,10 +50,36 @@ def the_key_of_a_plan_forgets_its_order(original):
     return lambda plan, planner, options: content_hash([planner, plan.workload_hash, plan.capacity])
 
 
-@planted("lorafusion.tuned:Tuned.own_seal", caught_by=f"{KEYS}::test_a_tuning_that_was_changed_by_hand_is_refused")
+@planted("lorafusion.seals:content_hash", caught_by=f"{KEYS}::test_a_tuning_that_was_changed_by_hand_is_refused")
 def a_tuning_is_not_sealed(original):
     """The seal of a tuning is the same whatever was measured."""
-    return property(lambda self: "0" * 16)
+    return lambda data: "0" * 16
+
+
+@planted(
+    "lorafusion.measure.table:require_own_seal",
+    caught_by="tests/measure/test_table.py::test_a_result_that_was_changed_by_hand_is_refused",
+)
+def a_table_takes_results_that_were_edited(original):
+    """A throughput that is changed in a result file goes into the table."""
+    return lambda data, source: None
+
+
+@planted(
+    "lorafusion.keys:require_own_seal", caught_by=f"{KEYS}::test_a_result_that_was_changed_by_hand_is_not_this_ones"
+)
+def a_sweep_keeps_results_that_were_edited(original):
+    """A result file that was changed by hand is not measured again."""
+    return lambda data, source: None
+
+
+@planted(
+    "lorafusion.verdicts:require_own_seal",
+    caught_by="tests/test_checking.py::test_a_verdict_that_was_changed_by_hand_is_refused",
+)
+def a_verdict_may_be_edited(original):
+    """A verdict whose figure or suite was changed by hand is believed."""
+    return lambda data, source: None
 
 
 @planted(

@@ -9,6 +9,7 @@ import pytest
 
 from lorafusion.errors import UserError
 from lorafusion.report.pages import checks_page
+from lorafusion.seals import sealed
 
 ERROR = "together: relative difference of a loss"
 VERDICT = {
@@ -25,7 +26,7 @@ VERDICT = {
 def page(tmp_path):
     def made(**changes) -> str:
         path = tmp_path / "lossless.json"
-        path.write_text(json.dumps(VERDICT | changes))
+        path.write_text(json.dumps(sealed(VERDICT | changes)))
         return checks_page([path])
 
     return made

@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lorafusion.checks import LOSS_TOLERANCE, PLAIN
+from lorafusion.errors import UserError
 from lorafusion.report import style
 from lorafusion.report.figures import read_data, written
 
+COLUMNS = ("job", "trainer", "step", "loss")
 ALONE = "alone"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 MARKERS = "ovs^Dx"
@@ -23,6 +25,9 @@ def lossless(curves: str | Path, out_stem: str | Path) -> list[Path]:
     """Draw the losses that `lorafusion check lossless --curves` wrote: a column a job, and below each the relative
     difference from the job trained alone."""
     data = read_data(curves)
+    lacking = [name for name in COLUMNS if name not in data]
+    if lacking:
+        raise UserError(f"{curves}: no column {lacking[0]}; expected what `lorafusion check lossless --curves` writes")
     alone = data[data["trainer"] == ALONE].set_index(["job", "step"])["loss"]
     expected = pd.Series([alone[job, step] for job, step in zip(data["job"], data["step"], strict=True)])
     return written(data.assign(difference=(data["loss"] - expected).abs() / expected.abs()), draw, out_stem)

@@ -8,6 +8,7 @@ import pytest
 from lorafusion.checks import PLAIN, Curve, write_curves
 from lorafusion.errors import UserError
 from lorafusion.report.lossless_figure import ALONE, lossless
+from lorafusion.seals import seal
 
 
 @pytest.fixture
@@ -29,3 +30,10 @@ def test_curves_that_were_cut_or_edited_are_not_drawn(curves, tmp_path):
         with pytest.raises(UserError, match=r"lossless\.csv: cut or edited"):
             lossless(curves, tmp_path / "figure")
     assert not (tmp_path / "figure.png").exists()
+
+
+def test_another_table_is_not_taken_for_curves(tmp_path):
+    (tmp_path / "other.csv").write_text("job,value\na,1\n")
+    seal(tmp_path / "other.csv")
+    with pytest.raises(UserError, match=r"other\.csv: no column trainer; expected what `lorafusion check lossless"):
+        lossless(tmp_path / "other.csv", tmp_path / "figure")

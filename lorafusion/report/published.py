@@ -24,27 +24,23 @@ SENT, STAMP = ".synced", ".snakemake_timestamp"
 
 def content(folder: Path, manifest: str) -> dict[str, str]:
     """All that is in a folder but the manifest: path to hash, link's target, or kind."""
-    found = {}
-    for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = Path(parent, name)
-            found[str(path.relative_to(folder))] = _described(path)
-    found.pop(manifest, None)
-    return dict(sorted(found.items()))
+    return {name: _described(folder / name) for name in sorted(_names(folder)) if name != manifest}
 
 
 def require_own(folder: Path, manifest: str) -> None:
-    """Raise `UserError` unless a folder is new, empty, or holds just what its manifest lists. Touches nothing."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder}: expected a folder to publish to, found a file")
-    found, listed = content(folder, manifest), {}
-    if (folder / manifest).exists():
-        listed = _listed(folder / manifest)
-    for name, what in found.items():
-        if listed.get(name) != what and not _is_others(name, what, listed):
-            raise UserError(f"{folder}: {name} was not published there as it is; name a new or an empty folder")
+    """Raise `UserError` unless a folder is new, empty, or holds just what its manifest lists. Touches nothing, and
+    reads no file that is not listed: it may be a folder with all that a user has."""
+    try:
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise UserError(f"{folder}: expected a folder to publish to, found a file")
+        listed = _listed(folder / manifest) if (folder / manifest).exists() else {}
+        for name in _names(folder):
+            if name != manifest and not _is_known(folder, name, listed):
+                raise UserError(f"{folder}: {name} was not published there as it is; name a new or an empty folder")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be published to ({error.strerror})") from None
 
 
 @contextmanager
@@ -83,6 +79,18 @@ def write_manifest(folder: Path, manifest: str, described: dict) -> None:
     (folder / manifest).write_text(text + "\n")
 
 
+def _names(folder: Path) -> Iterator[str]:
+    """The paths of all that is in a folder, relative to it."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        folders.sort()
+        for name in sorted((*folders, *files)):
+            yield str(Path(parent, name).relative_to(folder))
+
+
 def _described(path: Path) -> str:
     mode = path.lstat().st_mode
     if stat.S_ISLNK(mode):
@@ -104,7 +112,10 @@ def _listed(manifest: Path) -> dict[str, str]:
     return listed
 
 
-def _is_others(name: str, what: str, listed: dict[str, str]) -> bool:
+def _is_known(folder: Path, name: str, listed: dict[str, str]) -> bool:
+    """Is a path in a folder as the manifest lists it, or what others add to a publication?"""
+    if name in listed:
+        return listed[name] == _described(folder / name)
     if name == STAMP:
-        return what == hashlib.blake2b(b"").hexdigest()[:32]
+        return _described(folder / name) == hashlib.blake2b(b"").hexdigest()[:32]
     return name.endswith(SENT) and name.removesuffix(SENT) in listed

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafusion.errors import UserError
+from lorafusion.report import published
 from lorafusion.report.published import replaced, require_own, write_manifest
 from tests.test_cli import lorafusion
 from tests.train.test_ownership import tree
@@ -33,6 +34,25 @@ def refused(folder: Path, message: str) -> None:
         publish(folder, "new")
     assert "\n" not in str(caught.value)
     assert tree(folder.parent) == before
+
+
+def test_a_folder_with_a_users_files_is_refused_before_any_is_read(tmp_path, monkeypatch):
+    """It may be a home, or /: reading everything there takes hours."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "thesis.tex").write_text("mine")
+    monkeypatch.setattr(published, "_described", lambda path: pytest.fail(f"{path} was read"))
+    refused(tmp_path / "d", r"thesis\.tex was not published there")
+
+
+def test_a_folder_that_cannot_be_read_or_be_is_one_line(tmp_path, monkeypatch):
+    refused(tmp_path / ("x" * 300), r"cannot be published to \(File name too long\)")
+    publish(tmp_path / "d", "old")
+
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(published, "_described", unreadable)
+    refused(tmp_path / "d", r"cannot be published to \(Permission denied\)")
 
 
 def test_an_earlier_publication_is_replaced_as_often_as_wanted(tmp_path):

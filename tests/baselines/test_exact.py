@@ -4,16 +4,14 @@ float64. Without dropout: kinds that draw their masks from a generator draw othe
 from __future__ import annotations
 
 import functools
-import math
 from itertools import product
 
 import pytest
 import torch
 
-from lorafusion import checks, outside
+from lorafusion import checks, definitions, outside
 from lorafusion.cells import unavailable
 from lorafusion.config import Arrangement, read_systems
-from lorafusion.models.stage import named_generator
 from lorafusion.scheduler import plan_system
 from lorafusion.workload import MERGED, MERGED_PARTS, Workload
 
@@ -126,8 +124,8 @@ def tied(*arguments):
     for name, attention in whole.base_model.model.named_modules():
         if name.endswith(".self_attn"):
             first = attention.q_proj.lora_A[outside.ADAPTER]
-            generator = named_generator(job.seed, f"{name}.{MERGED}.lora_A", torch.device("cpu"))
-            torch.nn.init.kaiming_uniform_(first.weight, a=math.sqrt(5), generator=generator)
+            begin = definitions.first_a(job, f"{name}.{MERGED}", first.in_features, torch.float64, torch.device("cpu"))
+            first.weight.data.copy_(begin)
             for other in (attention.k_proj, attention.v_proj):
                 other.lora_A[outside.ADAPTER] = first
     return whole, place

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from lorafusion.runtime import forked
+from lorafusion.engine import fork_server
 
 # pytest: it is the main module of these processes, too.
-forked.preload("pytest")
+fork_server.preload("pytest")
 
 
 def work(*arguments) -> None:
     """The worker, that waits before the forward pass of a slot for as long as `once_before` wants it to."""
-    from lorafusion.runtime.checkpoint import Checkpoints
+    from lorafusion.engine.checkpoint import Checkpoints
 
     stop_after = Checkpoints.stop_after
 
@@ -30,12 +30,12 @@ def work(*arguments) -> None:
         return stop_after(self, slot, hold)
 
     Checkpoints.stop_after = wait_and_ask  # of this process alone
-    forked.work(*arguments)
+    fork_server.work(*arguments)
 
 
 def work_on(*arguments) -> None:
     """The worker that outlives its launcher, as one in a slow microbatch does, and has none of its files open."""
-    from lorafusion.runtime import worker
+    from lorafusion.engine import worker
 
     os.closerange(3, 1000)
     worker.end_with_parent = lambda *_: None  # of this process alone
@@ -65,7 +65,7 @@ def _arrived(checkpoints: Path, slot: int, rank: int) -> Path:
     return checkpoints / f"wait-{slot}-{rank}"
 
 
-class Forked(forked.Forked):
+class Forked(fork_server.Forked):
     """Sums do not depend on how many threads there were."""
 
     work = staticmethod(work)
@@ -79,5 +79,5 @@ class Outliving(Forked):
     work = staticmethod(work_on)
 
 
-launch = partial(forked.launch_any, start=Forked)
-place_of = forked.place_of
+launch = partial(fork_server.launch_any, start=Forked)
+place_of = fork_server.place_of

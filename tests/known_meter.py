@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lorafusion.measure.timers import Meter, Point
-from lorafusion.models.stage import Stage
+from lorafusion.core.clock import Meter, Point
+from lorafusion.model.stage import Stage
 
 
 class KnownMeter(Meter):

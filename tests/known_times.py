@@ -14,16 +14,16 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from lorafusion.cells import run_cell
-from lorafusion.cli import app
-from lorafusion.config import CONFIGS
+from lorafusion.cli.main import app
+from lorafusion.core.config import CONFIGS
 from lorafusion.data.lengths import make_workload
-from lorafusion.measure.table import read
-from lorafusion.report import contributions_figure, figures
-from lorafusion.runtime import worker
-from lorafusion.runtime.board import Position
-from lorafusion.runtime.launch import Outcome
-from lorafusion.scheduler import plan_system
+from lorafusion.engine import worker
+from lorafusion.lab.experiments.end_to_end import run_cell
+from lorafusion.lab.report import contributions_figure, figures
+from lorafusion.lab.table.table import read
+from lorafusion.launch.heartbeat import Position
+from lorafusion.launch.launch import Outcome
+from lorafusion.planning import plan_system
 from tests.known_meter import KnownMeter
 
 CAPACITY = {"xsum": 32, "wikisum": 80}

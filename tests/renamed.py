@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from lorafusion import config
+from lorafusion.core import config
 
 NEUTRAL = "arm-x"
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lorafusion.config import CONFIGS, Grid, Suite, SystemConfig, read_systems
-from lorafusion.imports import load
-from lorafusion.plan import Plan, check
-from lorafusion.workload import Workload
+from lorafusion.core.config import CONFIGS, SystemConfig, read_systems
+from lorafusion.core.plan import Plan, check
+from lorafusion.core.plugins import load
+from lorafusion.core.workload import Workload
+from lorafusion.lab.suite import Grid, Suite
 
 ROOT = CONFIGS.parent
 DOCS = ROOT / "docs"
@@ -45,7 +46,7 @@ class Checkout:
             else:
                 shutil.copy(source, self.root / name)
         # What is installed calls the entry points of the checkout that it was installed from.
-        for name, command in (("lorafusion", "lorafusion.cli"), ("snakemake", "snakemake --dry-run")):
+        for name, command in (("lorafusion", "lorafusion.cli.main"), ("snakemake", "snakemake --dry-run")):
             (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m {command} "$@"\n')
             (programs / name).chmod(0o755)
         paths = os.pathsep.join([str(self.root), str(self.root / "kernels")])

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 
-from lorafusion.report import contributions_figure, figures, style
+from lorafusion.lab.report import contributions_figure, figures, style
 from tests.known_times import BASELINES, CAPACITY, DRIFT, FAILED, MEMORY, RATES, REPEATS, Run, Story
 
 T_OF_SIX = 2.570582  # Student's t with 5 degrees of freedom, 97.5 %

@@ -10,32 +10,39 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorafusion.cells import unavailable
-from lorafusion.config import CONFIGS, read_systems
+from lorafusion.core.config import CONFIGS, read_systems
+from lorafusion.core.plan import Plan
 from lorafusion.data.lengths import make_workload
-from lorafusion.plan import Plan
-from lorafusion.runtime.launch import Outcome
-from lorafusion.runtime.result import result_of
-from lorafusion.scheduler import plan_system
-from lorafusion.sweep import Share, Sweep
-from lorafusion.tuning import Tried, Tuned
+from lorafusion.lab.experiments.end_to_end import unavailable
+from lorafusion.lab.sweep import Share, Sweep
+from lorafusion.lab.table.result import result_of
+from lorafusion.lab.tuning import Tried, Tuned
+from lorafusion.launch.launch import Outcome
+from lorafusion.planning import plan_system
 from tests.renamed import NEUTRAL, exchanged, named
 
 SYSTEMS = read_systems()
 ABLE = [name for name, system in SYSTEMS.items() if not unavailable(system)]
 ROOT = Path(__file__).parent.parent
 # Reports know systems by name: which is ours, what is compared with what, in which colour.
-FILES = ("cells", "config", "contract", "keys", "plan", "sweep", "tuned", "tuning", "workload")
-FOLDERS = ("data", "measure", "models", "runtime", "scheduler", "simulator")
-MEASURED = ["baselines", "kernels/fused_lora", *(f"lorafusion/{name}.py" for name in FILES),
-            *(f"lorafusion/{name}" for name in FOLDERS)]  # fmt: skip
+# Of the laboratory all but the checks, which compare with systems by name, and the reports.
+PACKAGES = ("core", "data", "engine", "launch", "model", "planning", "lab/experiments")
+FILES = ("cost", "keys", "operators", "profiler", "suite", "sweep", "trials", "tuned", "tuning")
+MEASURED = [
+    "baselines",
+    "kernels/fused_lora",
+    *(f"lorafusion/{name}" for name in PACKAGES),
+    *(f"lorafusion/lab/{name}.py" for name in FILES),
+    "lorafusion/lab/checks/contract.py",
+    "lorafusion/lab/table",
+]
 # Constants that are no system's name, though they read like one: by file, how often they are there.
 OTHER_WORDS = Counter({
-    ("lorafusion/cells.py", "lorafusion"): 1,  # the command
+    ("lorafusion/lab/experiments/end_to_end.py", "lorafusion"): 1,  # the command
     ("lorafusion/data/store.py", "lorafusion"): 1,  # a key in the files of tokens
-    ("lorafusion/measure/environment.py", "peft"): 2,  # the package
-    ("lorafusion/measure/tree.py", "lorafusion"): 1,  # the folder
-    ("lorafusion/scheduler/__init__.py", "mlora"): 1,  # the strategy
+    ("lorafusion/core/machine.py", "peft"): 2,  # the package
+    ("lorafusion/core/source_tree.py", "lorafusion"): 1,  # the folder
+    ("lorafusion/planning/__init__.py", "mlora"): 1,  # the strategy
 })  # fmt: skip
 
 

@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from fused_lora import LoRABatch, ops
+from lorafusion.core.workload import Job
 from lorafusion.data.packing import PackedBatch, SampleBorders
-from lorafusion.models import attention
-from lorafusion.runtime import worker
-from lorafusion.runtime.board import Position
-from lorafusion.runtime.launch import Outcome
-from lorafusion.runtime.spec import RunSpec
-from lorafusion.workload import Job
+from lorafusion.engine import worker
+from lorafusion.launch.heartbeat import Position
+from lorafusion.launch.launch import Outcome
+from lorafusion.launch.spec import RunSpec
+from lorafusion.model import attention
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 FAULTS: dict[str, Fault] = {}
 
 
 def launched_here(spec: RunSpec, processes: int, *_: object, folder: Path, **__: object) -> Outcome:
-    """`lorafusion.runtime.launch.launch` for one process: this one."""
+    """`lorafusion.launch.launch.launch` for one process: this one."""
     assert processes == 1
     device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
     report = worker.trained(spec, device, Position(folder, 0), 0, 1)
@@ -110,7 +110,7 @@ def _everywhere(patches, name, value) -> None:
     """transformers' interface has the function itself, Liger's attention a name of its module."""
     from transformers import AttentionInterface
 
-    from lorafusion.models import liger
+    from lorafusion.model import liger
 
     patches.setattr(liger, name, value)
     patches.setitem(AttentionInterface._global_mapping, attention.NAME, value)

@@ -12,7 +12,7 @@ fi
 folder=$1 suite=${2:-h200} minutes=${3:-600} pattern=${4:-.}
 cd "$(dirname "$0")/.."
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
-lorafusion() { python3 -m lorafusion.cli "$@"; }
+lorafusion() { python3 -m lorafusion.cli.main "$@"; }
 mkdir -p "$folder"
 
 benches=$(lorafusion kernels benches --suite "$suite" --missing "$folder" | grep -E "$pattern" || true)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lorafusion.errors import UserError
-from lorafusion.files import write
-from lorafusion.measure.table import csv_text, gaps, read_unsealed
-from lorafusion.seals import require_seal, seal, seal_path
+from lorafusion.core.files import write
+from lorafusion.core.schema import UserError
+from lorafusion.core.seals import require_seal, seal, seal_path
+from lorafusion.lab.table.table import csv_text, gaps, read_unsealed
 
 
 def upgrade(path: Path) -> str:

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from lorafusion.models.lora import ActiveBatch, LoRALinear, each
-from lorafusion.workload import Job
+from lorafusion.core.workload import Job
+from lorafusion.model.lora import ActiveBatch, LoRALinear, each
 
 # Rows must begin at multiples of 16 bytes: 8 numbers of bfloat16.
 ALIGNMENT = 8

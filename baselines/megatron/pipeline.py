@@ -22,10 +22,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from baselines.megatron.device import device_of
 from baselines.megatron.schedule import MegatronStage, forward_and_backward, global_batches, initialise
-from lorafusion.errors import UserError
-from lorafusion.runtime.adapters import AdapterTraining
-from lorafusion.runtime.executor import prepared_by
-from lorafusion.runtime.training import TrainingRun
+from lorafusion.core.schema import UserError
+from lorafusion.engine.adapters import AdapterTraining
+from lorafusion.engine.executor import prepared_by
+from lorafusion.engine.training import TrainingRun
 
 
 class Wrapped(NamedTuple):

@@ -12,10 +12,10 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from lorafusion.errors import UserError
-from lorafusion.models.stage import Stage
-from lorafusion.runtime.pipeline import Pipeline
-from lorafusion.runtime.training import TrainingRun
+from lorafusion.core.schema import UserError
+from lorafusion.engine.pipeline import Pipeline
+from lorafusion.engine.training import TrainingRun
+from lorafusion.model.stage import Stage
 
 
 class MegatronStage(torch.nn.Module):

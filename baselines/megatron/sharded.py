@@ -24,10 +24,10 @@ from megatron.core.distributed import DistributedDataParallelConfig, TorchFullyS
 
 from baselines.megatron.device import device_of
 from baselines.megatron.schedule import MegatronStage, forward_and_backward, global_batches, initialise
-from lorafusion.models.stage import Stage
-from lorafusion.runtime.executor import prepared_by
-from lorafusion.runtime.pipeline import Pipeline
-from lorafusion.runtime.training import TrainingRun
+from lorafusion.engine.executor import prepared_by
+from lorafusion.engine.pipeline import Pipeline
+from lorafusion.engine.training import TrainingRun
+from lorafusion.model.stage import Stage
 
 
 class Sharded:

@@ -29,9 +29,9 @@ from pathlib import Path
 import yaml
 from transformers import AutoTokenizer
 
-from lorafusion.errors import UserError
-from lorafusion.files import require_outputs, write
-from lorafusion.workload import ALL_LINEAR, MERGED, Job, Workload
+from lorafusion.core.files import require_outputs, write
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import ALL_LINEAR, MERGED, Job, Workload
 
 COMMIT = "4abf120"
 LONGEST = 4096  # its table of rotations

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lorafusion.models.lora import ActiveBatch, LoRALinear, each
+from lorafusion.model.lora import ActiveBatch, LoRALinear, each
 
 
 class _Part(NamedTuple):

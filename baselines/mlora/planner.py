@@ -23,9 +23,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from lorafusion.errors import UserError
-from lorafusion.plan import Microbatch, Plan, make_plan
-from lorafusion.scheduler.common import (
+from lorafusion.core.plan import Microbatch, Plan, make_plan
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Workload
+from lorafusion.planning.common import (
     cuts,
     insert_noops,
     largest_that_fits,
@@ -33,7 +34,6 @@ from lorafusion.scheduler.common import (
     padded_length,
     require_samples_fit,
 )
-from lorafusion.workload import Workload
 
 Content = dict[int, Sequence[int]]  # the positions that a microbatch holds of each adapter
 

@@ -24,9 +24,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fused_lora.modules import SharedInput
-from lorafusion.models.lora import ActiveBatch, LoRALinear, peft
-from lorafusion.models.stage import is_gated_mlp
-from lorafusion.workload import MERGED_PARTS, Job
+from lorafusion.core.workload import MERGED_PARTS, Job
+from lorafusion.model.lora import ActiveBatch, LoRALinear, peft
+from lorafusion.model.stage import is_gated_mlp
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 

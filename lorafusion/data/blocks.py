@@ -15,10 +15,9 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from lorafusion.core.files import named_path
+from lorafusion.core.schema import LEAST_SCALE, MOST_SAMPLES, MOST_SCALE, MOST_TOKENS, Config, UserError, validated
 from lorafusion.data.lengths import MIXED, read_table
-from lorafusion.errors import UserError, validated
-from lorafusion.files import named_path
-from lorafusion.schema import LEAST_SCALE, MOST_SAMPLES, MOST_SCALE, MOST_TOKENS, Config
 
 SYNTHETIC = "synthetic:"  # how the name of a dataset begins whose tokens are made up when they are needed
 SPEAKER_AND_TEXT = (("role", "content"), ("from", "value"))  # keys of a message of a chat, in both common forms

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lorafusion.errors import UserError
-from lorafusion.models.checkpoint import HUB_ERRORS
+from lorafusion.core.hub import HUB_ERRORS
+from lorafusion.core.schema import UserError
 
 PROBE = "a"  # a text to see what the tokenizer puts around it
 

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from lorafusion.config import CONFIGS
-from lorafusion.errors import UserError, one_of, validated
-from lorafusion.reading import read_yaml
-from lorafusion.schema import MOST_ALPHA, MOST_RATE, MOST_TOKENS, Config
-from lorafusion.workload import ALL_LINEAR, MERGED, MERGED_PARTS, Job, Sample, Workload
+from lorafusion.core.config import CONFIGS
+from lorafusion.core.files import read_yaml
+from lorafusion.core.schema import MOST_ALPHA, MOST_RATE, MOST_TOKENS, Config, UserError, one_of, validated
+from lorafusion.core.workload import ALL_LINEAR, MERGED, MERGED_PARTS, Job, Sample, Workload
 
 LENGTHS_TABLE = CONFIGS / "workloads" / "lengths.csv"
 MIXED = "mixed"

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from fused_lora import LoRABatch, LoRASegment
+from lorafusion.core.plan import Microbatch
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Job, Sample, Workload
 from lorafusion.data.tokens import Tokens, TokenSource
-from lorafusion.errors import UserError
-from lorafusion.plan import Microbatch
-from lorafusion.workload import Job, Sample, Workload
 
 IGNORE = -100  # the label of a token after which nothing is to be predicted
 

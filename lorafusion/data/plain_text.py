@@ -14,10 +14,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from lorafusion.core.progress import progress
+from lorafusion.core.schema import UserError
 from lorafusion.data.blocks import TextData
 from lorafusion.data.encoder import Encoder, Specials, Tokenised, begins_with, ends_with
-from lorafusion.errors import UserError
-from lorafusion.scheduler.common import progress
 
 PIECE = 1 << 18  # characters of a window, about
 SHARED = 1 << 10  # characters of the window before that a window has too

@@ -20,12 +20,11 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lorafusion.config import Config
+from lorafusion.core.files import whole
+from lorafusion.core.schema import Config, UserError
+from lorafusion.core.workload import Job, Sample
 from lorafusion.data.blocks import SYNTHETIC
 from lorafusion.data.tokens import SyntheticTokens, Tokens
-from lorafusion.errors import UserError
-from lorafusion.files import whole
-from lorafusion.workload import Job, Sample
 
 if TYPE_CHECKING:
     from lorafusion.data.text import Encoded

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from lorafusion.core.files import parse_json
+from lorafusion.core.hub import HUB_ERRORS
+from lorafusion.core.progress import progress
+from lorafusion.core.schema import UserError
 from lorafusion.data.blocks import HubData, JsonlData, TextData, fill, is_blank
 from lorafusion.data.encoder import Encoder, Specials, begins_with, ends_with
 from lorafusion.data.plain_text import batches, token_runs
-from lorafusion.errors import UserError
-from lorafusion.models.checkpoint import HUB_ERRORS
-from lorafusion.reading import parse_json
-from lorafusion.scheduler.common import progress
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lorafusion.workload import Job, Sample
+from lorafusion.core.workload import Job, Sample
 
 
 class Tokens(NamedTuple):

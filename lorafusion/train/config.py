@@ -1,7 +1,7 @@
 """The jobs file of `lorafusion train`: which adapters, of which base model, on which data, on what hardware.
 
 The pydantic models here are the schema. Paths in the file are relative to its folder, hyper-parameters mean what they
-mean in `lorafusion.workload`.
+mean in `lorafusion.core.workload`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,10 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from lorafusion.config import names_in
-from lorafusion.data.blocks import Data, SyntheticData, data_block
-from lorafusion.errors import UserError, one_of, validated
-from lorafusion.files import named_path
-from lorafusion.measure.environment import has_gpu
-from lorafusion.reading import read_yaml
-from lorafusion.runtime.spec import DType
-from lorafusion.schema import (
+from lorafusion.core.config import names_in
+from lorafusion.core.files import named_path, read_yaml
+from lorafusion.core.machine import has_gpu
+from lorafusion.core.schema import (
     MOST_ALPHA,
     MOST_DECAY,
     MOST_EPOCHS,
@@ -34,8 +30,13 @@ from lorafusion.schema import (
     Config,
     Float,
     Int,
+    UserError,
+    one_of,
+    validated,
 )
-from lorafusion.workload import ALL_LINEAR, Job
+from lorafusion.core.workload import ALL_LINEAR, Job
+from lorafusion.data.blocks import Data, SyntheticData, data_block
+from lorafusion.launch.spec import DType
 
 DEFAULT_MAX_LENGTH = 4096
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -11,15 +11,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lorafusion.config import ModelConfig
-from lorafusion.errors import UserError
-from lorafusion.files import write
-from lorafusion.manifest import DamagedError, entries, facts_of
-from lorafusion.models.lora import peft_config, save_adapter
-from lorafusion.runtime.checkpoint import adapter_state, last_written, opened
+from lorafusion.core.config import ModelConfig
+from lorafusion.core.files import write
+from lorafusion.core.manifest import DamagedError, entries, facts_of
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Job, Workload
+from lorafusion.engine.checkpoint import adapter_state, last_written, opened
+from lorafusion.model.lora import peft_config, save_adapter
 from lorafusion.train.folder import Exported, OutputFolder, Run
 from lorafusion.train.metrics import History, Step
-from lorafusion.workload import Job, Workload
 
 STOPPED = "\n**Stopped at step {step}: its gradient was not finite. These are the weights before.**\n"
 CARD = """---

@@ -24,15 +24,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lorafusion import manifest
-from lorafusion.config import Config
-from lorafusion.errors import UserError, validated
-from lorafusion.files import whole, write
-from lorafusion.manifest import MANIFEST, DamagedError, Entry, read_sealed, write_sealed
-from lorafusion.plan import Plan
-from lorafusion.runtime import events
-from lorafusion.runtime.checkpoint import Found, adapter_states, seal_initial
-from lorafusion.workload import Job, Workload, content_hash
+from lorafusion.core import manifest
+from lorafusion.core.files import whole, write
+from lorafusion.core.manifest import MANIFEST, DamagedError, Entry, read_sealed, write_sealed
+from lorafusion.core.plan import Plan
+from lorafusion.core.schema import Config, UserError, validated
+from lorafusion.core.workload import Job, Workload, content_hash
+from lorafusion.engine import events
+from lorafusion.engine.checkpoint import Found, adapter_states, seal_initial
 
 PROGRESS = "progress.json"
 HASH_LETTERS = 16  # of a state's hash in its name
@@ -66,7 +65,7 @@ class Exported(Config):
 
 
 class Progress(Config):
-    """settings: what all steps depend on besides the jobs. probed: what `lorafusion.runtime.probe` measured, by what it
+    """settings: what all steps depend on besides the jobs. probed: what `engine.memory_probe` measured, by what it
     depends on."""
 
     settings: dict

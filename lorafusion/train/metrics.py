@@ -1,6 +1,6 @@
 """What is known of a training while it goes on: from the events of its processes to a row for each step of each job.
 
-Each replica's last stage writes its events (`lorafusion.runtime.training.Record`) to a file of its own; a step's row is
+Each replica's last stage writes its events (`lorafusion.engine.training.Record`) to a file of its own; a step's row is
 complete when the shares of all its microbatches have come in. A run that went on from a checkpoint tells some steps
 again, with the same numbers.
 """
@@ -12,10 +12,10 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorafusion.errors import UserError
-from lorafusion.files import write
-from lorafusion.runtime.events import parse
-from lorafusion.workload import Job, Workload
+from lorafusion.core.files import write
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Job, Workload
+from lorafusion.engine.events import parse
 
 
 @dataclass

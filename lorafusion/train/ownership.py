@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorafusion.errors import UserError
-from lorafusion.manifest import MANIFEST
-from lorafusion.runtime.lock import LOCK
+from lorafusion.core.manifest import MANIFEST
+from lorafusion.core.schema import UserError
+from lorafusion.launch.lock import LOCK
 from lorafusion.train.config import TrainConfig
 from lorafusion.train.folder import PROGRESS, Progress, write_progress
 

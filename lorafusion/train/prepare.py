@@ -17,17 +17,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lorafusion.config import ModelConfig, read_model
+from lorafusion.core.config import ModelConfig, read_model
+from lorafusion.core.files import write
+from lorafusion.core.schema import UserError, validated
+from lorafusion.core.workload import Job, Sample, Workload, content_hash
 from lorafusion.data.blocks import Data, HubData, JsonlData, SyntheticData, TextData
 from lorafusion.data.encoder import Encoder, load_encoder
 from lorafusion.data.lengths import draw_lengths
 from lorafusion.data.store import StoreFile, StoreWriter, store_path, stored_dataset
 from lorafusion.data.text import Counts, SampleRule, encode, hub_dataset
-from lorafusion.errors import UserError, validated
-from lorafusion.files import write
-from lorafusion.models.description import huggingface_model
+from lorafusion.model.description import huggingface_model
 from lorafusion.train.config import DEFAULT_MAX_LENGTH, TrainConfig, TrainJob
-from lorafusion.workload import Job, Sample, Workload, content_hash
 
 VERSION = 2  # of what is made of a row: another one makes other tokens of the same text
 DATA = "data"  # the folder of the stores, beside workload.json

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from lorafusion.core.workload import Workload
 from lorafusion.train.metrics import EventReader, History
-from lorafusion.workload import Workload
 
 SHOW_SECONDS, LINE_SECONDS = 1, 30
 

@@ -14,18 +14,19 @@ from pathlib import Path
 
 import yaml
 
-from lorafusion.config import ModelConfig
-from lorafusion.errors import UserError
-from lorafusion.files import write
-from lorafusion.measure.environment import gpu_state
-from lorafusion.plan import Plan
-from lorafusion.runtime.checkpoint import Found, identity, newest
-from lorafusion.runtime.launch import Outcome, launch
-from lorafusion.runtime.lock import Lock, locked
-from lorafusion.runtime.probe import Measured, capacity_of
-from lorafusion.runtime.spec import RunSpec, Saving
-from lorafusion.scheduler import fast
-from lorafusion.simulator import model_costs
+from lorafusion.core.config import ModelConfig
+from lorafusion.core.files import write
+from lorafusion.core.machine import gpu_state
+from lorafusion.core.plan import Plan
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Job, Workload, content_hash
+from lorafusion.engine.checkpoint import Found, identity, newest
+from lorafusion.engine.memory_probe import Measured, capacity_of
+from lorafusion.launch.launch import Outcome, launch
+from lorafusion.launch.lock import Lock, locked
+from lorafusion.launch.spec import RunSpec, Saving
+from lorafusion.planning import fast
+from lorafusion.planning.simulator import model_costs
 from lorafusion.train.config import TrainConfig, read_train_config
 from lorafusion.train.export import Exporter
 from lorafusion.train.folder import OutputFolder, Run, remove_partial, require_names, trim_events
@@ -34,7 +35,6 @@ from lorafusion.train.ownership import claim, is_own, require_own
 from lorafusion.train.prepare import DATA, base_model, prepare
 from lorafusion.train.progress import Display, WandbLog
 from lorafusion.train.status import RUNNING, STATUS, Status, output_named_in, refuse, running
-from lorafusion.workload import Job, Workload, content_hash
 
 SYSTEM = "lorafusion"
 CPU_CAPACITY = 2048  # tokens, where nothing is probed

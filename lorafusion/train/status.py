@@ -20,9 +20,9 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lorafusion.errors import UserError
-from lorafusion.files import named_path, write
-from lorafusion.runtime.lock import Process
+from lorafusion.core.files import named_path, write
+from lorafusion.core.schema import UserError
+from lorafusion.launch.lock import Process
 
 STATUS, RUNNING = "status.json", "running"
 

@@ -9,15 +9,17 @@ from itertools import product
 import pytest
 import torch
 
-from lorafusion import checks, definitions, outside
-from lorafusion.cells import unavailable
-from lorafusion.config import Arrangement, read_systems
-from lorafusion.scheduler import plan_system
-from lorafusion.workload import MERGED, MERGED_PARTS, Workload
+from lorafusion.core.config import read_systems
+from lorafusion.core.workload import MERGED, MERGED_PARTS, Workload
+from lorafusion.lab import definitions, plain_training
+from lorafusion.lab.checks import comparisons
+from lorafusion.lab.experiments.end_to_end import unavailable
+from lorafusion.lab.suite import Arrangement
+from lorafusion.planning import plan_system
 
 pytestmark = pytest.mark.usefixtures("forked_runs")
 SYSTEMS = {name: system for name, system in read_systems().items() if not unavailable(system)}
-JOBS = checks.toy_jobs(dropout=0.0)
+JOBS = comparisons.toy_jobs(dropout=0.0)
 OTHERS = ("o_proj", "gate_proj", "up_proj", "down_proj")
 CAPACITY = 96
 
@@ -38,27 +40,27 @@ def workload_of(jobs) -> Workload:
     return Workload(name="exact", jobs=jobs)
 
 
-def trained(jobs, system, arrangement) -> checks.Trained:
+def trained(jobs, system, arrangement) -> comparisons.Trained:
     stages, replicas, recompute = Arrangement.read(arrangement)
-    return checks.train(workload_of(jobs), system, stages, CAPACITY, replicas=replicas, checkpointing=recompute)
+    return comparisons.train(workload_of(jobs), system, stages, CAPACITY, replicas=replicas, checkpointing=recompute)
 
 
 @functools.cache
-def plainly(jobs) -> checks.Trained:
-    return checks.train_plainly(jobs, checks.EXACT, "float64")
+def plainly(jobs) -> comparisons.Trained:
+    return comparisons.train_plainly(jobs, comparisons.EXACT, "float64")
 
 
 def assert_equal(ours, plain, jobs):
-    loss, weight = checks.Plain(plain, None).errors(ours, jobs)
-    assert loss <= checks.LOSS_TOLERANCE
-    assert weight <= checks.WEIGHT_TOLERANCE
+    loss, weight = comparisons.Plain(plain, None).errors(ours, jobs)
+    assert loss <= comparisons.LOSS_TOLERANCE
+    assert weight <= comparisons.WEIGHT_TOLERANCE
 
 
 def assert_learnt(found, jobs):
     """Every B, zero at first, has moved, and the second epoch's losses are below the first's on the same samples. An
     optimizer that finds no gradients changes nothing, and says nothing either."""
     for job in jobs:
-        assert checks._smallest_b(found.weights[job.name]) > 1e-3
+        assert comparisons._smallest_b(found.weights[job.name]) > 1e-3
         losses, steps = found.losses[job.name], len(job.batches) // job.epochs
         assert all(after < before for before, after in zip(losses, losses[steps:], strict=False))
 
@@ -114,30 +116,30 @@ APART = tuple(merged(job, (*MERGED_PARTS, *rest)) for job, rest in zip(JOBS, (("
 TOGETHER = tuple(merged(job, (MERGED, *rest)) for job, rest in zip(JOBS, (("o_proj",), OTHERS), strict=True))
 
 
-BUILD_MODEL = outside.build_model
+BUILD_MODEL = plain_training.build_model
 
 
 def tied(*arguments):
-    """`lorafusion.outside.build_model` with one A for q, k and v, which is what one adapter on the three together is;
+    """`plain_training.build_model` with one A for q, k and v, which is what one adapter on the three together is;
     it begins as that of the merged linear does."""
     job, (whole, place) = arguments[0], BUILD_MODEL(*arguments)
     for name, attention in whole.base_model.model.named_modules():
         if name.endswith(".self_attn"):
-            first = attention.q_proj.lora_A[outside.ADAPTER]
+            first = attention.q_proj.lora_A[plain_training.ADAPTER]
             begin = definitions.first_a(job, f"{name}.{MERGED}", first.in_features, torch.float64, torch.device("cpu"))
             first.weight.data.copy_(begin)
             for other in (attention.k_proj, attention.v_proj):
-                other.lora_A[outside.ADAPTER] = first
+                other.lora_A[plain_training.ADAPTER] = first
     return whole, place
 
 
 @functools.cache
-def merged_plainly() -> checks.Trained:
+def merged_plainly() -> comparisons.Trained:
     """Plain libraries with q, k and v apart and A in common, under the names that the merged linear has."""
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(outside, "build_model", tied)
-        plain = checks.train_plainly(APART, checks.EXACT, "float64")
-    return checks.Trained(plain.losses, {name: joined(state) for name, state in plain.weights.items()})
+        patches.setattr(plain_training, "build_model", tied)
+        plain = comparisons.train_plainly(APART, comparisons.EXACT, "float64")
+    return comparisons.Trained(plain.losses, {name: joined(state) for name, state in plain.weights.items()})
 
 
 def joined(state):
@@ -170,5 +172,7 @@ def test_one_adapter_for_q_k_and_v_is_the_same_in_every_system(system, arrangeme
     assert_equal(found, merged_plainly(), TOGETHER)
     # B is zero at first, so that the first loss is the base model's: the merged linear is the three.
     for job in JOBS:
-        assert found.losses[job.name][0] == pytest.approx(plainly(JOBS).losses[job.name][0], rel=checks.LOSS_TOLERANCE)
+        assert found.losses[job.name][0] == pytest.approx(
+            plainly(JOBS).losses[job.name][0], rel=comparisons.LOSS_TOLERANCE
+        )
         assert found.losses[job.name][-1] != pytest.approx(plainly(JOBS).losses[job.name][-1], rel=1e-4)

@@ -10,16 +10,16 @@ from itertools import product
 import pytest
 import torch
 
-from lorafusion.cells import unavailable
-from lorafusion.config import read_model, read_systems
+from lorafusion.core.config import read_model, read_systems
+from lorafusion.core.plugins import load
+from lorafusion.core.workload import ALL_LINEAR, MERGED, Job, Sample, Workload
 from lorafusion.data.packing import IGNORE, BatchBuilder
 from lorafusion.data.tokens import SyntheticTokens, Tokens
-from lorafusion.imports import load
-from lorafusion.models.lora import inject_adapters, named_adapter_parameters
-from lorafusion.models.merged import merge_qkv
-from lorafusion.models.stage import Stage
-from lorafusion.scheduler import plan_system
-from lorafusion.workload import ALL_LINEAR, MERGED, Job, Sample, Workload
+from lorafusion.lab.experiments.end_to_end import unavailable
+from lorafusion.model.lora import inject_adapters, named_adapter_parameters
+from lorafusion.model.merged import merge_qkv
+from lorafusion.model.stage import Stage
+from lorafusion.planning import plan_system
 
 SYSTEMS = {name: system for name, system in read_systems().items() if not unavailable(system)}
 TINY = read_model("tiny")

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from baselines.mlora.lora import _BatchLoRA, _Part, looped
+from lorafusion.core.workload import Job, Sample
 from lorafusion.data.packing import AdapterSegment
-from lorafusion.models.lora import ActiveBatch, LoRALinear, peft_config
-from lorafusion.workload import Job, Sample
+from lorafusion.model.lora import ActiveBatch, LoRALinear, peft_config
 
 TOKENS, INPUTS, OUTPUTS = 21, 10, 7
 NAME = "model.layers.0.self_attn.q_proj"

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baselines.mlora.planner import plan
-from lorafusion.errors import UserError
-from lorafusion.plan import check
-from lorafusion.workload import Job, Sample, Workload
+from lorafusion.core.plan import check
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Job, Sample, Workload
 
 CAPACITY = 24
 

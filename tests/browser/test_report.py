@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion.config import CONFIGS
+from lorafusion.core.config import CONFIGS
 
 REPORT = Path(os.environ.get("LORAFUSION_REPORT", CONFIGS.parent / "results" / "smoke" / "report.html"))
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

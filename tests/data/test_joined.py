@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorafusion.core.schema import UserError
 from lorafusion.data import plain_text
 from lorafusion.data.blocks import JsonlData, TextData
 from lorafusion.data.encoder import Encoder, load_encoder
 from lorafusion.data.text import Counts, SampleRule, encode
-from lorafusion.errors import UserError
 from tests.tiny_tokenizer import CORPUS, save_trained
 
 LEARNT = SampleRule(1000, "error", learn_prompt=False)

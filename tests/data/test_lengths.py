@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorafusion.config import CONFIGS
+from lorafusion.core.config import CONFIGS
+from lorafusion.core.schema import UserError
 from lorafusion.data.lengths import draw_lengths, make_workload, read_table
-from lorafusion.errors import UserError
 
 TABLE = read_table()
 PINNED = [488, 644, 192, 224, 538, 493]

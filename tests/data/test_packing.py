@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorafusion.core.plan import Microbatch, Plan, statistics_of, violations
+from lorafusion.core.schema import UserError
 from lorafusion.data.packing import IGNORE, AdapterSegment, BatchBuilder
 from lorafusion.data.tokens import Tokens
-from lorafusion.errors import UserError
-from lorafusion.plan import Microbatch, Plan, statistics_of, violations
-from lorafusion.scheduler.common import segment
+from lorafusion.planning.common import segment
 
 CPU = torch.device("cpu")
 

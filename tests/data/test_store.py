@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Sample
 from lorafusion.data.packing import BatchBuilder
 from lorafusion.data.store import (
     NOTES,
@@ -20,8 +22,6 @@ from lorafusion.data.store import (
     stored_dataset,
 )
 from lorafusion.data.text import Encoded
-from lorafusion.errors import UserError
-from lorafusion.workload import Sample
 
 SAMPLES = [Encoded([7, 8, 9], 1), Encoded([1, 2], 1), Encoded([5, 6, 7, 3], 3)]
 

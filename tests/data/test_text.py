@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from lorafusion.core.schema import UserError
 from lorafusion.data import plain_text, text
 from lorafusion.data.blocks import HubData, JsonlData, TextData, data_block, fill
 from lorafusion.data.encoder import load_encoder
 from lorafusion.data.text import Counts, Encoded, SampleRule, encode
-from lorafusion.errors import UserError
 from tests.tiny_tokenizer import BOS, EOS, save_tokenizer
 
 RULE = SampleRule(max_length=1000, too_long="truncate", learn_prompt=False)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from tests.runtime import test_adapters as on_cpu
+from tests.engine import test_adapters as on_cpu
 
 
 @pytest.fixture

@@ -12,17 +12,17 @@ import pytest
 import torch
 import yaml
 
-from lorafusion.config import CONFIGS, read_systems
+from lorafusion.core.config import CONFIGS, read_systems
+from lorafusion.core.plugins import load
 from lorafusion.data.lengths import make_workload
-from lorafusion.imports import load
-from lorafusion.measure.profiler import trace
-from lorafusion.runtime import worker
-from lorafusion.runtime.board import Position
-from lorafusion.runtime.forked import FORKSERVER
-from lorafusion.runtime.rehearsal import rehearse
-from lorafusion.runtime.spec import RunSpec
-from lorafusion.runtime.training import TrainingRun
-from lorafusion.scheduler import plan_system
+from lorafusion.engine import worker
+from lorafusion.engine.fork_server import FORKSERVER
+from lorafusion.engine.training import TrainingRun
+from lorafusion.engine.warm_up import rehearse
+from lorafusion.lab.profiler import trace
+from lorafusion.launch.heartbeat import Position
+from lorafusion.launch.spec import RunSpec
+from lorafusion.planning import plan_system
 
 
 @pytest.fixture

@@ -12,15 +12,17 @@ import torch
 from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, keep_mask, mask_key, ops
 from fused_lora.linear import operator_arguments
 from fused_lora.philox import unpack
-from lorafusion import checks, definitions, gradients
-from lorafusion.cells import unavailable
-from lorafusion.config import Arrangement, read_systems
+from lorafusion.core.config import read_systems
+from lorafusion.lab import definitions
+from lorafusion.lab.checks import comparisons, gradients
+from lorafusion.lab.experiments.end_to_end import unavailable
+from lorafusion.lab.suite import Arrangement
 from tests import forked
 from tests.training_faults import FAULTS, launched_here
 
 SYSTEMS = [name for name, system in read_systems().items() if not unavailable(system)]
-TINY = checks.Ground(device="cuda", dtype="bfloat16", stretch=4)
-LAYERS = checks.Ground("llama-3.1-8b", 2, "cuda", "bfloat16", stretch=40)
+TINY = comparisons.Ground(device="cuda", dtype="bfloat16", stretch=4)
+LAYERS = comparisons.Ground("llama-3.1-8b", 2, "cuda", "bfloat16", stretch=40)
 GROUNDS = pytest.mark.parametrize("ground", [TINY, LAYERS], ids=["tiny", "llama"])
 TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has fewer than two GPUs")
 
@@ -30,17 +32,17 @@ expected = functools.cache(gradients.Expected.of)
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """Runs are in this process."""
-    monkeypatch.setattr("lorafusion.grounds.launch", partial(launched_here, folder=tmp_path))
+    monkeypatch.setattr("lorafusion.lab.checks.grounds.launch", partial(launched_here, folder=tmp_path))
 
 
 @pytest.fixture
 def apart(monkeypatch):
     """Runs are in processes of their own."""
-    monkeypatch.setattr("lorafusion.grounds.launch", forked.launch)
+    monkeypatch.setattr("lorafusion.lab.checks.grounds.launch", forked.launch)
 
 
-def errors(system: str, ground: checks.Ground, arrangement: str = "1x1", dropout=0.0, merged=False):
-    where = checks.possible(Arrangement.read(arrangement), read_systems()[system])
+def errors(system: str, ground: comparisons.Ground, arrangement: str = "1x1", dropout=0.0, merged=False):
+    where = comparisons.possible(Arrangement.read(arrangement), read_systems()[system])
     wanted = expected(ground, dropout, merged)
     found = wanted.errors(gradients.one_step(system, where, ground, wanted).gradients)
     print(f"{system} as {where}, dropout {dropout}, merged {merged}, {ground}: {found}")
@@ -98,20 +100,20 @@ def test_a_fault_is_seen(here, monkeypatch, name, ground):
 @pytest.mark.parametrize("arrangements", ["1x1", pytest.param("2x1 1x2 2x1+recompute", marks=TWO)])
 def test_adapters_trained_together_and_alone_are_as_near_to_float64_as_plain_training(apart, ground, arrangements):
     one = ground._replace(stretch=1) if ground is TINY else ground
-    verdict, _ = checks.lossless([Arrangement.read(text) for text in arrangements.split()], grounds=[one])
+    verdict, _ = comparisons.lossless([Arrangement.read(text) for text in arrangements.split()], grounds=[one])
     print(verdict.figures)
     assert verdict.passed, verdict.figures
 
 
 def test_systems_train_what_plain_training_trains(apart):
     some = ["mlora", "peft-bf16", "unfused-sequential", "fused-mlora"]
-    verdict = checks.systems(some, Arrangement.read("1x1"), [checks.Ground(device="cuda", dtype="bfloat16")])
+    verdict = comparisons.systems(some, Arrangement.read("1x1"), [comparisons.Ground(device="cuda", dtype="bfloat16")])
     print(verdict.figures)
     assert verdict.passed, verdict.figures
 
 
 def test_adapters_learn(apart):
-    verdict = checks.learning(grounds=[checks.Ground(device="cuda", dtype="bfloat16")])
+    verdict = comparisons.learning(grounds=[comparisons.Ground(device="cuda", dtype="bfloat16")])
     assert verdict.passed, verdict.figures
 
 
@@ -120,7 +122,7 @@ def test_adapters_learn(apart):
 @pytest.mark.parametrize("dropout", [0.1, 0.4])
 def test_masks_drawn_on_the_gpu_are_those_of_their_definition(offset, dropout, dtype):
     """Bit for bit: those that kernels draw, and the reference's on the GPU."""
-    job, columns, tokens = checks.toy_jobs(dropout=dropout)[0], 4128, 257
+    job, columns, tokens = comparisons.toy_jobs(dropout=dropout)[0], 4128, 257
     wanted = definitions.keep_mask(job, 3, "mlp.down_proj", offset, tokens, columns)
     key, positions = mask_key(job.seed, 3, "mlp.down_proj"), offset + torch.arange(tokens, device="cuda")
     assert torch.equal(keep_mask(key, positions, columns, job.dropout).cpu(), wanted)

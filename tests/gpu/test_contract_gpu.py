@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafusion import contract
-from lorafusion.cells import unavailable
-from lorafusion.config import read_systems
-from lorafusion.models.liger import is_installed
-from lorafusion.runtime.launch import launch
-from lorafusion.runtime.result import cost_metrics
-from tests.runtime.test_cost import spec_of
+from lorafusion.core.config import read_systems
+from lorafusion.lab.checks import contract
+from lorafusion.lab.experiments.end_to_end import unavailable
+from lorafusion.lab.table.result import cost_metrics
+from lorafusion.launch.launch import launch
+from lorafusion.model.liger import is_installed
+from tests.lab.test_cost import spec_of
 
 FOLDER = Path(__file__).parent.parent / "contracts"
 RECORDS = {"NVIDIA H200": FOLDER / "nvidia-h200.json"}
@@ -43,7 +43,7 @@ def test_a_system_costs_what_is_recorded(record, name):
 def test_no_host_waits_for_its_device_and_ligers_kernels_are_whose_they_should_be(record):
     systems = read_systems()
     for name, one in record.items():
-        if systems[name].executor == "lorafusion.runtime.stream:execute":
+        if systems[name].executor == "lorafusion.engine.stream:execute":
             assert one["host waits"] == 0, name
         assert one["stage"]["recomputed_layers"] == 0
         assert one["stage"]["liger"] == (systems[name].liger and is_installed())

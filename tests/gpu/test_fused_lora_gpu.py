@@ -18,8 +18,8 @@ from fused_lora.gpu import calls, choices, hopper_gemms, launch
 from fused_lora.gpu.calls import Call
 from fused_lora.linear import operator_arguments
 from fused_lora.philox import keep_mask, unpack
-from lorafusion.benchmarks.timing import own_stream, prepared
-from lorafusion.benchmarks.verify import MOST_ERROR, MOST_SCALE_ERROR, errors, kernels, random_problem, reference
+from lorafusion.lab.checks.kernels import MOST_ERROR, MOST_SCALE_ERROR, errors, kernels, random_problem, reference
+from lorafusion.lab.experiments.timing import own_stream, prepared
 
 GPU = torch.device("cuda")
 # (in, out, tokens, rank): whole tiles, odd sizes, fewer rows than a tile, rows that the copy engine cannot fetch.
@@ -362,7 +362,7 @@ def test_compute_sanitizer_finds_nothing(tmp_path):
     script = tmp_path / "small.py"
     script.write_text(
         "import torch\n"
-        "from lorafusion.benchmarks.verify import kernels, random_problem\n"
+        "from lorafusion.lab.checks.kernels import kernels, random_problem\n"
         "for shape in ((256, 136, 130, 16), (67, 45, 33, 5)):\n"
         "    kernels(random_problem(*shape, True, torch.device('cuda'), torch.bfloat16, 1))\n"
         "torch.cuda.synchronize()\n"

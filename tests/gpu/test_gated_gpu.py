@@ -9,11 +9,11 @@ import torch
 
 from fused_lora import LoRABatch, lora_gated_linear
 from fused_lora.reference import draw_masks, gated, gated_backward, lora_backward, lora_forward
-from lorafusion.benchmarks.implementations import Builder, Setting, Subject
-from lorafusion.benchmarks.measure import _existing
-from lorafusion.benchmarks.suite import benches, read_kernel_suite
-from lorafusion.benchmarks.timing import own_stream, prepared, saved_bytes
-from lorafusion.benchmarks.verify import MOST_ERROR, random_problem
+from lorafusion.lab.checks.kernels import MOST_ERROR, random_problem
+from lorafusion.lab.experiments.implementations import Builder, Setting, Subject
+from lorafusion.lab.experiments.kernel_suite import benches, read_kernel_suite
+from lorafusion.lab.experiments.kernels import _existing
+from lorafusion.lab.experiments.timing import own_stream, prepared, saved_bytes
 
 GPU = torch.device("cuda")
 # in, out, tokens, rank. Never a single token of rank 1, whose one number is as wrong as luck has it.

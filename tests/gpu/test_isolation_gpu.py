@@ -77,8 +77,8 @@ def test_rows_that_are_no_numbers_stay_with_their_adapter(gemm, spoilt, dropout,
 def test_attention_and_loss_of_a_neighbour_that_are_no_numbers_stay_its_own():
     """Packed samples of one microbatch, through the attention and the loss that runs use."""
     from lorafusion.data.packing import SampleBorders
-    from lorafusion.models.attention import packed_attention
-    from lorafusion.models.loss import weighted_losses
+    from lorafusion.model.attention import packed_attention
+    from lorafusion.model.loss import weighted_losses
 
     generator, lengths, middle = torch.Generator(GPU).manual_seed(5), (70, 33, 129), slice(70, 103)
     others = torch.ones(sum(lengths), dtype=torch.bool, device=GPU)

@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from lorafusion.config import CONFIGS, read_model
+from lorafusion.core.config import CONFIGS, read_model
+from lorafusion.core.plan import Plan
+from lorafusion.core.workload import Workload
 from lorafusion.data.packing import IGNORE, SampleBorders
-from lorafusion.grounds import toy_jobs
-from lorafusion.models.loss import CHUNK_ROWS, weighted_losses
-from lorafusion.models.stage import build_stage
-from lorafusion.plan import Plan
-from lorafusion.runtime.checkpoint import identity, newest
-from lorafusion.runtime.launch import launch
-from lorafusion.runtime.probe import Measured, capacity_of
-from lorafusion.runtime.spec import RunSpec, Saving
-from lorafusion.scheduler import fast
+from lorafusion.engine.checkpoint import identity, newest
+from lorafusion.engine.memory_probe import Measured, capacity_of
+from lorafusion.lab.checks.grounds import toy_jobs
+from lorafusion.launch.launch import launch
+from lorafusion.launch.spec import RunSpec, Saving
+from lorafusion.model.loss import CHUNK_ROWS, weighted_losses
+from lorafusion.model.stage import build_stage
+from lorafusion.planning import fast
 from lorafusion.train.run import DONE, FAILED, train
-from lorafusion.workload import Workload
 
 GPU = torch.device("cuda")
 
@@ -63,7 +63,7 @@ def test_the_chunked_loss_equals_float64(tokens, vocabulary):
 def test_ligers_layer_equals_transformers_in_float64(model):
     """A layer with rotations, norms and gate by Liger; error relative to transformers' own in bfloat16."""
     pytest.importorskip("liger_kernel", reason="Liger is not installed")
-    from lorafusion.models.liger import use_liger
+    from lorafusion.model.liger import use_liger
 
     config = read_model(model).model_copy(update={"num_hidden_layers": 3})
     generator = torch.Generator(GPU).manual_seed(1)

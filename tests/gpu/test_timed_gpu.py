@@ -7,18 +7,18 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lorafusion.config import read_systems
-from lorafusion.grounds import toy_jobs
-from lorafusion.imports import load
-from lorafusion.measure.timers import Meter
-from lorafusion.runtime import timed, worker
-from lorafusion.runtime.board import Position
-from lorafusion.runtime.executor import prepared_by
-from lorafusion.runtime.launch import Outcome
-from lorafusion.runtime.result import result_of
-from lorafusion.runtime.spec import RunSpec
-from lorafusion.scheduler import plan_system
-from lorafusion.workload import Workload
+from lorafusion.core.clock import Meter
+from lorafusion.core.config import read_systems
+from lorafusion.core.plugins import load
+from lorafusion.core.workload import Workload
+from lorafusion.engine import timed, worker
+from lorafusion.engine.executor import prepared_by
+from lorafusion.lab.checks.grounds import toy_jobs
+from lorafusion.lab.table.result import result_of
+from lorafusion.launch.heartbeat import Position
+from lorafusion.launch.launch import Outcome
+from lorafusion.launch.spec import RunSpec
+from lorafusion.planning import plan_system
 
 SYSTEM = "mlora"
 GIB = 2**30

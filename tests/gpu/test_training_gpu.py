@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from fused_lora import LoRAAdapter, LoRASegment, keep_mask, lora_linear
-from lorafusion.config import read_model, read_systems
+from lorafusion.core.config import read_model, read_systems
+from lorafusion.core.plugins import load
+from lorafusion.core.workload import Workload
 from lorafusion.data.packing import SampleBorders
-from lorafusion.grounds import toy_jobs
-from lorafusion.imports import load
-from lorafusion.models.attention import packed_attention
-from lorafusion.models.stage import build_stage
-from lorafusion.runtime.launch import launch
-from lorafusion.runtime.result import result_of
-from lorafusion.runtime.spec import RunSpec
-from lorafusion.workload import Workload
+from lorafusion.lab.checks.grounds import toy_jobs
+from lorafusion.lab.table.result import result_of
+from lorafusion.launch.launch import launch
+from lorafusion.launch.spec import RunSpec
+from lorafusion.model.attention import packed_attention
+from lorafusion.model.stage import build_stage
 
 GPU = torch.device("cuda")
 LENGTHS = (130, 1, 257, 64, 3)
@@ -108,7 +108,7 @@ def test_systems_agree_in_bfloat16(tmp_path):
 def test_an_allocation_that_does_not_fit_is_out_of_memory(tmp_path):
     import yaml
 
-    from lorafusion.config import CONFIGS
+    from lorafusion.core.config import CONFIGS
 
     data = yaml.safe_load((CONFIGS / "models" / "llama-3.1-70b.yaml").read_text()) | {"num_hidden_layers": 200}
     (tmp_path / "huge.yaml").write_text(yaml.safe_dump(data))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorafusion.config import CONFIGS
+from lorafusion.core.config import CONFIGS
 
 ROOT = CONFIGS.parent
 

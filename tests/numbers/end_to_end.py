@@ -7,8 +7,8 @@ from statistics import median
 
 import pandas as pd
 
-from lorafusion.config import read_systems
-from lorafusion.report.style import WORKLOADS
+from lorafusion.core.config import read_systems
+from lorafusion.lab.report.style import WORKLOADS
 from tests.numbers.quoted import number, percent
 from tests.numbers.sources import H200, Ratio, Sweep, drawn
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from lorafusion.checks import LOSS_TOLERANCE, MOST_LOSS_ERROR, MOST_WEIGHT_ERROR, WEIGHT_TOLERANCE
-from lorafusion.config import cells, read_model, read_suite, read_systems, suite_path
-from lorafusion.gradients import MOST_ERROR, MOST_LENGTH_ERROR
-from lorafusion.runtime.result import CLOCKS_AGREE
-from lorafusion.runtime.trials import SLOWER
-from lorafusion.verdicts import read_verdict
+from lorafusion.core.config import read_model, read_systems
+from lorafusion.lab.checks.comparisons import LOSS_TOLERANCE, MOST_LOSS_ERROR, MOST_WEIGHT_ERROR, WEIGHT_TOLERANCE
+from lorafusion.lab.checks.gradients import MOST_ERROR, MOST_LENGTH_ERROR
+from lorafusion.lab.checks.verdicts import read_verdict
+from lorafusion.lab.suite import cells, read_suite, suite_path
+from lorafusion.lab.table.result import CLOCKS_AGREE
+from lorafusion.lab.trials import SLOWER
 from tests.numbers import end_to_end, sources
 from tests.numbers.quoted import number, percent
 

@@ -7,9 +7,9 @@ from functools import cache
 
 import pandas as pd
 
-from lorafusion.config import read_model
-from lorafusion.scheduler import fast, packer, propose
-from lorafusion.simulator import costs
+from lorafusion.core.config import read_model
+from lorafusion.planning import fast, packer, propose
+from lorafusion.planning.simulator import costs
 from tests.numbers.quoted import number, percent
 from tests.numbers.sources import CPU, table
 

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from lorafusion.config import CONFIGS
-from lorafusion.measure.statistics import geometric_mean_interval, median
-from lorafusion.measure.table import read_unsealed
-from lorafusion.report.figures import read_data
-from lorafusion.report.style import WORKLOADS
-from lorafusion.seals import require_seal
+from lorafusion.core.config import CONFIGS
+from lorafusion.core.seals import require_seal
+from lorafusion.lab.report.figures import read_data
+from lorafusion.lab.report.style import WORKLOADS
+from lorafusion.lab.table.statistics import geometric_mean_interval, median
+from lorafusion.lab.table.table import read_unsealed
 
 REFERENCE = CONFIGS.parent / "results" / "reference"
 H200, CPU = "nvidia-h200", "cpu"

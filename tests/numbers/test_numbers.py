@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pandas as pd
 import pytest
 
-from lorafusion.seals import seal
+from lorafusion.core.seals import seal
 from tests.numbers import end_to_end, kernels, others, scheduler, sources, training
 from tests.numbers.documents import ROOT, read
 from tests.numbers.quoted import BLOCK, MARKED, missing, one_line, plain, untied

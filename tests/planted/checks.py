@@ -6,11 +6,11 @@ import functools
 
 from tests.planted.plant import planted
 
-IN_COMMON = "tests/test_gradients.py::test_adapters_trained_in_this_process_equal_plain_training"
-ONE_STEP = "tests/test_gradients.py::test_a_step_in_bfloat16_has_the_gradients_of_float64"
-VERIFIED = "tests/benchmarks/test_kernel_suite.py::test_verification_sees_a_wrong_scale_and_a_wrong_gradient"
+IN_COMMON = "tests/lab/checks/test_gradients.py::test_adapters_trained_in_this_process_equal_plain_training"
+ONE_STEP = "tests/lab/checks/test_gradients.py::test_a_step_in_bfloat16_has_the_gradients_of_float64"
+VERIFIED = "tests/lab/experiments/test_kernel_suite.py::test_verification_sees_a_wrong_scale_and_a_wrong_gradient"
 ON_GPU = "tests/gpu/test_checks_gpu.py::test_with_dropout_the_gradients_are_those_of_the_same_masks"
-CHECKING = "tests/test_checking.py::"
+CHECKING = "tests/lab/checks/test_checking.py::"
 STATUS_1 = f"{CHECKING}test_a_check_that_fails_ends_with_status_1_and_leaves_no_verdict"
 WRONG = f"{CHECKING}test_a_check_fails_for_what_is_wrong"
 
@@ -36,7 +36,7 @@ def one_mask_for_all_tokens(original):
     return lambda key, positions, *rest: original(key, positions * 0, *rest)
 
 
-@planted("lorafusion.workload:Job.stream_offset", IN_COMMON)
+@planted("lorafusion.core.workload:Job.stream_offset", IN_COMMON)
 def masks_restart_each_epoch(original):
     """Within an epoch tokens are counted from its beginning, not from that of the stream."""
 
@@ -53,7 +53,7 @@ def every_sample_has_the_tokens_of_the_first(original):
     return lambda builder, job, sample: original(builder, job, sample._replace(id=0))
 
 
-@planted("lorafusion.workload:Job.sample_at", IN_COMMON)
+@planted("lorafusion.core.workload:Job.sample_at", IN_COMMON)
 def the_second_epoch_is_reversed(original):
     """From the second epoch on samples come in the opposite order."""
 
@@ -64,25 +64,25 @@ def the_second_epoch_is_reversed(original):
     return sample_at
 
 
-@planted("lorafusion.models.stage:named_generator", IN_COMMON)
+@planted("lorafusion.model.stage:named_generator", IN_COMMON)
 def all_jobs_start_from_the_same_a(original):
     """The first A of a job does not depend on its seed."""
     return lambda seed, name, device: original(0 if name.endswith(".lora_A") else seed, name, device)
 
 
-@planted("lorafusion.workload:Job.scaling", IN_COMMON)
+@planted("lorafusion.core.workload:Job.scaling", IN_COMMON)
 def rank_stabilised_adapters_have_the_plain_scale(original):
     """rslora is ignored."""
     return property(lambda job: job.alpha / job.rank)
 
 
-@planted("lorafusion.workload:Job._batches_of", IN_COMMON)
+@planted("lorafusion.core.workload:Job._batches_of", IN_COMMON)
 def the_tail_of_an_epoch_is_dropped(original):
     """A global batch that is not full is left out."""
     return lambda job, epochs: (one for one in original(job, epochs) if len(one) == job.global_batch_size)
 
 
-@planted("lorafusion.runtime.training:TrainingRun.squared_norms", IN_COMMON)
+@planted("lorafusion.engine.training:TrainingRun.squared_norms", IN_COMMON)
 def adapters_that_step_together_are_clipped_by_their_joint_norm(original):
     """The gradients of adapters that step after one microbatch have one norm."""
 
@@ -102,7 +102,7 @@ def dx_lacks_the_part_of_lora(original):
     return lambda dy, x, weight, *rest: (dy @ weight, *original(dy, x, weight, *rest)[1:])
 
 
-@planted("lorafusion.workload:Job.scaling", ONE_STEP)
+@planted("lorafusion.core.workload:Job.scaling", ONE_STEP)
 def the_scale_is_two_percent_up(original):
     """The LoRA term is multiplied by 1.02."""
     return property(lambda job: 1.02 * original.fget(job))
@@ -125,7 +125,7 @@ def attention_sees_all_samples_as_one(original):
     return classmethod(lambda cls, lengths, device: original.__func__(cls, [sum(lengths)], device))
 
 
-@planted("lorafusion.models.loss:_ChunkedCrossEntropy.backward", f"{ON_GPU}[1x1-tiny]", gpu=True)
+@planted("lorafusion.model.loss:_ChunkedCrossEntropy.backward", f"{ON_GPU}[1x1-tiny]", gpu=True)
 def the_gradient_of_the_loss_is_two_percent_up_on_a_gpu(original):
     """The loss by chunks hands back 1.02 times its gradient."""
 
@@ -135,7 +135,7 @@ def the_gradient_of_the_loss_is_two_percent_up_on_a_gpu(original):
     return staticmethod(backward)
 
 
-@planted("lorafusion.models.attention:_varlen", f"{ON_GPU}[1x1-tiny]", gpu=True)
+@planted("lorafusion.model.attention:_varlen", f"{ON_GPU}[1x1-tiny]", gpu=True)
 def attention_sees_all_samples_as_one_on_a_gpu(original):
     """Flash attention reaches across the borders of samples."""
 
@@ -166,13 +166,17 @@ def the_reference_of_kernels_is_one_percent_up(original):
     return lambda *arguments: 1.01 * original(*arguments)
 
 
-@planted("lorafusion.checks:LOSS_TOLERANCE", f"{CHECKING}test_bounds_and_arrangements_are_what_they_were")
+@planted(
+    "lorafusion.lab.checks.comparisons:LOSS_TOLERANCE", f"{CHECKING}test_bounds_and_arrangements_are_what_they_were"
+)
 def losses_may_differ_by_a_thousandth(original):
     """The bound of losses is 10,000 times as wide."""
     return 1e-3
 
 
-@planted("lorafusion.gradients:MOST_LENGTH_ERROR", f"{CHECKING}test_bounds_and_arrangements_are_what_they_were")
+@planted(
+    "lorafusion.lab.checks.gradients:MOST_LENGTH_ERROR", f"{CHECKING}test_bounds_and_arrangements_are_what_they_were"
+)
 def gradients_may_be_five_percent_too_long(original):
     """The bound of the gradients' length is five times as wide."""
     return 0.05
@@ -189,47 +193,48 @@ def _passed(check):
     return always
 
 
-@planted("lorafusion.checks:lossless", f"{WRONG}[lossless-a loss by 1e-6]")
+@planted("lorafusion.lab.checks.comparisons:lossless", f"{WRONG}[lossless-a loss by 1e-6]")
 def lossless_always_passes(original):
     """`check lossless` passes whatever it finds."""
     return _passed(original)
 
 
-@planted("lorafusion.checks:systems", f"{WRONG}[systems-a loss by 1e-6]")
+@planted("lorafusion.lab.checks.comparisons:systems", f"{WRONG}[systems-a loss by 1e-6]")
 def systems_always_passes(original):
     """`check systems` passes whatever it finds."""
     return _passed(original)
 
 
-@planted("lorafusion.checks:learning", f"{CHECKING}test_learning_fails_where_nothing_is_learnt")
+@planted("lorafusion.lab.checks.comparisons:learning", f"{CHECKING}test_learning_fails_where_nothing_is_learnt")
 def learning_always_passes(original):
     """`check learning` passes whatever it finds."""
     return _passed(original)
 
 
-@planted("lorafusion.benchmarks.verify:verify", f"{CHECKING}test_kernels_fail_where_kernels_are_wrong")
+@planted("lorafusion.lab.checks.kernels:verify", f"{CHECKING}test_kernels_fail_where_kernels_are_wrong")
 def kernels_always_pass(original):
     """`check kernels` passes whatever it finds."""
     return _passed(original)
 
 
-@planted("lorafusion.config:Arrangement.read", f"{CHECKING}test_lossless_looks_at_every_arrangement")
+@planted("lorafusion.lab.suite:Arrangement.read", f"{CHECKING}test_lossless_looks_at_every_arrangement")
 def arrangements_lose_replicas_and_recomputation(original):
     """Replicas and recomputation of an arrangement are ignored."""
     return classmethod(lambda cls, text: original.__func__(cls, text)._replace(replicas=1, recompute=False))
 
 
-@planted("lorafusion.checking:require_checks", f"{CHECKING}test_no_figure_is_drawn_where_a_check_is_wanting")
+@planted("lorafusion.lab.checks.records:require_checks", f"{CHECKING}test_no_figure_is_drawn_where_a_check_is_wanting")
 def figures_ask_for_no_check(original):
     """A figure is drawn whatever the checks say."""
     return lambda folder, needed, table: None
 
 
 @planted(
-    "lorafusion.verdicts:write_outcome", f"{CHECKING}test_a_check_that_fails_ends_with_status_1_and_leaves_no_verdict"
+    "lorafusion.lab.checks.verdicts:write_outcome",
+    f"{CHECKING}test_a_check_that_fails_ends_with_status_1_and_leaves_no_verdict",
 )
 def a_failed_check_is_written_as_any_other(original):
     """A verdict that does not hold is written where those that hold are, and the command ends well."""
-    from lorafusion import verdicts
+    from lorafusion.lab.checks import verdicts
 
     return lambda verdict, origin, path: verdicts.write_verdict(verdict, origin, path)

@@ -9,16 +9,16 @@ from dataclasses import replace
 
 from tests.planted.plant import planted
 
-COST = "tests/test_contract.py::test_a_system_costs_what_is_recorded"
-RENAMED = "tests/test_contract.py::test_a_system_costs_the_same_under_another_ones_name"
-ORDER = "tests/runtime/test_order.py::test_a_stage_computes_in_the_order_of_1f1b"
+COST = "tests/lab/checks/test_contract.py::test_a_system_costs_what_is_recorded"
+RENAMED = "tests/lab/checks/test_contract.py::test_a_system_costs_the_same_under_another_ones_name"
+ORDER = "tests/engine/test_order.py::test_a_stage_computes_in_the_order_of_1f1b"
 GPU = "tests/gpu/test_contract_gpu.py::test_a_system_costs_what_is_recorded"
 NAMES = "tests/test_names.py"
 OURS = "lorafusion"
 
 
 @planted(
-    "lorafusion.runtime.training:TrainingRun.warm_up",
+    "lorafusion.engine.training:TrainingRun.warm_up",
     caught_by=f"{RENAMED}[lorafusion]",
 )
 def ours_alone_is_warmed_up(original):
@@ -31,7 +31,7 @@ def ours_alone_is_warmed_up(original):
     return warm_up
 
 
-@planted("lorafusion.runtime.timed:rehearse", caught_by=f"{COST}[megatron-pp]")
+@planted("lorafusion.engine.timed:rehearse", caught_by=f"{COST}[megatron-pp]")
 def ours_alone_is_rehearsed(original):
     """Only the executor of `lorafusion` is rehearsed before the clock starts."""
 
@@ -42,7 +42,7 @@ def ours_alone_is_rehearsed(original):
     return rehearse
 
 
-@planted("lorafusion.runtime.timed:ready", caught_by=f"{COST}[mlora]")
+@planted("lorafusion.engine.timed:ready", caught_by=f"{COST}[mlora]")
 def the_others_are_warmed_up_while_the_clock_runs(original):
     """The clock starts before a second warm-up of all but `lorafusion`."""
 
@@ -61,7 +61,7 @@ def the_others_are_warmed_up_while_the_clock_runs(original):
     return ready
 
 
-@planted("lorafusion.runtime.stream:_Stream._forward", caught_by=f"{COST}[mlora]")
+@planted("lorafusion.engine.stream:_Stream._forward", caught_by=f"{COST}[mlora]")
 def every_arm_but_ours_sleeps(original):
     """The stream executor sleeps for 5 ms a microbatch unless the plan is of `lorafusion`."""
 
@@ -74,14 +74,14 @@ def every_arm_but_ours_sleeps(original):
 
 
 @planted(
-    "lorafusion.runtime.stream:execute",
-    caught_by="tests/runtime/test_order.py::test_a_stage_computes_in_the_order_of_1f1b",
+    "lorafusion.engine.stream:execute",
+    caught_by="tests/engine/test_order.py::test_a_stage_computes_in_the_order_of_1f1b",
 )
 def the_pipeline_is_flushed_after_every_microbatch(original):
     """Systems that flush their pipeline at a step do so after every microbatch."""
 
     def execute(run, checkpoints=None):
-        from lorafusion.runtime.stream import _Stream
+        from lorafusion.engine.stream import _Stream
 
         if not run.plan.flush or run.plan.stages == 1:
             return original(run, checkpoints)
@@ -120,7 +120,7 @@ def waited(x):
     return x
 
 
-@planted("lorafusion.models.lora:peft", caught_by=f"{RENAMED}[peft-bf16]")
+@planted("lorafusion.model.lora:peft", caught_by=f"{RENAMED}[peft-bf16]")
 def pefts_linears_wait(original):
     """Each of PEFT's linears waits for what does not come."""
     return around_each(original, waited)
@@ -132,7 +132,7 @@ def looped_linears_copy_their_input(original):
     return around_each(original, lambda x: x.clone())
 
 
-@planted("lorafusion.models.lora:peft", caught_by=f"{RENAMED}[peft-bf16]")
+@planted("lorafusion.model.lora:peft", caught_by=f"{RENAMED}[peft-bf16]")
 def pefts_linears_copy_their_input(original):
     """Each of PEFT's linears copies its input."""
     return around_each(original, lambda x: x.clone())
@@ -149,13 +149,13 @@ def changed(systems, **changes):
     return {name: one if name == OURS else one.model_copy(update=changes) for name, one in systems.items()}
 
 
-@planted("lorafusion.runtime.worker:read_systems", caught_by=(f"{COST}[mlora]", f"{RENAMED}[lorafusion]"))
+@planted("lorafusion.engine.worker:read_systems", caught_by=(f"{COST}[mlora]", f"{RENAMED}[lorafusion]"))
 def baselines_have_wide_adapters(original):
     """All but `lorafusion` have float32 adapters under autocast."""
     return lambda: changed(original(), wide_adapters=True)
 
 
-@planted("lorafusion.runtime.worker:read_systems", caught_by=f"{COST}[mlora]")
+@planted("lorafusion.engine.worker:read_systems", caught_by=f"{COST}[mlora]")
 def liger_is_ours_alone(original):
     """Liger's kernels are for `lorafusion` only."""
     return lambda: changed(original(), liger=False)
@@ -171,7 +171,7 @@ def recomputing(original):
     return build_run
 
 
-@planted("lorafusion.runtime.worker:build_run", caught_by=f"{COST}[megatron-pp]")
+@planted("lorafusion.engine.worker:build_run", caught_by=f"{COST}[megatron-pp]")
 def baselines_recompute_their_layers(original):
     """All but `lorafusion` compute each layer's activations again in the backward pass."""
     return recomputing(original)
@@ -187,13 +187,13 @@ def rows_are_padded_to_64(original):
     return plan
 
 
-@planted("lorafusion.scheduler.common:largest_that_fits", caught_by=f"{COST}[megatron-pp]")
+@planted("lorafusion.planning.common:largest_that_fits", caught_by=f"{COST}[megatron-pp]")
 def fixed_microbatches_have_half_the_samples(original):
     """Systems that fix the samples of a microbatch take half of what fits."""
     return lambda most, fits: max(1, original(most, fits) // 2)
 
 
-@planted("lorafusion.scheduler:plan_system", caught_by=f"{NAMES}::test_a_plan_does_not_depend_on_a_name")
+@planted("lorafusion.planning:plan_system", caught_by=f"{NAMES}::test_a_plan_does_not_depend_on_a_name")
 def baselines_have_half_the_capacity(original):
     """All but `lorafusion` are planned with three quarters of the capacity."""
 
@@ -203,7 +203,7 @@ def baselines_have_half_the_capacity(original):
     return plan_system
 
 
-@planted("lorafusion.tuning:candidates", caught_by=(f"{COST}[mlora]", f"{RENAMED}[lorafusion]"))
+@planted("lorafusion.lab.tuning:candidates", caught_by=(f"{COST}[mlora]", f"{RENAMED}[lorafusion]"))
 def baselines_are_tuned_from_half(original):
     """The capacities that are tried of all but `lorafusion` begin at half of the suite's."""
 
@@ -216,7 +216,9 @@ def baselines_are_tuned_from_half(original):
     return candidates
 
 
-@planted("lorafusion.tuned:Tuned.capacity", caught_by=f"{NAMES}::test_the_fastest_capacity_is_chosen_for_every_system")
+@planted(
+    "lorafusion.lab.tuned:Tuned.capacity", caught_by=f"{NAMES}::test_the_fastest_capacity_is_chosen_for_every_system"
+)
 def baselines_get_the_slowest_capacity(original):
     """Of all but `lorafusion` the slowest capacity is taken."""
 
@@ -229,7 +231,7 @@ def baselines_get_the_slowest_capacity(original):
     return property(capacity)
 
 
-@planted("lorafusion.sweep:Sweep.steps", caught_by=f"{NAMES}::test_systems_of_a_workload_run_on_one_gpu")
+@planted("lorafusion.lab.sweep:Sweep.steps", caught_by=f"{NAMES}::test_systems_of_a_workload_run_on_one_gpu")
 def ours_runs_on_the_other_gpu(original):
     """Of two sweeps that share a suite the other one runs the repeats of `lorafusion`."""
 
@@ -245,15 +247,17 @@ def ours_runs_on_the_other_gpu(original):
     return steps
 
 
-@planted("lorafusion.sweep:shuffled", caught_by=f"{NAMES}::test_a_sweep_deals_cells_out_whatever_their_systems_names")
+@planted(
+    "lorafusion.lab.sweep:shuffled", caught_by=f"{NAMES}::test_a_sweep_deals_cells_out_whatever_their_systems_names"
+)
 def ours_runs_first(original):
     """In each repeat `lorafusion` runs first, when the GPU is cool."""
     return lambda names, repeat: sorted(original(names, repeat), key=lambda name: not name.endswith(f"~{OURS}"))
 
 
 @planted(
-    "lorafusion.runtime.launch:_with_its_time",
-    caught_by="tests/runtime/test_cost.py::test_what_ends_the_processes_while_they_look_at_the_cost_does_not_end_the_run",
+    "lorafusion.launch.launch:_with_its_time",
+    caught_by="tests/lab/test_cost.py::test_what_ends_the_processes_while_they_look_at_the_cost_does_not_end_the_run",
 )
 def a_run_is_lost_with_its_cost(original):
     """A run whose processes end while they look at its cost has no time."""
@@ -261,8 +265,8 @@ def a_run_is_lost_with_its_cost(original):
 
 
 @planted(
-    "lorafusion.measure.profiler:without_communication",
-    caught_by="tests/runtime/test_cost.py::test_a_gpu_is_profiled_while_the_clock_runs",
+    "lorafusion.lab.profiler:without_communication",
+    caught_by="tests/lab/test_cost.py::test_a_gpu_is_profiled_while_the_clock_runs",
 )
 def waiting_is_being_busy(original):
     """Kernels that wait for another device count as busy."""
@@ -270,7 +274,7 @@ def waiting_is_being_busy(original):
 
 
 @planted(
-    "lorafusion.runtime.result:cost_metrics",
+    "lorafusion.lab.table.result:cost_metrics",
     caught_by=f"{NAMES}::test_equal_times_are_equal_metrics",
 )
 def costs_are_halved(original):
@@ -282,7 +286,7 @@ def costs_are_halved(original):
     return cost_metrics
 
 
-@planted("lorafusion.runtime.worker:read_systems", caught_by=f"{GPU}[mlora]", gpu=True)
+@planted("lorafusion.engine.worker:read_systems", caught_by=f"{GPU}[mlora]", gpu=True)
 def liger_is_ours_alone_on_a_gpu(original):
     """On a GPU Liger's kernels are for `lorafusion` only."""
     return lambda: changed(original(), liger=False)
@@ -294,7 +298,7 @@ def looped_linears_copy_their_input_on_a_gpu(original):
     return around_each(original, lambda x: x.clone())
 
 
-@planted("lorafusion.models.lora:peft", caught_by=f"{GPU}[peft-bf16]", gpu=True)
+@planted("lorafusion.model.lora:peft", caught_by=f"{GPU}[peft-bf16]", gpu=True)
 def pefts_linears_wait_for_the_device(original):
     """On a GPU the host waits for the device in each of PEFT's linears."""
 
@@ -305,7 +309,7 @@ def pefts_linears_wait_for_the_device(original):
     return around_each(original, waited)
 
 
-@planted("lorafusion.runtime.worker:build_run", caught_by=f"{GPU}[megatron-pp]", gpu=True)
+@planted("lorafusion.engine.worker:build_run", caught_by=f"{GPU}[megatron-pp]", gpu=True)
 def baselines_recompute_their_layers_on_a_gpu(original):
     """On a GPU all but `lorafusion` compute each layer's activations again in the backward pass."""
     return recomputing(original)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from tests.planted.plant import planted
 
 JOINED, TEXT = "tests/data/test_joined.py", "tests/data/test_text.py"
-STEPS, ADAPTERS = "tests/train/test_steps.py", "tests/runtime/test_adapters.py"
-OUTPUTS, FOLDER, PUBLISHED = "tests/test_outputs.py", "tests/train/test_ownership.py", "tests/report/test_published.py"
+STEPS, ADAPTERS = "tests/train/test_steps.py", "tests/engine/test_adapters.py"
+OUTPUTS, FOLDER, PUBLISHED = (
+    "tests/cli/test_outputs.py",
+    "tests/train/test_ownership.py",
+    "tests/lab/report/test_published.py",
+)
 ONCE = f"{JOINED}::test_what_a_chat_template_rendered_has_its_special_tokens_once[bytes-<s> $A]"
 
 
@@ -65,7 +69,9 @@ def empty_completions_are_samples(original):
     return lambda template, row: None in row.values()
 
 
-@planted("lorafusion.reading:_no_number", caught_by=f"{TEXT}::test_a_bad_row_is_named_by_file_and_line[not a number]")
+@planted(
+    "lorafusion.core.files:_no_number", caught_by=f"{TEXT}::test_a_bad_row_is_named_by_file_and_line[not a number]"
+)
 def not_a_number_is_a_word(original):
     """NaN in a row is trained as a word."""
     return str
@@ -97,14 +103,16 @@ def steps_are_cut_by_one_epoch(original):
     return lambda job, samples: job.epochs or 1
 
 
-@planted("lorafusion.workload:Job.learning_rate_at", caught_by=f"{STEPS}::test_a_warm_up_that_never_ends_is_refused")
+@planted(
+    "lorafusion.core.workload:Job.learning_rate_at", caught_by=f"{STEPS}::test_a_warm_up_that_never_ends_is_refused"
+)
 def a_warm_up_is_a_step_longer(original):
     """The learning rate reaches its height one step late."""
     return lambda job, step: original(job, max(0, step - 1))
 
 
 @planted(
-    "lorafusion.runtime.adapters:_in_float32",
+    "lorafusion.engine.adapters:_in_float32",
     caught_by=f"{ADAPTERS}::test_a_float16_adapter_is_trained_as_a_float32_one_is",
 )
 def moments_are_in_float16(original):
@@ -126,7 +134,7 @@ def the_revision_is_not_exported(original):
 
 
 @planted(
-    "lorafusion.files:require_outputs",
+    "lorafusion.core.files:require_outputs",
     caught_by=f"{OUTPUTS}::test_a_figure_does_not_replace_the_curves_it_is_drawn_from",
 )
 def outputs_are_not_looked_at(original):
@@ -135,7 +143,7 @@ def outputs_are_not_looked_at(original):
 
 
 @planted(
-    "lorafusion.files:require_replaceable",
+    "lorafusion.core.files:require_replaceable",
     caught_by=f"{OUTPUTS}::test_a_file_is_not_written_over_something_else_by_any_code[pipe]",
 )
 def a_pipe_is_replaced(original):
@@ -144,7 +152,7 @@ def a_pipe_is_replaced(original):
 
 
 @planted(
-    "lorafusion.files:_place",
+    "lorafusion.core.files:_place",
     caught_by=f"{OUTPUTS}::test_an_output_that_would_cost_something_is_refused[plan-its input, over a folder that is "
     "not there]",
 )
@@ -169,7 +177,7 @@ def links_are_followed(original):
 
 
 @planted(
-    "lorafusion.report.published:require_own",
+    "lorafusion.lab.report.published:require_own",
     caught_by=f"{PUBLISHED}::test_what_is_linked_from_a_publication_is_not_followed",
 )
 def any_folder_is_published_to(original):
@@ -177,7 +185,9 @@ def any_folder_is_published_to(original):
     return lambda folder, manifest: None
 
 
-@planted("lorafusion.report.published:_described", caught_by=f"{PUBLISHED}::test_a_file_that_was_changed_since_is_kept")
+@planted(
+    "lorafusion.lab.report.published:_described", caught_by=f"{PUBLISHED}::test_a_file_that_was_changed_since_is_kept"
+)
 def changed_files_are_replaced(original):
     """A file of a publication that a user has changed is deleted."""
     return lambda path: "file"

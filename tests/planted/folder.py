@@ -8,16 +8,16 @@ from unittest.mock import patch
 
 from tests.planted.plant import planted
 
-MANIFEST = "tests/test_manifest.py"
-MOMENTS = "tests/runtime/test_checkpoint_moments.py"
-CHECKPOINT = "tests/runtime/test_checkpoint.py"
-LOCK = "tests/runtime/test_lock.py"
+MANIFEST = "tests/core/test_manifest.py"
+MOMENTS = "tests/engine/test_checkpoint_moments.py"
+CHECKPOINT = "tests/engine/test_checkpoint.py"
+LOCK = "tests/launch/test_lock.py"
 METRICS = "tests/train/test_metrics.py"
 EXPORT = "tests/train/test_export.py"
 STATUS = "tests/train/test_status.py"
 
 
-@planted("lorafusion.manifest:Entry.require", caught_by=f"{MANIFEST}::test_any_bit_counts")
+@planted("lorafusion.core.manifest:Entry.require", caught_by=f"{MANIFEST}::test_any_bit_counts")
 def hashes_are_not_compared(original):
     """A file of a manifest is compared by its length alone."""
 
@@ -28,7 +28,7 @@ def hashes_are_not_compared(original):
     return require
 
 
-@planted("lorafusion.manifest:read_sealed", caught_by=f"{MANIFEST}::test_any_bit_counts")
+@planted("lorafusion.core.manifest:read_sealed", caught_by=f"{MANIFEST}::test_any_bit_counts")
 def a_manifest_is_believed(original):
     """A sealed file is not compared with its own hash."""
     import json
@@ -41,7 +41,7 @@ def a_manifest_is_believed(original):
 
 
 @planted(
-    "lorafusion.manifest:verified",
+    "lorafusion.core.manifest:verified",
     caught_by=f"{MANIFEST}::test_files_that_are_missing_new_or_swapped_count[with_another]",
 )
 def files_that_were_added_are_overlooked(original):
@@ -55,12 +55,12 @@ def files_that_were_added_are_overlooked(original):
 
 
 @planted(
-    "lorafusion.runtime.checkpoint:opened",
+    "lorafusion.engine.checkpoint:opened",
     caught_by=f"{CHECKPOINT}::test_a_bad_checkpoint_is_refused_and_the_last_good_one_taken[another folder]",
 )
 def a_renamed_checkpoint_is_taken(original):
     """The slot of a checkpoint is not compared with the name of its folder."""
-    from lorafusion.runtime import checkpoint
+    from lorafusion.engine import checkpoint
 
     def opened(path, *arguments):
         with patch.object(checkpoint, "_slot_name", lambda _: path.name):
@@ -70,7 +70,7 @@ def a_renamed_checkpoint_is_taken(original):
 
 
 @planted(
-    "lorafusion.runtime.checkpoint:Checkpoints._others", caught_by=f"{MOMENTS}::test_the_manifest_comes_after_all_parts"
+    "lorafusion.engine.checkpoint:Checkpoints._others", caught_by=f"{MOMENTS}::test_the_manifest_comes_after_all_parts"
 )
 def a_checkpoint_is_sealed_before_it_is_whole(original):
     """The first process seals a checkpoint without waiting for the others' parts."""
@@ -82,12 +82,12 @@ def a_checkpoint_is_sealed_before_it_is_whole(original):
 
 
 @planted(
-    "lorafusion.runtime.checkpoint:newest",
+    "lorafusion.engine.checkpoint:newest",
     caught_by=f"{CHECKPOINT}::test_where_none_is_good_nothing_is_begun_anew_in_silence",
 )
 def a_run_whose_checkpoints_are_damaged_is_begun_anew(original):
     """Where no checkpoint is good a run begins anew."""
-    from lorafusion.runtime.checkpoint import CheckpointError
+    from lorafusion.engine.checkpoint import CheckpointError
 
     def newest(*arguments):
         try:
@@ -98,10 +98,10 @@ def a_run_whose_checkpoints_are_damaged_is_begun_anew(original):
     return newest
 
 
-@planted("lorafusion.runtime.checkpoint:adapter_state", caught_by=f"{MOMENTS}::test_half_a_checkpoint_is_no_adapter")
+@planted("lorafusion.engine.checkpoint:adapter_state", caught_by=f"{MOMENTS}::test_half_a_checkpoint_is_no_adapter")
 def half_a_checkpoint_is_exported(original):
     """An adapter is read from the parts of a checkpoint that are there while it is being removed."""
-    from lorafusion.runtime.checkpoint import Found
+    from lorafusion.engine.checkpoint import Found
 
     part = Found.part
 
@@ -113,7 +113,7 @@ def half_a_checkpoint_is_exported(original):
     return adapter_state
 
 
-@planted("lorafusion.runtime.checkpoint:_require_fit", caught_by=f"{MOMENTS}::test_tensors_must_fit_the_adapter")
+@planted("lorafusion.engine.checkpoint:_require_fit", caught_by=f"{MOMENTS}::test_tensors_must_fit_the_adapter")
 def any_tensor_fits(original):
     """The shapes of a checkpoint's tensors are not compared with the adapter's."""
 
@@ -123,10 +123,10 @@ def any_tensor_fits(original):
     return require_fit
 
 
-@planted("lorafusion.runtime.checkpoint:load_initial", caught_by=f"{MOMENTS}::test_jobs_do_not_begin_elsewhere")
+@planted("lorafusion.engine.checkpoint:load_initial", caught_by=f"{MOMENTS}::test_jobs_do_not_begin_elsewhere")
 def swapped_states_are_taken(original):
     """Whose file a state is, that a job begins with, is not compared."""
-    from lorafusion import manifest
+    from lorafusion.core import manifest
 
     def load_initial(*arguments):
         with patch.object(manifest, "verified", manifest.facts_of):
@@ -136,11 +136,11 @@ def swapped_states_are_taken(original):
 
 
 @planted(
-    "lorafusion.runtime.checkpoint:Checkpoints._clear", caught_by=f"{MOMENTS}::test_saving_is_all_or_nothing[killed]"
+    "lorafusion.engine.checkpoint:Checkpoints._clear", caught_by=f"{MOMENTS}::test_saving_is_all_or_nothing[killed]"
 )
 def the_last_checkpoint_goes_before_the_next_is_there(original):
     """All older checkpoints are removed, whether the newest one is whole or not."""
-    from lorafusion.runtime import checkpoint
+    from lorafusion.engine import checkpoint
 
     seal = checkpoint.Checkpoints._seal
 
@@ -154,11 +154,11 @@ def the_last_checkpoint_goes_before_the_next_is_there(original):
 
 
 @planted(
-    "lorafusion.runtime.events:parse", caught_by=f"{METRICS}::test_a_broken_line_is_an_error_that_names_it[no JSON]"
+    "lorafusion.engine.events:parse", caught_by=f"{METRICS}::test_a_broken_line_is_an_error_that_names_it[no JSON]"
 )
 def a_broken_event_is_skipped(original):
     """A line of events that is no JSON is passed over without a word."""
-    from lorafusion.manifest import DamagedError
+    from lorafusion.core.manifest import DamagedError
 
     def parse(path, data, take, first_line=1):
         whole = data[: data.rfind(b"\n") + 1]
@@ -172,7 +172,7 @@ def a_broken_event_is_skipped(original):
     return parse
 
 
-@planted("lorafusion.runtime.events:require", caught_by=f"{METRICS}::test_any_bit_of_what_was_noted_counts")
+@planted("lorafusion.engine.events:require", caught_by=f"{METRICS}::test_any_bit_of_what_was_noted_counts")
 def events_are_believed(original):
     """The events before a checkpoint are not compared with their hash."""
 
@@ -182,7 +182,7 @@ def events_are_believed(original):
     return require
 
 
-@planted("lorafusion.runtime.events:trim", caught_by=f"{METRICS}::test_what_is_run_again_is_dropped_first")
+@planted("lorafusion.engine.events:trim", caught_by=f"{METRICS}::test_what_is_run_again_is_dropped_first")
 def events_of_slots_that_are_run_again_stay(original):
     """What comes after the checkpoint that is gone on from stays in the events."""
 
@@ -202,7 +202,7 @@ def a_missing_row_is_not_noticed(original):
     return require
 
 
-@planted("lorafusion.runtime.lock:_end", caught_by=f"{LOCK}::test_the_workers_of_a_killed_launcher_are_ended")
+@planted("lorafusion.launch.lock:_end", caught_by=f"{LOCK}::test_the_workers_of_a_killed_launcher_are_ended")
 def the_workers_of_a_killed_launcher_go_on(original):
     """A new launcher does not end the workers that a killed one left running."""
 
@@ -212,9 +212,7 @@ def the_workers_of_a_killed_launcher_go_on(original):
     return end
 
 
-@planted(
-    "lorafusion.runtime.lock:_start", caught_by=f"{LOCK}::test_a_process_that_has_got_a_dead_ones_id_is_left_alone"
-)
+@planted("lorafusion.launch.lock:_start", caught_by=f"{LOCK}::test_a_process_that_has_got_a_dead_ones_id_is_left_alone")
 def a_process_is_known_by_its_id_alone(original):
     """A process that has got a dead one's id is ended in its place."""
 
@@ -232,7 +230,7 @@ def a_process_is_known_by_its_id_alone(original):
     return start
 
 
-@planted("lorafusion.runtime.lock:_require_near", caught_by=f"{LOCK}::test_what_may_live_on_another_machine_is_refused")
+@planted("lorafusion.launch.lock:_require_near", caught_by=f"{LOCK}::test_what_may_live_on_another_machine_is_refused")
 def another_machines_training_is_overlooked(original):
     """A folder that another machine may be using is used."""
 
@@ -242,10 +240,10 @@ def another_machines_training_is_overlooked(original):
     return require_near
 
 
-@planted("lorafusion.runtime.lock:join", caught_by=f"{LOCK}::test_a_worker_that_comes_late_touches_nothing")
+@planted("lorafusion.launch.lock:join", caught_by=f"{LOCK}::test_a_worker_that_comes_late_touches_nothing")
 def a_late_worker_goes_on(original):
     """A worker does not ask whether its launcher still has the folder."""
-    from lorafusion.errors import UserError
+    from lorafusion.core.schema import UserError
 
     def join(lock):
         with suppress(UserError):

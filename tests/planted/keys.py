@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from tests.planted.plant import planted
 
-KEYS, SWEEP, READING = "tests/test_keys.py", "tests/test_sweep.py", "tests/test_reading.py"
-TREE, STORE, SCHEMA = "tests/measure/test_tree.py", "tests/measure/test_store.py", "tests/test_schema.py"
+KEYS, SWEEP, READING = "tests/lab/test_keys.py", "tests/lab/test_sweep.py", "tests/core/test_reading.py"
+TREE, STORE, SCHEMA = "tests/core/test_source_tree.py", "tests/lab/table/test_store.py", "tests/core/test_schema.py"
 
 
 @planted(
-    "lorafusion.sweep:out_of_date",
+    "lorafusion.lab.sweep:out_of_date",
     caught_by=f"{SWEEP}::test_an_old_workload_is_not_taken_for_another_seeds",
 )
 def a_file_that_is_there_is_up_to_date(original):
@@ -17,24 +17,24 @@ def a_file_that_is_there_is_up_to_date(original):
     return lambda path, read: "" if path.exists() else "missing"
 
 
-@planted("lorafusion.keys:CellFiles.workload", caught_by=f"{KEYS}::test_a_workload_of_an_older_suite_is_refused")
+@planted("lorafusion.lab.keys:CellFiles.workload", caught_by=f"{KEYS}::test_a_workload_of_an_older_suite_is_refused")
 def a_workload_is_known_by_its_name(original):
     """A run takes any workload file, whatever seed and samples it was made with."""
-    from lorafusion.workload import Workload
+    from lorafusion.core.workload import Workload
 
     return lambda self, path: Workload.read(path)
 
 
-@planted("lorafusion.keys:configuration_hash", caught_by=f"{SWEEP}::test_a_result_of_an_older_suite_is_made_anew")
+@planted("lorafusion.lab.keys:configuration_hash", caught_by=f"{SWEEP}::test_a_result_of_an_older_suite_is_made_anew")
 def the_hash_of_a_configuration_forgets_the_suite(original):
     """The hash of a cell's configuration depends on its name and system alone."""
-    from lorafusion.workload import content_hash
+    from lorafusion.core.workload import content_hash
 
     return lambda suite, cell, system: content_hash([cell.name, system.model_dump(mode="json")])
 
 
 @planted(
-    "lorafusion.keys:CellFiles.capacity",
+    "lorafusion.lab.keys:CellFiles.capacity",
     caught_by=f"{SWEEP}::test_a_plan_has_the_capacity_that_the_tuning_of_its_workload_found",
 )
 def a_tuned_cell_keeps_its_first_capacity(original):
@@ -42,23 +42,23 @@ def a_tuned_cell_keeps_its_first_capacity(original):
     return lambda self, tuned: self.cell.grid.capacity_of(self.cell.workload)
 
 
-@planted("lorafusion.keys:plan_key", caught_by=f"{KEYS}::test_a_plan_that_was_changed_by_hand_is_refused")
+@planted("lorafusion.planning:plan_key", caught_by=f"{KEYS}::test_a_plan_that_was_changed_by_hand_is_refused")
 def the_key_of_a_plan_forgets_its_order(original):
     """The key of a plan depends on its workload and its planner, not on its microbatches."""
-    from lorafusion.workload import content_hash
+    from lorafusion.core.workload import content_hash
 
     return lambda plan, planner, options: content_hash([planner, plan.workload_hash, plan.capacity])
 
 
-@planted("lorafusion.seals:content_hash", caught_by=f"{KEYS}::test_a_tuning_that_was_changed_by_hand_is_refused")
+@planted("lorafusion.core.seals:content_hash", caught_by=f"{KEYS}::test_a_tuning_that_was_changed_by_hand_is_refused")
 def a_tuning_is_not_sealed(original):
     """The seal of a tuning is the same whatever was measured."""
     return lambda data: "0" * 16
 
 
 @planted(
-    "lorafusion.measure.table:require_own_seal",
-    caught_by="tests/measure/test_table.py::test_a_result_that_was_changed_by_hand_is_refused",
+    "lorafusion.lab.table.table:require_own_seal",
+    caught_by="tests/lab/table/test_table.py::test_a_result_that_was_changed_by_hand_is_refused",
 )
 def a_table_takes_results_that_were_edited(original):
     """A throughput that is changed in a result file goes into the table."""
@@ -66,7 +66,7 @@ def a_table_takes_results_that_were_edited(original):
 
 
 @planted(
-    "lorafusion.keys:require_own_seal", caught_by=f"{KEYS}::test_a_result_that_was_changed_by_hand_is_not_this_ones"
+    "lorafusion.lab.keys:require_own_seal", caught_by=f"{KEYS}::test_a_result_that_was_changed_by_hand_is_not_this_ones"
 )
 def a_sweep_keeps_results_that_were_edited(original):
     """A result file that was changed by hand is not measured again."""
@@ -74,8 +74,8 @@ def a_sweep_keeps_results_that_were_edited(original):
 
 
 @planted(
-    "lorafusion.verdicts:require_own_seal",
-    caught_by="tests/test_checking.py::test_a_verdict_that_was_changed_by_hand_is_refused",
+    "lorafusion.lab.checks.verdicts:require_own_seal",
+    caught_by="tests/lab/checks/test_checking.py::test_a_verdict_that_was_changed_by_hand_is_refused",
 )
 def a_verdict_may_be_edited(original):
     """A verdict whose figure or suite was changed by hand is believed."""
@@ -83,7 +83,7 @@ def a_verdict_may_be_edited(original):
 
 
 @planted(
-    "lorafusion.keys:require_one_workload",
+    "lorafusion.lab.keys:require_one_workload",
     caught_by=f"{STORE}::test_systems_that_trained_different_workloads_are_not_compared",
 )
 def systems_are_compared_over_different_workloads(original):
@@ -91,64 +91,72 @@ def systems_are_compared_over_different_workloads(original):
     return lambda trained: None
 
 
-@planted("lorafusion.cells:run_command", caught_by=f"{SWEEP}::test_each_run_has_a_log_and_a_command_of_its_own")
+@planted(
+    "lorafusion.lab.experiments.end_to_end:run_command",
+    caught_by=f"{SWEEP}::test_each_run_has_a_log_and_a_command_of_its_own",
+)
 def a_run_records_the_command_of_the_whole_sweep(original):
     """The command of each run is what was typed, which is that of the sweep."""
     return lambda suite_path, *others: f"lorafusion sweep --suite {suite_path}"
 
 
 @planted(
-    "lorafusion.measure.tree:is_repository", caught_by=f"{TREE}::test_a_repository_around_the_project_is_somebody_elses"
+    "lorafusion.core.source_tree:is_repository",
+    caught_by=f"{TREE}::test_a_repository_around_the_project_is_somebody_elses",
 )
 def any_repository_around_is_this_projects(original):
     """The commit is that of whatever repository encloses the project's folder."""
-    from lorafusion.measure import tree
+    from lorafusion.core import source_tree
 
-    return lambda root: tree._git(root, "rev-parse", "--show-toplevel") is not None
+    return lambda root: source_tree._git(root, "rev-parse", "--show-toplevel") is not None
 
 
 @planted(
-    "lorafusion.measure.tree:state",
+    "lorafusion.core.source_tree:state",
     caught_by=f"{TREE}::test_a_changed_or_a_new_source_file_is_another_tree_and_dirty",
 )
 def local_changes_are_not_told(original):
     """`git_dirty` is always False."""
-    from lorafusion.measure.tree import ROOT
+    from lorafusion.core.source_tree import ROOT
 
     return lambda root=ROOT: original(root) | {"git_dirty": False}
 
 
 @planted(
-    "lorafusion.measure.tree:tree_hash",
+    "lorafusion.core.source_tree:tree_hash",
     caught_by=f"{TREE}::test_a_changed_or_a_new_source_file_is_another_tree_and_dirty",
 )
 def the_hash_of_the_tree_is_of_its_names(original):
     """The hash of the source files changes with their names, not with their contents."""
-    from lorafusion.measure import tree
+    from lorafusion.core import source_tree
 
-    def tree_hash(root=tree.ROOT):
-        names = (path for name in tree.SOURCES for path in tree._files(root / name))
-        return tree._hash({path.relative_to(root).as_posix(): "" for path in names})
+    def tree_hash(root=source_tree.ROOT):
+        names = (path for name in source_tree.SOURCES for path in source_tree._files(root / name))
+        return source_tree._hash({path.relative_to(root).as_posix(): "" for path in names})
 
     return tree_hash
 
 
 @planted(
-    "lorafusion.measure.store:write_store", caught_by=f"{STORE}::test_a_store_has_the_losses_and_all_that_a_result_had"
+    "lorafusion.lab.table.store:write_store",
+    caught_by=f"{STORE}::test_a_store_has_the_losses_and_all_that_a_result_had",
 )
 def a_store_has_no_losses(original):
     """The store beside a table keeps the metrics of its runs and leaves their losses out."""
     return lambda csv, results: original(csv, {name: one | {"losses": {}} for name, one in results.items()})
 
 
-@planted("lorafusion.measure.store:require_store", caught_by=f"{STORE}::test_a_table_that_is_not_its_stores_is_refused")
+@planted(
+    "lorafusion.lab.table.store:require_store", caught_by=f"{STORE}::test_a_table_that_is_not_its_stores_is_refused"
+)
 def a_table_is_not_compared_with_its_store(original):
     """A table is read whatever the store beside it was written with."""
     return lambda path, table: None
 
 
 @planted(
-    "lorafusion.reading:distinct", caught_by=f"{READING}::test_a_json_file_that_says_two_things_or_no_number_is_refused"
+    "lorafusion.core.files:distinct",
+    caught_by=f"{READING}::test_a_json_file_that_says_two_things_or_no_number_is_refused",
 )
 def of_two_equal_keys_the_last_counts(original):
     """In JSON a key may come twice; its last value counts."""
@@ -156,7 +164,7 @@ def of_two_equal_keys_the_last_counts(original):
 
 
 @planted(
-    "lorafusion.reading:_Checker.require",
+    "lorafusion.core.files:_Checker.require",
     caught_by=(f"{READING}::test_a_yaml_file_that_says_two_things_or_nothing_is_refused",
                f"{READING}::test_aliases_that_blow_up_are_refused_at_once"),
 )  # fmt: skip
@@ -165,13 +173,13 @@ def a_yaml_file_is_taken_as_its_parser_takes_it(original):
     return lambda self, root: None
 
 
-@planted("lorafusion.schema:meant", caught_by=f"{SCHEMA}::test_a_jobs_file_has_numbers_with_exponents")
+@planted("lorafusion.core.schema:meant", caught_by=f"{SCHEMA}::test_a_jobs_file_has_numbers_with_exponents")
 def a_number_with_an_exponent_is_a_word(original):
     """A setting 1e-4 is the word that YAML 1.1 takes it for."""
     return lambda value, annotation: value
 
 
-@planted("lorafusion.errors:shortened", caught_by=f"{READING}::test_an_error_is_one_line_whatever_it_found")
+@planted("lorafusion.core.schema:shortened", caught_by=f"{READING}::test_an_error_is_one_line_whatever_it_found")
 def a_message_is_as_long_as_what_was_found(original):
     """An error's message has all of the value that was found."""
     return lambda text, most: text

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tests.planted.plant import planted
 
-PLAN = "tests/test_plan.py"
+PLAN = "tests/core/test_plan.py"
 EACH_BREACH = f"{PLAN}::test_each_breach_is_seen"
 # A rule of the checker by the words of its message, and the test that breaks the rule.
 RULES = {
@@ -38,21 +38,22 @@ def _overlooks(name: str, words: str, test: str) -> None:
 
     overlook.__name__ = f"the_checker_overlooks_{name}"
     overlook.__doc__ = f'The plan checker keeps quiet where it should say "{words}".'
-    planted("lorafusion.plan:violations", caught_by=test)(overlook)
+    planted("lorafusion.core.plan:violations", caught_by=test)(overlook)
 
 
 for _name, (_words, _test) in RULES.items():
     _overlooks(_name, _words, _test)
 
 
-@planted("lorafusion.plan:check", caught_by=f"{PLAN}::test_each_breach_is_seen")
+@planted("lorafusion.core.plan:check", caught_by=f"{PLAN}::test_each_breach_is_seen")
 def every_plan_passes(original):
     """No plan is checked."""
     return lambda *arguments, **options: None
 
 
 @planted(
-    "lorafusion.workload:Job.scaling", caught_by="tests/test_workload.py::test_scaling_is_alpha_over_rank_or_its_root"
+    "lorafusion.core.workload:Job.scaling",
+    caught_by="tests/core/test_workload.py::test_scaling_is_alpha_over_rank_or_its_root",
 )
 def the_scale_ignores_rslora(original):
     """A rank-stabilised adapter is scaled by alpha/rank."""
@@ -60,8 +61,8 @@ def the_scale_ignores_rslora(original):
 
 
 @planted(
-    "lorafusion.workload:Job._batches_of",
-    caught_by="tests/test_workload.py::test_batches_cover_the_stream_in_order_and_never_cross_an_epoch",
+    "lorafusion.core.workload:Job._batches_of",
+    caught_by="tests/core/test_workload.py::test_batches_cover_the_stream_in_order_and_never_cross_an_epoch",
 )
 def an_epochs_tail_is_dropped(original):
     """The last samples of an epoch, fewer than a global batch, are not trained."""
@@ -74,7 +75,7 @@ def an_epochs_tail_is_dropped(original):
 
 
 @planted(
-    "lorafusion.workload:Job.stream_offset",
+    "lorafusion.core.workload:Job.stream_offset",
     caught_by="tests/data/test_packing.py::test_places_in_the_stream_do_not_begin_again_with_an_epoch",
 )
 def masks_begin_again_with_an_epoch(original):

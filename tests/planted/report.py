@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from tests.planted.plant import planted
 
-WHOLE = "tests/measure/test_whole_tables.py"
-SEALS = "tests/test_seals.py"
+WHOLE = "tests/lab/table/test_whole_tables.py"
+SEALS = "tests/core/test_seals.py"
 NUMBERS = "tests/numbers/test_numbers.py::test_every_number_of_a_document_is_that_of_its_table"
-RECORD = "tests/report/test_figures_of_record.py::test_a_figures_csv_is_what_its_table_gives"
+RECORD = "tests/lab/report/test_figures_of_record.py::test_a_figures_csv_is_what_its_table_gives"
 
 
-@planted("lorafusion.seals:require_seal", caught_by=f"{SEALS}::test_a_table_that_was_cut_anywhere_is_refused")
+@planted("lorafusion.core.seals:require_seal", caught_by=f"{SEALS}::test_a_table_that_was_cut_anywhere_is_refused")
 def a_table_that_was_cut_is_read(original):
     """A seal is read and not compared with its table."""
 
     def require_seal(path):
-        from lorafusion.seals import Seal
+        from lorafusion.core.seals import Seal
 
         return Seal(0, "")
 
     return require_seal
 
 
-@planted("lorafusion.seals:require_seal", caught_by=f"{SEALS}::test_a_table_with_a_flipped_bit_is_refused")
+@planted("lorafusion.core.seals:require_seal", caught_by=f"{SEALS}::test_a_table_with_a_flipped_bit_is_refused")
 def only_the_rows_of_a_table_are_counted(original):
     """A table with as many rows as were sealed passes, whatever they say."""
 
     def require_seal(path):
-        from lorafusion.errors import UserError
-        from lorafusion.seals import FORM, Seal, _rows, seal_path
+        from lorafusion.core.schema import UserError
+        from lorafusion.core.seals import FORM, Seal, _rows, seal_path
 
         parsed = FORM.fullmatch(seal_path(path).read_text())
         if int(parsed[1]) != _rows(path):
@@ -38,14 +38,14 @@ def only_the_rows_of_a_table_are_counted(original):
     return require_seal
 
 
-@planted("lorafusion.measure.table:gaps", caught_by=f"{WHOLE}::test_measurements_needs_all_runs_or_to_be_told")
+@planted("lorafusion.lab.table.table:gaps", caught_by=f"{WHOLE}::test_measurements_needs_all_runs_or_to_be_told")
 def missing_runs_are_not_told(original):
     """A table that lacks repeats is taken for a whole one."""
     return lambda table: ""
 
 
 @planted(
-    "lorafusion.measure.table:_require_own_summaries",
+    "lorafusion.lab.table.table:_require_own_summaries",
     caught_by=f"{WHOLE}::test_a_median_that_is_not_that_of_its_runs_is_refused",
 )
 def medians_are_believed(original):
@@ -54,7 +54,7 @@ def medians_are_believed(original):
 
 
 @planted(
-    "lorafusion.measure.table:median",
+    "lorafusion.lab.table.table:median",
     caught_by=f"{WHOLE}::test_the_tables_of_record_are_whole_and_their_columns_tell_all_rows_apart[nvidia-h200/training]",
 )
 def the_median_is_the_largest(original):
@@ -63,21 +63,25 @@ def the_median_is_the_largest(original):
 
 
 @planted(
-    "lorafusion.measure.validation:PLACE", caught_by=f"{WHOLE}::test_cells_that_only_their_names_tell_apart_are_refused"
+    "lorafusion.lab.table.validation:PLACE",
+    caught_by=f"{WHOLE}::test_cells_that_only_their_names_tell_apart_are_refused",
 )
 def merged_cells_share_their_key(original):
     """Merged q, k and v is no part of a row's key."""
     return tuple(name for name in original if name != "merged_qkv")
 
 
-@planted("lorafusion.cells:description", caught_by=f"{WHOLE}::test_the_columns_of_a_suites_cells_tell_them_apart[h200]")
+@planted(
+    "lorafusion.lab.experiments.end_to_end:description",
+    caught_by=f"{WHOLE}::test_the_columns_of_a_suites_cells_tell_them_apart[h200]",
+)
 def a_run_does_not_say_that_it_is_merged(original):
     """The column for merged q, k and v is false in each run."""
     return lambda *arguments: original(*arguments) | {"merged_qkv": False}
 
 
 @planted(
-    "lorafusion.report.pages:KEY_COLUMNS",
+    "lorafusion.lab.report.pages:KEY_COLUMNS",
     caught_by=f"{WHOLE}::test_the_page_of_measurements_shows_what_tells_its_rows_apart",
 )
 def the_page_of_measurements_hides_what_is_merged(original):
@@ -104,7 +108,7 @@ def a_document_has_a_number_of_its_own(original):
 
 
 @planted(
-    "lorafusion.measure.statistics:geometric_mean_interval",
+    "lorafusion.lab.table.statistics:geometric_mean_interval",
     caught_by=[
         f"{NUMBERS}[docs/end-to-end.md]",
         f"{RECORD}[nvidia-h200/end_to_end_contributions]",
@@ -124,7 +128,7 @@ def intervals_are_a_tenth(original):
 
 
 @planted(
-    "lorafusion.report.figures:end_to_end_data",
+    "lorafusion.lab.report.figures:end_to_end_data",
     caught_by=f"{RECORD}[nvidia-h200/end_to_end_throughput]",
 )
 def our_bars_are_two_percent_higher(original):
@@ -138,7 +142,7 @@ def our_bars_are_two_percent_higher(original):
     return data
 
 
-@planted("lorafusion.report.kernel_data:kernel_speed_data", caught_by=f"{RECORD}[nvidia-h200/kernel_speed]")
+@planted("lorafusion.lab.report.kernel_data:kernel_speed_data", caught_by=f"{RECORD}[nvidia-h200/kernel_speed]")
 def our_linears_are_faster_in_their_figure(original):
     """The figure of linears shows 0.98 of what the fused ones take."""
 
@@ -151,8 +155,8 @@ def our_linears_are_faster_in_their_figure(original):
 
 
 @planted(
-    "lorafusion.verdicts:validated",
-    caught_by="tests/report/test_checks_page.py::test_a_verdict_that_is_none_is_refused",
+    "lorafusion.lab.checks.verdicts:validated",
+    caught_by="tests/lab/report/test_checks_page.py::test_a_verdict_that_is_none_is_refused",
 )
 def a_verdict_is_believed(original):
     """A verdict that says passed is, however far its figures are beyond their limits."""
@@ -160,8 +164,8 @@ def a_verdict_is_believed(original):
 
 
 @planted(
-    "lorafusion.verdicts:read_verdict",
-    caught_by="tests/report/test_checks_page.py::test_a_verdict_that_is_none_is_refused",
+    "lorafusion.lab.checks.verdicts:read_verdict",
+    caught_by="tests/lab/report/test_checks_page.py::test_a_verdict_that_is_none_is_refused",
 )
 def any_word_means_passed(original):
     """A verdict whose `passed` is a word is taken for one that passed."""
@@ -169,7 +173,7 @@ def any_word_means_passed(original):
     def read_verdict(path):
         import json
 
-        from lorafusion.verdicts import Verdict
+        from lorafusion.lab.checks.verdicts import Verdict
 
         data = json.loads(path.read_text())
         data.pop("seal", None)

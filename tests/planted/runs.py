@@ -9,7 +9,8 @@ import pandas as pd
 
 from tests.planted.plant import planted
 
-TIMED, RESULT, TRIALS = (f"tests/runtime/test_{name}.py" for name in ("timed", "result", "trials"))
+TIMED = "tests/engine/test_timed.py"
+RESULT, TRIALS = (f"tests/lab/test_{name}.py" for name in ("result", "trials"))
 KNOWN = "tests/test_known_times.py"
 ORDER = f"{TIMED}::test_what_comes_before_and_after_the_clock_is_the_same_for_every_system[mlora]"
 ITS_OWN_TOKENS = f"{TIMED}::test_the_clock_sees_the_runs_own_tokens_and_nothing_else[mlora]"
@@ -20,7 +21,7 @@ OURS = "lorafusion"
 # --- The clock, and what comes before it
 
 
-@planted("lorafusion.runtime.timed:timed", caught_by=ITS_OWN_TOKENS)
+@planted("lorafusion.engine.timed:timed", caught_by=ITS_OWN_TOKENS)
 def the_clock_of_others_starts_before_the_warm_up(original):
     """The clock of all systems but ours starts before the rehearsal and the warm-up."""
 
@@ -34,19 +35,19 @@ def the_clock_of_others_starts_before_the_warm_up(original):
     return timed
 
 
-@planted("lorafusion.runtime.training:TrainingRun.warm_up", caught_by=ORDER)
+@planted("lorafusion.engine.training:TrainingRun.warm_up", caught_by=ORDER)
 def only_ours_is_warmed_up(original):
     """All systems but ours start cold."""
     return lambda run: original(run) if run.plan.system == OURS else None
 
 
-@planted("lorafusion.runtime.rehearsal:rehearse", caught_by=ORDER)
+@planted("lorafusion.engine.warm_up:rehearse", caught_by=ORDER)
 def only_ours_is_rehearsed(original):
     """The executors of all systems but ours meet their first step while the clock runs."""
     return lambda run, execute: original(run, execute) if run.plan.system == OURS else None
 
 
-@planted("lorafusion.runtime.timed:ready", caught_by=ORDER)
+@planted("lorafusion.engine.timed:ready", caught_by=ORDER)
 def only_ours_waits_for_the_device(original):
     """The clock of all systems but ours starts while the device has work left."""
 
@@ -60,7 +61,7 @@ def only_ours_waits_for_the_device(original):
     return ready
 
 
-@planted("lorafusion.runtime.training:TrainingRun.wait_for_everyone", caught_by=ORDER)
+@planted("lorafusion.engine.training:TrainingRun.wait_for_everyone", caught_by=ORDER)
 def nobody_waits_for_the_others(original):
     """The processes of a run start their clocks apart."""
 
@@ -70,7 +71,7 @@ def nobody_waits_for_the_others(original):
     return wait_for_everyone
 
 
-@planted("lorafusion.measure.timers:Meter.duration", caught_by=f"{TIMED}::test_on_a_cpu_both_clocks_are_one")
+@planted("lorafusion.core.clock:Meter.duration", caught_by=f"{TIMED}::test_on_a_cpu_both_clocks_are_one")
 def the_devices_clock_is_slow(original):
     """The device's seconds are 2 % too few."""
 
@@ -82,7 +83,7 @@ def the_devices_clock_is_slow(original):
 
 
 @planted(
-    "lorafusion.runtime.result:require_clocks",
+    "lorafusion.lab.table.result:require_clocks",
     caught_by=f"{RESULT}::test_both_clocks_of_every_process_agree_within_a_hundredth",
 )
 def clocks_may_disagree(original):
@@ -91,7 +92,7 @@ def clocks_may_disagree(original):
 
 
 @planted(
-    "lorafusion.runtime.result:_require_marks",
+    "lorafusion.lab.table.result:_require_marks",
     caught_by=f"{RESULT}::test_a_run_that_did_not_train_everything_has_no_numbers",
 )
 def marks_may_be_any(original):
@@ -100,7 +101,7 @@ def marks_may_be_any(original):
 
 
 @planted(
-    "lorafusion.runtime.result:whole_seconds",
+    "lorafusion.lab.table.result:whole_seconds",
     caught_by=f"{RESULT}::test_the_time_is_that_of_the_slowest_process_and_the_host_is_in_the_result",
 )
 def the_time_is_that_of_the_first_process(original):
@@ -111,7 +112,7 @@ def the_time_is_that_of_the_first_process(original):
 # --- Memory
 
 
-@planted("lorafusion.runtime.timed:ready", caught_by=ITS_OWN_TOKENS)
+@planted("lorafusion.engine.timed:ready", caught_by=ITS_OWN_TOKENS)
 def the_peak_of_memory_is_not_reset(original):
     """The peak of memory is that of the process, its start and warm-up included."""
 
@@ -124,13 +125,13 @@ def the_peak_of_memory_is_not_reset(original):
     return ready
 
 
-@planted("lorafusion.runtime.timed:report_of", caught_by=ALL_PROCESSES)
+@planted("lorafusion.engine.timed:report_of", caught_by=ALL_PROCESSES)
 def the_peak_of_memory_is_each_processs_own(original):
     """The peak of memory in the report is that of the first process."""
     return lambda run: original(run) | {"peak_memory": run.record.meter.peak_memory()}
 
 
-@planted("lorafusion.runtime.timed:report_of", caught_by=ALL_PROCESSES)
+@planted("lorafusion.engine.timed:report_of", caught_by=ALL_PROCESSES)
 def the_peak_of_memory_is_the_smallest(original):
     """The peak of memory is the smallest over the processes."""
 
@@ -148,7 +149,7 @@ def the_peak_of_memory_is_the_smallest(original):
 
 
 @planted(
-    "lorafusion.runtime.result:require_steps",
+    "lorafusion.lab.table.result:require_steps",
     caught_by=(
         f"{TIMED}::test_a_run_whose_gradients_are_not_finite_is_not_ok",
         f"{TIMED}::test_a_trial_whose_gradients_are_not_finite_has_no_throughput",
@@ -160,7 +161,7 @@ def a_run_in_which_no_adapter_steps_is_ok(original):
 
 
 @planted(
-    "lorafusion.runtime.adapters:AdapterTraining.steps_made",
+    "lorafusion.engine.adapters:AdapterTraining.steps_made",
     caught_by=f"{TIMED}::test_a_run_whose_gradients_are_not_finite_is_not_ok",
 )
 def steps_are_counted_and_not_made(original):
@@ -168,7 +169,7 @@ def steps_are_counted_and_not_made(original):
     return lambda adapter: adapter.steps
 
 
-@planted("lorafusion.runtime.timed:report_of", caught_by=f"{TIMED}::test_what_one_stage_did_not_do_is_told")
+@planted("lorafusion.engine.timed:report_of", caught_by=f"{TIMED}::test_what_one_stage_did_not_do_is_told")
 def steps_are_those_of_the_first_stage(original):
     """Steps and stops of an adapter are reported as they are on the first stage."""
 
@@ -182,7 +183,7 @@ def steps_are_those_of_the_first_stage(original):
     return report_of
 
 
-@planted("lorafusion.runtime.timed:losses_by_job", caught_by=f"{TIMED}::test_what_was_not_done_is_told")
+@planted("lorafusion.engine.timed:losses_by_job", caught_by=f"{TIMED}::test_what_was_not_done_is_told")
 def a_missing_loss_is_zero(original):
     """A global batch whose loss was not noted has the loss of what was."""
 
@@ -194,7 +195,7 @@ def a_missing_loss_is_zero(original):
 
 
 @planted(
-    "lorafusion.runtime.trials:require_whole",
+    "lorafusion.lab.trials:require_whole",
     caught_by=f"{TIMED}::test_a_trial_whose_gradients_are_not_finite_has_no_throughput",
 )
 def a_trial_need_not_train(original):
@@ -203,8 +204,8 @@ def a_trial_need_not_train(original):
 
 
 @planted(
-    "lorafusion.benchmarks.training:Trainer.require_sound",
-    caught_by="tests/benchmarks/test_training.py::test_an_arm_that_does_not_train_is_rows_without_values",
+    "lorafusion.lab.experiments.steps:Trainer.require_sound",
+    caught_by="tests/lab/experiments/test_training.py::test_an_arm_that_does_not_train_is_rows_without_values",
 )
 def a_benchmark_need_not_train(original):
     """An arm of the training suite counts though its gradients are not finite."""
@@ -225,7 +226,8 @@ def _changed(original, change):
 
 
 @planted(
-    "lorafusion.runtime.result:metrics", caught_by=f"{KNOWN}::test_single_throughputs_are_tokens_over_the_clock[whole]"
+    "lorafusion.lab.table.result:metrics",
+    caught_by=f"{KNOWN}::test_single_throughputs_are_tokens_over_the_clock[whole]",
 )
 def our_throughput_is_two_percent_up(original):
     """The throughput of `lorafusion` alone is multiplied by 1.02."""
@@ -237,7 +239,7 @@ def our_throughput_is_two_percent_up(original):
 
 
 @planted(
-    "lorafusion.runtime.result:metrics",
+    "lorafusion.lab.table.result:metrics",
     caught_by=(
         f"{RESULT}::test_padding_is_counted_in_the_padded_throughput_alone",
         f"{KNOWN}::test_single_throughputs_are_tokens_over_the_clock[whole]",
@@ -255,7 +257,7 @@ def padding_counts_as_tokens(original):
 
 
 @planted(
-    "lorafusion.runtime.result:metrics",
+    "lorafusion.lab.table.result:metrics",
     caught_by=f"{RESULT}::test_tokens_are_the_workloads_whatever_the_plan_says_of_itself",
 )
 def tokens_are_what_the_plan_says_of_itself(original):
@@ -270,7 +272,7 @@ def tokens_are_what_the_plan_says_of_itself(original):
 
 
 @planted(
-    "lorafusion.runtime.result:steady_throughput",
+    "lorafusion.lab.table.result:steady_throughput",
     caught_by=f"{KNOWN}::test_single_throughputs_are_tokens_over_the_clock[steady]",
 )
 def the_steady_window_is_the_whole_run(original):
@@ -284,7 +286,7 @@ def the_steady_window_is_the_whole_run(original):
     return steady_throughput
 
 
-@planted("lorafusion.measure.table:_summary", caught_by=f"{KNOWN}::test_medians_are_of_all_repeats_or_none[whole]")
+@planted("lorafusion.lab.table.table:_summary", caught_by=f"{KNOWN}::test_medians_are_of_all_repeats_or_none[whole]")
 def a_median_is_of_the_repeats_that_survived(original):
     """A cell of which a repeat failed has the median of the others."""
 
@@ -296,7 +298,7 @@ def a_median_is_of_the_repeats_that_survived(original):
 
 
 @planted(
-    "lorafusion.report.contributions:_ratios",
+    "lorafusion.lab.report.contributions:_ratios",
     caught_by=f"{KNOWN}::test_the_csv_of_contributions_is_paired_ratios_and_their_interval[whole]",
 )
 def ratios_are_of_unlike_repeats(original):
@@ -314,8 +316,8 @@ def ratios_are_of_unlike_repeats(original):
 
 
 @planted(
-    "lorafusion.measure.validation:_require_tokens_over_time",
-    caught_by="tests/measure/test_tokens_over_time.py::test_one_that_is_a_little_faster_is_refused",
+    "lorafusion.lab.table.validation:_require_tokens_over_time",
+    caught_by="tests/lab/table/test_tokens_over_time.py::test_one_that_is_a_little_faster_is_refused",
 )
 def a_throughput_need_not_be_tokens_over_the_time(original):
     """A table may have throughputs that are not its workload's tokens over the run's time."""
@@ -325,7 +327,9 @@ def a_throughput_need_not_be_tokens_over_the_time(original):
 # --- What is drawn
 
 
-@planted("lorafusion.report.figures:_draw_panel", caught_by=f"{KNOWN}::test_each_error_bar_is_its_bars_interval[whole]")
+@planted(
+    "lorafusion.lab.report.figures:_draw_panel", caught_by=f"{KNOWN}::test_each_error_bar_is_its_bars_interval[whole]"
+)
 def error_bars_are_a_tenth(original):
     """The error bars that are drawn are a tenth as long as the intervals."""
 
@@ -337,7 +341,8 @@ def error_bars_are_a_tenth(original):
 
 
 @planted(
-    "lorafusion.report.figures:_draw_bars", caught_by=f"{KNOWN}::test_each_bar_is_as_high_as_its_systems_median[whole]"
+    "lorafusion.lab.report.figures:_draw_bars",
+    caught_by=f"{KNOWN}::test_each_bar_is_as_high_as_its_systems_median[whole]",
 )
 def bars_of_two_systems_are_swapped(original):
     """Two systems have each other's bars."""
@@ -349,7 +354,9 @@ def bars_of_two_systems_are_swapped(original):
     return draw_bars
 
 
-@planted("lorafusion.report.figures:draw_end_to_end", caught_by=f"{KNOWN}::test_the_axis_is_in_tokens_a_second[whole]")
+@planted(
+    "lorafusion.lab.report.figures:draw_end_to_end", caught_by=f"{KNOWN}::test_the_axis_is_in_tokens_a_second[whole]"
+)
 def the_axis_is_in_thousands(original):
     """The axis of throughputs says thousands of tokens where they are tokens."""
 
@@ -363,7 +370,7 @@ def the_axis_is_in_thousands(original):
 
 
 @planted(
-    "lorafusion.report.contributions_figure:_places",
+    "lorafusion.lab.report.contributions_figure:_places",
     caught_by=f"{KNOWN}::test_each_part_begins_where_the_one_before_ends[whole]",
 )
 def every_part_begins_at_one(original):
@@ -372,7 +379,7 @@ def every_part_begins_at_one(original):
 
 
 @planted(
-    "lorafusion.report.contributions_figure:_draw_bar",
+    "lorafusion.lab.report.contributions_figure:_draw_bar",
     caught_by=f"{KNOWN}::test_each_part_begins_where_the_one_before_ends[whole]",
 )
 def whiskers_of_parts_are_a_tenth(original):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from tests.planted.plant import planted
 
-TESTS = "tests/measure/test_statistics.py"
+TESTS = "tests/lab/table/test_statistics.py"
 MEAN = f"{TESTS}::test_the_interval_of_a_geometric_mean_is_that_of_the_tables_of_students_t"
 
 
-@planted("lorafusion.measure.statistics:median", caught_by=f"{TESTS}::test_median_of_odd_and_even_counts")
+@planted("lorafusion.lab.table.statistics:median", caught_by=f"{TESTS}::test_median_of_odd_and_even_counts")
 def the_median_is_the_best(original):
     """The median of repeats is their maximum."""
     return max
 
 
 @planted(
-    "lorafusion.measure.statistics:interval",
+    "lorafusion.lab.table.statistics:interval",
     caught_by=f"{TESTS}::test_interval_is_the_tabulated_pair_of_order_statistics",
 )
 def intervals_of_medians_are_a_tenth(original):
@@ -29,7 +29,7 @@ def intervals_of_medians_are_a_tenth(original):
     return interval
 
 
-@planted("lorafusion.measure.statistics:geometric_mean_interval", caught_by=MEAN)
+@planted("lorafusion.lab.table.statistics:geometric_mean_interval", caught_by=MEAN)
 def intervals_of_means_are_a_tenth(original):
     """The interval of a geometric mean is a tenth as wide."""
 
@@ -43,14 +43,14 @@ def intervals_of_means_are_a_tenth(original):
     return geometric_mean_interval
 
 
-@planted("lorafusion.measure.statistics:stdtrit", caught_by=MEAN)
+@planted("lorafusion.lab.table.statistics:stdtrit", caught_by=MEAN)
 def intervals_are_of_a_normal_distribution(original):
     """The interval of a mean takes the normal quantile in place of Student's t."""
     return lambda degrees, share: 1.959963984540054
 
 
 @planted(
-    "lorafusion.measure.statistics:_coverage",
+    "lorafusion.lab.table.statistics:_coverage",
     caught_by=f"{TESTS}::test_below_six_values_there_is_no_95_percent_interval",
 )
 def any_two_repeats_give_an_interval(original):

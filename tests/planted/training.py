@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from tests.planted.plant import planted
 
-RUN = "tests/test_outside.py::test_a_run_computes_what_plain_training_computes"
-ADAPTERS = "tests/runtime/test_adapters.py"
+RUN = "tests/lab/test_plain_training.py::test_a_run_computes_what_plain_training_computes"
+ADAPTERS = "tests/engine/test_adapters.py"
 EXACT = "tests/baselines/test_exact.py::test_a_system_trains_what_plain_libraries_train"
 
 
-@planted("lorafusion.runtime.adapters:AdapterTraining.__init__", caught_by=f"{RUN}[linear]")
+@planted("lorafusion.engine.adapters:AdapterTraining.__init__", caught_by=f"{RUN}[linear]")
 def weight_decay_is_dropped(original):
     """The optimizer has no weight decay."""
 
@@ -21,14 +21,14 @@ def weight_decay_is_dropped(original):
     return init
 
 
-@planted("lorafusion.workload:Job.learning_rate_at", caught_by=f"{RUN}[linear]")
+@planted("lorafusion.core.workload:Job.learning_rate_at", caught_by=f"{RUN}[linear]")
 def learning_rates_are_a_step_late(original):
     """A step has the learning rate of the one before."""
     return lambda job, step: original(job, max(step - 1, 0))
 
 
 @planted(
-    "lorafusion.runtime.adapters:AdapterTraining._clip",
+    "lorafusion.engine.adapters:AdapterTraining._clip",
     caught_by=f"{ADAPTERS}::test_a_step_sees_the_gradient_with_at_most_the_jobs_norm",
 )
 def nothing_is_clipped(original):
@@ -36,7 +36,7 @@ def nothing_is_clipped(original):
     return lambda adapter, norm: None
 
 
-@planted("lorafusion.runtime.stream:_Stream._backward", caught_by=f"{RUN}[cosine]")
+@planted("lorafusion.engine.stream:_Stream._backward", caught_by=f"{RUN}[cosine]")
 def norms_are_of_one_stage(original):
     """Each stage clips by the norm of its own part of the gradient."""
 
@@ -48,7 +48,7 @@ def norms_are_of_one_stage(original):
     return backward
 
 
-@planted("lorafusion.runtime.training:TrainingRun.update", caught_by=f"{RUN}[cosine]")
+@planted("lorafusion.engine.training:TrainingRun.update", caught_by=f"{RUN}[cosine]")
 def only_the_first_stage_steps(original):
     """Stages after the first do not step their adapters."""
 
@@ -60,13 +60,13 @@ def only_the_first_stage_steps(original):
     return update
 
 
-@planted("lorafusion.runtime.pipeline:Pipeline.send_before", caught_by=f"{RUN}[cosine]")
+@planted("lorafusion.engine.pipeline:Pipeline.send_before", caught_by=f"{RUN}[cosine]")
 def the_first_stage_has_no_gradient(original):
     """What a stage sends back to the one before it is zero."""
     return lambda pipeline, tensor: original(pipeline, tensor * 0 if tensor.dim() == 3 else tensor)
 
 
-@planted("lorafusion.runtime.pipeline:Pipeline.sum_over_replicas", caught_by=f"{EXACT}[lorafusion-2x2+recompute]")
+@planted("lorafusion.engine.pipeline:Pipeline.sum_over_replicas", caught_by=f"{EXACT}[lorafusion-2x2+recompute]")
 def replicas_are_averaged(original):
     """Replicas have the mean of their gradients and not the sum."""
 
@@ -78,14 +78,14 @@ def replicas_are_averaged(original):
     return sum_over_replicas
 
 
-@planted("lorafusion.runtime.pipeline:Pipeline.sum_over_replicas", caught_by=f"{EXACT}[lorafusion-2x2+recompute]")
+@planted("lorafusion.engine.pipeline:Pipeline.sum_over_replicas", caught_by=f"{EXACT}[lorafusion-2x2+recompute]")
 def replicas_train_apart(original):
     """Replicas do not add up their gradients."""
     return lambda pipeline, tensors: None
 
 
 @planted(
-    "lorafusion.runtime.adapters:AdapterTraining.step",
+    "lorafusion.engine.adapters:AdapterTraining.step",
     caught_by=f"{ADAPTERS}::test_a_gradient_that_is_not_finite_changes_nothing_for_good",
 )
 def a_gradient_that_is_not_finite_is_taken(original):

@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 import yaml
 
-from lorafusion.manifest import facts_of, write_sealed
-from lorafusion.runtime.launch import Outcome
+from lorafusion.core.manifest import facts_of, write_sealed
+from lorafusion.launch.launch import Outcome
 from lorafusion.train import export as exporting
 from lorafusion.train import run as training
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from lorafusion.config import CONFIGS
+from lorafusion.core.config import CONFIGS
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import ALL_LINEAR, Job
 from lorafusion.data.blocks import HubData, JsonlData, SyntheticData, TextData
-from lorafusion.errors import UserError
 from lorafusion.train.config import TrainConfig, TrainJob, read_train_config
 from lorafusion.train.run import train
-from lorafusion.workload import ALL_LINEAR, Job
 
 SYNTHETIC = {"synthetic": {"samples": 4}}
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorafusion.errors import UserError
+from lorafusion.core.schema import UserError
 from lorafusion.train import export as exporting
 from lorafusion.train.folder import read_progress, write_progress
 from lorafusion.train.run import DONE, FAILED, train

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion.errors import UserError
+from lorafusion.core.schema import UserError
 from lorafusion.train import export as exporting
 from lorafusion.train.run import DONE, FAILED, train
 from tests.train import playback

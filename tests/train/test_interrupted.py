@@ -1,6 +1,6 @@
 """Killed or out of space between any two changes of its folder, a training ends as if nothing had been: no row and no
 file is lost, none is there twice. What the processes of the run did is played back here; that they bear being killed is
-in tests/runtime/test_checkpoint.py."""
+in tests/engine/test_checkpoint.py."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorafusion.errors import UserError
-from lorafusion.manifest import verified
-from lorafusion.runtime.checkpoint import adapter_state, opened
-from lorafusion.runtime.launch import Outcome
+from lorafusion.core.manifest import verified
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Workload
+from lorafusion.engine.checkpoint import adapter_state, opened
+from lorafusion.launch.launch import Outcome
 from lorafusion.train import export as exporting
 from lorafusion.train import run as training
 from lorafusion.train.folder import read_progress, write_progress
 from lorafusion.train.run import DONE, FAILED, train
-from lorafusion.workload import Workload
 from tests.faults import Killed, fault_at, full_disk
 from tests.train.playback import JOBS, files, jobs_file, status
 

@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lorafusion.runtime import forked as product
-from lorafusion.runtime.lock import LOCK, Process
+from lorafusion.engine import fork_server as product
+from lorafusion.launch.lock import LOCK, Process
 from lorafusion.train import run as training
 from lorafusion.train.run import DONE, train
 from tests import forked

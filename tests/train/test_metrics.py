@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafusion.errors import UserError
-from lorafusion.manifest import DamagedError, Entry
-from lorafusion.runtime.events import EventLog, require, trim
+from lorafusion.core.manifest import DamagedError, Entry
+from lorafusion.core.schema import UserError
+from lorafusion.engine.events import EventLog, require, trim
 from lorafusion.train.metrics import EventReader, History
 
 

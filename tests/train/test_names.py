@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from lorafusion.errors import UserError
+from lorafusion.core.schema import UserError
 from lorafusion.train import run as training
 from lorafusion.train.folder import DECORATION, require_names
 from lorafusion.train.run import DONE, train

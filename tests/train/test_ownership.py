@@ -9,9 +9,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafusion.errors import UserError
-from lorafusion.runtime.lock import locked
-from lorafusion.scheduler import fast
+from lorafusion.core.schema import UserError
+from lorafusion.launch.lock import locked
+from lorafusion.planning import fast
 from lorafusion.train import run as training
 from lorafusion.train.config import read_train_config
 from lorafusion.train.folder import OutputFolder

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from lorafusion.config import read_model
+from lorafusion.core.config import read_model
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Workload
 from lorafusion.data.encoder import PROBE, Encoder
 from lorafusion.data.lengths import draw_lengths
 from lorafusion.data.store import JobTokens, StoreFile
-from lorafusion.errors import UserError
-from lorafusion.models.stage import hf_config
+from lorafusion.model.stage import hf_config
 from lorafusion.train.config import read_train_config
 from lorafusion.train.prepare import base_model, prepare
-from lorafusion.workload import Workload
 from tests.tiny_tokenizer import BOS, EOS, save_tokenizer
 
 TINY = read_model("tiny")

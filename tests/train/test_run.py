@@ -12,8 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lorafusion.errors import UserError
-from lorafusion.runtime.lock import locked
+from lorafusion.core.schema import UserError
+from lorafusion.launch.lock import locked
 from lorafusion.train import run as training
 from lorafusion.train.run import DONE, FAILED, STOPPED, train
 from tests import forked

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion.errors import UserError
-from lorafusion.runtime.launch import Outcome
-from lorafusion.runtime.lock import Process, locked
+from lorafusion.core.schema import UserError
+from lorafusion.launch.launch import Outcome
+from lorafusion.launch.lock import Process, locked
 from lorafusion.train import run as training
 from lorafusion.train.run import DONE, FAILED, STOPPED, train
 from lorafusion.train.status import output_named_in

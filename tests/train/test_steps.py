@@ -12,8 +12,8 @@ import yaml
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lorafusion.errors import UserError
-from lorafusion.models.checkpoint import checkpoint_weights
+from lorafusion.core.schema import UserError
+from lorafusion.model.weights import checkpoint_weights
 from lorafusion.train import export as exporting
 from lorafusion.train.config import read_train_config
 from lorafusion.train.prepare import base_model, prepare

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from lorafusion.config import CONFIGS
+from lorafusion.core.config import CONFIGS
 
 RULES = sorted((CONFIGS.parent / "workflow" / "rules").glob("*.smk"))
 WILDCARD = re.compile(r"\{(\w+)\}")

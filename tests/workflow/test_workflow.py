@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from lorafusion.config import CONFIGS
+from lorafusion.core.config import CONFIGS
 
 ROOT = CONFIGS.parent
 LOCAL = ["--profile", str(ROOT / "workflow" / "profiles" / "local")]

@@ -5,28 +5,22 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from lorafusion.benchmarks.scheduler import bench_hash as scheduler_hash
-from lorafusion.benchmarks.scheduler import benches as scheduler_benches
-from lorafusion.benchmarks.scheduler import read_scheduler_suites
-from lorafusion.benchmarks.suite import bench_hash, benches, read_kernel_suites
-from lorafusion.benchmarks.training_suite import bench_hash as training_hash
-from lorafusion.benchmarks.training_suite import read_training_suites
-from lorafusion.cells import unavailable
-from lorafusion.config import (
-    CONFIGS,
-    Arrangement,
-    cells,
-    read_suite,
-    read_systems,
-    suite_path,
-)
-from lorafusion.errors import UserError
-from lorafusion.keys import CellFiles
-from lorafusion.measure.environment import has_gpu
-from lorafusion.report.contributions import lacking
-from lorafusion.sweep import shuffled
-from lorafusion.verdicts import OF_RUNS, OF_TRAINING
-from lorafusion.workload import content_hash
+from lorafusion.lab.experiments.planner import bench_hash as scheduler_hash
+from lorafusion.lab.experiments.planner import benches as scheduler_benches
+from lorafusion.lab.experiments.planner import read_scheduler_suites
+from lorafusion.lab.experiments.kernel_suite import bench_hash, benches, read_kernel_suites
+from lorafusion.lab.experiments.steps_suite import bench_hash as training_hash
+from lorafusion.lab.experiments.steps_suite import read_training_suites
+from lorafusion.lab.experiments.end_to_end import unavailable
+from lorafusion.core.config import CONFIGS, read_systems
+from lorafusion.lab.suite import Arrangement, cells, read_suite, suite_path
+from lorafusion.core.schema import UserError
+from lorafusion.lab.keys import CellFiles
+from lorafusion.core.machine import has_gpu
+from lorafusion.lab.report.contributions import lacking
+from lorafusion.lab.sweep import shuffled
+from lorafusion.lab.checks.verdicts import OF_RUNS, OF_TRAINING
+from lorafusion.core.workload import content_hash
 
 # The workflow's own Python, also where the environment was not activated and inside Slurm jobs.
 shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH; ")

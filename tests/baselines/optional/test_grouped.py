@@ -9,12 +9,13 @@ from torch import nn
 from baselines.megatron import grouped as module
 from baselines.megatron.grouped import grouped, has_grouped_gemm
 from baselines.mlora.lora import looped
-from lorafusion import checks
-from lorafusion.config import Arrangement, read_model
+from lorafusion.core.config import read_model
+from lorafusion.core.workload import ALL_LINEAR, Job, Sample, Workload
 from lorafusion.data.packing import AdapterSegment, PackedBatch, SampleBorders
-from lorafusion.models import lora
-from lorafusion.models.stage import build_stage
-from lorafusion.workload import ALL_LINEAR, Job, Sample, Workload
+from lorafusion.lab.checks import comparisons
+from lorafusion.lab.suite import Arrangement
+from lorafusion.model import lora
+from lorafusion.model.stage import build_stage
 
 TINY = read_model("tiny")
 TOKENS = 31
@@ -126,9 +127,9 @@ def test_tokens_without_a_segment_are_refused():
 @pytest.mark.usefixtures("forked_runs")
 @pytest.mark.parametrize("arrangement", ["1x1", "2x1"])
 def test_the_system_trains_what_plain_training_trains(arrangement):
-    jobs, where = checks.toy_jobs(dropout=0.0), Arrangement.read(arrangement)
-    found = checks.train(Workload(name="toy", jobs=jobs), "grouped-mm", where.stages, replicas=where.replicas)
-    plain = checks.train_plainly(jobs, checks.EXACT, "float64")
-    loss, weight = checks.Plain(plain, None).errors(found, jobs)
-    assert loss <= checks.LOSS_TOLERANCE
-    assert weight <= checks.WEIGHT_TOLERANCE
+    jobs, where = comparisons.toy_jobs(dropout=0.0), Arrangement.read(arrangement)
+    found = comparisons.train(Workload(name="toy", jobs=jobs), "grouped-mm", where.stages, replicas=where.replicas)
+    plain = comparisons.train_plainly(jobs, comparisons.EXACT, "float64")
+    loss, weight = comparisons.Plain(plain, None).errors(found, jobs)
+    assert loss <= comparisons.LOSS_TOLERANCE
+    assert weight <= comparisons.WEIGHT_TOLERANCE

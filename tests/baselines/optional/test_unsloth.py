@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from baselines.unsloth.lora import fast
-from lorafusion.cells import unavailable
-from lorafusion.config import read_model, read_systems
+from lorafusion.core.config import read_model, read_systems
+from lorafusion.core.workload import ALL_LINEAR, Job, Sample
 from lorafusion.data.packing import AdapterSegment, PackedBatch, SampleBorders
-from lorafusion.models import lora
-from lorafusion.models.stage import build_stage
-from lorafusion.workload import ALL_LINEAR, Job, Sample
+from lorafusion.lab.experiments.end_to_end import unavailable
+from lorafusion.model import lora
+from lorafusion.model.stage import build_stage
 
 TINY = read_model("tiny")
 QWEN = TINY.model_copy(update={"architecture": "qwen2"})

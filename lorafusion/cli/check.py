@@ -1,0 +1,172 @@
+"""The commands of `lorafusion check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorafusion.cli.common import CommandLine, Out, Written
+from lorafusion.core.schema import UserError
+from lorafusion.lab.checks.verdicts import OF_RUNS, CheckError
+
+check_app = CommandLine(help="Prove that results are right; exit 1 where they are not.")
+
+Suite = Annotated[Path | None, typer.Option(help="a file of configs/suites: checked on its device, too, and for it")]
+Arrangements = Annotated[list[str] | None, typer.Option(help="stages x replicas, as 2x1 or 2x1+recompute")]
+Systems = Annotated[list[str] | None, typer.Option(help="a name of configs/systems.yaml; by default the suite's")]
+
+
+@check_app.command("all")
+def check_all(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="folder to write the verdicts to: `checks` beside the table, for figures to find them"),
+        Written(lambda folder: [folder / f"{name}.json" for name in OF_RUNS]),
+    ],
+    suite: Annotated[Path, typer.Option(help="a file of configs/suites")],
+) -> None:
+    """All that the figures of a suite's runs need; ends at the first that does not hold."""
+    from lorafusion.lab.checks.records import make_files
+
+    for name in OF_RUNS:
+        print(f"passed: {name}: {make_files(name, suite, folder)}", flush=True)
+
+
+@check_app.command("plans")
+def check_plans(
+    plans: Annotated[list[Path], typer.Argument(help="plan files")],
+    workloads: Annotated[list[Path], typer.Option("--workload", help="the workload files they were made for")],
+    out: Out,
+    suite: Suite = None,
+) -> None:
+    """Every plan against its workload."""
+    from lorafusion.lab.checks.comparisons import plans as check
+
+    _report(check(plans, workloads), out, suite)
+
+
+@check_app.command("lossless")
+def check_lossless(
+    out: Out,
+    arrangement: Arrangements = None,
+    curves: Annotated[Path | None, typer.Option(help="write all losses there, as CSV"), Written()] = None,
+    suite: Suite = None,
+) -> None:
+    """Adapters trained together equal each alone, and that plain PEFT."""
+    from lorafusion.lab.checks.comparisons import lossless, write_curves
+    from lorafusion.lab.checks.records import make
+
+    _either("--arrangement", arrangement, suite)
+    verdict, found = make("lossless", suite) if suite else lossless(_arrangements(arrangement))
+    if curves:
+        write_curves(found, curves)
+    _report(verdict, out, suite)
+
+
+@check_app.command("systems")
+def check_systems(
+    out: Out,
+    system: Systems = None,
+    arrangement: Annotated[str, typer.Option(help="stages x replicas, or as many processes as a system can")] = "2x1",
+    suite: Suite = None,
+) -> None:
+    """Each system trains what plain PEFT trains."""
+    from lorafusion.lab.checks.comparisons import systems
+    from lorafusion.lab.checks.records import make
+    from lorafusion.lab.suite import Arrangement
+
+    _either("--system", system, suite, needed=True)
+    verdict = make("systems", suite)[0] if suite else systems(system, Arrangement.read(arrangement))
+    _report(verdict, out, suite)
+
+
+@check_app.command("gradients")
+def check_gradients(
+    out: Out,
+    system: Systems = None,
+    arrangement: Arrangements = None,
+    suite: Suite = None,
+) -> None:
+    """One step's gradients of each system against float64."""
+    from lorafusion.lab.checks.gradients import gradients, grounds_of
+    from lorafusion.lab.checks.records import make
+
+    _either("--system", system, suite, needed=True)
+    verdict = make("gradients", suite)[0] if suite else gradients(system, _arrangements(arrangement), grounds_of(None))
+    _report(verdict, out, suite)
+
+
+@check_app.command("kernels")
+def check_kernels(out: Out, suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")]) -> None:
+    """LoRA linears against float64."""
+    from lorafusion.lab.checks.kernels import verify
+    from lorafusion.lab.checks.verdicts import origin_of
+    from lorafusion.lab.experiments.kernel_suite import read_kernel_suite
+
+    read = read_kernel_suite(suite)
+    _write(verify(read, suite), out, origin_of(suite, read.device, read.dtype))
+
+
+@check_app.command("learning")
+def check_learning(out: Out, suite: Suite = None) -> None:
+    """Weights change and the loss falls."""
+    from lorafusion.lab.checks.comparisons import learning
+    from lorafusion.lab.checks.records import make
+
+    _report(make("learning", suite)[0] if suite else learning(), out, suite)
+
+
+@check_app.command("contract")
+def check_contract(
+    record: Annotated[Path, typer.Argument(help="file of what each system costs")],
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    write: Annotated[bool, typer.Option("--write", help="write what is found to the file")] = False,
+) -> None:
+    """Each system costs what is recorded: operators or kernels, bytes, dtypes, plans."""
+    from lorafusion.core.schema import one_of
+    from lorafusion.lab.checks.contract import SETTINGS, check_contracts
+
+    one_of("device", device, set(SETTINGS), "check contract")
+    changed = check_contracts(record, device, write)
+    if changed:
+        print(changed)
+    if changed and not write:
+        print(f"FAILED: what systems cost has changed; if it is meant to: lorafusion check contract {record} --write")
+        raise typer.Exit(1)
+
+
+def _either(option: str, given: list[str] | None, suite: Path | None, needed: bool = False) -> None:
+    """A suite says itself what is checked."""
+    if given and suite:
+        raise UserError(f"{option}: either it or --suite, which says what is checked; found {', '.join(given)}")
+    if needed and not given and suite is None:
+        raise UserError(f"{option} or --suite: expected one of them, found neither")
+
+
+def _arrangements(given: list[str] | None) -> list:
+    from lorafusion.lab.suite import Arrangement
+
+    return [Arrangement.read(one) for one in given or ["1x1"]]
+
+
+def _report(verdict, out: Path, suite: Path | None) -> None:
+    from lorafusion.lab.checks.verdicts import origin_of
+    from lorafusion.lab.suite import read_suite
+
+    read = read_suite(suite) if suite else None
+    _write(verdict, out, origin_of(read.name, read.device, read.dtype) if read else origin_of(None, "cpu", "float64"))
+
+
+def _write(verdict, out: Path, origin) -> None:
+    from lorafusion.lab.checks.verdicts import write_outcome
+
+    print(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.statement}")
+    for name, value in verdict.figures.items():
+        print(f"  {name}: {value:.3g}" + (f" (at most {verdict.limits[name]:.3g})" if name in verdict.limits else ""))
+    try:
+        write_outcome(verdict, origin, out)
+    except CheckError as error:
+        print(error)
+        raise typer.Exit(1) from None

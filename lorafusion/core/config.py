@@ -1,0 +1,111 @@
+"""Configuration files of the product: where they are, how they are read, and what models and systems may say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field
+
+from lorafusion.core.files import read_yaml
+from lorafusion.core.schema import MOST_PROCESSES, MOST_TOKENS, Config, UserError, one_of, validated
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+Size = Annotated[int, Field(ge=1, le=2**24)]  # of a model
+Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
+Entry = TypeVar("Entry", bound=Config)
+
+
+class ModelConfig(Config):
+    """A file of configs/models: the published dimensions of a base model, and where its weights come from."""
+
+    architecture: Literal["llama", "qwen2"]
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: int = Field(ge=1, le=10_000)
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    vocab_size: int = Field(ge=2, le=2**24)
+    max_position_embeddings: int = Field(ge=1, le=MOST_TOKENS)
+    rms_norm_eps: float = Field(gt=0, le=1)
+    rope_parameters: dict[str, int | float | str]
+    tie_word_embeddings: bool = False
+    initializer_range: float = Field(default=0.02, gt=0, le=10, description="standard deviation of random weights")
+    weights: str = Field(
+        default="random", description="`random`, a local folder with safetensors, or a repository on the hub"
+    )
+    revision: str | None = Field(default=None, description="commit or tag on the hub")
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of the seven linears of a decoder layer, by the names that PEFT targets."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        keys = hidden * self.num_key_value_heads // self.num_attention_heads
+        return {
+            "q_proj": (hidden, hidden),
+            "k_proj": (hidden, keys),
+            "v_proj": (hidden, keys),
+            "o_proj": (hidden, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+
+
+class SystemConfig(Config):
+    """An entry of configs/systems.yaml: planner, executor and LoRA kind by import path, and their settings."""
+
+    description: str
+    planner: str = Field(description="module:function, workload to plan")
+    options: dict[str, bool | int | str | None] = Field(default={}, description="keyword arguments of the planner")
+    executor: str = Field(description="module:function, runs a plan on a stage")
+    lora: str = Field(description="module:function, installs the LoRA forward on a stage")
+    shard: str | None = Field(
+        default=None, description="module:function, spreads a stage's parameters over replicas before they have values"
+    )
+    wide_adapters: bool = Field(
+        default=False, description="adapters in float32 whatever the model is in, under autocast: PEFT as shipped"
+    )
+    liger: bool = Field(default=True, description="Liger's kernels for norms, rotation and gates, where installed")
+    ablation: bool = Field(default=False, description="a system with a part of another; not compared as a baseline")
+    max_gpus: int | None = Field(default=None, ge=1)
+    max_stages: int | None = Field(default=None, ge=1)
+    requires: str | None = Field(default=None, description="a Python package; without it runs are skipped")
+
+
+def names_in(folder: str) -> set[str]:
+    """The names that the files of a folder of configs define."""
+    return {path.stem for path in (CONFIGS / folder).glob("*.yaml")}
+
+
+def read_entries(path: str | Path, model: type[Entry]) -> dict[str, Entry]:
+    """A file whose top keys name entries of one kind; `UserError` names the entry and the key that is wrong."""
+    return {name: validated(model, entry, f"{path}: {name}") for name, entry in read_yaml(path).items()}
+
+
+def read_systems(path: str | Path = CONFIGS / "systems.yaml") -> dict[str, SystemConfig]:
+    return read_entries(path, SystemConfig)
+
+
+def model_path(name: str) -> Path:
+    """A model by the name of its file in configs/models, or by the path of a file of that form."""
+    if name.endswith(".yaml"):
+        return Path(name)
+    one_of("model", name, names_in("models"), CONFIGS / "models")
+    return CONFIGS / "models" / f"{name}.yaml"
+
+
+def read_model(name: str) -> ModelConfig:
+    path = model_path(name)
+    return validated(ModelConfig, read_yaml(path), path)
+
+
+def require_possible(name: str, system: SystemConfig, stages: int, data_parallel: int) -> None:
+    """Raise where a system cannot have so many stages and replicas."""
+    if system.max_gpus is not None and stages * data_parallel > system.max_gpus:
+        raise UserError(f"system {name} runs on {system.max_gpus} gpus at most, found {stages * data_parallel}")
+    if system.max_stages is not None and stages > system.max_stages:
+        raise UserError(
+            f"system {name} has {system.max_stages} stages at most, found {stages}; replicas are its data_parallel"
+        )

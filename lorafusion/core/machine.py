@@ -1,0 +1,92 @@
+"""Where a number comes from: commit, software, device."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from lorafusion.core.source_tree import state
+
+GPU_FIELDS = {
+    "gpu_name": "name",
+    "gpu_uuid": "uuid",
+    "driver": "driver_version",
+    "clock_mhz": "clocks.sm",
+    "power_w": "power.draw",
+}
+
+
+def provenance(device: str) -> dict[str, str | float | bool | None]:
+    """Commit and source files, package versions and, for a run on a GPU, the device and its state now."""
+    import torch
+
+    return {
+        **state(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "peft": _version("peft"),
+        "megatron_core": _version("megatron-core"),
+        "python": platform.python_version(),
+        "hostname": platform.node(),
+        "cpu": _cpu_name(),
+        **(gpu_state() if device == "cuda" else dict.fromkeys(GPU_FIELDS)),
+    }
+
+
+def gpu_state() -> dict[str, str | float | None]:
+    """Name, identity, driver, clock (MHz) and power (W) of the first GPU that this process may use, as nvidia-smi says;
+    None where it cannot."""
+    empty = dict.fromkeys(GPU_FIELDS)
+    if shutil.which("nvidia-smi") is None:
+        return empty
+    query = ",".join(GPU_FIELDS.values())
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={first}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    if done.returncode or len(values) != len(GPU_FIELDS):
+        return empty
+    state = dict(zip(GPU_FIELDS, values, strict=True))
+    return {key: _number(value) if key in ("clock_mhz", "power_w") else value for key, value in state.items()}
+
+
+def has_gpu() -> bool:
+    """Is there an NVIDIA GPU that its driver can list?"""
+    return gpu_state()["gpu_name"] is not None
+
+
+def largest_resident_set() -> int:
+    """Bytes: the most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )

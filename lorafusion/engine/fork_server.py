@@ -1,0 +1,107 @@
+"""Runs whose processes import nothing: they are forked from one server that has done it.
+
+Importing torch, transformers and PEFT takes each process of a run 5 s or more, megatron-core 4 s besides. Where many
+short runs follow each other (a suite on a machine that is rented by the minute, tests) that is most of their time. The
+worker is the same, and each run has fresh processes that have not seen a GPU before.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from functools import partial
+from multiprocessing.connection import wait
+from typing import IO
+from unittest.mock import patch
+
+from lorafusion.launch.launch import launch as launch_any
+from lorafusion.launch.launch import worker_environment
+
+HOST = "127.0.0.1"
+FORKSERVER = multiprocessing.get_context("forkserver")
+# What workers import, where it can be imported.
+MODULES = ("lorafusion.engine.worker", "baselines.mlora.lora", "baselines.megatron.sharded",
+           "baselines.megatron.pipeline", "liger_kernel.ops.rms_norm")  # fmt: skip
+# One thread, as a process with more cannot be forked. To ask whether there is a GPU must not stop those that are forked
+# from using it.
+SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+
+
+def preload(*modules: str) -> None:
+    """Have the server import these too, before its first process."""
+    FORKSERVER.set_forkserver_preload([*modules, *MODULES])
+
+
+preload()
+
+
+def work(place: dict[str, str], threads: int, log: str | None, spec_path: str, reports: str) -> None:
+    """The worker, in a process that was forked for it. log: the file to which its output goes."""
+    if log is not None:
+        with open(log, "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    import torch
+
+    from lorafusion.engine import worker
+
+    os.environ.update(place)
+    torch.set_num_threads(threads)
+    sys.exit(worker.main(spec_path, reports))
+
+
+class Forked:
+    """`lorafusion.launch.launch.Processes` on one node; the first to fail decides, as under torchrun."""
+
+    work = staticmethod(work)  # tests have one that waits for them
+
+    def __init__(self, processes: int, nodes: int, arguments: list[str], log: IO[str] | None) -> None:
+        assert nodes == 1
+        self._store, places = None, [{}]
+        if processes > 1:
+            from torch.distributed import TCPStore
+
+            # Where the processes meet, kept here as torchrun keeps it, so that the port is one that was free.
+            self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+            places = [place_of(rank, processes, self._store.port) for rank in range(processes)]
+        environment = worker_environment(processes, os.environ)
+        threads = int(environment["OMP_NUM_THREADS"])
+        told = (threads, log.name if log else None, *arguments)
+        self._workers = [FORKSERVER.Process(target=self.work, args=(place, *told)) for place in places]
+        # The first start is that of the server, in this environment.
+        with patch.dict(os.environ, environment | SERVER_ENVIRONMENT):
+            for process in self._workers:
+                process.start()
+
+    def wait(self, seconds: float) -> int | None:
+        end = time.monotonic() + seconds
+        while True:
+            codes = [process.exitcode for process in self._workers]
+            running = [process for process, code in zip(self._workers, codes, strict=True) if code is None]
+            if any(codes) or not running:
+                return next((code for code in codes if code), 0)
+            if time.monotonic() > end:
+                return None
+            wait([process.sentinel for process in running], min(seconds, 0.05))
+
+    def end(self) -> None:
+        for process in self._workers:
+            process.kill()
+            process.join()
+
+
+launch = partial(launch_any, start=Forked)
+
+
+def place_of(rank: int, processes: int, port: int) -> dict[str, str]:
+    """The environment by which a process knows its place, as torchrun sets it."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }

@@ -1,0 +1,136 @@
+"""How many tokens a microbatch may hold: what a forward and backward pass takes, measured at two sizes.
+
+The measuring needs the GPUs; `capacity_of`, what follows from the numbers, is a pure function.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from lorafusion.core.plan import Microbatch, Plan, Segment, make_plan
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Sample, Workload
+from lorafusion.engine.training import TrainingRun
+
+SIZES = (2048, 4096)  # tokens; the chunks of the head's logits are full from 2048 on
+USABLE = 0.94  # of what is free before the model: fragments, the libraries and a step's own memory take the rest
+WANTED = 8192  # tokens for which layers are rather computed again than microbatches made smaller
+MOST = 32768  # tokens; larger microbatches are no faster
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the layers, that may be computed again
+STEP = 256
+
+
+class Needs(NamedTuple):
+    """Bytes on a stage: there without a microbatch; kept by one until its backward; taken beyond that while it runs.
+    The latter two as (fixed, for each token)."""
+
+    base: float
+    kept: tuple[float, float]
+    passing: tuple[float, float]
+
+
+class Measured(NamedTuple):
+    """What a stage measured: usable bytes, microbatches that it holds at most, and its needs without and with all
+    layers computed again."""
+
+    usable: float
+    in_flight: int
+    whole: Needs
+    recomputed: Needs
+
+    def to_json(self) -> list:
+        return [self.usable, self.in_flight, *self.whole, *self.recomputed]
+
+    @classmethod
+    def from_json(cls, values: list) -> Measured:
+        usable, in_flight, *needs = values
+        base, *pairs = zip(needs[:3], needs[3:], strict=True)
+        return cls(usable, in_flight, *(Needs(base[i], *(tuple(pair[i]) for pair in pairs)) for i in range(2)))
+
+
+def probe_workload(workload: Workload) -> tuple[Workload, Plan]:
+    """The same adapters on synthetic samples: two microbatches, of the sizes to measure, with tokens of all jobs."""
+    lengths = [max(2 * place, size // len(workload.jobs)) for place, size in enumerate(SIZES, 1)]
+    jobs = tuple(
+        job.model_copy(
+            update={"samples": tuple(Sample(i, tokens) for i, tokens in enumerate(lengths)), "global_batch_size": 1,
+                    "epochs": 1, "steps": None, "start": 0, "evaluation": (), "evaluate_every": None}
+        )
+        for job in workload.jobs
+    )  # fmt: skip
+    made = Workload(name="probe", jobs=jobs)
+    adapters = tuple(range(len(jobs)))
+    microbatches = []
+    for i, tokens in enumerate(lengths):
+        segments = tuple(Segment(adapter=one, samples=(i,), tokens=tokens) for one in adapters)
+        microbatches.append(Microbatch(segments=segments, step_after=adapters))
+    plan = make_plan("probe", made, microbatches, stages=1, capacity=max(len(jobs) * one for one in lengths))
+    return made, plan
+
+
+def measure(run: TrainingRun, usable: int, in_flight: int) -> Measured:
+    """What microbatches take on this stage. run: of `probe_workload`, on its stage alone; usable: bytes."""
+    needs = []
+    for share in (0.0, 1.0):
+        run.stage.recompute(share)
+        needs.append(_needs(run))
+    return Measured(USABLE * usable, in_flight, *needs)
+
+
+def _needs(run: TrainingRun) -> Needs:
+    run.backward_alone(0)
+    for adapter in run.adapters:
+        adapter.step(torch.zeros((), dtype=run.norm_dtype, device=run.pipeline.device))
+    found = []
+    for slot in range(len(SIZES)):
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kept = run.kept_by_forward(slot)
+        found.append((run.microbatches[slot].tokens, kept, torch.cuda.max_memory_allocated() - before - kept))
+    (tokens, *first), (more, *second) = found
+    lines = []
+    for one, other in zip(first, second, strict=True):
+        slope = max(0.0, (other - one) / (more - tokens))
+        lines.append((max(0.0, one - slope * tokens), slope))
+    return Needs(float(before), *lines)
+
+
+def capacity_of(
+    stages: Sequence[Measured], longest: int, share: float | None, wanted: int | None = None
+) -> tuple[int, float]:
+    """Tokens of a microbatch that fit on every stage, and the share of the layers that is computed again for that.
+
+    longest: tokens of the longest sample, that must fit. share: as it was asked for, or None for the least with which
+    the wanted tokens fit, by default WANTED. Raises `UserError` where the longest sample does not fit.
+    """
+    chosen = (0, 0.0)
+    for tried in SHARES if share is None else (share,):
+        capacity = min(_capacity(one, tried) for one in stages)
+        chosen = max(chosen, (min(capacity, MOST), tried), key=lambda one: one[0])
+        if capacity >= max(wanted or WANTED, longest):
+            break
+    capacity, used = chosen
+    capacity = capacity // STEP * STEP
+    if capacity < longest:
+        raise UserError(
+            f"capacity: {max(0, capacity)} tokens of activations fit in the memory, {used:.0%} of the layers computed "
+            f"again; the longest sample has {longest}. Take more processes, shorter samples (max_length) or fewer jobs"
+        )
+    return capacity, used
+
+
+def _capacity(stage: Measured, share: float) -> int:
+    """Tokens that fit on one stage with a share of its layers computed again."""
+
+    def mixed(index: int) -> float:
+        return (1 - share) * stage.whole.kept[index] + share * stage.recomputed.kept[index]
+
+    passing = (stage.recomputed if share else stage.whole).passing
+    fixed = stage.whole.base + stage.in_flight * mixed(0) + passing[0]
+    each = stage.in_flight * mixed(1) + passing[1]
+    return int((stage.usable - fixed) / each)

@@ -1,0 +1,374 @@
+"""What every executor shares: a stage with its adapters, their optimizers, the microbatches, the record of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save_file
+
+from lorafusion.core.clock import Mark, Meter, Point
+from lorafusion.core.plan import Microbatch, Plan
+from lorafusion.core.workload import Workload
+from lorafusion.data.packing import BatchBuilder, PackedBatch
+from lorafusion.engine.adapters import AdapterTraining, gradients_of
+from lorafusion.engine.events import EventLog
+from lorafusion.engine.pipeline import Pipeline
+from lorafusion.engine.readback import Readback
+from lorafusion.launch.heartbeat import Position
+from lorafusion.model.lora import ActiveBatch
+from lorafusion.model.loss import weighted_losses
+from lorafusion.model.stage import Stage
+
+MOST_SIZES = 256  # of microbatches in a warm-up, each through two layers
+
+
+@dataclass
+class Record:
+    """What happened on this stage: when, and with which losses.
+
+    begin, end, steps_before: the clock's start and stop, and the steps of each adapter at the start; `timed` sets them.
+    done: after the backward of slot k, and the steps that follow it, the mark (k, mark).
+    losses: an adapter's share of its global batch's loss in one microbatch, (adapter, batch, value).
+    kept: are these two kept for a report? A long training has its events instead.
+    stopped: adapters that are known to be stopped.
+    events: where losses, norms and evaluations are written as they become known, a line of JSON each.
+    """
+
+    meter: Meter
+    begin: Point | None = None
+    end: Point | None = None
+    steps_before: list[int] = field(default_factory=list)
+    done: list[tuple[int, Mark]] = field(default_factory=list)
+    losses: list[tuple[int, int, float]] = field(default_factory=list)
+    kept: bool = True
+    stopped: set[int] = field(default_factory=set)
+    readback: Readback = field(default_factory=Readback)
+    events: EventLog | None = None
+
+    def finished(self, slot: int) -> None:
+        if self.kept:
+            self.done.append((slot, self.meter.mark()))
+        self.readback.poll()
+
+    def wait(self) -> None:
+        """Until the device has done its work and all that was read back is here."""
+        self.meter.synchronize()
+        self.readback.wait()
+
+    def event(self, **values: object) -> None:
+        if self.events:
+            self.events.write(values)
+
+
+class Around(Protocol):
+    """What a system's `shard` makes of a stage: in its place it is called with a slot for the forward pass."""
+
+    def attach(self, run: TrainingRun) -> None: ...
+
+    def __call__(self, slot: int) -> torch.Tensor: ...
+
+
+class TrainingRun:
+    """One stage's part in the execution of a plan. An executor decides when `forward`, backward, `reduce` and `update`
+    happen. Slots are counted from the beginning of the plan; this replica has one microbatch of each."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        plan: Plan,
+        stage: Stage,
+        active: ActiveBatch,
+        builder: BatchBuilder,
+        pipeline: Pipeline,
+        position: Position,
+        autocast: torch.dtype | None = None,
+        around: Around | None = None,
+        meter: Meter | None = None,
+    ) -> None:
+        """autocast: the dtype to compute in where that is not the parameters' own. meter: by default the device's."""
+        self.workload, self.plan, self.stage, self.pipeline = workload, plan, stage, pipeline
+        self.active, self.position, self._builder, self.autocast = active, position, builder, autocast
+        self.around = around
+        if around is not None:
+            around.attach(self)
+        self.record = Record(meter or Meter(pipeline.device))
+        slots = plan.slots()
+        self.microbatches: list[Microbatch] = [slot[pipeline.replica] for slot in slots]
+        self.steps = [tuple(sorted({one for part in slot for one in part.step_after})) for slot in slots]
+        self.evaluations = _evaluations(workload, self.steps)
+        self.adapters = [AdapterTraining(stage, job) for job in workload.jobs]
+        self.begin = 0  # the slot to begin with
+        self.events_kept: dict[str, int] = {}  # bytes of the files of events that are of the slots before it
+        self.gradients: Path | None = None  # where those of the adapters' first steps are written to
+        self._batches: dict[int, PackedBatch] = {}  # of the slots in flight
+        self._evaluation_batches: dict[int, list[PackedBatch]] = {}  # by adapter
+
+    def again(self, workload: Workload, plan: Plan) -> TrainingRun:
+        """Another plan, of the same adapters on other samples perhaps, on the same stage; optimizers begin anew."""
+        source, device = self._builder.source, self.pipeline.device
+        builder = BatchBuilder(workload, source, device)
+        return TrainingRun(workload, plan, self.stage, self.active, builder, self.pipeline, self.position,
+                           self.autocast, self.around, self.record.meter)  # fmt: skip
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        return self.adapters[0].norm_dtype
+
+    def forward(self, slot: int, x: torch.Tensor | None) -> torch.Tensor:
+        """A slot's microbatch through this stage.
+
+        x: hidden states [1, T, H], None on the first stage. Returns hidden states, or on the last stage the scalar
+        sum of the adapters' shares of their losses, which is what backward starts from.
+        """
+        return self._forward(slot, x, self._builder.build(self.microbatches[slot]))
+
+    def forward_of_an_idle_replica(self, slot: int) -> torch.Tensor:
+        """The microbatch that another replica has in a slot in which this one has none, through a stage that is the
+        whole model, with a loss of zero: where replicas must do together what none of them can do alone."""
+        other = next(one for one in self.plan.slots()[slot] if not one.noop)
+        batch = self._builder.build(other)
+        return self._forward(slot, None, replace(batch, weights=torch.zeros_like(batch.weights)))
+
+    def _forward(self, slot: int, x: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor:
+        self.position.set(f"the forward of microbatch {slot}")
+        self._batches[slot] = batch
+        out, losses = self._through(batch, x)
+        if losses is not None:
+            if not self.microbatches[slot].noop:
+                self._note_losses(slot, batch, losses.detach())
+            out = losses.sum()
+        out.register_hook(lambda _: self._begin_backward(slot))
+        return out
+
+    def _begin_backward(self, slot: int) -> None:
+        """The first thing in a slot's backward pass. Activation checkpointing recomputes the forward in it, for which
+        its microbatch must be the active one."""
+        self.position.set(f"the backward of microbatch {slot}")
+        self.active.batch = self._batches.pop(slot)
+
+    def _through(self, batch: PackedBatch, x: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states, and on the last stage each token's share of its adapter's loss."""
+        self.active.batch = batch
+        dtype = self.autocast
+        with torch.autocast(self.pipeline.device.type, dtype) if dtype else nullcontext():
+            out = self.stage(batch.input_ids if self.stage.is_first else x, batch.position_ids, batch.borders)
+            if not self.stage.is_last:
+                return out, None
+            return out, weighted_losses(out, self.stage.lm_head.weight, batch.labels, batch.weights)
+
+    def _note_losses(self, slot: int, batch: PackedBatch, losses: torch.Tensor) -> None:
+        """losses [T]."""
+        real = [segment.tokens for segment in self.microbatches[slot].segments]
+        parts = [(part.adapter, part.batch, tokens) for part, tokens in zip(batch.segments, real, strict=True)]
+
+        def note(values: list[float]) -> None:
+            for (adapter, index, tokens), value in zip(parts, values, strict=True):
+                if self.record.kept:
+                    self.record.losses.append((adapter, index, value))
+                self.record.event(slot=slot, adapter=adapter, batch=index, tokens=tokens, loss=value)
+
+        parts_of_it = losses.split([segment.stop - segment.start for segment in batch.segments])
+        self.record.readback.add(torch.stack([one.sum() for one in parts_of_it]), note)
+
+    def wait_for_everyone(self) -> None:
+        """Until all processes of the run are at this point."""
+        if self.pipeline.size * self.pipeline.replicas > 1:
+            self.position.waiting("the other processes")
+        self.pipeline.wait_for_everyone()
+
+    def reduce(self, slot: int) -> torch.Tensor | None:
+        """After a slot's backward pass: for the adapters that step, the gradient summed over the replicas, and the
+        squared norm of this stage's part, [n]; None where none steps."""
+        stepping = [self.adapters[one] for one in self.steps[slot]]
+        if not stepping:
+            return None
+        if self.pipeline.replicas > 1:
+            self.position.waiting(f"the other replicas' gradients after microbatch {slot}")
+        self.pipeline.sum_over_replicas([gradient for one in stepping for gradient in one.gradients])
+        return self.squared_norms(slot)
+
+    def squared_norms(self, slot: int) -> torch.Tensor:
+        """Of this stage's part of the gradients of the adapters that step after a slot, [n]."""
+        return torch.stack([self.adapters[one].squared_norm() for one in self.steps[slot]])
+
+    def update(self, slot: int, squared_norms: torch.Tensor | None) -> None:
+        """Step the slot's adapters by the norms [n] of their gradients over all stages, and note that it is done."""
+        if squared_norms is not None:
+            self.position.set(f"the optimizer steps after microbatch {slot}")
+            stepping = self.steps[slot]
+            self._save_gradients([self.adapters[one] for one in stepping])
+            steps = [self.adapters[one].steps for one in stepping]
+            norms = [self.adapters[one].step(squared) for one, squared in zip(stepping, squared_norms, strict=True)]
+            stopped = [self.adapters[one].stopped for one in stepping]
+            if self.stage.is_last:
+                self._note_steps(slot, stepping, steps, torch.stack([*norms, *(one.to(norms[0]) for one in stopped)]))
+        self.record.finished(slot)
+
+    def _save_gradients(self, stepping: Sequence[AdapterTraining]) -> None:
+        """Write this stage's part of the gradients of first steps, summed over the replicas, before any clipping."""
+        if self.gradients is None:
+            return
+        for adapter in stepping:
+            if adapter.steps == adapter.job.start:
+                whole = gradients_of(adapter)  # replicas over which the stage is sharded make it together
+                if self.pipeline.replica == 0:
+                    folder = self.gradients / adapter.job.name
+                    folder.mkdir(parents=True, exist_ok=True)
+                    save_file(whole, folder / f"stage-{self.pipeline.index}.safetensors")
+
+    def _note_steps(self, slot: int, adapters: tuple[int, ...], steps: list[int], values: torch.Tensor) -> None:
+        def note(found: list[float]) -> None:
+            norms, stopped = found[: len(adapters)], found[len(adapters) :]
+            for adapter, step, norm, stop in zip(adapters, steps, norms, stopped, strict=True):
+                rate = self.workload.jobs[adapter].learning_rate_at(step)
+                self.record.event(slot=slot, adapter=adapter, step=step, norm=norm, learning_rate=rate)
+                if stop and adapter not in self.record.stopped:
+                    self.record.stopped.add(adapter)
+                    self.record.event(slot=slot, adapter=adapter, stopped=step)
+
+        self.record.readback.add(values, note)
+
+    def step(self, slot: int) -> None:
+        """`reduce` and `update` at once, for executors whose stages all come here at the same time."""
+        norms = self.reduce(slot)
+        self.update(slot, None if norms is None else self.pipeline.sum_over_stages(norms))
+
+    def evaluation_batches(self, adapter: int) -> list[PackedBatch]:
+        """A job's evaluation samples as microbatches of at most the plan's capacity, this replica's share of them."""
+        if adapter not in self._evaluation_batches:
+            every = self._builder.evaluations(adapter, self.plan.capacity)
+            self._evaluation_batches[adapter] = every[self.pipeline.replica :: self.pipeline.replicas]
+        return self._evaluation_batches[adapter]
+
+    @torch.no_grad()
+    def evaluate(self, slot: int, adapter: int, receive: Callable, send: Callable) -> None:
+        """A job's evaluation samples through this stage, without dropout; the last stage notes their loss."""
+        self.stage.eval()
+        step, total = self.adapters[adapter].steps, torch.zeros(1, dtype=torch.float64, device=self.pipeline.device)
+        for index, batch in enumerate(self.evaluation_batches(adapter)):
+            self.position.set(f"part {index} of an evaluation of {self.workload.jobs[adapter].name}")
+            x = receive() if not self.stage.is_first else None
+            out, losses = self._through(batch, x)
+            if losses is not None:
+                total = total + losses.sum()
+            else:
+                send(out)
+        self.stage.train()
+        if self.stage.is_last:
+            self.record.readback.add(
+                total, lambda values: self.record.event(slot=slot, adapter=adapter, step=step, evaluation=values[0])
+            )
+
+    def warm_up(self) -> None:
+        """Run what a clock should not see of microbatches: the largest forward and backward on this stage alone, and
+        others of other sizes through two layers, since kernels are compiled for the sizes that they meet. (With the
+        largest alone, fused kernels compiled for up to 38 s within runs of 5 s.) `rehearsal`, which comes before, is
+        for what is around them.
+
+        It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless. Every process
+        calls it.
+        """
+        with self._untold():
+            for slot in self._largest(1):
+                self.backward_alone(slot)
+            with self.stage.first_layers_alone():
+                for slot in of_each_size(self._computed, MOST_SIZES):
+                    self.backward_alone(slot)
+
+    def hold_the_largest(self) -> None:
+        """As many of the largest microbatches as this stage holds at a time, forward and then backward, to see whether
+        they fit in memory. Leaves no trace either."""
+        with self._untold():
+            outs = [self._alone(slot) for slot in self._largest(self.pipeline.size - self.pipeline.index)]
+            while outs:
+                self._backward_alone(outs.pop())
+
+    @property
+    def _computed(self) -> list[Microbatch]:
+        """What this process computes in each slot. Replicas that only compute together need the same answer."""
+        if self.around is None:
+            return self.microbatches
+        return [max(parts, key=lambda one: one.length) for parts in self.plan.slots()]
+
+    def _largest(self, count: int) -> list[int]:
+        """The slots of the longest microbatches, of which there may be fewer."""
+        lengths = [one.length for one in self._computed]
+        return sorted((slot for slot in range(len(lengths)) if lengths[slot]), key=lambda slot: -lengths[slot])[:count]
+
+    @contextmanager
+    def _untold(self) -> Iterator[None]:
+        """Within it nothing is written of losses, and those that were noted are forgotten."""
+        events, self.record.events = self.record.events, None
+        yield
+        self.record.wait()
+        self.record.losses.clear()
+        self.record.events = events
+
+    def backward_alone(self, slot: int) -> None:
+        """A slot's forward and backward pass on this stage, whatever the others do."""
+        self._backward_alone(self._alone(slot))
+
+    def _alone(self, slot: int) -> torch.Tensor:
+        if self.around is not None:
+            return self.around(slot)
+        x = None
+        if not self.stage.is_first:
+            shape = (1, self.microbatches[slot].length, self.pipeline.hidden_size)
+            x = torch.zeros(shape, device=self.pipeline.device, dtype=self.pipeline.dtype, requires_grad=True)
+        return self.forward(slot, x).sum()
+
+    def _backward_alone(self, out: torch.Tensor) -> None:
+        out.backward()
+        for adapter in self.adapters:
+            adapter.zero_gradients()
+
+    def kept_by_forward(self, slot: int) -> int:
+        """Bytes on a GPU that a slot's forward pass keeps for its backward pass, which follows."""
+        before = torch.cuda.memory_allocated()
+        out = self._alone(slot)
+        kept = torch.cuda.memory_allocated() - before
+        self._backward_alone(out)
+        return kept
+
+    def open_events(self, folder: Path) -> None:
+        """Write events to this replica's file of a folder, after those that the checkpoint gone on from has noted."""
+        if self.stage.is_last:
+            name = f"replica-{self.pipeline.replica}.jsonl"
+            self.record.events = EventLog(folder / name, keep=self.events_kept.get(name, 0))
+
+    @property
+    def ends(self) -> list[int]:
+        """The slots after which a job has made its last step, in order."""
+        last = {adapter: slot for slot, stepping in enumerate(self.steps) for adapter in stepping}
+        return sorted(set(last.values()))
+
+
+def _evaluations(workload: Workload, steps: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """For each slot the adapters whose loss is measured after its steps: at intervals, and at the end."""
+    made = [job.start for job in workload.jobs]
+    out = []
+    for stepping in steps:
+        due = []
+        for adapter in stepping:
+            job = workload.jobs[adapter]
+            made[adapter] += 1
+            regular = job.evaluate_every and made[adapter] % job.evaluate_every == 0
+            if job.evaluation and (regular or made[adapter] == len(job.batches)):
+                due.append(adapter)
+        out.append(tuple(due))
+    return out
+
+
+def of_each_size(microbatches: Sequence[Microbatch], most: int) -> list[int]:
+    """A microbatch of each length with each number of adapters; of more than `most` such, evenly spread ones."""
+    found: dict[tuple[int, int], int] = {}
+    for index, one in enumerate(microbatches):
+        if not one.noop:
+            found.setdefault((len(one.segments), one.length), index)
+    ordered = [found[size] for size in sorted(found)]
+    return ordered[:: max(1, -(-len(ordered) // most))] if most else []

@@ -1,0 +1,1 @@
+"""The laboratory: suites of experiments, checks, measurements and reports."""

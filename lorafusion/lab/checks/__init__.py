@@ -1,0 +1,1 @@
+"""Checks: what is proved before a number counts."""

@@ -1,0 +1,152 @@
+"""Run one cell of a suite, once: from its settings to its result file."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lorafusion.core.config import SystemConfig
+from lorafusion.core.machine import has_gpu, provenance
+from lorafusion.core.plan import Plan
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Workload
+from lorafusion.lab.keys import CellFiles, suite_files
+from lorafusion.lab.suite import Cell, Suite
+from lorafusion.lab.table.result import result_of, write_result
+from lorafusion.launch.launch import Outcome, launch
+from lorafusion.launch.spec import RunSpec
+
+
+def run_cell(
+    suite_path: Path,
+    name: str,
+    workload_path: Path,
+    plan_path: Path | None,
+    out: Path,
+    repeat: int,
+    nodes: int,
+    log: Path | None,
+    tuned_path: Path | None = None,
+    launch: Callable[..., Outcome] = launch,
+) -> str:
+    """Run a cell and write its result; returns the status. Raises `UserError` for input that no run can use, or that
+    was not made for this cell.
+
+    A cell that cannot be run by what is built (`unavailable`) needs no plan and has the status `skipped`.
+    """
+    files = cell_files(suite_path, name)
+    suite, cell, system = files.suite, files.cell, files.system
+    require_device(suite, suite_path)
+    workload, reason = files.workload(workload_path), unavailable(system)
+    plan = None if reason else files.plan(plan_path, files.tuned(tuned_path))
+    paths = {"--workload": workload_path, "--plan": plan_path, "--tuned": tuned_path, "--out": out}
+    origin = provenance(suite.device) | {
+        "config_hash": files.configuration,
+        "workload_hash": workload.content_hash,
+        "plan_hash": plan.content_hash if plan else None,
+        "seed": suite.seed,
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "log": str(log) if log else None,
+        "command": run_command(suite_path, name, paths, repeat, nodes),
+    }
+    if plan is None:
+        outcome = Outcome("skipped", reason)
+    else:
+        spec = spec_of(cell, suite, workload_path).model_copy(update={"plan": str(plan_path), "cost": suite.cost})
+        # Named by the job, so that reports of a killed attempt are not taken for this one's.
+        job = os.environ.get("SLURM_JOB_ID", "local")
+        shared = out.with_name(f"{out.name}.reports-{job}") if nodes > 1 else None
+        outcome = launch(spec, cell.gpus, 60 * cell.grid.minutes, nodes, shared)
+        if int(os.environ.get("SLURM_NODEID", 0)) > 0:
+            return f"{outcome.status}; the first node writes the result"
+        if shared:
+            shutil.rmtree(shared)
+    result = result_of(outcome, workload, plan, description(suite, cell, workload, system, plan, repeat), origin)
+    write_result(out, result)
+    return describe(result)
+
+
+def run_command(suite_path: Path, name: str, paths: dict[str, Path | None], repeat: int, nodes: int) -> str:
+    """What to type to do one run again, whichever driver did it. paths: by option, None where it is not given."""
+    words = ["lorafusion", "run", "--suite", suite_path, "--cell", name]
+    for option, path in paths.items():
+        words += [option, path] if path is not None else []
+    words += ["--repeat", repeat, *(["--nodes", nodes] if nodes > 1 else [])]
+    return shlex.join(map(str, words))
+
+
+def spec_of(cell: Cell, suite: Suite, workload_path: Path) -> RunSpec:
+    """What a worker is told for a cell, but for the plan."""
+    return RunSpec(
+        system=cell.system,
+        model=cell.model,
+        workload=str(workload_path),
+        device=suite.device,
+        dtype=suite.dtype,
+        adapter_dtype=suite.adapter_dtype,
+        seed=suite.seed,
+        checkpointing=float(cell.grid.checkpointing),
+    )
+
+
+def unavailable(system: SystemConfig) -> str:
+    """Why nothing installed here can run a system; empty if it can be run."""
+    if not system.requires:
+        return ""
+    try:
+        found = importlib.util.find_spec(system.requires)
+    except ModuleNotFoundError:  # the package that it is a part of
+        found = None
+    return "" if found else f"the package {system.requires} is not installed"
+
+
+def require_device(suite: Suite, source: Path) -> None:
+    """Raise where a suite is for GPUs and there is none."""
+    if suite.device == "cuda" and not has_gpu():
+        raise UserError(f"{source}: a suite for GPUs, but nvidia-smi finds none; try configs/suites/smoke.yaml")
+
+
+def describe(result: dict) -> str:
+    return f"{result['status']} ({result['note']})" if result["note"] else result["status"]
+
+
+def cell_files(suite_path: Path, name: str) -> CellFiles:
+    """The files of a cell of a suite, by its name."""
+    every = suite_files(suite_path)
+    if name in every:
+        return every[name]
+    raise UserError(f"{suite_path}: no cell {name!r}; `lorafusion cells --suite {suite_path}` lists them")
+
+
+def description(
+    suite: Suite, cell: Cell, workload: Workload, system: SystemConfig, plan: Plan | None, repeat: int
+) -> dict:
+    """The identity and the parameters of a run, as columns of the measurement table. plan: None where there is none."""
+    ranks, dropouts = {job.rank for job in workload.jobs}, {job.dropout for job in workload.jobs}
+    return {
+        "suite": suite.name,
+        "kind": "measured",
+        "cell": cell.name,
+        "system": cell.system,
+        "model": cell.model,
+        "workload": cell.workload,
+        "gpus": cell.gpus,
+        "repeat": repeat,
+        "implementation": system.lora.rpartition(":")[2],
+        "adapters": len(workload.jobs),
+        # Mixed ranks or dropouts have no one number; the workload file has them all.
+        "rank": ranks.pop() if len(ranks) == 1 else None,
+        "dropout": dropouts.pop() if len(dropouts) == 1 else None,
+        "dtype": suite.dtype,
+        "stages": cell.stages,
+        "global_batch": cell.grid.global_batch,
+        "capacity": plan.capacity if plan else None,
+        "merged_qkv": cell.grid.merged_qkv,
+        "samples": cell.grid.samples,
+        "seed": suite.seed,
+    }

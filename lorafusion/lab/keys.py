@@ -1,0 +1,245 @@
+"""What each file of a cell is made from, and whether a file is that: content is compared, never existence.
+
+A file carries the hashes of all that it depends on: a tuning those of configuration and workload, a plan that of its
+planner and of itself, a result those of configuration, workload and plan. A workload is compared with the one that the
+suite's settings make. Snakemake's rules, `lorafusion sweep` and the commands of single steps ask here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lorafusion.core.config import CONFIGS, SystemConfig, read_model, read_systems
+from lorafusion.core.plan import Plan, check
+from lorafusion.core.schema import UserError
+from lorafusion.core.seals import require_own_seal, require_seal
+from lorafusion.core.workload import Workload, content_hash, read_versioned
+from lorafusion.data.lengths import make_workload
+from lorafusion.lab.suite import Cell, Suite, cells, read_suite
+from lorafusion.lab.tuned import Tuned
+from lorafusion.planning import plan_key
+
+RESULT_VERSION = 1
+BENCHES = ("suite", "training_suite", "scheduler")  # modules of `lorafusion.lab.experiments` with a `current_hash`
+
+
+class OutOfDateError(UserError):
+    """A file that was made from something else than it would be made from now."""
+
+    def __init__(self, path: str | Path, what: str, found: object, expected: object) -> None:
+        self.reason = f"{what}: found {found}, expected {expected}"
+        super().__init__(f"{path}: {self.reason}; it was made for other settings, make it again")
+
+
+def require(path: str | Path, pairs: list[tuple[str, object, object]]) -> None:
+    """Raise `OutOfDateError` for the first of some (what, found, expected) that differ."""
+    for what, found, expected in pairs:
+        if found != expected:
+            raise OutOfDateError(path, what, found, expected)
+
+
+def configuration_hash(suite: Suite, cell: Cell, system: SystemConfig) -> str:
+    """Changes with anything in the configuration that a run of the cell depends on."""
+    settings = suite.model_dump(mode="json", include={"device", "dtype", "adapter_dtype", "seed"})
+    parts_of_it = {"samples", "global_batch", "length_scale", "checkpointing", "data_parallel", "merged_qkv", "tuned"}
+    grid = cell.grid.model_dump(mode="json", include=parts_of_it)
+    parts = system.model_dump(mode="json", exclude={"description"})
+    model = read_model(cell.model).model_dump(mode="json")
+    return content_hash([cell.name, settings, grid, cell.grid.capacity_of(cell.workload), parts, model])
+
+
+def cell_workload(suite: Suite, cell: Cell) -> Workload:
+    """The workload that a cell trains, made from its configuration file, the table of lengths and the suite."""
+    grid = cell.grid
+    return make_workload(CONFIGS / "workloads" / f"{cell.workload}.yaml", samples=grid.samples,
+                         global_batch=grid.global_batch, scale=grid.length_scale, seed=suite.seed,
+                         merged_qkv=grid.merged_qkv)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CellFiles:
+    """The files of a cell of a suite. Each is read only if it is made from what the suite says now; if not,
+    `OutOfDateError` says what differs, or another `UserError` what is wrong with the file."""
+
+    suite: Suite
+    cell: Cell
+
+    @cached_property
+    def system(self) -> SystemConfig:
+        return read_systems()[self.cell.system]
+
+    @cached_property
+    def configuration(self) -> str:
+        return configuration_hash(self.suite, self.cell, self.system)
+
+    @cached_property
+    def expected_workload(self) -> Workload:
+        return cell_workload(self.suite, self.cell)
+
+    def workload(self, path: Path) -> Workload:
+        found, expected = Workload.read(path), self.expected_workload
+        if found.content_hash != expected.content_hash:
+            what, *values = first_difference(found.model_dump(mode="json"), expected.model_dump(mode="json"))
+            raise OutOfDateError(path, what, *values)
+        return found
+
+    def tuned(self, path: Path | None) -> Tuned | None:
+        """The tuning of the cell; None for a cell whose capacity the suite says."""
+        if not self.cell.grid.tuned:
+            if path is not None:
+                raise UserError(f"--tuned: {path}: cell {self.cell.name} is not tuned, the suite says its capacity")
+            return None
+        if path is None:
+            raise UserError(f"--tuned: missing; cell {self.cell.name} is tuned: give the file of `lorafusion tune`")
+        found = Tuned.read(path)
+        require(path, [
+            ("cell", found.cell, self.cell.name),
+            ("config_hash", found.config_hash, self.configuration),
+            ("workload_hash", found.workload_hash, self.expected_workload.content_hash),
+        ])  # fmt: skip
+        return found
+
+    def capacity(self, tuned: Tuned | None) -> int:
+        """Tokens that a microbatch of the cell may hold: those that its tuning found, or those that the suite says."""
+        return tuned.capacity if tuned else self.cell.grid.capacity_of(self.cell.workload)
+
+    def plan(self, path: Path | None, tuned: Tuned | None) -> Plan:
+        """The plan of the cell, checked against its workload."""
+        if path is None:
+            raise UserError("--plan: missing; make one with `lorafusion plan`")
+        found, cell = Plan.read(path), self.cell
+        require(path, [
+            ("workload_hash", found.workload_hash, self.expected_workload.content_hash),
+            ("system", found.system, cell.system),
+            ("stages", found.stages, cell.stages),
+            ("data_parallel", found.data_parallel, cell.grid.data_parallel),
+            ("capacity", found.capacity, self.capacity(tuned)),
+            ("key", found.key, plan_key(found, self.system.planner, self.system.options)),
+        ])  # fmt: skip
+        check(found, self.expected_workload, source=path)
+        return found
+
+    def result(self, path: Path, plan: Plan | None, repeat: int) -> dict:
+        """The result file of one repeat. plan: None for a cell that nothing installed here can run."""
+        found = _read_result(path)
+        self.require_result(path, found)
+        require(path, [
+            ("repeat", found["cell"].get("repeat"), repeat),
+            ("plan_hash", found["provenance"].get("plan_hash"), plan.content_hash if plan else None),
+        ])  # fmt: skip
+        return found
+
+    def require_result(self, path: str | Path, result: dict) -> None:
+        """Raise unless the content of a result file is of this cell as the suite has it now."""
+        cell, origin = _part(result, "cell", path), _part(result, "provenance", path)
+        require(path, [
+            ("suite", cell.get("suite"), self.suite.name),
+            ("cell", cell.get("cell"), self.cell.name),
+            ("config_hash", origin.get("config_hash"), self.configuration),
+            ("workload_hash", origin.get("workload_hash"), self.expected_workload.content_hash),
+        ])  # fmt: skip
+
+    def profile(self, path: Path, plan: Plan) -> list[dict[str, str]]:
+        """The rows of the CSV of `lorafusion profile`, which its seal says are all of them."""
+        require_seal(path)
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows or [{}]:
+            require(path, [
+                ("cell", row.get("cell"), self.cell.name),
+                ("config_hash", row.get("config_hash"), self.configuration),
+                ("plan_hash", row.get("plan_hash"), plan.content_hash),
+            ])  # fmt: skip
+        return rows
+
+
+def suite_files(suite_path: Path) -> dict[str, CellFiles]:
+    """The files of all cells of a suite, by the cells' names."""
+    suite = read_suite(suite_path)
+    return {cell.name: CellFiles(suite, cell) for cell in cells(suite, suite_path)}
+
+
+def require_results(contents: dict[str, dict], suite_path: Path | None) -> None:
+    """Raise `UserError` unless results may stand in one table: what trains one workload trained the same, a bench is
+    as configs/ has it now, and with a suite each result is of a cell as the suite has it now. contents: of result
+    files, by name."""
+    files = suite_files(suite_path) if suite_path else {}
+    trained = []
+    for path, result in contents.items():
+        cell, origin = _part(result, "cell", path), _part(result, "provenance", path)
+        name, bench = str(cell.get("cell")), origin.get("bench")
+        if suite_path:
+            if name not in files:
+                raise UserError(f"{path}: cell: found {name}, which {suite_path} does not have")
+            files[name].require_result(path, result)
+        if bench:
+            require(path, [("config_hash", origin.get("config_hash"), _bench_hash(path, bench))])
+        if "/system~" in name:
+            trained.append((path, str(cell.get("suite")), name, origin.get("workload_hash")))
+    require_one_workload(trained)
+
+
+def is_current(path: Path, bench: tuple[str, str, str]) -> bool:
+    """Is a file the result of a bench (its module, suite and name) as configs/ has it now?"""
+    try:
+        origin = _part(_read_result(path), "provenance", path)
+        require(path, [("bench", origin.get("bench"), list(bench)),
+                       ("config_hash", origin.get("config_hash"), _bench_hash(str(path), list(bench)))])  # fmt: skip
+    except UserError:
+        return False
+    return True
+
+
+def require_one_workload(trained: Iterable[tuple[str | Path, str, str, str | None]]) -> None:
+    """Raise `OutOfDateError` unless all systems that are compared trained the same workload. trained: a file, the suite
+    and the cell that it is of, and the hash of the workload that it was made with."""
+    first: dict[tuple[str, str], tuple[str | None, str | Path]] = {}
+    for path, suite, cell, found in trained:
+        expected, other = first.setdefault((suite, cell.rpartition("/system~")[0]), (found, path))
+        if found != expected:
+            raise OutOfDateError(path, "workload_hash", found, f"{expected} as in {other}")
+
+
+def _bench_hash(path: str, bench: list[str]) -> str:
+    """The hash of a bench's configuration, as the file of configs/ for its kind has it now."""
+    kind, suite, name = bench
+    if kind not in BENCHES:
+        raise UserError(f"{path}: bench: found {kind}, expected one of {', '.join(BENCHES)}")
+    try:
+        return importlib.import_module(f"lorafusion.lab.experiments.{BENCHES[kind]}").current_hash(suite, name)
+    except KeyError:
+        raise UserError(f"{path}: bench: found {name}, which suite {suite} does not have now") from None
+
+
+def _read_result(path: Path) -> dict:
+    found = read_versioned(path, RESULT_VERSION, "result")
+    require_own_seal(found, path)
+    return found
+
+
+def _part(result: dict, key: str, path: str | Path) -> dict:
+    part = result.get(key)
+    if not isinstance(part, dict):
+        raise UserError(f"{path}: {key}: expected a JSON object, found {type(part).__name__}")
+    return part
+
+
+def first_difference(found: object, expected: object, where: str = "") -> tuple[str, object, object]:
+    """The first place where two different JSON values differ, and what is there in each."""
+    below = f"{where}." if where else ""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in dict.fromkeys([*expected, *found]):
+            if key not in found or key not in expected or found[key] != expected[key]:
+                return first_difference(found.get(key), expected.get(key), f"{below}{key}")
+    if isinstance(found, list) and isinstance(expected, list):
+        if len(found) != len(expected):
+            return where, f"{len(found)} entries", len(expected)
+        for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+            if one != other:
+                return first_difference(one, other, f"{below}{index}")
+    return where, found, expected

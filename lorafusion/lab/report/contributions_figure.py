@@ -1,0 +1,360 @@
+"""The figure of `contributions`: how schedule, packing and kernels lead from unfused-sequential to lorafusion, and
+every combination of LoRA operation and order, as PDF, PNG and the CSV that it is drawn from."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from lorafusion.lab.report import style
+from lorafusion.lab.report.contributions import (
+    A_BASELINE,
+    ALL,
+    BASE,
+    BY_ONE,
+    CAPACITY,
+    COLUMNS,
+    CORNERS,
+    EXECUTOR,
+    OURS_UNFUSED,
+    contributions,
+    lacking,
+    measured,
+)
+from lorafusion.lab.report.figures import WINDOW_TITLES, device_count, written
+from lorafusion.lab.report.throughput import SYSTEM
+from lorafusion.lab.table.table import MeasurementError
+
+DATA = [*COLUMNS, "device", "origin"]
+PLACE = ["workload", "factor"]
+LOOKS = {
+    "schedule": style.Look("#56B4E9", ""),
+    "packing": style.Look("#F0E442", "////"),
+    "kernels": style.Look("#D55E00", "...."),
+    "speedup": style.SYSTEMS[SYSTEM],
+}
+# The parts from top to bottom, each with the places (`_places`) at which it begins and ends.
+LANES = {
+    "schedule": (BASE, "schedule"),
+    "packing": ("schedule", OURS_UNFUSED),
+    "kernels": (OURS_UNFUSED, SYSTEM),
+    "speedup": (A_BASELINE, SYSTEM),
+}
+ORDERS = {"sequential": "sequential", "mlora": "mLoRA's\norder", "ours": "our\norder"}
+OPERATIONS = {"unfused": "#BBBBBB", "fused": style.SYSTEMS[SYSTEM].colour}
+MERGED_HATCH = "////"
+FAILED = "#B00000"
+RANGE = "‡"  # at a corner whose whisker is a range, where others are intervals
+# The mark at a part's number, and what it says, where the part's note has the remark.
+MARKS = {
+    CAPACITY: ("*", "also at another capacity, each tuned for its system"),
+    EXECUTOR: ("†", f"order over {BY_ONE[1]}, another executor, as {BY_ONE[0]} has no cell"),
+}
+LANE, GAP = 0.098, 0.85  # inches; between the lanes of two workloads, in lanes
+LEFT, RIGHT = 3.1, 1.75  # inches of the two panels, about, for what must fit beside a bar
+LETTER = 0.6 * style.SMALL / 72  # inches of a letter in small print, about
+LONGEST = 34  # letters that fit into the right panel
+TICKS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 50.0)
+
+
+def contributions_figure(table: pd.DataFrame, model: str, out_stem: str | Path) -> list[Path]:
+    """Draw what lorafusion's parts add on a model; returns the paths written: `out_stem`.pdf, .png and .csv.
+
+    Raises `MeasurementError` where the table has no cells of the systems that it takes.
+    """
+    return written(contributions_data(table, model), draw, out_stem)
+
+
+def contributions_data(table: pd.DataFrame, model: str) -> pd.DataFrame:
+    """The rows of `contributions` for a model, where its cells have the systems that it takes, and their origin."""
+    of_model = table[table["model"] == model]
+    runs = measured(of_model)
+    separate = runs[runs["qkv"] == "separate"]
+    present = {gpus: set(systems) for gpus, systems in separate.groupby("gpus")["system"]}
+    complete = [gpus for gpus, systems in present.items() if not lacking(systems)]
+    if not complete:
+        missing = ", ".join(lacking(set().union(*present.values()))) or "one number of GPUs with all"
+        needed = ", ".join(lacking(()))
+        raise MeasurementError(f"contributions of model {model!r}: takes {needed}; no cells of {missing}")
+    rows = contributions(of_model)
+    return rows[rows["gpus"].isin(complete)].assign(**_origin(runs)).reset_index(drop=True)[DATA]
+
+
+def _origin(runs: pd.DataFrame) -> dict[str, str]:
+    """The device of all runs, and the line of the footer with suite, commit and device.
+
+    One text, since a commit of digits only, in a column of its own, would be read back as a number.
+    """
+    devices = runs.loc[runs["status"] == "ok", "gpu_name"].fillna("CPU")
+    device = ", ".join(sorted(devices.unique())) or "no device"
+    return {"device": device, "origin": style.origin(runs, device)}
+
+
+def draw(data: pd.DataFrame) -> Figure:
+    """The figure of `contributions_data`: for each number of GPUs and window the parts, and beside them the corners."""
+    panels = [(*place, panel) for place, panel in data.groupby(["gpus", "window"], sort=False)]
+    heights = [_height(panel) for _, _, panel in panels]
+    limits = [_limits(data, LEFT), _corner_limits(data, RIGHT)]
+    on_cpu = "CPU" in data["device"][0]
+    with matplotlib.rc_context(style.PARAMETERS):
+        figure = Figure(figsize=(style.TEXT_WIDTH, 1.35 + sum(heights) + 0.2 * len(heights)), layout="constrained")
+        axes = figure.subplots(
+            len(panels), 2, sharex="col", squeeze=False, width_ratios=(LEFT, RIGHT), height_ratios=heights
+        )
+        title = None
+        for (parts, corners), (gpus, window, panel) in zip(axes, panels, strict=True):
+            workloads = _workloads(panel)
+            _draw_parts(parts, panel[panel["qkv"] == "separate"], workloads)
+            _draw_corners(corners, _corners(panel))
+            average = "geometric mean of the workloads" if workloads[-1] == ALL else workloads[-1]
+            if average != title:
+                corners.set_title(f"over {BASE},\n{average}")
+                title = average
+            name = WINDOW_TITLES[window]
+            if data["gpus"].nunique() > 1:
+                name += f", {device_count(gpus, on_cpu)}"
+            corners.text(1.02, 0.5, name, transform=corners.transAxes, rotation=270, va="center")
+        axes[0][0].set(xscale="log", xlim=limits[0], title=f"from {BASE} (1) to {SYSTEM}")
+        axes[0][1].set(xlim=limits[1])
+        for ax, (low, high) in zip(axes[-1], limits, strict=True):
+            ax.xaxis.set_major_locator(FixedLocator(_ticks(low, high, logarithmic=ax is axes[-1][0])))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        cpu = f" ({style.CPU_WARNING})" if on_cpu else ""
+        title = f"{data['model'][0]}: what the parts of {SYSTEM} add{cpu}"
+        handles = _handles(_shows_merged(data))
+        figure.legend(handles=handles, loc="outside upper center", ncols=4, title=title)
+        figure.supxlabel(_footer(data), fontsize=style.SMALL, color="0.35")
+    return figure
+
+
+def _workloads(panel: pd.DataFrame) -> list[str]:
+    """The workloads of a panel from top to bottom, all of them together last."""
+    return list(dict.fromkeys(panel.loc[panel["qkv"] == "separate", "workload"]))
+
+
+def _corners(panel: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a panel's corners: of all workloads together, or of its only one."""
+    return panel[panel["factor"].isin(CORNERS) & (panel["workload"] == _workloads(panel)[-1])]
+
+
+def _all_corners(data: pd.DataFrame) -> list[pd.DataFrame]:
+    """`_corners` of every panel."""
+    return [_corners(panel) for _, panel in data.groupby(["gpus", "window"])]
+
+
+def _ranges(corners: pd.DataFrame) -> pd.Series:
+    """Which corners have a range where others have an interval: those of which a cell lacks a repeat."""
+    return corners["bounds"].eq("range") & corners["bounds"].eq("interval").any()
+
+
+def _shows_merged(data: pd.DataFrame) -> bool:
+    """Is any bar one with merged q, k and v? Where only some workloads have such cells, there is none."""
+    return any("merged" in set(corners["qkv"]) for corners in _all_corners(data))
+
+
+def _height(panel: pd.DataFrame) -> float:
+    """Inches of a panel, so that neither the lanes nor the corners' bars are lower than their numbers."""
+    corners = len(OPERATIONS) * panel["qkv"].nunique() + GAP
+    return LANE * max(len(_workloads(panel)) * (len(LANES) + GAP), len(ORDERS) * corners)
+
+
+def _draw_parts(ax: Axes, panel: pd.DataFrame, workloads: list[str]) -> None:
+    """For each workload the parts below each other, each from where the one above ends."""
+    factors = panel.set_index(PLACE)
+    places = {workload: _places(factors.loc[workload, "value"]) for workload in workloads}
+    ax.axvline(1, color="0.3", linewidth=0.6, zorder=1)
+    for index, workload in enumerate(workloads):
+        top = index * (len(LANES) + GAP)
+        for lane, (factor, ends) in enumerate(LANES.items()):
+            row, (start, end) = factors.loc[(workload, factor)], [places[workload][name] for name in ends]
+            text = _text(factor, row)
+            if pd.isna(row["value"]) or pd.isna(start):
+                colour = FAILED if pd.isna(row["value"]) else LOOKS[factor].colour if factor == "speedup" else "black"
+                _write(ax, 1, top + lane, _without_place(text, row), color=colour)
+                continue
+            _draw_bar(ax, top + lane, start, row, LOOKS[factor], text, bold=factor == "speedup")
+            if lane < 2 and not pd.isna(factors.loc[(workload, list(LANES)[lane + 1])]["value"]):
+                ax.plot([end] * 2, [top + lane, top + lane + 1], color="0.3", linewidth=0.5, zorder=1)
+        if index:
+            ax.axhline(top - (1 + GAP) / 2, color="0.8", linewidth=0.5)
+    centres = [index * (len(LANES) + GAP) + (len(LANES) - 1) / 2 for index in range(len(workloads))]
+    names = [_name(workload, factors.loc[(workload, "speedup")]["over"]) for workload in workloads]
+    ax.set_yticks(centres, names, fontsize=style.SMALL, linespacing=1.1)
+    if workloads[-1] == ALL:
+        ax.get_yticklabels()[-1].set_fontweight("bold")
+    ax.set_ylim(centres[-1] + (len(LANES) + GAP) / 2, centres[0] - (len(LANES) + GAP) / 2)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=True, axis="x")
+    ax.grid(visible=False, axis="y")
+
+
+def _places(values: pd.Series) -> dict[str, float]:
+    """Where on the axis the parts of a workload begin and end, from its factors; NaN where that is not known."""
+    return {
+        BASE: 1.0,
+        "schedule": values["schedule"],
+        OURS_UNFUSED: values["schedule_and_packing"],
+        SYSTEM: values["product"],
+        A_BASELINE: 1 / values["baseline"],
+    }
+
+
+def _draw_bar(
+    ax: Axes, y: float, start: float, row: pd.Series, look: style.Look, text: str, bold: bool = False
+) -> None:
+    """A factor from `start` on, its whisker, and its number to the right of both."""
+    end = start * row["value"]
+    ax.barh(y, end - start, 0.86, left=start, zorder=2, **_fill(look))
+    right = max(start, end)
+    if not pd.isna(row["low"]):
+        ends = [start * row["low"], start * row["high"]]
+        ax.plot(ends, [y, y], color="black", linewidth=0.7, marker="|", markersize=2.6, markeredgewidth=0.6, zorder=3)
+        right = max(right, *ends)
+    weight = {"fontweight": "bold", "color": look.colour} if bold else {}
+    _write(ax, right, y, text, **weight)
+
+
+def _draw_corners(ax: Axes, panel: pd.DataFrame) -> None:
+    """The orders below each other, each with its operations, separate and merged, as bars from zero."""
+    corners = panel.assign(mark=_ranges(panel).map({True: RANGE, False: ""})).set_index(["qkv", "factor"])
+    series = [(qkv, operation) for qkv in dict.fromkeys(panel["qkv"]) for operation in OPERATIONS]
+    ax.axvline(1, color="0.3", linewidth=0.6, zorder=1)
+    for index, order in enumerate(ORDERS):
+        for lane, (qkv, operation) in enumerate(series):
+            row, y = corners.loc[(qkv, f"{operation}-{order}")], index * (len(series) + GAP) + lane
+            if pd.isna(row["value"]):
+                _write(ax, 0, y, textwrap.shorten(_short(row["note"]), LONGEST, placeholder=" …"), color=FAILED)
+                continue
+            look = style.Look(OPERATIONS[operation], MERGED_HATCH if qkv == "merged" else "")
+            ax.barh(y, row["value"], 0.86, zorder=2, **_fill(look))
+            right = row["value"]
+            if row["n"] > 1 and row["low"] < row["high"]:
+                bounds = [row["low"], row["high"]]
+                ax.plot(bounds, [y, y], color="black", linewidth=0.7, marker="|", markersize=2.6, zorder=3)
+                right = max(right, *bounds)
+            _write(ax, right, y, f"{row['value']:.2f}{row['mark']}")
+    step = len(series) + GAP
+    centres = [index * step + (len(series) - 1) / 2 for index in range(len(ORDERS))]
+    ax.set_yticks(centres, list(ORDERS.values()), fontsize=style.SMALL)
+    ax.set_ylim(centres[-1] + step / 2, centres[0] - step / 2)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=True, axis="x")
+    ax.grid(visible=False, axis="y")
+
+
+def _write(ax: Axes, x: float, y: float, text: str, **look: Any) -> None:
+    """Text beside a bar, also across the line at 1."""
+    look = {"fontsize": style.SMALL, "va": "center_baseline", "zorder": 4} | look
+    background = {"facecolor": "white", "edgecolor": "none", "pad": 0}
+    ax.annotate(text, (x, y), (2.5, 0), textcoords="offset points", bbox=background, **look)
+
+
+def _text(factor: str, row: pd.Series) -> str:
+    """A factor's number; that of the speedup over all workloads with its interval."""
+    if factor != "speedup":
+        return f"×{row['value']:.2f}{''.join(mark for mark, _ in _marks(row))}"
+    if row["bounds"] != "interval":
+        return f"{row['value']:.2f}×"
+    return f"{row['value']:.3f}× [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def _marks(row: pd.Series) -> list[tuple[str, str]]:
+    """In what else the systems of a part differ: marks, and what they say."""
+    note = "" if pd.isna(row["note"]) else row["note"]
+    return [mark for remark, mark in MARKS.items() if remark in note]
+
+
+def _without_place(text: str, row: pd.Series) -> str:
+    """What stands in a lane without a bar: why there is no number, or the number that has nothing to begin at."""
+    return _short(row["note"]) if pd.isna(row["value"]) else f"{text} (no {BASE})"
+
+
+def _short(note: str) -> str:
+    """The first reason of a note, without how many repeats."""
+    return note.partition(";")[0].partition(" (")[0]
+
+
+def _name(workload: str, baseline: str) -> str:
+    """A workload and the baseline that lorafusion's speedup is over."""
+    return "\n".join([workload, *textwrap.wrap(f"vs. {baseline}", 16)])
+
+
+def _fill(look: style.Look) -> dict[str, Any]:
+    return {"facecolor": look.colour, "hatch": look.hatch, "edgecolor": "white", "linewidth": 0.3}
+
+
+def _limits(data: pd.DataFrame, inches: float) -> tuple[float, float]:
+    """The ends of the logarithmic axis of the parts, with room for the numbers beside the bars."""
+    rows = data[data["qkv"] == "separate"]
+    low, reaches = 1.0, [(1.0, 4)]
+    for _, of_workload in rows.groupby(["gpus", "window", "workload"], sort=False):
+        factors = of_workload.set_index("factor")
+        places = _places(factors["value"])
+        for factor, (begin, _) in LANES.items():
+            start, row = places[begin], factors.loc[factor]
+            if pd.isna(row["value"]) or pd.isna(start):
+                reaches.append((1.0, len(_without_place(_text(factor, row), row))))
+                continue
+            ends = [start * end for end in (1, *row[["value", "low", "high"]].dropna())]
+            low = min(low, *ends)
+            reaches.append((max(ends), len(_text(factor, row)) + 2))
+    low /= 1.02
+    spans = [math.log(end / low) / max(0.2, 1 - letters * LETTER / inches) for end, letters in reaches]
+    return low, low * math.exp(max(spans))
+
+
+def _corner_limits(data: pd.DataFrame, inches: float) -> tuple[float, float]:
+    """The ends of the axis of the corners: from zero, with room for the numbers beside the bars."""
+    corners = data[data["factor"].isin(CORNERS)]
+    top = corners[["value", "high"]].max().max()
+    return 0.0, (1.0 if pd.isna(top) else top) / (1 - 6 * LETTER / inches)
+
+
+def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
+    """Round numbers that are not too close to each other on the axis."""
+    if not logarithmic:
+        step = next(step for step in (0.25, 0.5, 1, 2, 5, 10, 50) if high / step <= 6 or step == 50)
+        return [index * step for index in range(int(high / step) + 1)]
+    if high / low < 1.8:
+        return [tenth / 10 for tenth in range(math.ceil(10 * low), int(10 * high) + 1)]
+    out: list[float] = []
+    for tick in TICKS:
+        if low <= tick <= high and (not out or math.log(tick / out[-1]) > math.log(high / low) / 9):
+            out.append(tick)
+    return out
+
+
+def _handles(merged: bool) -> list[Patch]:
+    names = {factor: factor for factor in LOOKS} | {"speedup": f"{SYSTEM} over the best baseline"}
+    handles = [Patch(label=names[factor], **_fill(look)) for factor, look in LOOKS.items()]
+    for operation, colour in OPERATIONS.items():
+        handles.append(Patch(label=f"{operation} LoRA", **_fill(style.Look(colour, ""))))
+    if merged:
+        handles.append(Patch(label="with merged q, k, v", **_fill(style.Look("0.45", MERGED_HATCH))))
+    return handles
+
+
+def _footer(data: pd.DataFrame) -> str:
+    bars = "bars: geometric mean of the repeats' ratios; whiskers: their range"
+    if (data["bounds"] == "interval").any():
+        bars += f"; of {ALL}, in [ ]: 95 % interval of the geometric mean"
+    parts = data[data["factor"].isin(LANES) & (data["factor"] != "speedup") & data["value"].notna()]
+    parts = parts[parts["qkv"] == "separate"]
+    marks = dict(mark for _, row in parts.iterrows() for mark in _marks(row))
+    bars += "".join(f"\n{mark}: {meaning}" for mark, meaning in sorted(marks.items()))
+    bars += f"\nleft: logarithmic; the bar of {SYSTEM} begins at the best baseline"
+    if _shows_merged(data):
+        bars += f"; right: with merged q, k, v, over {BASE} with them"
+    if any(_ranges(corners).any() for corners in _all_corners(data)):
+        bars += f"\n{RANGE}: range of all ratios, as a repeat is missing"
+    return f"{data['origin'][0]}\n{bars}"

@@ -1,0 +1,185 @@
+"""Gantt charts of a timeline: in the terminal, as a picture, and as a page."""
+
+from __future__ import annotations
+
+import io
+from html import escape
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorafusion.core.files import whole, write
+from lorafusion.core.plan import Plan
+from lorafusion.core.schema import one_of
+from lorafusion.lab.report import style
+from lorafusion.lab.report.pages import page
+from lorafusion.planning.simulator.timeline import BACKWARD, FORWARD, STEP, Timeline
+
+Window = tuple[float, float]
+# Okabe and Ito's, without black; adapters beyond them begin anew.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+SUFFIXES = (".html", ".pdf", ".png", ".svg")
+MOST_NAMES = 14  # adapters that the legend names
+
+
+def window_of(timeline: Timeline, first: int, count: int) -> Window:
+    """From when the first of some microbatches begins on any stage to when the last of them has ended on all."""
+    times = [
+        (start, end)
+        for processor in range(timeline.processors)
+        for _, index, start, end in timeline.of(processor)
+        if first <= index < first + count and end > start
+    ]
+    return (min(start for start, _ in times), max(end for _, end in times)) if times else (0.0, timeline.makespan)
+
+
+def statistics(plan: Plan, timeline: Timeline, unit: str) -> dict[str, str]:
+    """What a plan's page and its terminal output say of it."""
+    s, bubble = plan.statistics, timeline.bubble("steady")
+    peaks = timeline.peak_in_flight()
+    return {
+        "system": plan.system,
+        "stages × replicas": f"{plan.stages} × {plan.data_parallel}",
+        "microbatches": f"{s.microbatches}, of them {s.noops} no-ops; the tokens need {s.lower_bound}",
+        "fill": f"{s.fill:.3f} of {plan.capacity} tokens; the fullest has {max(m.tokens for m in plan.microbatches)}",
+        "adapters of a microbatch": f"{_adapters(plan):.2f} on average",
+        "makespan": f"{timeline.makespan:,.4g} {unit}",
+        "throughput": f"{timeline.throughput('whole'):,.4g} tokens/{unit} whole, "
+        f"{timeline.throughput('steady'):,.4g} steady",
+        "bubble, steady": f"{bubble.mean():.1%} (stages: {', '.join(f'{share:.1%}' for share in bubble)})",
+        "bubble, whole": f"{timeline.bubble('whole').mean():.1%}",
+        "in flight at most": ", ".join(f"{count} ({tokens:,} tokens)" for count, tokens in peaks),
+    }
+
+
+def _adapters(plan: Plan) -> float:
+    real = [len(microbatch.segments) for microbatch in plan.microbatches if not microbatch.noop]
+    return sum(real) / len(real)
+
+
+def print_plan(plan: Plan, timeline: Timeline, unit: str, window: Window, names: list[str] | None = None) -> None:
+    """Statistics, and a chart as wide as the terminal."""
+    console = Console(highlight=False)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in statistics(plan, timeline, unit).items():
+        table.add_row(name, value)
+    console.print(table)
+    begin, end = window
+    console.print(f"\n{begin:,.4g} to {end:,.4g} {unit}; f forward, B backward, · idle")
+    for processor in range(timeline.processors):
+        label = f"{_label(plan, timeline, processor):18}"
+        console.print(_row(plan, timeline, processor, window, max(20, console.width - 20), label))
+    console.print(_legend(plan, names))
+
+
+def _row(plan: Plan, timeline: Timeline, processor: int, window: Window, width: int, label: str) -> Text:
+    """A line of a processor, each character what it does most of that time."""
+    begin, end = window
+    shares = np.zeros((width, 2, _count(plan)))
+    edges = np.linspace(begin, end, width + 1)
+    for kind, index, start, stop in timeline.of(processor):
+        segments = plan.microbatches[index].segments
+        if stop <= begin or start >= end or not segments or kind == STEP:
+            continue
+        overlap = np.clip(np.minimum(stop, edges[1:]) - np.maximum(start, edges[:-1]), 0, None)
+        for segment in segments:
+            shares[:, kind, segment.adapter] += overlap * segment.tokens / plan.microbatches[index].tokens
+    text = Text(label)
+    for column in shares:
+        if column.sum() < (end - begin) / width / 2:
+            text.append("·", "dim")
+            continue
+        kind = int(column[BACKWARD].sum() > column[FORWARD].sum())
+        colour = _colour(int(column.sum(axis=0).argmax()))
+        text.append("fB"[kind], f"black on {colour}" if kind else colour)
+    return text
+
+
+def _colour(adapter: int) -> str:
+    return COLOURS[adapter % len(COLOURS)]
+
+
+def _count(plan: Plan) -> int:
+    return 1 + max(segment.adapter for microbatch in plan.microbatches for segment in microbatch.segments)
+
+
+def _legend(plan: Plan, names: list[str] | None) -> Text:
+    text = Text(" " * 18)
+    for adapter in range(min(_count(plan), MOST_NAMES)):
+        name = names[adapter] if names else f"adapter {adapter}"
+        text.append(f"{name}  ", _colour(adapter))
+    return text
+
+
+def draw(plan: Plan, timeline: Timeline, unit: str, window: Window) -> Figure:
+    """A row for each processor; a microbatch is divided by the tokens of its adapters, a backward is darker."""
+    with matplotlib.rc_context(style.PARAMETERS | {"axes.grid": False}):
+        rows = timeline.processors
+        figure = Figure(figsize=(style.TEXT_WIDTH, 0.9 + 0.34 * rows), layout="constrained")
+        ax = figure.subplots()
+        for processor in range(rows):
+            _draw_row(ax, plan, timeline, processor, window)
+        ax.set_xlim(window)
+        ax.set_ylim(rows - 0.5, -0.5)
+        ax.set_yticks(range(rows), [_label(plan, timeline, processor) for processor in range(rows)])
+        ax.set_xlabel(f"time in {unit}")
+        handles = [
+            Patch(facecolor=_colour(adapter), label=f"adapter {adapter}")
+            for adapter in range(min(_count(plan), MOST_NAMES))
+        ]
+        handles.append(Patch(facecolor="white", edgecolor="0.3", hatch="////", label="backward"))
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(8, len(handles)))
+    return figure
+
+
+def _label(plan: Plan, timeline: Timeline, processor: int) -> str:
+    replica, stage = divmod(processor, timeline.stages)
+    return f"stage {stage}" if plan.data_parallel == 1 else f"replica {replica} stage {stage}"
+
+
+def _draw_row(ax: Axes, plan: Plan, timeline: Timeline, processor: int, window: Window) -> None:
+    height = 0.8
+    for kind, index, start, stop in timeline.of(processor):
+        if stop <= start or stop < window[0] or start > window[1]:
+            continue
+        microbatch, bottom = plan.microbatches[index], processor - height / 2
+        if kind == STEP:
+            ax.bar(start, height, stop - start, bottom, align="edge", color="black", linewidth=0)
+            continue
+        for segment in microbatch.segments:
+            part = height * segment.tokens / microbatch.tokens
+            colour = _colour(segment.adapter)
+            hatch = {"hatch": "////", "edgecolor": "white", "linewidth": 0} if kind == BACKWARD else {"linewidth": 0}
+            ax.bar(start, part, stop - start, bottom, align="edge", facecolor=colour, **hatch)
+            bottom += part
+        ax.bar(start, height, stop - start, processor - height / 2, align="edge", fill=False, edgecolor="white",
+               linewidth=0.5)  # fmt: skip
+
+
+def save(plan: Plan, timeline: Timeline, unit: str, window: Window, path: str | Path) -> None:
+    """Write the chart by its suffix; a page has the statistics as well."""
+    out = Path(path)
+    one_of("form of chart", out.suffix, set(SUFFIXES), out)
+    figure = draw(plan, timeline, unit, window)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(style.PARAMETERS | {"svg.hashsalt": "lorafusion"}):
+        if out.suffix != ".html":
+            empty = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}[out.suffix]
+            with whole(out) as partial:
+                figure.savefig(partial, format=out.suffix[1:], dpi=style.PNG_DPI, metadata=empty)
+            return
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    svg = drawn.getvalue()
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
+        for name, value in statistics(plan, timeline, unit).items()
+    )
+    write(out, page("Plan", f"<table>{rows}</table>", svg[svg.index("<svg") :]))

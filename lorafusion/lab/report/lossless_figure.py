@@ -1,0 +1,70 @@
+"""Loss curves that lie on each other, and how far they are apart, as PDF, PNG and the CSV that it is drawn from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lorafusion.core.schema import UserError
+from lorafusion.lab.checks.comparisons import LOSS_TOLERANCE, PLAIN
+from lorafusion.lab.report import style
+from lorafusion.lab.report.figures import read_data, written
+
+COLUMNS = ("job", "trainer", "step", "loss")
+ALONE = "alone"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+MARKERS = "ovs^Dx"
+LEAST = 1e-17  # what a difference of zero is drawn as
+
+
+def lossless(curves: str | Path, out_stem: str | Path) -> list[Path]:
+    """Draw the losses that `lorafusion check lossless --curves` wrote: a column a job, and below each the relative
+    difference from the job trained alone."""
+    data = read_data(curves)
+    lacking = [name for name in COLUMNS if name not in data]
+    if lacking:
+        raise UserError(f"{curves}: no column {lacking[0]}; expected what `lorafusion check lossless --curves` writes")
+    alone = data[data["trainer"] == ALONE].set_index(["job", "step"])["loss"]
+    expected = pd.Series([alone[job, step] for job, step in zip(data["job"], data["step"], strict=True)])
+    return written(data.assign(difference=(data["loss"] - expected).abs() / expected.abs()), draw, out_stem)
+
+
+def draw(data: pd.DataFrame) -> Figure:
+    jobs = list(dict.fromkeys(data["job"]))
+    trainers = [name for name in dict.fromkeys(data["trainer"]) if name not in (ALONE, PLAIN)]
+    looks = {
+        ALONE: {"color": "0.75", "linewidth": 5, "solid_capstyle": "round"},
+        PLAIN: {"color": "black", "linestyle": "none", "marker": "+", "markersize": 7},
+    }
+    for name, colour, marker in zip(trainers, COLOURS * 9, MARKERS * 9, strict=False):
+        looks[name] = {"color": colour, "linewidth": 0.8, "marker": marker, "markersize": 2.6}
+    with matplotlib.rc_context(style.PARAMETERS):
+        figure = Figure(figsize=(style.TEXT_WIDTH, 4.0), layout="constrained")
+        axes = figure.subplots(2, len(jobs), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2))
+        for column, job in enumerate(jobs):
+            losses, differences = axes[0][column], axes[1][column]
+            for name, look in looks.items():
+                rows = data[(data["job"] == job) & (data["trainer"] == name)]
+                losses.plot(rows["step"], rows["loss"], **look)
+                if name != ALONE:
+                    differences.plot(rows["step"], rows["difference"].clip(lower=LEAST), **look)
+            differences.axhline(LOSS_TOLERANCE, color="#D55E00", linestyle="--", linewidth=0.8)
+            differences.set(yscale="log", xlabel="step", ylim=(LEAST / 2, 1e-4))
+            losses.set_title(job)
+        axes[0][0].set_ylabel("loss of a token")
+        axes[1][0].set_ylabel("relative difference\nfrom alone")
+        axes[1][0].annotate("allowed", (1, LOSS_TOLERANCE), xytext=(0, 2), textcoords="offset points",
+                            fontsize=style.SMALL, color="#D55E00")  # fmt: skip
+        handles = [Line2D([], [], label=_label(name), **look) for name, look in looks.items()]
+        figure.legend(handles=handles, loc="outside upper center", ncols=4)
+        footer = f"tiny model in float64; a difference of zero is drawn at {LEAST:g}"
+        figure.supxlabel(footer, fontsize=style.SMALL, color="0.35")
+    return figure
+
+
+def _label(trainer: str) -> str:
+    return trainer if trainer in (ALONE, PLAIN) else f"together, {trainer.replace('x', ' x ')}"

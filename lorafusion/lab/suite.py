@@ -1,0 +1,215 @@
+"""Suites: what is measured, on what, how often; and their cells, the points of their grids."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import Field, field_validator, model_validator
+
+from lorafusion.core.config import (
+    CONFIGS,
+    Name,
+    Processes,
+    SystemConfig,
+    names_in,
+    read_model,
+    read_systems,
+    require_possible,
+)
+from lorafusion.core.files import read_yaml
+from lorafusion.core.machine import has_gpu
+from lorafusion.core.schema import (
+    LEAST_SCALE,
+    MOST_MINUTES,
+    MOST_PROCESSES,
+    MOST_REPEATS,
+    MOST_SAMPLES,
+    MOST_SCALE,
+    MOST_SEED,
+    MOST_TOKENS,
+    Config,
+    UserError,
+    one_of,
+    validated,
+)
+
+
+class Grid(Config):
+    """A block of a suite: the product of models, GPU counts, workloads and systems under the same settings."""
+
+    models: list[str] = Field(min_length=1)
+    gpus: list[Processes] = Field(min_length=1, description="processes, where the device is the CPU")
+    workloads: list[str] = Field(min_length=1)
+    systems: list[str] = Field(min_length=1)
+    data_parallel: int = Field(
+        default=1, ge=1, le=MOST_PROCESSES, description="replicas; stages = gpus / data_parallel"
+    )
+    samples: int = Field(ge=1, le=MOST_SAMPLES, description="samples an adapter")
+    global_batch: int = Field(ge=1, le=MOST_SAMPLES, description="samples of one optimizer step of an adapter")
+    capacity: int | dict[str, int] = Field(description="tokens a microbatch may hold, or that by workload")
+    length_scale: float = Field(
+        default=1.0, ge=LEAST_SCALE, le=MOST_SCALE, description="divides the sample lengths, for small models"
+    )
+    checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    merged_qkv: bool = Field(default=False, description="one adapter for q, k and v as one linear, in every system")
+    tuned: bool = Field(
+        default=False,
+        description="`capacity` is the most that is tried; smaller ones until it fits, then until it is slower",
+    )
+    minutes: int = Field(ge=1, le=MOST_MINUTES, description="time limit of a run; longer is status timeout")
+    memory_gb: int = Field(default=4, ge=1, le=1_000_000, description="host memory of a run")
+
+    def capacity_of(self, workload: str) -> int:
+        return self.capacity if isinstance(self.capacity, int) else self.capacity[workload]
+
+    @model_validator(mode="after")
+    def _settings_cover_the_product(self) -> Grid:
+        values = self.capacity.values() if isinstance(self.capacity, dict) else [self.capacity]
+        if not all(1 <= value <= MOST_TOKENS for value in values):
+            raise ValueError(f"capacity must be from 1 to {MOST_TOKENS} tokens")
+        if isinstance(self.capacity, dict) and set(self.capacity) != set(self.workloads):
+            raise ValueError("capacity, where given by workload, must name exactly the workloads of its block")
+        for gpus in self.gpus:
+            if gpus % self.data_parallel:
+                raise ValueError(f"{gpus} gpus cannot hold {self.data_parallel} replicas of equal size")
+        return self
+
+
+class Arrangement(NamedTuple):
+    """Processes that train together, written as `2x1` (stages x replicas) or `2x1+recompute`: with activations that are
+    computed again in the backward pass."""
+
+    stages: int
+    replicas: int
+    recompute: bool
+
+    @classmethod
+    def read(cls, text: str) -> Arrangement:
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(\+recompute)?", text)
+        if not found:
+            raise UserError(f"arrangement: expected stages x replicas such as 2x1 or 2x1+recompute, found {text!r}")
+        return cls(int(found[1]), int(found[2]), bool(found[3]))
+
+    def __str__(self) -> str:
+        return f"{self.stages}x{self.replicas}{'+recompute' if self.recompute else ''}"
+
+
+class Checks(Config):
+    """The correctness checks that the suite's figures rest on."""
+
+    lossless: list[str] = Field(
+        default=["1x1", "2x1"],
+        min_length=1,
+        description="stages x replicas that train together, as 2x1 or 2x1+recompute",
+    )
+
+    @field_validator("lossless")
+    @classmethod
+    def _are_arrangements(cls, value: list[str]) -> list[str]:
+        for one in value:
+            Arrangement.read(one)
+        return value
+
+
+class Suite(Config):
+    """A file of configs/suites: what is measured, on what, how often."""
+
+    name: str = Name
+    description: str
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    adapter_dtype: Literal["float32", "bfloat16", "float16"]
+    repeats: int = Field(ge=1, le=MOST_REPEATS, description="fresh processes a cell")
+    seed: int = Field(default=1, ge=0, le=MOST_SEED)
+    gpus_per_node: int = Field(default=8, ge=1, le=MOST_PROCESSES)
+    checks: Checks = Checks()
+    cost: bool = Field(default=True, description="say in each result what the run costs besides time")
+    profiled: list[str] = Field(default=[], description="workloads whose cells are profiled, on a GPU")
+    cells: list[Grid] = Field(min_length=1)
+
+
+class Cell(Config):
+    """One point of a suite's grid, with its settings."""
+
+    system: str
+    model: str
+    gpus: int
+    workload: str
+    grid: Grid
+
+    @property
+    def stages(self) -> int:
+        return self.gpus // self.grid.data_parallel
+
+    @property
+    def name(self) -> str:
+        """The identity of a cell, the same in file names, tables and reports."""
+        return f"{self.workload_name}/system~{self.system}"
+
+    @property
+    def workload_name(self) -> str:
+        """The part of the identity that its systems share: they train the same workload."""
+        merged = "/qkv~merged" if self.grid.merged_qkv else ""
+        return f"model~{self.model}/workload~{self.workload}/gpus~{self.gpus}/batch~{self.grid.global_batch}{merged}"
+
+
+def suite_path(name: str | None) -> Path:
+    """The file of a suite by name or path; without a name, of the suite that fits this machine."""
+    chosen = name or ("h200" if has_gpu() else "smoke")
+    path = Path(chosen) if chosen.endswith((".yaml", ".yml")) else CONFIGS / "suites" / f"{chosen}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(names_in("suites")))
+        raise UserError(f"suite: no file {path}; known suites: {known}")
+    return path
+
+
+def read_suite(path: str | Path) -> Suite:
+    """A suite whose every name is known and whose cells can exist."""
+    suite = validated(Suite, read_yaml(path), path)
+    cells(suite, source=path)
+    return suite
+
+
+def runs_of(path: Path) -> dict[str, int]:
+    """The repeats of each cell of a suite's file, by the cell's name."""
+    suite = read_suite(path)
+    return {cell.name: suite.repeats for cell in cells(suite, path)}
+
+
+def cells(suite: Suite, source: str | Path = "suite") -> list[Cell]:
+    """Every cell of a suite, in order; raises `UserError` for an unknown name or two cells of one identity."""
+    systems, seen, out = read_systems(), set(), []
+    for name in suite.profiled:
+        one_of("workload", name, {name for grid in suite.cells for name in grid.workloads}, f"{source}: profiled")
+    for index, grid in enumerate(suite.cells):
+        where = f"{source}: cells.{index}"
+        for kind, names, known in (
+            ("system", grid.systems, set(systems)),
+            ("model", grid.models, names_in("models")),
+            ("workload", grid.workloads, names_in("workloads")),
+        ):
+            for name in names:
+                one_of(kind, name, known, where)
+        layers = {model: read_model(model).num_hidden_layers for model in grid.models}
+        for model, workload, gpus, system in product(grid.models, grid.workloads, grid.gpus, grid.systems):
+            cell = Cell(system=system, model=model, gpus=gpus, workload=workload, grid=grid)
+            _require_possible(cell, systems[system], layers[model], where)
+            if grid.tuned and gpus > suite.gpus_per_node:
+                raise UserError(f"{where}: {gpus} gpus are more than one node's, on which alone a cell can be tuned")
+            if cell.name in seen:
+                raise UserError(f"{where}: cell {cell.name} is in the suite twice")
+            seen.add(cell.name)
+            out.append(cell)
+    return out
+
+
+def _require_possible(cell: Cell, system: SystemConfig, layers: int, where: str) -> None:
+    if cell.stages > layers:
+        raise UserError(f"{where}: {cell.stages} stages, but model {cell.model} has only {layers} layers")
+    try:
+        require_possible(cell.system, system, cell.stages, cell.grid.data_parallel)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

@@ -1,0 +1,219 @@
+"""The result file of a run: one JSON object, written whatever happened.
+
+Its form is what `lorafusion.lab.table.table` reads: the cell's identity and parameters, the metrics that it should
+have, those that it has, the losses, and where all that comes from. A run that ended by itself is believed only where
+its report shows that it trained the whole workload (`require_whole`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from lorafusion.core.files import write
+from lorafusion.core.plan import Plan, statistics_of
+from lorafusion.core.schema import UserError
+from lorafusion.core.seals import sealed
+from lorafusion.core.workload import Workload
+from lorafusion.launch.launch import Outcome
+
+VERSION = 1
+EXPECTED = (
+    ("throughput", "whole"),
+    ("throughput", "steady"),
+    ("throughput_padded", "whole"),
+    ("time", "whole"),
+    ("peak_memory", "whole"),
+    ("fill", "whole"),
+)
+
+
+CLOCKS_AGREE = 0.01  # of the host's seconds, by which the device's may differ
+
+
+class FaultyRunError(UserError):
+    """A run that ended by itself and has no numbers all the same: its status in the measurement table, and why."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a run, in the table's vocabulary."""
+
+    metric: str
+    value: float
+    unit: str
+    direction: str
+    window: str
+    implementation: str | None = None
+    note: str = ""
+
+
+def result_of(outcome: Outcome, workload: Workload, plan: Plan | None, cell: dict, provenance: dict) -> dict:
+    """The content of the result file. A run that did not train the whole workload, or whose clocks cannot be believed,
+    has status `nan` or `crash` and no metrics."""
+    status, note, report = outcome.status, outcome.note, outcome.report
+    if status == "ok":
+        try:
+            require_whole(report, workload, plan)
+        except FaultyRunError as fault:
+            status, note = fault.status, str(fault)
+    cost = report.get("cost", {})
+    if status == "ok" and "unknown" in cost:
+        note = f"the cost is unknown: {cost['unknown']}"
+    return {
+        "version": VERSION,
+        "status": status,
+        "note": note,
+        "cell": cell,
+        "expected": [{"metric": metric, "window": window} for metric, window in EXPECTED],
+        "metrics": [asdict(metric) for metric in metrics(report, workload, plan)] if status == "ok" else [],
+        "losses": {name: [_number(value) for value in values] for name, values in report.get("losses", {}).items()},
+        "steps": report.get("steps", {}),
+        "cost": cost,
+        "clocks": [dict(zip(("device", "host"), seconds, strict=True)) for seconds in report.get("clocks", [])],
+        "provenance": provenance,
+    }
+
+
+def _number(value: float | None) -> float | None:
+    """A loss as JSON has it."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def require_whole(report: dict, workload: Workload, plan: Plan) -> None:
+    """Raise `FaultyRunError` unless a report (`timed.report_of`) is of a run that trained all of its workload: every
+    loss is there and finite, every adapter made every step, the plan's tokens are the workload's, and the times are
+    those of a run."""
+    losses = report["losses"]
+    for job in workload.jobs:
+        if any(value is not None and not math.isfinite(value) for value in losses.get(job.name, [])):
+            raise FaultyRunError("nan", f"the loss of {job.name} is not finite")
+    require_steps(report, {job.name: len(job.batches) - job.start for job in workload.jobs})
+    for job in workload.jobs:
+        values = losses.get(job.name, [])
+        missing = [batch for batch in range(len(job.batches)) if batch >= len(values) or values[batch] is None]
+        if missing:
+            raise FaultyRunError("crash", f"the loss of global batch {missing[0]} of {job.name} is missing or in part")
+    tokens = statistics_of(plan.microbatches, plan.capacity).tokens
+    if tokens != workload.tokens:
+        raise FaultyRunError("crash", f"the plan has {tokens} tokens, its workload {workload.tokens}")
+    require_clocks(report["clocks"], plan.stages * plan.data_parallel)
+    _require_marks(report["seconds"], plan, report["clocks"][0][0])
+    if report["peak_memory"] <= 0:
+        raise FaultyRunError("crash", f"the peak of memory is {report['peak_memory']} bytes")
+
+
+def require_steps(report: dict, expected: dict[str, int]) -> None:
+    """Raise `FaultyRunError` unless each adapter made as many optimizer steps as expected, and none was stopped."""
+    for name, steps in expected.items():
+        made = report["steps"].get(name, 0)
+        said = f"{name} made {made} of {steps} steps"
+        if name in report["stopped"]:
+            raise FaultyRunError("nan", f"{said}: it was stopped by a gradient that is not finite")
+        if made != steps:
+            raise FaultyRunError("crash", said)
+    unknown = sorted(set(report["steps"]) - set(expected))
+    if unknown or not expected:
+        raise FaultyRunError("crash", f"the run had another adapter, {unknown[0]}" if unknown else "no adapter trained")
+
+
+def require_clocks(clocks: list[list[float]], processes: int) -> None:
+    """Raise `FaultyRunError` unless the device's seconds and the host's, of each process, are the same."""
+    if len(clocks) != processes:
+        raise FaultyRunError("crash", f"the report has the times of {len(clocks)} processes, the run had {processes}")
+    for rank, (device, host) in enumerate(clocks):
+        said = f"process {rank} ran {device:.6g} s by its device's clock and {host:.6g} s by the host's"
+        if not (0 < device < math.inf and 0 < host < math.inf):
+            raise FaultyRunError("crash", said)
+        if abs(device - host) > CLOCKS_AGREE * host:
+            raise FaultyRunError("crash", f"{said}, more than {CLOCKS_AGREE:.0%} apart")
+
+
+def _require_marks(marks: list[list[float]], plan: Plan, end: float) -> None:
+    """Raise unless the first stage was done with every slot, or, as a schedule that flushes notes it, with each that
+    steps; one after the other, between the start of its clock and the end."""
+    stepping = [slot for slot, parts in enumerate(plan.slots()) if any(part.step_after for part in parts)]
+    if [slot for slot, _ in marks] not in ([*range(len(plan.slots()))], stepping):
+        raise FaultyRunError("crash", f"the times of microbatches {', '.join(str(slot) for slot, _ in marks[:5])}, ... "
+                                      f"are not those of the plan's {len(plan.slots())} in their order")  # fmt: skip
+    times = [0.0, *(time for _, time in marks), end]
+    for (before, after), slot in zip(pairwise(times), [*(slot for slot, _ in marks), "the end"], strict=True):
+        if not before <= after:
+            raise FaultyRunError("crash", f"the clock ran backwards: {after:.6g} s at {slot}, after {before:.6g} s")
+
+
+def whole_seconds(report: dict) -> float:
+    """From the start of the clock to when the last process's device had done its work."""
+    return max(device for device, _ in report["clocks"])
+
+
+def metrics(report: dict, workload: Workload, plan: Plan) -> list[Metric]:
+    """The numbers of a run that ended well."""
+    whole = whole_seconds(report)
+    steady, window = steady_throughput({slot: time for slot, time in report["seconds"]}, plan)
+    padded = sum(microbatch.length for microbatch in plan.microbatches)
+    fill = statistics_of(plan.microbatches, plan.capacity).fill
+    peak_note = "largest over the processes"
+    out = [
+        Metric("throughput", workload.tokens / whole, "tok/s", "higher", "whole"),
+        Metric("throughput", steady, "tok/s", "higher", "steady", note=window),
+        Metric("throughput_padded", padded / whole, "tok/s", "higher", "whole"),
+        Metric("time", whole, "s", "lower", "whole"),
+        Metric("peak_memory", report["peak_memory"], "B", "lower", "whole", note=peak_note),
+        Metric("fill", fill, "1", "higher", "whole"),
+    ]
+    for name, time in report["canary"].items():
+        out.append(Metric("time", time, "s", "lower", "steady", implementation=name))
+    return out + cost_metrics(report.get("cost", {}), workload.tokens / whole, len(report["clocks"]))
+
+
+def cost_metrics(cost: dict, throughput: float, processes: int) -> list[Metric]:
+    """What a run costs besides time (`cost.cost_of`), where that is known. The devices are busy for as long as they
+    were in the part of it that was looked at; throughput: of the whole run, tokens a second."""
+    if "counts" not in cost:
+        return []
+    counts, scale = cost["counts"], 1000 / cost["tokens"]
+    out = [
+        Metric(name, scale * counts[name], "1/ktok", "lower", "whole", note=cost["part"])
+        for name in ("operators", "kernels", "launches")
+        if name in counts
+    ]
+    if "busy_ms" in counts:
+        busy = scale * counts["busy_ms"]
+        share = busy * throughput / (1e6 * processes)
+        out += [
+            Metric("device_busy", busy, "ms/ktok", "lower", "whole", note=cost["part"]),
+            Metric("busy", share, "1", "higher", "whole", note=cost["part"]),
+        ]
+    return out
+
+
+def steady_throughput(seconds: dict[int, float], plan: Plan) -> tuple[float, str]:
+    """Tokens per second between two backwards of the first stage, fill and drain left out, and which two.
+
+    seconds: when the first stage was done with a slot (for a flushing schedule, with the last of a global
+    batch). The window begins at the first such time that has at least 2 S microbatches before it and ends at the
+    last that has S - 1 after it; where a plan is too short for that, it is from the first time to the last.
+    """
+    slots, stages = plan.slots(), plan.stages
+    count = len(slots)
+    marks = sorted(seconds)
+    inside = [index for index in marks if 2 * stages <= index <= count - stages]
+    if len(marks) == 1:
+        tokens = statistics_of(plan.microbatches, plan.capacity).tokens
+        return tokens / seconds[marks[0]], "the whole run, which has only one step"
+    begin, end = (inside[0], inside[-1]) if len(inside) > 1 else (marks[0], marks[-1])
+    tokens = sum(microbatch.tokens for slot in slots[begin + 1 : end + 1] for microbatch in slot)
+    return tokens / (seconds[end] - seconds[begin]), f"microbatches {begin + 1} to {end} of {count}"
+
+
+def write_result(path: str | Path, content: dict) -> None:
+    """Write the file with its seal, whole or not at all."""
+    write(Path(path), json.dumps(sealed(content), indent=1) + "\n")

@@ -1,0 +1,75 @@
+"""The outcome of tuning a cell: which capacities were tried, how fast each was, and which is the cell's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import Field
+
+from lorafusion.core.schema import MOST_TOKENS, Data, Float, Int, UserError, validated
+from lorafusion.core.seals import require_own_seal, sealed
+from lorafusion.core.workload import Workload, read_versioned
+
+VERSION = 3
+
+
+class Tried(Data):
+    """A capacity that was tried: tokens a second of the first global batches, or why there is no such number."""
+
+    capacity: Int = Field(ge=1, le=MOST_TOKENS)
+    throughput: Float | None = Field(default=None, gt=0, le=1e12)
+    status: str = "ok"
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.capacity}: {self.status if self.throughput is None else f'{self.throughput:,.0f} tok/s'}"
+
+
+class Tuned(Data):
+    """The outcome for a cell, and what it was made from."""
+
+    version: Int = VERSION
+    suite: str
+    cell: str
+    system: str
+    stages: Int
+    data_parallel: Int
+    config_hash: str
+    workload_hash: str
+    gpu_name: str | None
+    git_sha: str | None
+    git_dirty: bool | None
+    tree_hash: str | None
+    trials: tuple[Tried, ...] = Field(min_length=1)
+    seal: str | None = Field(default=None, description="hash of all the rest, so that a change by hand shows")
+
+    @property
+    def capacity(self) -> int:
+        """The fastest, of equal ones the largest; where none was run to its end the smallest tried, for which the run
+        itself will say what is wrong."""
+        done = [one for one in self.trials if one.throughput is not None]
+        if not done:
+            return min(one.capacity for one in self.trials)
+        return max(done, key=lambda one: (one.throughput, one.capacity)).capacity
+
+    def to_json(self) -> str:
+        return json.dumps(sealed(self.model_dump(mode="json")), indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: str | Path) -> Tuned:
+        """Read a file of `lorafusion tune`; `UserError` names the file and what is wrong."""
+        found = validated(cls, read_versioned(path, VERSION, "tuning"), path)
+        require_own_seal(found.model_dump(mode="json"), path)
+        return found
+
+    def require(self, source: Path, workload: Workload, system: str, stages: int, data_parallel: int) -> None:
+        """Raise where this is the tuning of another workload, system or arrangement."""
+        for what, found, expected in (
+            ("workload", self.workload_hash, workload.content_hash),
+            ("system", self.system, system),
+            ("stages", self.stages, stages),
+            ("data_parallel", self.data_parallel, data_parallel),
+        ):
+            if found != expected:
+                raise UserError(f"{source}: tuned for {what} {found}, but this plan is for {expected}")

@@ -1,0 +1,179 @@
+"""How many tokens a microbatch may hold in a cell, by one rule for all systems: the most that fits, then the fastest.
+
+The most that is tried is the suite's. It is made smaller (`sizes`) until the plan's largest microbatches fit in memory,
+and further until a size is clearly slower than the fastest (`trials.SLOWER`). A trial is one run of the first global
+batch of each adapter (of as many as there are stages), planned as the whole workload is. Systems that fix the number of
+samples of a microbatch take as many as fit in those tokens (`scheduler.common.largest_microbatch`), so that the same
+rule tunes them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from lorafusion.core.files import write
+from lorafusion.core.machine import provenance
+from lorafusion.core.plan import Plan
+from lorafusion.core.schema import UserError
+from lorafusion.core.seals import seal
+from lorafusion.core.workload import Workload
+from lorafusion.lab.experiments.end_to_end import cell_files, require_device, spec_of, unavailable
+from lorafusion.lab.keys import CellFiles
+from lorafusion.lab.suite import Cell, Suite
+from lorafusion.lab.tuned import Tried, Tuned
+from lorafusion.launch.launch import Outcome, launch
+from lorafusion.launch.spec import RunSpec, Trial
+from lorafusion.planning import plan_system
+
+MOST_TRIALS = 10
+PROFILE_COLUMNS = ("suite", "cell", "workload", "qkv", "system", "gpu_name", "git_sha", "tree_hash", "config_hash",
+                   "plan_hash", "class", "milliseconds", "kernels", "share")  # fmt: skip
+
+
+def tune_cell(
+    suite_path: Path, name: str, workload_path: Path, out: Path, launch: Callable[..., Outcome] = launch
+) -> Tuned:
+    """Tune a cell of a suite and write the outcome, also where nothing fits."""
+    files, workload = _read(suite_path, name, workload_path)
+    suite, cell = files.suite, files.cell
+    with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
+        spec = trials_of(cell, suite, workload, workload_path, candidates(workload, cell), Path(scratch))
+        tried = _try_all(spec, partial(launch, processes=cell.gpus), 60 * cell.grid.minutes)
+    origin = provenance(suite.device)
+    tuned = Tuned(suite=suite.name, cell=name, system=cell.system, stages=cell.stages,
+                  data_parallel=cell.grid.data_parallel, config_hash=files.configuration,
+                  workload_hash=workload.content_hash, trials=tuple(tried),
+                  **{key: origin[key] for key in ("gpu_name", "git_sha", "git_dirty", "tree_hash")})  # fmt: skip
+    write(out, tuned.to_json())
+    return tuned
+
+
+def _read(suite_path: Path, name: str, workload_path: Path) -> tuple[CellFiles, Workload]:
+    """A cell of a suite that can be run here, and its workload."""
+    files = cell_files(suite_path, name)
+    require_device(files.suite, suite_path)
+    reason = unavailable(files.system)
+    if reason:
+        raise UserError(f"cell {name}: {reason}")
+    return files, files.workload(workload_path)
+
+
+def trials_of(
+    cell: Cell, suite: Suite, workload: Workload, workload_path: Path, plans: list[Plan], folder: Path
+) -> RunSpec:
+    """The run that tries a cell's plans in turn; they and those of the beginning are written to a folder."""
+    part = beginning(workload, cell.stages)
+    (folder / "part.json").write_text(part.to_json())
+    trials = []
+    for plan in plans:
+        paths = [folder / f"{kind}-{plan.capacity}.json" for kind in ("whole", "part")]
+        paths[0].write_text(plan.to_json())
+        paths[1].write_text(plan_cell(part, cell, plan.capacity).to_json())
+        trials.append(Trial(plan=str(paths[0]), part=str(paths[1]), capacity=plan.capacity))
+    update = {"trials": trials, "part": str(folder / "part.json"), "throughputs": str(folder / "throughputs.jsonl")}
+    return spec_of(cell, suite, workload_path).model_copy(update=update)
+
+
+def beginning(workload: Workload, stages: int) -> Workload:
+    """The first global batch of each job, or as many as there are stages, for a pipeline that is not empty mostly."""
+    jobs = tuple(job.model_copy(update={"steps": min(len(job.batches), job.start + stages)}) for job in workload.jobs)
+    return workload.model_copy(update={"jobs": jobs})
+
+
+def sizes(most: int) -> Iterator[int]:
+    """A capacity, three quarters of it, half of it, and so on. By halves alone a system that takes a power of two of
+    samples can miss one: with 32,768 tokens four of WikiSum from each adapter, with 16,384 one, in between two."""
+    while most:
+        yield most
+        if most > 1:
+            yield most * 3 // 4
+        most //= 2
+
+
+def candidates(workload: Workload, cell: Cell) -> list[Plan]:
+    """The plans of a cell at its capacity and at smaller ones, without those that only say the same again; as far down
+    as its planner can. Raises the planner's `UserError` where it cannot even at the first."""
+    first, *smaller = sizes(cell.grid.capacity_of(cell.workload))
+    plans = [plan_cell(workload, cell, first)]
+    for capacity in smaller:
+        if len(plans) == MOST_TRIALS:
+            break
+        try:
+            plan = plan_cell(workload, cell, capacity)
+        except UserError:
+            break
+        if plan.microbatches == plans[-1].microbatches:
+            plans.pop()  # the smaller capacity says better what is in the plan
+        plans.append(plan)
+    return plans
+
+
+def plan_cell(workload: Workload, cell: Cell, capacity: int) -> Plan:
+    """The plan of a workload as a cell runs it."""
+    return plan_system(
+        workload, cell.system, stages=cell.stages, capacity=capacity, data_parallel=cell.grid.data_parallel
+    )
+
+
+def _try_all(spec: RunSpec, run: Callable[..., Outcome], seconds: float) -> list[Tried]:
+    """What each capacity gave, in `seconds` for all. Memory that does not suffice ends the processes, and new ones go
+    on with the next; whatever else ends them ends it all."""
+    tried: list[Tried] = []
+    trials, end = list(spec.trials), time.monotonic() + seconds
+    while trials:
+        finished = Path(spec.throughputs)
+        finished.unlink(missing_ok=True)
+        outcome = run(spec.model_copy(update={"trials": trials}), timeout=max(1.0, end - time.monotonic()))
+        rates = [json.loads(line) for line in finished.read_text().splitlines()] if finished.exists() else []
+        tried += [Tried(capacity=one.capacity, throughput=rate) for one, rate in zip(trials, rates, strict=False)]
+        if outcome.status == "ok":
+            break
+        failed = trials[len(rates)]
+        tried.append(Tried(capacity=failed.capacity, status=outcome.status, note=outcome.note))
+        if outcome.status != "oom" or rates:  # a smaller capacity that does not fit where a larger one did
+            break
+        trials = trials[1:]
+    return tried
+
+
+def profile_cell(
+    suite_path: Path,
+    name: str,
+    workload_path: Path,
+    plan_path: Path,
+    out: Path,
+    tuned_path: Path | None = None,
+    launch: Callable[..., Outcome] = launch,
+) -> pd.DataFrame:
+    """Where the GPU's time goes in the first global batches of a cell, planned with the capacity of its plan; written
+    as CSV."""
+    files, workload = _read(suite_path, name, workload_path)
+    suite, cell = files.suite, files.cell
+    if suite.device == "cpu":
+        raise UserError(f"{suite_path}: a suite for a CPU; only a GPU's kernels can be told apart")
+    plan = files.plan(plan_path, files.tuned(tuned_path))
+    with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
+        spec = trials_of(cell, suite, workload, workload_path, [plan], Path(scratch))
+        outcome = launch(spec.model_copy(update={"profile": True}), cell.gpus, 60 * cell.grid.minutes)
+    if outcome.status != "ok":
+        raise UserError(f"profile: the run of {name} ended as {outcome.status}: {outcome.note}")
+    identity = {
+        "suite": suite.name,
+        "cell": name,
+        "workload": cell.workload,
+        "qkv": "merged" if cell.grid.merged_qkv else "separate",
+        "system": cell.system,
+        "config_hash": files.configuration,
+        "plan_hash": plan.content_hash,
+    } | {key: value for key, value in provenance(suite.device).items() if key in PROFILE_COLUMNS}
+    frame = pd.DataFrame([identity | row for row in outcome.report["profile"]], columns=PROFILE_COLUMNS)
+    write(out, frame.to_csv(index=False))
+    seal(out)
+    return frame

@@ -1,0 +1,228 @@
+"""Start the processes of a run, watch them, and turn however they end into one result file."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from lorafusion.launch.heartbeat import Watch
+from lorafusion.launch.spec import STOP_FILE, RunSpec
+
+ROOT = Path(__file__).parents[2]
+GRACE_SECONDS = 10
+LOOK_SECONDS = 0.2
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+RENDEZVOUS_PORT = 29400
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# In what gloo, NCCL and the store say when a process at the other end is gone.
+BROKEN_CONNECTION = re.compile("Connection|Broken pipe|Socket closed")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: a status of the measurement table, why, and the report of rank 0 where there is one."""
+
+    status: str
+    note: str = ""
+    report: dict = field(default_factory=dict)
+
+
+class Processes:
+    """The processes of a run on this node, in a session of their own so that the whole tree can be ended."""
+
+    def __init__(self, processes: int, nodes: int, arguments: list[str], log: IO[str] | None) -> None:
+        command = worker_command(processes, nodes, os.environ) + arguments
+        print("+", shlex.join(command), flush=True, file=log)
+        environment = worker_environment(processes // nodes, os.environ)
+        self._child = subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=partial(end_with_parent, parent=os.getpid()),
+            stdout=log,
+            stderr=log,
+        )
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit status, or None if they are still running after so long."""
+        try:
+            return self._child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def end(self) -> None:
+        """End what is left of them: politely, then not."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self._child.pid, number)
+            except ProcessLookupError:
+                return
+            self.wait(GRACE_SECONDS)
+
+
+def launch(
+    spec: RunSpec,
+    processes: int,
+    timeout: float = math.inf,
+    nodes: int = 1,
+    reports: Path | None = None,
+    stall: float = math.inf,
+    look: Callable[[], None] = lambda: None,
+    log: IO[str] | None = None,
+    start: Callable[[int, int, list[str], IO[str] | None], Processes] = Processes,
+) -> Outcome:
+    """Run a spec on `processes` processes; output goes to this process's, or to a log; at most `timeout` seconds pass,
+    and at most `stall` in which no process gets on. `look` is called a few times a second.
+
+    With several nodes one launcher runs on each (`srun`); `reports` is then a folder that all of them see, in which
+    the workers leave their reports, so that the first node knows why another failed. A run that saves checkpoints is
+    asked to do so before it ends when this process gets SIGTERM, SIGINT or SIGHUP; the outcome is then "stopped".
+    """
+    with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
+        reports = reports or Path(scratch)
+        reports.mkdir(parents=True, exist_ok=True)
+        spec_path = Path(scratch) / "spec.json"
+        spec_path.write_text(spec.model_dump_json())
+        watch = Watch(reports, processes)
+        with _interrupts(spec) as interrupted:
+            running = start(processes, nodes, [str(spec_path), str(reports)], log)
+            try:
+                code = _wait(running, watch, timeout, stall, look)
+            finally:
+                running.end()
+        if isinstance(code, str):
+            return _with_its_time(Outcome("timeout", code), spec, reports)
+        # A signal that torchrun got too is a failure to it, however orderly its processes ended.
+        stopped = interrupted and (reports / "report.json").exists()
+        done = outcome(reports, 0 if stopped else code, watch)
+        if done.status == "ok" and not done.report.get("finished", True):
+            reason = f"by {interrupted[-1]}" if interrupted else "by request"
+            return Outcome("stopped", f"{reason}, after saving a checkpoint", done.report)
+        return _with_its_time(done, spec, reports)
+
+
+def _with_its_time(done: Outcome, spec: RunSpec, reports: Path) -> Outcome:
+    """The outcome of a run that was over, and reported, when something ended the look at its cost: it is a good one."""
+    report = reports / "report.json"
+    if not spec.cost or done.status == "ok" or not report.exists():
+        return done
+    return Outcome("ok", report=json.loads(report.read_text()) | {"cost": {"unknown": done.note}})
+
+
+def _wait(running: Processes, watch: Watch, timeout: float, stall: float, look: Callable[[], None]) -> int | str:
+    """The exit status of a run's processes, or why they are not waited for any longer."""
+    begin = time.monotonic()
+    while True:
+        code = running.wait(LOOK_SECONDS)
+        look()
+        watch.look()
+        if code is not None:
+            return code
+        if time.monotonic() - begin > timeout:
+            return f"not done after {timeout:g} s"
+        stalled = watch.stalled(stall)
+        if stalled:
+            return f"nothing happened for {stall:g} s; {stalled}"
+
+
+@contextmanager
+def _interrupts(spec: RunSpec) -> Iterator[list[str]]:
+    """Within it SIGTERM, SIGINT and SIGHUP ask a run with checkpoints to save and end; the names of those that came are
+    in the list. A second one, or the first for another run, interrupts this process."""
+    came: list[str] = []
+
+    def handle(number: int, _frame: object) -> None:
+        came.append(signal.Signals(number).name)
+        if spec.saving is None or came[:-1] not in ([], ["SIGHUP"]):
+            raise KeyboardInterrupt
+        folder = Path(spec.saving.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STOP_FILE).touch()
+
+    previous = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        if spec.saving:
+            (Path(spec.saving.folder) / STOP_FILE).unlink(missing_ok=True)
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def worker_command(processes: int, nodes: int, environment: dict[str, str]) -> list[str]:
+    """The command that starts the workers of this node: one process plainly, more under torchrun."""
+    worker = ["-m", "lorafusion.engine.worker"]
+    if processes == 1:
+        return [sys.executable, *worker]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes // nodes}"]
+    if nodes == 1:
+        return [*torchrun, "--standalone", *worker]
+    return [
+        *torchrun,
+        f"--nnodes={nodes}",
+        f"--node-rank={environment['SLURM_NODEID']}",
+        f"--rdzv-id={environment['SLURM_JOB_ID']}",
+        "--rdzv-backend=c10d",
+        # Where srun was called: the job's first node.
+        f"--rdzv-endpoint={environment['SLURM_LAUNCH_NODE_IPADDR']}:{RENDEZVOUS_PORT}",
+        *worker,
+    ]
+
+
+def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a node's workers: this process's, with its cores shared out among them.
+
+    A number of threads that is there already stands. More threads than free cores cost more than they bring, as they
+    wait for each other spinning: the learning check took 20 s alone and 140 s beside another busy process.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    # Baselines are importable from the checkout, whatever the working directory.
+    python_path = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    ours = {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
+    return {"OMP_NUM_THREADS": str(threads)} | dict(environment) | ours
+
+
+def end_with_parent(number: signal.Signals = signal.SIGTERM, parent: int | None = None) -> None:
+    """Ask Linux to end this process with its parent, so that a killed launcher leaves nothing running. parent: its id,
+    where it may be gone already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def outcome(reports: Path, code: int, watch: Watch | None = None) -> Outcome:
+    """What the workers left behind, read in the order of what explains most."""
+    failures = [json.loads(path.read_text()) for path in sorted(reports.glob("failure-*.json"))]
+    # An exhausted memory explains the others' broken connections, as does a process that was killed.
+    failures.sort(key=lambda failure: failure["status"] != "oom")
+    causes = [failure for failure in failures if not BROKEN_CONNECTION.search(failure["message"])]
+    if causes:
+        return Outcome(causes[0]["status"], causes[0]["message"])
+    name = signal.Signals(-code).name if code < 0 else ""
+    hint = ", often the host's out-of-memory killer" if name in ("", "SIGKILL") else ""
+    if watch is not None and watch.died:
+        end = f"ended by {name}" if name else "ended without a word, as by SIGKILL"
+        return Outcome("crash", f"{watch.died.place}, {watch.died.doing}: {end}{hint}")
+    if failures:
+        return Outcome(failures[0]["status"], failures[0]["message"])
+    if name:
+        return Outcome("crash", f"ended by {name}{hint}")
+    report = reports / "report.json"
+    if code or not report.exists():
+        return Outcome("crash", f"ended with status {code} and left no report; its log says more")
+    return Outcome("ok", report=json.loads(report.read_text()))

@@ -1,0 +1,173 @@
+"""Who uses an output folder: one launcher and its workers, by process id and start time, in the file that is locked.
+
+The operating system lets go of a killed launcher's lock at once, while its workers may go on for minutes. So the next
+launcher puts its own name below theirs and then ends all who stand there. A worker puts its name down before it touches
+anything, and ends if the last launcher in the file is not its own: it stands there in time, or it sees the new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lorafusion.core.schema import Config, UserError
+
+LOCK = ".lock"
+END_SECONDS = 10
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Process(Config):
+    """A process for all time: start is in clock ticks after its machine's boot, as /proc/PID/stat has it."""
+
+    host: str
+    boot: str
+    namespace: str
+    pid: int
+    start: int
+
+    @classmethod
+    def own(cls) -> Process:
+        pid = os.getpid()
+        return cls(**_here(), pid=pid, start=_start(pid))
+
+    @property
+    def is_near(self) -> bool:
+        """Was it started by this kernel, where its process id means the same?"""
+        here = _here()
+        return (self.boot, self.namespace) == (here["boot"], here["namespace"])
+
+    @property
+    def lives(self) -> bool:
+        """Of a near process. Another one that has its id by now is not it."""
+        return _start(self.pid) == self.start
+
+    @property
+    def may_live(self) -> bool:
+        """A process before this machine's last start does not; of another machine's that cannot be told."""
+        here = _here()
+        rebooted = self.host == here["host"] and self.boot != here["boot"]
+        return self.lives if self.is_near else not rebooted
+
+    def kill(self) -> None:
+        if self.lives:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+class Lock(Config):
+    """What a launcher gives its workers: the file and the launcher's token in it."""
+
+    path: str
+    token: str
+
+
+class _Member(Config):
+    """A line of the file."""
+
+    token: str
+    launches: bool
+    process: Process
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Lock]:
+    """Within it no other launcher uses the folder, which is made, and nothing of an earlier one is left running. Raises
+    `UserError` where that cannot be had."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another training is using this folder") from None
+        _require_near(folder, _members(path))
+        own = Lock(path=str(path), token=secrets.token_hex(8))
+        _add(own, launches=True)
+        _end([member.process for member in _members(path) if member.token != own.token], folder)
+        file.truncate(0)
+        _add(own, launches=True)
+        try:
+            yield own
+        finally:
+            file.truncate(0)
+
+
+def join(lock: Lock) -> None:
+    """Put this process, a worker, down as one of its launcher's. Raises `UserError` where that is no longer the one
+    that has the folder; nothing in it may be touched then."""
+    _add(lock, launches=False)
+    launchers = [member.token for member in _members(Path(lock.path)) if member.launches]
+    if launchers[-1:] != [lock.token]:
+        raise UserError(f"{lock.path}: another launcher has the folder by now")
+
+
+def _add(lock: Lock, launches: bool) -> None:
+    """Append a line in one write, so that lines of several processes do not mix."""
+    line = _Member(token=lock.token, launches=launches, process=Process.own()).model_dump_json() + "\n"
+    descriptor = os.open(lock.path, os.O_WRONLY | os.O_APPEND)
+    try:
+        if os.write(descriptor, line.encode()) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), lock.path)
+    finally:
+        os.close(descriptor)
+
+
+def _members(path: Path) -> list[_Member]:
+    try:
+        return [_Member.model_validate(json.loads(line)) for line in path.read_bytes().splitlines()]
+    except (ValueError, ValidationError):
+        raise UserError(f"{path}: damaged; if no training uses the folder, delete this file") from None
+
+
+def _require_near(folder: Path, members: list[_Member]) -> None:
+    for process in [member.process for member in members]:
+        if not process.is_near and process.may_live:
+            raise UserError(
+                f"{folder}: process {process.pid} on {process.host} was training here and did not end in order; if it "
+                f"runs no longer, delete {LOCK} in the folder"
+            )
+
+
+def _end(processes: list[Process], folder: Path) -> None:
+    """Kill those that live, and wait until they do not."""
+    living = [process for process in processes if process.is_near and process.lives]
+    for process in living:
+        try:
+            process.kill()
+        except PermissionError:
+            raise UserError(f"{folder}: process {process.pid}, another user's, is training here") from None
+        except ProcessLookupError:
+            pass  # it has just ended
+    end = time.monotonic() + END_SECONDS
+    while any(process.lives for process in living):
+        if time.monotonic() > end:
+            left = next(process.pid for process in living if process.lives)
+            raise UserError(f"{folder}: process {left} of an earlier training here cannot be ended")
+        time.sleep(0.02)
+    if living:
+        print(f"ended {len(living)} processes that an earlier training left running", file=sys.stderr)
+
+
+def _here() -> dict[str, str]:
+    return {"host": platform.node(), "boot": BOOT.read_text().strip(), "namespace": os.readlink("/proc/self/ns/pid")}
+
+
+def _start(pid: int) -> int | None:
+    """When a process was started; None where there is none of this id that could still do anything."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in "ZX" else int(fields[18])

@@ -1,0 +1,71 @@
+"""From a workload to a plan. No torch, no clock, no randomness; the integer programs are SciPy's HiGHS.
+
+Every strategy is a function of (workload, system, stages, capacity, data_parallel) that returns a checked plan, or
+raises `UserError` for an input that no plan can serve; `bounds` says how few microbatches any of them may need.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from lorafusion.core.config import read_systems, require_possible
+from lorafusion.core.plan import Plan
+from lorafusion.core.plugins import load
+from lorafusion.core.schema import UserError, one_of
+from lorafusion.core.workload import Workload, content_hash
+from lorafusion.planning.simulator.costs import CostModel
+
+STRATEGIES = {
+    "fast": "lorafusion.planning.fast:plan",
+    "fewest": "lorafusion.planning.fast:fewest",  # the same, for few microbatches and not for time
+    "paper": "lorafusion.planning.paper:plan",  # arXiv 2510.00206
+    "ffd": "lorafusion.planning.first_fit:plan",  # its order, packed first-fit-decreasing
+    "mlora": "baselines.mlora.planner:plan",  # packed, without BatchLoRA
+    "sequential": "lorafusion.planning.sequential:plan",  # Megatron-LM, PEFT
+}
+
+
+def plan_system(
+    workload: Workload, system: str, *, stages: int, capacity: int, data_parallel: int = 1, **options: object
+) -> Plan:
+    """A checked plan by the planner of a system of configs/systems.yaml, with its entry's options and those given.
+
+    Raises `UserError` for an unknown system, and as its planner does."""
+    systems = read_systems()
+    one_of("system", system, set(systems), "configs/systems.yaml")
+    entry = systems[system]
+    require_possible(system, entry, stages, data_parallel)
+    planner = load(entry.planner, "planner")
+    chosen = entry.options | options
+    plan = planner(workload, system, stages, capacity, data_parallel, **chosen)
+    return plan.model_copy(update={"key": plan_key(plan, entry.planner, chosen)})
+
+
+def plan_workload(
+    workload: Workload,
+    strategy: str = "fast",
+    *,
+    stages: int,
+    capacity: int,
+    data_parallel: int = 1,
+    system: str | None = None,
+    costs: CostModel | None = None,
+) -> Plan:
+    """A checked plan by the strategy of that name. system: the plan's name for it, by default the strategy's. costs: of
+    the stages, which `fast` judges by and the others do not look at. Raises `UserError` for a strategy or sizes that
+    cannot be."""
+    one_of("strategy", strategy, set(STRATEGIES), "plan")
+    for name, value in (("stages", stages), ("capacity", capacity), ("data_parallel", data_parallel)):
+        if value < 1:
+            raise UserError(f"plan: {name} must be at least 1, found {value}")
+    options = {"costs": costs} if strategy == "fast" and costs else {}
+    planner = load(STRATEGIES[strategy], "planner")
+    return planner(workload, system or strategy, stages, capacity, data_parallel, **options)
+
+
+def plan_key(plan: Plan, planner: str, options: dict[str, object]) -> str:
+    """Changes with anything that a plan is made from, and with the plan itself. planner: its import path; options: its
+    keyword arguments."""
+    plain = {name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+             for name, value in options.items()}  # fmt: skip
+    return content_hash([planner, plain, plan.content_hash])

@@ -1,0 +1,232 @@
+"""One slot after another: which samples of which adapters a microbatch holds.
+
+Each turn looks at the adapters that may enter, those whose last step is S slots ago, and takes them in an order: by
+default first the one with the most work after its current global batch, for every further batch of an adapter costs
+its slots and S - 1 of waiting, so that the longest such tail decides when the plan can end (the rule of the longest
+path in list scheduling). Whole remainders of global batches are taken for as long as they fit. The rest of the room is
+filled as exactly as the samples at hand allow: from the next adapter alone where that is enough, else from the ones
+after it as well. So nothing is divided into groups, and a microbatch begins the next adapter's batch where one ends,
+which is what the published algorithm merges for.
+
+A packer can be fed while it runs: jobs come and go between global batches.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Job
+from lorafusion.planning.bounds import fewest_slots
+from lorafusion.planning.common import Item, job_items
+
+EXACT = 256  # the part of a bin that may stay empty before other adapters' samples are asked
+EXACT_ROOM = 1 << 16  # tokens that are filled exactly; of a larger room what is before them goes to the longest
+
+
+@dataclass
+class _Stream:
+    """What an adapter still has to do."""
+
+    job: Job
+    tails: list[int]  # slots that come after each of its batches at least, waiting included
+    end: int  # the batch that it stops before
+    batch: int = 0
+    items: list[Item] = field(default_factory=list)  # of the batch, those not placed yet, longest first
+    tokens: int = 0  # theirs
+
+    @property
+    def begun(self) -> bool:
+        return len(self.items) < len(self.job.batches[self.batch])
+
+
+# Which adapter a slot takes first, by a stream's key, the lowest first. Where many adapters may enter the first is as
+# good as any; where two to eight leave slots empty, each was the fastest in some of 180 workloads, by up to 7 %.
+ORDERS: dict[str, Callable[[_Stream], tuple[float, ...]]] = {
+    "longest-way": lambda stream: (-stream.tails[stream.batch],),
+    "in-hand": lambda stream: (not stream.begun, -stream.tails[stream.batch]),
+    "abreast": lambda stream: (stream.batch, not stream.begun),
+    "nearly-done": lambda stream: (stream.tokens,),
+}
+
+
+def items_of(adapter: int, job: Job, batch: int) -> list[Item]:
+    """The samples of one of a job's global batches, the longest first."""
+    return sorted(job_items(adapter, job, batch), key=lambda item: (-item.tokens, item.position))
+
+
+class Packer:
+    """Bins of at most `capacity` tokens, slot after slot, for jobs that are added and withdrawn at any time.
+
+    target: tokens that a bin is filled to, by default the capacity; a longer sample has a bin to itself. order: a name
+    of ORDERS. slack: tokens of the target that may stay empty before samples of further adapters are asked for. items:
+    makes the items of a batch; one that remembers them serves several packers of the same jobs."""
+
+    def __init__(
+        self,
+        stages: int,
+        capacity: int,
+        data_parallel: int = 1,
+        target: int | None = None,
+        order: str = "longest-way",
+        slack: int | None = None,
+        items: Callable[[int, Job, int], list[Item]] = items_of,
+    ) -> None:
+        self.stages, self.capacity, self.data_parallel = stages, capacity, data_parallel
+        self.target = capacity if target is None else target
+        self.slack = self.target // EXACT if slack is None else slack
+        self._priority, self._items = ORDERS[order], items
+        self.slot = 0
+        self._enters: dict[int, int] = {}  # the first slot that an adapter's next global batch may enter
+        self.streams: dict[int, _Stream] = {}
+        self._ready: list[tuple[tuple[float, ...], int]] = []  # heap: (priority, adapter), the most urgent first
+        self._waiting: list[tuple[int, int]] = []  # heap: (release, adapter)
+
+    def add(self, adapter: int, job: Job, batch: int = 0, end: int | None = None) -> None:
+        """Let a job in from one of its global batches on, until before another or all of them, S slots after the last
+        one of the same adapter if it was there before. Raises `UserError` for an adapter that is there, batches that it
+        has not, and a sample above the capacity."""
+        if adapter in self.streams:
+            raise UserError(f"packer: adapter {adapter} is there already")
+        end = len(job.batches) if end is None else end
+        if not 0 <= batch < end <= len(job.batches):
+            found = batch if end == len(job.batches) else f"{batch} to {end}"
+            raise UserError(f"packer: {job.name!r} has {len(job.batches)} global batches, found {found}")
+        longest = max(sample.tokens for sample in job.samples)
+        if longest > self.capacity:
+            raise UserError(f"packer: a sample of {job.name!r} has {longest} tokens, the capacity is {self.capacity}")
+        slots = fewest_slots(job, self.target, self.data_parallel)[:end]
+        tails = [0] * len(slots)
+        for index in range(len(slots) - 2, -1, -1):
+            tails[index] = tails[index + 1] + slots[index + 1] + self.stages - 1
+        self.streams[adapter] = _Stream(job, tails, end, batch)
+        self._load(adapter)
+
+    def withdraw(self, adapter: int) -> list[Item]:
+        """Let a job go; the samples of its current global batch that have not been placed yet. With none of that batch
+        placed it ends between two batches, else its owner must train these, or give up the ones placed. Raises
+        `UserError` for an adapter that is not there, or not any more."""
+        if adapter not in self.streams:
+            raise UserError(f"packer: adapter {adapter} is not there")
+        self._ready = [one for one in self._ready if one[1] != adapter]
+        self._waiting = [one for one in self._waiting if one[1] != adapter]
+        heapq.heapify(self._ready)
+        heapq.heapify(self._waiting)
+        return self.streams.pop(adapter).items
+
+    def _load(self, adapter: int) -> None:
+        """Take a stream's batch in hand."""
+        stream = self.streams[adapter]
+        stream.items = self._items(adapter, stream.job, stream.batch)
+        stream.tokens = sum(item.tokens for item in stream.items)
+        heapq.heappush(self._waiting, (max(self.slot, self._enters.get(adapter, 0)), adapter))
+
+    def next_slot(self) -> tuple[list[list[Item]], set[int]]:
+        """The bins of the next slot, none where everybody waits, and the adapters whose global batch ends in it."""
+        while self._waiting and self._waiting[0][0] <= self.slot:
+            self._let_in(heapq.heappop(self._waiting)[1])
+        bins: list[list[Item]] = []
+        for replica in range(self.data_parallel):
+            content = self._fill(self._room(self.data_parallel - replica))
+            if not content:
+                break
+            bins.append(content)
+        ended = {item.adapter for content in bins for item in content if not self.streams[item.adapter].items}
+        for adapter in ended:
+            self._end_batch(adapter)
+        self.slot += 1
+        return bins, ended
+
+    def _let_in(self, adapter: int) -> None:
+        heapq.heappush(self._ready, (self._priority(self.streams[adapter]), adapter))
+
+    def _room(self, replicas: int) -> int:
+        """Tokens for the next of some replicas. With little left they share it: the slowest decides when all are
+        done."""
+        if replicas == 1 or not self._ready:
+            return self.target
+        ready = [self.streams[adapter] for _, adapter in self._ready]
+        share = -(-sum(stream.tokens for stream in ready) // replicas)
+        return min(self.target, max(share, max(stream.items[0].tokens for stream in ready)))
+
+    def _fill(self, room: int) -> list[Item]:
+        """Take what goes into a bin out of the streams."""
+        content: list[Item] = []
+        while self._ready:
+            _, adapter = heapq.heappop(self._ready)
+            stream = self.streams[adapter]
+            if not content and stream.items[0].tokens > room:
+                content = stream.items[:1]
+                self._take(content)
+                if stream.items:
+                    self._let_in(adapter)
+                return content
+            if stream.tokens > room:
+                looked_at = [adapter]
+                content += fill(self._groups(looked_at), room, self.slack)
+                self._take(content)
+                for one in looked_at:
+                    if self.streams[one].items:
+                        self._let_in(one)
+                return content
+            content += stream.items
+            room -= stream.tokens
+        self._take(content)
+        return content
+
+    def _groups(self, looked_at: list[int]) -> Iterator[list[Item]]:
+        """The items of the adapters looked at and of those next in urgency, which it adds to them as it goes on."""
+        yield self.streams[looked_at[0]].items
+        while self._ready:
+            looked_at.append(heapq.heappop(self._ready)[1])
+            yield self.streams[looked_at[-1]].items
+
+    def _take(self, content: list[Item]) -> None:
+        taken: dict[int, set[int]] = {}
+        for item in content:
+            taken.setdefault(item.adapter, set()).add(item.position)
+            self.streams[item.adapter].tokens -= item.tokens
+        for adapter, positions in taken.items():
+            stream = self.streams[adapter]
+            stream.items = [item for item in stream.items if item.position not in positions]
+            self._enters[adapter] = self.slot + self.stages
+
+    def _end_batch(self, adapter: int) -> None:
+        stream = self.streams[adapter]
+        stream.batch += 1
+        if stream.batch == stream.end:
+            del self.streams[adapter]
+            return
+        self._load(adapter)
+
+
+def fill(groups: Iterable[Sequence[Item]], room: int, slack: int) -> list[Item]:
+    """Items whose tokens come as close to the room as any choice of them, from as few groups as reach room - slack.
+
+    The sums that can be reached are the bits of an integer, so one addition is a shift: 100 items and 8192 tokens take
+    0.1 ms, and the choice is exact. Long samples are the first to be taken, since short ones fit anywhere later; in
+    rooms beyond 65536 tokens they are taken as they come until no more is left.
+    """
+    reached, before, items, chosen = 1, [], [], []
+    for group in groups:
+        for item in group:
+            if room - item.tokens >= EXACT_ROOM:
+                chosen.append(item)
+                room -= item.tokens
+                continue
+            before.append(reached)
+            items.append(item)
+            reached |= (reached << item.tokens) & ((1 << (room + 1)) - 1)
+            if reached >> room & 1:
+                break
+        reached &= (1 << (room + 1)) - 1
+        if reached.bit_length() > room - slack:
+            break
+    left = reached.bit_length() - 1
+    for item, sums in zip(reversed(items), reversed(before), strict=True):
+        if not sums >> left & 1:  # not to be had without this one
+            chosen.append(item)
+            left -= item.tokens
+    return chosen

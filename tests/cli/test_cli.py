@@ -1,0 +1,212 @@
+"""The command line as a user meets it: files in, files out, and one line for a mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from unittest.mock import patch
+
+import pytest
+
+from lorafusion.cli.main import main
+from lorafusion.core.config import CONFIGS
+from lorafusion.core.machine import has_gpu
+
+XSUM = str(CONFIGS / "workloads" / "xsum.yaml")
+
+
+def lorafusion(*arguments) -> subprocess.CompletedProcess:
+    """What the program does when it is called so, in this process: the imports of a new one would take most of the
+    time."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    command = ["lorafusion", *map(str, arguments)]
+    with patch.object(sys, "argv", command), redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess(command, code, stdout.getvalue(), stderr.getvalue())
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A workload and its plan for two stages."""
+    folder = tmp_path_factory.mktemp("planned")
+    made = lorafusion("workload", XSUM, "--samples", 16, "--length-scale", 16, "-o", folder / "deep" / "w.json")
+    assert made.returncode == 0, made.stderr
+    done = lorafusion("plan", folder / "deep/w.json", "--stages", 2, "--capacity", 256, "-o", folder / "p.json")
+    assert done.returncode == 0, done.stderr
+    assert "microbatches" in done.stdout
+    (folder / "costs.yaml").write_text("layers: [1, 1, 1]\ntoken: 1.0\n")
+    return folder
+
+
+def test_checking_plans_gives_a_verdict(planned):
+    done = lorafusion(
+        "check", "plans", planned / "p.json", "--workload", planned / "deep/w.json", "-o", planned / "verdict.json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((planned / "verdict.json").read_text())["passed"]
+
+
+def test_a_broken_plan_is_refused(planned):
+    data = json.loads((planned / "p.json").read_text())
+    data["microbatches"][-1]["step_after"] = []
+    (planned / "broken.json").write_text(json.dumps(data))
+    done = lorafusion(
+        "check", "plans", planned / "broken.json", "--workload", planned / "deep/w.json", "-o", planned / "no.json"
+    )
+    assert done.returncode == 2
+    assert "broken.json" in done.stderr
+    assert not (planned / "no.json").exists()
+
+
+def test_showing_a_plan(planned):
+    """Statistics and chart in the terminal, a picture, a page and a trace; with the costs of a model, in seconds."""
+    chart, page, trace = (planned / name for name in ("chart.png", "page.html", "trace.json"))
+    done = lorafusion(
+        "plan", "show", planned / "p.json", "--workload", planned / "deep/w.json", "--model", "llama-3.1-8b",
+        "-o", chart, "--trace", trace,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "bubble, steady" in done.stdout
+    assert "stage 1" in done.stdout
+    assert chart.read_bytes()[:4] == b"\x89PNG"
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert lorafusion("plan", "show", planned / "p.json", "-o", page).returncode == 0
+    assert "<svg" in page.read_text()
+
+
+def test_a_strategy_by_name_and_replicas(planned):
+    done = lorafusion(
+        "plan", planned / "deep/w.json", "--strategy", "fewest", "--data-parallel", 2, "--capacity", 256,
+        "-o", planned / "two.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((planned / "two.json").read_text())["data_parallel"] == 2
+
+
+def test_a_plan_by_the_costs_of_a_model(planned):
+    done = lorafusion(
+        "plan", planned / "deep/w.json", "--model", "llama-3.1-8b", "--stages", 2, "--capacity", 256,
+        "-o", planned / "m.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((planned / "m.json").read_text())["system"] == "lorafusion"
+
+
+def test_a_proposal_names_each_division_of_the_gpus(planned):
+    done = lorafusion("plan", "propose", planned / "deep/w.json", "--model", "llama-3.1-8b", "--gpus", 2)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] in (
+        [["1", "2"], ["2", "1"]],
+        [["2", "1"], ["1", "2"]],
+    )
+
+
+MISTAKES = {
+    "unknown system": (["plan", "{folder}/deep/w.json", "--system", "x", "-o", "{folder}/x"], "unknown system 'x'"),
+    "missing file": (["plan", "{folder}/none.json", "-o", "{folder}/x"], "none.json: no such workload file"),
+    "sample too long": (
+        ["plan", "{folder}/deep/w.json", "--capacity", "20", "-o", "{folder}/x"],
+        "more than the capacity of 20",
+    ),
+    "an unknown system": (
+        ["plan", "{folder}/deep/w.json", "--system", "megatron", "-o", "{folder}/x"],
+        "--system: unknown system 'megatron'; known: fused-mlora, fused-sequential, grouped-mm, lorafusion",
+    ),
+    "a plan for a workload": (["plan", "{folder}/p.json", "-o", "{folder}/x"], "p.json: "),
+    "unknown strategy": (
+        ["plan", "{folder}/deep/w.json", "--strategy", "best", "-o", "{folder}/x"],
+        "plan: unknown strategy 'best'; known: fast, fewest, ffd, mlora, paper, sequential",
+    ),
+    "costs that are not looked at": (
+        ["plan", "{folder}/deep/w.json", "--strategy", "paper", "--model", "tiny", "-o", "{folder}/x"],
+        "paper does not plan by costs; fast does",
+    ),
+    "costs of a system without them": (
+        ["plan", "{folder}/deep/w.json", "--system", "mlora", "--model", "tiny", "-o", "{folder}/x"],
+        "mlora does not plan by costs; fast does",
+    ),
+    "system and strategy": (
+        ["plan", "{folder}/deep/w.json", "--system", "mlora", "--strategy", "fast", "-o", "{folder}/x"],
+        "either --system or --strategy, found mlora and fast",
+    ),
+    "costs of other stages": (
+        ["plan", "{folder}/deep/w.json", "--costs", "{folder}/costs.yaml", "--stages", "2", "-o", "{folder}/x"],
+        "costs.yaml: 3 stages, expected 2",
+    ),
+    "costs without samples": (["plan", "show", "{folder}/p.json", "--model", "tiny"], "need the plan's workload"),
+    "unknown chart": (["plan", "show", "{folder}/p.json", "-o", "{folder}/x.gif"], "unknown form of chart '.gif'"),
+    "nothing fits": (
+        ["plan", "propose", "{folder}/deep/w.json", "--model", "llama-3.1-70b", "--gpus", "1"],
+        "1 GPUs of 80 GiB: nothing fits",
+    ),
+    "zero stages": (["plan", "{folder}/deep/w.json", "--stages", "0", "-o", "{folder}/x"], "--stages"),
+    "no such command": (["dance"], "No such command 'dance'"),
+    **{
+        f"a scale of {value}": (
+            ["workload", XSUM, "--length-scale", value, "-o", "{folder}/x"],
+            f"expected a number from 0.01 to 1e+06, found {float(value)}",
+        )
+        for value in ("0", "-1", "nan", "inf", "1e300", "1e-300")
+    },
+    "too many samples": (["workload", XSUM, "--samples", "1000000000000", "-o", "{folder}/x"], "--samples"),
+    "a seed beyond the adapters'": (["workload", XSUM, "--seed", "4294967295", "-o", "{folder}/x"], "--seed"),
+    "no number of memory": (
+        ["plan", "propose", "{folder}/deep/w.json", "--model", "tiny", "--gpus", "1", "--memory", "nan"],
+        "--memory",
+    ),
+    "unknown cell": (
+        ["run", "--suite", str(CONFIGS / "suites/smoke.yaml"), "--cell", "c", "--workload", "w", "-o", "{folder}/x"],
+        "no cell 'c'",
+    ),
+    "no results": (["summary", "--suite", str(CONFIGS / "suites/paper.yaml")], "no results yet; run `make reproduce`"),
+}
+
+
+@pytest.mark.parametrize("name", list(MISTAKES))
+def test_a_mistake_is_one_line_and_status_2(planned, name):
+    arguments, message = MISTAKES[name]
+    done = lorafusion(*(argument.format(folder=planned) for argument in arguments))
+    assert done.returncode == 2, done.stdout + done.stderr
+    *usage, line = done.stderr.splitlines()
+    assert line.lower().startswith("error: ")
+    assert message in line
+    # Only a mistake in the command itself is preceded by how it is used.
+    assert not usage or usage[0].startswith("Usage: ")
+    assert not (planned / "x").exists()
+
+
+def test_it_is_a_program(tmp_path):
+    command = [sys.executable, "-m", "lorafusion.cli.main", "plan", tmp_path / "none.json", "-o", tmp_path / "x"]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path}/none.json: no such workload file\n"
+
+
+def test_planning_needs_no_torch(planned):
+    """Plans are made in seconds on any machine: nothing on that path imports torch."""
+    code = (
+        "import sys, lorafusion.planning.fast, lorafusion.planning.paper, baselines.mlora.planner, "
+        "lorafusion.data.lengths, lorafusion.core.config, lorafusion.planning.sequential, "
+        "lorafusion.planning.simulator.trace; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
+def test_a_gpu_suite_without_a_gpu_is_refused(planned, monkeypatch):
+    cell = "model~llama-3.1-8b/workload~xsum/gpus~1/batch~8/system~peft"
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    suite = str(CONFIGS / "suites" / "h200.yaml")
+    plan = planned / "one.json"
+    lorafusion("plan", planned / "deep/w.json", "--system", "peft", "--capacity", 256, "-o", plan)
+    arguments = ["--workload", planned / "deep/w.json", "--plan", plan, "-o", planned / "x"]
+    done = lorafusion("run", "--suite", suite, "--cell", cell, *arguments)
+    assert done.returncode == 2
+    assert "a suite for GPUs, but nvidia-smi finds none" in done.stderr

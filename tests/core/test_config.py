@@ -1,0 +1,161 @@
+"""Configuration files: the committed ones are sound, and a mistake is one line with file and key."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import yaml
+
+from lorafusion.core.config import CONFIGS, names_in, read_model, read_systems
+from lorafusion.core.plugins import load
+from lorafusion.core.schema import UserError
+from lorafusion.lab.experiments.end_to_end import unavailable
+from lorafusion.lab.keys import configuration_hash
+from lorafusion.lab.schemas import SCHEMAS, schema_text
+from lorafusion.lab.suite import cells, read_suite, suite_path
+
+SMOKE = CONFIGS / "suites" / "smoke.yaml"
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_the_committed_schemas_are_those_of_the_models(name):
+    """`lorafusion schemas` writes them."""
+    committed = CONFIGS.parent / "workflow" / "schemas" / f"{name}.schema.json"
+    assert committed.read_text() == schema_text(name)
+
+
+@pytest.mark.parametrize("name", sorted(names_in("suites")))
+def test_every_suite_is_sound(name):
+    suite = read_suite(CONFIGS / "suites" / f"{name}.yaml")
+    assert suite.name == name
+    names = [cell.name for cell in cells(suite)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", sorted(names_in("models")))
+def test_every_model_is_sound(name):
+    assert read_model(name).hidden_size % read_model(name).num_attention_heads == 0
+
+
+@pytest.mark.parametrize("name", [name for name, system in read_systems().items() if not unavailable(system)])
+def test_every_system_has_its_parts(name):
+    system = read_systems()[name]
+    for role, path in (("planner", system.planner), ("executor", system.executor), ("LoRA kind", system.lora)):
+        assert callable(load(path, role))
+
+
+def test_the_smoke_suite_has_the_cells_that_it_should():
+    found = {(cell.system, cell.workload, cell.gpus, cell.grid.merged_qkv) for cell in cells(read_suite(SMOKE))}
+    workloads = ("xsum", "heterogeneous")
+    many = {(s, w, g, False) for s in ("lorafusion", "mlora", "megatron-pp") for w in workloads for g in (1, 2)}
+    parts = ("peft-bf16", "mlora-paper-setting", "unfused-sequential", "unfused-ours")
+    one = {(s, w, 1, False) for s in parts for w in workloads}
+    four = {("lorafusion", "heterogeneous", 4, False), ("mlora", "heterogeneous", 4, False)}
+    sharded = {("megatron-fsdp", "heterogeneous", 2, False)}
+    merged = {(s, "heterogeneous", 1, True) for s in ("lorafusion", "unfused-ours")}
+    assert found == many | one | four | sharded | merged
+
+
+def test_the_h200_suite_has_all_systems_and_the_ablations_merged_too():
+    every = cells(read_suite(suite_path("h200")))
+    separate = {(cell.system, cell.workload) for cell in every if not cell.grid.merged_qkv}
+    merged = {(cell.system, cell.workload) for cell in every if cell.grid.merged_qkv}
+    workloads = {"xsum", "cnn_dailymail", "wikisum", "mixed", "heterogeneous"}
+    optional = {"grouped-mm", "peft-transformers", "peft-liger", "unsloth"}
+    compared = set(read_systems()) - optional
+    assert separate == set(product(compared, workloads)) | {(name, "mixed") for name in optional}
+    corners = {"unfused-sequential", "mlora-packed", "unfused-ours", "fused-sequential", "fused-mlora", "lorafusion"}
+    assert merged == set(product(corners, workloads))
+
+
+def test_the_papers_suite_has_the_papers_grid():
+    found = {(cell.system, cell.model, cell.workload, cell.gpus) for cell in cells(read_suite(suite_path("paper")))}
+    assert ("lorafusion", "llama-3.1-8b", "heterogeneous", 1) in found
+    assert ("megatron-fsdp", "qwen2.5-32b", "xsum", 2) in found
+    assert ("mlora", "llama-3.1-70b", "wikisum", 4) in found
+    assert ("megatron-pp", "llama-3.1-70b", "mixed", 16) in found
+
+
+CHANGES = {
+    "an unknown system": ({"systems": ["loras"]}, "cells.0: unknown system 'loras'; known: fused-mlora"),
+    "an unknown model": ({"models": ["gpt"]}, "cells.0: unknown model 'gpt'; known: llama-3.1-70b"),
+    "an unknown workload": ({"workloads": ["c4"]}, "cells.0: unknown workload 'c4'; known: cnn_dailymail"),
+    "more stages than layers": ({"gpus": [5]}, "cells.0: 5 stages, but model tiny has only 4 layers"),
+    "no gpus": ({"gpus": [0]}, "cells.0.gpus.0: input should be greater than or equal to 1 (found 0)"),
+    "replicas that do not divide": ({"data_parallel": 3, "gpus": [4]}, "4 gpus cannot hold 3 replicas of equal size"),
+    "a negative batch": ({"global_batch": -1}, "cells.0.global_batch: input should be greater than or equal to 1"),
+    "capacity of a missing workload": ({"capacity": {"xsum": 9}}, "must name exactly the workloads of its block"),
+    "capacity 0": ({"capacity": 0}, "capacity must be from 1 to 2147483647 tokens"),
+    "a misspelt key": ({"sample": 3}, "cells.0.sample: extra inputs are not permitted (found 3)"),
+    "a system on too many gpus": ({"systems": ["peft"], "gpus": [2]}, "system peft runs on 1 gpus at most, found 2"),
+    "a system with too many stages": (
+        {"systems": ["megatron-fsdp"], "gpus": [2]},
+        "system megatron-fsdp has 1 stages at most, found 2; replicas are its data_parallel",
+    ),
+    "tuned on several nodes": (
+        {"gpus": [4], "tuned": True, "capacity": 9},
+        "4 gpus are more than one node's, on which alone a cell can be tuned",
+    ),
+    "a cell twice": ({"gpus": [1, 1]}, "is in the suite twice"),
+}
+
+
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_a_bad_suite_is_one_line_with_file_and_key(tmp_path, name):
+    change, message = CHANGES[name]
+    data = yaml.safe_load(SMOKE.read_text())
+    data |= {"cells": [data["cells"][0] | change], "gpus_per_node": 3}
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(UserError) as caught:
+        read_suite(path)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not valid YAML"), ("- 1", "expected a mapping, found list"), ("name: x", "description: field required")],
+)
+def test_a_file_that_is_no_suite_says_so(tmp_path, text, message):
+    path = tmp_path / "suite.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_suite(path)
+
+
+def test_an_unknown_suite_is_named_with_the_known_ones():
+    with pytest.raises(UserError, match="known suites: h200, paper, smoke"):
+        suite_path("nope")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no.such:plan", "no module named 'no'"),
+        ("lorafusion.core.plan:nothing", "lorafusion.core.plan has no 'nothing'"),
+        ("lorafusion.core.plan", "lorafusion.core.plan has no ''"),
+    ],
+)
+def test_a_bad_import_path_is_named(path, message):
+    with pytest.raises(UserError, match=f"planner '{path}': {message}"):
+        load(path, "planner")
+
+
+def test_the_configuration_hash_follows_what_a_run_depends_on():
+    suite, systems = read_suite(SMOKE), read_systems()
+    cell = cells(suite)[0]
+    base = configuration_hash(suite, cell, systems[cell.system])
+    more_repeats = suite.model_copy(update={"repeats": 9, "description": "other"})
+    assert configuration_hash(more_repeats, cell, systems[cell.system]) == base
+    assert configuration_hash(suite.model_copy(update={"seed": 2}), cell, systems[cell.system]) != base
+    assert configuration_hash(suite, cell, systems["mlora"]) != base
+
+
+def test_a_system_whose_package_is_missing_is_skipped_with_its_reason():
+    system = read_systems()["lorafusion"]
+    assert unavailable(system) == ""
+    needy = system.model_copy(update={"requires": "no_such_package"})
+    assert unavailable(needy) == "the package no_such_package is not installed"

@@ -1,0 +1,97 @@
+"""A profile: which runs it makes, and what of them counts."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lorafusion.core.config import read_systems
+from lorafusion.core.plugins import load
+from lorafusion.core.workload import Workload
+from lorafusion.engine import worker
+from lorafusion.engine.executor import prepared_by
+from lorafusion.lab import trials
+from lorafusion.lab.checks.grounds import toy_jobs
+from lorafusion.lab.profiler import IDLE, Span
+from lorafusion.launch.heartbeat import Position
+from lorafusion.launch.spec import RunSpec
+from lorafusion.planning import plan_system
+from tests.known_meter import KnownMeter
+
+
+def test_a_profile_has_the_kernels_of_the_second_trace_and_the_time_of_a_run_without(tmp_path, monkeypatch):
+    """With a profiler that saw a GEMM before the clock started, another one half way, and a filling at the end. What an
+    executor sets up is not traced."""
+    jobs = Workload(name="toy", jobs=toy_jobs(dropout=0.0))
+    plan = plan_system(jobs, "lorafusion", stages=1, capacity=96)
+    (tmp_path / "part.json").write_text(jobs.to_json())
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    spec = RunSpec(system="lorafusion", model="tiny", workload="", device="cpu", dtype="float32")
+    meter = KnownMeter(seconds=0.125)
+    run = worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(tmp_path, 0), 0, meter)
+    execute, executed = load(read_systems()["lorafusion"].executor, "executor"), []
+    ms, hour = 10**6, 3600 * 10**9
+    tracing = []
+    took = 125 * plan.statistics.tokens * ms
+
+    @contextmanager
+    def prepared(one):
+        assert not tracing
+        yield
+        assert not tracing
+
+    @prepared_by(prepared)
+    def noted(one, _):
+        executed.append(one)
+        execute(one)
+
+    def trace(function, before):
+        for _ in range(2):
+            before()
+            tracing.append(True)
+            function()
+            tracing.clear()
+        return [Span("nvjet", hour - took - ms, hour - took), Span("nvjet", hour - took // 2, hour - took // 2 + ms),
+                Span("fill", hour - 3 * ms, hour)]  # fmt: skip
+
+    monkeypatch.setattr(trials.profiler, "trace", trace)
+    part = SimpleNamespace(part=str(tmp_path / "part.json"), trials=[SimpleNamespace(part=str(tmp_path / "plan.json"))])
+    with meter.watching():
+        rows = {row["class"]: row for row in trials.profile(part, run, noted)}
+    rehearsal, *same = executed
+    assert (len(rehearsal.adapters), len(same)) == (1, 3)
+    assert len(set(map(id, same))) == 3
+    scale = plan.statistics.tokens / 1000
+    assert {name: row["milliseconds"] * scale for name, row in rows.items()} == {
+        "GEMM": pytest.approx(1.0), "elementwise": pytest.approx(3.0), IDLE: pytest.approx(took / ms - 4),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "trials_made"), [([1.0, 0.9, 1.2, 1.0], 3), ([1.0, 1.04, 1.1, 1.0], 3), ([1.0], 1)]
+)
+def test_trials_end_with_one_that_is_clearly_slower_than_the_fastest(tmp_path, seconds, trials_made):
+    """On a clock whose token takes so long in each of the trials."""
+    jobs = Workload(name="toy", jobs=toy_jobs(dropout=0.0))
+    plan = plan_system(jobs, "lorafusion", stages=1, capacity=96)
+    for name, content in (("part", jobs), ("plan", plan)):
+        (tmp_path / f"{name}.json").write_text(content.to_json())
+    trial = {"plan": str(tmp_path / "plan.json"), "part": str(tmp_path / "plan.json"), "capacity": 96}
+    spec = RunSpec(system="lorafusion", model="tiny", workload="", part=str(tmp_path / "part.json"),
+                   throughputs=str(tmp_path / "throughputs"), trials=[trial] * len(seconds))  # fmt: skip
+    meter = KnownMeter(seconds=1.0)
+    run = worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(tmp_path, 0), 0, meter)
+    execute, each = load(read_systems()["lorafusion"].executor, "executor"), iter(seconds)
+
+    def paced(one):
+        if len(one.adapters) > 1:  # not in a rehearsal
+            meter.of_a_token = next(each)
+        execute(one)
+
+    with meter.watching():
+        trials.try_plans(spec, run, paced, 0)
+    written = [float(line) for line in (tmp_path / "throughputs").read_text().splitlines()]
+    assert written == pytest.approx([1 / one for one in seconds[:trials_made]])

@@ -1,0 +1,197 @@
+"""One launcher has a folder: who is alive is refused, who was left behind is ended, and nobody else ever is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from lorafusion.core.schema import UserError
+from lorafusion.launch import lock as locks
+from lorafusion.launch.lock import LOCK, Lock, Process, join, locked
+
+
+@pytest.fixture
+def forked():
+    """Runs a function in a process that is ended at the end, should it live so long; returns the process's id."""
+    pids = []
+
+    def fork(what) -> int:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                what()
+            finally:
+                os._exit(0)
+        pids.append(pid)
+        return pid
+
+    yield fork
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+def note(folder: Path, token: str = "old", launches: bool = False, **changes) -> None:
+    """Put a process down in a folder's lock as an earlier launcher would have."""
+    process = Process.own().model_copy(update=changes).model_dump()
+    with open(folder / LOCK, "a") as file:
+        file.write(json.dumps({"token": token, "launches": launches, "process": process}) + "\n")
+
+
+def wait_for(true) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / LOCK).read_text().splitlines()]
+
+
+def test_the_file_says_who_has_the_folder(tmp_path):
+    with locked(tmp_path / "new") as own:
+        join(own)
+        launcher, worker = lines(tmp_path / "new")
+        assert launcher["process"] == worker["process"] == Process.own().model_dump()
+        assert (launcher["launches"], worker["launches"]) == (True, False)
+    assert lines(tmp_path / "new") == []
+
+
+def test_a_launcher_at_work_is_not_disturbed(tmp_path):
+    with locked(tmp_path):
+        before = (tmp_path / LOCK).read_text()
+        with pytest.raises(UserError, match="another training is using this folder"), locked(tmp_path):
+            pass
+        assert (tmp_path / LOCK).read_text() == before
+
+
+def test_the_workers_of_a_killed_launcher_are_ended(tmp_path, forked):
+    """They do not listen to SIGTERM, as workers in a microbatch do not."""
+    ready = tmp_path / "ready"
+
+    def launch() -> None:
+        with locked(tmp_path) as own:
+            for _ in range(2):
+                forked(lambda: work(own))
+            time.sleep(60)
+
+    def work(own: Lock) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.closerange(3, 1000)  # as those that are started by another program have nothing of the launcher's open
+        join(own)
+        with open(ready, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(60)
+
+    launcher = forked(launch)
+    wait_for(lambda: ready.exists() and len(ready.read_text().splitlines()) == 2)
+    workers = [Process(**line["process"]) for line in lines(tmp_path) if not line["launches"]]
+    assert all(worker.lives for worker in workers)
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    begin = time.monotonic()
+    with locked(tmp_path):
+        assert not any(worker.lives for worker in workers)
+        assert [line["process"]["pid"] for line in lines(tmp_path)] == [os.getpid()]
+    assert time.monotonic() - begin < 10
+
+
+def test_a_process_that_has_got_a_dead_ones_id_is_left_alone(tmp_path, forked):
+    pid = forked(lambda: time.sleep(60))
+    note(tmp_path, pid=pid, start=Process.own().start - 1)
+    with locked(tmp_path):
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+
+
+def test_a_worker_that_comes_late_touches_nothing(tmp_path):
+    """Its launcher was killed before it had put its name down."""
+    with locked(tmp_path) as old:
+        pass
+    with locked(tmp_path), pytest.raises(UserError, match="another launcher has the folder by now"):
+        join(old)
+    with pytest.raises(UserError, match="another launcher has the folder by now"):
+        join(old)
+
+
+def test_a_worker_that_comes_between_is_seen(tmp_path, monkeypatch):
+    """It puts its name down after the new launcher has read the file for the first time."""
+    note(tmp_path, launches=True, start=0)
+    ended, first = [], []
+    near = locks._require_near
+
+    def come(folder, members):
+        near(folder, members)
+        first.append(len(members))
+        join(Lock(path=str(tmp_path / LOCK), token="old"))
+
+    monkeypatch.setattr(locks, "_require_near", come)
+    monkeypatch.setattr(locks, "_end", lambda processes, folder: ended.extend(processes))
+    with locked(tmp_path):
+        assert first == [1]
+        assert Process.own() in ended
+
+
+@pytest.mark.parametrize(
+    "elsewhere", [{"host": "other", "boot": "b"}, {"namespace": "pid:[1]"}, {"host": "other", "namespace": "pid:[1]"}]
+)
+def test_what_may_live_on_another_machine_is_refused(tmp_path, elsewhere):
+    note(tmp_path, launches=True, **elsewhere)
+    before = (tmp_path / LOCK).read_text()
+    with (
+        pytest.raises(UserError, match=r"was training here and did not end in order; .* delete \.lock"),
+        locked(tmp_path),
+    ):
+        pass
+    assert (tmp_path / LOCK).read_text() == before
+
+
+def test_nothing_lives_from_before_the_machine_was_started(tmp_path):
+    note(tmp_path, launches=True, boot="before", namespace="pid:[1]")
+    with locked(tmp_path):
+        pass
+
+
+def test_who_cannot_be_ended_is_refused_in_time(tmp_path, monkeypatch, forked):
+    pid = forked(lambda: time.sleep(60))
+    note(tmp_path, pid=pid, start=locks._start(pid))
+    monkeypatch.setattr(Process, "kill", lambda _: None)
+    monkeypatch.setattr(locks, "END_SECONDS", 0.1)
+    for _ in range(2):  # it still stands there
+        with (
+            pytest.raises(UserError, match=f"process {pid} of an earlier training here cannot be ended"),
+            locked(tmp_path),
+        ):
+            pass
+
+
+def test_a_damaged_lock_is_one_line(tmp_path):
+    (tmp_path / LOCK).write_text("{")
+    with pytest.raises(UserError, match="damaged; if no training uses the folder, delete this file"), locked(tmp_path):
+        pass
+
+
+def test_a_link_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / LOCK).symlink_to("mine")
+    with pytest.raises(OSError, match="symbolic links"), locked(tmp_path):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_process_is_known_by_its_start(forked):
+    own = Process.own()
+    assert own.lives
+    assert not own.model_copy(update={"start": own.start + 1}).lives
+    pid = forked(lambda: None)
+    wait_for(lambda: locks._start(pid) is None)  # a zombie
+    os.waitpid(pid, 0)
+    assert locks._start(pid) is None

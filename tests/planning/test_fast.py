@@ -1,0 +1,162 @@
+"""`fast`: every way to pack is a plan, the one that the simulator finds fastest is taken, and each way has its use."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorafusion.core.plan import check, make_plan
+from lorafusion.lab.experiments.planner import repeated_workload
+from lorafusion.planning import fast, plan_workload
+from lorafusion.planning.packer import ORDERS, Packer
+from lorafusion.planning.simulator import costs_of, even_costs, simulate
+from tests.planning.test_strategies import CAPACITY, workloads
+
+
+@given(
+    workload=workloads(),
+    stages=st.integers(1, 4),
+    data_parallel=st.integers(1, 2),
+    order=st.sampled_from(list(ORDERS)),
+    target=st.integers(1, CAPACITY),
+    slack=st.integers(0, CAPACITY),
+)
+def test_every_way_to_pack_is_a_plan(workload, stages, data_parallel, order, target, slack):
+    trials = fast.Trials(workload.jobs, stages, CAPACITY, data_parallel)
+    microbatches = [
+        microbatch
+        for bins, ended in trials.slots(fast.Way(target, order, slack))
+        for microbatch in fast.slot_microbatches(workload, bins, ended, data_parallel)
+    ]
+    sizes = {"stages": stages, "capacity": CAPACITY, "data_parallel": data_parallel}
+    check(make_plan("x", workload, microbatches, **sizes), workload)
+
+
+def placed(packer):
+    """The adapters of each slot's bins."""
+    slots = []
+    while packer.streams:
+        bins, _ = packer.next_slot()
+        slots.append([{item.adapter for item in content} for content in bins])
+    return slots
+
+
+@pytest.mark.parametrize(
+    ("order", "turns"),
+    [("longest-way", "LOLOLOL"), ("in-hand", "LOOOL-L-L"), ("abreast", "OOOL-L-L-L"), ("nearly-done", "LOLOOL-L")],
+)
+def test_who_comes_first_in_a_slot(make_job, order, turns):
+    """O has one global batch of three slots; L has four of one slot each, two slots apart on two stages."""
+    packer = Packer(stages=2, capacity=10, order=order)
+    packer.add(0, make_job("O", (10,) * 3, global_batch_size=3))
+    packer.add(1, make_job("L", (10,) * 4, global_batch_size=1))
+    assert "".join("OL"[bins[0].pop()] if bins else "-" for bins in placed(packer)) == turns
+
+
+def test_a_slack_keeps_other_adapters_out(make_job):
+    def shares(slack):
+        packer = Packer(stages=1, capacity=10, slack=slack)
+        packer.add(0, make_job("a", (7, 7, 7), global_batch_size=3))
+        packer.add(1, make_job("b", (3, 3, 3), global_batch_size=3))
+        return [bins[0] for bins in placed(packer)]
+
+    assert shares(0) == [{0, 1}] * 3
+    assert shares(3) == [{0}, {0}, {0, 1}, {1}]  # what is left of a batch is followed by the next one all the same
+
+
+def test_trials_hold_the_same_part_of_every_job(make_job):
+    """An order that leaves the longest job alone at the end must pay for it in a trial of the first samples too."""
+    jobs = (make_job("short", (4,) * 40, global_batch_size=2), make_job("long", (9,) * 400, global_batch_size=2))
+    slots = list(fast.Trials(jobs, 2, 10).slots(fast.Way(10, "nearly-done", 0), samples=110))
+    counts = [sum(item.adapter == adapter for bins, _ in slots for one in bins for item in one) for adapter in (0, 1)]
+    assert counts == [10, 100]
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "global_batch", "adapters", "way"),
+    [
+        ("wikisum", 2, 16, 2, (8192, "longest-way", 32)),  # full microbatches
+        ("wikisum", 8, 8, 2, (3276, "longest-way", 819)),  # a lower target
+        ("xsum", 4, 16, 2, (2104, "nearly-done", 526)),  # one beside it, in another order
+        ("wikisum", 4, 8, 4, (7094, "in-hand", 27)),  # filled exactly all the same
+        ("heterogeneous", 2, 8, 4, (8192, "longest-way", 2048)),  # full, but not with the samples of others
+    ],
+)
+def test_each_thing_that_is_tried_wins_somewhere(name, stages, global_batch, adapters, way):
+    workload = repeated_workload(name, 100, global_batch, adapters, 1)
+    assert fast.Trials(workload.jobs, stages, 8192).fastest(even_costs(stages)).way == way
+
+
+@given(workload=workloads(), order=st.sampled_from(list(ORDERS)), slack=st.integers(0, CAPACITY))
+def test_without_a_crumb_it_is_a_plan_of_the_same_size(workload, order, slack):
+    trials = fast.Trials(workload.jobs, 1, CAPACITY)
+    before = list(trials.slots(fast.Way(CAPACITY, order, slack)))
+    slots = list(fast.without_crumb(before))
+    microbatches = [one for bins, ended in slots for one in fast.slot_microbatches(workload, bins, ended, 1)]
+    check(make_plan("x", workload, microbatches, stages=1, capacity=CAPACITY), workload)
+    assert len(slots) == len(before)
+    assert slots[:-2] == before[:-2]
+    counts = [[sum(item.tokens for item in items) for [items], _ in some[-2:]] for some in (before, slots)]
+    assert min(counts[1]) >= min(counts[0])
+    assert max(counts[1]) <= max(counts[0])
+
+
+def test_the_last_two_share_samples_but_not_of_a_batch_that_must_come_first(make_job, make_workload):
+    """30 and 8 tokens: 10 of b, of which no further batch is there, make it 20 and 18, and b steps after the last."""
+    jobs = (make_job("a", (10, 10, 8), global_batch_size=2), make_job("b", (10,), global_batch_size=1))
+    plan = plan_workload(make_workload(*jobs), "fast", stages=1, capacity=30)
+    assert [one.tokens for one in plan.microbatches] == [20, 18]
+    assert [one.step_after for one in plan.microbatches] == [(0,), (0, 1)]
+    alone = plan_workload(make_workload(jobs[0]), "fast", stages=1, capacity=30)
+    assert [one.tokens for one in alone.microbatches] == [20, 8]
+
+
+@pytest.mark.parametrize("capacity", [8192, 16384, 24576, 32768])
+@pytest.mark.parametrize("name", ["xsum", "cnn_dailymail", "wikisum", "mixed", "heterogeneous"])
+def test_a_plan_for_one_gpu_has_no_crumb(name, capacity):
+    workload = repeated_workload(name, 16, 8, 4, 1)
+    *_, before, last = plan_workload(workload, "fast", stages=1, capacity=capacity).microbatches
+    assert 2 * last.tokens >= before.tokens
+
+
+def test_fewest_takes_the_order_with_the_fewest_microbatches():
+    workload = repeated_workload("xsum", 100, 16, 2, 1)
+    counts = {
+        order: sum(1 for _ in fast.Trials(workload.jobs, 4, 8192).slots(fast.Way(8192, order, 32))) for order in ORDERS
+    }
+    assert min(counts.values()) < counts["longest-way"]
+    assert len(plan_workload(workload, "fewest", stages=4, capacity=8192).microbatches) == min(counts.values())
+
+
+def test_fast_is_never_slower_than_fewest(make_job, make_workload):
+    """Whole run, short workloads of any shape, where its beginning and its end weigh much."""
+    for seed in range(40):
+        draw = random.Random(seed)
+        jobs = [
+            make_job(
+                f"a{index}",
+                [min(8000, max(2, int(draw.lognormvariate(6.5, 0.8)))) for _ in range(draw.choice([4, 8, 16, 32]))],
+                global_batch_size=draw.choice([4, 8, 16]),
+            )
+            for index in range(draw.randint(1, 5))
+        ]
+        stages, replicas, throughput = draw.choice([1, 2, 4, 8]), draw.choice([1, 1, 2]), {}
+        made = make_workload(*jobs)
+        for strategy in ("fast", "fewest"):
+            plan = plan_workload(made, strategy, stages=stages, capacity=8192, data_parallel=replicas)
+            throughput[strategy] = simulate(plan, costs_of(plan, made, even_costs(stages))).throughput("whole")
+        assert throughput["fast"] >= throughput["fewest"] * (1 - 1e-9), seed
+
+
+def test_what_the_first_samples_say_is_compared_on_more(monkeypatch):
+    trials = fast.Trials(repeated_workload("wikisum", 100, 8, 3, 1).jobs, 2, 8192)
+    monkeypatch.setattr(fast, "TRIED_SAMPLES", 40)
+    compared = trials.fastest(even_costs(2))
+    monkeypatch.setattr(fast, "COMPARED_SAMPLES", 40)
+    misled = trials.fastest(even_costs(2))
+    assert compared.way != misled.way
+    everything = [trials.trial(even_costs(2), one.way, 300).throughput for one in (compared, misled)]
+    assert everything[0] > everything[1]

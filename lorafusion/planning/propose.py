@@ -38,7 +38,7 @@ def saved_bytes(config: ModelConfig, checkpointing: bool = False) -> float:
     """Bytes of a token that a decoder layer keeps for its backward pass, in 16 bits with the fused kernels.
 
     Seven tensors as wide as the model and two as wide as the MLP, and a bit an element of the linears' inputs as
-    dropout masks: within 1 % of what layers of three models kept (results/reference/nvidia-h200/kernels.csv).
+    dropout masks: within 1 % of what layers of three models kept (results/reference/nvidia-h200/kernels.parquet).
     Checkpointing keeps a layer's input alone.
     """
     hidden, inner = config.hidden_size, config.intermediate_size

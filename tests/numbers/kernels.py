@@ -1,4 +1,4 @@
-"""What docs/kernels.md quotes of nvidia-h200/kernels.csv, of PEFT under torch.compile, and of the published traffic."""
+"""What docs quote of nvidia-h200/kernels.parquet, of PEFT under torch.compile, and of the published traffic."""
 
 from __future__ import annotations
 

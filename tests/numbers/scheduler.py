@@ -1,4 +1,4 @@
-"""What docs/scheduler.md quotes of cpu/scheduler.csv and of the planner's own constants."""
+"""What docs/scheduler.md quotes of cpu/scheduler.parquet and of the planner's own constants."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ H200, CPU = "nvidia-h200", "cpu"
 @cache
 def table(name: str) -> pd.DataFrame:
     """A measurement table of results/reference by its path in it."""
-    path = REFERENCE / f"{name}.csv"
+    path = REFERENCE / f"{name}.parquet"
     require_seal(path)
     return read_unsealed(path)
 

@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 
 from lorafusion.core.seals import seal
+from lorafusion.lab.report.figures import read_data
+from lorafusion.lab.table.table import read_unsealed
 from tests.numbers import end_to_end, kernels, others, scheduler, sources, training
 from tests.numbers.documents import ROOT, read
 from tests.numbers.quoted import BLOCK, MARKED, missing, one_line, plain, untied
@@ -67,10 +69,16 @@ def falsified(tmp_path, monkeypatch):
     def falsify(name: str, change: Callable[[pd.DataFrame], None]) -> None:
         folder = tmp_path / "reference"
         shutil.copytree(sources.REFERENCE, folder, ignore=shutil.ignore_patterns("*.png", "*.pdf"))
-        path = folder / f"{name}.csv"
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-        change(rows)
-        path.write_text(rows.to_csv(index=False))
+        path = folder / f"{name}.parquet"
+        if path.exists():
+            rows = read_unsealed(path)
+            change(rows)
+            rows.to_parquet(path)
+        else:
+            path = path.with_suffix(".csv")
+            rows = read_data(path)
+            change(rows)
+            path.write_text(rows.to_csv(index=False))
         seal(path)
         monkeypatch.setattr(sources, "REFERENCE", folder)
         forget()
@@ -89,11 +97,11 @@ def scaled(column: str = "value", factor: float = 1.02, **where: str) -> Callabl
     """Multiplies a column of the rows that have these values."""
 
     def change(rows: pd.DataFrame) -> None:
-        chosen = rows[column] != ""
+        chosen = rows[column].notna()
         for name, value in where.items():
-            chosen &= rows[name] == value
+            chosen &= (rows[name] == value).fillna(False).astype(bool)
         assert chosen.any()
-        rows.loc[chosen, column] = (pd.to_numeric(rows.loc[chosen, column]) * factor).map(repr)
+        rows.loc[chosen, column] *= factor
 
     return change
 
@@ -174,5 +182,5 @@ def test_a_passage_has_to_be_there_once():
 
 
 def test_the_tables_that_are_quoted_are_sealed():
-    for path in sorted(sources.REFERENCE.rglob("*.csv")):
+    for path in sorted([*sources.REFERENCE.rglob("*.csv"), *sources.REFERENCE.rglob("*.parquet")]):
         assert re.search(r"^[0-9a-f]{64}  ", path.with_name(path.name + ".sha256").read_text(), re.MULTILINE), path

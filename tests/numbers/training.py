@@ -1,4 +1,4 @@
-"""What docs/training.md quotes of nvidia-h200/training.csv, of the profile beside it and of the keys' defaults."""
+"""What docs/training.md quotes of nvidia-h200/training.parquet, of the profile beside it and of the keys' defaults."""
 
 from __future__ import annotations
 

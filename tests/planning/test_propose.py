@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-
+import pandas as pd
 import pytest
 
 from lorafusion.core.config import CONFIGS, read_model
@@ -13,7 +12,7 @@ from lorafusion.planning.propose import WORKSPACE, largest_capacity, propose, sa
 from lorafusion.planning.simulator import model_costs
 
 GIB = 1 << 30
-KERNELS = CONFIGS.parent / "results" / "reference" / "nvidia-h200" / "kernels.csv"
+KERNELS = CONFIGS.parent / "results" / "reference" / "nvidia-h200" / "kernels.parquet"
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +22,8 @@ def workload():
 
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen2.5-32b", "llama-3.1-70b"])
 def test_saved_bytes_are_those_that_the_h200_measured(model):
-    with KERNELS.open() as file:
-        measured = next(
-            float(row["value"])
-            for row in csv.DictReader(file)
-            if (row["model"], row["implementation"], row["tokens"], row["metric"], row["statistic"])
-            == (model, "fused", "8192", "saved_memory", "median")
-        )
+    rows = pd.read_parquet(KERNELS).query(f"model == '{model}' and implementation == 'fused' and tokens == 8192")
+    (measured,) = rows.query("metric == 'saved_memory' and statistic == 'median'")["value"]
     assert saved_bytes(read_model(model)) * 8192 == pytest.approx(measured, rel=0.015)
 
 

@@ -21,7 +21,7 @@ from lorafusion.core.schema import Config, UserError, validated
 from lorafusion.core.workload import Workload
 from lorafusion.planning.partition import head_layers, split_layers
 
-# Measured on the H200 (results/reference/nvidia-h200/kernels.csv, commit 09b1e6e): a decoder layer of Llama-3.1-70B
+# Measured on the H200 (results/reference/nvidia-h200/kernels.parquet, commit 09b1e6e): a decoder layer of Llama-3.1-70B
 # with one adapter of rank 16 takes 2.94 us more for each further token forward, 6.08 both ways (a line through 2048 to
 # 9728 tokens), which is 1.71 GFLOP a token each way.
 FLOP_RATE = 583e12  # FLOP/s

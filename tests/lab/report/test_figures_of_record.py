@@ -35,7 +35,7 @@ WITHOUT_A_TABLE = {f"nvidia-h200/{name}" for name in ("end_to_end_profile", "end
 @pytest.fixture(scope="module")
 def tables():
     names = {(figure.partition("/")[0], table) for figure, (table, _, _) in DRAWN.items()}
-    return {name: read(REFERENCE / name[0] / f"{name[1]}.csv") for name in names}
+    return {name: read(REFERENCE / name[0] / f"{name[1]}.parquet") for name in names}
 
 
 def test_every_figure_of_record_is_looked_at():

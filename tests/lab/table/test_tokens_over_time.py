@@ -9,7 +9,7 @@ from lorafusion.lab.table import table
 from lorafusion.lab.table.table import MeasurementError
 from tests.lab.table.test_table import build, result
 
-END_TO_END = CONFIGS.parent / "results" / "reference" / "nvidia-h200" / "end_to_end.csv"
+END_TO_END = CONFIGS.parent / "results" / "reference" / "nvidia-h200" / "end_to_end.parquet"
 
 
 def run(system: str, repeat: int, seconds: float, throughput: float, workload: str = "w") -> dict:

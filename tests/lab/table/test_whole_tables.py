@@ -167,7 +167,7 @@ def test_the_columns_of_a_suites_cells_tell_them_apart(make_workload, name):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_tables_of_record_are_whole_and_their_columns_tell_all_rows_apart(name):
-    frame = table.read(REFERENCE / f"{name}.csv")
+    frame = table.read(REFERENCE / f"{name}.parquet")
     assert not frame.duplicated(list(PLACE)).any()
 
 

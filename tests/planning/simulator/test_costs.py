@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ from lorafusion.planning import plan_workload
 from lorafusion.planning.partition import split_layers
 from lorafusion.planning.simulator import CostModel, costs_of, model_costs, read_cost_model, simulate_plan
 
-KERNELS = Path(__file__).parents[3] / "results" / "reference" / "nvidia-h200" / "kernels.csv"
+KERNELS = Path(__file__).parents[3] / "results" / "reference" / "nvidia-h200" / "kernels.parquet"
 
 
 def costs(model, tokens, squares=(0,), adapters=(1,), steps=(0,)):
@@ -53,13 +53,8 @@ def test_checkpointing_computes_the_forward_again():
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen2.5-32b", "llama-3.1-70b"])
 def test_a_layers_cost_is_what_the_h200_measured(model):
     """Within 12 % of the fused layer with 8192 tokens in samples of 512; the rate is that of Llama-3.1-70B."""
-    with KERNELS.open() as file:
-        measured = {
-            row["pass"]: float(row["value"])
-            for row in csv.DictReader(file)
-            if (row["model"], row["implementation"], row["tokens"], row["metric"], row["statistic"])
-            == (model, "fused", "8192", "time", "median")
-        }
+    rows = pd.read_parquet(KERNELS).query(f"model == '{model}' and implementation == 'fused' and tokens == 8192")
+    measured = rows.query("metric == 'time' and statistic == 'median'").set_index("pass")["value"]
     predicted = model_costs(read_model(model), 1).layer(*(np.array([x], float) for x in (8192, 16 * 512**2, 1)))
     assert predicted[0][0] == pytest.approx(measured["forward"], rel=0.12)
     assert predicted[0][0] + predicted[1][0] == pytest.approx(measured["both"], rel=0.12)

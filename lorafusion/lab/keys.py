@@ -25,7 +25,8 @@ from lorafusion.lab.tuned import Tuned
 from lorafusion.planning import plan_key
 
 RESULT_VERSION = 1
-BENCHES = ("suite", "training_suite", "scheduler")  # modules of `lorafusion.lab.experiments` with a `current_hash`
+# The kinds of benches, and the modules of `lorafusion.lab.experiments` with a `current_hash`.
+BENCHES = {"suite": "kernel_suite", "training_suite": "steps_suite", "scheduler": "planner"}
 
 
 class OutOfDateError(UserError):

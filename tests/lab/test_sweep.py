@@ -20,6 +20,7 @@ from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
 from lorafusion.lab.checks import records
 from lorafusion.lab.checks.verdicts import OF_RUNS, Verdict
+from lorafusion.lab.experiments import end_to_end
 from lorafusion.lab.suite import cells, read_suite
 from lorafusion.lab.sweep import Share, Sweep, _first_ready, shuffled, spread, sweep
 from lorafusion.lab.tuned import Tuned
@@ -80,10 +81,9 @@ def instant(spec, processes, timeout, nodes=1, reports=None, log=None) -> Outcom
 def origin(monkeypatch):
     """Where numbers come from is not asked again for each."""
     from lorafusion.lab import tuning
-    from lorafusion.lab.experiments import end_to_end
 
     same = end_to_end.provenance("cpu")
-    for module in (cells, tuning):
+    for module in (end_to_end, tuning):
         monkeypatch.setattr(module, "provenance", lambda device: dict(same))
 
 

@@ -17,7 +17,7 @@ from lorafusion.lab.checks import contract
 from lorafusion.lab.experiments.end_to_end import unavailable
 from tests.renamed import exchanged
 
-RECORD = Path(__file__).parent / "contracts" / "cpu.json"
+RECORD = Path(__file__).parents[2] / "contracts" / "cpu.json"
 AGAIN = f"if that is meant: lorafusion check contract tests/contracts/{RECORD.name} --write"
 SYSTEMS = [name for name, system in read_systems().items() if not unavailable(system)]
 OTHERS = dict(zip(SYSTEMS, [*SYSTEMS[1:], SYSTEMS[0]], strict=True))

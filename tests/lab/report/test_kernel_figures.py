@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from pypdf import PdfReader
 
-from lorafusion.cli.main import main
+from lorafusion.cli import main
 from lorafusion.lab.report import figures, kernel_data, kernel_figures, style
 from lorafusion.lab.table import table as measurements
 from lorafusion.lab.table.table import MeasurementError

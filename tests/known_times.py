@@ -19,7 +19,7 @@ from lorafusion.core.config import CONFIGS
 from lorafusion.data.lengths import make_workload
 from lorafusion.engine import worker
 from lorafusion.lab.experiments.end_to_end import run_cell
-from lorafusion.lab.report import contributions_figure, figures
+from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table.table import read
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.launch import Outcome
@@ -112,8 +112,8 @@ class Story:
         done = CliRunner().invoke(app, command, catch_exceptions=False)
         assert done.exit_code == 0, done.output
         # By `lorafusion figure` they would need the suite's checks too.
-        figures.end_to_end(read(table), "tiny", folder / "end_to_end")
-        contributions_figure.contributions_figure(read(table), "tiny", folder / "contributions")
+        FIGURES["end_to_end"].draw(read(table), folder / "end_to_end", "tiny")
+        FIGURES["contributions"].draw(read(table), folder / "contributions", "tiny")
         self.table = pd.read_csv(table)
 
     def _train(self, run: Run, workload: Path, plan: Path) -> None:

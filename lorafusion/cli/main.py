@@ -10,7 +10,7 @@ import typer
 
 from lorafusion.cli.check import check_app
 from lorafusion.cli.common import CommandLine, Log, Out, Written
-from lorafusion.cli.figure import figure_app, page_app
+from lorafusion.cli.figure import figure, page_app
 from lorafusion.cli.plan import plan_app
 from lorafusion.cli.steps import training_app
 from lorafusion.core.files import write
@@ -29,7 +29,7 @@ app = CommandLine(help=__doc__)
 app.add_typer(plan_app, name="plan")
 app.add_typer(training_app, name="training")
 app.add_typer(check_app, name="check")
-app.add_typer(figure_app, name="figure")
+app.command("figure")(figure)
 app.add_typer(page_app, name="page")
 kernels_app = CommandLine(help="Measure LoRA linears and decoder layers; suites: configs/kernels.yaml.")
 app.add_typer(kernels_app, name="kernels")

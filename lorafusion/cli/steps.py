@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorafusion.cli.common import ChecksFolder, CommandLine, Log, Out, Stem, Written
+from lorafusion.cli.common import CommandLine, Log, Out, Written
 
 training_app = CommandLine(help="Measure whole training steps in every implementation; suites: configs/training.yaml.")
 Suite = Annotated[str, typer.Option(help="an entry of configs/training.yaml")]
@@ -35,30 +35,3 @@ def training_measure(
     from lorafusion.lab.experiments.steps import run_bench
 
     print(f"{out}: {run_bench(suite, bench, repeat, out, log, profile)}")
-
-
-@training_app.command("speed")
-def training_speed(
-    table: Annotated[Path, typer.Argument(help="the measurement table")],
-    out: Stem,
-    checks: ChecksFolder = None,
-) -> None:
-    """Draw tokens per second and memory of training steps, by bench and implementation."""
-    from lorafusion.lab.checks.records import checked_table
-    from lorafusion.lab.checks.verdicts import OF_TRAINING
-    from lorafusion.lab.report.training_figures import training_speed
-
-    training_speed(checked_table(table, checks, OF_TRAINING), out)
-    print(f"{out}.png, .pdf, .csv")
-
-
-@training_app.command("profile")
-def training_profile(
-    profiles: Annotated[list[Path], typer.Argument(help="CSVs that `training measure --profile` wrote")],
-    out: Stem,
-) -> None:
-    """Draw what the time of training steps goes into: by implementation, or before and after a commit."""
-    from lorafusion.lab.report.training_figures import training_profile
-
-    training_profile(profiles, out)
-    print(f"{out}.png, .pdf, .csv")

@@ -110,7 +110,7 @@ rule training_speed:
         checks=lambda wildcards: CHECKS,
         stem=subpath(output.png, strip_suffix=".png"),
     shell:
-        "lorafusion training speed {input.table:q} --checks {params.checks:q} --out {params.stem:q} > {log:q} 2>&1"
+        "lorafusion figure training_speed {input.table:q} --checks {params.checks:q} --out {params.stem:q} > {log:q} 2>&1"
 
 
 if TRAINING_PROFILES:
@@ -140,4 +140,4 @@ if TRAINING_PROFILES:
         params:
             stem=subpath(output.png, strip_suffix=".png"),
         shell:
-            "lorafusion training profile {input:q} --out {params.stem:q} > {log:q} 2>&1"
+            "lorafusion figure training_profile {input:q} --out {params.stem:q} > {log:q} 2>&1"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -30,7 +29,7 @@ from lorafusion.lab.report.contributions import (
     lacking,
     measured,
 )
-from lorafusion.lab.report.figures import WINDOW_TITLES, device_count, written
+from lorafusion.lab.report.figures import WINDOW_TITLES, device_count
 from lorafusion.lab.report.throughput import SYSTEM
 from lorafusion.lab.table.table import MeasurementError
 
@@ -66,16 +65,9 @@ LONGEST = 34  # letters that fit into the right panel
 TICKS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 50.0)
 
 
-def contributions_figure(table: pd.DataFrame, model: str, out_stem: str | Path) -> list[Path]:
-    """Draw what lorafusion's parts add on a model; returns the paths written: `out_stem`.pdf, .png and .csv.
-
-    Raises `MeasurementError` where the table has no cells of the systems that it takes.
-    """
-    return written(contributions_data(table, model), draw, out_stem)
-
-
 def contributions_data(table: pd.DataFrame, model: str) -> pd.DataFrame:
-    """The rows of `contributions` for a model, where its cells have the systems that it takes, and their origin."""
+    """The rows of `contributions` for a model, where its cells have the systems that it takes, and their origin. Raises
+    `MeasurementError` where there are none."""
     of_model = table[table["model"] == model]
     runs = measured(of_model)
     separate = runs[runs["qkv"] == "separate"]

@@ -38,16 +38,6 @@ DATA = [*IDENTITY, "group", "element", "repeat", "value", "ci_low", "ci_high", "
 ORIGIN = ["git_sha", "git_dirty", "gpu_name"]
 
 
-def end_to_end(table: pd.DataFrame, model: str, out_stem: str | Path, footer: str | None = None) -> list[Path]:
-    """Draw the throughput of a model's cells; returns the paths written: `out_stem`.pdf, .png and .csv.
-
-    table: with the summary rows of `lorafusion.lab.table.table.summarise`; throughputs in tokens/s.
-    footer: in place of the line that names suite, commit and device.
-    Raises `MeasurementError` where the table has no throughput of the model, or two for one bar.
-    """
-    return written(end_to_end_data(table, model), lambda data: draw_end_to_end(data, footer), out_stem)
-
-
 def written(data: pd.DataFrame, draw: Callable[[pd.DataFrame], Figure], out_stem: str | Path) -> list[Path]:
     """Write what a figure shows as CSV, draw it from there, and save it; equal tables give equal bytes."""
     stem = Path(out_stem)

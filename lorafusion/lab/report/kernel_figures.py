@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -14,8 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
-from lorafusion.lab.report import kernel_data, style
-from lorafusion.lab.report.figures import written
+from lorafusion.lab.report import style
 from lorafusion.lab.report.kernel_data import BANDWIDTH, COMPUTE, RANK, SAVED, TFLOPS, TIME
 
 # Okabe and Ito's colours; the hatch tells bars apart in greyscale.
@@ -43,26 +41,6 @@ class Variant(NamedTuple):
     implementation: str
     colour: str
     level: int
-
-
-def kernel_speed(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
-    """Time of the square linears over the frozen one's, by tokens."""
-    return written(kernel_data.kernel_speed_data(table), draw_kernel_speed, out_stem)
-
-
-def layer_speed(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
-    """Time of decoder layers over the frozen one's, and what they keep for the backward pass."""
-    return written(kernel_data.layer_speed_data(table), draw_layer_speed, out_stem)
-
-
-def dram_traffic(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
-    """GiB that a linear's forward and backward pass move, beside the published values."""
-    return written(kernel_data.dram_traffic_data(table), draw_dram_traffic, out_stem)
-
-
-def roofline(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
-    """TFLOP/s of the linears over their FLOP per byte, under the measured ceilings."""
-    return written(kernel_data.roofline_data(table), draw_roofline, out_stem)
 
 
 def draw_kernel_speed(data: pd.DataFrame) -> Figure:

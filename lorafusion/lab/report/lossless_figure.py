@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from lorafusion.core.schema import UserError
 from lorafusion.lab.checks.comparisons import LOSS_TOLERANCE, PLAIN
 from lorafusion.lab.report import style
-from lorafusion.lab.report.figures import read_data, written
+from lorafusion.lab.report.figures import read_data
 
 COLUMNS = ("job", "trainer", "step", "loss")
 ALONE = "alone"
@@ -21,8 +21,8 @@ MARKERS = "ovs^Dx"
 LEAST = 1e-17  # what a difference of zero is drawn as
 
 
-def lossless(curves: str | Path, out_stem: str | Path) -> list[Path]:
-    """Draw the losses that `lorafusion check lossless --curves` wrote: a column a job, and below each the relative
+def lossless_data(curves: str | Path) -> pd.DataFrame:
+    """The losses that `lorafusion check lossless --curves` wrote: a column a job, and below each the relative
     difference from the job trained alone."""
     data = read_data(curves)
     lacking = [name for name in COLUMNS if name not in data]
@@ -30,7 +30,7 @@ def lossless(curves: str | Path, out_stem: str | Path) -> list[Path]:
         raise UserError(f"{curves}: no column {lacking[0]}; expected what `lorafusion check lossless --curves` writes")
     alone = data[data["trainer"] == ALONE].set_index(["job", "step"])["loss"]
     expected = pd.Series([alone[job, step] for job, step in zip(data["job"], data["step"], strict=True)])
-    return written(data.assign(difference=(data["loss"] - expected).abs() / expected.abs()), draw, out_stem)
+    return data.assign(difference=(data["loss"] - expected).abs() / expected.abs())
 
 
 def draw(data: pd.DataFrame) -> Figure:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,7 +10,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lorafusion.lab.report import style
-from lorafusion.lab.report.figures import written
 from lorafusion.lab.table.table import MeasurementError
 
 STAGES, ADAPTERS = 4, 4  # of the bars; the issue of the paper: four adapters on a pipeline of four
@@ -30,20 +26,19 @@ IDENTITY = ["suite", "workload", "stages", "global_batch", "adapters", "samples"
 DATA = [*IDENTITY, "value", "git_sha", "git_dirty", "model", "capacity"]
 
 
-def scheduler_bubble(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
+def bubble_data(table: pd.DataFrame) -> pd.DataFrame:
     """Simulated idle share of the stages in the steady state, by workload and global batch."""
-    return written(bars(table, "bubble", "steady"), _draw_bars_of("bubble, steady state", percent=True), out_stem)
+    return bars(table, "bubble", "steady")
 
 
-def scheduler_fill(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
+def fill_data(table: pd.DataFrame) -> pd.DataFrame:
     """Microbatches over their lower bound, by workload and global batch."""
-    data = bars(table, "microbatch_ratio", "whole")
-    return written(data, _draw_bars_of("microbatches over bound", percent=False), out_stem)
+    return bars(table, "microbatch_ratio", "whole")
 
 
-def scheduler_time(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
+def time_data(table: pd.DataFrame) -> pd.DataFrame:
     """Time that a plan takes, by the samples of all adapters."""
-    return written(medians(table, "solve_time", "whole"), draw_times, out_stem)
+    return medians(table, "solve_time", "whole")
 
 
 def medians(table: pd.DataFrame, metric: str, window: str) -> pd.DataFrame:
@@ -69,30 +64,35 @@ def bars(table: pd.DataFrame, metric: str, window: str) -> pd.DataFrame:
     return here.reset_index(drop=True)
 
 
-def _draw_bars_of(label: str, percent: bool) -> Callable[[pd.DataFrame], Figure]:
-    def draw(data: pd.DataFrame) -> Figure:
-        """A row of panels for each number of samples, a panel for each global batch, a group for each workload."""
-        lengths, batches = sorted(data["samples"].unique()), sorted(data["global_batch"].unique())
-        names = [name for name in STRATEGIES if name in set(data["system"])]
-        with matplotlib.rc_context(style.PARAMETERS):
-            figure = Figure(figsize=(style.TEXT_WIDTH, 1.2 + 1.7 * len(lengths)), layout="constrained")
-            axes = figure.subplots(len(lengths), len(batches), sharey="row", squeeze=False)
-            for row, samples in zip(axes, lengths, strict=True):
-                for ax, batch in zip(row, batches, strict=True):
-                    here = data[(data["samples"] == samples) & (data["global_batch"] == batch)]
-                    _draw_panel(ax, here, names)
-                    ax.set_title(f"global batch {batch}" if len(here) else "")
-                    if percent:
-                        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-                row[0].set_ylabel(f"{label}\n{samples} samples an adapter")
-            handles = [
-                Patch(facecolor=STRATEGIES[name].colour, hatch=STRATEGIES[name].hatch, edgecolor="white", label=name)
-                for name in names
-            ]
-            _finish(figure, data, handles, f"{STAGES} stages, {ADAPTERS} adapters, simulated")
-        return figure
+def draw_bubble(data: pd.DataFrame) -> Figure:
+    return _draw_bars(data, "bubble, steady state", percent=True)
 
-    return draw
+
+def draw_fill(data: pd.DataFrame) -> Figure:
+    return _draw_bars(data, "microbatches over bound", percent=False)
+
+
+def _draw_bars(data: pd.DataFrame, label: str, percent: bool) -> Figure:
+    """A row of panels for each number of samples, a panel for each global batch, a group for each workload."""
+    lengths, batches = sorted(data["samples"].unique()), sorted(data["global_batch"].unique())
+    names = [name for name in STRATEGIES if name in set(data["system"])]
+    with matplotlib.rc_context(style.PARAMETERS):
+        figure = Figure(figsize=(style.TEXT_WIDTH, 1.2 + 1.7 * len(lengths)), layout="constrained")
+        axes = figure.subplots(len(lengths), len(batches), sharey="row", squeeze=False)
+        for row, samples in zip(axes, lengths, strict=True):
+            for ax, batch in zip(row, batches, strict=True):
+                here = data[(data["samples"] == samples) & (data["global_batch"] == batch)]
+                _draw_panel(ax, here, names)
+                ax.set_title(f"global batch {batch}" if len(here) else "")
+                if percent:
+                    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            row[0].set_ylabel(f"{label}\n{samples} samples an adapter")
+        handles = [
+            Patch(facecolor=STRATEGIES[name].colour, hatch=STRATEGIES[name].hatch, edgecolor="white", label=name)
+            for name in names
+        ]
+        _finish(figure, data, handles, f"{STAGES} stages, {ADAPTERS} adapters, simulated")
+    return figure
 
 
 def _draw_panel(ax: Axes, data: pd.DataFrame, names: list[str]) -> None:

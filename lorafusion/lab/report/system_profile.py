@@ -9,17 +9,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lorafusion.lab.report import style
-from lorafusion.lab.report.figures import written
 from lorafusion.lab.report.training_figures import CLASSES, draw_stacks, read_profiles
 from lorafusion.lab.tuning import PROFILE_COLUMNS
 
 BAR = ["suite", "workload", "qkv", "system", "git_sha"]
-
-
-def system_profile(profiles: Sequence[str | Path], out_stem: str | Path) -> list[Path]:
-    """Milliseconds for 1000 tokens by class of kernel, from CSVs of `lorafusion profile`: a bar a system, a panel a
-    workload."""
-    return written(profile_data(profiles), draw, out_stem)
 
 
 def profile_data(profiles: Sequence[str | Path]) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 from lorafusion.lab.profiler import COLUMNS, ORDER
 from lorafusion.lab.report import style
-from lorafusion.lab.report.figures import read_data, written
+from lorafusion.lab.report.figures import read_data
 from lorafusion.lab.report.kernel_figures import ADAPTER_HATCHES, IMPLEMENTATIONS
 from lorafusion.lab.table.table import MeasurementError
 
@@ -40,16 +40,6 @@ CLASSES = dict(
     )
 )
 LABELLED = 0.042  # of a panel's highest bar, from which on a part has its number in it
-
-
-def training_speed(table: pd.DataFrame, out_stem: str | Path) -> list[Path]:
-    """Tokens per second of every implementation, and its peak memory, by bench."""
-    return written(speed_data(table), draw_speed, out_stem)
-
-
-def training_profile(profiles: Sequence[str | Path], out_stem: str | Path) -> list[Path]:
-    """What the time of a microbatch goes into, from CSVs of `lorafusion training measure --profile`."""
-    return written(profile_data(profiles), draw_profile, out_stem)
 
 
 def speed_data(table: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,6 @@ from matplotlib.patches import Rectangle
 
 from lorafusion.lab.keys import require_one_workload
 from lorafusion.lab.report import style
-from lorafusion.lab.report.figures import written
 from lorafusion.lab.table.table import MeasurementError
 from lorafusion.lab.tuned import Tuned
 
@@ -25,14 +24,9 @@ ROW_HEIGHT, PANEL_HEIGHT = 0.17, 0.75  # inches: of a row, and of what a panel h
 LABEL_WIDTH, COLUMN_WIDTH = 1.4, 0.28  # inches: of the systems' names, and of a column at least
 
 
-def tunings(files: Sequence[str | Path], model: str, out_stem: str | Path) -> list[Path]:
-    """A panel a workload: a row a system, a column a capacity, tokens a second of the first global batches; from files
-    of `lorafusion tune`. Raises `MeasurementError` where none is of the model."""
-    return written(tunings_data(files, model), draw, out_stem)
-
-
 def tunings_data(files: Sequence[str | Path], model: str) -> pd.DataFrame:
-    """A row a trial, in drawing order; ratio: of the throughput to the largest of its row of the figure."""
+    """A row a trial of the files of `lorafusion tune`, in drawing order; ratio: of the throughput to the largest of its
+    row of the figure. Raises `MeasurementError` where none is of the model."""
     rows, every = [], [(path, Tuned.read(path)) for path in files]
     require_one_workload((path, tuned.suite, tuned.cell, tuned.workload_hash) for path, tuned in every)
     _require_one_each(every)

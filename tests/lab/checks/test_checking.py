@@ -140,10 +140,10 @@ def test_a_table_of_record_that_names_no_code_is_drawn_with_checks_of_any(measur
     assert draw(measured).returncode == 0
 
 
-@pytest.mark.parametrize("command", [["figure", "kernel_speed"], ["training", "speed"], ["figure", "contributions"]])
-def test_other_figures_of_measurements_need_theirs(measured, command, tmp_path):
-    model = ["--model", "tiny"] if "contributions" in command else []
-    done = lorafusion(*command, measured, *model, "--out", tmp_path / "x", "--checks", tmp_path / "none")
+@pytest.mark.parametrize("figure", ["kernel_speed", "training_speed", "contributions"])
+def test_other_figures_of_measurements_need_theirs(measured, figure, tmp_path):
+    model = ["--model", "tiny"] if figure == "contributions" else []
+    done = lorafusion("figure", figure, measured, *model, "--out", tmp_path / "x", "--checks", tmp_path / "none")
     assert done.returncode == 2
     assert "no such verdict" in done.stderr
 

@@ -12,7 +12,7 @@ import yaml
 from lorafusion.core.schema import UserError
 from lorafusion.lab.experiments import planner
 from lorafusion.lab.keys import is_current
-from lorafusion.lab.report import scheduler_figures
+from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table
 from lorafusion.lab.table.table import MeasurementError
 from tests.cli.test_cli import lorafusion
@@ -149,16 +149,16 @@ def test_the_hash_changes_with_what_a_bench_depends_on(suite):
 
 @pytest.mark.parametrize("figure", ["scheduler_bubble", "scheduler_fill", "scheduler_time"])
 def test_figures_are_drawn_from_their_csv(measured, tmp_path, figure):
-    paths = getattr(scheduler_figures, figure)(measured, tmp_path / figure)
+    paths = FIGURES[figure].draw(measured, tmp_path / figure)
     assert [path.suffix for path in paths] == [".pdf", ".png", ".csv"]
     data = pd.read_csv(paths[2])
     assert set(data["system"]) == {"fast", "mlora", "sequential"}
     assert len(data) == (12 if figure == "scheduler_time" else 6)  # bars: four adapters alone
     first = paths[1].read_bytes()
-    getattr(scheduler_figures, figure)(measured, tmp_path / figure)
+    FIGURES[figure].draw(measured, tmp_path / figure)
     assert paths[1].read_bytes() == first
 
 
 def test_a_table_without_strategies_has_no_figure(measured):
     with pytest.raises(MeasurementError, match="no median of bubble of a strategy"):
-        scheduler_figures.scheduler_bubble(measured[measured["metric"] == "fill"], "x")
+        FIGURES["scheduler_bubble"].draw(measured[measured["metric"] == "fill"], "x")

@@ -23,7 +23,7 @@ from lorafusion.lab.experiments import steps, steps_suite
 from lorafusion.lab.experiments.steps import Arms, Shared, Trainer
 from lorafusion.lab.experiments.steps_suite import Arm, Bench, read_training_suite, workload_and_plan
 from lorafusion.lab.profiler import IDLE, Part, Span, at_full_speed, breakdown, busy_share, class_of
-from lorafusion.lab.report import training_figures
+from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table
 from lorafusion.lab.table.result import FaultyRunError
 from lorafusion.lab.table.table import MeasurementError
@@ -94,12 +94,12 @@ def test_a_bench_becomes_rows_of_the_table_and_a_figure(suite, tmp_path):
     assert values["frozen", "throughput"] == pytest.approx(64 / values["frozen", "time"])
     assert {name for name, metric in values.index if metric == "overhead"} == {"peft-bf16", "fused-multi"}
     assert {name for name, metric in values.index if metric == "speedup"} == {"fused-multi"}
-    files = training_figures.training_speed(frame, tmp_path / "speed")
+    files = FIGURES["training_speed"].draw(frame, tmp_path / "speed")
     assert [file.suffix for file in files] == [".pdf", ".png", ".csv"]
     shown = pd.read_csv(files[2])
     assert list(shown["variant"]) == ["frozen", "peft-bf16", "fused-multi, 2 adapters"]
     with pytest.raises(MeasurementError, match="no median throughput"):
-        training_figures.training_speed(frame[frame["metric"] == "loss"], tmp_path / "speed")
+        FIGURES["training_speed"].draw(frame[frame["metric"] == "loss"], tmp_path / "speed")
 
 
 def test_arms_share_their_weights_and_nothing_else(suite, tmp_path):
@@ -285,15 +285,15 @@ def test_a_profile_is_drawn_by_implementation_and_before_and_after(suite, tmp_pa
         paths.append(tmp_path / f"{commit[0]}.csv")
         paths[-1].write_text(profiler.csv_text(rows))
         seal(paths[-1])
-    one = pd.read_csv(training_figures.training_profile([paths[0], paths[0]], tmp_path / "one")[2])
+    one = pd.read_csv(FIGURES["training_profile"].draw([paths[0], paths[0]], tmp_path / "one")[2])
     assert list(one["variant"].unique()) == ["frozen", "fused-multi, 4 adapters"]
     assert list(one["milliseconds"][:3]) == [1, 1, 1]
     assert list(one["class"][:3]) == ["GEMM", "other", IDLE]
-    both = pd.read_csv(training_figures.training_profile(paths, tmp_path / "both")[2])
+    both = pd.read_csv(FIGURES["training_profile"].draw(paths, tmp_path / "both")[2])
     assert list(both["variant"].unique())[:2] == ["frozen\n" + "a" * 10, "frozen\n" + "b" * 10]
     paths[0].write_text("suite,bench\n")
     seal(paths[0])
     with pytest.raises(MeasurementError, match="no column"):
-        training_figures.training_profile(paths[:1], tmp_path / "none")
+        FIGURES["training_profile"].draw(paths[:1], tmp_path / "none")
     with pytest.raises(UserError, match="only a GPU's kernels"):
         steps.run_bench("small", "toy", 1, tmp_path / "x.json", None, tmp_path / "x.csv")

@@ -19,6 +19,7 @@ from lorafusion.cli.main import app
 from lorafusion.lab.report import contributions_figure as figure_of
 from lorafusion.lab.report import figures, style
 from lorafusion.lab.report.contributions import COLUMNS, CORNERS, FACTORS, OF_MERGED, contributions, lacking
+from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table as measurements
 from lorafusion.lab.table.table import MeasurementError
 
@@ -342,7 +343,7 @@ def texts(ax) -> list[str]:
 
 
 def test_the_csv_alone_redraws_the_figure_and_equal_tables_give_equal_bytes(whole_suite, tmp_path, passed_checks):
-    pdf, png, csv = figure_of.contributions_figure(whole_suite, "tiny", tmp_path / "figure")
+    pdf, png, csv = FIGURES["contributions"].draw(whole_suite, tmp_path / "figure", "tiny")
     again = figures.save(figure_of.draw(figures.read_data(csv)), tmp_path / "again")
     assert [path.read_bytes() for path in again] == [pdf.read_bytes(), png.read_bytes()]
     assert pd.read_csv(csv).columns.tolist()[: len(COLUMNS)] == COLUMNS
@@ -484,9 +485,9 @@ def test_a_panel_for_each_number_of_gpus_with_all_systems(measure, make_table):
 def test_a_table_without_the_systems_is_refused_in_one_line(measure, make_table, tmp_path, passed_checks):
     table = make_table(measure({"lorafusion": 900.0, "megatron-pp": 400.0}))
     with pytest.raises(MeasurementError, match="no cells of unfused-sequential, unfused-ours, mlora-paper-setting$"):
-        figure_of.contributions_figure(table, "tiny", tmp_path / "figure")
+        FIGURES["contributions"].draw(table, tmp_path / "figure", "tiny")
     with pytest.raises(MeasurementError, match="contributions of model 'huge'"):
-        figure_of.contributions_figure(table, "huge", tmp_path / "figure")
+        FIGURES["contributions"].draw(table, tmp_path / "figure", "huge")
     measurements.write(table, tmp_path / "table.csv", tmp_path / "table.parquet")
     passed_checks(tmp_path / "checks", table)
     command = ["figure", "contributions", str(tmp_path / "table.csv"), "--model", "tiny", "--out", str(tmp_path / "f")]

@@ -18,10 +18,12 @@ from pypdf import PdfReader
 
 from lorafusion.core.config import read_systems
 from lorafusion.lab.report import figures, style
+from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table as measurements
 from lorafusion.lab.table.table import MeasurementError
 
 SUFFIXES = ("pdf", "png", "csv")
+END_TO_END = FIGURES["end_to_end"]
 PAPERS = ("peft", "megatron-fsdp", "megatron-pp", "mlora", "lorafusion")
 
 
@@ -86,13 +88,13 @@ def draw():
 
 
 def test_writes_pdf_png_and_csv(smoke, tmp_path):
-    paths = figures.end_to_end(smoke, "tiny", tmp_path / "new" / "end-to-end.v1")
+    paths = END_TO_END.draw(smoke, tmp_path / "new" / "end-to-end.v1", "tiny")
     assert [path.name for path in paths] == [f"end-to-end.v1.{suffix}" for suffix in SUFFIXES]
     assert all(path.stat().st_size > 1000 for path in paths)
 
 
 def test_fonts_are_embedded_as_truetype(smoke, tmp_path):
-    pdf, _, _ = figures.end_to_end(smoke, "tiny", tmp_path / "figure")
+    pdf, _, _ = END_TO_END.draw(smoke, tmp_path / "figure", "tiny")
     page = PdfReader(pdf).pages[0]
     fonts = [font.get_object() for font in page["/Resources"]["/Font"].values()]
     assert fonts
@@ -107,10 +109,10 @@ def test_fonts_are_embedded_as_truetype(smoke, tmp_path):
 def test_equal_tables_give_equal_bytes_in_any_process(smoke, tmp_path):
     measurements.write(smoke, tmp_path / "table.csv", tmp_path / "table.parquet")
     np.random.seed(1)  # the state of the global generator must not matter
-    figures.end_to_end(smoke.sample(frac=1, random_state=5), "tiny", tmp_path / "here")
+    END_TO_END.draw(smoke.sample(frac=1, random_state=5), tmp_path / "here", "tiny")
     script = (
-        "import sys; from lorafusion.lab.table import table; from lorafusion.lab.report import figures;"
-        "figures.end_to_end(table.read(sys.argv[1]), 'tiny', sys.argv[2])"
+        "import sys; from lorafusion.lab.table import table; from lorafusion.lab.report.registry import FIGURES;"
+        "FIGURES['end_to_end'].draw(table.read(sys.argv[1]), sys.argv[2], 'tiny')"
     )
     environment = os.environ | {"PYTHONHASHSEED": "12345"}
     command = [sys.executable, "-c", script, str(tmp_path / "table.csv"), str(tmp_path / "there")]
@@ -121,14 +123,14 @@ def test_equal_tables_give_equal_bytes_in_any_process(smoke, tmp_path):
 
 
 def test_the_csv_alone_redraws_the_figure(smoke, tmp_path):
-    pdf, png, csv = figures.end_to_end(smoke, "tiny", tmp_path / "figure")
+    pdf, png, csv = END_TO_END.draw(smoke, tmp_path / "figure", "tiny")
     again = figures.save(figures.draw_end_to_end(figures.read_data(csv)), tmp_path / "again")
     assert [path.read_bytes() for path in again] == [pdf.read_bytes(), png.read_bytes()]
 
 
 def test_csv_has_the_medians_points_and_ratios(make_run, make_table, tmp_path):
     runs = [make_run(system, repeat=repeat) for repeat in (1, 2, 3) for system in ("mlora", "peft", "lorafusion")]
-    _, _, csv = figures.end_to_end(make_table(runs), "tiny", tmp_path / "figure")
+    _, _, csv = END_TO_END.draw(make_table(runs), tmp_path / "figure", "tiny")
     data = pd.read_csv(csv)
     whole = data[(data["window"] == "whole") & (data["element"] == "bar")].set_index("system")
     assert whole["value"].to_dict() == {"peft": 818.0, "mlora": 1118.0, "lorafusion": 1448.0}
@@ -162,7 +164,7 @@ def test_failed_cells_are_text_and_never_a_bar(smoke, draw, tmp_path):
     data = figures.end_to_end_data(smoke, "tiny")
     timed_out = data[(data["system"] == "mlora") & (data["gpus"] == 2)]
     assert set(timed_out["element"]) == {"text"}
-    pdf, _, _ = figures.end_to_end(smoke, "tiny", tmp_path / "figure")
+    pdf, _, _ = END_TO_END.draw(smoke, tmp_path / "figure", "tiny")
     assert "OOM" in PdfReader(pdf).pages[0].extract_text()
 
 
@@ -273,5 +275,5 @@ def test_runs_without_a_commit_can_be_drawn(make_run, make_table, tmp_path):
     """A checkout that was downloaded and not cloned: every commit of the table is empty."""
     result = make_run()
     result["provenance"] |= {"git_sha": None, "git_dirty": None}
-    pdf, _, _ = figures.end_to_end(make_table([result]), "tiny", tmp_path / "figure")
+    pdf, _, _ = END_TO_END.draw(make_table([result]), tmp_path / "figure", "tiny")
     assert "commit unknown" in PdfReader(pdf).pages[0].extract_text()

@@ -9,8 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from pypdf import PdfReader
 
-from lorafusion.cli import main
+from lorafusion.cli.main import app
 from lorafusion.lab.report import figures, kernel_data, kernel_figures, style
+from lorafusion.lab.report.registry import FIGURES as TABLE
 from lorafusion.lab.table import table as measurements
 from lorafusion.lab.table.table import MeasurementError
 from lorafusion.lab.table.vocabulary import METRICS
@@ -121,7 +122,7 @@ def drawn(monkeypatch):
     def call(name, table, stem):
         save = figures.save
         monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure) or save(figure, path))
-        paths = getattr(kernel_figures, name)(table, stem)
+        paths = TABLE[name].draw(table, stem)
         monkeypatch.setattr(figures, "save", save)
         return kept[-1], pd.read_csv(paths[-1])
 
@@ -130,9 +131,9 @@ def drawn(monkeypatch):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_writes_pdf_png_and_csv_the_same_for_the_same_table(full, name, tmp_path):
-    paths = getattr(kernel_figures, name)(full, tmp_path / "new" / "figure")
+    paths = TABLE[name].draw(full, tmp_path / "new" / "figure")
     assert [path.name for path in paths] == ["figure.pdf", "figure.png", "figure.csv"]
-    again = getattr(kernel_figures, name)(full.sample(frac=1, random_state=5), tmp_path / "again")
+    again = TABLE[name].draw(full.sample(frac=1, random_state=5), tmp_path / "again")
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
     page = PdfReader(paths[0]).pages[0]
     assert "suite h200 · commit 0123456789 · NVIDIA H200" in page.extract_text()
@@ -218,23 +219,23 @@ def test_cpu_numbers_say_what_they_are(drawn, tmp_path):
 )
 def test_what_the_table_lacks_is_said(name, groups, message, tmp_path):
     with pytest.raises(MeasurementError, match=message):
-        getattr(kernel_figures, name)(tabulate(groups), tmp_path / "figure")
+        TABLE[name].draw(tabulate(groups), tmp_path / "figure")
 
 
 def test_a_roofline_needs_canaries_of_a_gpu(tmp_path):
     with pytest.raises(MeasurementError, match="no median time of canary-gemm on a GPU"):
-        kernel_figures.roofline(tabulate([*linears(), *traffic()], gpu=None), tmp_path / "figure")
+        TABLE["roofline"].draw(tabulate([*linears(), *traffic()], gpu=None), tmp_path / "figure")
 
 
 def test_two_numbers_for_one_point_are_refused(tmp_path):
     table = tabulate([*linears(), *linears(suite="other")])
     with pytest.raises(MeasurementError, match="two numbers for one point of peft .suites: h200, other"):
-        kernel_figures.kernel_speed(table, tmp_path / "figure")
+        TABLE["kernel_speed"].draw(table, tmp_path / "figure")
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_command(full, name, tmp_path, passed_checks):
     measurements.write(full, tmp_path / "t.csv", tmp_path / "t.parquet")
     passed_checks(tmp_path / "checks", full)
-    main.app(["figure", name, str(tmp_path / "t.csv"), "--out", str(tmp_path / "figure")], standalone_mode=False)
+    app(["figure", name, str(tmp_path / "t.csv"), "--out", str(tmp_path / "figure")], standalone_mode=False)
     assert (tmp_path / "figure.png").is_file()

@@ -8,7 +8,8 @@ import pytest
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import seal
 from lorafusion.lab.checks.comparisons import PLAIN, Curve, write_curves
-from lorafusion.lab.report.lossless_figure import ALONE, lossless
+from lorafusion.lab.report.lossless_figure import ALONE
+from lorafusion.lab.report.registry import FIGURES
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def curves(tmp_path):
 
 
 def test_the_curves_are_drawn_with_their_difference_from_alone(curves, tmp_path):
-    paths = lossless(curves, tmp_path / "figure")
+    paths = FIGURES["lossless"].draw([curves], tmp_path / "figure")
     assert pd.read_csv(paths[2])["difference"].tolist() == [0.0] * 6
 
 
@@ -28,7 +29,7 @@ def test_curves_that_were_cut_or_edited_are_not_drawn(curves, tmp_path):
     for changed in (text[: len(text) // 2], text.replace("1.5", "1.4")):
         curves.write_text(changed)
         with pytest.raises(UserError, match=r"lossless\.csv: cut or edited"):
-            lossless(curves, tmp_path / "figure")
+            FIGURES["lossless"].draw([curves], tmp_path / "figure")
     assert not (tmp_path / "figure.png").exists()
 
 
@@ -36,4 +37,4 @@ def test_another_table_is_not_taken_for_curves(tmp_path):
     (tmp_path / "other.csv").write_text("job,value\na,1\n")
     seal(tmp_path / "other.csv")
     with pytest.raises(UserError, match=r"other\.csv: no column trainer; expected what `lorafusion check lossless"):
-        lossless(tmp_path / "other.csv", tmp_path / "figure")
+        FIGURES["lossless"].draw([tmp_path / "other.csv"], tmp_path / "figure")

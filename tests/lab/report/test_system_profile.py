@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from lorafusion.cli.main import app
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import seal
-from lorafusion.lab.report.system_profile import system_profile
+from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table.table import MeasurementError
 from lorafusion.lab.tuning import PROFILE_COLUMNS
 
@@ -42,7 +42,7 @@ def profiles(tmp_path):
 
 
 def test_the_profiles_are_drawn_by_workload_and_system(profiles, tmp_path):
-    data = pd.read_csv(system_profile(profiles, tmp_path / "out" / "system_profile")[2])
+    data = pd.read_csv(FIGURES["system_profile"].draw(profiles, tmp_path / "out" / "system_profile")[2])
     bars = data[["workload", "variant"]].drop_duplicates()
     assert bars.to_numpy().tolist() == [
         ["wikisum", "lorafusion"],
@@ -63,7 +63,7 @@ def test_profiles_of_two_configurations_of_a_cell_have_no_median(tmp_path, name)
         pd.read_csv(paths[-1]).assign(**{name: value}).to_csv(paths[-1], index=False)
         seal(paths[-1])
     with pytest.raises(MeasurementError, match=f"its profiles differ in {name}"):
-        system_profile(paths, tmp_path / "out")
+        FIGURES["system_profile"].draw(paths, tmp_path / "out")
 
 
 def test_the_command_draws_the_profiles_that_it_is_given(profiles, tmp_path):
@@ -77,11 +77,11 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "other.csv").write_text("suite,cell\nh200,x\n")
     seal(tmp_path / "other.csv")
     with pytest.raises(MeasurementError, match=r"other.csv: no column 'class'; lorafusion profile writes them"):
-        system_profile([tmp_path / "other.csv"], tmp_path / "out")
+        FIGURES["system_profile"].draw([tmp_path / "other.csv"], tmp_path / "out")
 
 
 def test_a_profile_that_was_cut_is_refused(profiles, tmp_path):
     lines = profiles[0].read_text().splitlines(keepends=True)
     profiles[0].write_text("".join(lines[:-1]))
     with pytest.raises(UserError, match=r"1\.csv: cut or edited"):
-        system_profile(profiles, tmp_path / "out")
+        FIGURES["system_profile"].draw(profiles, tmp_path / "out")

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from lorafusion.cli.main import app
 from lorafusion.core.schema import UserError
 from lorafusion.lab.report import style
-from lorafusion.lab.report.tunings_figure import draw, tunings, tunings_data
+from lorafusion.lab.report.registry import FIGURES
+from lorafusion.lab.report.tunings_figure import draw, tunings_data
 from lorafusion.lab.table.table import MeasurementError
 from lorafusion.lab.tuned import Tuned
 
@@ -52,7 +53,7 @@ def tuned(tmp_path):
 def test_what_was_tried_and_taken_is_in_order(tuned, tmp_path):
     files = [tuned("lorafusion", {64: FULL, 32: 900.0, 16: 450.0}), tuned("mlora", {64: 100.0, 32: 100.0}),
              tuned("lorafusion", {64: FULL}, "xsum"), tuned("mlora", {64: 1.0}, model="large")]  # fmt: skip
-    png, csv = tunings(files, "tiny", tmp_path / "out" / "tunings")[1:]
+    png, csv = FIGURES["tunings"].draw(files, tmp_path / "out" / "tunings", "tiny")[1:]
     assert png.stat().st_size
     data = pd.read_csv(csv)
     assert set(data["model"]) == {"tiny"}
@@ -114,7 +115,7 @@ def test_the_command_draws_them_and_refuses_other_files(tuned, tmp_path):
     assert result.exit_code == 0, result.output
     assert all(stem.with_suffix(end).stat().st_size for end in (".pdf", ".png", ".csv"))
     with pytest.raises(MeasurementError, match="no tuning of a cell of large in"):
-        tunings([file], "large", stem)
+        FIGURES["tunings"].draw([file], stem, "large")
     (tmp_path / "other.json").write_text(json.dumps({"version": 1}))
     with pytest.raises(UserError, match="other.json: tuning of version 1, expected version 3; make it again"):
-        tunings([tmp_path / "other.json"], "tiny", stem)
+        FIGURES["tunings"].draw([tmp_path / "other.json"], stem, "tiny")

@@ -1,0 +1,231 @@
+"""The table of figures: what each is drawn from, which checks must have passed first, and how the report shows it.
+
+The command line, the workflow and the report read `FIGURES`, and know no figure by name. A new figure is a function
+here and an entry of the table. Each function imports what draws its figure when it is called, so that reading the table
+loads neither torch nor matplotlib.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorafusion.core.schema import UserError, one_of
+from lorafusion.lab.checks.verdicts import OF_KERNELS, OF_RUNS, OF_TRAINING
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure as Picture
+
+    # What a figure shows, as its CSV has it, and what draws it from there.
+    Drawing = tuple[pd.DataFrame, Callable[[pd.DataFrame], Picture]]
+
+FORMATS = ("png", "pdf", "csv")
+# What a figure can be drawn from, as the command line describes it.
+SOURCES = {
+    "table": "a measurement table",
+    "curves": "the losses that the check `lossless` wrote",
+    "profiles": "CSVs of profiled cells or training steps",
+    "tunings": "files of tuned cells",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An entry of the table.
+
+    make: takes the measurement table, or the paths of other sources, and the model if `per_model`; returns a `Drawing`.
+        Its docstring is the help of the command line.
+    source: a key of `SOURCES`, and the experiment whose results it is: end_to_end, kernels, planner or steps.
+    label: the name in the report; may hold {model}.
+    caption: a file of workflow/report.
+    checks: the checks that must have passed.
+    shown: the formats that the report shows, of `FORMATS`, all of which are written.
+    lacking: the systems that the figure takes and that are not among those of a model's cells.
+    setting: a field of the experiment's suite; where it is empty there is no such figure.
+    """
+
+    make: Callable[..., Drawing]
+    source: Literal["table", "curves", "profiles", "tunings"]
+    experiment: Literal["end_to_end", "kernels", "planner", "steps"]
+    label: str
+    caption: str
+    checks: Sequence[str] = ()
+    per_model: bool = False
+    shown: Sequence[str] = ("png", "pdf")
+    category: str = "Figures"
+    lacking: Callable[[Iterable[str]], list[str]] = lambda systems: []
+    setting: str = ""
+
+    @property
+    def help(self) -> str:
+        return (self.make.__doc__ or "").strip()
+
+    def draw(self, source: Any, stem: str | Path, model: str | None = None) -> list[Path]:
+        """Write `stem`.csv, draw it, and write `stem`.pdf and .png; returns their paths.
+
+        source: the measurement table, or the paths of the other sources. Raises `MeasurementError` where it lacks what
+        the figure shows.
+        """
+        from lorafusion.lab.report.figures import written
+
+        return written(*self.make(source, *([model] if self.per_model else [])), stem)
+
+
+def draw(
+    name: str, files: Sequence[Path], stem: str | Path, model: str | None = None, checks: Path | None = None
+) -> list[Path]:
+    """Draw a figure from files, for the command line; returns the paths written.
+
+    checks: the folder of the verdicts; by default `checks` beside the table. Raises `UserError` for a figure that is
+    not in the table, a model or a number of files that do not fit it, and checks that have not passed.
+    """
+    one_of("figure", name, set(FIGURES), "figure")
+    figure = FIGURES[name]
+    if figure.per_model != (model is not None):
+        raise UserError(f"figure {name}: --model: {'expected a model' if figure.per_model else 'it takes none'}")
+    if checks and not figure.checks:
+        raise UserError(f"figure {name}: --checks: it rests on none")
+    if figure.source in ("table", "curves") and len(files) != 1:
+        raise UserError(f"figure {name}: expected one file, {SOURCES[figure.source]}; found {len(files)}")
+    source: Any = files
+    if figure.source == "table":
+        source = _table(files[0], checks, figure.checks)
+    return figure.draw(source, stem, model)
+
+
+def _table(path: Path, folder: Path | None, checks: Sequence[str]) -> pd.DataFrame:
+    from lorafusion.lab.checks.records import checked_table
+    from lorafusion.lab.table.table import read
+
+    return checked_table(path, folder, checks) if checks else read(path)
+
+
+def _end_to_end(table: pd.DataFrame, model: str) -> Drawing:
+    """Throughput of the systems on one model, by workload and number of GPUs."""
+    from lorafusion.lab.report.figures import draw_end_to_end, end_to_end_data
+
+    return end_to_end_data(table, model), draw_end_to_end
+
+
+def _contributions(table: pd.DataFrame, model: str) -> Drawing:
+    """The speedup over the best baseline, and what schedule, packing and kernels add to it."""
+    from lorafusion.lab.report.contributions_figure import contributions_data, draw
+
+    return contributions_data(table, model), draw
+
+
+def _contributions_lack(systems: Iterable[str]) -> list[str]:
+    from lorafusion.lab.report.contributions import lacking
+
+    return lacking(systems)
+
+
+def _kernel_speed(table: pd.DataFrame) -> Drawing:
+    """Time of LoRA linears over the frozen one's, by tokens."""
+    from lorafusion.lab.report import kernel_data, kernel_figures
+
+    return kernel_data.kernel_speed_data(table), kernel_figures.draw_kernel_speed
+
+
+def _layer_speed(table: pd.DataFrame) -> Drawing:
+    """Time and memory of decoder layers, by model and tokens."""
+    from lorafusion.lab.report import kernel_data, kernel_figures
+
+    return kernel_data.layer_speed_data(table), kernel_figures.draw_layer_speed
+
+
+def _dram_traffic(table: pd.DataFrame) -> Drawing:
+    """GiB that LoRA linears move, beside the published values."""
+    from lorafusion.lab.report import kernel_data, kernel_figures
+
+    return kernel_data.dram_traffic_data(table), kernel_figures.draw_dram_traffic
+
+
+def _roofline(table: pd.DataFrame) -> Drawing:
+    """LoRA linears under the measured ceilings of the GPU."""
+    from lorafusion.lab.report import kernel_data, kernel_figures
+
+    return kernel_data.roofline_data(table), kernel_figures.draw_roofline
+
+
+def _scheduler_bubble(table: pd.DataFrame) -> Drawing:
+    """Simulated bubble of every strategy, by workload and batch."""
+    from lorafusion.lab.report import scheduler_figures
+
+    return scheduler_figures.bubble_data(table), scheduler_figures.draw_bubble
+
+
+def _scheduler_fill(table: pd.DataFrame) -> Drawing:
+    """Microbatches of every strategy over their lower bound."""
+    from lorafusion.lab.report import scheduler_figures
+
+    return scheduler_figures.fill_data(table), scheduler_figures.draw_fill
+
+
+def _scheduler_time(table: pd.DataFrame) -> Drawing:
+    """Time that a plan takes, by its samples."""
+    from lorafusion.lab.report import scheduler_figures
+
+    return scheduler_figures.time_data(table), scheduler_figures.draw_times
+
+
+def _training_speed(table: pd.DataFrame) -> Drawing:
+    """Tokens per second and memory of training steps, by bench and implementation."""
+    from lorafusion.lab.report import training_figures
+
+    return training_figures.speed_data(table), training_figures.draw_speed
+
+
+def _training_profile(profiles: Sequence[Path]) -> Drawing:
+    """What the time of training steps goes into: by implementation, or before and after a commit."""
+    from lorafusion.lab.report import training_figures
+
+    return training_figures.profile_data(profiles), training_figures.draw_profile
+
+
+def _system_profile(profiles: Sequence[Path]) -> Drawing:
+    """What a GPU does with each system: milliseconds for 1000 tokens by class of kernel."""
+    from lorafusion.lab.report import system_profile
+
+    return system_profile.profile_data(profiles), system_profile.draw
+
+
+def _tunings(files: Sequence[Path], model: str) -> Drawing:
+    """The capacities that were tried for each system of a model, how fast they were, and which was taken."""
+    from lorafusion.lab.report import tunings_figure
+
+    return tunings_figure.tunings_data(files, model), tunings_figure.draw
+
+
+def _lossless(curves: Sequence[Path]) -> Drawing:
+    """Losses of adapters trained together, alone and with plain PEFT."""
+    from lorafusion.lab.report import lossless_figure
+
+    return lossless_figure.lossless_data(curves[0]), lossless_figure.draw
+
+
+FIGURES = {
+    "end_to_end": Figure(_end_to_end, "table", "end_to_end", "end-to-end throughput, {model}", "end_to_end.rst",
+                         OF_RUNS, per_model=True),
+    "contributions": Figure(_contributions, "table", "end_to_end", "what the parts of LoRAFusion add, {model}",
+                            "contributions.rst", OF_RUNS, per_model=True, shown=FORMATS, lacking=_contributions_lack),
+    "system_profile": Figure(_system_profile, "profiles", "end_to_end", "what the GPU does with each system",
+                             "system_profile.rst", shown=("png",)),
+    "tunings": Figure(_tunings, "tunings", "end_to_end", "capacities that were tried, {model}", "tunings.rst",
+                      per_model=True, shown=("png",)),
+    "lossless": Figure(_lossless, "curves", "end_to_end", "losses lying on each other", "lossless.rst",
+                       shown=("png",), category="Checks"),
+    "kernel_speed": Figure(_kernel_speed, "table", "kernels", "kernel_speed", "kernels.rst", OF_KERNELS),
+    "layer_speed": Figure(_layer_speed, "table", "kernels", "layer_speed", "kernels.rst", OF_KERNELS),
+    "dram_traffic": Figure(_dram_traffic, "table", "kernels", "dram_traffic", "kernels.rst", OF_KERNELS,
+                           setting="traffic"),
+    "roofline": Figure(_roofline, "table", "kernels", "roofline", "kernels.rst", OF_KERNELS, setting="traffic"),
+    "scheduler_bubble": Figure(_scheduler_bubble, "table", "planner", "scheduler_bubble", "scheduler.rst"),
+    "scheduler_fill": Figure(_scheduler_fill, "table", "planner", "scheduler_fill", "scheduler.rst"),
+    "scheduler_time": Figure(_scheduler_time, "table", "planner", "scheduler_time", "scheduler.rst"),
+    "training_speed": Figure(_training_speed, "table", "steps", "training_speed", "training.rst", OF_TRAINING),
+    "training_profile": Figure(_training_profile, "profiles", "steps", "training_profile", "training.rst"),
+}  # fmt: skip

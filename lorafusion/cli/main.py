@@ -183,7 +183,7 @@ def kernels_measure(
     log: Log = None,
 ) -> None:
     """Measure one bench in all its implementations and write its result file."""
-    from lorafusion.lab.experiments.kernels import run_bench
+    from lorafusion.lab.experiments.kernel_times import run_bench
 
     print(f"{out}: {run_bench(suite, bench, repeat, out, log, tokens)}")
 

@@ -32,6 +32,6 @@ def training_measure(
     log: Log = None,
 ) -> None:
     """Train some steps of one bench in all its implementations and write its result file."""
-    from lorafusion.lab.experiments.steps import run_bench
+    from lorafusion.lab.experiments.trainers import run_bench
 
     print(f"{out}: {run_bench(suite, bench, repeat, out, log, profile)}")

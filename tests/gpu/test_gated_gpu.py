@@ -12,7 +12,7 @@ from fused_lora.reference import draw_masks, gated, gated_backward, lora_backwar
 from lorafusion.lab.checks.kernels import MOST_ERROR, random_problem
 from lorafusion.lab.experiments.implementations import Builder, Setting, Subject
 from lorafusion.lab.experiments.kernel_suite import benches, read_kernel_suite
-from lorafusion.lab.experiments.kernels import _existing
+from lorafusion.lab.experiments.kernel_times import _existing
 from lorafusion.lab.experiments.timing import own_stream, prepared, saved_bytes
 
 GPU = torch.device("cuda")

@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 
 from lorafusion.lab.experiments import implementations
 from lorafusion.lab.experiments.kernel_suite import Bench, Point, benches, read_kernel_suite
-from lorafusion.lab.experiments.kernels import _existing
+from lorafusion.lab.experiments.kernel_times import _existing
 from lorafusion.lab.experiments.timing import saved_bytes
 from lorafusion.model import liger
 

@@ -204,7 +204,7 @@ def a_trial_need_not_train(original):
 
 
 @planted(
-    "lorafusion.lab.experiments.steps:Trainer.require_sound",
+    "lorafusion.lab.experiments.trainers:Trainer.require_sound",
     caught_by="tests/lab/experiments/test_training.py::test_an_arm_that_does_not_train_is_rows_without_values",
 )
 def a_benchmark_need_not_train(original):

@@ -18,7 +18,7 @@ from fused_lora.philox import unpack
 from lorafusion.lab.checks.verdicts import Verdict
 from lorafusion.lab.definitions import keep_mask_of_key
 from lorafusion.lab.experiments.kernel_suite import KernelSuite
-from lorafusion.lab.experiments.kernels import require_device
+from lorafusion.lab.experiments.kernel_times import require_device
 
 # Of eager's root mean square error. Kernels add in float32, in another order, and round once where eager rounds twice;
 # in float32 itself they add one after the other what a library adds in pieces (5.0 was the worst on an H200).

@@ -1,5 +1,9 @@
-"""The kernel suite: LoRA linears and decoder layers in every implementation, checked, timed and counted.
+"""The experiments of the laboratory: each is a class, `EXPERIMENTS` has them by name."""
 
-`suite` says what is measured, `implementations` builds it, `timing` times it, `measure` makes the result files,
-`verify` compares with float64, and `traffic` reads the GPU's memory counters.
-"""
+from lorafusion.lab.experiments.end_to_end import EndToEnd
+from lorafusion.lab.experiments.experiment import Experiment
+from lorafusion.lab.experiments.kernels import Kernels
+from lorafusion.lab.experiments.planner import Planner
+from lorafusion.lab.experiments.steps import Steps
+
+EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (EndToEnd(), Kernels(), Steps(), Planner())}

@@ -10,16 +10,51 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lorafusion.core.config import SystemConfig
+from lorafusion.core.config import SystemConfig, names_in
 from lorafusion.core.machine import has_gpu, provenance
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
+from lorafusion.lab.experiments.experiment import MARGIN, NO_INPUTS, Experiment, Inputs, Point, Resources, is_path
 from lorafusion.lab.keys import CellFiles, suite_files
-from lorafusion.lab.suite import Cell, Suite
+from lorafusion.lab.suite import Cell, Suite, suite_path
 from lorafusion.lab.table.result import result_of, write_result
 from lorafusion.launch.launch import Outcome, launch
 from lorafusion.launch.spec import RunSpec
+
+
+class EndToEnd(Experiment):
+    """Whole trainings of every system of a suite, by its grid of cells."""
+
+    name = "end_to_end"
+    folder = ""
+
+    def points(self, suite: str) -> list[Point]:
+        if not is_path(suite) and suite not in names_in("suites"):
+            return []
+        path = suite_path(suite)
+        return [
+            Point(files.suite.name, str(path), name, files.suite.repeats, files.suite, files)
+            for name, files in suite_files(path).items()
+        ]
+
+    def key(self, point: Point) -> str:
+        return point.subject.configuration
+
+    def resources(self, point: Point) -> Resources:
+        cell, suite = point.subject.cell, point.settings
+        here = min(cell.gpus, suite.gpus_per_node)
+        return Resources(
+            minutes=cell.grid.minutes + MARGIN,
+            memory_mb=1000 * cell.grid.memory_gb,
+            cpus=here,
+            gpus=here if suite.device == "cuda" else 0,
+            nodes=-(-cell.gpus // suite.gpus_per_node),
+        )
+
+    def run(self, point: Point, repeat: int, out: Path, log: Path | None, inputs: Inputs = NO_INPUTS) -> str:
+        return run_cell(Path(point.source), point.name, inputs.workload, inputs.plan, out, repeat, inputs.nodes, log,
+                        inputs.tuned, inputs.launch or launch)  # fmt: skip
 
 
 def run_cell(

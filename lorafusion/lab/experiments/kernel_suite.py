@@ -193,6 +193,12 @@ def bench_hash(suite: KernelSuite, bench: Bench) -> str:
     return content_hash([bench.name, settings, block, model])
 
 
+def traffic_hash(suite: KernelSuite) -> str:
+    """As `bench_hash`, for the memory counters."""
+    settings = suite.model_dump(mode="json", include={"device", "dtype", "replays", "seed"})
+    return content_hash([settings, suite.traffic.model_dump(mode="json")])
+
+
 def current_hash(suite: str, name: str) -> str:
     """The hash of a bench of a suite as the file has it now; KeyError for one that it does not have."""
     read = read_kernel_suites()[suite]

@@ -31,6 +31,7 @@ from lorafusion.core.schema import (
 )
 from lorafusion.core.workload import Workload, content_hash
 from lorafusion.data.lengths import make_workload
+from lorafusion.lab.experiments.experiment import MARGIN, NO_INPUTS, Experiment, Inputs, Point, Resources, suite_name
 from lorafusion.lab.experiments.rows import row, write_bench
 from lorafusion.planning import STRATEGIES, bounds, plan_workload
 from lorafusion.planning.simulator import CostModel, chosen_costs, costs_of, simulate
@@ -39,6 +40,27 @@ SUITES = CONFIGS / "scheduler.yaml"
 # mLoRA's own executor chooses as it goes, and needs no no-ops; the one that trains its plans here keeps their order.
 Count = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 SCHEDULES = {"mlora": "greedy"}
+
+
+class Planner(Experiment):
+    """Plans of every strategy, judged by the simulator."""
+
+    name = "planner"
+    folder = "scheduler"
+
+    def points(self, suite: str) -> list[Point]:
+        name = suite_name(suite)
+        entry = read_scheduler_suites().get(name)
+        return [Point(name, name, bench, entry.repeats, entry, bench) for bench in benches(entry)] if entry else []
+
+    def key(self, point: Point) -> str:
+        return bench_hash(point.settings, point.name)
+
+    def resources(self, point: Point) -> Resources:
+        return Resources(minutes=point.settings.minutes + MARGIN, memory_mb=4000)
+
+    def run(self, point: Point, repeat: int, out: Path, log: Path | None, inputs: Inputs = NO_INPUTS) -> str:
+        return run_bench(point.source, point.name, repeat, out, log)
 
 
 class Grid(Config):

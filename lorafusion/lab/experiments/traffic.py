@@ -29,7 +29,7 @@ from lorafusion.lab.experiments.kernel_suite import (
     bench_hash,
     read_kernel_suite,
 )
-from lorafusion.lab.experiments.kernels import _row, require_device
+from lorafusion.lab.experiments.kernel_times import _row, require_device
 from lorafusion.lab.experiments.rows import write_bench
 
 COUNTERS = ("dram__bytes_read.sum", "dram__bytes_write.sum")

@@ -16,7 +16,7 @@ from lorafusion.core.schema import UserError
 from lorafusion.lab.checks import kernels
 from lorafusion.lab.experiments.implementations import Builder, Setting
 from lorafusion.lab.experiments.kernel_suite import KERNELS, bench_hash, benches, read_kernel_suite, read_kernel_suites
-from lorafusion.lab.experiments.kernels import measured, run_bench
+from lorafusion.lab.experiments.kernel_times import measured, run_bench
 from lorafusion.lab.experiments.timing import median_ratio, saved_bytes, seconds
 from lorafusion.lab.experiments.traffic import run_traffic, summed_bytes
 from lorafusion.lab.table import table

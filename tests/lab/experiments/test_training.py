@@ -19,9 +19,9 @@ from lorafusion.core.clock import Duration
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import seal
 from lorafusion.lab import profiler
-from lorafusion.lab.experiments import steps, steps_suite
-from lorafusion.lab.experiments.steps import Arms, Shared, Trainer
+from lorafusion.lab.experiments import steps_suite, trainers
 from lorafusion.lab.experiments.steps_suite import Arm, Bench, read_training_suite, workload_and_plan
+from lorafusion.lab.experiments.trainers import Arms, Shared, Trainer, seconds
 from lorafusion.lab.profiler import IDLE, Part, Span, at_full_speed, breakdown, busy_share, class_of
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table
@@ -38,7 +38,7 @@ FROZEN, PEFT, MULTI = Bench(**BENCH).arms
 def suite(tmp_path, monkeypatch):
     """A file with one suite of one bench; returns a function that changes the bench."""
     path = tmp_path / "steps.yaml"
-    for module in (steps_suite, steps):
+    for module in (steps_suite, trainers):
         monkeypatch.setattr(module, "SUITES", path)
 
     def write(**changes):
@@ -138,15 +138,15 @@ def test_every_stage_trains_and_gradients_reach_a_frozen_ones_first_layer(suite,
 
 
 def test_an_arm_without_memory_is_rows_without_values(suite, tmp_path, monkeypatch):
-    entry, inject = suite(), steps.lora.inject_adapters
+    entry, inject = suite(), trainers.lora.inject_adapters
 
     def injected(stage, jobs, dtype, kind):
-        if kind is steps.lora.peft:
+        if kind is trainers.lora.peft:
             raise torch.OutOfMemoryError("too large")
         return inject(stage, jobs, dtype, kind)
 
-    monkeypatch.setattr(steps.lora, "inject_adapters", injected)
-    arms, rows = steps.measure("toy", entry.benches["toy"], entry, 1, Position(tmp_path, 0))
+    monkeypatch.setattr(trainers.lora, "inject_adapters", injected)
+    arms, rows = trainers.measure("toy", entry.benches["toy"], entry, 1, Position(tmp_path, 0))
     failed = [row for row in rows if row["status"] != "ok"]
     assert {row["metric"] for row in failed} == {"peak_memory", "time", "throughput", "overhead", "speedup"}
     assert all(row["status"] == "oom" and row["value"] is None and row["note"] == "too large" for row in failed)
@@ -166,7 +166,7 @@ def test_an_arm_that_does_not_train_is_rows_without_values(suite, tmp_path, monk
                 parameter.register_hook(lambda gradient: gradient * float("nan"))
 
     monkeypatch.setattr(Trainer, "__init__", spoiled)
-    arms, rows = steps.measure("toy", entry.benches["toy"], entry, 1, Position(tmp_path, 0))
+    arms, rows = trainers.measure("toy", entry.benches["toy"], entry, 1, Position(tmp_path, 0))
     assert set(arms.trainers) == {FROZEN, MULTI}
     assert arms.lost[PEFT][0] == "nan"
     assert re.fullmatch(r"\S+ made 0 of \d+ steps: it was stopped by a gradient that is not finite", arms.lost[PEFT][1])
@@ -194,7 +194,7 @@ def test_an_arm_that_runs_out_of_memory_later_leaves_the_others():
 
     trainers = {arm: SimpleNamespace(seconds=partial(train, arm == PEFT)) for arm in (FROZEN, PEFT, MULTI)}
     arms = Arms(trainers)
-    times = steps.seconds(Bench(**BENCH), arms, torch.device("cpu"), 3, seed=1)
+    times = seconds(Bench(**BENCH), arms, torch.device("cpu"), 3, seed=1)
     assert times == {FROZEN: [1.0] * 3, MULTI: [1.0] * 3}
     assert arms.lost == {PEFT: ("oom", "too large")}
 
@@ -296,4 +296,4 @@ def test_a_profile_is_drawn_by_implementation_and_before_and_after(suite, tmp_pa
     with pytest.raises(MeasurementError, match="no column"):
         FIGURES["training_profile"].draw(paths[:1], tmp_path / "none")
     with pytest.raises(UserError, match="only a GPU's kernels"):
-        steps.run_bench("small", "toy", 1, tmp_path / "x.json", None, tmp_path / "x.csv")
+        trainers.run_bench("small", "toy", 1, tmp_path / "x.json", None, tmp_path / "x.csv")

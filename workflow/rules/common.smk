@@ -19,7 +19,7 @@ from lorafusion.lab.keys import CellFiles
 from lorafusion.core.machine import has_gpu
 from lorafusion.lab.report.contributions import lacking
 from lorafusion.lab.sweep import shuffled
-from lorafusion.lab.checks.verdicts import OF_RUNS, OF_TRAINING
+from lorafusion.lab.checks.catalog import needed_by
 from lorafusion.core.workload import content_hash
 
 # The workflow's own Python, also where the environment was not activated and inside Slurm jobs.
@@ -108,8 +108,8 @@ RUNS = [f"{name}/repeat~{repeat}" for repeat in REPEATS for name in CELLS]
 BENCHES = benches(KERNEL_SUITE) if KERNEL_SUITE else {}
 KERNEL_FOLDER = f"{RESULTS}/kernels"
 CHECKS = f"{RESULTS}/checks"
-RUN_VERDICTS = [f"{CHECKS}/{name}.json" for name in OF_RUNS]
-TRAINING_VERDICTS = [f"{CHECKS}/{name}.json" for name in OF_TRAINING]
+RUN_VERDICTS = [f"{CHECKS}/{name}.json" for name in needed_by("runs")]
+TRAINING_VERDICTS = [f"{CHECKS}/{name}.json" for name in needed_by("training")]
 KERNEL_VERDICTS = [f"{RESULTS}/checks/kernels.json"] if KERNEL_SUITE else []
 KERNEL_RUNS = []
 KERNEL_FIGURES = []

@@ -15,7 +15,6 @@ from lorafusion.core.machine import has_gpu
 from lorafusion.core.plugins import load
 from lorafusion.core.schema import UserError, one_of
 from lorafusion.lab.checks.verdicts import Outcome, origin_of
-from lorafusion.lab.experiments.kernel_suite import read_kernel_suite
 from lorafusion.lab.suite import Arrangement, Suite, read_suite
 
 
@@ -34,12 +33,14 @@ def _arrangements_and_systems(suite: Suite) -> list:
 
 
 def _kernel_settings(suite: Suite) -> list:
-    return [_settings_of(suite, kernels=True).model_dump(mode="json", include={"device", "dtype", "seed", "verify"})]
+    return [_measured(suite, "kernels").model_dump(mode="json", include={"device", "dtype", "seed", "verify"})]
 
 
-def _settings_of(suite: Suite, kernels: bool):
-    """The suite, or the entry of its name in configs/kernels.yaml: each has a device and a dtype."""
-    return read_kernel_suite(suite.name) if kernels else suite
+def _measured(suite: Suite, check: str):
+    """What a check is about, with its device and dtype: the suite, or the entry of its name in configs/kernels.yaml."""
+    from lorafusion.lab.experiments.kernel_suite import read_kernel_suite
+
+    return read_kernel_suite(suite.name) if check == "kernels" else suite
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def run_check(name: str, suite_path: Path) -> Outcome:
     """Make a check of a suite here and now; raises `UserError` where the suite's device is missing."""
     one_of("check", name, set(CHECKS), "check")
     suite = read_suite(suite_path)
-    settings = _settings_of(suite, name == "kernels")
+    settings = _measured(suite, name)
     if settings.device == "cuda" and not has_gpu():
         raise UserError(f"{suite_path}: a suite for GPUs, but nvidia-smi finds none; try configs/suites/smoke.yaml")
     verdict, curves = load(CHECKS[name].code, "check")(suite)

@@ -9,8 +9,10 @@ from pydantic import Field
 
 from lorafusion.core.files import read_yaml
 from lorafusion.core.schema import MOST_PROCESSES, MOST_TOKENS, Config, UserError, one_of, validated
+from lorafusion.core.source_tree import IS_CHECKOUT, ROOT
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+# The build copies the checkout's folder into the package (setup.py).
+CONFIGS = (ROOT if IS_CHECKOUT else ROOT / "lorafusion") / "configs"
 Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 Size = Annotated[int, Field(ge=1, le=2**24)]  # of a model
 Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
@@ -88,12 +90,17 @@ def read_systems(path: str | Path = CONFIGS / "systems.yaml") -> dict[str, Syste
     return read_entries(path, SystemConfig)
 
 
-def model_path(name: str) -> Path:
-    """A model by the name of its file in configs/models, or by the path of a file of that form."""
+def config_path(kind: str, name: str) -> Path:
+    """A file of configs/{kind}s by its name, or by the path of a file of that form."""
     if name.endswith(".yaml"):
         return Path(name)
-    one_of("model", name, names_in("models"), CONFIGS / "models")
-    return CONFIGS / "models" / f"{name}.yaml"
+    folder = CONFIGS / f"{kind}s"
+    one_of(kind, name, names_in(folder.name), folder)
+    return folder / f"{name}.yaml"
+
+
+def model_path(name: str) -> Path:
+    return config_path("model", name)
 
 
 def read_model(name: str) -> ModelConfig:

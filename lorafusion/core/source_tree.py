@@ -13,7 +13,9 @@ from pathlib import Path
 
 from lorafusion.core.schema import UserError
 
+# Of the checkout; where the package was installed without one, the folder of all packages.
 ROOT = Path(__file__).parents[2]
+IS_CHECKOUT = (ROOT / "configs" / "systems.yaml").is_file()
 SOURCES = ("lorafusion", "kernels", "baselines", "configs", "workflow", "Snakefile", "pyproject.toml",
            "requirements.lock")  # fmt: skip
 # What installing and running leave among the sources.

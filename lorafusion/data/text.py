@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lorafusion.core.files import parse_json
 from lorafusion.core.hub import HUB_ERRORS
+from lorafusion.core.plugins import import_extra
 from lorafusion.core.progress import progress
 from lorafusion.core.schema import UserError
 from lorafusion.data.blocks import HubData, JsonlData, TextData, fill, is_blank
@@ -163,10 +164,7 @@ def _object(line: bytes, where: str) -> dict[str, object]:
 
 def hub_dataset(block: HubData) -> Dataset:
     """The dataset of a block, downloaded if it is not in the cache yet."""
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise UserError(f"{block.dataset}: needs the `datasets` library: pip install datasets") from None
+    datasets = import_extra("datasets", "hub", block.dataset)
     try:
         return datasets.load_dataset(block.hub, name=block.subset, split=block.split, revision=block.revision)
     except (*HUB_ERRORS, datasets.exceptions.DatasetsError, ValueError) as error:

@@ -275,7 +275,7 @@ def test_a_bad_row_of_the_hub_is_named(monkeypatch, encoder):
 
 def test_without_the_datasets_library_it_says_how_to_get_it(monkeypatch, encoder):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="needs the `datasets` library: pip install datasets"):
+    with pytest.raises(UserError, match="needs the package datasets: pip install 'lorafusion.hub.'"):
         encoded(HUB, encoder)
 
 

@@ -256,7 +256,7 @@ MISTAKES = {
 
 def test_a_dataset_that_cannot_be_had_names_the_file_and_the_job(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"sweep\.yaml: jobs\.a: hub:owner/name/train: needs the `datasets` library"):
+    with pytest.raises(UserError, match=r"sweep\.yaml: jobs\.a: hub:owner/name/train: needs the package datasets"):
         run({"name": "a", "data": {"hub": "owner/name", "completion": "{a}"}})
 
 

@@ -23,7 +23,10 @@ SYNTHETIC = "synthetic:"  # how the name of a dataset begins whose tokens are ma
 SPEAKER_AND_TEXT = (("role", "content"), ("from", "value"))  # keys of a message of a chat, in both common forms
 Files = Annotated[
     tuple[Path, ...],
-    BeforeValidator(lambda value: [value] if isinstance(value, str | Path) else value),
+    BeforeValidator(
+        lambda value: [value] if isinstance(value, str | Path) else value,
+        json_schema_input_type=str | list[str],
+    ),
     Field(min_length=1, description="one file, or a list of files"),
 ]
 

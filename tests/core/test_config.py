@@ -12,17 +12,9 @@ from lorafusion.core.plugins import load
 from lorafusion.core.schema import UserError
 from lorafusion.lab.experiments.end_to_end import unavailable
 from lorafusion.lab.keys import configuration_hash
-from lorafusion.lab.schemas import SCHEMAS, schema_text
 from lorafusion.lab.suite import cells, read_suite, suite_path
 
 SMOKE = CONFIGS / "suites" / "smoke.yaml"
-
-
-@pytest.mark.parametrize("name", sorted(SCHEMAS))
-def test_the_committed_schemas_are_those_of_the_models(name):
-    """`lorafusion schemas` writes them."""
-    committed = CONFIGS.parent / "workflow" / "schemas" / f"{name}.schema.json"
-    assert committed.read_text() == schema_text(name)
 
 
 @pytest.mark.parametrize("name", sorted(names_in("suites")))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, settings
 
+from lorafusion.core.log import start_logging
 from lorafusion.core.workload import Job, Sample, Workload
 
 # The same examples every time, and no verdict by the clock of a machine that others may be using.
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+start_logging()  # as the command line does
 
 
 def job(name="a", lengths=(5, 3, 8, 2, 6), **changes) -> Job:
@@ -41,7 +43,7 @@ def _make_workload():
 
 @pytest.fixture
 def forked_runs(monkeypatch):
-    """The runs of `lorafusion.lab.checks` are those of tests/forked.py, whose processes import nothing."""
+    """The runs of `lorafusion.lab.checks.comparisons` are those of tests/forked.py, whose processes import nothing."""
     from tests import forked  # imports torch, which most tests do without
 
-    monkeypatch.setattr("lorafusion.lab.checks.toy_runs.launch", forked.launch)
+    monkeypatch.setattr("lorafusion.lab.checks.grounds.launch", forked.launch)

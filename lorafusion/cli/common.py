@@ -31,10 +31,11 @@ class CommandLine(typer.Typer):
     device, a folder, or a file that it reads."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**PLAIN, **options)
+        super().__init__(**PLAIN | options)
 
-    def command(self, name: str | None = None, **options: Any) -> Callable:
-        register = super().command(name, **options)
+    def command(self, name: str | None = None, example: str | None = None, **options: Any) -> Callable:
+        """As `typer.Typer.command`. example: a call that works, the last line of the command's help."""
+        register = super().command(name, epilog=example and f"Example: {example}", **options)
 
         def add(function: Callable) -> Callable:
             register(_careful(function))

@@ -1,8 +1,10 @@
-"""The command line: `lorafusion COMMAND`. Each command is one step of the workflow and works by itself too."""
+"""Train many LoRA adapters of one frozen base model together, plan such trainings, and measure them."""
 
 from __future__ import annotations
 
+import logging
 import sys
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated
 
@@ -11,21 +13,23 @@ import typer
 from lorafusion.cli.check import check_app
 from lorafusion.cli.common import CommandLine, Log, Out, Written
 from lorafusion.cli.figure import figure, page_app
+from lorafusion.cli.patch import patch_app
 from lorafusion.cli.plan import plan_app
 from lorafusion.cli.steps import training_app
+from lorafusion.cli.train import train_app
+from lorafusion.cli.workload import workload_app
 from lorafusion.core.files import write
+from lorafusion.core.log import start_logging
 from lorafusion.core.schema import (
-    LEAST_SCALE,
     MOST_PROCESSES,
     MOST_REPEATS,
-    MOST_SAMPLES,
-    MOST_SCALE,
-    MOST_SEED,
     UserError,
 )
 from lorafusion.core.seals import seal_path
 
-app = CommandLine(help=__doc__)
+app = CommandLine(help=__doc__, add_completion=True)
+for group in (train_app, patch_app, workload_app):
+    app.add_typer(group)
 app.add_typer(plan_app, name="plan")
 app.add_typer(training_app, name="training")
 app.add_typer(check_app, name="check")
@@ -40,37 +44,44 @@ SuiteFile = Annotated[Path, typer.Option("--suite", help="a file of configs/suit
 Tuning = Annotated[Path | None, typer.Option(help="the file of `lorafusion tune`, for a cell that is tuned")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lorafusion {version_of('lorafusion')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="say more of what is done")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="say only what is wrong")] = False,
+) -> None:
+    """Train many LoRA adapters of one frozen base model together, plan such trainings, and measure them."""
+    if verbose and quiet:
+        raise UserError("--verbose, --quiet: expected one of them at most, found both")
+    start_logging(logging.DEBUG if verbose else logging.WARNING if quiet else None)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and status 2."""
     try:
-        app()
+        sys.exit(app(prog_name="lorafusion", standalone_mode=False))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except typer.TyperException as error:  # of a command that is called wrongly
+        print(_usage_error(error), file=sys.stderr)
+    sys.exit(2)
 
 
-@app.command()
-def workload(
-    config: Annotated[Path, typer.Argument(help="a file of configs/workloads")],
-    out: Out,
-    samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="samples an adapter")] = 1000,
-    global_batch: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="samples of one optimizer step")] = 8,
-    length_scale: Annotated[float, typer.Option(help="divides the sample lengths")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 1,
-    merged_qkv: Annotated[bool, typer.Option("--merged-qkv", help="one adapter for q, k and v as one linear")] = False,
-) -> None:
-    """Draw the jobs of a workload: adapters and sample lengths."""
-    from lorafusion.data.lengths import make_workload
-
-    if not LEAST_SCALE <= length_scale <= MOST_SCALE:
-        raise UserError(
-            f"--length-scale: expected a number from {LEAST_SCALE:g} to {MOST_SCALE:g}, found {length_scale}"
-        )
-    made = make_workload(
-        config, samples=samples, global_batch=global_batch, scale=length_scale, seed=seed, merged_qkv=merged_qkv
-    )
-    write(out, made.to_json())
-    print(f"{out}: {len(made.jobs)} adapters, {made.tokens} tokens, hash {made.content_hash}")
+def _usage_error(error: typer.TyperException) -> str:
+    """One line; or the help, where a group was called without a command."""
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    if message.startswith("Usage: "):
+        return message
+    more = f" (see {context.command_path} --help)" if context else ""
+    return f"error: {UserError(message.rstrip('.') + more)}"
 
 
 @app.command()
@@ -138,14 +149,6 @@ def sweep(
     left = sweep(suite, folder, Share.read(share), launch, seconds)
     print(f"{folder}: {left} left" if left else f"{folder}: all done")
     raise typer.Exit(1 if left else 0)
-
-
-@app.command()
-def train(jobs: Annotated[Path, typer.Argument(help="a jobs file; docs/training.md says what it holds")]) -> None:
-    """Train many adapters of one base model together; run again, it goes on where it was interrupted."""
-    from lorafusion.train.run import train
-
-    raise typer.Exit(train(jobs))
 
 
 @app.command("cells")
@@ -310,25 +313,6 @@ def reproduce(
     from lorafusion.lab.reproduce import reproduce
 
     raise typer.Exit(reproduce(suite))
-
-
-def _schema_files(folder: Path) -> list[Path]:
-    from lorafusion.lab.schemas import schema_files
-
-    return list(schema_files(folder).values())
-
-
-@app.command()
-def schemas(
-    folder: Annotated[Path, typer.Argument(help="folder to write them to"), Written(_schema_files)] = Path(
-        "workflow/schemas"
-    ),
-) -> None:
-    """Write the JSON Schemas of the configuration files."""
-    from lorafusion.lab.schemas import write_schemas
-
-    for path in write_schemas(folder):
-        print(path)
 
 
 @app.command("tree-hash")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -12,6 +13,12 @@ from lorafusion.cli.common import CommandLine, Out, Written
 from lorafusion.core.files import write
 from lorafusion.core.schema import MOST_PROCESSES, MOST_TOKENS, UserError, one_of
 
+if TYPE_CHECKING:
+    from lorafusion.core.config import ModelConfig
+    from lorafusion.core.workload import Workload
+
+SYSTEM = "lorafusion"
+CAPACITY = 8192  # tokens
 MAKE = "make"
 MOST_GIBIBYTES = 2**20  # of a GPU
 
@@ -27,60 +34,92 @@ class _MakesByDefault(TyperGroup):
 
 plan_app = CommandLine(
     cls=_MakesByDefault,
-    help="Plan a workload (`plan WORKLOAD.json`), or look at a plan (`plan show PLAN.json`).",
+    help="Plan a workload or a jobs file (`plan FILE`), look at a plan (`plan show PLAN`), or choose how to run one.",
 )
 
 
-@plan_app.command(MAKE)
+@plan_app.command(MAKE, example="lorafusion plan workload.json --stages 2 --out plan.json")
 def make(
-    workload: Annotated[Path, typer.Argument(help="a workload file")],
+    workload: Annotated[Path, typer.Argument(help="a workload file (JSON), or a jobs file (YAML)")],
     out: Out,
     system: Annotated[str | None, typer.Option(help="a name of configs/systems.yaml; by default lorafusion")] = None,
-    strategy: Annotated[str | None, typer.Option(help="a strategy of the scheduler instead: fast, paper, …")] = None,
-    stages: Annotated[int, typer.Option(min=1, max=MOST_PROCESSES, help="pipeline stages")] = 1,
-    capacity: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="tokens a microbatch may hold")] = 8192,
+    strategy: Annotated[str | None, typer.Option(help="a strategy of the planner instead: fast, paper, ...")] = None,
+    stages: Annotated[
+        int | None, typer.Option(min=1, max=MOST_PROCESSES, help="pipeline stages; by default the jobs file's, or 1")
+    ] = None,
+    capacity: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_TOKENS, help="tokens of a microbatch; by default the jobs file's, or 8192"),
+    ] = None,
     tuned: Annotated[Path | None, typer.Option(help="take the capacity that `lorafusion tune` wrote there")] = None,
-    data_parallel: Annotated[int, typer.Option(min=1, max=MOST_PROCESSES, help="replicas of the pipeline")] = 1,
+    data_parallel: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_PROCESSES, help="replicas of the pipeline; by default the jobs file's, or 1"),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="a name of configs/models, whose costs fast plans by")] = None,
     costs: Annotated[Path | None, typer.Option(help="a cost model (YAML) instead; by default stages are equal")] = None,
 ) -> None:
     """Plan a workload for a system, and check the plan."""
-    from lorafusion.core.config import read_systems
-    from lorafusion.core.workload import Workload
-    from lorafusion.planning import STRATEGIES, plan_system, plan_workload
-    from lorafusion.planning.simulator import chosen_costs
+    from lorafusion.planning import plan_system, plan_workload
+    from lorafusion.planning.simulator import chosen_costs, model_costs
 
-    read, options = Workload.read(workload), {}
-    if model or costs:
-        options["costs"] = chosen_costs(stages, model, costs)
+    if system is not None and strategy is not None:
+        raise UserError(f"either --system or --strategy, found {system} and {strategy}")
+    jobs, sizes, jobs_model = _jobs_of(workload)
+    given = {"stages": stages, "capacity": capacity, "data_parallel": data_parallel}
+    sizes |= {name: size for name, size in given.items() if size is not None}
     if tuned is not None:
         from lorafusion.lab.tuning import Tuned
 
         found = Tuned.read(tuned)
-        found.require(tuned, read, system or "lorafusion", stages, data_parallel)
-        capacity = found.capacity
-    sizes = {"stages": stages, "capacity": capacity, "data_parallel": data_parallel}
-    if strategy is not None:
-        if system is not None:
-            raise UserError(f"either --system or --strategy, found {system} and {strategy}")
-        one_of("strategy", strategy, set(STRATEGIES), "plan")
-        name, planner = strategy, STRATEGIES[strategy]
-    else:
-        systems, name = read_systems(), system or "lorafusion"
-        one_of("system", name, set(systems), "--system")
-        planner = systems[name].planner
-    if options and planner != STRATEGIES["fast"]:
-        raise UserError(f"--model, --costs: {name} does not plan by costs; fast does")
-    if strategy is not None:
-        made = plan_workload(read, strategy, **sizes, **options)
-    else:
-        made = plan_system(read, name, **sizes, **options)
-    write(out, made.to_json())
-    s = made.statistics
+        found.require(tuned, jobs, system or SYSTEM, sizes["stages"], sizes["data_parallel"])
+        sizes["capacity"] = found.capacity
+    name, by_costs = _planner(system, strategy)
+    options = {}
+    if model or costs:
+        if not by_costs:
+            raise UserError(f"--model, --costs: {name} does not plan by costs; fast does")
+        options["costs"] = chosen_costs(sizes["stages"], model, costs)
+    elif jobs_model and by_costs:
+        options["costs"] = model_costs(jobs_model, sizes["stages"])
+    plan = (plan_workload if strategy else plan_system)(jobs, name, **sizes, **options)
+    write(out, plan.to_json())
+    s = plan.statistics
     print(f"{out}: {s.microbatches} microbatches ({s.noops} no-ops, at least {s.lower_bound}), fill {s.fill:.3f}")
 
 
-@plan_app.command("show")
+def _jobs_of(path: Path) -> tuple[Workload, dict[str, int], ModelConfig | None]:
+    """A workload with the sizes that it is planned for by default; of a jobs file those it states, and its model."""
+    from lorafusion.core.workload import Workload
+
+    sizes = {"stages": 1, "capacity": CAPACITY, "data_parallel": 1}
+    if path.suffix not in (".yaml", ".yml"):
+        return Workload.read(path), sizes, None
+    from lorafusion.train.config import read_train_config
+    from lorafusion.train.prepare import base_model, prepare
+
+    config = read_train_config(path)
+    sizes |= {"stages": config.stages, "data_parallel": config.data_parallel}
+    if config.capacity:
+        sizes["capacity"] = config.capacity
+    with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
+        return prepare(config, Path(scratch)), sizes, base_model(config)
+
+
+def _planner(system: str | None, strategy: str | None) -> tuple[str, bool]:
+    """The name of the system or strategy to plan by, and whether it looks at costs."""
+    from lorafusion.core.config import read_systems
+    from lorafusion.planning import STRATEGIES
+
+    if strategy is not None:
+        one_of("strategy", strategy, set(STRATEGIES), "plan")
+        return strategy, strategy == "fast"
+    systems, name = read_systems(), system or SYSTEM
+    one_of("system", name, set(systems), "--system")
+    return name, systems[name].planner == STRATEGIES["fast"]
+
+
+@plan_app.command("show", example="lorafusion plan show plan.json --workload workload.json --out plan.html")
 def show(
     plan: Annotated[Path, typer.Argument(help="a plan file")],
     workload: Annotated[Path | None, typer.Option(help="its workload, for sample lengths and names")] = None,
@@ -97,8 +136,7 @@ def show(
     """Statistics and a Gantt chart of a plan, simulated."""
     from lorafusion.core.plan import Plan, check
     from lorafusion.core.workload import Workload
-    from lorafusion.lab.report import gantt
-    from lorafusion.planning.simulator import simulate_plan
+    from lorafusion.planning.simulator import gantt, simulate_plan
     from lorafusion.planning.simulator.trace import write_trace
 
     made = Plan.read(plan)
@@ -116,7 +154,7 @@ def show(
         print(out)
 
 
-@plan_app.command("propose")
+@plan_app.command("propose", example="lorafusion plan propose workload.json --model llama-3.1-8b --gpus 4")
 def propose(
     workload: Annotated[Path, typer.Argument(help="a workload file")],
     model: Annotated[str, typer.Option(help="a name of configs/models")],
@@ -139,10 +177,10 @@ def propose(
     for name in ("stages", "replicas", "capacity", "of at most", "tokens/s", "bubble", "GiB", ""):
         table.add_column(name, justify="left" if not name else "right")
     for choice in choices:
-        numbers = ["", "", "", ""]
+        capacity, *numbers = ["", "", "", ""]
         if not choice.reason:
-            numbers = [f"{choice.capacity}", f"{choice.throughput:,.0f}", f"{choice.bubble:.1%}",
-                       f"{choice.memory / 2**30:.1f}"]  # fmt: skip
-        table.add_row(f"{choice.stages}", f"{choice.data_parallel}", numbers[0], f"{choice.largest_capacity}",
-                      *numbers[1:], choice.reason)  # fmt: skip
+            capacity = f"{choice.capacity}"
+            numbers = [f"{choice.throughput:,.0f}", f"{choice.bubble:.1%}", f"{choice.memory / 2**30:.1f}"]
+        sizes = (f"{choice.stages}", f"{choice.data_parallel}", capacity, f"{choice.largest_capacity}")
+        table.add_row(*sizes, *numbers, choice.reason)
     Console(highlight=False).print(table)

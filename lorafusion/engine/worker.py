@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from lorafusion.core.clock import Meter, canary
 from lorafusion.core.config import read_model, read_systems
 from lorafusion.core.files import write
+from lorafusion.core.log import start_logging
 from lorafusion.core.plan import Plan, check
 from lorafusion.core.plugins import load
 from lorafusion.core.schema import UserError, one_of, validated
@@ -47,11 +49,13 @@ from lorafusion.model.lora import adapter_state, inject_adapters, peft_config, s
 from lorafusion.model.merged import merge_qkv
 from lorafusion.model.stage import Stage, fill_weights
 
+LOGGER = logging.getLogger(__name__)
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
 
 def main(spec_path: str, report_directory: str) -> int:
     end_with_parent()
+    start_logging()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     reports = Path(report_directory)
     position = Position(reports, rank)
@@ -168,7 +172,7 @@ def _checkpoints(spec: RunSpec, run: TrainingRun, rank: int, world: int) -> chec
         found[0], reasons = checkpoint.newest(Path(spec.saving.folder), origin, log)
         checkpoint.set_aside(Path(spec.saving.folder), found[0])
         for reason in reasons:
-            print(f"warning: passed over a checkpoint: {reason}", file=sys.stderr, flush=True)
+            LOGGER.warning(f"passed over a checkpoint: {reason}")
     store = None
     if dist.is_initialized():
         dist.broadcast_object_list(found, src=0)

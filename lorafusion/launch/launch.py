@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import math
 import os
 import re
@@ -20,10 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from lorafusion.core.source_tree import IS_CHECKOUT, ROOT
 from lorafusion.launch.heartbeat import Watch
 from lorafusion.launch.spec import STOP_FILE, RunSpec
 
-ROOT = Path(__file__).parents[2]
+LOGGER = logging.getLogger(__name__)
 GRACE_SECONDS = 10
 LOOK_SECONDS = 0.2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -105,6 +107,7 @@ def launch(
                 code = _wait(running, watch, timeout, stall, look)
             finally:
                 running.end()
+        LOGGER.debug(f"{processes} processes on {nodes} nodes ended: {code}")
         if isinstance(code, str):
             return _with_its_time(Outcome("timeout", code), spec, reports)
         # A signal that torchrun got too is a failure to it, however orderly its processes ended.
@@ -192,7 +195,7 @@ def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[s
     """
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     # Baselines are importable from the checkout, whatever the working directory.
-    python_path = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    python_path = os.pathsep.join(filter(None, [str(ROOT) if IS_CHECKOUT else "", environment.get("PYTHONPATH")]))
     ours = {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
     return {"OMP_NUM_THREADS": str(threads)} | dict(environment) | ours
 

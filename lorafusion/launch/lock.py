@@ -10,11 +10,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import platform
 import secrets
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from lorafusion.core.schema import Config, UserError
 
+LOGGER = logging.getLogger(__name__)
 LOCK = ".lock"
 END_SECONDS = 10
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -157,7 +158,7 @@ def _end(processes: list[Process], folder: Path) -> None:
             raise UserError(f"{folder}: process {left} of an earlier training here cannot be ended")
         time.sleep(0.02)
     if living:
-        print(f"ended {len(living)} processes that an earlier training left running", file=sys.stderr)
+        LOGGER.info(f"ended {len(living)} processes that an earlier training left running")
 
 
 def _here() -> dict[str, str]:

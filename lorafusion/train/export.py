@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from lorafusion.model.lora import peft_config, save_adapter
 from lorafusion.train.folder import Exported, OutputFolder, Run
 from lorafusion.train.metrics import History, Step
 
+LOGGER = logging.getLogger(__name__)
 STOPPED = "\n**Stopped at step {step}: its gradient was not finite. These are the weights before.**\n"
 CARD = """---
 library_name: peft
@@ -35,9 +37,7 @@ A LoRA adapter of {base}, trained with LoRAFusion beside {others} other(s), exac
 | | |
 |---|---|
 {rows}
-
-![loss](loss.png)
-
+{picture}
 `training.json` has every step. To use it:
 
 ```python
@@ -107,7 +107,7 @@ class Exporter:
             self._export(job, steps, stopped, state)
         except (UserError, OSError, SafetensorError) as error:
             self.failures[job.name] = " ".join(str(error).split())[:150]
-            print(f"warning: {job.name} could not be exported: {self.failures[job.name]}", file=sys.stderr)
+            LOGGER.warning(f"{job.name} could not be exported: {self.failures[job.name]}")
 
     def _export(self, job: Job, steps: int, stopped: int | None, state: dict[str, torch.Tensor]) -> None:
         """Write the adapter beside its place, put it there, and note it."""
@@ -127,7 +127,7 @@ class Exporter:
         _put(partial, folder)
         exported = self.output.progress.exported | {job.name: Exported(steps=steps, files=files)}
         self.output.update(exported=exported)
-        print(folder, file=sys.stderr)
+        LOGGER.info(str(folder))
 
 
 def _put(partial: Path, folder: Path) -> None:
@@ -151,8 +151,8 @@ def export(
     folder: Path,
 ) -> None:
     """Write the adapter of a job to `folder`: adapter_model.safetensors, adapter_config.json, README.md, training.json
-    and loss.png. weights: by PEFT's names. stopped: is it of the weights before a gradient that was not finite? others:
-    the jobs beside it."""
+    and, where matplotlib is installed, loss.png. weights: by PEFT's names. stopped: is it of the weights before a
+    gradient that was not finite? others: the jobs beside it."""
     config = peft_config(job)
     if model.weights != "random":
         config.base_model_name_or_path, config.revision = model.weights, model.revision
@@ -165,12 +165,13 @@ def export(
         "steps": [{"step": step + 1} | row.known for step, row in steps.items()],
     }  # fmt: skip
     write(folder / "training.json", json.dumps(described, indent=1) + "\n")
-    write(folder / "README.md", _card(job, model, steps, stopped, others))
-    if steps:
+    if steps and find_spec("matplotlib"):
         _draw(job, steps, folder / "loss.png")
+    picture = "\n![loss](loss.png)\n" if (folder / "loss.png").exists() else ""
+    write(folder / "README.md", _card(job, model, steps, stopped, others, picture))
 
 
-def _card(job: Job, model: ModelConfig, steps: dict[int, Step], stopped: bool, others: int) -> str:
+def _card(job: Job, model: ModelConfig, steps: dict[int, Step], stopped: bool, others: int, picture: str) -> str:
     losses = [row.loss for row in steps.values()]
     evaluations = [row.evaluation for row in steps.values() if row.evaluation is not None]
     rows = {
@@ -191,6 +192,7 @@ def _card(job: Job, model: ModelConfig, steps: dict[int, Step], stopped: bool, o
         base=f"{model.weights}{revision}" if known else f"a {model.architecture} with random weights",
         base_model=f"base_model: {model.weights}\n" if known else "",
         others=others,
+        picture=picture,
         stopped=STOPPED.format(step=len(steps) + 1) if stopped else "",
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
     )

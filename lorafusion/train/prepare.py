@@ -7,10 +7,10 @@ of the samples and the choice of those to evaluate on are no part of that: they 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +29,7 @@ from lorafusion.data.text import Counts, SampleRule, encode, hub_dataset
 from lorafusion.model.description import huggingface_model
 from lorafusion.train.config import DEFAULT_MAX_LENGTH, TrainConfig, TrainJob
 
+LOGGER = logging.getLogger(__name__)
 VERSION = 2  # of what is made of a row: another one makes other tokens of the same text
 DATA = "data"  # the folder of the stores, beside workload.json
 
@@ -101,7 +102,7 @@ class _Stores:
                 f"{self.model.vocab_size}; choose the model's own tokenizer"
             )
         for block, counts in zip(blocks, store.notes.counts, strict=True):
-            print(f"{job.name}: {block.dataset}: {counts}", file=sys.stderr)
+            LOGGER.info(f"{job.name}: {block.dataset}: {counts}")
         samples = [Sample(row, tokens) for row, tokens in enumerate(store.lengths)]
         dataset = stored_dataset(job.data.dataset, fingerprint)
         return Rows(dataset, samples[: store.notes.training], samples[store.notes.training :])
@@ -217,10 +218,9 @@ def _epochs(job: TrainJob, samples: int) -> int:
         return needed
     if job.steps != job.epochs * of_an_epoch:
         ends = "epochs" if job.epochs < needed else "steps"
-        print(
+        LOGGER.info(
             f"{job.name}: {job.epochs} epoch(s) have {job.epochs * of_an_epoch} steps, steps is {job.steps}: "
-            f"{ends} end(s) the job",
-            file=sys.stderr,
+            f"{ends} end(s) the job"
         )
     return job.epochs
 

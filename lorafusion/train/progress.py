@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from pathlib import Path
 
@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from lorafusion.core.plugins import import_extra
 from lorafusion.core.workload import Workload
 from lorafusion.train.metrics import EventReader, History
 
+LOGGER = logging.getLogger(__name__)
 SHOW_SECONDS, LINE_SECONDS = 1, 30
 
 
@@ -65,7 +67,7 @@ class Display:
         tokens = sum(self.reader.tokens)
         speed = (tokens - self.before) / (time.monotonic() - self.begin)
         jobs = "; ".join(f"{job.name} {told(history, job.name, len(job.batches))}" for job in self.workload.jobs)
-        print(f"{tokens / self.workload.tokens:.0%}, {speed:,.0f} tok/s: {jobs}", file=sys.stderr, flush=True)
+        LOGGER.info(f"{tokens / self.workload.tokens:.0%}, {speed:,.0f} tok/s: {jobs}")
 
 
 def told(history: History, job: str, steps: int) -> str:
@@ -85,8 +87,7 @@ class WandbLog:
     """The same numbers for wandb, a line for each step of each job; offline unless told otherwise."""
 
     def __init__(self, mode: str, project: str, name: str, folder: Path, workload: Workload) -> None:
-        import wandb
-
+        wandb = import_extra("wandb", "wandb", f"wandb: {mode}")
         self.run = wandb.init(project=project, name=name, dir=folder, mode=mode, config=workload.model_dump(
             mode="json", exclude={"jobs": {"__all__": {"samples", "evaluation"}}}))  # fmt: skip
         self._told: dict[tuple[str, int], dict] = {}

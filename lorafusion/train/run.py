@@ -7,7 +7,7 @@ processes, from each adapter's last step in a new plan. So a job is added or wit
 from __future__ import annotations
 
 import hashlib
-import sys
+import logging
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +36,7 @@ from lorafusion.train.prepare import DATA, base_model, prepare
 from lorafusion.train.progress import Display, WandbLog
 from lorafusion.train.status import RUNNING, STATUS, Status, output_named_in, refuse, running
 
+LOGGER = logging.getLogger(__name__)
 SYSTEM = "lorafusion"
 CPU_CAPACITY = 2048  # tokens, where nothing is probed
 DONE, FAILED, STOPPED = 0, 1, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again
@@ -58,13 +59,13 @@ def train(path: Path) -> int:
             raise UserError(f"{where}; nothing is lost, the same command goes on") from None
         if outcome.status != "stopped" or RELOAD not in outcome.note:
             break
-        print(f"{path}: reading it again", file=sys.stderr)
+        LOGGER.info(f"{path}: reading it again")
     if outcome.status == "ok":
         return DONE
     if outcome.status == "stopped":
-        print(f"stopped {outcome.note}; the same command goes on", file=sys.stderr)
+        LOGGER.info(f"stopped {outcome.note}; the same command goes on")
         return STOPPED
-    print(f"error: {outcome.status}: {outcome.note}; its log: {config.output / LOG}", file=sys.stderr)
+    LOGGER.error(f"{outcome.status}: {outcome.note}; its log: {config.output / LOG}")
     return FAILED
 
 
@@ -127,7 +128,7 @@ class Training:
         if remaining is not None:
             outcome = self._execute(run or self._planned(remaining), remaining)
         else:
-            print(f"{self.output.path}: all jobs are trained", file=sys.stderr)
+            LOGGER.info(f"{self.output.path}: all jobs are trained")
         self.history.write(self.output.path / METRICS)
         self.exporter.finish()
         return self._judged() if outcome.status == "ok" else outcome
@@ -170,7 +171,7 @@ class Training:
         origin = identity(spec, Plan.read(run.plan).content_hash)
         found, reasons = newest(run.checkpoints, origin, run.events)
         for reason in reasons:
-            print(f"warning: passed over a checkpoint: {reason}", file=sys.stderr)
+            LOGGER.warning(f"passed over a checkpoint: {reason}")
         return found
 
     def _planned(self, remaining: Workload) -> Run:
@@ -179,7 +180,7 @@ class Training:
         costs = model_costs(self.model, stages, checkpointing=share > 0)
         plan = fast.plan(remaining, SYSTEM, stages, capacity, self.config.data_parallel, costs)
         told = f"{len(remaining.jobs)} jobs, {remaining.tokens} tokens in {plan.statistics.microbatches} microbatches"
-        print(f"{told} of at most {capacity} tokens, fill {plan.statistics.fill:.2f}", file=sys.stderr)
+        LOGGER.info(f"{told} of at most {capacity} tokens, fill {plan.statistics.fill:.2f}")
         return self.output.new_run(remaining, plan)
 
     def _capacity(self, workload: Workload, capacity: int | None) -> tuple[int, float]:
@@ -203,7 +204,7 @@ class Training:
         return [Measured.from_json(one) for one in self.output.progress.probed[key]]
 
     def _probed(self, workload: Workload) -> list:
-        print("measuring how many tokens a microbatch may hold", file=sys.stderr)
+        LOGGER.info("measuring how many tokens a microbatch may hold")
         file = self.output.path / "probe.json"
         write(file, workload.to_json())
         spec = self._base_spec(file, 0.0)

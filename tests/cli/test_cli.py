@@ -7,9 +7,12 @@ import json
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import version
 from unittest.mock import patch
 
 import pytest
+from peft import LoraConfig
+from transformers import LlamaConfig
 
 from lorafusion.cli.main import main
 from lorafusion.core.config import CONFIGS
@@ -146,7 +149,11 @@ MISTAKES = {
         "1 GPUs of 80 GiB: nothing fits",
     ),
     "zero stages": (["plan", "{folder}/deep/w.json", "--stages", "0", "-o", "{folder}/x"], "--stages"),
-    "no such command": (["dance"], "No such command 'dance'"),
+    "no such command": (["dance"], "No such command 'dance' (see lorafusion --help)"),
+    "no file": (["train"], "Missing argument 'jobs' (see lorafusion train --help)"),
+    "an unknown workload": (["workload", "c4", "-o", "{folder}/x"], "unknown workload 'c4'; known: cnn_dailymail"),
+    "loud and quiet": (["--verbose", "--quiet", "train", "{folder}/none.yaml"], "found both"),
+    "no adapter": (["patch", "{folder}"], "cannot be read as an adapter with its base model: Can't find"),
     **{
         f"a scale of {value}": (
             ["workload", XSUM, "--length-scale", value, "-o", "{folder}/x"],
@@ -173,12 +180,51 @@ def test_a_mistake_is_one_line_and_status_2(planned, name):
     arguments, message = MISTAKES[name]
     done = lorafusion(*(argument.format(folder=planned) for argument in arguments))
     assert done.returncode == 2, done.stdout + done.stderr
-    *usage, line = done.stderr.splitlines()
-    assert line.lower().startswith("error: ")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
     assert message in line
-    # Only a mistake in the command itself is preceded by how it is used.
-    assert not usage or usage[0].startswith("Usage: ")
     assert not (planned / "x").exists()
+
+
+def test_a_group_without_a_command_shows_its_help():
+    done = lorafusion("plan")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: lorafusion plan ")
+
+
+def test_it_says_its_version():
+    assert lorafusion("--version").stdout == f"lorafusion {version('lorafusion')}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_its_commands(shell, monkeypatch):
+    monkeypatch.setattr("shellingham.detect_shell", lambda: (shell, shell))
+    done = lorafusion("--show-completion")
+    assert (done.returncode, "LORAFUSION" in done.stdout.upper()) == (0, True)
+
+
+def test_a_plan_of_a_jobs_file_has_its_sizes_and_writes_nothing_else(tmp_path):
+    (tmp_path / "jobs.yaml").write_text(
+        "model: tiny\noutput: out\nprocesses: 2\ncapacity: 512\njobs:\n"
+        "  - {name: a, data: {synthetic: {samples: 8, scale: 16}}}\n"
+    )
+    done = lorafusion("plan", tmp_path / "jobs.yaml", "-o", tmp_path / "p.json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "p.json").read_text())
+    assert (plan["stages"], plan["capacity"]) == (2, 512)
+    assert {path.name for path in tmp_path.iterdir()} == {"jobs.yaml", "p.json"}
+
+
+def test_what_the_kernels_do_for_an_adapter(tmp_path):
+    LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, vocab_size=64, architectures=["LlamaForCausalLM"]).save_pretrained(
+        tmp_path / "base")  # fmt: skip
+    LoraConfig(base_model_name_or_path=str(tmp_path / "base"), target_modules=["q_proj", "k_proj", "embed_tokens"]
+               ).save_pretrained(tmp_path / "adapter")  # fmt: skip
+    done = lorafusion("patch", tmp_path / "adapter")
+    assert done.returncode == 0, done.stderr
+    assert "4 LoRA linears patched, 4 of them in 2 groups" in done.stdout
+    assert "1 x peft.tuners.lora.layer.Embedding is no plain LoRA linear" in done.stdout
 
 
 def test_it_is_a_program(tmp_path):

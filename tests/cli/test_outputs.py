@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import get_type_hints
 
@@ -18,23 +19,30 @@ from tests.cli.test_cli import lorafusion
 
 def commands(group, prefix=()):
     """Every command of the program, as its words and its function."""
-    for one in group.registered_commands:
-        yield (*prefix, one.name or one.callback.__name__), one.callback
-    for one in group.registered_groups:
-        yield from commands(one.typer_instance, (*prefix, one.name))
+    for command in group.registered_commands:
+        yield (*prefix, command.name or command.callback.__name__), command
+    for part in group.registered_groups:
+        yield from commands(part.typer_instance, (*prefix, *([part.name] if part.name else [])))
 
 
-ALL = {" ".join(words): function for words, function in commands(app)}
+PRODUCT = ("train", "plan", "patch", "workload")
+ALL = {" ".join(words): command for words, command in commands(app)}
 
 
 @pytest.mark.parametrize("words", list(ALL))
 def test_whatever_a_command_writes_is_marked(words):
-    hints = get_type_hints(ALL[words], include_extras=True)
+    hints = get_type_hints(ALL[words].callback, include_extras=True)
     hints.pop("return")
     marked = {name for name, hint in hints.items() if any(isinstance(mark, Written) for mark in hint.__metadata__)}
     more = {"check lossless": "curves", "training measure": "profile"}
-    more |= dict.fromkeys(("measurements", "schemas", "check all"), "folder")
+    more |= dict.fromkeys(("measurements", "check all"), "folder")
     assert marked == ({"out", "trace", more.get(words)} & hints.keys())
+
+
+@pytest.mark.parametrize("words", [words for words in ALL if words.partition(" ")[0] in PRODUCT])
+def test_the_help_of_a_command_has_an_example(words):
+    example = ALL[words].epilog or ""
+    assert re.match(rf"Example: lorafusion {words.removesuffix(' make')} ", example)
 
 
 @pytest.fixture

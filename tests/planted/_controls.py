@@ -13,7 +13,7 @@ def nothing_changes(original):
     return original
 
 
-@planted("lorafusion.lab.report.gantt:gantt", caught_by=TEST)
+@planted("lorafusion.planning.simulator.gantt:save", caught_by=TEST)
 def nothing_is_imported(original):
     """The test does not import the module."""
     return original

@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 
 from lorafusion.core.schema import UserError
-from lorafusion.lab.report import gantt
 from lorafusion.planning import plan_workload
-from lorafusion.planning.simulator import simulate_plan
+from lorafusion.planning.simulator import gantt, simulate_plan
 from lorafusion.planning.simulator.trace import write_trace
 
 

@@ -1,32 +1,43 @@
-"""Gantt charts of a timeline: in the terminal, as a picture, and as a page."""
+"""Gantt charts of a timeline: in the terminal, and, where matplotlib is installed, as a picture and as a page."""
 
 from __future__ import annotations
 
 import io
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lorafusion.core.files import whole, write
 from lorafusion.core.plan import Plan
+from lorafusion.core.plugins import import_extra
 from lorafusion.core.schema import one_of
-from lorafusion.lab.report import style
-from lorafusion.lab.report.pages import page
 from lorafusion.planning.simulator.timeline import BACKWARD, FORWARD, STEP, Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Window = tuple[float, float]
 # Okabe and Ito's, without black; adapters beyond them begin anew.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 SUFFIXES = (".html", ".pdf", ".png", ".svg")
 MOST_NAMES = 14  # adapters that the legend names
+WIDTH, DPI = 7.0, 200  # inches of a picture, and pixels of an inch
+PARAMETERS = {"font.size": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+              "svg.hashsalt": "lorafusion"}  # fmt: skip
+PAGE = """<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Plan</title>
+<meta name='viewport' content='width=device-width, initial-scale=1'>
+<style>body {{ font: 14px/1.4 system-ui, sans-serif; margin: 1rem; }}
+th, td {{ padding: .25rem .6rem; text-align: left; }} svg {{ max-width: 100%; }}</style></head>
+<body><h1>Plan</h1><table>{rows}</table>
+{chart}
+</body></html>
+"""
 
 
 def window_of(timeline: Timeline, first: int, count: int) -> Window:
@@ -120,9 +131,13 @@ def _legend(plan: Plan, names: list[str] | None) -> Text:
 
 def draw(plan: Plan, timeline: Timeline, unit: str, window: Window) -> Figure:
     """A row for each processor; a microbatch is divided by the tokens of its adapters, a backward is darker."""
-    with matplotlib.rc_context(style.PARAMETERS | {"axes.grid": False}):
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    with matplotlib.rc_context(PARAMETERS):
         rows = timeline.processors
-        figure = Figure(figsize=(style.TEXT_WIDTH, 0.9 + 0.34 * rows), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * rows), layout="constrained")
         ax = figure.subplots()
         for processor in range(rows):
             _draw_row(ax, plan, timeline, processor, window)
@@ -167,13 +182,14 @@ def save(plan: Plan, timeline: Timeline, unit: str, window: Window, path: str | 
     """Write the chart by its suffix; a page has the statistics as well."""
     out = Path(path)
     one_of("form of chart", out.suffix, set(SUFFIXES), out)
+    matplotlib = import_extra("matplotlib", "lab", str(out))
     figure = draw(plan, timeline, unit, window)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(style.PARAMETERS | {"svg.hashsalt": "lorafusion"}):
+    with matplotlib.rc_context(PARAMETERS):
         if out.suffix != ".html":
             empty = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}[out.suffix]
             with whole(out) as partial:
-                figure.savefig(partial, format=out.suffix[1:], dpi=style.PNG_DPI, metadata=empty)
+                figure.savefig(partial, format=out.suffix[1:], dpi=DPI, metadata=empty)
             return
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})
@@ -182,4 +198,4 @@ def save(plan: Plan, timeline: Timeline, unit: str, window: Window, path: str | 
         f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
         for name, value in statistics(plan, timeline, unit).items()
     )
-    write(out, page("Plan", f"<table>{rows}</table>", svg[svg.index("<svg") :]))
+    write(out, PAGE.format(rows=rows, chart=svg[svg.index("<svg") :]))

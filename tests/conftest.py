@@ -43,7 +43,7 @@ def _make_workload():
 
 @pytest.fixture
 def forked_runs(monkeypatch):
-    """The runs of `lorafusion.lab.checks.comparisons` are those of tests/forked.py, whose processes import nothing."""
+    """The runs of `lorafusion.lab.checks` are those of tests/forked.py, whose processes import nothing."""
     from tests import forked  # imports torch, which most tests do without
 
-    monkeypatch.setattr("lorafusion.lab.checks.grounds.launch", forked.launch)
+    monkeypatch.setattr("lorafusion.lab.checks.toy_runs.launch", forked.launch)

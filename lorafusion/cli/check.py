@@ -9,10 +9,12 @@ import typer
 
 from lorafusion.cli.common import CommandLine, Out, Written
 from lorafusion.core.schema import UserError
-from lorafusion.lab.checks.verdicts import OF_RUNS, CheckError
+from lorafusion.lab.checks.catalog import needed_by
+from lorafusion.lab.checks.verdicts import CheckError
 
 check_app = CommandLine(help="Prove that results are right; exit 1 where they are not.")
 
+NO_SUITE = (None, "cpu", "float64")
 Suite = Annotated[Path | None, typer.Option(help="a file of configs/suites: checked on its device, too, and for it")]
 Arrangements = Annotated[list[str] | None, typer.Option(help="stages x replicas, as 2x1 or 2x1+recompute")]
 Systems = Annotated[list[str] | None, typer.Option(help="a name of configs/systems.yaml; by default the suite's")]
@@ -23,15 +25,17 @@ def check_all(
     folder: Annotated[
         Path,
         typer.Argument(help="folder to write the verdicts to: `checks` beside the table, for figures to find them"),
-        Written(lambda folder: [folder / f"{name}.json" for name in OF_RUNS]),
+        Written(lambda folder: [folder / f"{name}.json" for name in needed_by("runs")]),
     ],
     suite: Annotated[Path, typer.Option(help="a file of configs/suites")],
 ) -> None:
     """All that the figures of a suite's runs need; ends at the first that does not hold."""
-    from lorafusion.lab.checks.records import make_files
+    from lorafusion.lab.checks.catalog import run_check
 
-    for name in OF_RUNS:
-        print(f"passed: {name}: {make_files(name, suite, folder)}", flush=True)
+    for name in needed_by("runs"):
+        outcome = run_check(name, suite)
+        outcome.write_to(folder)
+        print(f"passed: {name}: {outcome.verdict.statement}", flush=True)
 
 
 @check_app.command("plans")
@@ -42,9 +46,11 @@ def check_plans(
     suite: Suite = None,
 ) -> None:
     """Every plan against its workload."""
-    from lorafusion.lab.checks.comparisons import plans as check
+    from lorafusion.lab.checks.plans import check_plans as check
+    from lorafusion.lab.suite import read_suite
 
-    _report(check(plans, workloads), out, suite)
+    config = read_suite(suite) if suite else None
+    _report(check(plans, workloads), out, (config.name, config.device, config.dtype) if config else NO_SUITE)
 
 
 @check_app.command("lossless")
@@ -55,14 +61,10 @@ def check_lossless(
     suite: Suite = None,
 ) -> None:
     """Adapters trained together equal each alone, and that plain PEFT."""
-    from lorafusion.lab.checks.comparisons import lossless, write_curves
-    from lorafusion.lab.checks.records import make
+    from lorafusion.lab.checks.lossless import lossless
 
     _either("--arrangement", arrangement, suite)
-    verdict, found = make("lossless", suite) if suite else lossless(_arrangements(arrangement))
-    if curves:
-        write_curves(found, curves)
-    _report(verdict, out, suite)
+    _run("lossless", suite, out, lambda: lossless(_arrangements(arrangement)), curves)
 
 
 @check_app.command("systems")
@@ -73,13 +75,10 @@ def check_systems(
     suite: Suite = None,
 ) -> None:
     """Each system trains what plain PEFT trains."""
-    from lorafusion.lab.checks.comparisons import systems
-    from lorafusion.lab.checks.records import make
-    from lorafusion.lab.suite import Arrangement
+    from lorafusion.lab.checks.systems import systems
 
     _either("--system", system, suite, needed=True)
-    verdict = make("systems", suite)[0] if suite else systems(system, Arrangement.read(arrangement))
-    _report(verdict, out, suite)
+    _run("systems", suite, out, lambda: (systems(system, *_arrangements([arrangement])), []))
 
 
 @check_app.command("gradients")
@@ -90,32 +89,29 @@ def check_gradients(
     suite: Suite = None,
 ) -> None:
     """One step's gradients of each system against float64."""
-    from lorafusion.lab.checks.gradients import gradients, grounds_of
-    from lorafusion.lab.checks.records import make
+    from lorafusion.lab.checks.gradients import gradient_setups_of, gradients
 
     _either("--system", system, suite, needed=True)
-    verdict = make("gradients", suite)[0] if suite else gradients(system, _arrangements(arrangement), grounds_of(None))
-    _report(verdict, out, suite)
+    setups = gradient_setups_of(None)
+    _run("gradients", suite, out, lambda: (gradients(system, _arrangements(arrangement), setups), []))
 
 
 @check_app.command("kernels")
 def check_kernels(out: Out, suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")]) -> None:
     """LoRA linears against float64."""
     from lorafusion.lab.checks.kernels import verify
-    from lorafusion.lab.checks.verdicts import origin_of
     from lorafusion.lab.experiments.kernel_suite import read_kernel_suite
 
-    read = read_kernel_suite(suite)
-    _write(verify(read, suite), out, origin_of(suite, read.device, read.dtype))
+    config = read_kernel_suite(suite)
+    _report(verify(config, suite), out, (suite, config.device, config.dtype))
 
 
 @check_app.command("learning")
 def check_learning(out: Out, suite: Suite = None) -> None:
     """Weights change and the loss falls."""
-    from lorafusion.lab.checks.comparisons import learning
-    from lorafusion.lab.checks.records import make
+    from lorafusion.lab.checks.learning import learning
 
-    _report(make("learning", suite)[0] if suite else learning(), out, suite)
+    _run("learning", suite, out, lambda: (learning(), []))
 
 
 @check_app.command("contract")
@@ -148,25 +144,30 @@ def _either(option: str, given: list[str] | None, suite: Path | None, needed: bo
 def _arrangements(given: list[str] | None) -> list:
     from lorafusion.lab.suite import Arrangement
 
-    return [Arrangement.read(one) for one in given or ["1x1"]]
+    return [Arrangement.read(text) for text in given or ["1x1"]]
 
 
-def _report(verdict, out: Path, suite: Path | None) -> None:
-    from lorafusion.lab.checks.verdicts import origin_of
-    from lorafusion.lab.suite import read_suite
+def _run(name: str, suite: Path | None, out: Path, check, curves: Path | None = None) -> None:
+    """The check of a suite, or where there is none what `check` makes."""
+    from lorafusion.lab.checks.catalog import run_check
 
-    read = read_suite(suite) if suite else None
-    _write(verdict, out, origin_of(read.name, read.device, read.dtype) if read else origin_of(None, "cpu", "float64"))
+    if suite:
+        _write(run_check(name, suite), out, curves)
+    else:
+        verdict, losses = check()
+        _report(verdict, out, NO_SUITE, losses, curves)
 
 
-def _write(verdict, out: Path, origin) -> None:
-    from lorafusion.lab.checks.verdicts import write_outcome
+def _report(verdict, out: Path, origin: tuple, losses=(), curves: Path | None = None) -> None:
+    from lorafusion.lab.checks.verdicts import Outcome, origin_of
 
-    print(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.statement}")
-    for name, value in verdict.figures.items():
-        print(f"  {name}: {value:.3g}" + (f" (at most {verdict.limits[name]:.3g})" if name in verdict.limits else ""))
+    _write(Outcome(verdict, origin_of(*origin), losses), out, curves)
+
+
+def _write(outcome, out: Path, curves: Path | None = None) -> None:
+    print(*outcome.lines(), sep="\n")
     try:
-        write_outcome(verdict, origin, out)
+        outcome.write(out, curves)
     except CheckError as error:
         print(error)
         raise typer.Exit(1) from None

@@ -24,8 +24,8 @@ from lorafusion.core.files import write
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.source_tree import tree_hash
-from lorafusion.lab.checks.records import make_files, require_passed
-from lorafusion.lab.checks.verdicts import OF_RUNS
+from lorafusion.lab.checks.catalog import needed_by, run_check
+from lorafusion.lab.checks.requirements import require_passed
 from lorafusion.lab.experiments.end_to_end import run_cell, unavailable
 from lorafusion.lab.keys import CellFiles, OutOfDateError, suite_files
 from lorafusion.lab.suite import Cell, Suite, read_suite
@@ -129,7 +129,7 @@ class Sweep:
         """What this share of the sweep does, in order: checks, tunings, profiles, then repeat after repeat."""
         suite, every = self.suite, self.files
         code = tree_hash()
-        for name in OF_RUNS[self.share.index :: self.share.count]:
+        for name in needed_by("runs")[self.share.index :: self.share.count]:
             yield Step(self.folder / "checks" / f"{name}.json",
                        partial(require_passed, check=name, suite=suite.name, code=code, dtype=suite.dtype),
                        partial(self._check, name))  # fmt: skip
@@ -155,7 +155,9 @@ class Sweep:
         return some[self.share.index :: self.share.count]
 
     def _check(self, name: str, log: Path) -> str:
-        statement = make_files(name, self.suite_path, self.folder / "checks")
+        outcome = run_check(name, self.suite_path)
+        outcome.write_to(self.folder / "checks")
+        statement = outcome.verdict.statement
         write(log, f"passed: {statement}\n")
         return statement
 

@@ -12,14 +12,15 @@ import torch
 from lorafusion.core.config import read_systems
 from lorafusion.core.workload import MERGED, MERGED_PARTS, Workload
 from lorafusion.lab import definitions, plain_training
-from lorafusion.lab.checks import comparisons
+from lorafusion.lab.checks.comparison import LOSS_TOLERANCE, WEIGHT_TOLERANCE, PlainReference, smallest_b
+from lorafusion.lab.checks.toy_runs import EXACT, TrainingResult, toy_jobs, train, train_plainly
 from lorafusion.lab.experiments.end_to_end import unavailable
 from lorafusion.lab.suite import Arrangement
 from lorafusion.planning import plan_system
 
 pytestmark = pytest.mark.usefixtures("forked_runs")
 SYSTEMS = {name: system for name, system in read_systems().items() if not unavailable(system)}
-JOBS = comparisons.toy_jobs(dropout=0.0)
+JOBS = toy_jobs(dropout=0.0)
 OTHERS = ("o_proj", "gate_proj", "up_proj", "down_proj")
 CAPACITY = 96
 
@@ -40,27 +41,26 @@ def workload_of(jobs) -> Workload:
     return Workload(name="exact", jobs=jobs)
 
 
-def trained(jobs, system, arrangement) -> comparisons.Trained:
-    stages, replicas, recompute = Arrangement.read(arrangement)
-    return comparisons.train(workload_of(jobs), system, stages, CAPACITY, replicas=replicas, checkpointing=recompute)
+def trained(jobs, system, arrangement) -> TrainingResult:
+    return train(workload_of(jobs), system, Arrangement.read(arrangement), CAPACITY)
 
 
 @functools.cache
-def plainly(jobs) -> comparisons.Trained:
-    return comparisons.train_plainly(jobs, comparisons.EXACT, "float64")
+def plainly(jobs) -> TrainingResult:
+    return train_plainly(jobs, EXACT, "float64")
 
 
 def assert_equal(ours, plain, jobs):
-    loss, weight = comparisons.Plain(plain, None).errors(ours, jobs)
-    assert loss <= comparisons.LOSS_TOLERANCE
-    assert weight <= comparisons.WEIGHT_TOLERANCE
+    loss, weight = PlainReference(plain, None).errors(ours, jobs)
+    assert loss <= LOSS_TOLERANCE
+    assert weight <= WEIGHT_TOLERANCE
 
 
 def assert_learnt(found, jobs):
     """Every B, zero at first, has moved, and the second epoch's losses are below the first's on the same samples. An
     optimizer that finds no gradients changes nothing, and says nothing either."""
     for job in jobs:
-        assert comparisons._smallest_b(found.weights[job.name]) > 1e-3
+        assert smallest_b(found.weights[job.name]) > 1e-3
         losses, steps = found.losses[job.name], len(job.batches) // job.epochs
         assert all(after < before for before, after in zip(losses, losses[steps:], strict=False))
 
@@ -134,12 +134,12 @@ def tied(*arguments):
 
 
 @functools.cache
-def merged_plainly() -> comparisons.Trained:
+def merged_plainly() -> TrainingResult:
     """Plain libraries with q, k and v apart and A in common, under the names that the merged linear has."""
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(plain_training, "build_model", tied)
-        plain = comparisons.train_plainly(APART, comparisons.EXACT, "float64")
-    return comparisons.Trained(plain.losses, {name: joined(state) for name, state in plain.weights.items()})
+        plain = train_plainly(APART, EXACT, "float64")
+    return TrainingResult(plain.losses, {name: joined(state) for name, state in plain.weights.items()})
 
 
 def joined(state):
@@ -172,7 +172,5 @@ def test_one_adapter_for_q_k_and_v_is_the_same_in_every_system(system, arrangeme
     assert_equal(found, merged_plainly(), TOGETHER)
     # B is zero at first, so that the first loss is the base model's: the merged linear is the three.
     for job in JOBS:
-        assert found.losses[job.name][0] == pytest.approx(
-            plainly(JOBS).losses[job.name][0], rel=comparisons.LOSS_TOLERANCE
-        )
+        assert found.losses[job.name][0] == pytest.approx(plainly(JOBS).losses[job.name][0], rel=LOSS_TOLERANCE)
         assert found.losses[job.name][-1] != pytest.approx(plainly(JOBS).losses[job.name][-1], rel=1e-4)

@@ -11,7 +11,7 @@ import torch
 from lorafusion.core.workload import Workload
 from lorafusion.engine import worker
 from lorafusion.engine.adapters import AdapterTraining
-from lorafusion.lab.checks.grounds import toy_jobs
+from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system

@@ -19,7 +19,7 @@ from lorafusion.core.manifest import MANIFEST
 from lorafusion.core.plan import Plan
 from lorafusion.core.workload import Workload
 from lorafusion.engine.checkpoint import CheckpointError, Checkpoints, identity, newest, opened, set_aside
-from lorafusion.lab.checks.grounds import toy_jobs
+from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.launch.spec import STOP_FILE, RunSpec, Saving
 from lorafusion.planning import fast
 from tests import forked

@@ -19,7 +19,7 @@ from lorafusion.engine import fork_server, timed, worker
 from lorafusion.engine.adapters import AdapterTraining
 from lorafusion.engine.training import TrainingRun
 from lorafusion.lab import trials
-from lorafusion.lab.checks.grounds import toy_jobs
+from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.lab.table.result import FaultyRunError, result_of
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.launch import Outcome

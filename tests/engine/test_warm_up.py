@@ -18,7 +18,7 @@ from lorafusion.core.workload import Workload
 from lorafusion.engine import fork_server, worker
 from lorafusion.engine.training import TrainingRun, of_each_size
 from lorafusion.engine.warm_up import of_a_step, rehearse
-from lorafusion.lab.checks.grounds import toy_jobs
+from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system

@@ -14,38 +14,42 @@ from fused_lora.linear import operator_arguments
 from fused_lora.philox import unpack
 from lorafusion.core.config import read_systems
 from lorafusion.lab import definitions
-from lorafusion.lab.checks import comparisons, gradients
+from lorafusion.lab.checks import gradients
+from lorafusion.lab.checks.learning import learning
+from lorafusion.lab.checks.lossless import lossless
+from lorafusion.lab.checks.systems import possible, systems
+from lorafusion.lab.checks.toy_runs import Setup, toy_jobs
 from lorafusion.lab.experiments.end_to_end import unavailable
 from lorafusion.lab.suite import Arrangement
 from tests import forked
 from tests.training_faults import FAULTS, launched_here
 
 SYSTEMS = [name for name, system in read_systems().items() if not unavailable(system)]
-TINY = comparisons.Ground(device="cuda", dtype="bfloat16", stretch=4)
-LAYERS = comparisons.Ground("llama-3.1-8b", 2, "cuda", "bfloat16", stretch=40)
-GROUNDS = pytest.mark.parametrize("ground", [TINY, LAYERS], ids=["tiny", "llama"])
+TINY = Setup(device="cuda", dtype="bfloat16", stretch=4)
+LAYERS = Setup("llama-3.1-8b", 2, "cuda", "bfloat16", stretch=40)
+SETUPS = pytest.mark.parametrize("setup", [TINY, LAYERS], ids=["tiny", "llama"])
 TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has fewer than two GPUs")
 
-expected = functools.cache(gradients.Expected.of)
+expected = functools.cache(gradients.ExpectedGradients.of)
 
 
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """Runs are in this process."""
-    monkeypatch.setattr("lorafusion.lab.checks.grounds.launch", partial(launched_here, folder=tmp_path))
+    monkeypatch.setattr("lorafusion.lab.checks.toy_runs.launch", partial(launched_here, folder=tmp_path))
 
 
 @pytest.fixture
 def apart(monkeypatch):
     """Runs are in processes of their own."""
-    monkeypatch.setattr("lorafusion.lab.checks.grounds.launch", forked.launch)
+    monkeypatch.setattr("lorafusion.lab.checks.toy_runs.launch", forked.launch)
 
 
-def errors(system: str, ground: comparisons.Ground, arrangement: str = "1x1", dropout=0.0, merged=False):
-    where = comparisons.possible(Arrangement.read(arrangement), read_systems()[system])
-    wanted = expected(ground, dropout, merged)
-    found = wanted.errors(gradients.one_step(system, where, ground, wanted).gradients)
-    print(f"{system} as {where}, dropout {dropout}, merged {merged}, {ground}: {found}")
+def errors(system: str, setup: Setup, arrangement: str = "1x1", dropout=0.0, merged=False):
+    where = possible(Arrangement.read(arrangement), read_systems()[system])
+    wanted = expected(setup, dropout, merged)
+    found = wanted.errors(gradients.one_step(system, where, setup, wanted).gradients)
+    print(f"{system} as {where}, dropout {dropout}, merged {merged}, {setup}: {found}")
     return found
 
 
@@ -66,17 +70,17 @@ def test_at_the_size_of_a_real_model_too(apart, system):
     assert_right(system, LAYERS)
 
 
-@GROUNDS
+@SETUPS
 @pytest.mark.parametrize("arrangement", ["1x1", "1x1+recompute"])
-def test_with_dropout_the_gradients_are_those_of_the_same_masks(here, ground, arrangement):
-    assert_right("lorafusion", ground, arrangement, dropout=0.1)
+def test_with_dropout_the_gradients_are_those_of_the_same_masks(here, setup, arrangement):
+    assert_right("lorafusion", setup, arrangement, dropout=0.1)
 
 
 @TWO
-@GROUNDS
+@SETUPS
 @pytest.mark.parametrize("arrangement", ["2x1", "1x2", "2x1+recompute", "1x2+recompute"])
-def test_two_gpus_have_the_gradients_of_one(apart, ground, arrangement):
-    assert_right("lorafusion", ground, arrangement, dropout=0.1)
+def test_two_gpus_have_the_gradients_of_one(apart, setup, arrangement):
+    assert_right("lorafusion", setup, arrangement, dropout=0.1)
 
 
 @TWO
@@ -88,32 +92,32 @@ def test_two_gpus_have_the_gradients_of_one_in_other_systems(apart, system, arra
     assert_right(system, TINY, arrangement)
 
 
-@GROUNDS
+@SETUPS
 @pytest.mark.parametrize("name", list(FAULTS))
-def test_a_fault_is_seen(here, monkeypatch, name, ground):
+def test_a_fault_is_seen(here, monkeypatch, name, setup):
     FAULTS[name](monkeypatch)
-    error, length = errors("lorafusion", ground, dropout=0.1)
+    error, length = errors("lorafusion", setup, dropout=0.1)
     assert error > gradients.MOST_ERROR or length > gradients.MOST_LENGTH_ERROR
 
 
-@GROUNDS
+@SETUPS
 @pytest.mark.parametrize("arrangements", ["1x1", pytest.param("2x1 1x2 2x1+recompute", marks=TWO)])
-def test_adapters_trained_together_and_alone_are_as_near_to_float64_as_plain_training(apart, ground, arrangements):
-    one = ground._replace(stretch=1) if ground is TINY else ground
-    verdict, _ = comparisons.lossless([Arrangement.read(text) for text in arrangements.split()], grounds=[one])
+def test_adapters_trained_together_and_alone_are_as_near_to_float64_as_plain_training(apart, setup, arrangements):
+    chosen = setup._replace(stretch=1) if setup is TINY else setup
+    verdict, _ = lossless([Arrangement.read(text) for text in arrangements.split()], setups=[chosen])
     print(verdict.figures)
     assert verdict.passed, verdict.figures
 
 
 def test_systems_train_what_plain_training_trains(apart):
     some = ["mlora", "peft-bf16", "unfused-sequential", "fused-mlora"]
-    verdict = comparisons.systems(some, Arrangement.read("1x1"), [comparisons.Ground(device="cuda", dtype="bfloat16")])
+    verdict = systems(some, Arrangement.read("1x1"), [Setup(device="cuda", dtype="bfloat16")])
     print(verdict.figures)
     assert verdict.passed, verdict.figures
 
 
 def test_adapters_learn(apart):
-    verdict = comparisons.learning(grounds=[comparisons.Ground(device="cuda", dtype="bfloat16")])
+    verdict = learning(setups=[Setup(device="cuda", dtype="bfloat16")])
     assert verdict.passed, verdict.figures
 
 
@@ -122,7 +126,7 @@ def test_adapters_learn(apart):
 @pytest.mark.parametrize("dropout", [0.1, 0.4])
 def test_masks_drawn_on_the_gpu_are_those_of_their_definition(offset, dropout, dtype):
     """Bit for bit: those that kernels draw, and the reference's on the GPU."""
-    job, columns, tokens = comparisons.toy_jobs(dropout=dropout)[0], 4128, 257
+    job, columns, tokens = toy_jobs(dropout=dropout)[0], 4128, 257
     wanted = definitions.keep_mask(job, 3, "mlp.down_proj", offset, tokens, columns)
     key, positions = mask_key(job.seed, 3, "mlp.down_proj"), offset + torch.arange(tokens, device="cuda")
     assert torch.equal(keep_mask(key, positions, columns, job.dropout).cpu(), wanted)

@@ -16,7 +16,7 @@ from lorafusion.core.workload import Workload
 from lorafusion.data.packing import IGNORE, SampleBorders
 from lorafusion.engine.checkpoint import identity, newest
 from lorafusion.engine.memory_probe import Measured, capacity_of
-from lorafusion.lab.checks.grounds import toy_jobs
+from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.launch.launch import launch
 from lorafusion.launch.spec import RunSpec, Saving
 from lorafusion.model.loss import CHUNK_ROWS, weighted_losses

@@ -13,7 +13,7 @@ from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
 from lorafusion.engine import timed, worker
 from lorafusion.engine.executor import prepared_by
-from lorafusion.lab.checks.grounds import toy_jobs
+from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.lab.table.result import result_of
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.launch import Outcome

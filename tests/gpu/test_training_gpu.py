@@ -10,7 +10,7 @@ from lorafusion.core.config import read_model, read_systems
 from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
 from lorafusion.data.packing import SampleBorders
-from lorafusion.lab.checks.grounds import toy_jobs
+from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.lab.table.result import result_of
 from lorafusion.launch.launch import launch
 from lorafusion.launch.spec import RunSpec

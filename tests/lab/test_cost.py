@@ -19,7 +19,7 @@ from lorafusion.core.workload import Workload
 from lorafusion.engine import worker
 from lorafusion.engine.timed import losses_by_job, report_of, timed
 from lorafusion.lab import cost, profiler
-from lorafusion.lab.checks.grounds import toy_jobs
+from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.lab.operators import Counting, by_class, product_dtypes
 from lorafusion.lab.profiler import Span
 from lorafusion.lab.table.result import cost_metrics, result_of

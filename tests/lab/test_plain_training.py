@@ -9,11 +9,12 @@ import torch
 
 from lorafusion.core.config import read_model
 from lorafusion.core.workload import Job, Sample, Workload
-from lorafusion.lab.checks import grounds
-from lorafusion.lab.checks.comparisons import LOSS_TOLERANCE, WEIGHT_TOLERANCE
-from lorafusion.lab.checks.grounds import toy_jobs, train
+from lorafusion.lab.checks import toy_runs
+from lorafusion.lab.checks.comparison import LOSS_TOLERANCE, WEIGHT_TOLERANCE
+from lorafusion.lab.checks.toy_runs import EXACT, TrainingResult, toy_jobs, train
 from lorafusion.lab.definitions import Text, synthetic_text
 from lorafusion.lab.plain_training import build_model, optimizer_of, summed_loss, train_plainly
+from lorafusion.lab.suite import Arrangement
 
 pytestmark = pytest.mark.usefixtures("forked_runs")
 TINY = read_model("tiny")
@@ -25,7 +26,7 @@ def jobs(**changes) -> tuple[Job, ...]:
     return tuple(job.model_copy(update=changes) for job in toy_jobs())
 
 
-def assert_equal(workload: Workload, trained: grounds.Trained, dtype: torch.dtype, loss: float, weight: float) -> None:
+def assert_equal(workload: Workload, trained: TrainingResult, dtype: torch.dtype, loss: float, weight: float) -> None:
     for job in workload.jobs:
         plain = train_plainly(job, TINY, dtype)
         assert trained.losses[job.name] == pytest.approx(plain.losses, rel=loss)
@@ -46,26 +47,32 @@ def assert_equal(workload: Workload, trained: grounds.Trained, dtype: torch.dtyp
 )
 def test_a_run_computes_what_plain_training_computes(stages, changes):
     workload = Workload(name="toy", jobs=jobs(**changes))
-    trained = train(workload, "lorafusion", stages)
+    trained = train(workload, "lorafusion", Arrangement(stages, 1, False))
     assert_equal(workload, trained, torch.float64, LOSS_TOLERANCE, WEIGHT_TOLERANCE)
 
 
 def test_in_float32_the_losses_are_those_of_plain_training():
-    """Of the weights' rounding lorafusion/lab/checks/comparisons.py tells."""
+    """Of the weights' rounding lorafusion/lab/checks/comparison.py tells."""
     workload = Workload(name="toy", jobs=jobs())
-    assert_equal(workload, train(workload, "lorafusion", 1, dtype="float32"), torch.float32, loss=1e-5, weight=1e-3)
+    assert_equal(
+        workload,
+        train(workload, "lorafusion", setup=EXACT._replace(dtype="float32")),
+        torch.float32,
+        loss=1e-5,
+        weight=1e-3,
+    )
 
 
 def test_evaluations_are_those_of_plain_training(tmp_path, monkeypatch):
     """At intervals and at the end, without dropout; training goes on as if there were none."""
     workload = Workload(name="toy", jobs=jobs(evaluation=EVALUATION, evaluate_every=4))
-    launch = grounds.launch
+    launch = toy_runs.launch
 
     def with_events(spec, *arguments):
         return launch(spec.model_copy(update={"events": str(tmp_path)}), *arguments)
 
-    monkeypatch.setattr(grounds, "launch", with_events)
-    trained = train(workload, "lorafusion", 2)
+    monkeypatch.setattr(toy_runs, "launch", with_events)
+    trained = train(workload, "lorafusion", Arrangement(2, 1, False))
     assert_equal(workload, trained, torch.float64, LOSS_TOLERANCE, WEIGHT_TOLERANCE)
     lines = (tmp_path / "replica-0.jsonl").read_text().splitlines()
     events = [event for event in map(json.loads, lines) if "evaluation" in event]

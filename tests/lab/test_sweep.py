@@ -18,14 +18,16 @@ from lorafusion.core.files import write
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
-from lorafusion.lab.checks import records
-from lorafusion.lab.checks.verdicts import OF_RUNS, Verdict
+from lorafusion.lab.checks import catalog
+from lorafusion.lab.checks.catalog import needed_by
+from lorafusion.lab.checks.verdicts import Verdict
 from lorafusion.lab.experiments import end_to_end
 from lorafusion.lab.suite import cells, read_suite
 from lorafusion.lab.sweep import Share, Sweep, _first_ready, shuffled, spread, sweep
 from lorafusion.lab.tuned import Tuned
 from lorafusion.launch.launch import Outcome
 
+CHECKS = len(needed_by("runs"))
 FORK = multiprocessing.get_context("fork")
 
 
@@ -41,14 +43,16 @@ def small_suite(path: Path) -> Path:
     return path
 
 
+def verdict_of(code: str, passed: bool = True) -> Verdict:
+    """Of the check with this code."""
+    return Verdict(check=code.rpartition(".")[2].partition(":")[0], passed=passed, statement="it holds", figures={})
+
+
 @pytest.fixture(scope="module", autouse=True)
 def checked():
     """Checks hold at once: what is checked is not the sweep's."""
-    verdict = Verdict(check="lossless", passed=True, statement="it holds", figures={})
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(
-            "lorafusion.lab.checks.records.make", lambda name, _: (verdict.model_copy(update={"check": name}), [])
-        )
+        patches.setattr(catalog, "load", lambda code, _: lambda suite: (verdict_of(code), []))
         yield patches
 
 
@@ -88,12 +92,10 @@ def origin(monkeypatch):
 
 
 def test_the_checks_come_first_and_one_that_does_not_hold_is_told(suite, origin, tmp_path, capsys, monkeypatch):
-    failed = Verdict(check="systems", passed=False, statement="it does not", figures={})
-    make = records.make
-    monkeypatch.setattr(records, "make", lambda name, path: (failed, []) if name == "systems" else make(name, path))
+    monkeypatch.setattr(catalog, "load", lambda code, _: lambda suite: (verdict_of(code, "systems" not in code), []))
     assert sweep(suite, tmp_path / "results", Share(), instant, float("inf")) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition("checks/")[2].partition(".json")[0] for line in lines[:4]] == list(OF_RUNS)
+    assert [line.partition("checks/")[2].partition(".json")[0] for line in lines[:4]] == list(needed_by("runs"))
     assert "error: check systems does not hold" in lines[1]
     assert not (tmp_path / "results" / "checks" / "systems.json").exists()
     assert (tmp_path / "results" / "checks" / "systems.json.failed").exists()
@@ -173,7 +175,7 @@ def test_a_result_of_an_older_suite_is_made_anew(suite, origin, tmp_path, change
     assert after.keys() == before.keys()
     for name, origin in after.items():
         assert origin["config_hash"] != before[name]["config_hash"]
-    assert [step.reason for step in Sweep(suite, folder, Share(), instant).steps()] == [""] * (len(OF_RUNS) + 1 + 2 * 5)
+    assert [step.reason for step in Sweep(suite, folder, Share(), instant).steps()] == [""] * (CHECKS + 1 + 2 * 5)
 
 
 def cut(path: Path) -> None:
@@ -278,7 +280,7 @@ def test_shares_that_work_at_once_leave_nothing_old(suite, origin, tmp_path, mon
 
 def test_nothing_is_begun_when_the_time_is_up(suite, tmp_path):
     launch = partial(pytest.fail, "a run was started")
-    assert sweep(suite, tmp_path / "results", Share(), launch, -1.0) == len(OF_RUNS) + 1 + 2 * 5
+    assert sweep(suite, tmp_path / "results", Share(), launch, -1.0) == CHECKS + 1 + 2 * 5
 
 
 def test_what_another_share_tunes_is_waited_for_and_not_longer_than_the_time(suite, tmp_path):

@@ -14,7 +14,7 @@ from lorafusion.core.workload import Workload
 from lorafusion.engine import worker
 from lorafusion.engine.executor import prepared_by
 from lorafusion.lab import trials
-from lorafusion.lab.checks.grounds import toy_jobs
+from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.lab.profiler import IDLE, Span
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.spec import RunSpec

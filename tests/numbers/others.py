@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorafusion.core.config import read_model, read_systems
-from lorafusion.lab.checks.comparisons import LOSS_TOLERANCE, MOST_LOSS_ERROR, MOST_WEIGHT_ERROR, WEIGHT_TOLERANCE
+from lorafusion.lab.checks.comparison import LOSS_TOLERANCE, MOST_LOSS_ERROR, MOST_WEIGHT_ERROR, WEIGHT_TOLERANCE
 from lorafusion.lab.checks.gradients import MOST_ERROR, MOST_LENGTH_ERROR
 from lorafusion.lab.checks.verdicts import read_verdict
 from lorafusion.lab.suite import cells, read_suite, suite_path

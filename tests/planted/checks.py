@@ -167,7 +167,7 @@ def the_reference_of_kernels_is_one_percent_up(original):
 
 
 @planted(
-    "lorafusion.lab.checks.comparisons:LOSS_TOLERANCE", f"{CHECKING}test_bounds_and_arrangements_are_what_they_were"
+    "lorafusion.lab.checks.comparison:LOSS_TOLERANCE", f"{CHECKING}test_bounds_and_arrangements_are_what_they_were"
 )
 def losses_may_differ_by_a_thousandth(original):
     """The bound of losses is 10,000 times as wide."""
@@ -185,27 +185,27 @@ def gradients_may_be_five_percent_too_long(original):
 def _passed(check):
     @functools.wraps(check)
     def always(*arguments, **options):
-        found = check(*arguments, **options)
-        verdict = found[0] if isinstance(found, tuple) else found
+        result = check(*arguments, **options)
+        verdict = result[0] if isinstance(result, tuple) else result
         passed = verdict.model_construct(**{**dict(verdict), "passed": True})
-        return (passed, *found[1:]) if isinstance(found, tuple) else passed
+        return (passed, *result[1:]) if isinstance(result, tuple) else passed
 
     return always
 
 
-@planted("lorafusion.lab.checks.comparisons:lossless", f"{WRONG}[lossless-a loss by 1e-6]")
+@planted("lorafusion.lab.checks.lossless:lossless", f"{WRONG}[lossless-a loss by 1e-6]")
 def lossless_always_passes(original):
     """`check lossless` passes whatever it finds."""
     return _passed(original)
 
 
-@planted("lorafusion.lab.checks.comparisons:systems", f"{WRONG}[systems-a loss by 1e-6]")
+@planted("lorafusion.lab.checks.systems:systems", f"{WRONG}[systems-a loss by 1e-6]")
 def systems_always_passes(original):
     """`check systems` passes whatever it finds."""
     return _passed(original)
 
 
-@planted("lorafusion.lab.checks.comparisons:learning", f"{CHECKING}test_learning_fails_where_nothing_is_learnt")
+@planted("lorafusion.lab.checks.learning:learning", f"{CHECKING}test_learning_fails_where_nothing_is_learnt")
 def learning_always_passes(original):
     """`check learning` passes whatever it finds."""
     return _passed(original)
@@ -223,18 +223,20 @@ def arrangements_lose_replicas_and_recomputation(original):
     return classmethod(lambda cls, text: original.__func__(cls, text)._replace(replicas=1, recompute=False))
 
 
-@planted("lorafusion.lab.checks.records:require_checks", f"{CHECKING}test_no_figure_is_drawn_where_a_check_is_wanting")
+@planted(
+    "lorafusion.lab.checks.requirements:require_checks", f"{CHECKING}test_no_figure_is_drawn_where_a_check_is_wanting"
+)
 def figures_ask_for_no_check(original):
     """A figure is drawn whatever the checks say."""
     return lambda folder, needed, table: None
 
 
 @planted(
-    "lorafusion.lab.checks.verdicts:write_outcome",
+    "lorafusion.lab.checks.verdicts:Outcome.write",
     f"{CHECKING}test_a_check_that_fails_ends_with_status_1_and_leaves_no_verdict",
 )
 def a_failed_check_is_written_as_any_other(original):
     """A verdict that does not hold is written where those that hold are, and the command ends well."""
     from lorafusion.lab.checks import verdicts
 
-    return lambda verdict, origin, path: verdicts.write_verdict(verdict, origin, path)
+    return lambda outcome, path, curves=None: verdicts.write_verdict(outcome.verdict, outcome.origin, path)

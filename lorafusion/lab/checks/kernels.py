@@ -1,4 +1,5 @@
-"""The LoRA linear against float64: outputs and gradients by the plain formula and autograd, masks by their definition.
+"""Check: the LoRA linear against float64. Outputs and gradients by the plain formula and autograd, masks by their
+definition.
 
 The measure is the root mean square error over that of plain PyTorch in the same dtype, and how far the LoRA term's size
 is off: an error along the term, such as a wrong scale, hides in the first beside the base's product.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -15,10 +17,11 @@ from torch import Tensor
 from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, lora_linears, ops
 from fused_lora.linear import operator_arguments
 from fused_lora.philox import unpack
-from lorafusion.lab.checks.verdicts import Verdict
+from lorafusion.lab.checks.verdicts import Curve, Evidence, Verdict
 from lorafusion.lab.definitions import keep_mask_of_key
-from lorafusion.lab.experiments.kernel_suite import KernelSuite
+from lorafusion.lab.experiments.kernel_suite import KernelSuite, read_kernel_suite
 from lorafusion.lab.experiments.kernel_times import require_device
+from lorafusion.lab.suite import Suite
 
 # Of eager's root mean square error. Kernels add in float32, in another order, and round once where eager rounds twice;
 # in float32 itself they add one after the other what a library adds in pieces (5.0 was the worst on an H200).
@@ -39,9 +42,14 @@ class Problem:
     positions: Tensor
 
     def to(self, dtype: torch.dtype) -> Problem:
-        adapters = [replace(one, a=one.a.to(dtype), b=one.b.to(dtype)) for one in self.adapters]
+        adapters = [replace(item, a=item.a.to(dtype), b=item.b.to(dtype)) for item in self.adapters]
         tensors = {"x": self.x.to(dtype), "weight": self.weight.to(dtype), "dy": self.dy.to(dtype)}
         return replace(self, adapters=adapters, **tensors)
+
+
+def check_suite(suite: Suite) -> tuple[Verdict, list[Curve]]:
+    """The check of the entry of configs/kernels.yaml that has the suite's name."""
+    return verify(read_kernel_suite(suite.name), suite.name), []
 
 
 def verify(suite: KernelSuite, name: str) -> Verdict:
@@ -49,26 +57,22 @@ def verify(suite: KernelSuite, name: str) -> Verdict:
     require_device(suite)
     device, dtype = torch.device(suite.device), getattr(torch, suite.dtype)
     worst: dict[str, float] = {}
-    wrong, of_masks = 0, "elements of dropout masks that are not those of their definition"
-    for inputs, outputs in suite.verify.shapes:
-        for tokens in suite.verify.tokens:
-            for rank in suite.verify.ranks:
-                for mixed in (False, True):
-                    problem = random_problem(inputs, outputs, tokens, rank, mixed, device, dtype, suite.seed)
-                    for key, value in errors(problem).items():
-                        worst[key] = max(worst.get(key, 0.0), value)
-                    wrong += wrong_mask_elements(problem)
-    scale, of_size = worst.pop("LoRA term"), "LoRA term of y: relative error of its size"
-    figures = {f"{key}: error over plain PyTorch's": value for key, value in worst.items()}
-    return Verdict(
-        check="kernels",
-        passed=all(value <= MOST_ERROR[dtype] for value in worst.values())
-        and scale <= MOST_SCALE_ERROR[dtype]
-        and wrong == 0,
-        statement=f"fused_lora in {suite.dtype} on {suite.device} ({name}): outputs and gradients as close to float64 "
+    wrong = 0
+    cases = product(suite.verify.shapes, suite.verify.tokens, suite.verify.ranks, (False, True))
+    for (inputs, outputs), tokens, rank, mixed in cases:
+        problem = random_problem(inputs, outputs, tokens, rank, mixed, device, dtype, suite.seed)
+        for key, error in errors(problem).items():
+            worst[key] = max(worst.get(key, 0.0), error)
+        wrong += wrong_mask_elements(problem)
+    scale, evidence = worst.pop("LoRA term"), Evidence()
+    for key, error in worst.items():
+        evidence.add(f"{key}: error over plain PyTorch's", error, MOST_ERROR[dtype])
+    evidence.add("LoRA term of y: relative error of its size", scale, MOST_SCALE_ERROR[dtype])
+    evidence.add("elements of dropout masks that are not those of their definition", wrong, 0)
+    return evidence.verdict(
+        "kernels",
+        f"fused_lora in {suite.dtype} on {suite.device} ({name}): outputs and gradients as close to float64 "
         "as plain PyTorch's in the same dtype, with the same masks",
-        figures={**figures, of_size: scale, of_masks: wrong},
-        limits=dict.fromkeys(figures, MOST_ERROR[dtype]) | {of_size: MOST_SCALE_ERROR[dtype], of_masks: 0},
     )
 
 
@@ -102,18 +106,17 @@ def random_problem(
 def errors(problem: Problem) -> dict[str, float]:
     """For each tensor the error over plain PyTorch's, and the relative error of the LoRA term's size."""
     exact, eager, ours = reference(problem.to(torch.float64)), reference(problem), kernels(problem)
-    out = {}
-    for key, wanted in exact.items():
-        own, allowed = ((one[key].double() - wanted).square().mean().sqrt() for one in (ours, eager))
+    ratios = {}
+    for key, right in exact.items():
+        error, allowed = ((result[key].double() - right).square().mean().sqrt() for result in (ours, eager))
         # Sums of few elements may be exact in eager mode: less than half a unit in the last place is no error.
-        floor = torch.finfo(problem.x.dtype).eps / 2 * wanted.square().mean().sqrt()
-        out[key] = float(own / torch.maximum(allowed, floor)) if floor > 0 else float(own > 0) * float("inf")
+        floor = torch.finfo(problem.x.dtype).eps / 2 * right.square().mean().sqrt()
+        ratios[key] = float(error / torch.maximum(allowed, floor)) if floor > 0 else float(error > 0) * float("inf")
     base = problem.x.double() @ problem.weight.double().T
     term = exact["y"] - base
     # Along the term, over the tokens that have one.
-    out["LoRA term"] = float(((ours["y"].double() - base) * term).sum() / term.square().sum() - 1)
-    out["LoRA term"] = abs(out["LoRA term"])
-    return out
+    size = ((ours["y"].double() - base) * term).sum() / term.square().sum()
+    return ratios | {"LoRA term": abs(float(size - 1))}
 
 
 def reference(problem: Problem) -> dict[str, Tensor]:
@@ -121,14 +124,11 @@ def reference(problem: Problem) -> dict[str, Tensor]:
     autograd, with masks from `lorafusion.lab.definitions`. Nothing of it is the code that is verified."""
     p = problem
     x = p.x.detach().requires_grad_()
-    factors = [(one.a.detach().requires_grad_(), one.b.detach().requires_grad_()) for one in p.adapters]
+    factors = [(item.a.detach().requires_grad_(), item.b.detach().requires_grad_()) for item in p.adapters]
     y = x @ p.weight.T
     for segment, mask in zip(p.segments, masks(p), strict=True):
-        tokens, adapter, (a, b) = (
-            slice(segment.start, segment.stop),
-            p.adapters[segment.adapter],
-            factors[segment.adapter],
-        )
+        tokens, adapter = slice(segment.start, segment.stop), p.adapters[segment.adapter]
+        a, b = factors[segment.adapter]
         s = (x[tokens] * mask) @ a.T * (adapter.scaling / (1 - adapter.dropout))
         y = torch.cat([y[: segment.start], y[tokens] + s @ b.T, y[segment.stop :]])
     y.backward(p.dy)
@@ -138,12 +138,13 @@ def reference(problem: Problem) -> dict[str, Tensor]:
 def masks(problem: Problem) -> list[Tensor]:
     """Each segment's mask by its definition: bool [tokens, columns]."""
     first, columns = int(problem.positions[0]), problem.x.shape[1]
-    return [
-        keep_mask_of_key(one.key, one.dropout, first + segment.start, segment.stop - segment.start, columns)
-        .to(problem.x.device)
-        for segment in problem.segments
-        for one in [problem.adapters[segment.adapter]]
-    ]  # fmt: skip
+
+    def mask_of(segment: LoRASegment) -> Tensor:
+        adapter, tokens = problem.adapters[segment.adapter], segment.stop - segment.start
+        mask = keep_mask_of_key(adapter.key, adapter.dropout, first + segment.start, tokens, columns)
+        return mask.to(problem.x.device)
+
+    return [mask_of(segment) for segment in problem.segments]
 
 
 def wrong_mask_elements(problem: Problem) -> int:
@@ -163,14 +164,15 @@ def kernels(problem: Problem) -> dict[str, Tensor]:
     """The same by `lora_linears`."""
     p = problem
     x = p.x.detach().requires_grad_()
-    adapters = [replace(one, a=one.a.detach().requires_grad_(), b=one.b.detach().requires_grad_())
-                for one in p.adapters]  # fmt: skip
+    adapters = [
+        replace(item, a=item.a.detach().requires_grad_(), b=item.b.detach().requires_grad_()) for item in p.adapters
+    ]
     table, batch = AdapterTable.of([adapters], x.device), LoRABatch.of(p.segments, p.positions)
     [y] = lora_linears(x, [p.weight], [None], [adapters], batch, table=table)
     y.backward(p.dy)
-    return _named(p, y.detach(), x.grad, [one.a.grad for one in adapters], [one.b.grad for one in adapters])
+    return _named(p, y.detach(), x.grad, [item.a.grad for item in adapters], [item.b.grad for item in adapters])
 
 
 def _named(problem: Problem, y: Tensor, dx: Tensor, da: list[Tensor], db: list[Tensor]) -> dict[str, Tensor]:
-    used = sorted({one.adapter for one in problem.segments if one.start < one.stop})
+    used = sorted({segment.adapter for segment in problem.segments if segment.start < segment.stop})
     return {"y": y, "dx": dx, "da": torch.cat([da[i] for i in used]), "db": torch.cat([db[i].T for i in used]).T}

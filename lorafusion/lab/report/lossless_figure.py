@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lorafusion.core.schema import UserError
-from lorafusion.lab.checks.comparisons import LOSS_TOLERANCE, PLAIN
+from lorafusion.lab.checks.comparison import LOSS_TOLERANCE
+from lorafusion.lab.checks.lossless import PLAIN
 from lorafusion.lab.report import style
 from lorafusion.lab.report.figures import read_data
 

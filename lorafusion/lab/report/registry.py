@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorafusion.core.schema import UserError, one_of
-from lorafusion.lab.checks.verdicts import OF_KERNELS, OF_RUNS, OF_TRAINING
+from lorafusion.lab.checks.catalog import needed_by
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     # What a figure shows, as its CSV has it, and what draws it from there.
     Drawing = tuple[pd.DataFrame, Callable[[pd.DataFrame], Picture]]
 
+OF_RUNS, OF_KERNELS, OF_TRAINING = map(needed_by, ("runs", "kernels", "training"))
 FORMATS = ("png", "pdf", "csv")
 # What a figure can be drawn from, as the command line describes it.
 SOURCES = {
@@ -97,7 +98,7 @@ def draw(
 
 
 def _table(path: Path, folder: Path | None, checks: Sequence[str]) -> pd.DataFrame:
-    from lorafusion.lab.checks.records import checked_table
+    from lorafusion.lab.checks.requirements import checked_table
     from lorafusion.lab.table.table import read
 
     return checked_table(path, folder, checks) if checks else read(path)

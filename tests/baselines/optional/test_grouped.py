@@ -12,7 +12,8 @@ from baselines.mlora.lora import looped
 from lorafusion.core.config import read_model
 from lorafusion.core.workload import ALL_LINEAR, Job, Sample, Workload
 from lorafusion.data.packing import AdapterSegment, PackedBatch, SampleBorders
-from lorafusion.lab.checks import comparisons
+from lorafusion.lab.checks.comparison import LOSS_TOLERANCE, WEIGHT_TOLERANCE, PlainReference
+from lorafusion.lab.checks.toy_runs import EXACT, toy_jobs, train, train_plainly
 from lorafusion.lab.suite import Arrangement
 from lorafusion.model import lora
 from lorafusion.model.stage import build_stage
@@ -127,9 +128,9 @@ def test_tokens_without_a_segment_are_refused():
 @pytest.mark.usefixtures("forked_runs")
 @pytest.mark.parametrize("arrangement", ["1x1", "2x1"])
 def test_the_system_trains_what_plain_training_trains(arrangement):
-    jobs, where = comparisons.toy_jobs(dropout=0.0), Arrangement.read(arrangement)
-    found = comparisons.train(Workload(name="toy", jobs=jobs), "grouped-mm", where.stages, replicas=where.replicas)
-    plain = comparisons.train_plainly(jobs, comparisons.EXACT, "float64")
-    loss, weight = comparisons.Plain(plain, None).errors(found, jobs)
-    assert loss <= comparisons.LOSS_TOLERANCE
-    assert weight <= comparisons.WEIGHT_TOLERANCE
+    jobs = toy_jobs(dropout=0.0)
+    found = train(Workload(name="toy", jobs=jobs), "grouped-mm", Arrangement.read(arrangement))
+    plain = train_plainly(jobs, EXACT, "float64")
+    loss, weight = PlainReference(plain, None).errors(found, jobs)
+    assert loss <= LOSS_TOLERANCE
+    assert weight <= WEIGHT_TOLERANCE

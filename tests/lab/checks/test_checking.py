@@ -12,9 +12,9 @@ import pytest
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.schema import UserError
 from lorafusion.lab import definitions, plain_training
-from lorafusion.lab.checks import comparisons, gradients, kernels, records
-from lorafusion.lab.checks.grounds import EXACT, Ground, Trained, grounds_of, toy_jobs
-from lorafusion.lab.checks.verdicts import OF_RUNS, Origin, Verdict, read_verdict, write_verdict
+from lorafusion.lab.checks import catalog, comparison, gradients, kernels, learning, lossless, systems
+from lorafusion.lab.checks.toy_runs import EXACT, SINGLE, Setup, TrainingResult, setups_of, toy_jobs
+from lorafusion.lab.checks.verdicts import Origin, Verdict, read_verdict, write_verdict
 from lorafusion.lab.experiments.kernel_suite import read_kernel_suite
 from lorafusion.lab.suite import Arrangement, read_suite
 from lorafusion.lab.table import table as tables
@@ -22,6 +22,7 @@ from tests.cli.test_cli import lorafusion
 from tests.lab.report.conftest import run as made_run
 from tests.lab.report.conftest import tabulate
 
+NEEDED = catalog.needed_by("runs")
 SMOKE = CONFIGS / "suites" / "smoke.yaml"
 ORIGIN = Origin(suite="smoke", device="cpu", dtype="float32", code="0123456789abcdef")
 GOOD = Verdict(check="lossless", passed=True, statement="it holds", figures={"lorafusion as 1x1: error": 1e-9})
@@ -79,7 +80,7 @@ def measured(tmp_path) -> Path:
     frame["tree_hash"] = ORIGIN.code
     (tmp_path / "checks").mkdir()
     tables.write(frame, tmp_path / "measurements.csv", tmp_path / "measurements.parquet")
-    for name in OF_RUNS:
+    for name in NEEDED:
         write_good(name, tmp_path / "checks" / f"{name}.json")
     return tmp_path / "measurements.csv"
 
@@ -109,7 +110,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("check", OF_RUNS)
+@pytest.mark.parametrize("check", NEEDED)
 @pytest.mark.parametrize("spoilt", list(SPOILT))
 def test_no_figure_is_drawn_where_a_check_is_wanting(measured, spoilt, check):
     origin, changes, message = SPOILT[spoilt]
@@ -151,10 +152,9 @@ def test_other_figures_of_measurements_need_theirs(measured, figure, tmp_path):
 # --- A check can fail
 
 
-def right(workload, system, stages, *_, **options) -> Trained:
+def right(workload, setup) -> TrainingResult:
     """What a right run leaves, without a run: plain training's."""
-    plain = outside_of(options.get("ground", EXACT), workload.jobs)
-    return replace(plain, plan=SteppingTogether)
+    return replace(plain_result(setup, workload.jobs), plan=SteppingTogether)
 
 
 class SteppingTogether:
@@ -166,16 +166,15 @@ class SteppingTogether:
     microbatches = (_Microbatch,)
 
 
-def outside_of(ground: Ground, jobs) -> Trained:
-    key = str(ground), repr(jobs)
+def plain_result(setup: Setup, jobs) -> TrainingResult:
+    key = str(setup), repr(jobs)
     if key not in CACHE:
-        CACHE[key] = TRAIN_PLAINLY(jobs, ground, "float64")
+        CACHE[key] = TRAIN_PLAINLY(jobs, setup, "float64")
     return CACHE[key]
 
 
 CACHE: dict = {}
-TRAIN_PLAINLY = comparisons.train_plainly
-ONE = [Arrangement.read("1x1")]
+TRAIN_PLAINLY = comparison.train_plainly
 WRONG = {
     "a loss by 1e-6": lambda run: replace(run, losses={n: [v * (1 + 1e-6) for v in o] for n, o in run.losses.items()}),
     "a tensor by 1e-5": lambda run: replace(run, weights={n: {k: t * (1 + 1e-5) for k, t in o.items()}
@@ -188,23 +187,22 @@ WRONG = {
 @pytest.fixture
 def made_up(monkeypatch):
     """Runs that are what they should be, or what `wrong` makes of them where `when` says so; plain training once."""
-    monkeypatch.setattr(comparisons, "train_plainly", lambda jobs, ground, dtype: outside_of(ground, jobs))
+    monkeypatch.setattr(comparison, "train_plainly", lambda jobs, setup, dtype: plain_result(setup, jobs))
 
     def wrong(change, when=lambda **_: True):
-        def train(workload, system, stages, capacity=0, checkpointing=False, **options):
-            run = right(workload, system, stages, **options)
-            said = {"system": system, "stages": stages, "recompute": bool(checkpointing)}
-            said |= {"replicas": options.get("replicas", 1), "jobs": workload.jobs}
-            return change(run) if when(**said) else run
+        def train(workload, system, arrangement=SINGLE, capacity=0, setup=EXACT):
+            run = right(workload, setup)
+            return change(run) if when(system=system, jobs=workload.jobs, **arrangement._asdict()) else run
 
-        monkeypatch.setattr(comparisons, "train", train)
+        for module in (lossless, systems):
+            monkeypatch.setattr(module, "train", train)
 
     return wrong
 
 
 CHECKS = {
-    "lossless": lambda: comparisons.lossless(ONE)[0],
-    "systems": lambda: comparisons.systems(["lorafusion", "mlora"], ONE[0]),
+    "lossless": lambda: lossless.lossless([SINGLE])[0],
+    "systems": lambda: systems.systems(["lorafusion", "mlora"], SINGLE),
 }
 
 
@@ -236,20 +234,20 @@ def test_lossless_looks_at_every_arrangement(made_up, when):
     """A run that goes wrong in one of them alone is seen; so none is left out, or run as another."""
     made_up(WRONG["a loss by 1e-6"], when)
     arrangements = [Arrangement.read(text) for text in ("1x1", "2x1", "1x2", "2x1+recompute")]
-    assert not comparisons.lossless(arrangements)[0].passed
+    assert not lossless.lossless(arrangements)[0].passed
 
 
 def test_systems_looks_at_every_system(made_up):
     made_up(WRONG["a loss by 1e-6"], lambda system, **_: system == "mlora")
-    assert not comparisons.systems(["lorafusion", "mlora"], ONE[0]).passed
+    assert not systems.systems(["lorafusion", "mlora"], SINGLE).passed
 
 
 def test_learning_fails_where_nothing_is_learnt(monkeypatch):
     jobs = toy_jobs()
-    flat = Trained({job.name: [5.0] * 20 for job in jobs}, {job.name: {} for job in jobs})
-    monkeypatch.setattr(comparisons, "train", lambda *_, **__: flat)
-    monkeypatch.setattr(comparisons, "_smallest_b", lambda _: 1.0)
-    verdict = comparisons.learning()
+    flat = TrainingResult({job.name: [5.0] * 20 for job in jobs}, {job.name: {} for job in jobs})
+    monkeypatch.setattr(learning, "train", lambda *_, **__: flat)
+    monkeypatch.setattr(learning, "smallest_b", lambda _: 1.0)
+    verdict = learning.learning()
     assert not verdict.passed
     assert list(verdict.limits.values()) == [0.5]
 
@@ -260,10 +258,10 @@ def test_kernels_fail_where_kernels_are_wrong(monkeypatch):
     assert not kernels.verify(suite, "smoke").passed
 
 
-@pytest.mark.parametrize("name", [*OF_RUNS])
+@pytest.mark.parametrize("name", NEEDED)
 def test_a_check_that_fails_ends_with_status_1_and_leaves_no_verdict(monkeypatch, tmp_path, name):
     failed = GOOD.model_copy(update={"check": name, "passed": False})
-    monkeypatch.setattr(records, "make", lambda *_: (failed, []))
+    monkeypatch.setattr(catalog, "load", lambda *_: lambda suite: (failed, []))
     out = tmp_path / f"{name}.json"
     write_verdict(GOOD, ORIGIN, out)  # of an earlier time
     done = lorafusion("check", name, "--suite", SMOKE, "--out", out)
@@ -278,9 +276,9 @@ def test_a_check_that_fails_ends_with_status_1_and_leaves_no_verdict(monkeypatch
 
 def test_bounds_and_arrangements_are_what_they_were():
     """Loosened, a check says nothing; whoever has a reason changes it here, too."""
-    assert (comparisons.LOSS_TOLERANCE, comparisons.WEIGHT_TOLERANCE) == (1e-7, 1e-6)
-    assert (comparisons.MOST_LOSS_ERROR, comparisons.MOST_WEIGHT_ERROR, comparisons.LOSS_ROUNDING) == (3.0, 2.0, 2**-9)
-    assert comparisons.MOST_LAST_LOSS == 0.5
+    assert (comparison.LOSS_TOLERANCE, comparison.WEIGHT_TOLERANCE) == (1e-7, 1e-6)
+    assert (comparison.MOST_LOSS_ERROR, comparison.MOST_WEIGHT_ERROR, comparison.LOSS_ROUNDING) == (3.0, 2.0, 2**-9)
+    assert learning.MOST_LAST_LOSS == 0.5
     assert (gradients.MOST_ERROR, gradients.MOST_LENGTH_ERROR) == (2.5, 0.01)
     assert {str(dtype): most for dtype, most in kernels.MOST_ERROR.items()} == {
         "torch.float32": 6.0, "torch.float16": 1.5, "torch.bfloat16": 1.5,
@@ -289,15 +287,15 @@ def test_bounds_and_arrangements_are_what_they_were():
         "torch.float32": 1e-5, "torch.float16": 2e-3, "torch.bfloat16": 5e-3,
     }  # fmt: skip
     assert read_suite(SMOKE).checks.lossless == ["1x1", "2x1", "4x1+recompute", "1x2", "2x2"]
-    assert Ground("tiny", None, "cpu", "float64") == EXACT
+    assert Setup("tiny", None, "cpu", "float64") == EXACT
 
 
 def test_a_gpu_suite_is_checked_on_the_gpu_and_on_its_own_models():
     suite = read_suite(CONFIGS / "suites" / "h200.yaml")
-    tiny, layers = Ground(device="cuda", dtype="bfloat16"), Ground("llama-3.1-8b", 2, "cuda", "bfloat16", 40)
-    assert grounds_of(suite) == [EXACT, tiny, layers]
-    assert gradients.grounds_of(suite) == [tiny._replace(stretch=4), layers]
-    assert grounds_of(read_suite(SMOKE)) == [EXACT]
+    tiny, layers = Setup(device="cuda", dtype="bfloat16"), Setup("llama-3.1-8b", 2, "cuda", "bfloat16", 40)
+    assert setups_of(suite) == [EXACT, tiny, layers]
+    assert gradients.gradient_setups_of(suite) == [tiny._replace(stretch=4), layers]
+    assert setups_of(read_suite(SMOKE)) == [EXACT]
 
 
 def test_plain_training_takes_nothing_from_what_it_judges():

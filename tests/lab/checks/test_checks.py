@@ -7,16 +7,11 @@ import functools
 import pytest
 
 from lorafusion.core.workload import Workload
-from lorafusion.lab.checks.comparisons import (
-    LOSS_TOLERANCE,
-    WEIGHT_TOLERANCE,
-    Arrangement,
-    Trained,
-    learning,
-    lossless,
-    toy_jobs,
-    train,
-)
+from lorafusion.lab.checks.comparison import LOSS_TOLERANCE, WEIGHT_TOLERANCE
+from lorafusion.lab.checks.learning import learning
+from lorafusion.lab.checks.lossless import lossless
+from lorafusion.lab.checks.toy_runs import TrainingResult, toy_jobs, train
+from lorafusion.lab.suite import Arrangement
 from lorafusion.launch.launch import launch
 from lorafusion.model.lora import peft_config
 
@@ -25,9 +20,9 @@ WITHOUT_DROPOUT = Workload(name="toy", jobs=toy_jobs(dropout=0.0))
 
 
 @functools.cache
-def plain() -> Trained:
+def plain() -> TrainingResult:
     """One process, one adapter after another, PEFT's own forward: what every system must equal."""
-    return train(WITHOUT_DROPOUT, "peft", 1)
+    return train(WITHOUT_DROPOUT, "peft")
 
 
 def test_adapters_trained_together_equal_each_alone_and_plain_training():
@@ -52,7 +47,7 @@ def test_adapters_learn():
 )
 def test_every_system_trains_what_plain_training_trains(system, stages):
     """Without dropout: the same losses, step for step, and the same adapters, whatever the order and the cut."""
-    trained, expected = train(WITHOUT_DROPOUT, system, stages), plain()
+    trained, expected = train(WITHOUT_DROPOUT, system, Arrangement(stages, 1, False)), plain()
     for job in WITHOUT_DROPOUT.jobs:
         assert trained.losses[job.name] == pytest.approx(expected.losses[job.name], rel=LOSS_TOLERANCE)
         assert trained.weights[job.name].keys() == expected.weights[job.name].keys()
@@ -64,7 +59,7 @@ def test_every_system_trains_what_plain_training_trains(system, stages):
 @pytest.mark.parametrize("system", ["lorafusion", "mlora"])
 def test_recomputed_activations_are_those_of_their_own_microbatch(system):
     """With two stages another microbatch's forward lies between a forward and its recomputation."""
-    trained = train(WITHOUT_DROPOUT, system, 2, checkpointing=True)
+    trained = train(WITHOUT_DROPOUT, system, Arrangement(2, 1, True))
     for job in WITHOUT_DROPOUT.jobs:
         assert trained.losses[job.name] == pytest.approx(plain().losses[job.name], rel=LOSS_TOLERANCE)
 
@@ -72,10 +67,10 @@ def test_recomputed_activations_are_those_of_their_own_microbatch(system):
 def test_a_real_run_computes_what_a_forked_one_computes(monkeypatch):
     """Bit for bit: what the tests here leave out is imports and nothing else."""
     workload = Workload(name="toy", jobs=toy_jobs())
-    forked = train(workload, "lorafusion", 2)
-    monkeypatch.setattr("lorafusion.lab.checks.grounds.launch", launch)
+    forked = train(workload, "lorafusion", Arrangement(2, 1, False))
+    monkeypatch.setattr("lorafusion.lab.checks.toy_runs.launch", launch)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    real = train(workload, "lorafusion", 2)
+    real = train(workload, "lorafusion", Arrangement(2, 1, False))
     assert real.losses == forked.losses
     for job in workload.jobs:
         assert real.weights[job.name].keys() == forked.weights[job.name].keys()

@@ -7,27 +7,26 @@ from functools import partial
 
 import pytest
 
-from lorafusion.lab.checks import comparisons, gradients
-from lorafusion.lab.suite import Arrangement
+from lorafusion.lab.checks import gradients, lossless
+from lorafusion.lab.checks.toy_runs import SINGLE, Setup
 from tests.training_faults import FAULTS, launched_here
 
-GROUND = comparisons.Ground(dtype="bfloat16", stretch=4)
-ONE = Arrangement(1, 1, False)
+SETUP = Setup(dtype="bfloat16", stretch=4)
 
 
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """Runs are in this process."""
-    monkeypatch.setattr("lorafusion.lab.checks.grounds.launch", partial(launched_here, folder=tmp_path))
+    monkeypatch.setattr("lorafusion.lab.checks.toy_runs.launch", partial(launched_here, folder=tmp_path))
 
 
 @pytest.fixture(scope="module")
 def expected():
-    return gradients.Expected.of(GROUND, dropout=0.1)
+    return gradients.ExpectedGradients.of(SETUP, dropout=0.1)
 
 
 def test_a_step_in_bfloat16_has_the_gradients_of_float64(here, expected):
-    error, length = expected.errors(gradients.one_step("lorafusion", ONE, GROUND, expected).gradients)
+    error, length = expected.errors(gradients.one_step("lorafusion", SINGLE, SETUP, expected).gradients)
     assert error <= gradients.MOST_ERROR
     assert length <= gradients.MOST_LENGTH_ERROR
 
@@ -44,11 +43,11 @@ def test_a_gradient_that_is_no_number_is_seen_whichever_it_is(expected, index):
 @pytest.mark.parametrize("name", list(FAULTS))
 def test_a_fault_is_seen(here, expected, monkeypatch, name):
     FAULTS[name](monkeypatch)
-    error, length = expected.errors(gradients.one_step("lorafusion", ONE, GROUND, expected).gradients)
+    error, length = expected.errors(gradients.one_step("lorafusion", SINGLE, SETUP, expected).gradients)
     assert error > 1.2 * gradients.MOST_ERROR or length > 1.2 * gradients.MOST_LENGTH_ERROR
 
 
 def test_adapters_trained_in_this_process_equal_plain_training(here):
     """Whatever plain training had in common with what it judges would be wrong on both sides and pass here."""
-    verdict, _ = comparisons.lossless([ONE])
+    verdict, _ = lossless.lossless([SINGLE])
     assert verdict.passed, verdict.figures

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lorafusion.lab.checks.verdicts import OF_KERNELS, OF_RUNS, Origin, Verdict, write_verdict
+from lorafusion.lab.checks.catalog import CHECKS
+from lorafusion.lab.checks.verdicts import Origin, Verdict, write_verdict
 from lorafusion.lab.table import table
 
 SPEEDS = {"peft": 800.0, "megatron-fsdp": 850.0, "megatron-pp": 900.0, "mlora": 1100.0, "lorafusion": 1430.0}
@@ -81,7 +82,7 @@ def passed_checks():
             suite=suite, device="cuda" if len(gpus) else "cpu", dtype="float32", gpu_name=next(iter(gpus), None)
         )
         figures = {f"{system} as 1x1: of a tensor": 0.0 for system in made["system"].dropna().unique()}
-        for name in (*OF_RUNS, *OF_KERNELS):
+        for name in CHECKS:
             write_verdict(
                 Verdict(check=name, passed=True, statement="", figures=figures), origin, folder / f"{name}.json"
             )

@@ -10,7 +10,7 @@ import pytest
 
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.schema import UserError
-from lorafusion.lab.checks.verdicts import OF_RUNS
+from lorafusion.lab.checks.catalog import needed_by
 from lorafusion.lab.report import registry
 from lorafusion.lab.report.registry import FIGURES, FORMATS, SOURCES, Figure, draw
 from lorafusion.lab.table import table as measurements
@@ -55,9 +55,12 @@ def table(smoke_runs, make_table, passed_checks, tmp_path):
     return tmp_path / "table.csv"
 
 
+RUNS = needed_by("runs")
+
+
 @pytest.fixture
 def dots(monkeypatch):
-    figure = Figure(_dots, "table", "end_to_end", "dots of {model}", "end_to_end.rst", OF_RUNS, per_model=True)
+    figure = Figure(_dots, "table", "end_to_end", "dots of {model}", "end_to_end.rst", RUNS, per_model=True)
     monkeypatch.setitem(registry.FIGURES, "dots", figure)
 
 

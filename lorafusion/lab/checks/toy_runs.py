@@ -1,4 +1,4 @@
-"""What checks train on, the toy jobs, and the runs that are compared: ours in processes, plain libraries' here."""
+"""The runs that checks compare: two toy jobs, trained by a system in processes, or by plain libraries in this one."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     import torch
 
 RUN_SECONDS = 300
+SINGLE = Arrangement(1, 1, False)
 CAPACITY = 96  # of a microbatch, in tokens of the toy jobs
 
 
-class Ground(NamedTuple):
+class Setup(NamedTuple):
     """What a check trains on. layers: how many of the model's there are, all by default; stretch: of the toy jobs'
     samples, so that a model of real width gets microbatches of real length."""
 
@@ -41,6 +42,11 @@ class Ground(NamedTuple):
     def __str__(self) -> str:
         part = f", {self.layers} layers" if self.layers else ""
         return f"{self.model}{part}, {self.dtype} on {self.device}"
+
+    @property
+    def suffix(self) -> str:
+        """Of the figures of a setup other than `EXACT`."""
+        return "" if self == EXACT else f" ({self})"
 
     @property
     def is_exact(self) -> bool:
@@ -62,21 +68,21 @@ class Ground(NamedTuple):
         return arrangement.stages * arrangement.replicas <= torch.cuda.device_count()
 
 
-EXACT = Ground()
+EXACT = Setup()
 
 
-def grounds_of(suite: Suite | None) -> list[Ground]:
+def setups_of(suite: Suite | None) -> list[Setup]:
     """What a suite's checks train on: exactly on the CPU, always; and the measured path on the suite's own device and
     in its dtype, on the tiny model and on two layers of each of the suite's."""
     if suite is None or suite.device == "cpu":
         return [EXACT]
     models = dict.fromkeys(model for grid in suite.cells for model in grid.models if model != EXACT.model)
-    own = [Ground(device=suite.device, dtype=suite.dtype)]
-    return [EXACT, *own, *(Ground(model, 2, suite.device, suite.dtype, stretch=40) for model in models)]
+    tiny = Setup(device=suite.device, dtype=suite.dtype)
+    return [EXACT, tiny, *(Setup(model, 2, suite.device, suite.dtype, stretch=40) for model in models)]
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """What a run leaves: the losses of each job's global batches, and each job's adapter by tensor name; the gradients
     of each one's first step, where they were asked for; and the plan that was followed, if there was one."""
 
@@ -84,6 +90,12 @@ class Trained:
     weights: dict[str, dict]
     gradients: dict[str, dict] = field(default_factory=dict)
     plan: Plan | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        losses = [loss for losses in self.losses.values() for loss in losses]
+        tensors = [tensor for weights in self.weights.values() for tensor in weights.values()]
+        return all(map(math.isfinite, losses)) and all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def toy_jobs(learning_rate: float = 1e-2, dropout: float = 0.1, stretch: int = 1) -> tuple[Job, ...]:
@@ -112,84 +124,68 @@ def toy_jobs(learning_rate: float = 1e-2, dropout: float = 0.1, stretch: int = 1
     )
 
 
-def train_plainly(jobs: Sequence[Job], ground: Ground, dtype: str) -> Trained:
-    """Each job by plain libraries, from the weights that runs on the ground begin with."""
+def train_plainly(jobs: Sequence[Job], setup: Setup, dtype: str) -> TrainingResult:
+    """Each job by plain libraries, from the weights that runs of the setup begin with."""
     import torch
 
     from lorafusion.lab import plain_training
 
-    drawn, device = getattr(torch, ground.dtype), torch.device(ground.device)
-    trained = {
-        job.name: plain_training.train_plainly(job, ground.config, getattr(torch, dtype), device=device, drawn=drawn)
+    drawn, device = getattr(torch, setup.dtype), torch.device(setup.device)
+    results = {
+        job.name: plain_training.train_plainly(job, setup.config, getattr(torch, dtype), device=device, drawn=drawn)
         for job in jobs
     }
-    return Trained(
-        {name: one.losses for name, one in trained.items()}, {name: one.weights for name, one in trained.items()}
-    )
+    losses = {name: result.losses for name, result in results.items()}
+    return TrainingResult(losses, {name: result.weights for name, result in results.items()})
 
 
 def train(
     workload: Workload,
     system: str,
-    stages: int,
+    arrangement: Arrangement = SINGLE,
     capacity: int = CAPACITY,
-    checkpointing: bool = False,
-    dtype: str | None = None,
-    replicas: int = 1,
-    ground: Ground = EXACT,
+    setup: Setup = EXACT,
     initial: dict[str, dict[str, torch.Tensor]] | None = None,
-) -> Trained:
-    """Train a workload on a ground and bring back losses and adapters. dtype: by default the ground's.
+) -> TrainingResult:
+    """Train a workload by a system and bring back losses and adapters.
 
     initial: the adapters of jobs that are trained in part already; then the gradients of the first steps come back too.
     """
-    from safetensors.torch import load_file
-
+    stages, replicas, recompute = arrangement
+    plan = plan_system(workload, system, stages=stages, capacity=capacity * setup.stretch, data_parallel=replicas)
     with tempfile.TemporaryDirectory(prefix="lorafusion-check-") as directory:
         folder = Path(directory)
-        plan = plan_system(workload, system, stages=stages, capacity=capacity * ground.stretch, data_parallel=replicas)
-        (folder / "workload.json").write_text(workload.to_json())
-        (folder / "plan.json").write_text(plan.to_json())
-        (folder / "model.yaml").write_text(yaml.safe_dump(ground.config.model_dump(mode="json")))
-        spec = RunSpec(
-            system=system,
-            model=str(folder / "model.yaml"),
-            workload=str(folder / "workload.json"),
-            plan=str(folder / "plan.json"),
-            device=ground.device,
-            dtype=dtype or ground.dtype,
-            adapter_dtype=dtype or ground.dtype,
-            save_adapters=str(folder / "adapters"),
-            checkpointing=float(checkpointing),
-        )
+        settings = {"device": setup.device, "dtype": setup.dtype, "checkpointing": float(recompute),
+                    "save_adapters": str(folder / "adapters")}  # fmt: skip
         if initial is not None:
             write_initial(workload.jobs, initial, folder / "initial")
-            folders = {"initial": str(folder / "initial"), "save_gradients": str(folder / "gradients")}
-            spec = spec.model_copy(update=folders)
-        _release(ground)
+            settings |= {"initial": str(folder / "initial"), "save_gradients": str(folder / "gradients")}
+        spec = write_spec(folder, system, setup.config.model_dump(mode="json"), workload, plan, **settings)
+        _release(setup)
         outcome = launch(spec, stages * replicas, RUN_SECONDS)
+        run = f"check: the run of {system} on {stages} stage(s)"
         if outcome.status != "ok":
-            raise UserError(
-                f"check: the run of {system} on {stages} stage(s) ended as {outcome.status}: {outcome.note}"
-            )
-        weights = {
-            job.name: load_file(folder / "adapters" / job.name / "adapter_model.safetensors") for job in workload.jobs
-        }
+            raise UserError(f"{run} ended as {outcome.status}: {outcome.note}")
+        weights = {job.name: _read_all(folder / "adapters" / job.name) for job in workload.jobs}
         gradients = {name: _read_all(folder / "gradients" / name) for name in initial or ()}
-        losses = outcome.report["losses"]
-        finite = all(math.isfinite(value) for values in losses.values() for value in values) and all(
-            bool(tensor.isfinite().all()) for state in weights.values() for tensor in state.values()
-        )
-        if not finite:
-            raise UserError(
-                f"check: the run of {system} on {stages} stage(s) gave a loss or a weight that is no number"
-            )
-        return Trained(losses, weights, gradients, plan)
+        result = TrainingResult(outcome.report["losses"], weights, gradients, plan)
+        if not result.is_finite:
+            raise UserError(f"{run} gave a loss or a weight that is no number")
+        return result
 
 
-def _release(ground: Ground) -> None:
+def write_spec(folder: Path, system: str, model: dict, workload: Workload, plan: Plan, **settings: object) -> RunSpec:
+    """A run of a plan, whose files are written to a folder. settings: fields of `RunSpec`; adapters have its dtype."""
+    texts = {"model.yaml": yaml.safe_dump(model), "workload.json": workload.to_json(), "plan.json": plan.to_json()}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    paths = {name.partition(".")[0]: str(folder / name) for name in texts}
+    return RunSpec(system=system, adapter_dtype=settings["dtype"], **paths, **settings)
+
+
+def _release(setup: Setup) -> None:
     """Leave a GPU's memory, which plain training had, to the run's processes."""
-    if ground.device == "cuda":
+    if setup.device == "cuda":
         import torch
 
         gc.collect()  # a model of PEFT is in a cycle

@@ -1,0 +1,126 @@
+"""The checks of a suite, in one table: what each is called, which figures need it, what it takes.
+
+The command line, the workflow and the reports read it. It imports nothing heavy: a check's code is loaded when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lorafusion.core.config import read_systems
+from lorafusion.core.machine import has_gpu
+from lorafusion.core.plugins import load
+from lorafusion.core.schema import UserError, one_of
+from lorafusion.lab.checks.verdicts import Outcome, origin_of
+from lorafusion.lab.suite import Arrangement, Suite, read_suite
+
+
+def _processes(suite: Suite) -> int:
+    arrangements = map(Arrangement.read, suite.checks.lossless)
+    return max(arrangement.stages * arrangement.replicas for arrangement in arrangements)
+
+
+def _arrangements(suite: Suite) -> list:
+    return [suite.checks.model_dump(mode="json")]
+
+
+def _arrangements_and_systems(suite: Suite) -> list:
+    systems, names = read_systems(), sorted({system for grid in suite.cells for system in grid.systems})
+    return _arrangements(suite) + [systems[name].model_dump(mode="json") for name in names]
+
+
+def _kernel_settings(suite: Suite) -> list:
+    return [_measured(suite, "kernels").model_dump(mode="json", include={"device", "dtype", "seed", "verify"})]
+
+
+def _measured(suite: Suite, check: str):
+    """What a check is about, with its device and dtype: the suite, or the entry of its name in configs/kernels.yaml."""
+    from lorafusion.lab.experiments.kernel_suite import read_kernel_suite
+
+    return read_kernel_suite(suite.name) if check == "kernels" else suite
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check of a suite.
+
+    code: a function of a `Suite` that returns a verdict and curves of losses. tables: the kinds of measurements whose
+    figures need it. by_system: its figures name each system that was compared. curves: it has losses to draw.
+    minutes: Slurm's limit. processes: the most that run at once. depends_on: the settings that its verdict depends on.
+    """
+
+    help: str
+    code: str
+    tables: tuple[Literal["runs", "training", "kernels"], ...]
+    by_system: bool = False
+    curves: bool = False
+    minutes: int = 15
+    processes: Callable[[Suite], int] = lambda suite: 1
+    depends_on: Callable[[Suite], list] = lambda suite: []
+
+
+CHECKS = {
+    "lossless": Check(
+        help="Adapters trained together equal each alone, and that plain PEFT.",
+        code="lorafusion.lab.checks.lossless:check_suite",
+        tables=("runs",),
+        curves=True,
+        processes=_processes,
+        depends_on=_arrangements,
+    ),
+    "systems": Check(
+        help="Each system trains what plain PEFT trains.",
+        code="lorafusion.lab.checks.systems:check_suite",
+        tables=("runs",),
+        by_system=True,
+        minutes=30,
+        processes=_processes,
+        depends_on=_arrangements_and_systems,
+    ),
+    "gradients": Check(
+        help="One step's gradients of each system against float64.",
+        code="lorafusion.lab.checks.gradients:check_suite",
+        tables=("runs", "training"),
+        by_system=True,
+        minutes=30,
+        processes=_processes,
+        depends_on=_arrangements_and_systems,
+    ),
+    "learning": Check(
+        help="Weights change and the loss falls.",
+        code="lorafusion.lab.checks.learning:check_suite",
+        tables=("runs", "training"),
+        minutes=10,
+    ),
+    "kernels": Check(
+        help="LoRA linears against float64.",
+        code="lorafusion.lab.checks.kernels:check_suite",
+        tables=("kernels",),
+        depends_on=_kernel_settings,
+    ),
+}
+
+
+def needed_by(table: str) -> tuple[str, ...]:
+    """The checks that figures of a kind of measurements need: `runs`, `training` or `kernels`."""
+    return tuple(name for name, check in CHECKS.items() if table in check.tables)
+
+
+def files_of(name: str) -> tuple[str, ...]:
+    """What a check writes to the folder of checks."""
+    curves = (f"{name}.csv", f"{name}.csv.sha256") if CHECKS[name].curves else ()
+    return (f"{name}.json", *curves)
+
+
+def run_check(name: str, suite_path: Path) -> Outcome:
+    """Make a check of a suite here and now; raises `UserError` where the suite's device is missing."""
+    one_of("check", name, set(CHECKS), "check")
+    suite = read_suite(suite_path)
+    settings = _measured(suite, name)
+    if settings.device == "cuda" and not has_gpu():
+        raise UserError(f"{suite_path}: a suite for GPUs, but nvidia-smi finds none; try configs/suites/smoke.yaml")
+    verdict, curves = load(CHECKS[name].code, "check")(suite)
+    return Outcome(verdict, origin_of(suite.name, settings.device, settings.dtype), curves)

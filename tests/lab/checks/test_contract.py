@@ -14,6 +14,7 @@ from lorafusion.core.config import read_systems
 from lorafusion.core.schema import UserError
 from lorafusion.engine.fork_server import FORKSERVER
 from lorafusion.lab.checks import contract
+from lorafusion.lab.checks.observed_run import CLOCK
 from lorafusion.lab.experiments.end_to_end import unavailable
 from tests.renamed import exchanged
 
@@ -59,10 +60,7 @@ def test_arms_differ_in_what_they_are_compared_for_alone():
     recorded = contract.read_record(RECORD)
     for name in ("megatron-fsdp", "mlora-paper-setting", "unfused-sequential"):
         for kind in ("attention", "loss"):
-            assert (
-                recorded[name][contract.CLOCK]["forward"][kind]
-                == recorded["peft-bf16"][contract.CLOCK]["forward"][kind]
-            )
+            assert recorded[name][CLOCK]["forward"][kind] == recorded["peft-bf16"][CLOCK]["forward"][kind]
     assert {one["stage"]["recomputed_layers"] for one in recorded.values()} == {0}
     assert {one["tuning"]["chosen"] == int(one["tuning"]["tried"].split()[1]) for one in recorded.values()} == {True}
     wide = {name for name, one in recorded.items() if one["stage"]["dtypes"]["adapters"] == "float32"}

@@ -58,7 +58,6 @@ TO_BE_MENDED: dict[str, set[str]] = {
         "lorafusion.engine.worker",
     },
     "unittest_imports": {
-        "baselines.megatron.device",
         "fused_lora.build",
         "fused_lora.tune",
         "lorafusion.engine.fork_server",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest.mock import patch
+from typing import Any
 
 import torch
 from megatron.core.distributed import torch_fully_sharded_data_parallel
@@ -37,15 +37,28 @@ class _CPUMesh:
 
 
 @contextmanager
+def _replaced(*replacements: tuple[Any, str, object]) -> Iterator[None]:
+    """Within it, attributes of modules are others: (module, name, value)."""
+    originals = [(module, name, getattr(module, name)) for module, name, _ in replacements]
+    try:
+        for module, name, value in replacements:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in originals:
+            setattr(module, name, value)
+
+
+@contextmanager
 def device_of(device: torch.device) -> Iterator[None]:
     """Within it, megatron-core works on `device`."""
     if device.type == "cuda":
         yield
         return
-    with (
-        _OnCPU(),
-        patch("torch.cuda.current_device", lambda: torch.device("cpu")),
-        patch("torch.cuda.synchronize", lambda *_: None),
-        patch.object(torch_fully_sharded_data_parallel, "DeviceMesh", _CPUMesh),
-    ):
+    replacements = (
+        (torch.cuda, "current_device", lambda: torch.device("cpu")),
+        (torch.cuda, "synchronize", lambda *_: None),
+        (torch_fully_sharded_data_parallel, "DeviceMesh", _CPUMesh),
+    )
+    with _OnCPU(), _replaced(*replacements):
         yield

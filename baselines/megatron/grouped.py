@@ -66,25 +66,23 @@ def _grouped_product(x: torch.Tensor, weights: torch.Tensor, lengths: list[int],
         # Public since torch 2.10; the name before took the same arguments.
         product = getattr(F, "grouped_mm", None) or torch._grouped_mm
         return product(x, weights, offs=ends)
-    return torch.cat([rows @ one for rows, one in zip(x.split(lengths), weights, strict=True)])
+    return torch.cat([rows @ weight for rows, weight in zip(x.split(lengths), weights, strict=True)])
 
 
 def _stacked(linear: LoRALinear, jobs: list[Job]) -> tuple[torch.Tensor, torch.Tensor]:
     """a [G, R, K] and the scaled b [G, N, R], zeros where an adapter has a lower rank or no factors on the linear; R is
     the largest rank, rounded up to the alignment. Autograd takes their gradients apart again."""
     layer, weight = linear.layer, linear.layer.get_base_layer().weight
-    present = [job.name in layer.lora_A for job in jobs]
-    rank = max(job.rank for job, here in zip(jobs, present, strict=True) if here)
+    rank = max(job.rank for job in jobs if job.name in layer.lora_A)
     rank += -rank % ALIGNMENT
     a, b = [], []
-    for job, here in zip(jobs, present, strict=True):
-        if here:
-            one, other = layer.lora_A[job.name].weight, layer.lora_B[job.name].weight
-            missing = rank - job.rank
-            a.append(F.pad(one, (0, 0, 0, missing)) if missing else one)
+    for job in jobs:
+        if job.name in layer.lora_A:
+            factor, missing = layer.lora_A[job.name].weight, rank - job.rank
+            a.append(F.pad(factor, (0, 0, 0, missing)) if missing else factor)
             # One rounding of the product, as the scaling is a number and not a tensor of b's dtype.
-            other = other * job.scaling
-            b.append(F.pad(other, (0, missing)) if missing else other)
+            scaled = layer.lora_B[job.name].weight * job.scaling
+            b.append(F.pad(scaled, (0, missing)) if missing else scaled)
         else:
             dtype = next(iter(layer.lora_A.values())).weight.dtype
             a.append(weight.new_zeros(rank, weight.shape[1], dtype=dtype))

@@ -67,9 +67,9 @@ def _train_batch(run: TrainingRun, stage: MegatronStage, model: DistributedDataP
     stage.config.no_sync_func = model.no_sync
     stage.config.finalize_model_grads_func = finalize_model_grads
     model.zero_grad_buffer()
-    mine = [slot for slot in slots if not run.microbatches[slot].noop]
-    if mine:
-        forward_and_backward(model, stage, mine)
+    busy = [slot for slot in slots if not run.microbatches[slot].noop]
+    if busy:
+        forward_and_backward(model, stage, busy)
     else:
         finalize_model_grads([model])
 
@@ -77,7 +77,7 @@ def _train_batch(run: TrainingRun, stage: MegatronStage, model: DistributedDataP
 def _data_parallel(stage: MegatronStage, adapter: AdapterTraining) -> DistributedDataParallel:
     """The stage as Megatron wraps it to train one adapter, for which the others are frozen."""
     trained = {id(parameter) for parameter in adapter.parameters.values()}
-    others = [one for one in stage.parameters() if one.requires_grad and id(one) not in trained]
+    others = [item for item in stage.parameters() if item.requires_grad and id(item) not in trained]
     for parameter in others:
         parameter.requires_grad_(False)
     model = DistributedDataParallel(stage.config, DistributedDataParallelConfig(), stage)

@@ -61,14 +61,14 @@ def shard(stage: Stage, pipeline: Pipeline) -> Sharded:
 
 
 @contextmanager
-def in_megatrons_hands(run: TrainingRun) -> Iterator[Sharded]:
+def with_process_groups(run: TrainingRun) -> Iterator[Sharded]:
     """The sharded model, with Megatron's process groups and on its device."""
     initialise(run.pipeline)
     with device_of(run.pipeline.device):
         yield run.around
 
 
-@prepared_by(in_megatrons_hands)
+@prepared_by(with_process_groups)
 def execute(run: TrainingRun, sharded: Sharded) -> None:
     """Train a sequential plan of one stage, global batch by global batch; every replica calls this."""
     for last, slots in global_batches(run):

@@ -66,14 +66,14 @@ def main(arguments: list[str] | None = None) -> int:
             "--config", str(folder / "config.yaml"), "--metric_file", str(folder / "metrics"),
         ]  # fmt: skip
         run(command, home, folder / "log.txt")
-        found = measured(folder / "log.txt", workload)
+        figures = measured(folder / "log.txt", workload)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     commit = _commit(home)
     notes += [] if commit.startswith(COMMIT) else [f"the checkout is at commit {commit or 'unknown'}, not at {COMMIT}"]
     result = {"version": 1, "workload": workload.name, "workload_hash": workload.content_hash, "commit": commit}
-    result |= found | {"notes": [*NOTES, *notes], "command": shlex.join(command), "log": f"{folder}/log.txt"}
+    result |= figures | {"notes": [*NOTES, *notes], "command": shlex.join(command), "log": f"{folder}/log.txt"}
     write(options.out, json.dumps(result, indent=1) + "\n")
     return 0
 
@@ -81,10 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _commit(home: Path) -> str:
     """Of a checkout; empty where there is none, or no git to ask."""
     try:
-        done = subprocess.run(["git", "-C", home, "rev-parse", "HEAD"], capture_output=True, text=True)
+        result = subprocess.run(["git", "-C", home, "rev-parse", "HEAD"], capture_output=True, text=True)
     except OSError:
         return ""
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 def installation() -> tuple[Path, Path]:
@@ -171,10 +171,10 @@ def run(command: list[str], home: Path, log: Path) -> None:
     """Run mLoRA to its end, its output to a log."""
     settings = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(log.parent / "cache")}
     with open(log, "w") as file:
-        done = subprocess.run(command, cwd=home, env=settings, stdout=file, stderr=file)
-    if done.returncode:
-        last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-        raise UserError(f"{log}: mLoRA ended with status {done.returncode}: {last}")
+        result = subprocess.run(command, cwd=home, env=settings, stdout=file, stderr=file)
+    if result.returncode:
+        last = (log.read_text(errors="replace").strip().splitlines() or ["it wrote nothing"])[-1]
+        raise UserError(f"{log}: mLoRA ended with status {result.returncode}: {last}")
 
 
 def measured(path: Path, workload: Workload) -> dict:
@@ -192,11 +192,11 @@ def measured(path: Path, workload: Workload) -> dict:
     batches = max(map(len, losses.values()))
     running = [[job for job in workload.jobs if step < len(job.batches)] for step in range(batches)]
     rows = [[row_tokens(job, i) for job in jobs for i in job.batches[step]] for step, jobs in enumerate(running)]
-    real, padded = [sum(one) for one in rows], [len(one) * math.ceil(max(one) / 8) * 8 for one in rows]
+    real, padded = [sum(row) for row in rows], [len(row) * math.ceil(max(row) / 8) * 8 for row in rows]
     seconds = (times[batches - 1] - times[0]).total_seconds()
     return {
         "iterations": batches,
-        "losses": {name: [one if math.isfinite(one) else None for one in values] for name, values in losses.items()},
+        "losses": {name: [loss if math.isfinite(loss) else None for loss in values] for name, values in losses.items()},
         "tokens": sum(real),
         "tokens_padded": sum(padded),
         "seconds": seconds,

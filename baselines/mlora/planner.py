@@ -58,12 +58,8 @@ def plan(
         size = _size(workload, group, capacity, data_parallel, row_multiple, split)
         left = [workload.jobs[adapter].batches[workload.jobs[adapter].start :] for adapter in group]
         by_group.append([_microbatches(workload, batch, row_multiple) for batch in _batches(group, left, size)])
-    order = [
-        microbatch
-        for round_of_batches in zip_longest(*by_group, fillvalue=[])
-        for batch in round_of_batches
-        for microbatch in batch
-    ]
+    rounds = zip_longest(*by_group, fillvalue=[])
+    order = [microbatch for batches in rounds for batch in batches for microbatch in batch]
     microbatches = insert_noops(order, workload, stages, data_parallel)
     return make_plan(system, workload, microbatches, stages=stages, capacity=capacity, data_parallel=data_parallel)
 
@@ -108,22 +104,21 @@ def _batches(group: range, by_adapter: list[Sequence[range]], size: int) -> list
     """For each round of the global batches of a group's adapters its microbatches: `size` samples of each adapter."""
     batches = []
     for positions in zip_longest(*by_adapter, fillvalue=range(0)):
-        parts = zip_longest(*(cuts(one, size) for one in positions), fillvalue=range(0))
+        parts = zip_longest(*(cuts(batch, size) for batch in positions), fillvalue=range(0))
         batches.append([{adapter: cut for adapter, cut in zip(group, part, strict=True) if cut} for part in parts])
     return batches
 
 
 def _lengths(workload: Workload, content: Content) -> list[int]:
-    return [
-        workload.jobs[adapter].sample_at(position).tokens
-        for adapter, positions in content.items()
-        for position in positions
-    ]
+    jobs = workload.jobs
+    return [jobs[adapter].sample_at(i).tokens for adapter, positions in content.items() for i in positions]
 
 
 def _microbatches(workload: Workload, batch: list[Content], row_multiple: int | None) -> list[Microbatch]:
-    made = microbatches_of(workload, [{adapter: list(cut) for adapter, cut in content.items()} for content in batch])
+    microbatches = microbatches_of(
+        workload, [{adapter: list(cut) for adapter, cut in content.items()} for content in batch]
+    )
     if row_multiple is None:
-        return made
+        return microbatches
     rows = [padded_length([max(_lengths(workload, content))], row_multiple) for content in batch]
-    return [one.model_copy(update={"row_tokens": row}) for one, row in zip(made, rows, strict=True)]
+    return [item.model_copy(update={"row_tokens": row}) for item, row in zip(microbatches, rows, strict=True)]

@@ -21,7 +21,7 @@ test: .venv/.installed  ## run the tests; more options: make test ARGS="-k plan"
 planted: .venv/.installed  ## put each planted error into the code and see that a test fails: make planted ARGS="-k NAME"
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "planted or not planted" $(ARGS) tests/planted
 
-planted-table: .venv/.installed  ## write docs/planted-errors.md anew
+planted-table: .venv/.installed  ## write docs/reference/planted-errors.md anew
 	@$(BIN)/python -m tests.planted.table
 
 slurm-test: .venv/.installed  ## run the workflow on a toy Slurm cluster on this machine (root)

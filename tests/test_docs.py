@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -19,58 +15,15 @@ from lorafusion.core.plan import Plan, check
 from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
 from lorafusion.lab.suite import Grid, Suite
+from tests.checkout import Checkout
 
 ROOT = CONFIGS.parent
 DOCS = ROOT / "docs"
-GUIDE = (DOCS / "adding-a-system.md").read_text()
-BASELINES = (DOCS / "baselines.md").read_text()
+GUIDE = (DOCS / "guide" / "add-a-system.md").read_text()
+SYSTEMS_PAGE = (DOCS / "reference" / "systems.md").read_text()
 SYSTEMS = read_systems()
-PARTS = ("lorafusion", "baselines", "configs", "kernels", "workflow", "Snakefile", "environment.yml")
-# A file is named in the line above its block.
-FILE = re.compile(r"^`([\w./-]+)`(, at its end)?:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-
-
-class Checkout:
-    """A copy of what runs of this checkout need, which they import in its place."""
-
-    def __init__(self, folder: Path) -> None:
-        self.root, programs = folder / "checkout", folder / "bin"
-        self.root.mkdir()
-        programs.mkdir()
-        for name in PARTS:
-            source, skipped = ROOT / name, shutil.ignore_patterns("__pycache__")
-            if source.is_dir():
-                shutil.copytree(source, self.root / name, ignore=skipped)
-            else:
-                shutil.copy(source, self.root / name)
-        # What is installed calls the entry points of the checkout that it was installed from.
-        for name, command in (("lorafusion", "lorafusion.cli.main"), ("snakemake", "snakemake --dry-run")):
-            (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m {command} "$@"\n')
-            (programs / name).chmod(0o755)
-        paths = os.pathsep.join([str(self.root), str(self.root / "kernels")])
-        path = os.pathsep.join([str(programs), os.environ["PATH"]])
-        self.environment = os.environ | {"PYTHONPATH": paths, "PATH": path, "OMP_NUM_THREADS": "1"}
-
-    def write_files(self, document: str) -> list[str]:
-        """Write the files that a document shows; returns their names."""
-        found = FILE.findall(document)
-        for name, at_end, text in found:
-            path = self.root / name
-            assert path.exists() == bool(at_end), name
-            path.write_text((path.read_text() if at_end else "") + text)
-        return [name for name, _, _ in found]
-
-    def run(self, *command: str) -> str:
-        done = subprocess.run(
-            command, cwd=self.root, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
-
-    def shell(self, commands: str) -> str:
-        return self.run("bash", "-euo", "pipefail", "-c", commands)
 
 
 @pytest.fixture
@@ -146,7 +99,7 @@ def code_spans(document: str) -> list[str]:
 
 
 def test_every_system_is_described():
-    described = re.findall(r"^\| `([\w-]+)` \|", BASELINES, re.MULTILINE)
+    described = re.findall(r"^\| `([\w-]+)` \|", SYSTEMS_PAGE, re.MULTILINE)
     assert sorted(described) == sorted(SYSTEMS)
 
 
@@ -155,7 +108,7 @@ def test_the_names_of_the_configuration_in_the_description_exist():
     keys = {*SystemConfig.model_fields, *Suite.model_fields, *Grid.model_fields}
     for system in SYSTEMS.values():
         keys |= inspect.signature(load(system.planner, "planner")).parameters.keys()
-    for span in code_spans(BASELINES):
+    for span in code_spans(SYSTEMS_PAGE):
         if re.fullmatch(r"[a-z][a-z0-9_-]*", span):
             assert span in SYSTEMS or span in keys, span
         elif found := re.fullmatch(r"([a-z_]+): .+", span):
@@ -166,7 +119,7 @@ def test_the_names_of_the_configuration_in_the_description_exist():
             assert (ROOT / span).exists(), span
 
 
-@pytest.mark.parametrize("path", sorted([ROOT / "README.md", *DOCS.glob("*.md")]), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted([ROOT / "README.md", *DOCS.rglob("*.md")]), ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     for link in LINK.findall(path.read_text()):
         if "://" not in link:

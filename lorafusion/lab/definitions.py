@@ -1,4 +1,4 @@
-"""What a training's outcome is a function of, worked out a second time from the definitions in docs/measuring.md.
+"""What a training's outcome is a function of, worked out again from docs/reference/measurements.md.
 
 For `plain_training` alone. What trains draws its masks, batches, tokens and first weights with other code; were
 they shared, a fault in them would be on both sides of every comparison and seen by none. So nothing here is imported

@@ -1,4 +1,4 @@
-"""What docs/end-to-end.md quotes of the sweeps on three hosts, of the profiles and of the tunings."""
+"""What docs/results/end-to-end.md quotes of the sweeps on three hosts, of the profiles and of the tunings."""
 
 from __future__ import annotations
 
@@ -48,16 +48,29 @@ def span(values, form: str = ".2f") -> str:
     return f"{number(min(values), form)} to {number(max(values), form)}"
 
 
+def shown(ratio: Ratio, form: str = ".3f") -> str:
+    """The last two fields of a table's row: a ratio and its interval."""
+    return f"{number(ratio.value, form)} | {number(ratio.low, form)} to {number(ratio.high, form)} |"
+
+
+def by_workload(text: str, ratio: Ratio, form: str = ".2f") -> str:
+    return f"| {text} | {' | '.join(number(ratio.by[name], form) for name in WORKLOADS)} |"
+
+
 def passages() -> list[str]:
     return [
         *runs(),
         *speed_table(),
-        *the_headline(),
+        *speedups(),
+        *speedups_by_workload(),
         *factors(),
+        *kernels_and_order(),
         *orders(),
         *merged(),
         *profiles(),
+        *profile_remarks(),
         *memory(),
+        *spreads(),
         *trust(),
     ]
 
@@ -68,10 +81,7 @@ def runs() -> list[str]:
     made = single[single["status"] != "skipped"]
     cells, repeats = made["cell"].nunique(), made["repeat"].nunique()
     assert cells * repeats - len(made) == 1
-    calls = made["command"].str.extract(r"--share (\d)/2 (--seconds \d+)").drop_duplicates().groupby(0)[1].count()
-    words = [{3: "three", 4: "four"}[count] for count in sorted(calls, reverse=True)]
-    told = f"in {words[0]} calls of one share and {words[1]} of the other"
-    return [told, f"of each of {number(cells)} cells", f"One of the {number(cells * repeats)} runs is missing"]
+    return [f"Each of {number(cells)} cells ran in three fresh processes", f"One of the {number(cells * repeats)} runs"]
 
 
 def speed_table() -> list[str]:
@@ -90,26 +100,28 @@ def speed_table() -> list[str]:
     return [*lines, f"On `mixed` alone: {', '.join(alone)}."]
 
 
-def the_headline() -> list[str]:
-    ratio, steady = headline(), headline(window="steady")
-    count = sum(len(sweep().paired(OURS, "peft-bf16", name)) for name in WORKLOADS)
-    grouped, unfused = headline(more=("grouped-mm",)), headline(more=(BASE,))
-    padded = sweep().ratio(OURS, "mlora")
-    by = sorted(ratio.by.values())
+def speedups() -> list[str]:
+    """The rows of the table of speedups, over the baselines of each host."""
+    ratio, names = headline(), {"this": "this host", "second": "second host", "third": "third host"}
+    first = f"**{number(ratio.value, '.3f')}** | {number(ratio.low, '.4f')} to {number(ratio.high, '.4f')} |"
+    others = [f"| the best baseline, {names[host]} | {shown(headline(host))}" for host in ("second", "third")]
+    steady = [f"| the same, steady window, {name} | {shown(headline(host, 'steady'))}" for host, name in names.items()]
+    mlora = [f"| `mlora`, {name} | {shown(sweep(host).ratio(OURS, 'mlora'), '.2f')}" for host, name in names.items()]
     return [
-        f"of each workload: {number(ratio.value, '.3f')}**, the geometric mean of {number(count)} ratios",
-        f"interval of [{number(ratio.low, '.4f')}, {number(ratio.high, '.4f')}] from the three repeats",
-        f"by workload {', '.join(number(value, '.3f') for value in by)}.",
-        f"on a second {interval(headline('second'))}, on a third, with older code and tunings, "
-        f"{interval(headline('third'))}",
-        f"steady window {interval(steady)} here, {interval(headline('second', 'steady'))} and "
-        f"{interval(headline('third', 'steady'))} there",
-        f"`mixed` would have {number(grouped.by['mixed'], '.3f')} and all {number(grouped.value, '.3f')}",
-        f"looped LoRA in the sequential order, which is the best arm without our kernels, "
-        f"{number(unfused.value, '.3f')}",
-        f"Over `mlora` it is {interval(padded, '.2f')}, by workload {span(padded.by.values())}; on the other hosts "
-        f"{number(sweep('second').ratio(OURS, 'mlora').value, '.2f')} and "
-        f"{number(sweep('third').ratio(OURS, 'mlora').value, '.2f')}",
+        f"trains four adapters {number(ratio.value, '.2f')} times as fast as the best baseline",
+        f"| the best baseline, this host | {first}",
+        *others,
+        *steady,
+        f"| the best baseline or `unfused-sequential`, this host | {shown(headline(more=(BASE,)))}",
+        f"| the best baseline or `grouped-mm`, this host | {shown(headline(more=('grouped-mm',)))}",
+        *mlora,
+    ]
+
+
+def speedups_by_workload() -> list[str]:
+    return [
+        by_workload("the best baseline", headline(), ".3f"),
+        by_workload("`mlora`", sweep().ratio(OURS, "mlora")),
     ]
 
 
@@ -122,65 +134,62 @@ def drawn_factor(name: str) -> float:
 
 
 def factors() -> list[str]:
-    parts = [drawn_factor(name) for name in ("speedup", "baseline", "schedule", "packing", "kernels")]
-    shown = [number(value, ".3f") for value in parts]
+    names = ("baseline", "schedule", "packing", "kernels", "speedup")
     return [
-        f"{shown[0]} = {shown[1]} (baseline) × {shown[2]} (schedule) × {shown[3]} (packing) × {shown[4]} (kernels)",
-        f"over it LoRAFusion gains {number(sweep().ratio(OURS, BASE).value, '.3f')}",
-        f"({number(sweep().ratio(BASE, 'peft-bf16').value, '.2f')} over `peft-bf16`)",
+        *(f"| {name} | {number(drawn_factor(name), '.3f')} |" for name in names),
+        f"is {number(sweep().ratio(OURS, BASE).value, '.3f')} times as fast as `unfused-sequential`",
+        f"`unfused-sequential` is {number(sweep().ratio(BASE, 'peft-bf16').value, '.2f')} times as fast as `peft-bf16`",
+    ]
+
+
+def kernels_and_order() -> list[str]:
+    """The rows of the table of kernels first and order after them."""
+    first, then = sweep().ratio("fused-sequential", BASE), sweep().ratio(OURS, "fused-sequential")
+    there = sweep("second").ratio("fused-sequential", BASE), sweep("second").ratio(OURS, "fused-sequential")
+    lines = [f"| {name} | {number(first.by[name], '.3f')} | {number(then.by[name], '.3f')} |" for name in WORKLOADS]
+    return [
+        f"| all | {interval(first)} | {interval(then)} |",
+        f"| all, second host | {interval(there[0])} | {interval(there[1])} |",
+        *lines,
     ]
 
 
 def orders() -> list[str]:
-    first, then = sweep().ratio("fused-sequential", BASE), sweep().ratio(OURS, "fused-sequential")
-    usual = ("cnn_dailymail", "wikisum", "mixed")
-    there = sweep("second").ratio("fused-sequential", BASE), sweep("second").ratio(OURS, "fused-sequential")
     kernels, order = (
         sweep().paired(*pair, "xsum") for pair in (("fused-sequential", BASE), (OURS, "fused-sequential"))
     )
     fused, looped = sweep().ratio(OURS, "fused-mlora"), sweep().ratio(OURS_UNFUSED, BASE)
-    others = [value for name, value in looped.by.items() if name != "xsum"]
     return [
-        f"they gain {interval(first)}, and our order with fused LoRA the rest, {interval(then)}",
-        f"kernels gain {span([first.by[name] for name in usual], '.3f')} and order "
-        f"{span([then.by[name] for name in usual])}",
-        f"On heterogeneous it is {number(first.by['heterogeneous'], '.2f')} and "
-        f"{number(then.by['heterogeneous'], '.2f')}",
-        f"fused LoRA has {', '.join(number(kernels[n], '.2f') for n in (1, 2, 3))} of looped in the three repeats, "
-        f"and our "
-        f"order then gains {', '.join(number(order[n], '.2f') for n in (1, 2, 3))}",
-        f"On the second host kernels had {interval(there[0])} and order {number(there[1].value, '.2f')}",
-        f"our order gains {number(fused.value, '.3f')} over mLoRA's ({span(fused.by.values(), '.3f')})",
-        f"With looped LoRA it is {span(others)} of the sequential one, {number(looped.by['xsum'], '.2f')} on xsum",
+        f"Added last, the kernels give {number(drawn_factor('kernels'), '.3f')}",
+        f"On xsum the kernels gave {', '.join(number(kernels[n], '.2f') for n in (1, 2, 3))} in the three repeats, "
+        f"and the order {', '.join(number(order[n], '.2f') for n in (1, 2, 3))}",
+        by_workload("our order over mLoRA's, fused LoRA", fused, ".3f"),
+        by_workload("our order over the sequential order, looped LoRA", looped),
     ]
 
 
 def merged() -> list[str]:
-    def ratio(above: str, below: str) -> Ratio:
-        return sweep().ratio(above, below, merged=True)
-
     other = ("unfused-sequential", "fused-sequential", "mlora-packed", "fused-mlora")
+    pairs = {
+        "our order over the sequential order, fused LoRA": (OURS, "fused-sequential"),
+        "our order over mLoRA's order, fused LoRA": (OURS, "fused-mlora"),
+        "our order over the sequential order, looped LoRA": (OURS_UNFUSED, BASE),
+        "our order over mLoRA's order, looped LoRA": (OURS_UNFUSED, "mlora-packed"),
+        "fused LoRA over looped LoRA, our order": (OURS, OURS_UNFUSED),
+        "fused LoRA over looped LoRA, sequential order": ("fused-sequential", BASE),
+    }
+    ratios = {text: sweep().ratio(*pair, merged=True) for text, pair in pairs.items()}
     fill = sweep().medians("fill", merged=True)
     filled = fill[fill["system"].isin(other)]["value"]
-    rows = sweep().medians("fill", merged=True)["capacity"].unique()
-    assert list(rows) == [8192]
+    assert list(fill["capacity"].unique()) == [8192]
     speed = speeds(OURS, merged=True)
     return [
-        f"which the other orders fill by {number(100 * filled.min(), '.0f')} to {percent(filled.max())}",
-        f"LoRAFusion has {number(min(speed), ',.0f')} to {number(max(speed), ',.0f')} tokens a second then, "
-        f"{number(ratio(OURS, OURS_UNFUSED).value, '.2f')} over looped LoRA in our order",
-        f"Fused LoRA gains {number(ratio(OURS, 'fused-sequential').value, '.2f')} in our order over the sequential "
-        f"one (by "
-        f"workload {span(ratio(OURS, 'fused-sequential').by.values())}) and "
-        f"{number(ratio(OURS, 'fused-mlora').value, '.2f')} over mLoRA's "
-        f"({span(ratio(OURS, 'fused-mlora').by.values())}), "
-        f"looped LoRA {number(ratio(OURS_UNFUSED, BASE).value, '.2f')} and "
-        f"{number(ratio(OURS_UNFUSED, 'mlora-packed').value, '.2f')}",
-        f"In the sequential order fused LoRA has {number(ratio('fused-sequential', BASE).value, '.2f')} of looped "
-        f"({span(ratio('fused-sequential', BASE).by.values())})",
-        f"idle {percent(idle_share('fused-mlora', 'merged'))} of the time in mLoRA's order with fused LoRA and "
-        f"{percent(idle_share('mlora-packed', 'merged'))} with looped, in ours "
-        f"{percent(idle_share(OURS, 'merged'), '.1f')}",
+        f"the other orders fill {number(100 * filled.min(), '.0f')} to {percent(filled.max())} of it",
+        f"LoRAFusion then trains {number(min(speed), ',.0f')} to {number(max(speed), ',.0f')} tokens a second",
+        *(f"| {text} | {number(ratio.value, '.2f')} | {span(ratio.by.values())} |" for text, ratio in ratios.items()),
+        f"idle {percent(idle_share('fused-mlora', 'merged'))} of the time in mLoRA's order with fused LoRA, "
+        f"{percent(idle_share('mlora-packed', 'merged'))} with looped LoRA, and "
+        f"{percent(idle_share(OURS, 'merged'), '.1f')} in our order",
     ]
 
 
@@ -210,25 +219,25 @@ def profiles() -> list[str]:
         lines.append(
             f"| `{system}` | {' | '.join(fields)} | {number(found['kernels'], '.0f')} |".replace("|  |", "| |")
         )
+    return lines
+
+
+def profile_remarks() -> list[str]:
     ours, peft, looped = profile(OURS), profile("peft-bf16"), profile(BASE)
     gemm = ours["GEMM"] + ours["LoRA"] - peft["GEMM"]
     alike = ("peft-bf16", "megatron-fsdp", "megatron-pp", "mlora-paper-setting")
     return [
-        *lines,
-        f"Ours has {number(gemm, '.1f')} ms more of them than `peft-bf16`, GEMM and LoRA together, and "
-        f"{number(peft['elementwise'] - ours['elementwise'], '.1f')} ms less of elementwise work: net "
-        f"{number(peft['busy'] - ours['busy'], '.1f')} ms",
-        f"idle {percent(max(map(idle_share, alike)), '.1f')} of the time at most",
-        f"Looped LoRA saves {number(peft['elementwise'] - looped['elementwise'], '.1f')} ms of that, as its products "
-        f"add and "
-        f"scale, which takes them {number(looped['GEMM'] - peft['GEMM'], '.1f')} ms more",
-        f"which for 1000 tokens are {number(profile('mlora-packed')['kernels'] / ours['kernels'], '.0f')} times "
-        f"LoRAFusion's",
-        f"kernels. The GPU is idle {percent(idle_share('mlora-packed'))} of the time",
-        f"for which the host launches many kernels, and the GPU is idle {percent(idle_share('mlora'))} of the time",
-        f"computes padding: {number(padded('mixed'), '.1f')} times the real tokens on `mixed`, "
-        f"{number(padded('xsum'), '.1f')} "
-        "on xsum",
+        f"LoRAFusion spends {number(gemm, '.1f')} ms more than `peft-bf16` in GEMM and LoRA, and "
+        f"{number(peft['elementwise'] - ours['elementwise'], '.1f')} ms less in elementwise kernels",
+        f"With attention and copies the difference is {number(peft['busy'] - ours['busy'], '.1f')} ms",
+        f"GPU idle at most {percent(max(map(idle_share, alike)), '.1f')} of the time",
+        f"Looped LoRA saves {number(peft['elementwise'] - looped['elementwise'], '.1f')} ms of these passes, and its "
+        f"GEMMs take {number(looped['GEMM'] - peft['GEMM'], '.1f')} ms more",
+        f"launches {number(profile('mlora-packed')['kernels'] / ours['kernels'], '.0f')} times LoRAFusion's kernels",
+        f"so the GPU is idle {percent(idle_share('mlora-packed'))} of the time",
+        f"The GPU is idle {percent(idle_share('mlora'))} of the time",
+        f"It also computes padding: {number(padded('mixed'), '.1f')} times the real tokens on `mixed`, "
+        f"{number(padded('xsum'), '.1f')} times on xsum",
     ]
 
 
@@ -241,16 +250,9 @@ def padded(workload: str) -> float:
 
 def memory() -> list[str]:
     rows = sweep().medians("peak_memory", workload="mixed").set_index("system")["value"] / 2**30
-    alike = [rows[name] for name in ("peft-bf16", "megatron-fsdp", "megatron-pp", "mlora-paper-setting", "peft")]
-    return [
-        f"takes from {number(rows['fused-sequential'], '.0f')} GiB (`fused-sequential`) over "
-        f"{number(rows['mlora'], '.0f')} "
-        f"(`mlora`), {span(alike, '.0f')} (PEFT and Megatron; {number(rows['peft-transformers'], '.0f')} without "
-        f"Liger's "
-        f"norms, rotation and gate) and {number(rows['mlora-packed'], '.0f')} (`mlora-packed`) to "
-        f"{number(rows['grouped-mm'], '.0f')} (looped and grouped LoRA in our order) and {number(rows[OURS], '.0f')} "
-        "(`lorafusion`)",
-    ]
+    names = ("fused-sequential", "mlora", "peft-bf16", "megatron-pp", "peft-transformers", "mlora-packed",
+             "grouped-mm", OURS)  # fmt: skip
+    return [f"| `{name}` | {number(rows[name], '.0f')} |" for name in names]
 
 
 def spread(system: str, workload: str, merged: bool = False) -> float:
@@ -264,26 +266,34 @@ def canary(host: str) -> list[float]:
     return list(rows[(rows["statistic"] == "single") & (rows["implementation"] == "canary-gemm")]["value"])
 
 
-def trust() -> list[str]:
-    spreads = [spread(system, workload, merged) for system, workload, merged, window in sweep().speeds
-               if window == "whole"]  # fmt: skip
+def spreads() -> list[str]:
+    """The rows of the table of spreads."""
+    every = [spread(system, workload, merged) for system, workload, merged, window in sweep().speeds
+             if window == "whole"]  # fmt: skip
     mlora = [100 * spread("mlora", workload) for workload in WORKLOADS]
     products = pd.Series(canary("this"))
+    return [
+        f"| the median cell | {percent(median(every), '.1f')} |",
+        f"| nine cells of ten, at most | {percent(pd.Series(every).quantile(0.9))} |",
+        f"| `mlora`, by workload | {number(min(mlora), '.0f')} to {number(max(mlora), '.0f')} % |",
+        f"| `fused-sequential` on xsum | {percent(spread('fused-sequential', 'xsum'))} |",
+        f"| the fixed matrix product beside each run (5th to 95th percentile) | "
+        f"{percent(products.quantile(0.95) / products.quantile(0.05) - 1, '.1f')} |",
+    ]
+
+
+def trust() -> list[str]:
     faster = median(canary("second")) / median(canary("this")) - 1
     same = [sweep().speed(*key) / sweep("second").speed(*key) for key in shared_plans()]
     xsum = [sweep(host).runs("fused-sequential", "xsum") for host in HOSTS]
     return [
-        f"lie within {percent(median(spreads), '.1f')} (largest less smallest, over the median; median of the cells; "
-        f"{percent(pd.Series(spreads).quantile(0.9))} in nine of ten)",
-        f"`mlora`, {number(min(mlora), '.0f')} to {number(max(mlora), '.0f')} %, `fused-sequential` on xsum, "
-        f"{percent(spread('fused-sequential', 'xsum'))}",
-        f"varied by {percent(products.quantile(0.95) / products.quantile(0.05) - 1, '.1f')} (5th to 95th percentile",
-        f"Of {number(len(same))} cells with the same plan on the second host",
-        f"the median has {number(median(same), '.3f')} of what it has there, as the fixed matrix product is "
-        f"{percent(faster, '.1f')} faster here; the least has {number(min(same), '.2f')}",
-        f"here {', '.join(number(value, ',.0f') for value in sorted(xsum[0].values()))} tokens a second in the three "
-        f"repeats, "
-        f"on the second host {span(xsum[1].values(), ',.0f')}, on the third {span(xsum[2].values(), ',.0f')}",
+        f"{number(len(same))} cells have the same plan on the second host",
+        f"the median cell is {number(median(same), '.3f')} times as fast, and the fixed matrix product is "
+        f"{percent(faster, '.1f')} faster",
+        f"The slowest cell has {number(min(same), '.2f')}",
+        f"| this host | {', '.join(number(value, ',.0f') for value in sorted(xsum[0].values()))} |",
+        f"| second host | {span(xsum[1].values(), ',.0f')} |",
+        f"| third host | {span(xsum[2].values(), ',.0f')} |",
     ]
 
 

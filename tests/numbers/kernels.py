@@ -1,4 +1,5 @@
-"""What docs quote of nvidia-h200/kernels.parquet, of PEFT under torch.compile, and of the published traffic."""
+"""What docs/results/kernels.md quotes of nvidia-h200/kernels.parquet
+and kernels_compiled.parquet, and of the published traffic."""
 
 from __future__ import annotations
 
@@ -50,50 +51,55 @@ def singles(subject: str, implementation: str, adapters: int, metric="overhead")
     return list(rows("kernels", "single", metric).loc[cell(subject, implementation, adapters)]["value"])
 
 
-def line(text: str, subjects: list[str], last: str = "", **point) -> str:
-    """A row of a table: each arm's time over the frozen one's, of several subjects with commas between."""
-    exact = len(subjects) == 1 and not point
+def line(text: str, subject: str, last: str = "", exact: bool = True) -> str:
+    """A row of a table: each arm's time over the frozen one's. exact: with three decimals for the first two arms."""
     forms = (".3f", ".3f", ".2f", ".2f", ".2f") if exact else (".2f",) * 5
-    columns = [
-        ", ".join(number(over(subject, *arm, **point), form) for subject in subjects)
-        for arm, form in zip(ARMS, forms, strict=True)
-    ]
+    columns = [number(over(subject, *arm), form) for arm, form in zip(ARMS, forms, strict=True)]
     return f"| {text} | {' | '.join(columns)} |{last}"
 
 
 def passages() -> list[str]:
-    return [*_linears(), *_ranks(), *_layers(), *_traffic()]
+    return [*summary(), *linears(), *few_tokens(), *ranks(), *layers(), *saved(), *traffic()]
 
 
-def _linears() -> list[str]:
+def summary() -> list[str]:
+    more = {arm: [100 * (over(linear(shape), arm, 1) - 1) for shape in WIDE] for arm in ("fused", "peft-bf16")}
+    ours, peft = (f"{number(min(values), '.0f')} to {percent(max(values) / 100)}" for values in more.values())
+    return [
+        f"A fused LoRA linear costs {ours} more time than the frozen linear alone where the output is wide. PEFT in "
+        f"bf16 costs {peft} more",
+    ]
+
+
+def linears() -> list[str]:
+    """The rows of the table of linears."""
     lines = []
     for shape in WIDE:
         count = COUNT[int(median(linear(shape), "fused", 1)["n"])]
-        lines.append(line(f"{shape[0]} → {shape[1]}", [linear(shape)], f" {count} |"))
-    lines.append(line("4096, 5120, 8192 → 1024", list(map(linear, NARROW)), " one |"))
-    square = linear((4096, 4096))
+        lines.append(line(f"{shape[0]} → {shape[1]}", linear(shape), f" {count} |"))
+    return [*lines, *(line(f"{shape[0]} → {shape[1]}", linear(shape), " one |", exact=False) for shape in NARROW)]
+
+
+def few_tokens() -> list[str]:
+    square, few = linear((4096, 4096)), {"tokens": 2304}
     each = [1 + value for value in singles(square, "fused", 1)]
     frozen = [1e6 * value for value in singles(square, "frozen", 0, "time")]
     more = {shape: over(linear(shape), "fused-multi", 4) / over(linear(shape), "fused", 1) - 1
             for shape in WIDE + NARROW}  # fmt: skip
     wide, narrow = ([more[shape] for shape in shapes] for shapes in (WIDE, NARROW))
     assert max(narrow) == more[8192, 1024]
-    few = {"tokens": 2304}
     return [
-        *lines,
-        f"The three processes of 4096 → 4096 gave {', '.join(number(value, '.3f') for value in each)}; the frozen "
-        f"linear "
-        f"took {', '.join(number(value, '.0f') for value in frozen)} µs in them",
-        f"Four adapters take {number(100 * min(wide), '.1f')} to {percent(max(wide), '.1f')} more than one where the "
-        f"output "
-        f"is wide, and up to {percent(max(narrow), '.1f')} (8192 → 1024) where it is narrow",
-        f"with 2304 tokens the linear 4096 → 4096 takes {number(over(square, 'fused', 1, **few), '.2f')}, with 16 "
-        f"adapters {number(over(square, 'fused-multi', 16, **few), '.2f')}, more than PEFT with one "
-        f"({number(over(square, 'peft-bf16', 1, **few), '.2f')})",
+        f"gave {', '.join(number(value, '.3f') for value in each)}. The frozen linear took "
+        f"{', '.join(number(value, '.0f') for value in frozen)} µs",
+        f"Four adapters take {number(100 * min(wide), '.1f')} to {percent(max(wide), '.1f')} more time than one where "
+        f"the output is wide, and up to {percent(max(narrow), '.1f')} more (8192 → 1024) where it is narrow",
+        f"| fused, one adapter | {number(over(square, 'fused', 1, **few), '.2f')} |",
+        f"| fused, 16 adapters | {number(over(square, 'fused-multi', 16, **few), '.2f')} |",
+        f"| PEFT bf16, one adapter | {number(over(square, 'peft-bf16', 1, **few), '.2f')} |",
     ]
 
 
-def _ranks() -> list[str]:
+def ranks() -> list[str]:
     square, lines = linear((4096, 4096)), []
     settings = [(f"rank {rank}", {"rank": rank}) for rank in (8, 32, 64, 128)]
     for text, point in [*settings, ("rank 16, no dropout", {"dropout": 0.0})]:
@@ -101,37 +107,39 @@ def _ranks() -> list[str]:
         lines.append(f"| {text} | {' | '.join(columns)} |")
     large = linear((8192, 8192))
     compiled = {shape: [1 + median(linear((shape, shape)), arm, 1, name="kernels_compiled")["value"]
-                        for arm in ("peft-compiled", "peft-bf16")] for shape in (4096, 8192)}  # fmt: skip
+                        for arm in ("peft-bf16", "peft-compiled")] for shape in (4096, 8192)}  # fmt: skip
     return [
         *lines,
-        f"Without dropout 8192 → 8192 takes {number(over(large, 'fused', 1, dropout=0.0), '.2f')} where it takes "
+        f"8192 → 8192 takes {number(over(large, 'fused', 1, dropout=0.0), '.2f')} without dropout and "
         f"{number(over(large, 'fused', 1), '.2f')} with it",
-        f"slower than without it: {number(compiled[4096][0], '.2f')} of the frozen linear's at 4096 → 4096 and "
-        f"{number(compiled[8192][0], '.2f')} at 8192 → 8192, where PEFT bf16 took {number(compiled[4096][1], '.2f')} "
-        f"and "
-        f"{number(compiled[8192][1], '.2f')} in the same process",
-    ]
+        *(f"| {shape} → {shape} | {number(times[0], '.2f')} | {number(times[1], '.2f')} |"
+          for shape, times in compiled.items()),
+    ]  # fmt: skip
 
 
-def _layers() -> list[str]:
+def layers() -> list[str]:
+    """The rows of the table of decoder layers."""
+    return [line(name, f"layer~{model}") for name, model in LAYERS.items()]
+
+
+def saved() -> list[str]:
     subjects = [f"layer~{model}" for model in LAYERS.values()]
     few = [over(subject, "fused", 1, tokens=2048) for subject in subjects]
     kept = {arm: [median(subject, arm, 1, "saved_memory")["value"] for subject in subjects]
             for arm in ("fused", "peft-bf16")}  # fmt: skip
-    saved = [ours / theirs for ours, theirs in zip(kept["fused"], kept["peft-bf16"], strict=True)]
+    shares = {f"{ours / theirs:.2f}" for ours, theirs in zip(kept["fused"], kept["peft-bf16"], strict=True)}
+    (share,) = shares  # the same in all three
     spread = [1 + value for value in singles("layer~qwen2.5-32b", "fused", 1)]
     return [
-        *(line(name, [subject]) for name, subject in zip(LAYERS, subjects, strict=True)),
-        f"Processes differ, the most in 32B, where one adapter took {number(min(spread), '.3f')} to "
+        f"Processes differ most in Qwen2.5-32B: one adapter took {number(min(spread), '.3f')} to "
         f"{number(max(spread), '.3f')}",
         f"With 2048 tokens one adapter takes {number(few[0], '.2f')}, {number(few[1], '.2f')} and "
         f"{number(few[2], '.2f')}",
-        f"Saved for the backward pass: {', '.join(number(share, '.2f') for share in saved)} of PEFT's in the three "
-        f"layers",
+        f"A fused layer saves {number(float(share), '.2f')} of PEFT's bytes for the backward pass",
     ]
 
 
-def _traffic() -> list[str]:
+def traffic() -> list[str]:
     published = pd.read_csv(PUBLISHED_TRAFFIC).set_index(["implementation", "in_features"])["gib_fwd_bwd"]
     sizes = (4096, 5120, 8192)
 
@@ -142,7 +150,7 @@ def _traffic() -> list[str]:
     return [
         f"| frozen | {gib('frozen', 0)} |",
         f"| fused, one adapter | {gib('fused', 1)} |",
-        f"| fused, 4 adapters | {gib('fused-multi', 4)} |",
+        f"| fused, four adapters | {gib('fused-multi', 4)} |",
         f"| published | {' | '.join(number(published['fused-lora', size], '.2f') for size in sizes)} |",
         f"| PEFT bf16 | {gib('peft-bf16', 1)} |",
     ]

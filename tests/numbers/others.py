@@ -16,12 +16,12 @@ from tests.numbers.quoted import number, percent
 def readme() -> list[str]:
     speeds = end_to_end.speeds("lorafusion")
     return [
-        f"train with {number(min(speeds), ',.0f')} to {number(max(speeds), ',.0f')} tokens a second, "
-        f"{number(end_to_end.headline().value, '.2f')} times as fast as with the best baseline",
+        f"train with {number(min(speeds), ',.0f')} to {number(max(speeds), ',.0f')} tokens a second",
+        f"That is {number(end_to_end.headline().value, '.2f')} times as fast as with the best baseline",
     ]
 
 
-def artifact() -> list[str]:
+def reproduce() -> list[str]:
     passages = []
     for name in ("smoke", "h200", "paper"):
         suite = read_suite(suite_path(name))
@@ -30,7 +30,7 @@ def artifact() -> list[str]:
     return passages
 
 
-def baselines() -> list[str]:
+def systems() -> list[str]:
     model, rank, size = read_model("llama-3.1-8b"), 16, 2  # bytes of bfloat16
     shapes = model.linears.values()
     of_adapter = size * rank * model.num_hidden_layers * sum(one + other for one, other in shapes)
@@ -50,16 +50,18 @@ def _largest(verdict: str, words: str) -> float:
     return max(value for name, value in figures.items() if name.endswith(words) and "cuda" in name)
 
 
-def measuring() -> list[str]:
+def measurements() -> list[str]:
     loss, tensor = (number(f"{bound:.0e}".replace("e-0", "e-")) for bound in (LOSS_TOLERANCE, WEIGHT_TOLERANCE))
     return [
-        f"differ by at most {percent(CLOCKS_AGREE)}.",
-        f"a loss may differ by {loss}, a tensor by {tensor}.",
-        f"a loss may have {number(MOST_LOSS_ERROR, 'g')} of it, an adapter's weights "
-        f"{number(MOST_WEIGHT_ERROR, 'g')}, a "
-        f"gradient {number(MOST_ERROR, 'g')}, and a linear's gradients may be {percent(MOST_LENGTH_ERROR)} too long",
-        f"at most {number(_largest('gradients.json', 'error over that of plain libraries'), '.2f')} of the error of",
-        f"a linear's are at most {percent(_largest('gradients.json', 'of the length'), '.2f')} too long or too short",
-        f"clipped have at most {number(_largest('lossless.json', 'of a tensor'), '.2f')} of that error",
-        f"whose tensors had {number(_largest('systems.json.failed', 'of a tensor'), '.2f')}:",
+        f"differ by at most {percent(CLOCKS_AGREE)}",
+        f"| a loss, in float64 on a CPU | {loss} |",
+        f"| a tensor, in float64 on a CPU | {tensor} |",
+        f"| a loss, on a GPU | {number(MOST_LOSS_ERROR, 'g')} of the error of plain libraries |",
+        f"| the weights of an adapter, on a GPU | {number(MOST_WEIGHT_ERROR, 'g')} of that error |",
+        f"| a gradient, on a GPU | {number(MOST_ERROR, 'g')} of that error |",
+        f"| the length of a linear's gradient, on a GPU | {percent(MOST_LENGTH_ERROR)} |",
+        f"| `gradients` | at most {number(_largest('gradients.json', 'error over that of plain libraries'), '.2f')} of "
+        f"the error; lengths within {percent(_largest('gradients.json', 'of the length'), '.2f')} |",
+        f"| `lossless` | at most {number(_largest('lossless.json', 'of a tensor'), '.2f')} of the error |",
+        f"failed for `peft`, with {number(_largest('systems.json.failed', 'of a tensor'), '.2f')} of the error",
     ]

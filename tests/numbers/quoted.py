@@ -53,7 +53,7 @@ KINDS = {
     "a date": rf"(?:\d{{1,2}} )?(?:{MONTHS}) 20\d\d\b",
     "an issue, a year of a commit": r"issue \d+|\b[0-9a-f]{7}, 20\d\d\b",
     "a tensor's shape": r"\[1, T, [A-Z]\]",
-    "a list's number": r"(?<=[.:;,] )\d\. (?=[*A-Z`])",
+    "a list's number": r"(?<=[.:;,?] )\d\. (?=[*A-Z`])",
     "a formula": r"(?:\d \(?S\b|S − \d|\bB − \d|j\+1|i \+ \d|⌈T / C⌉|2 \(7 h \+ 2 i\) \+ \(6 h \+ i\) / 8|\d \(\d h)",
 }
 KIND = re.compile("|".join(f"(?:{pattern})" for pattern in KINDS.values()))

@@ -1,4 +1,4 @@
-"""What docs/scheduler.md quotes of cpu/scheduler.parquet and of the planner's own constants."""
+"""What the two planner.md of docs/ quote of cpu/scheduler.parquet and of the constants of the planner."""
 
 from __future__ import annotations
 
@@ -50,96 +50,107 @@ def microbatches(row: pd.Series) -> int:
     return int(re.match(r"(\d+) microbatches", row["note"])[1])
 
 
-def listed(values, form: str) -> str:
-    return ", ".join(number(value, form) for value in values)
+def cells(values, form: str) -> str:
+    return " | ".join(number(value, form) for value in values)
 
 
-def passages() -> list[str]:
-    return [*_constants(), *_example(), *_measured(), *_limits()]
+def results() -> list[str]:
+    return [*example(), *summary(), *limits()]
 
 
-def _constants() -> list[str]:
+def constants() -> list[str]:
     stages = costs.model_costs(read_model("llama-3.1-70b"), 4).layers
     return [
         f"alone if they reach {percent(1 - 1 / packer.EXACT, '.1f')} of the capacity",
-        f"on the first {number(fast.TRIED_SAMPLES)} samples",
+        f"the first {number(fast.TRIED_SAMPLES)} samples",
         f"lower ones down to {percent(min(fast.FRACTIONS))} of it",
-        f"and whether {percent(1 / packer.EXACT, '.1f')} is better after all",
-        f"What came within {percent(fast.MISLED)} of the best is simulated once more on "
-        f"{number(fast.COMPARED_SAMPLES, ',')} samples.",
-        f"they leave less than {percent(fast.GOOD_BUBBLE, '.1f')} to be gained",
-        f"and {number(propose.WORKSPACE >> 30)} GiB of workspace; of a GPU's memory {percent(propose.USABLE)} are used",
+        f"or also {percent(1 / packer.EXACT, '.1f')}",
+        f"within {percent(fast.MISLED)} of the best are simulated again on "
+        f"{number(fast.COMPARED_SAMPLES, ',')} samples",
+        f"less than {percent(fast.GOOD_BUBBLE, '.1f')} can be gained",
+        f"{number(propose.WORKSPACE >> 30)} GiB of workspace. At most {percent(propose.USABLE)} of a GPU's memory",
         f"({number(costs.FLOP_RATE / 1e12, '.0f')} TFLOP/s)",
-        "{}, {}, {} and {} for 70B on four stages".format(*map(number, stages)),
+        "{}, {}, {} and {} layers for 70B on four stages".format(*map(number, stages)),
     ]
 
 
-def _example() -> list[str]:
-    full, ours = (xsum(name, "microbatch_ratio") for name in ("fewest", "fast"))
-    faster = xsum("fast", "throughput")["value"] / xsum("fewest", "throughput")["value"] - 1
-    waits = [xsum(name, "bubble", "steady")["value"] for name in ("fewest", "fast")]
+def example() -> list[str]:
+    lines = []
+    for name in ("fewest", "fast"):
+        ratio = xsum(name, "microbatch_ratio")
+        wait, speed = xsum(name, "bubble", "steady")["value"], xsum(name, "throughput")["value"]
+        faster = speed / xsum("fewest", "throughput")["value"]
+        lines.append(f"| `{name}` | {number(microbatches(ratio))} | {percent(wait, '.1f')} | {number(faster, '.2f')} |")
+    full = xsum("fewest", "microbatch_ratio")
+    return [*lines, f"No plan needs fewer than {number(microbatches(full) / full['value'], '.0f')} microbatches"]
+
+
+BATCHES = (8, 16, 32, 64)
+
+
+def bubbles() -> list[str]:
+    """The rows of the table of bubbles, by global batch."""
+    even = [100 * bubble("fast", batch, "cpu-even") for batch in BATCHES]
+    whole = [100 * bubble("fast", batch) for batch in BATCHES]
+    few = {name: [100 * bubble(name, batch, samples=SMALL) for batch in BATCHES[:2]] for name in ("fast", "paper")}
+    mlora = [100 * bubble("mlora", batch, "cpu-even") for batch in BATCHES]
     return [
-        f"{number(microbatches(full))} full microbatches (the bound is "
-        f"{number(microbatches(full) / full['value'], '.0f')}) "
-        f"leave {percent(waits[0], '.1f')} of the steady state idle; {number(microbatches(ours))} smaller ones, in "
-        f"another "
-        f"order, leave {percent(waits[1], '.1f')} and train {percent(faster)} faster"
+        f"| `fast`, equal stages | {cells(even, '.2f')} |",
+        f"| `mlora`, equal stages | {cells(mlora, '.0f')} |",
+        f"| `fast`, stages of Llama-3.1-70B | {cells(whole, '.1f')} |",
+        f"| `fast`, the same, 200 samples an adapter | {cells(few['fast'], '.1f')} | | |",
+        f"| `paper`, the same, 200 samples an adapter | {cells(few['paper'], '.1f')} | | |",
     ]
 
 
-def _measured() -> list[str]:
+def speeds() -> list[str]:
+    """The rows of the table of simulated throughputs of `fast` over the others'."""
+    ratios = {f"`{name}`": over(name) for name in ("fewest", "ffd", "mlora", "sequential")}
+    ratios["`paper`"] = over("paper", samples=SMALL)
+    ratios["`paper`, steady state"] = over("paper", "steady", samples=SMALL)
+    return [
+        f"| {name} | {number(len(ratio))} | {number(ratio.mean(), '.3f')} | {number(ratio.min(), '.3f')} | "
+        f"{number((ratio < 1).sum())} |"
+        for name, ratio in ratios.items()
+    ]
+
+
+def summary() -> list[str]:
     ratios = {name: rows("microbatch_ratio", system=name)["value"] for name in ("fewest", "fast")}
-    batches = (8, 16, 32, 64)
-    whole, steady = over("paper", samples=SMALL), over("paper", "steady", samples=SMALL)
-    others = [over(name) for name in ("fewest", "ffd", "mlora", "sequential")]
     solve = rows("solve_time", system="fast", adapters=4)["value"]
     slowest = rows("solve_time", samples=SMALL, system="paper")["value"].max()
     growth = {metric: rows(metric, suite="cpu-growth", samples=3907).iloc[0]
               for metric in ("solve_time", "peak_memory", "microbatch_ratio")}  # fmt: skip
     made = microbatches(growth["microbatch_ratio"])
     waits = rows("bubble", "steady", suite="cpu-growth", samples=3907)["value"].iloc[0]
-    slower = steady[steady < 1]
-    assert set(slower.index.get_level_values("stages")) == {1}
-    assert min(whole) > 1
     return [
-        f"in any order: {percent(waits, '.1f')} of the steady",
-        f"its programs take up to {number(slowest, '.0f')} s a plan",
-        f"| microbatches over the lower bound, mean of {number(len(ratios['fast']))} points | `fewest` "
-        f"{number(ratios['fewest'].mean(), '.3f')}, `fast` {number(ratios['fast'].mean(), '.3f')} |",
-        f"| {listed((100 * bubble('fast', batch, 'cpu-even') for batch in batches), '.2f')} % with global batch 8, "
-        f"16, 32, 64; "
-        f"mean {percent(bubble('fast', suite='cpu-even'), '.1f')}; `mlora` "
-        f"{percent(bubble('mlora', suite='cpu-even'))} |",
-        f"| {listed((100 * bubble('fast', batch) for batch in batches), '.1f')} % with global batch 8, 16, 32, 64 |",
-        f"| `paper` {number(100 * bubble('paper', 8, samples=SMALL), '.1f')} and "
-        f"{percent(bubble('paper', 16, samples=SMALL), '.1f')}, `fast` "
-        f"{number(100 * bubble('fast', 8, samples=SMALL), '.1f')} and "
-        f"{percent(bubble('fast', 16, samples=SMALL), '.1f')} |",
-        f"mean of {number(len(whole))} points | whole run: {number(whole.mean(), '.2f')}, never lower (least "
-        f"{number(whole.min(), '.4f')}). Steady state: {number(steady.mean(), '.2f')}, lower in {number(len(slower))} "
-        f"of "
-        f"{number(len(steady))}, all on one stage (least {number(steady.min(), '.3f')}) |",
-        f"| {listed((one.mean() for one in others), '.3f')}; least {listed((one.min() for one in others), '.3f')} |",
-        f"| median {number(solve.median(), '.2f')} s, at most {number(solve.max(), '.2f')} s, above half a second in "
-        f"{number((solve > 0.5).sum())} of {number(len(solve))} |",
-        f"| {number(growth['solve_time']['value'], '.0f')} s, {number(growth['peak_memory']['value'] / 2**30, '.2f')} "
-        f"GiB, "
-        f"{number(made, ',')} microbatches where the bound is "
-        f"{number(made / growth['microbatch_ratio']['value'], ',.0f')} |",
+        f"simulated to be {number(over('paper', samples=SMALL).mean(), '.2f')} times as fast as those of the published",
+        *bubbles(),
+        *speeds(),
+        f"up to {number(slowest, '.0f')} s a plan",
+        f"{number(ratios['fewest'].mean(), '.3f')} times the lower bound with `fewest` and "
+        f"{number(ratios['fast'].mean(), '.3f')} times with `fast`",
+        f"| four adapters of 1000 samples, median | {number(solve.median(), '.2f')} s |",
+        f"| the same, slowest of {number(len(solve))} | {number(solve.max(), '.2f')} s |",
+        f"Planning takes more than half a second in {number((solve > 0.5).sum())} of these",
+        f"| a million samples, 256 adapters, one core | {number(growth['solve_time']['value'], '.0f')} s |",
+        f"uses {number(growth['peak_memory']['value'] / 2**30, '.2f')} GiB and makes {number(made, ',')} "
+        f"microbatches, where the bound is {number(made / growth['microbatch_ratio']['value'], ',.0f')}",
+        f"Its steady state is idle {percent(waits, '.1f')}",
     ]
 
 
-def _limits() -> list[str]:
-    fewest = over("fewest")
+def limits() -> list[str]:
+    fewest, steady = over("fewest"), over("paper", "steady", samples=SMALL)
     lost = sorted(1 - fewest[fewest < 1], reverse=True)
     ratio = rows("microbatch_ratio", system="fewest").set_index(POINT)["value"]
     assert ratio.idxmax() == ("xsum", 1, 8, 2)
     assert lost[1] < 0.01
+    assert set(steady[steady < 1].index.get_level_values("stages")) == {1}
+    assert min(over("paper", samples=SMALL)) > 1
     return [
-        f"{percent(fewest.mean() - 1)} faster than `fewest` on average",
-        f"its bubble is {percent(bubble('fast', 8, 'cpu-even'), '.1f')}",
-        f"Of {number(len(fewest))} plans {number(len(lost))} are slower than that of `fewest`, one by "
-        f"{percent(lost[0], '.1f')} and the others by less",
-        f"it takes up to {number(rows('solve_time', system='fast', adapters=4)['value'].max(), '.2f')} s.",
-        f"adapters are few, up to {number(ratio.max(), '.2f')} (XSum, two adapters, one stage, global batch 8",
+        f"On average `fast` is {percent(fewest.mean() - 1)} faster than `fewest`",
+        f"{number(len(lost))} of {number(len(fewest))} plans are slower than those of `fewest`. One is slower by "
+        f"{percent(lost[0], '.1f')}",
+        f"up to {number(ratio.max(), '.2f')} times the bound (XSum, two adapters, one stage, global batch 8)",
     ]

@@ -22,21 +22,34 @@ NOTHING: Callable[[], list[str]] = list
 # What each document takes from tables, besides words.
 TIED: dict[str, Callable[[], list[str]]] = {
     "README.md": others.readme,
-    "docs/adding-a-system.md": NOTHING,
-    "docs/artifact.md": others.artifact,
-    "docs/baselines.md": others.baselines,
-    "docs/end-to-end.md": end_to_end.passages,
-    "docs/kernels.md": kernels.passages,
-    "docs/measuring.md": others.measuring,
-    "docs/scheduler.md": scheduler.passages,
-    "docs/training.md": training.passages,
+    "CONTRIBUTING.md": NOTHING,
+    "docs/guide/add-a-system.md": NOTHING,
+    "docs/guide/install.md": NOTHING,
+    "docs/guide/patch.md": NOTHING,
+    "docs/guide/plan.md": NOTHING,
+    "docs/guide/reproduce.md": others.reproduce,
+    "docs/guide/slurm.md": NOTHING,
+    "docs/guide/train.md": NOTHING,
+    "docs/reference/command-line.md": NOTHING,
+    "docs/reference/jobs-file.md": NOTHING,
+    "docs/reference/kernels.md": NOTHING,
+    "docs/reference/measurements.md": others.measurements,
+    "docs/reference/planner.md": scheduler.constants,
+    "docs/reference/suites.md": NOTHING,
+    "docs/reference/systems.md": others.systems,
+    "docs/reference/words.md": NOTHING,
+    "docs/results/end-to-end.md": end_to_end.passages,
+    "docs/results/kernels.md": kernels.passages,
+    "docs/results/planner.md": scheduler.results,
+    "docs/results/training.md": training.passages,
 }
-GENERATED = {"docs/planted-errors.md"}  # from tests/planted/, and its numbers say how wrong an error is
+GENERATED = {"docs/reference/planted-errors.md"}  # from tests/planted/, and its numbers say how wrong an error is
 CACHES = (sources.table, sources.drawn, end_to_end.sweep, end_to_end.profile, kernels.rows, scheduler.over)
 
 
 def test_every_document_is_looked_at():
-    documents = {"README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))}
+    documents = {"README.md", "CONTRIBUTING.md"}
+    documents |= {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")}
     assert documents - GENERATED == set(TIED)
 
 
@@ -122,13 +135,13 @@ def faster(factor: float) -> Callable[[pd.DataFrame], None]:
     ("document", "table", "change"),
     [
         ("README.md", "nvidia-h200/end_to_end", faster(1.005)),
-        ("docs/end-to-end.md", "nvidia-h200/end_to_end", faster(1.01)),
-        ("docs/end-to-end.md", "nvidia-h200/end_to_end", scaled(system="lorafusion", metric="peak_memory")),
-        ("docs/end-to-end.md", "nvidia-h200/hosts/b8aa11e", scaled(implementation="canary-gemm", factor=1.01)),
-        ("docs/end-to-end.md", "nvidia-h200/end_to_end_profile", scaled("milliseconds", system="mlora")),
-        ("docs/kernels.md", "nvidia-h200/kernels", scaled(metric="overhead", implementation="peft")),
-        ("docs/training.md", "nvidia-h200/training", scaled(metric="busy", factor=0.99)),
-        ("docs/scheduler.md", "cpu/scheduler", scaled(metric="bubble", system="fast")),
+        ("docs/results/end-to-end.md", "nvidia-h200/end_to_end", faster(1.01)),
+        ("docs/results/end-to-end.md", "nvidia-h200/end_to_end", scaled(system="lorafusion", metric="peak_memory")),
+        ("docs/results/end-to-end.md", "nvidia-h200/hosts/b8aa11e", scaled(implementation="canary-gemm", factor=1.01)),
+        ("docs/results/end-to-end.md", "nvidia-h200/end_to_end_profile", scaled("milliseconds", system="mlora")),
+        ("docs/results/kernels.md", "nvidia-h200/kernels", scaled(metric="overhead", implementation="peft")),
+        ("docs/results/training.md", "nvidia-h200/training", scaled(metric="busy", factor=0.99)),
+        ("docs/results/planner.md", "cpu/scheduler", scaled(metric="bubble", system="fast")),
     ],
     ids=lambda value: value if isinstance(value, str) else "changed",
 )

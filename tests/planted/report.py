@@ -89,9 +89,9 @@ def the_page_of_measurements_hides_what_is_merged(original):
     return [name for name in original if name != "merged_qkv"]
 
 
-@planted("tests.numbers.documents:read", caught_by=f"{NUMBERS}[docs/end-to-end.md]")
+@planted("tests.numbers.documents:read", caught_by=f"{NUMBERS}[docs/results/end-to-end.md]")
 def the_headline_is_larger_in_its_document(original):
-    """docs/end-to-end.md says 1.334 where its table gives 1.134."""
+    """docs/results/end-to-end.md says 1.334 where its table gives 1.134."""
     return lambda document: original(document).replace("1.134**", "1.334**")
 
 
@@ -101,16 +101,16 @@ def the_headline_is_larger_in_the_readme(original):
     return lambda document: original(document).replace("1.13 times", "1.53 times")
 
 
-@planted("tests.numbers.documents:read", caught_by=f"{NUMBERS}[docs/kernels.md]")
+@planted("tests.numbers.documents:read", caught_by=f"{NUMBERS}[docs/results/kernels.md]")
 def a_document_has_a_number_of_its_own(original):
-    """docs/kernels.md has a ratio more, which is in no table."""
+    """docs/results/kernels.md has a ratio more, which is in no table."""
     return lambda document: original(document) + "\nOn a B200 the same linear takes 1.04.\n"
 
 
 @planted(
     "lorafusion.lab.table.statistics:geometric_mean_interval",
     caught_by=[
-        f"{NUMBERS}[docs/end-to-end.md]",
+        f"{NUMBERS}[docs/results/end-to-end.md]",
         f"{RECORD}[nvidia-h200/end_to_end_contributions]",
     ],
 )

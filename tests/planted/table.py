@@ -1,4 +1,4 @@
-"""Writes docs/planted-errors.md, every planted error and the tests that notice it: `python -m tests.planted.table`."""
+"""Writes docs/reference/planted-errors.md, every planted error and its tests: `python -m tests.planted.table`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from tests.planted.plant import ROOT, Planted, every_error
 
-DOCUMENT = ROOT / "docs" / "planted-errors.md"
+DOCUMENT = ROOT / "docs" / "reference" / "planted-errors.md"
 HEAD = """# Planted errors
 
 Each line is an error that the tests put into the code on purpose, by replacing one symbol when its module is imported.
 The tests in the last column fail on it. `make planted` tries all of them, `make test` a sample; those marked "GPU" need
-one: [their log](../results/reference/nvidia-h200/planted_errors.log).
+one: [their log](../../results/reference/nvidia-h200/planted_errors.log).
 
 To add an error, write a function in a file of `tests/planted/`, run its line with `make planted ARGS="-k NAME"`, and
 write this page anew with `make planted-table`.

@@ -9,12 +9,14 @@ import sys
 
 import pandas as pd
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafusion.core.config import CONFIGS, SystemConfig, read_systems
 from lorafusion.core.plan import Plan, check
 from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
 from lorafusion.lab.suite import Grid, Suite
+from lorafusion.train.config import TrainConfig, TrainJob, read_train_config
 from tests.checkout import Checkout
 
 ROOT = CONFIGS.parent
@@ -98,6 +100,42 @@ def code_spans(document: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", without_blocks)
 
 
+# A page of reference, the heading of a table of keys, and the class that has them, with keys of the file alone.
+KEYS = [
+    ("jobs-file.md", "Keys of the file", {*TrainConfig.model_fields, "defaults"} - {"path"}),
+    ("jobs-file.md", "Keys of a job", set(TrainJob.model_fields)),
+    ("suites.md", "Keys of a suite", set(Suite.model_fields)),
+    ("suites.md", "Keys of a block", set(Grid.model_fields)),
+]
+
+
+@pytest.mark.parametrize(("page", "heading", "keys"), KEYS, ids=[heading for _, heading, _ in KEYS])
+def test_every_key_of_a_file_is_described(page, heading, keys):
+    section = (DOCS / "reference" / page).read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(keys)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide/train.md"])
+def test_the_jobs_files_of_the_documents_are_valid(page, tmp_path):
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "jobs.yaml").write_text(text)
+    for name in ("support.jsonl", "letters.txt", "essays.txt"):
+        (tmp_path / name).touch()
+    assert read_train_config(tmp_path / "jobs.yaml").output == tmp_path / "adapters"
+
+
+def test_the_readme_is_short_and_its_python_works():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 120
+    (code,) = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    base_model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                              num_attention_heads=2, vocab_size=32))  # fmt: skip
+    names = {"base_model": base_model}
+    exec(code, names)
+    assert any("_fused_lora" in name for module in names["model"].modules() for name in vars(module))
+
+
 def test_every_system_is_described():
     described = re.findall(r"^\| `([\w-]+)` \|", SYSTEMS_PAGE, re.MULTILINE)
     assert sorted(described) == sorted(SYSTEMS)
@@ -119,7 +157,10 @@ def test_the_names_of_the_configuration_in_the_description_exist():
             assert (ROOT / span).exists(), span
 
 
-@pytest.mark.parametrize("path", sorted([ROOT / "README.md", *DOCS.rglob("*.md")]), ids=lambda path: path.name)
+PAGES = sorted([*ROOT.glob("*.md"), ROOT / "examples" / "README.md", *DOCS.rglob("*.md")])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     for link in LINK.findall(path.read_text()):
         if "://" not in link:

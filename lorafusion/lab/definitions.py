@@ -45,14 +45,14 @@ def scaling(job: Job) -> float:
 def global_batches(job: Job) -> list[list[Placed]]:
     """The samples of each optimizer step: epoch after epoch in the job's order, `global_batch_size` at a time, the last
     of an epoch with what is left; no more than `steps` of them. Those before `start` are among them."""
-    made, offset = [], 0
+    batches, offset = [], 0
     for _ in range(job.epochs):
         for index, sample in enumerate(job.samples):
             if index % job.global_batch_size == 0:
-                made.append([])
-            made[-1].append(Placed(sample, offset))
+                batches.append([])
+            batches[-1].append(Placed(sample, offset))
             offset += sample.tokens
-    return made[: job.steps]
+    return batches[: job.steps]
 
 
 def synthetic_text(job: Job, sample: Sample, vocabulary: int) -> Text:
@@ -122,11 +122,11 @@ def philox(place: np.ndarray, call: np.ndarray, key: tuple[int, int]) -> Iterato
     """Philox4x32 with seven rounds, of the counter (call, place's low word, place's high word, 0)."""
     a, b, c, d = np.broadcast_arrays(call, place & U32, place >> np.uint64(32), np.uint64(0))
     first, second = key
-    for turn in range(7):
-        one, two = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
-        k, m = ((first + turn * 0x9E3779B9) & 0xFFFFFFFF), ((second + turn * 0xBB67AE85) & 0xFFFFFFFF)
-        a, b = (two >> np.uint64(32)) ^ b ^ np.uint64(k), two & U32
-        c, d = (one >> np.uint64(32)) ^ d ^ np.uint64(m), one & U32
+    for index in range(7):
+        product_a, product_c = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        k, m = ((first + index * 0x9E3779B9) & 0xFFFFFFFF), ((second + index * 0xBB67AE85) & 0xFFFFFFFF)
+        a, b = (product_c >> np.uint64(32)) ^ b ^ np.uint64(k), product_c & U32
+        c, d = (product_a >> np.uint64(32)) ^ d ^ np.uint64(m), product_a & U32
     return iter((a, b, c, d))
 
 

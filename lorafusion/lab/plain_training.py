@@ -84,16 +84,16 @@ def gradients_plainly(
     convert(whole, dtype)
     set_peft_model_state_dict(whole, {name: value.to(dtype) for name, value in weights.items()}, ADAPTER)
     backward(whole, place, job, definitions.global_batches(job)[job.start])
-    names = {name.replace(f".{ADAPTER}.", "."): one for name, one in whole.named_parameters() if one.requires_grad}
-    return {name: parameter.grad.cpu() for name, parameter in names.items()}
+    trained = [(name, parameter) for name, parameter in whole.named_parameters() if parameter.requires_grad]
+    return {name.replace(f".{ADAPTER}.", "."): parameter.grad.cpu() for name, parameter in trained}
 
 
 def backward(whole: PeftModel, place: Place, job: Job, batch: list[Placed]) -> float:
     """Add a global batch's gradients to the parameters', sample after sample; returns its loss."""
-    texts = [definitions.synthetic_text(job, one.sample, whole.config.vocab_size) for one in batch]
+    texts = [definitions.synthetic_text(job, item.sample, whole.config.vocab_size) for item in batch]
     labels, total = label_tokens(texts), 0.0
-    for one, text in zip(batch, texts, strict=True):
-        place.offset = one.offset
+    for item, text in zip(batch, texts, strict=True):
+        place.offset = item.offset
         loss = summed_loss(whole, text) / labels
         loss.backward()
         total += loss.item()

@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 
-.PHONY: help setup reproduce test planted planted-table slurm-test lint lock clean distclean
+.PHONY: help setup reproduce test planted planted-table slurm-test browser-test lint lock clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -30,9 +30,10 @@ slurm-test: .venv/.installed  ## run the workflow on a toy Slurm cluster on this
 browser-test: .venv/.installed  ## click through the smoke suite's report in Chromium
 	@$(BIN)/pytest -m browser $(ARGS) tests/browser
 
-lint: .venv/.installed  ## check style and format, of Python and of the workflow
+lint: .venv/.installed  ## check style, format and types, of Python and of the workflow
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/snakemake --lint
 
@@ -40,7 +41,7 @@ lock:  ## resolve requirements.in anew; newer versions: make lock ARGS=--upgrade
 	@tools/lock.sh $(ARGS)
 
 clean:  ## remove caches; results and .venv stay
-	rm -rf build dist kernels/build kernels/dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist kernels/build kernels/dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . \( -path ./.venv -o -path ./.git -o -path ./results \) -prune -o \
 		\( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -75,14 +75,14 @@ def make(
         found.require(tuned, jobs, system or SYSTEM, sizes["stages"], sizes["data_parallel"])
         sizes["capacity"] = found.capacity
     name, by_costs = _planner(system, strategy)
-    options = {}
+    options: dict[str, Any] = {}
     if model or costs:
         if not by_costs:
             raise UserError(f"--model, --costs: {name} does not plan by costs; fast does")
         options["costs"] = chosen_costs(sizes["stages"], model, costs)
     elif jobs_model and by_costs:
         options["costs"] = model_costs(jobs_model, sizes["stages"])
-    plan = (plan_workload if strategy else plan_system)(jobs, name, **sizes, **options)
+    plan = (plan_workload if strategy else plan_system)(jobs, name, **options | sizes)
     write(out, plan.to_json())
     s = plan.statistics
     print(f"{out}: {s.microbatches} microbatches ({s.noops} no-ops, at least {s.lower_bound}), fill {s.fill:.3f}")

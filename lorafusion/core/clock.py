@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -54,8 +54,8 @@ class Meter:
     def seconds(self, begin: Mark, end: Mark) -> float:
         """Seconds between two marks; call `synchronize` before."""
         if isinstance(begin, float):
-            return end - begin
-        return begin.elapsed_time(end) / 1000.0
+            return cast(float, end) - begin  # both are marks of this clock
+        return begin.elapsed_time(cast(torch.cuda.Event, end)) / 1000.0
 
     def duration(self, begin: Point, end: Point) -> Duration:
         return Duration(self.seconds(begin.mark, end.mark), end.host - begin.host)

@@ -100,7 +100,7 @@ class _Checker:
 def parse_json(text: str | bytes, source: str | Path, kind: str = "JSON", finite: bool = True) -> Any:
     """The value of a JSON text; `UserError` names the source, what was expected, and what is wrong. finite: refuse NaN
     and Infinity, which Python writes and JSON does not have."""
-    numbers = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
+    numbers: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
     try:
         return json.loads(text, object_pairs_hook=distinct, **numbers)
     except (ValueError, RecursionError) as error:

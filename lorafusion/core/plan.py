@@ -18,14 +18,14 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
 from lorafusion.core.schema import MOST_PROCESSES, MOST_TOKENS, Data, Float, Int, UserError, validated
 from lorafusion.core.workload import Workload, content_hash, read_versioned
 
-VERSION = 1
+VERSION: Final = 1
 
 
 class PlanError(UserError):

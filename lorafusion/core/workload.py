@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -41,7 +41,7 @@ from lorafusion.core.schema import (
     validated,
 )
 
-VERSION = 1
+VERSION: Final = 1
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # One linear with one adapter in the place of three, as Megatron-LM has it and as LoRAFusion's authors merge them.
 MERGED, MERGED_PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")

@@ -167,7 +167,7 @@ def _interrupts(spec: RunSpec) -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-def worker_command(processes: int, nodes: int, environment: dict[str, str]) -> list[str]:
+def worker_command(processes: int, nodes: int, environment: Mapping[str, str]) -> list[str]:
     """The command that starts the workers of this node: one process plainly, more under torchrun."""
     worker = ["-m", "lorafusion.engine.worker"]
     if processes == 1:

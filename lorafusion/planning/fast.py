@@ -66,7 +66,6 @@ def fewest(workload: Workload, system: str, stages: int, capacity: int, data_par
 
 
 def _plan(workload: Workload, system: str, trials: Trials, way: Way) -> Plan:
-    sizes = {"stages": trials.stages, "capacity": trials.capacity, "data_parallel": trials.data_parallel}
     microbatches: list[Microbatch] = []
     slots = trials.slots(way)
     if trials.stages == trials.data_parallel == 1:
@@ -76,7 +75,14 @@ def _plan(workload: Workload, system: str, trials: Trials, way: Way) -> Plan:
         for bins, ended in slots:
             microbatches += slot_microbatches(workload, bins, ended, trials.data_parallel)
             bar.advance(task, sum(map(len, bins)))
-    return make_plan(system, workload, microbatches, **sizes)
+    return make_plan(
+        system,
+        workload,
+        microbatches,
+        stages=trials.stages,
+        capacity=trials.capacity,
+        data_parallel=trials.data_parallel,
+    )
 
 
 def without_crumb(slots: Iterable[Slot]) -> Iterator[Slot]:

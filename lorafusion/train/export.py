@@ -68,7 +68,10 @@ class Exporter:
                 return []
             steps = facts_of(path)["steps"]
             due = [job for job in self._pending if steps.get(job.name) == len(job.batches)]
-            found = opened(path) if due else None
+            if not due:
+                self._seen = path
+                return []
+            found = opened(path)
             for job in due:
                 self._try(job, len(job.batches), found.stopped.get(job.name), adapter_state(found, job.name))
         except (UserError, OSError):

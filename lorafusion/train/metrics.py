@@ -83,14 +83,18 @@ class EventReader:
 
     def poll(self) -> list[tuple[str, int]]:
         """Read what is new; the (job, step) whose rows have changed."""
-        changed = []
+        changed: list[tuple[str, int]] = []
         for path in sorted(self.folder.glob("replica-*.jsonl")):
             offset, lines = self._read.get(path, (0, 0))
             with open(path, "rb") as file:
                 file.seek(offset)
                 data = file.read()
             before = len(changed)
-            size = parse(path, data, lambda event, path=path: changed.append(self._add(path, event)), lines + 1)
+
+            def take(event: dict, path: Path = path) -> None:
+                changed.append(self._add(path, event))
+
+            size = parse(path, data, take, lines + 1)
             self._read[path] = (offset + size, lines + len(changed) - before)
         return changed
 

@@ -185,7 +185,8 @@ class Training:
 
     def _capacity(self, workload: Workload, capacity: int | None) -> tuple[int, float]:
         """Tokens of a microbatch, and the share of the layers that recompute their activations: stated, or measured."""
-        share = {"none": 0.0, "all": 1.0, "auto": None}.get(self.config.checkpointing, self.config.checkpointing)
+        asked = self.config.checkpointing
+        share = asked if isinstance(asked, float) else {"none": 0.0, "all": 1.0, "auto": None}[asked]
         samples = [sample for job in workload.jobs for sample in (*job.samples, *job.evaluation)]
         longest = max(sample.tokens for sample in samples)
         if self.config.chosen_device == "cpu":
@@ -243,8 +244,9 @@ class Training:
             def look() -> None:
                 nonlocal written
                 changed = reader.poll()
-                for job, step in changed if wandb else ():
-                    wandb.log(job, step, self.history)
+                if wandb:
+                    for job, step in changed:
+                        wandb.log(job, step, self.history)
                 if time.monotonic() - written > METRICS_SECONDS:
                     self.history.write(self.output.path / METRICS)
                     written = time.monotonic()

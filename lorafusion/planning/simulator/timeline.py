@@ -42,9 +42,9 @@ class Timeline:
         tokens: np.ndarray,
     ) -> Timeline:
         """From a list of operations, of their starts and of their ends for each processor."""
-        pairs = [np.array(own, np.int64).reshape(-1, 2) for own in operations]
-        times = ([np.array(own, float) for own in lists] for lists in (starts, ends))
-        return cls(stages, [own[:, 0] for own in pairs], [own[:, 1] for own in pairs], *times, tokens)
+        pairs = [np.array(row, np.int64).reshape(-1, 2) for row in operations]
+        begun, ended = ([np.array(times, float) for times in lists] for lists in (starts, ends))
+        return cls(stages, [pair[:, 0] for pair in pairs], [pair[:, 1] for pair in pairs], begun, ended, tokens)
 
     @property
     def processors(self) -> int:

@@ -10,28 +10,31 @@ import os
 import sys
 
 LEVEL = "LORAFUSION_LOG_LEVEL"  # in the environment: from the command line to the processes that it starts
+DETAILED = "%(asctime)s %(name)s: %(message)s"
+
+
+class _Lines(logging.Formatter):
+    """A message as it is; a warning or an error with that word before it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
 
 
 class _StandardError(logging.Handler):
-    """Plain lines: a message as it is, a warning with that word before it, and on DEBUG the time and the logger."""
+    """To what is standard error when something is said, not when logging began."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
-        if record.levelno >= logging.WARNING:
-            text = f"{record.levelname.lower()}: {text}"
-        if logging.getLogger("lorafusion").level <= logging.DEBUG:
-            text = f"{self.formatter.formatTime(record)} {record.name}: {text}" if self.formatter else text
-        print(text, file=sys.stderr, flush=True)
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def start_logging(level: int | None = None) -> None:
     """Send this package's messages of a level or above to standard error, and those of the processes that this one
-    starts. level: by default that of the process that started this one, or else INFO."""
+    starts; on DEBUG with time and logger. level: by default that of the process that started this one, or else INFO."""
     level = level or int(os.environ.get(LEVEL, logging.INFO))
     os.environ[LEVEL] = str(level)
+    handler = _StandardError()
+    handler.setFormatter(_Lines(DETAILED if level <= logging.DEBUG else None))
     logger = logging.getLogger("lorafusion")
     logger.setLevel(level)
-    if not logger.handlers:
-        handler = _StandardError()
-        handler.setFormatter(logging.Formatter())
-        logger.addHandler(handler)
+    logger.handlers = [handler]

@@ -21,7 +21,7 @@ from lorafusion.core.config import ModelConfig, read_model
 from lorafusion.core.files import write
 from lorafusion.core.schema import UserError, validated
 from lorafusion.core.workload import Job, Sample, Workload, content_hash
-from lorafusion.data.blocks import Data, HubData, JsonlData, SyntheticData, TextData
+from lorafusion.data.blocks import HubData, JsonlData, SyntheticData, TextData
 from lorafusion.data.encoder import Encoder, load_encoder
 from lorafusion.data.lengths import draw_lengths
 from lorafusion.data.store import StoreFile, StoreWriter, store_path, stored_dataset
@@ -31,6 +31,7 @@ from lorafusion.train.config import DEFAULT_MAX_LENGTH, TrainConfig, TrainJob
 
 LOGGER = logging.getLogger(__name__)
 VERSION = 2  # of what is made of a row: another one makes other tokens of the same text
+StoredData = JsonlData | HubData | TextData
 DATA = "data"  # the folder of the stores, beside workload.json
 
 
@@ -82,17 +83,17 @@ class _Stores:
     def __init__(self, config: TrainConfig, model: ModelConfig, folder: Path) -> None:
         self.config, self.model, self.folder = config, model, folder
         self.encoder: Encoder | None = None
-        self.digests: dict[Data, list[str]] = {}
+        self.digests: dict[StoredData, list[str]] = {}
         self.written: dict[str, Path] = {}  # stores by fingerprint
 
     def rows(self, job: TrainJob, rule: SampleRule) -> Rows:
         """The samples of a job's store, which is made first if there is none or something has changed."""
         where = _where(self.config, job)
-        self.encoder = self.encoder or self._load_encoder(job)
-        blocks = [job.data, *([job.evaluation_data] if job.evaluation_data else [])]
+        encoder = self.encoder = self.encoder or self._load_encoder(job)
+        blocks = [block for block in (job.data, job.evaluation_data) if isinstance(block, StoredData)]
         try:
-            fingerprint = self._fingerprint(blocks, rule)
-            store = self._fresh(job, fingerprint) or self._make(job, blocks, rule, fingerprint)
+            fingerprint = self._fingerprint(encoder, blocks, rule)
+            store = self._fresh(job, fingerprint) or self._make(encoder, job, blocks, rule, fingerprint)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         self.written.setdefault(fingerprint, store.path)
@@ -118,9 +119,9 @@ class _Stores:
             )
         return load_encoder(source, self.model.revision)
 
-    def _fingerprint(self, blocks: list[Data], rule: SampleRule) -> str:
+    def _fingerprint(self, encoder: Encoder, blocks: list[StoredData], rule: SampleRule) -> str:
         """A hash of everything that the tokens depend on. Files count by their content, wherever they are."""
-        tokenizer = self.encoder.tokenizer
+        tokenizer = encoder.tokenizer
         return content_hash(
             {
                 "blocks": [block.model_dump(exclude={"jsonl", "text"}) for block in blocks],
@@ -131,10 +132,10 @@ class _Stores:
             }
         )
 
-    def _digests(self, block: JsonlData | HubData | TextData) -> list[str]:
+    def _digests(self, block: StoredData) -> list[str]:
         if block not in self.digests:
             if isinstance(block, HubData):
-                files = [Path(file["filename"]) for file in hub_dataset(block).cache_files]
+                files = tuple(Path(file["filename"]) for file in hub_dataset(block).cache_files)
             else:
                 files = block.jsonl if isinstance(block, JsonlData) else block.text
             self.digests[block] = [_digest(path) for path in files]
@@ -155,10 +156,12 @@ class _Stores:
         _link(self.written[fingerprint], path)
         return StoreFile(path)
 
-    def _make(self, job: TrainJob, blocks: list[Data], rule: SampleRule, fingerprint: str) -> StoreFile:
+    def _make(
+        self, encoder: Encoder, job: TrainJob, blocks: list[StoredData], rule: SampleRule, fingerprint: str
+    ) -> StoreFile:
         writer, sizes, counts = StoreWriter(), [], [Counts() for _ in blocks]
         for block, count in zip(blocks, counts, strict=True):
-            writer.extend(encode(block, self.encoder, rule, count))
+            writer.extend(encode(block, encoder, rule, count))
             sizes.append(len(writer))
         path = store_path(self.folder, job.name)
         writer.write(path, fingerprint=fingerprint, training=sizes[0], counts=tuple(map(str, counts)))
@@ -170,7 +173,7 @@ def _synthetic_rows(config: TrainConfig, job: TrainJob, rule: SampleRule) -> Row
     rows: list[list[Sample]] = []
     first = 0
     for block in (job.data, job.evaluation_data):
-        lengths = _synthetic_lengths(config, job, block, rule) if block else []
+        lengths = _synthetic_lengths(config, job, block, rule) if isinstance(block, SyntheticData) else []
         rows.append([Sample(first + index, tokens) for index, tokens in enumerate(lengths)])
         first += len(lengths)
     return Rows(job.data.dataset, *rows)
@@ -193,7 +196,7 @@ def _job(config: TrainConfig, job: TrainJob, rows: Rows) -> Job:
     """A job with its samples in training order."""
     dataset, training, evaluation = rows
     if isinstance(job.evaluation, float) and job.evaluation:
-        training, evaluation = _split(config, job, training)
+        training, evaluation = _split(config, job, training, job.evaluation)
     if job.shuffle:
         training = [training[index] for index in _permutation(len(training), f"shuffle/{job.seed}")]
     samples = {"dataset": dataset, "samples": tuple(training), "evaluation": tuple(evaluation)}
@@ -225,10 +228,12 @@ def _epochs(job: TrainJob, samples: int) -> int:
     return job.epochs
 
 
-def _split(config: TrainConfig, job: TrainJob, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """The samples to train on, and those held out, at least one. The job's seed has no say in which, so that jobs on
-    the same data are measured on the same samples."""
-    count = max(1, round(job.evaluation * len(samples)))
+def _split(
+    config: TrainConfig, job: TrainJob, samples: list[Sample], share: float
+) -> tuple[list[Sample], list[Sample]]:
+    """The samples to train on, and those held out, a share of them and at least one. The job's seed has no say in
+    which, so that jobs on the same data are measured on the same samples."""
+    count = max(1, round(share * len(samples)))
     if count >= len(samples):
         raise UserError(f"{_where(config, job)}: evaluation: no sample is left to train, there are {len(samples)}")
     held_out = set(_permutation(len(samples), "evaluation")[:count])

@@ -58,8 +58,6 @@ TO_BE_MENDED: dict[str, set[str]] = {
         "lorafusion.engine.worker",
     },
     "unittest_imports": {
-        "fused_lora.build",
-        "fused_lora.tune",
         "lorafusion.engine.fork_server",
     },
     "wide_modules": {
@@ -73,7 +71,6 @@ TO_BE_MENDED: dict[str, set[str]] = {
         "tests/lab/report/test_contributions.py",
     },
     "long_functions": {
-        "fused_lora.gpu.passes:input_pass_kernel",
         "lorafusion.planning.simulator.timeline:run_orders",
     },
 }

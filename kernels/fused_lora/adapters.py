@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch._subclasses import FakeTensor
 
 from fused_lora.philox import check_key, drop_threshold
 
+Tensors = Sequence[torch.Tensor]
 NO_ADAPTER = -1
 MOST_TABLES = 16  # of one module, for so many sets of scalings and dropouts
 
@@ -108,9 +110,9 @@ class AdapterTable:
     @torch.inference_mode(False)  # a table made in an evaluation serves training, too
     def of(cls, adapters: Sequence[Sequence[LoRAAdapter | None]], device: torch.device) -> AdapterTable:
         """From the adapters of each linear, None where one has no factors. Raises ValueError naming a bad one."""
-        checked = [[_settings(f"adapters[{i}]", one) for i, one in enumerate(row)] for row in adapters]
+        checked = [[_settings(f"adapters[{i}]", adapter) for i, adapter in enumerate(row)] for row in adapters]
         precision = torch.float64 if torch.device(device).type == "cpu" else torch.float32
-        ranks = tuple(tuple(one.rank if one is not None else 0 for one in row) for row in adapters)
+        ranks = tuple(tuple(adapter.rank if adapter is not None else 0 for adapter in row) for row in adapters)
         offsets, first = [], 0
         for row in ranks:
             offsets.append([first])
@@ -140,6 +142,34 @@ class AdapterTable:
         return max([0, *(rank for row in self.ranks for rank in row)])  # torch.compile knows no `default`
 
 
+class Operands(NamedTuple):
+    """The tensors of one call that belong to its adapters and its batch, for G adapters on P linears.
+
+    a [R, K]: the adapters' a stacked, linear after linear. b [sum of N_p R_p]: each [N_p, r] flat, in the same order.
+    scales [P, G]: factors or scalings of an `AdapterTable`, which also explains thresholds, keys and rank_offsets.
+    offsets, adapters, positions: as in `LoRABatch`.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scales: torch.Tensor
+    thresholds: torch.Tensor
+    keys: torch.Tensor
+    rank_offsets: torch.Tensor
+    offsets: torch.Tensor
+    adapters: torch.Tensor
+    positions: torch.Tensor
+
+
+class Settings(NamedTuple):
+    """What the host knows of the same call. ranks: the rows of a of each linear, R_p. max_rank: of any adapter.
+    masked: is there dropout?"""
+
+    ranks: list[int]
+    max_rank: int
+    masked: bool
+
+
 class AdapterTables:
     """The tables of one module's adapters, kept since making one copies to the device. A copy of it is empty.
 
@@ -152,7 +182,7 @@ class AdapterTables:
 
     def of(self, adapters: Sequence[Sequence[LoRAAdapter]], x: torch.Tensor) -> AdapterTable:
         """The table for a call with x."""
-        setting = (x.device, *((one.rank, one.scaling, one.dropout) for row in adapters for one in row))
+        setting = (x.device, *((lora.rank, lora.scaling, lora.dropout) for row in adapters for lora in row))
         table = self._kept.get(setting)
         if table is None or isinstance(x, FakeTensor):
             table = AdapterTable.of(adapters, x.device)

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
 
 from fused_lora import ops
-from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment
+from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, Operands, Settings
 from fused_lora.reference import gated
 from fused_lora.stack import AdapterStack
 
@@ -40,18 +41,19 @@ def lora_linear(
     _expect("weight", weight, 2, "[N, K]")
     tokens = x.numel() // x.shape[-1]
     end = 0
-    for index, one in enumerate(segments):
-        if not 0 <= one.adapter < len(adapters):
-            raise ValueError(f"segments[{index}]: expected an adapter in [0, {len(adapters)}), found {one.adapter}")
-        if not end <= one.start <= one.stop <= tokens:
-            span = f"[{one.start}, {one.stop})"
+    for index, segment in enumerate(segments):
+        if not 0 <= segment.adapter < len(adapters):
+            raise ValueError(f"segments[{index}]: expected an adapter in [0, {len(adapters)}), found {segment.adapter}")
+        if not end <= segment.start <= segment.stop <= tokens:
+            span = f"[{segment.start}, {segment.stop})"
             raise ValueError(f"segments[{index}]: expected a span within [{end}, {tokens}), in order, found {span}")
-        end = one.stop
-    used = sorted({one.adapter for one in segments if one.start < one.stop})
+        end = segment.stop
+    filled = [segment for segment in segments if segment.start < segment.stop]
+    used = sorted({segment.adapter for segment in filled})
     AdapterTable.of([adapters], torch.device("cpu"))  # those without tokens are checked too
     for index, adapter in enumerate(adapters):
         _check_adapter(f"adapters[{index}]", adapter, x, weight)
-    present = [LoRASegment(one.start, one.stop, used.index(one.adapter)) for one in segments if one.start < one.stop]
+    present = [replace(segment, adapter=used.index(segment.adapter)) for segment in filled]
     batch = LoRABatch.of(present, positions)
     return lora_linears(x, [weight], [bias], [[adapters[index] for index in used]], batch, training)[0]
 
@@ -82,11 +84,7 @@ def lora_linears(
     table = _table(adapters, x, table)
     if table.max_rank == 0 or not batch.adapters.numel():
         return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    flat, none = x.reshape(-1, x.shape[-1]), x.new_empty(0)
-    biases = [none if bias is None else bias for bias in biases]
-    settings = operator_arguments(adapters, batch, table, training)
-    ys = ops.run_linear(flat, list(weights), biases, *settings, keep_bits)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return _run([x], weights, biases, operator_arguments(adapters, batch, table, training), keep_bits)
 
 
 def lora_gated_linear(
@@ -114,11 +112,16 @@ def lora_gated_linear(
     table = _table(adapters, gate, table)
     if table.max_rank == 0 or not batch.adapters.numel():
         return F.linear(gated(gate, up), weight, bias)
-    bias = gate.new_empty(0) if bias is None else bias
-    flat = [one.reshape(-1, one.shape[-1]) for one in (gate, up)]
-    settings = operator_arguments(adapters, batch, table, training)
-    y = ops.run_gated_linear(*flat, weight, bias, *settings, keep_bits)
-    return y.view(*gate.shape[:-1], y.shape[-1])
+    return _run([gate, up], [weight], [bias], operator_arguments(adapters, batch, table, training), keep_bits)[0]
+
+
+def _run(inputs, weights, biases, arguments: tuple[Operands, Settings], keep_bits: bool) -> list[torch.Tensor]:
+    """The operator's y of inputs [..., K], in the shape of the inputs."""
+    shape = inputs[0].shape
+    flat, none = [x.reshape(-1, shape[-1]) for x in inputs], inputs[0].new_empty(0)
+    biases = [none if bias is None else bias for bias in biases]
+    ys = ops.run_linear(*arguments, flat, list(weights), biases, keep_bits)
+    return [y.view(*shape[:-1], y.shape[-1]) for y in ys]
 
 
 def _table(adapters, x, table: AdapterTable | None) -> AdapterTable:
@@ -128,7 +131,7 @@ def _table(adapters, x, table: AdapterTable | None) -> AdapterTable:
             raise ValueError("table: expected None, since a stack of adapters has its own")
         return adapters.table
     table = table or AdapterTable.of(adapters, x.device)
-    expected = tuple(tuple(0 if one is None else one.rank for one in row) for row in adapters)
+    expected = tuple(tuple(0 if adapter is None else adapter.rank for adapter in row) for row in adapters)
     if table.ranks != expected:
         raise ValueError(f"table: expected one of ranks {expected}, found {table.ranks}")
     return table
@@ -139,28 +142,18 @@ def operator_arguments(
     batch: LoRABatch,
     table: AdapterTable,
     training: bool,
-) -> tuple:
-    """What the operators of `ops` take after weights and biases, but for keep_bits. adapters [P][G], or their stack."""
+) -> tuple[Operands, Settings]:
+    """What the operators of `ops` take first. adapters [P][G], or their stack."""
     if isinstance(adapters, AdapterStack):
         a, b = adapters.a, adapters.b
     else:
         present = [adapter for adapter in chain.from_iterable(adapters) if adapter is not None]
         a = _stacked([adapter.a for adapter in present])
         b = _stacked([adapter.b.reshape(-1) for adapter in present])
-    return (
-        a,
-        b,
-        table.factors if training else table.scalings,
-        table.thresholds,
-        table.keys,
-        table.rank_offsets,
-        batch.offsets,
-        batch.adapters,
-        batch.positions,
-        table.total_ranks,
-        table.max_rank,
-        training and table.dropout > 0,
-    )
+    scales = table.factors if training else table.scalings
+    tables = (scales, table.thresholds, table.keys, table.rank_offsets)
+    operands = Operands(a, b, *tables, batch.offsets, batch.adapters, batch.positions)
+    return operands, Settings(table.total_ranks, table.max_rank, training and table.dropout > 0)
 
 
 def _stacked(factors: list[torch.Tensor]) -> torch.Tensor:
@@ -209,8 +202,8 @@ def _check_batch(x, batch) -> None:
         ("adapters of the batch", batch.adapters, torch.int32, ((segments,),)),
     ):
         if tensor.dtype != dtype or tuple(tensor.shape) not in shapes or tensor.device != x.device:
-            found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            raise ValueError(f"{name}: expected {dtype} {list(shapes[0])} on {x.device}, found {found}")
+            actual = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name}: expected {dtype} {list(shapes[0])} on {x.device}, found {actual}")
 
 
 def _check_stack(stack: AdapterStack, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
@@ -241,12 +234,12 @@ def _check_adapter(name: str, adapter: LoRAAdapter, x: torch.Tensor, weight: tor
 
 def _expect(name: str, tensor: torch.Tensor, dimensions: int, form: str) -> None:
     if tensor.dim() != dimensions or not tensor.is_floating_point():
-        found = f"{tensor.dtype} {list(tensor.shape)}"
-        raise ValueError(f"{name}: expected floating point {form}, found {found}")
+        actual = f"{tensor.dtype} {list(tensor.shape)}"
+        raise ValueError(f"{name}: expected floating point {form}, found {actual}")
 
 
 def _expect_like(name, tensor, x, shape, dtype=True) -> None:
     if tensor.shape != shape or tensor.device != x.device or (dtype and tensor.dtype != x.dtype):
         wanted = f"{x.dtype if dtype else 'floating point'} {list(shape)} on {x.device}"
-        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-        raise ValueError(f"{name}: expected {wanted}, found {found}")
+        actual = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name}: expected {wanted}, found {actual}")

@@ -48,22 +48,22 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.settings = tuple(settings)
-        self.keys = [mask_key(one.seed, 0, name) for one in self.settings]
+        self.keys = [mask_key(settings.seed, 0, name) for settings in self.settings]
         rows, columns = base.weight.shape
         self.lora_a, self.lora_b = nn.ParameterList(), nn.ParameterList()
-        for one, key in zip(self.settings, self.keys, strict=True):
-            a = torch.empty(one.rank, columns)
+        for adapter, key in zip(self.settings, self.keys, strict=True):
+            a = torch.empty(adapter.rank, columns)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=torch.Generator().manual_seed(key >> 1))
             self.lora_a.append(nn.Parameter(a.to(base.weight)))
-            self.lora_b.append(nn.Parameter(base.weight.new_zeros(rows, one.rank)))
+            self.lora_b.append(nn.Parameter(base.weight.new_zeros(rows, adapter.rank)))
         self._tables = AdapterTables()
 
     def forward(self, x: Tensor, batch: LoRABatch | None = None) -> Tensor:
         """y [..., N] of x [..., K]. batch: whose tokens they are; without it all are the first adapter's, with new
         masks at each call, drawn from torch's random numbers (`whole_batch`). Autocast acts as on nn.Linear."""
         adapters = [
-            LoRAAdapter(a, b, one.scaling, one.dropout, key)
-            for a, b, one, key in zip(self.lora_a, self.lora_b, self.settings, self.keys, strict=True)
+            LoRAAdapter(a, b, settings.scaling, settings.dropout, key)
+            for a, b, settings, key in zip(self.lora_a, self.lora_b, self.settings, self.keys, strict=True)
         ]
         x, weight, bias = autocasted(x, self.base.weight, self.base.bias)
         batch, table = batch or whole_batch(x), self._tables.of([adapters], x)
@@ -76,7 +76,7 @@ def autocasted(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     if not torch.is_autocast_enabled(x.device.type):
         return operands
     dtype = torch.get_autocast_dtype(x.device.type)
-    return [one if one is None or one.dtype == torch.float64 else one.to(dtype) for one in operands]
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in operands]
 
 
 def whole_batch(x: Tensor) -> LoRABatch:

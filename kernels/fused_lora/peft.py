@@ -124,7 +124,7 @@ def _grouped(names: list[str], group: bool) -> list[list[str]]:
     """Names of siblings that are computed together; the others alone."""
     groups = [[name for name in shared if name in names] for shared in SHARED_INPUTS] if group else []
     together = [names for names in groups if len(names) > 1]
-    alone = [name for name in names if not any(name in one for one in together)]
+    alone = [name for name in names if not any(name in names for names in together)]
     return [*together, *([name] for name in alone)]
 
 
@@ -175,9 +175,9 @@ def _computable(layer: Any, x: Tensor) -> bool:
     autocast = torch.is_autocast_enabled(x.device.type)
     computed = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     dtypes = (x.dtype, base.weight.dtype, a.weight.dtype, b.weight.dtype, computed)
-    known = all(dtype in KERNEL_DTYPES for dtype in dtypes) and (autocast or x.dtype == base.weight.dtype)
+    supported = all(dtype in KERNEL_DTYPES for dtype in dtypes) and (autocast or x.dtype == base.weight.dtype)
     plain = b.bias is None and base.weight.is_contiguous() and a.weight.shape[0] <= 256
-    return frozen and known and plain and x.numel() > 0
+    return frozen and supported and plain and x.numel() > 0
 
 
 def _setting(layer: Any) -> tuple[str, float, float]:

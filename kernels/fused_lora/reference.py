@@ -102,7 +102,7 @@ def gated_backward(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tu
     dup = dh silu(gate)      dgate = dh up sigmoid(gate) (1 + gate (1 - sigmoid(gate)))
     """
     dtype, wide = gate.dtype, torch.promote_types(gate.dtype, torch.float32)
-    gate, up, dh = (one.to(wide) for one in (gate, up, dh))
+    gate, up, dh = (tensor.to(wide) for tensor in (gate, up, dh))
     share = gate.sigmoid()
     dgate = dh * up * share * (1 + gate * (1 - share))
     return dgate.to(dtype), (dh * gate * share).to(dtype)

@@ -34,18 +34,22 @@ class AdapterStack:
     @torch.inference_mode(False)
     def __init__(self, adapters: Adapters) -> None:
         _check(adapters)
-        present = [one for _, one in _named(adapters)]
+        present = [adapter for _, adapter in _named(adapters)]
         self.table = AdapterTable.of(adapters, present[0].a.device)
-        self.rows = tuple(max((len(one.b) for one in row if one is not None), default=0) for row in adapters)
-        self.a = _leaf([one.a.detach() for one in present])
-        self.b = _leaf([one.b.detach().flatten() for one in present])
+        self.rows = tuple(
+            max((len(adapter.b) for adapter in row if adapter is not None), default=0) for row in adapters
+        )
+        self.a = _leaf([adapter.a.detach() for adapter in present])
+        self.b = _leaf([adapter.b.detach().flatten() for adapter in present])
         row = place = 0
-        for one in present:
-            _tie(one.a, self.a, slice(row, row + one.rank))
-            _tie(one.b, self.b, slice(place, place + one.b.numel()))
-            row, place = row + one.rank, place + one.b.numel()
+        for adapter in present:
+            _tie(adapter.a, self.a, slice(row, row + adapter.rank))
+            _tie(adapter.b, self.b, slice(place, place + adapter.b.numel()))
+            row, place = row + adapter.rank, place + adapter.b.numel()
         # A factor of each adapter: they may have optimizers of their own.
-        first = {index: one.a for row in reversed(adapters) for index, one in enumerate(row) if one is not None}
+        first = {
+            index: adapter.a for row in reversed(adapters) for index, adapter in enumerate(row) if adapter is not None
+        }
         self._watched = list(first.values())
 
     def __len__(self) -> int:
@@ -54,7 +58,7 @@ class AdapterStack:
 
     def check_gradients(self) -> None:
         """Raise RuntimeError where an adapter's gradients were set to None: its optimizer would leave it out."""
-        if any(one.grad is None for one in self._watched):
+        if any(adapter.grad is None for adapter in self._watched):
             raise RuntimeError(
                 "adapters: expected gradients zeroed in place (set_to_none=False), found them set to None"
             )
@@ -76,9 +80,9 @@ def _tie(parameter: nn.Parameter, leaf: Tensor, place: slice) -> None:
 def _named(adapters: Adapters) -> Iterator[tuple[str, LoRAAdapter]]:
     """Those with factors, linear after linear."""
     for linear, row in enumerate(adapters):
-        for index, one in enumerate(row):
-            if one is not None:
-                yield f"adapters[{linear}][{index}]", one
+        for index, adapter in enumerate(row):
+            if adapter is not None:
+                yield f"adapters[{linear}][{index}]", adapter
 
 
 def _check(adapters: Adapters) -> None:
@@ -87,13 +91,15 @@ def _check(adapters: Adapters) -> None:
     if len(set(counts)) > 1:
         raise ValueError(f"adapters: expected as many for each linear, found {counts}")
     seen: dict[int, str] = {}
-    for name, one in _named(adapters):
-        for factor, form, tensor in (("a", "[r, K]", one.a), ("b", "[N, r]", one.b)):
-            found = f"{type(tensor).__name__} of {tensor.dtype} {list(tensor.shape)}"
+    for name, adapter in _named(adapters):
+        for factor, form, tensor in (("a", "[r, K]", adapter.a), ("b", "[N, r]", adapter.b)):
+            actual = f"{type(tensor).__name__} of {tensor.dtype} {list(tensor.shape)}"
             if not isinstance(tensor, nn.Parameter) or not tensor.requires_grad or not tensor.is_floating_point():
-                raise ValueError(f"{name}.{factor}: expected a floating point Parameter that is trained, found {found}")
+                raise ValueError(
+                    f"{name}.{factor}: expected a floating point Parameter that is trained, found {actual}"
+                )
             if tensor.dim() != 2:
-                raise ValueError(f"{name}.{factor}: expected {form}, found {found}")
+                raise ValueError(f"{name}.{factor}: expected {form}, found {actual}")
             if seen.setdefault(id(tensor), f"{name}.{factor}") != f"{name}.{factor}":
                 raise ValueError(f"{name}.{factor}: expected one of its own, found {seen[id(tensor)]}")
     if not seen:
@@ -103,14 +109,17 @@ def _check(adapters: Adapters) -> None:
 
 def _check_shapes(adapters: Adapters) -> None:
     """They have the dtype, device and columns of the first, and the rows of the first on their linear."""
-    like = next(one.a for _, one in _named(adapters))
+    like = next(adapter.a for _, adapter in _named(adapters))
     for linear, row in enumerate(adapters):
-        rows = next((len(one.b) for one in row if one is not None), 0)
-        for index, one in enumerate(row):
-            if one is None:
+        rows = next((len(adapter.b) for adapter in row if adapter is not None), 0)
+        for index, adapter in enumerate(row):
+            if adapter is None:
                 continue
-            for factor, tensor, shape in (("a", one.a, (one.rank, like.shape[1])), ("b", one.b, (rows, one.rank))):
+            for factor, tensor, shape in (
+                ("a", adapter.a, (adapter.rank, like.shape[1])),
+                ("b", adapter.b, (rows, adapter.rank)),
+            ):
                 if (tensor.dtype, tensor.device, tensor.shape) != (like.dtype, like.device, shape):
                     wanted = f"{like.dtype} {list(shape)} on {like.device}, as the first"
-                    found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-                    raise ValueError(f"adapters[{linear}][{index}].{factor}: expected {wanted}, found {found}")
+                    actual = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                    raise ValueError(f"adapters[{linear}][{index}].{factor}: expected {wanted}, found {actual}")

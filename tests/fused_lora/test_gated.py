@@ -199,16 +199,12 @@ def operator_arguments(masked=True, keep_bits=True, bias=True, **changes):
     """What `lora_gated_linear` passes to the operator."""
     given = arguments(bias=bias, **changes)
     adapters = [given["adapters"]]
-    a, b, *tables = linear.operator_arguments(adapters, given["batch"], AdapterTable.of(adapters, CPU), masked)
-    return (
-        given["gate"],
-        given["up"],
-        given["weight"],
-        given["bias"] if bias else torch.empty(0, dtype=torch.float64),
-        *(factor.detach().requires_grad_() for factor in (a, b)),
-        *tables,
-        keep_bits,
-    )
+    table = AdapterTable.of(adapters, CPU)
+    operands, settings = linear.operator_arguments(adapters, given["batch"], table, masked)
+    a, b = (factor.detach().requires_grad_() for factor in (operands.a, operands.b))
+    biases = [given["bias"] if bias else torch.empty(0, dtype=torch.float64)]
+    inputs = [given["gate"], given["up"]]
+    return *operands._replace(a=a, b=b), *settings, inputs, [given["weight"]], biases, keep_bits
 
 
 CASES = {
@@ -220,25 +216,26 @@ CASES = {
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_opcheck_of_the_forward_operator(name):
-    torch.library.opcheck(torch.ops.fused_lora.gated_linear.default, operator_arguments(**CASES[name]))
+    torch.library.opcheck(torch.ops.fused_lora.linear.default, operator_arguments(**CASES[name]))
 
 
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("name", list(CASES))
 def test_opcheck_of_the_backward_operator(name, wants):
-    given = [one.detach() if isinstance(one, torch.Tensor) else one for one in operator_arguments(**CASES[name])]
-    y, s, bits = ops.gated_linear(*given)
-    backward = (y, *given[:3], *given[4:13], s, bits, *given[13:16], *wants)
+    given = tree_map_only(torch.Tensor, torch.Tensor.detach, operator_arguments(**CASES[name]))
+    ys, s, bits = ops.linear(*given)
+    *shared, inputs, weights, _, _ = given
+    backward = (*shared, ys, inputs, weights, s, bits, list(wants))
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.fused_lora.gated_linear_backward.default, backward, test_utils=utilities)
+    torch.library.opcheck(torch.ops.fused_lora.linear_backward.default, backward, test_utils=utilities)
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_fake_results_have_the_shapes_and_dtypes_of_real_ones(name):
     given = operator_arguments(**CASES[name])
-    real = ops.gated_linear(*given)
+    real = ops.linear(*given)
     with FakeTensorMode() as mode:
-        fake = ops.gated_linear(*tree_map_only(torch.Tensor, mode.from_tensor, given))
+        fake = ops.linear(*tree_map_only(torch.Tensor, mode.from_tensor, given))
     for one, other in zip(tree_leaves(fake), tree_leaves(real), strict=True):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 

@@ -71,15 +71,11 @@ def operator_arguments(masked=True, keep_bits=True, **changes):
     """What `lora_linears` passes to the operator."""
     arguments = linears(**changes)
     adapters = arguments["adapters"]
-    a, b, *tables = linear.operator_arguments(adapters, arguments["batch"], AdapterTable.of(adapters, CPU), masked)
-    return (
-        arguments["x"],
-        arguments["weights"],
-        [torch.empty(0, dtype=torch.float64) if bias is None else bias for bias in arguments["biases"]],
-        *(factor.detach().requires_grad_() for factor in (a, b)),
-        *tables,
-        keep_bits,
-    )
+    table = AdapterTable.of(adapters, CPU)
+    operands, settings = linear.operator_arguments(adapters, arguments["batch"], table, masked)
+    a, b = (factor.detach().requires_grad_() for factor in (operands.a, operands.b))
+    biases = [torch.empty(0, dtype=torch.float64) if bias is None else bias for bias in arguments["biases"]]
+    return *operands._replace(a=a, b=b), *settings, [arguments["x"]], arguments["weights"], biases, keep_bits
 
 
 CASES = {
@@ -102,11 +98,10 @@ def test_opcheck_of_the_forward_operator(name):
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("name", list(CASES))
 def test_opcheck_of_the_backward_operator(name, wants):
-    arguments = operator_arguments(**CASES[name])
-    with torch.no_grad():
-        ys, s, bits = ops.linear(*arguments)
-    x, weights, _, a, b, *tables = (one.detach() if isinstance(one, torch.Tensor) else one for one in arguments[:12])
-    backward = (ys, x, weights, a, b, *tables, s, bits, *arguments[12:15], *wants)
+    arguments = tree_map_only(torch.Tensor, torch.Tensor.detach, operator_arguments(**CASES[name]))
+    ys, s, bits = ops.linear(*arguments)
+    *shared, inputs, weights, _, _ = arguments
+    backward = (*shared, ys, inputs, weights, s, bits, list(wants))
     # The operator has no derivative, and says so: asked for in test_reference.py.
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.fused_lora.linear_backward.default, backward, test_utils=utilities)

@@ -134,6 +134,6 @@ def test_masks_drawn_on_the_gpu_are_those_of_their_definition(offset, dropout, d
     a, b = (torch.randn(shape, device="cuda", dtype=dtype) for shape in ((16, columns), (64, 16)))
     adapters = [[LoRAAdapter(a, b, 1.0, dropout, key)]]
     table, batch = AdapterTable.of(adapters, x.device), LoRABatch.of([LoRASegment(0, tokens, 0)], positions)
-    settings = operator_arguments(adapters, batch, table, training=True)
-    _, _, bits = ops.KERNELS[ops.linear, "cuda"](x, [weight], [x.new_empty(0)], *settings, True)
+    arguments = operator_arguments(adapters, batch, table, training=True)
+    _, _, bits = ops.KERNELS[ops.linear, "cuda"](*arguments, [x], [weight], [x.new_empty(0)], True)
     assert torch.equal(unpack(bits[0].cpu(), columns), wanted)

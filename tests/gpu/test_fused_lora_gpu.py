@@ -8,14 +8,15 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from unittest.mock import patch as replaced
 
 import pytest
 import torch
 
 from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRALinear, LoRASegment, LoRASettings, lora_linears
-from fused_lora.gpu import calls, choices, hopper_gemms, launch
-from fused_lora.gpu.calls import Call
+from fused_lora.gpu.host import choices, launch
+from fused_lora.gpu.host.calls import Call, launching
+from fused_lora.gpu.host.passes import draw_masks
+from fused_lora.gpu.sm90 import gemms
 from fused_lora.linear import operator_arguments
 from fused_lora.philox import keep_mask, unpack
 from lorafusion.lab.checks.kernels import MOST_ERROR, MOST_SCALE_ERROR, errors, kernels, random_problem, reference
@@ -41,7 +42,7 @@ def with_gemm(settings):
     def choose(kernel, shape, target):
         return settings if kernel in choices.GEMMS else choices.defaults(kernel, shape, target)
 
-    return replaced.object(calls, "choose", choose)
+    return launching(choose=choose)
 
 
 def skip_unless_sm_90(reason):
@@ -55,7 +56,7 @@ def of_our_gemm(monkeypatch):
     skip_unless_sm_90("our GEMM is for sm_90")
     launches = []
     for name in ("output_gemm_kernel", "input_gemm_kernel"):
-        kernel = getattr(hopper_gemms, name)
+        kernel = getattr(gemms, name)
         monkeypatch.setattr(kernel, "run", lambda *args, _run=kernel.run, **kw: launches.append(1) or _run(*args, **kw))
     return launches
 
@@ -121,15 +122,13 @@ def test_twice_the_same_bits(mixed):
 
 
 def test_masks_are_bitwise_those_of_the_reference():
-    table = AdapterTable.of([[LoRAAdapter(torch.zeros(4, 4099), torch.zeros(8, 4), 1.0, 0.3, 2**64 - 5)]], GPU)
-    positions = torch.arange(513, device=GPU) * 7 + 2**34
+    factors = torch.zeros(4, 4099, device=GPU), torch.zeros(8, 4, device=GPU)
+    adapters = [[LoRAAdapter(*factors, 1.0, 0.3, 2**64 - 5)]]
+    table, positions = AdapterTable.of(adapters, GPU), torch.arange(513, device=GPU) * 7 + 2**34
     batch = LoRABatch.of([LoRASegment(0, 513, 0)], positions)
-    x, empty = torch.zeros(513, 4099, device=GPU, dtype=torch.bfloat16), torch.zeros(4, 4099, device=GPU)
-    call = Call(
-        x, [x[:8]], empty, empty, table.factors, table.thresholds, table.keys, table.rank_offsets, batch.offsets,
-        batch.adapters, positions, table.total_ranks, table.max_rank, True,
-    )  # fmt: skip
-    ours = unpack(launch.draw_masks(call)[0], 4099)
+    x = torch.zeros(513, 4099, device=GPU, dtype=torch.bfloat16)
+    call = Call(*operator_arguments(adapters, batch, table, training=True), x, [x[:8]])
+    ours = unpack(draw_masks(call)[0], 4099)
     assert torch.equal(ours, keep_mask(2**64 - 5, positions, 4099, 0.3))
 
 
@@ -171,7 +170,7 @@ def test_the_pass_that_draws_masks_equals_two_kernels(monkeypatch, tokens, colum
     segments = [LoRASegment(*span, i) for i, span in enumerate(itertools.pairwise(borders))]
     batch = LoRABatch.of(segments, positions)
     weights, table = [normal(64, columns) for _ in ranks], AdapterTable.of(adapters, GPU)
-    call = Call(normal(tokens, columns), weights, *operator_arguments(adapters, batch, table, training=True))
+    call = Call(*operator_arguments(adapters, batch, table, training=True), normal(tokens, columns), weights)
     found = []
     for at_once in (True, False):
         monkeypatch.setattr(launch, "draws_while_projecting", lambda *_, at_once=at_once: at_once)

@@ -22,7 +22,7 @@ rule build_kernels:
         mem_mb=8000,
         device=1,
     shell:
-        "python -m fused_lora.build --jobs {threads} --out {output:q} > {log:q} 2>&1"
+        "python -m fused_lora.tools.build --jobs {threads} --out {output:q} > {log:q} 2>&1"
 
 
 # No part of any other target: the kernels read kernels/fused_lora/tuned/<gpu>.json, which this does not replace.
@@ -47,7 +47,7 @@ rule tune_kernels:
         gres="gpu:1",
         device=1,
     shell:
-        "python -m fused_lora.tune --jobs {threads} --out {output:q} > {log:q} 2>&1"
+        "python -m fused_lora.tools.tune --jobs {threads} --out {output:q} > {log:q} 2>&1"
 
 
 rule check_kernels:

@@ -1,1 +1,1 @@
-"""The Triton kernels of the LoRA linear, and how they are launched. Imported where a GPU runs them, not before."""
+"""The GPU's kernels of the LoRA linear. Imported where a GPU runs them, not before."""

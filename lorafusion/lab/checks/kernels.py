@@ -152,7 +152,7 @@ def wrong_mask_elements(problem: Problem) -> int:
     p = problem
     table, batch = AdapterTable.of([p.adapters], p.x.device), LoRABatch.of(p.segments, p.positions)
     arguments = operator_arguments([p.adapters], batch, table, training=True)
-    _, _, bits = ops.KERNELS[ops.linear, p.x.device.type](p.x, [p.weight], [p.x.new_empty(0)], *arguments, True)
+    _, _, bits = ops.KERNELS[ops.linear, p.x.device.type](*arguments, [p.x], [p.weight], [p.x.new_empty(0)], True)
     drawn = unpack(bits[0], p.x.shape[1])
     return sum(
         int((drawn[segment.start : segment.stop] != mask).sum())

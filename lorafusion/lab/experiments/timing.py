@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from fused_lora.timing import ColdClock
+from fused_lora.tools.timing import ColdClock
 
 Key = TypeVar("Key", bound=Hashable)
 WARM_UPS = 3

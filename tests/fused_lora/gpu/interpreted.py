@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
@@ -98,7 +97,7 @@ def drawn(seed: int) -> Case:
 
 
 def arguments(case: Case, dtype: torch.dtype) -> tuple:
-    """What the operators take, the same values in any dtype, x or gate and up first; and dy of each linear."""
+    """What the kernels of the forward operator take, the same values in any dtype; and dy of each linear."""
     from fused_lora import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment
     from fused_lora.linear import operator_arguments
 
@@ -122,28 +121,27 @@ def arguments(case: Case, dtype: torch.dtype) -> tuple:
     table = AdapterTable.of(adapters, torch.device("cpu"))
     positions = torch.tensor([2**32 - 9]) if case.one_position else torch.arange(tokens) * 3 + 2**32 - 9
     batch = LoRABatch.of(segments, positions)
-    a, b, scales, *tables = operator_arguments(adapters, batch, table, training=True)
+    operands, settings = operator_arguments(adapters, batch, table, training=True)
     x = normal(tokens, case.columns)
     weights = [normal(rows, case.columns, size=case.columns**-0.5) for rows in case.rows]
     biases = [normal(rows) if case.bias and index != 1 else normal(0) for index, rows in enumerate(case.rows)]
     dys = [normal(tokens, rows) for rows in case.rows]
-    common = (a, b, scales if dtype == torch.float64 else scales.float(), *tables[:6])
+    if dtype != torch.float64:
+        operands = operands._replace(scales=operands.scales.float())
     inputs = (x, normal(tokens, case.columns)) if case.gated else (x,)
-    return inputs, weights, biases, common, tuple(tables[6:]), dys
+    return operands, settings, inputs, weights, biases, dys
 
 
 def run(
     forward, backward, case: Case, dtype: torch.dtype, keep_bits: bool = True, spoilt: Iterable[int] = ()
 ) -> dict[str, Any]:
     """All results of a forward and a backward pass. spoilt: owners of rows that are no numbers."""
-    inputs, weights, biases, common, settings, dys = arguments(case, dtype)
+    operands, settings, inputs, weights, biases, dys = arguments(case, dtype)
     for tensor in (*inputs, *dys):
         tensor[rows_of(case, spoilt)] = NO_NUMBERS.repeat(tensor.shape[1])[: tensor.shape[1]].to(dtype)
-    if case.gated:
-        [dys], [weights], [biases] = dys, weights, biases
-    ys, s, bits = forward(*inputs, weights, biases, *common, *settings, keep_bits)
-    *gradients, da, db = backward(dys, *inputs, weights, *common, s, bits, *settings, True, True)
-    return {"ys": [ys] if case.gated else ys, "s": s, "bits": bits, "inputs": gradients, "da": da, "db": db}
+    ys, s, bits = forward(operands, settings, inputs, weights, biases, keep_bits)
+    gradients, da, db = backward(operands, settings, dys, inputs, weights, s, bits, [True, True])
+    return {"ys": ys, "s": s, "bits": bits, "inputs": gradients, "da": da, "db": db}
 
 
 def rows_of(case: Case, owners: Iterable[int]) -> torch.Tensor:
@@ -154,7 +152,8 @@ def rows_of(case: Case, owners: Iterable[int]) -> torch.Tensor:
 def isolation(case: Case) -> Iterator[str]:
     """What of an adapter changes, if only by a bit, when its neighbours' rows are no numbers: zero times infinity is
     none either, so that other rows must not be multiplied away."""
-    forward, backward = functions(case)
+    from fused_lora.gpu.host.launch import backward, forward
+
     clean = run(forward, backward, case, case.dtype)
     owners = list(dict.fromkeys(owner for length, owner in case.segments if length))
     for spoilt in (owners[::2], owners[1::2]):
@@ -194,7 +193,7 @@ def base(case: Case) -> dict[str, torch.Tensor]:
     """What the base linears give, exactly; nothing for the factors' gradients."""
     from fused_lora.reference import gated, gated_backward
 
-    inputs, weights, biases, _, _, dys = arguments(case, torch.float64)
+    _, _, inputs, weights, biases, dys = arguments(case, torch.float64)
     x = gated(*inputs) if case.gated else inputs[0]
     pairs = zip(weights, biases, strict=True)
     ys = {f"y{i}": F.linear(x, w, b if b.numel() else None) for i, (w, b) in enumerate(pairs)}
@@ -206,26 +205,19 @@ def root_mean_square(tensor: torch.Tensor) -> float:
     return tensor.square().mean().sqrt().item()
 
 
-def functions(case: Case) -> tuple:
-    """What launches the kernels: forward and backward."""
-    from fused_lora.gpu import gating, launch
-
-    return (gating.forward, gating.backward) if case.gated else (launch.forward, launch.backward)
-
-
 def problems(case: Case) -> list[str]:
     """What the kernels compute wrong, as the head of this file says."""
-    from fused_lora import ops
-    from fused_lora.gpu import calls, choices
+    from fused_lora import cpu
+    from fused_lora.gpu.host import choices, launch
+    from fused_lora.gpu.host.calls import launching
 
-    ours = functions(case)
-    theirs = (ops.gated_linear, ops.gated_linear_backward) if case.gated else (ops.linear, ops.linear_backward)
+    ours, theirs = (launch.forward, launch.backward), (cpu.linear, cpu.linear_backward)
 
     def choose(kernel: str, shape: choices.Shape, target: choices.Target) -> dict[str, Any]:
         split = {"splits": case.splits, "columns": 32} if kernel == "project" and case.splits > 1 else {}
         return choices.defaults(kernel, shape, target) | split
 
-    with patch.object(calls, "choose", choose):
+    with launching(choose=choose):
         kernels = run(*ours, case, case.dtype)
         again = run(*ours, case, case.dtype, keep_bits=False)
     exact, eager = (run(*theirs, case, dtype) for dtype in (torch.float64, case.dtype))
@@ -252,7 +244,7 @@ def problems(case: Case) -> list[str]:
 
 
 def unused_ranks(case: Case, s: torch.Tensor) -> Iterator[str]:
-    """Where s is not zero beyond an adapter's rank, as the GEMM of `hopper_gemms` needs it."""
+    """Where s is not zero beyond an adapter's rank, as the GEMM of `sm90.gemms` needs it."""
     for linear, ranks in enumerate(case.ranks):
         first = 0
         for length, adapter in case.segments:
@@ -262,11 +254,11 @@ def unused_ranks(case: Case, s: torch.Tensor) -> Iterator[str]:
 
 
 def padding(case: Case) -> Iterator[str]:
-    """What is wrong with the factors as the GEMM of `hopper_gemms` takes them."""
-    from fused_lora.gpu.calls import Call
+    """What is wrong with the factors as the GEMM of `sm90.gemms` takes them."""
+    from fused_lora.gpu.host.calls import Call
 
-    inputs, weights, _, common, settings, _ = arguments(case, case.dtype)
-    call, a, flat = Call(inputs[0], weights, *common, *settings), *common[:2]
+    operands, settings, inputs, weights, _, _ = arguments(case, case.dtype)
+    call, a, flat = Call(operands, settings, inputs[0], weights), operands.a, operands.b
     found_a = [call.padded_a(group) for group in call.groups()]
     wanted_a = []
     for linear, (ranks, rows) in enumerate(zip(case.ranks, case.rows, strict=True)):

@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fused_lora.gpu.hopper import (
+from fused_lora.gpu.sm90.ring import (
     COLUMNS,
     HALF,
     HALF_PRODUCT,
@@ -34,7 +34,7 @@ from fused_lora.gpu.hopper import (
     load_words,
     made_ring,
     multiply,
-    own_rows,
+    rows_of_segment,
     seen_as,
     segments_meeting,
     span,
@@ -80,7 +80,7 @@ def _output_multiplier(
             if start < stop:
                 for _chunk in range(WIDTH // s.block_type.shape[1]):
                     mbarrier.wait(filled.index(slot), phase)
-                    s_tile = own_rows(s, ring, slot, row, start, stop, PLACE, PRODUCT)
+                    s_tile = rows_of_segment(s, ring, slot, row, start, stop, PLACE, PRODUCT)
                     total = warpgroup_mma(s_tile, seen_as(w_slots, slot, b).permute((1, 0)), total)
                     fence_async_shared()
                     mbarrier.arrive(emptied.index(slot), count=1)
@@ -152,8 +152,8 @@ def _with_term(total, before, ds_tile, a_slot, words, INDEX: gl.constexpr, MASKE
         term = warpgroup_mma(ds_tile, a_slot.slice(INDEX * HALF, HALF, 1), before, use_acc=False)
         shifts = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, HALF_WORDS)))
         # Through an instruction that the compiler does not know: it would take all bits apart before the loop.
-        own = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words[INDEX]], gl.int32, is_pure=False, pack=1)
-        kept = ((own[:, :, None] >> shifts[None, None, :]) & 1).reshape((PART, HALF))
+        word = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words[INDEX]], gl.int32, is_pure=False, pack=1)
+        kept = ((word[:, :, None] >> shifts[None, None, :]) & 1).reshape((PART, HALF))
         total += gl.where(gl.convert_layout(kept, HALF_PRODUCT, assert_trivial=True) != 0, term, 0.0)
     else:
         total = warpgroup_mma(ds_tile, a_slot.slice(INDEX * HALF, HALF, 1), total)
@@ -196,7 +196,7 @@ def _input_multiplier(
                 if start < stop:
                     for _chunk in range(WIDTH // ds.block_type.shape[1]):
                         mbarrier.wait(filled.index(slot), phase)
-                        ds_tile = own_rows(ds, ring, slot, row, start, stop, PLACE, HALF_PRODUCT)
+                        ds_tile = rows_of_segment(ds, ring, slot, row, start, stop, PLACE, HALF_PRODUCT)
                         a_slot = seen_as(w_slots, slot, a)
                         left = _with_term(left, right, ds_tile, a_slot, words, 0, MASKED)
                         right = _with_term(right, left, ds_tile, a_slot, words, 1, MASKED)
@@ -216,17 +216,18 @@ def input_gemm_kernel(
     dy_0, w_0, dy_1, w_1, dy_2, w_2, dx, ds, a, bits, offsets, adapters,
     tokens, columns, inner_0, inner_1, inner_2, segments, adapter_count,
     LINEARS: gl.constexpr, MASKED: gl.constexpr, WIDTH: gl.constexpr, STEPS: gl.constexpr, GROUP: gl.constexpr,
-    SLOTS: gl.constexpr, STORES: gl.constexpr, LET_GO: gl.constexpr,
+    SLOTS: gl.constexpr, STORES: gl.constexpr, NEXT_MAY_BEGIN: gl.constexpr,
 ):  # fmt: skip
     """dx [tokens, columns] = the sum over up to three linears of dy w + m(ds a). Any grid: programs take turns.
 
     dy [tokens, inner], w [inner, columns], dx, ds [linears * tokens, WIDTH], a [linears * adapters * WIDTH, columns]
     and bits [linears * tokens, words]: tensor descriptors. The LoRA terms come first: a mask can be applied to them
-    only before anything else is added. LET_GO: the next kernel may begin once all programs have their multiprocessors;
-    what it reads before it waits for this one must be older. The other constants: as of `output_gemm_kernel`.
+    only before anything else is added. NEXT_MAY_BEGIN: the next kernel may begin once all programs have their
+    multiprocessors; what it reads before it waits for this one must be older. The other constants: as of
+    `output_gemm_kernel`.
     """
     gdc_wait()
-    if LET_GO:
+    if NEXT_MAY_BEGIN:
         gdc_launch_dependents()
     ring = made_ring(dy_0, w_0, SLOTS)
     dx_slots = gl.allocate_shared_memory(dx.dtype, [2 * STORES] + dx.block_type.shape, dx.layout)

@@ -2,7 +2,7 @@
 
 One warp, the loader, only orders copies, of all that a tile needs and in its order; two warpgroups, the multipliers,
 compute half a tile's rows each with what has arrived. They do not wait for each other, so that one multiplies while the
-other stores. Written in Gluon, Triton's lower level: `hopper_gemms` says why.
+other stores. Written in Gluon, Triton's lower level: `sm90.gemms` says why.
 """
 
 from triton.experimental import gluon
@@ -15,8 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fused_lora.gpu.choices import TILE_COLUMNS, TILE_ROWS
-
+TILE_ROWS, TILE_COLUMNS = 128, 256  # of our GEMM
 DEPTH = 64  # of a step along the inner dimension
 WARPS = 4  # of each multiplier
 REGISTERS = 168  # a thread, were all alike: three warpgroups share 64512, the loader's being the third
@@ -207,13 +206,13 @@ def multiply(
 
 
 @gluon.jit
-def own_rows(s, ring, slot, row, start, stop, PLACE: gl.constexpr, LAYOUT: gl.constexpr):
+def rows_of_segment(s, ring, slot, row, start, stop, PLACE: gl.constexpr, LAYOUT: gl.constexpr):
     """A multiplier's rows of the tile of s in a slot, in registers, rows of other segments zero."""
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2)
     tile = seen_as(ring[0], slot, s).slice(PLACE * PART, PART, 0).load(OPERAND)
     rows = row + PLACE * PART + gl.arange(0, PART, gl.SliceLayout(1, OPERAND))
-    own = (rows >= start) & (rows < stop)
-    return gl.where(own[:, None], tile, gl.zeros_like(tile))
+    inside = (rows >= start) & (rows < stop)
+    return gl.where(inside[:, None], tile, gl.zeros_like(tile))
 
 
 @gluon.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fused_lora import timing
+from fused_lora.tools import timing
 
 
 def test_the_clock_begins_after_the_cache_was_emptied_and_a_small_kernel_followed(monkeypatch):

@@ -1,8 +1,8 @@
-"""Measure the launch choices of every kernel on this GPU: `python -m fused_lora.tune`.
+"""Measure the launch choices of every kernel on this GPU: `python -m fused_lora.tools.tune`.
 
-Writes `fused_lora/tuned/<gpu>.json`, which `gpu.choices` reads: for each kernel and shape the fastest of the candidates
-below, with its time, the library GEMM's among the GEMMs, and a hash of the sources. A candidate that does not
-compile or run, or keeps registers in memory, is counted and left out. Entries of other shapes stay as they are.
+Writes `fused_lora/tuned/<gpu>.json`, which `gpu.host.choices` reads: for each kernel and shape the fastest of the
+candidates below, with its time, the library GEMM's among the GEMMs, and a hash of the sources. A candidate that does
+not compile or run, or keeps registers in memory, is counted and left out. Entries of other shapes stay as they are.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton
 from triton.runtime.jit import JITFunction
 
 from fused_lora.adapters import AdapterTable, LoRAAdapter, LoRABatch, LoRASegment, rank_width
-from fused_lora.gpu import calls, choices, gemms, launch
-from fused_lora.gpu.calls import Call
-from fused_lora.gpu.choices import Shape, own_gemm
+from fused_lora.gpu.host import choices, gemms, launch, passes
+from fused_lora.gpu.host.calls import Call, launching, target_of
+from fused_lora.gpu.host.choices import Shape, own_gemm
 from fused_lora.linear import operator_arguments
-from fused_lora.timing import ColdClock
+from fused_lora.tools.timing import ColdClock
 
 Choice = dict[str, Any]
+Choose = Callable[[str, Shape, choices.Target], Choice]
 # Sizes of the linears that adapters are trained on, (in, out): Llama-3.1-8B, Qwen2.5-32B, Llama-3.1-70B.
 LINEARS = (
     (4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096),
@@ -90,7 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: tuning needs a GPU, and torch finds none")
-    target = calls.target_of(torch.device("cuda", torch.cuda.current_device()))
+    target = target_of(torch.device("cuda", torch.cuda.current_device()))
     out = arguments.out or choices.TUNED / f"{target.slug}.json"
     kernels = [kernel for kernel in ORDER if kernel in arguments.kernels]
     tasks = [task for kernel in kernels for task in shapes(kernel, arguments)]
@@ -105,12 +105,12 @@ def measure_all(tasks: list, out: Path, target: choices.Target) -> list[dict]:
     out.parent.mkdir(parents=True, exist_ok=True)
     entries = json.loads(out.read_text())["entries"] if out.is_file() else []
     for kernel, shape, widths in tasks:
-        found = tuned(kernel, shape, widths, entries)
-        if found is None:
+        entry = tuned(kernel, shape, widths, entries)
+        if entry is None:
             print(f"{kernel} {shape}: every candidate that runs spills; no entry of its own", flush=True)
             continue
-        entries = replaced(entries, found)
-        print(_line(found), flush=True)
+        entries = replaced(entries, entry)
+        print(_line(entry), flush=True)
         out.write_text(_text(entries, target))
     return entries
 
@@ -148,17 +148,17 @@ def runner(kernel: str, shape: Shape, widths: tuple[int, ...]) -> Callable[[], N
     adapters = random_adapters(shape.ranks, inputs, widths, device)
     table = AdapterTable.of(adapters, device)
     batch = LoRABatch.of([LoRASegment(0, shape.tokens, 0)], torch.arange(shape.tokens, device=device))
-    call = Call(x, weights, *operator_arguments(adapters, batch, table, training=True))
-    bits = launch.draw_masks(call)
+    call = Call(*operator_arguments(adapters, batch, table, training=True), x, weights)
+    bits = passes.draw_masks(call)
     s = torch.randn(call.linears, call.tokens, call.width, device=device, dtype=torch.bfloat16)
     dys = [torch.randn(shape.tokens, width, device=device, dtype=torch.bfloat16) for width in widths]
     group = slice(0, len(widths))
-    no_bias, da, db, dx = x.new_empty(0), torch.empty_like(call.a), torch.empty_like(call.b), torch.empty_like(x)
+    no_bias, (da, db), dx = x.new_empty(0), call.factor_gradients(True), torch.empty_like(x)
 
     return {
-        "masks": lambda: launch.draw_masks(call),
-        "project": lambda: launch.project_masked(call, group, bits, s),
-        "output_pass": lambda: launch.output_pass(call, 0, dys[0], s, torch.empty_like(s), db),
+        "masks": lambda: passes.draw_masks(call),
+        "project": lambda: passes.project_masked(call, group, bits, s),
+        "output_pass": lambda: passes.output_pass(call, 0, dys[0], s, torch.empty_like(s), db),
         # As it runs: beside dx, whose time is in the entry's.
         "input_pass": lambda: launch.input_gradients(call, dys, s, bits, dx, da),
         "expand_output": lambda: gemms.expand_output(call, 0, s, no_bias, dys[0]),
@@ -183,15 +183,15 @@ def random_adapters(rank: int, inputs: int, widths: tuple[int, ...], device: tor
 def tuned(kernel: str, shape: Shape, widths: tuple[int, ...], entries: list[dict]) -> dict[str, Any] | None:
     """The entry of the fastest candidate, or None where all that run spill; earlier entries are the choices of the
     other kernels that it runs with. Raises what the last candidate did where none runs."""
-    run = runner(kernel, shape, widths)
+    launches = runner(kernel, shape, widths)
     graphs, spilled, error = {}, 0, None
     for index, candidate in enumerate(CANDIDATES[kernel]):
+        choose = chooser(kernel, candidate, entries)
         try:
-            with _forced(kernel, candidate, entries):
-                if spills(run):
-                    spilled += 1
-                else:
-                    graphs[index] = captured(run)
+            if spills(launches, choose):
+                spilled += 1
+            else:
+                graphs[index] = captured(launches, choose)
         except Exception as caught:  # out of shared memory, or the compiler fails: data, not an error
             error = caught
     if not graphs:
@@ -212,34 +212,33 @@ def tuned(kernel: str, shape: Shape, widths: tuple[int, ...], entries: list[dict
 @cache
 def sources_hash() -> str:
     """Sixteen hexadecimal digits that change with any of this package's modules."""
-    digest, folder = hashlib.sha256(), Path(__file__).parent
+    digest, folder = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def spills(run: Callable[[], None]) -> bool:
+def spills(launches: Callable[[], None], choose: Choose) -> bool:
     """Does one of the kernels that a function launches keep registers in memory? How much that costs is the next
-    compiler's to say, and `fused_lora.build` lets none pass."""
+    compiler's to say, and `fused_lora.tools.build` lets none pass."""
     launched = []
-    original = JITFunction.run
 
-    def note(*arguments: Any, **keywords: Any) -> Any:
-        launched.append(original(*arguments, **keywords))
-        return launched[-1]
+    def note(kernel: JITFunction) -> Callable[..., None]:
+        return lambda *arguments, **keywords: launched.append(kernel.run(*arguments, **keywords))
 
-    with patch.object(JITFunction, "run", note):
-        run()
-    return any(one.n_spills for one in launched)
+    with launching(choose=choose, run_of=note):
+        launches()
+    return any(kernel.n_spills for kernel in launched)
 
 
-def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def captured(launches: Callable[[], None], choose: Choose) -> torch.cuda.CUDAGraph:
     """A graph of a function's kernels: the host's own time does not count when it is replayed."""
-    run()
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    with launching(choose=choose):
+        launches()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            launches()
     return graph
 
 
@@ -259,15 +258,15 @@ def microseconds(graphs: dict[int, torch.cuda.CUDAGraph], repeats: int = 15) -> 
     }
 
 
-def _forced(kernel: str, candidate: Choice, entries: list[dict]):
-    """The candidate for its kernel, what was tuned before for the others, else the defaults."""
-    known = {_key_of(item): item["choice"] for item in entries}
+def chooser(kernel: str, candidate: Choice, entries: list[dict]) -> Choose:
+    """Chooses the candidate for its kernel, what was tuned before for the others, else the defaults."""
+    tuned_before = {_key_of(entry): entry["choice"] for entry in entries}
 
     def choose(name: str, shape: Shape, target: choices.Target) -> Choice:
         default = choices.defaults(name, shape, target)
-        return default | (candidate if name == kernel else known.get(_key(name, shape), {}))
+        return default | (candidate if name == kernel else tuned_before.get(_key(name, shape), {}))
 
-    return patch.object(calls, "choose", choose)
+    return choose
 
 
 def _key(kernel: str, shape: Shape) -> tuple[str, Shape]:
@@ -294,7 +293,7 @@ def compile_all(tasks: list, jobs: int) -> None:
 def _compile(task: tuple) -> None:
     kernel, shape, widths, index = task
     try:
-        with _forced(kernel, CANDIDATES[kernel][index], []):
+        with launching(choose=chooser(kernel, CANDIDATES[kernel][index], [])):
             runner(kernel, shape, widths)()
             torch.cuda.synchronize()
     except Exception:  # `tuned` counts it

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_lora import tune
-from fused_lora.gpu import choices
-from fused_lora.gpu.choices import Shape, Target
+from fused_lora.gpu.host import choices
+from fused_lora.gpu.host.calls import launch
+from fused_lora.gpu.host.choices import Shape, Target
+from fused_lora.tools import tune
 
 H200 = Target("NVIDIA H200", (9, 0), 132)
 ARGUMENTS = Namespace(tokens=[2048, 8192], ranks=[16, 64])
@@ -73,8 +74,8 @@ def measured(monkeypatch):
     """`tuned` without a GPU: what a candidate's launch does, by its index; the last to be captured is the fastest."""
     results = {}
 
-    def spills(run):
-        found = results.get(run(), False)
+    def spills(launches, choose):
+        found = results.get(launches(), False)
         if isinstance(found, Exception):
             raise found
         return found
@@ -82,7 +83,7 @@ def measured(monkeypatch):
     running = iter(range(1000))
     monkeypatch.setattr(tune, "runner", lambda *_: lambda: next(running))
     monkeypatch.setattr(tune, "spills", spills)
-    monkeypatch.setattr(tune, "captured", lambda run: None)
+    monkeypatch.setattr(tune, "captured", lambda launches, choose: None)
     monkeypatch.setattr(tune, "microseconds", lambda graphs: {index: 1000.0 - index for index in graphs})
     return results
 
@@ -106,11 +107,10 @@ def test_nothing_but_spills_is_no_entry_and_nothing_but_errors_is_an_error(measu
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (0, 2)])
-def test_a_spill_of_any_launched_kernel_counts(counts, monkeypatch):
+def test_a_spill_of_any_launched_kernel_counts(counts):
     compiled = iter([SimpleNamespace(n_spills=count) for count in counts])
-    monkeypatch.setattr(tune.JITFunction, "run", lambda self, *args, **kw: next(compiled))
-    kernel = tune.launch.masks.draw_masks_kernel
-    assert tune.spills(lambda: [kernel.run(grid=(1,), warmup=False) for _ in counts]) == any(counts)
+    kernel = SimpleNamespace(run=lambda *_, **__: next(compiled))
+    assert tune.spills(lambda: [launch(kernel, (1,)) for _ in counts], choices.choose) == any(counts)
 
 
 def test_a_part_measured_anew_leaves_the_rest_of_the_file(tmp_path, monkeypatch):

@@ -13,10 +13,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fused_lora.gpu.choices import PROJECT_COLUMNS, PROJECT_ROWS
-from fused_lora.gpu.hopper import HALF, HALF_WORDS, LOADER_REGISTERS, PART, after
-from fused_lora.gpu.masks import drawn, without_dropped
+from fused_lora.gpu.portable.masks import drawn, without_dropped
+from fused_lora.gpu.sm90.ring import HALF, HALF_WORDS, LOADER_REGISTERS, PART, after
 
+PROJECT_ROWS, PROJECT_COLUMNS = 64, 128  # of a tile, and of a step of it
 WARPS = 4  # that multiply; as many draw
 
 ROWS, STEP = gl.constexpr(PROJECT_ROWS), gl.constexpr(PROJECT_COLUMNS)
@@ -43,10 +43,10 @@ def _tile_of_segment(offsets, tile, tokens, segments, SEGMENTS: gl.constexpr):
     stops = gl.minimum(gl.load(offsets + index + 1, mask=inside, other=0), tokens)
     tiles = (stops - starts + ROWS - 1) // ROWS
     segment = gl.sum((gl.associative_scan(tiles, 0, _sum_of_two) <= tile).to(gl.int32), 0)
-    own = index == segment
+    is_segment = index == segment
     before = gl.sum(gl.where(index < segment, tiles, 0), 0)
-    first = gl.sum(gl.where(own, starts, 0), 0) + (tile - before) * ROWS
-    return segment, first, gl.minimum(first + ROWS, gl.sum(gl.where(own, stops, 0), 0))
+    first = gl.sum(gl.where(is_segment, starts, 0), 0) + (tile - before) * ROWS
+    return segment, first, gl.minimum(first + ROWS, gl.sum(gl.where(is_segment, stops, 0), 0))
 
 
 @gluon.jit
@@ -104,11 +104,11 @@ def _draw(
             threshold, key_low, key_high = settings[linear]
             keep = gl.full((ROWS, STEP_WORDS), 0xFFFFFFFF, gl.uint32, DRAWN)
             zero = gl.zeros((1, 1), gl.uint32, DRAWN)
-            found = drawn(keep, word, low, high, zero, key_low, key_high, threshold).to(gl.int32, bitcast=True)
-            word_slots.index(slot * LINEARS + linear).store(found)
+            drawn_words = drawn(keep, word, low, high, zero, key_low, key_high, threshold).to(gl.int32, bitcast=True)
+            word_slots.index(slot * LINEARS + linear).store(drawn_words)
             row = linear * gl.to_tensor(tokens).to(gl.int64) + rows
             inside = (rows < row_stop)[:, None] & (word < words)[None, :]
-            gl.store(bits + row[:, None] * words + word[None, :], found, mask=inside)
+            gl.store(bits + row[:, None] * words + word[None, :], drawn_words, mask=inside)
         mbarrier.arrive(filled.index(slot), count=1)
         slot, phase = after(slot, phase, (filled,))
 
@@ -165,15 +165,15 @@ def _multiply(
     ranks = rank + gl.arange(0, RANKS, gl.SliceLayout(0, PRODUCT))
     for linear in gl.static_range(LINEARS):
         total = sums[linear]
-        own_ranks = rank_offsets + linear * (adapter_count + 1) + adapter
-        width = gl.load(own_ranks + 1) - gl.load(own_ranks)
+        linear_offsets = rank_offsets + linear * (adapter_count + 1) + adapter
+        width = gl.load(linear_offsets + 1) - gl.load(linear_offsets)
         if WHOLE:
             scale = gl.load(scales + linear * adapter_count + adapter)
             total = gl.where((ranks < width)[None, :], total * scale, 0.0)
             width = s_width
         s_row = (gl.program_id(2) * LINEARS + linear) * gl.to_tensor(tokens).to(gl.int64) + rows
-        own = (rows < row_stop)[:, None] & (ranks < width)[None, :]
-        gl.store(target + s_row[:, None] * s_width + ranks[None, :], total.to(target.dtype.element_ty), mask=own)
+        inside = (rows < row_stop)[:, None] & (ranks < width)[None, :]
+        gl.store(target + s_row[:, None] * s_width + ranks[None, :], total.to(target.dtype.element_ty), mask=inside)
 
 
 @gluon.jit(do_not_specialize=["tokens", "segments", "adapter_count"])
@@ -196,10 +196,10 @@ def mask_and_project_kernel(
     rank = gl.program_id(1) * RANKS
     a_rows, widest = (), 0
     for linear in gl.static_range(LINEARS):
-        own_ranks = rank_offsets + linear * (adapter_count + 1) + gl.maximum(adapter, 0)
-        row = gl.load(own_ranks)
+        linear_offsets = rank_offsets + linear * (adapter_count + 1) + gl.maximum(adapter, 0)
+        row = gl.load(linear_offsets)
         a_rows = a_rows + (row + rank,)
-        widest = gl.maximum(widest, gl.load(own_ranks + 1) - row)
+        widest = gl.maximum(widest, gl.load(linear_offsets + 1) - row)
     # A tile too many, without an adapter or without ranks has no columns; where WHOLE, its rows are zeros nevertheless.
     there = (segment < segments) & (adapter >= 0)
     start = gl.program_id(2) * split_columns

@@ -12,22 +12,25 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def wait_for_the_kernel_before(OVERLAP: tl.constexpr):
-    """Comes first in every kernel but two. `output_gemm_kernel` waits before it reads s: its other operands and the
-    memory of y are older than the kernel before it; so is all that `input_pass_kernel` reads where it runs beside the
-    GEMM for dx. Where OVERLAP (sm_90 and later), a kernel is launched while the one before it ends, and waits here for
-    its results: that hides a microsecond or two of each launch."""
+    """Call first in every kernel (programmatic dependent launch). Where OVERLAP (sm_90 and later), a kernel is launched
+    while the one before it ends, and waits here for its results: that hides a microsecond or two of each launch.
+
+    Exceptions: `output_gemm_kernel` waits just before it reads s, and `input_pass_kernel` may skip the wait beside the
+    GEMM for dx. What they read earlier was finished before that kernel began."""
     if OVERLAP:
         gdc_wait()
 
 
 @triton.jit
 def let_the_next_begin(OVERLAP: tl.constexpr):
-    """Follows the wait in the passes, whose sums are added by a small kernel or used by a GEMM: these may take places
-    that become free one by one. Of other kernels only the GEMM for dx does the same, for a pass that may run beside it:
-    programs of a pass that come early crowd where there is room first, and the pass over x took 47 us instead of 29.
+    """Call after the wait in the passes over large tensors. The kernel that follows a pass is small, or is a GEMM that
+    uses its sums: its programs may take multiprocessors that become free one by one.
 
-    After the wait, so that the next kernel may read what is older than this one before a wait of its own. Beside the
-    GEMM one program of the pass waits, and the next kernel begins only after all programs have come this far."""
+    Other kernels do not call it, except the GEMM for dx, beside which a pass may run. Programs of a pass that begin
+    early crowd where there is room first: the pass over x took 47 us instead of 29.
+
+    It comes after the wait, so that the next kernel may read what is older than this one before its own wait. Beside
+    the GEMM one program of the pass waits; the next kernel begins only when all programs have called this."""
     if OVERLAP:
         gdc_launch_dependents()
 
@@ -48,10 +51,10 @@ def tile_of_segment(offsets, tile, tokens, segments, ROWS: tl.constexpr, SEGMENT
     index, starts, stops = segment_borders(offsets, tokens, segments, SEGMENTS)
     tiles = (stops - starts + ROWS - 1) // ROWS
     segment = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
-    own = index == segment
+    is_segment = index == segment
     before = tl.sum(tl.where(index < segment, tiles, 0), 0)
-    first = tl.sum(tl.where(own, starts, 0), 0) + (tile - before) * ROWS
-    return segment, first, tl.minimum(first + ROWS, tl.sum(tl.where(own, stops, 0), 0))
+    first = tl.sum(tl.where(is_segment, starts, 0), 0) + (tile - before) * ROWS
+    return segment, first, tl.minimum(first + ROWS, tl.sum(tl.where(is_segment, stops, 0), 0))
 
 
 @triton.jit

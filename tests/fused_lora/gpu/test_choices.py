@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_lora.gpu import choices
-from fused_lora.gpu.choices import (
+from fused_lora.gpu.host import choices
+from fused_lora.gpu.host.choices import (
     GEMMS,
     MOST_RANKS,
     Shape,
@@ -25,7 +25,8 @@ from fused_lora.gpu.choices import (
     project_slots,
     rank_block,
 )
-from fused_lora.tune import ORDER as KERNELS
+from fused_lora.gpu.sm90.ring import TILE_COLUMNS, TILE_ROWS
+from fused_lora.tools.tune import ORDER as KERNELS
 
 H200 = Target("NVIDIA H200", (9, 0), 132)
 A100 = Target("NVIDIA A100-SXM4-80GB", (8, 0), 108)
@@ -227,7 +228,7 @@ def test_our_gemm_has_as_few_programs_as_take_no_longer(tokens, columns, program
 
 @given(st.integers(1, 2**18), st.integers(1, 2**17))
 def test_the_programs_of_our_gemm_take_no_more_turns(tokens, columns):
-    tiles = -(-tokens // choices.TILE_ROWS) * -(-columns // choices.TILE_COLUMNS)
+    tiles = -(-tokens // TILE_ROWS) * -(-columns // TILE_COLUMNS)
     programs = choices.gemm_programs(tokens, columns, H200)
     assert 1 <= programs <= H200.processors
     assert -(-tiles // programs) == -(-tiles // H200.processors)

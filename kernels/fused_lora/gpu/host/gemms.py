@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.gpu import hopper_gemms, products
-from fused_lora.gpu.calls import MOST_LINEARS, Call, cdiv, fetchable, gluon_described, part_of
-from fused_lora.gpu.choices import OWN, TILE_COLUMNS, TILE_ROWS, gemm_programs, rank_block
-from fused_lora.gpu.hopper import DEPTH, REGISTERS, WARPS
+from fused_lora.gpu.host.calls import MOST_LINEARS, Call, cdiv, fetchable, gluon_described, launch, part_of
+from fused_lora.gpu.host.choices import OWN, gemm_programs, rank_block
+from fused_lora.gpu.portable import products
+from fused_lora.gpu.sm90 import gemms as sm90
+from fused_lora.gpu.sm90.ring import DEPTH, REGISTERS, TILE_COLUMNS, TILE_ROWS, WARPS
 
 RANK_CHUNK = 32  # ranks that our GEMM takes at a time: half a slot, and few steps for the usual ranks
 
@@ -27,7 +28,8 @@ def output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
         torch.addmm(y, call.x, weight.t(), out=y)
         return
     b, chunk = call.padded_b(linear), _chunk(call.width)
-    hopper_gemms.output_gemm_kernel[(gemm_programs(call.tokens, columns, call.target),)](
+    launch(
+        sm90.output_gemm_kernel, (gemm_programs(call.tokens, columns, call.target),),
         gluon_described(call.x, TILE_ROWS, DEPTH), gluon_described(weight, TILE_COLUMNS, DEPTH),
         gluon_described(y, TILE_ROWS // 2, TILE_COLUMNS // choice["slices"]),
         gluon_described(s[linear], TILE_ROWS, chunk), gluon_described(b, TILE_COLUMNS, chunk), bias, *call.batch,
@@ -37,18 +39,18 @@ def output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
 
 
 def input_product(
-    call: Call, group: slice, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, dx: Tensor, let_go: bool = False
+    call: Call, group: slice, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, dx: Tensor, next_may_begin: bool = False
 ) -> bool:
     """Fill dx with the sum over a group of linears, or add it where an earlier group has filled it.
 
-    let_go: the next kernel may begin beside this one, if it can be told so. Returns whether it was."""
+    next_may_begin: let the next kernel begin while this one runs, if it is ours. Returns whether it may."""
     weights, dys, first_group = call.weights[group], dys[group], group.start == 0
     inner = [weight.shape[0] for weight in weights]
     choice = call.choice("input", call.columns, sum(inner), len(inner))
     words = [part_of(bits, group).flatten(0, 1)] if call.masked else []
     if choice["gemm"] == OWN and first_group and _takes(*dys, *weights, dx, *words):
-        _own_input_product(call, group, choice, dys, ds, words, dx, let_go)
-        return let_go
+        _own_input_product(call, group, choice, dys, ds, words, dx, next_may_begin)
+        return next_may_begin
     if first_group:
         expand_input(call, group, ds, bits, dx)
     else:
@@ -62,23 +64,24 @@ def input_product(
 
 def _own_input_product(
     call: Call, group: slice, choice: Mapping[str, Any], dys: Sequence[Tensor], ds: Tensor, words: list[Tensor],
-    dx: Tensor, let_go: bool,
+    dx: Tensor, next_may_begin: bool,
 ) -> None:  # fmt: skip
     weights = call.weights[group]
     linears, chunk = len(weights), _chunk(call.width)
     described = [
-        one
+        descriptor
         for dy, weight in zip(dys, weights, strict=True)
-        for one in (gluon_described(dy, TILE_ROWS, DEPTH), gluon_described(weight, DEPTH, TILE_COLUMNS))
+        for descriptor in (gluon_described(dy, TILE_ROWS, DEPTH), gluon_described(weight, DEPTH, TILE_COLUMNS))
     ]  # fmt: skip
     inner, missing = [weight.shape[0] for weight in weights], MOST_LINEARS - linears
     described_ds = gluon_described(ds[group].flatten(0, 1), TILE_ROWS, chunk)
     described_words = gluon_described(words[0], TILE_ROWS, TILE_COLUMNS // 32) if words else described_ds
-    hopper_gemms.input_gemm_kernel[(gemm_programs(call.tokens, call.columns, call.target),)](
+    launch(
+        sm90.input_gemm_kernel, (gemm_programs(call.tokens, call.columns, call.target),),
         *described, *described[:2] * missing, gluon_described(dx, TILE_ROWS // 2, TILE_COLUMNS // choice["slices"]),
         described_ds, gluon_described(call.padded_a(group), chunk, TILE_COLUMNS), described_words, *call.batch,
         call.tokens, call.columns, *inner, *inner[:1] * missing, call.segments, call.adapter_count,
-        LINEARS=linears, MASKED=call.masked, LET_GO=let_go,
+        LINEARS=linears, MASKED=call.masked, NEXT_MAY_BEGIN=next_may_begin,
         # A loop over the segments, if only of one: without it the compiler spills the terms of several linears.
         STEPS=max(_halvings(call.segments), int(linears > 1)), **_settings(call, choice),
     )  # fmt: skip
@@ -87,10 +90,11 @@ def _own_input_product(
 def expand_output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
     """Fill y of one linear with what is not the base's product."""
     columns = call.weights[linear].shape[0]
-    choice = call.choice("expand_output", columns)
+    lora, choice = call.operands, call.choice("expand_output", columns)
     grid = (cdiv(call.tokens, choice["rows"]), cdiv(columns, choice["columns"]))
-    products.expand_output_kernel[grid](
-        y, s[linear], call.b_of(linear, call.b), bias, call.rank_offsets[linear], *call.batch, call.tokens, columns,
+    launch(
+        products.expand_output_kernel, grid,
+        y, s[linear], call.b_of(linear, lora.b), bias, lora.rank_offsets[linear], *call.batch, call.tokens, columns,
         call.width, call.segments, HAS_BIAS=bias.numel() > 0, PRECISION=call.precision, SEGMENTS=call.segment_block,
         RANKS=rank_block(call.max_rank, 32), ROWS=choice["rows"], COLUMNS=choice["columns"],
         num_warps=choice["warps"], **call.overlap,
@@ -100,10 +104,11 @@ def expand_output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -
 def expand_input(call: Call, group: slice, ds: Tensor, bits: Tensor, dx: Tensor) -> None:
     """Fill dx with what is not the bases' products, of a group of linears."""
     linears = group.stop - group.start
-    choice = call.choice("expand_input", call.columns, linears=linears)
+    lora, choice = call.operands, call.choice("expand_input", call.columns, linears=linears)
     grid = (cdiv(call.tokens, choice["rows"]), cdiv(call.columns, choice["columns"]))
-    products.expand_input_kernel[grid](
-        dx, ds[group], call.a, part_of(bits, group), call.rank_offsets[group], *call.batch, call.tokens, call.columns,
+    launch(
+        products.expand_input_kernel, grid,
+        dx, ds[group], lora.a, part_of(bits, group), lora.rank_offsets[group], *call.batch, call.tokens, call.columns,
         call.width, call.words, call.segments, call.adapter_count, LINEARS=linears, MASKED=call.masked,
         PRECISION=call.precision, SEGMENTS=call.segment_block, RANKS=rank_block(call.max_rank, 32),
         ROWS=choice["rows"], COLUMNS=choice["columns"], num_warps=choice["warps"], **call.overlap,
@@ -134,4 +139,4 @@ def _halvings(segments: int) -> int:
 
 def _takes(*tensors: Tensor) -> bool:
     """May our GEMM take them? It wants 16-bit numbers; the mask's words have 32."""
-    return all((one.element_size() == 2 or one.dtype == torch.int32) and fetchable(one) for one in tensors)
+    return all((tensor.element_size() == 2 or tensor.dtype == torch.int32) and fetchable(tensor) for tensor in tensors)

@@ -7,8 +7,9 @@ import torch
 import triton
 from triton.experimental.gluon import language as gl
 
-from fused_lora.gpu import calls, choices
-from fused_lora.gpu.calls import Call
+from fused_lora.adapters import Operands, Settings
+from fused_lora.gpu.host import calls, choices
+from fused_lora.gpu.host.calls import Call, launching
 
 
 def made(tokens=8, columns=16, rows=(24, 8), ranks=(5, 3)):
@@ -17,8 +18,8 @@ def made(tokens=8, columns=16, rows=(24, 8), ranks=(5, 3)):
     b = torch.arange(float(sum(one * rank for one, rank in zip(rows, ranks, strict=True))))
     table = [torch.zeros(len(rows), 1)] * 3 + [torch.zeros(len(rows), 2)]
     batch = torch.zeros(2), torch.zeros(1), torch.zeros(tokens)
-    return Call(torch.zeros(tokens, columns), weights, torch.zeros(sum(ranks), columns), b, *table, *batch,
-                list(ranks), max(ranks), True)  # fmt: skip
+    operands = Operands(torch.zeros(sum(ranks), columns), b, *table, *batch)
+    return Call(operands, Settings(list(ranks), max(ranks), True), torch.zeros(tokens, columns), weights)
 
 
 def test_sizes_are_those_that_triton_computes():
@@ -29,35 +30,35 @@ def test_sizes_are_those_that_triton_computes():
 
 def test_each_linear_has_its_part_of_b():
     call = made()
-    parts = [call.b_of(linear, call.b).tolist() for linear in range(2)]
+    parts = [call.b_of(linear, call.operands.b).tolist() for linear in range(2)]
     assert parts == [list(range(120)), list(range(120, 144))]
 
 
-def test_a_choice_is_made_once_and_cannot_be_changed(monkeypatch):
+def test_a_choice_is_made_once_and_cannot_be_changed():
     asked = []
 
     def choose(kernel, shape, target):
         asked.append((kernel, shape))
         return choices.defaults(kernel, shape, target)
 
-    monkeypatch.setattr(calls, "choose", choose)
-    first, again = made().choice("project", 16, linears=2), made().choice("project", 16, linears=2)
+    with launching(choose=choose):
+        first, again, other = (made(tokens).choice("project", 16, linears=2) for tokens in (8, 8, 9))
     assert first is again
-    assert asked == [("project", choices.Shape(8, 16, 0, 2, 16, 32, True))]
+    assert first is not other
+    assert asked == [("project", choices.Shape(tokens, 16, 0, 2, 16, 32, True)) for tokens in (8, 9)]
     assert first == choices.defaults(*asked[0], calls.target_of(torch.device("cpu")))
     with pytest.raises(TypeError):
         first["rows"] = 1
-    made(tokens=9).choice("project", 16, linears=2)
-    assert len(asked) == 2
 
 
-def test_who_chooses_otherwise_is_asked_anew(monkeypatch):
-    """As the tuner does for each candidate."""
-    found = []
+def test_who_chooses_otherwise_is_asked_anew():
+    """As the tuner does for each candidate, with a call that is made before."""
+    call, chosen = made(), []
     for rows in (1, 2):
-        monkeypatch.setattr(calls, "choose", lambda *_, rows=rows: {"rows": rows})
-        found.append(made().choice("masks", 16)["rows"])
-    assert found == [1, 2]
+        with launching(choose=lambda *_, rows=rows: {"rows": rows}):
+            chosen.append(call.choice("masks", 16)["rows"])
+    assert chosen == [1, 2]
+    assert call.choice("masks", 16)["rows"] == choices.defaults("masks", choices.Shape(8, 16), call.target)["rows"]
 
 
 @pytest.mark.parametrize("dtype", list(calls.GLUON_TYPES))

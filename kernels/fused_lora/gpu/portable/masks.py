@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fused_lora import philox
-from fused_lora.gpu.segments import adapters_of_rows, wait_for_the_kernel_before
+from fused_lora.gpu.portable.segments import adapters_of_rows, wait_for_the_kernel_before
 
 ROUNDS = tl.constexpr(philox.ROUNDS)
 MULTIPLIER_0, MULTIPLIER_1 = (tl.constexpr(value) for value in philox.MULTIPLIERS)
@@ -71,14 +71,14 @@ def draw_masks_kernel(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     linear = tl.program_id(2)
     adapter = adapters_of_rows(offsets, adapters, rows, tokens, segments, SEGMENTS)
-    known = adapter >= 0
+    has_adapter = adapter >= 0
     setting = linear * adapter_count + adapter
-    threshold = tl.load(thresholds + setting, mask=known, other=0)[:, None]  # 0 keeps everything
-    key = tl.load(keys + setting, mask=known, other=0)[:, None]
+    threshold = tl.load(thresholds + setting, mask=has_adapter, other=0)[:, None]  # 0 keeps everything
+    key = tl.load(keys + setting, mask=has_adapter, other=0)[:, None]
     if POSITION_STRIDE == 0:
         position = (tl.load(positions) + rows)[:, None]
     else:
-        position = tl.load(positions + rows, mask=known, other=0)[:, None]
+        position = tl.load(positions + rows, mask=has_adapter, other=0)[:, None]
     key_0, key_1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
     keep = tl.full((ROWS, COLUMNS), 0xFFFFFFFF, tl.uint32)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -12,11 +15,13 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_lora.adapters import rank_width
-from fused_lora.gpu import products
-from fused_lora.gpu.choices import Shape, Target, choose
+from fused_lora.adapters import Operands, Settings, rank_width
+from fused_lora.gpu.host import choices
+from fused_lora.gpu.host.choices import Shape, Target
+from fused_lora.gpu.portable import products
 from fused_lora.philox import word_count
 
 INTERPRETER = "interpreter"
@@ -33,6 +38,43 @@ def target_of(device: torch.device) -> Target:
         return Target(INTERPRETER, (0, 0), 4)
     properties = torch.cuda.get_device_properties(device)
     return Target(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What is asked before a kernel is launched. The tools and tests put others in the place of these functions.
+
+    choose: the launch settings of a kernel. target_of: the GPU that a tensor's device is. run_of: a kernel's method
+    that launches it.
+    """
+
+    choose: Callable[[str, Shape, Target], dict[str, Any]] = choices.choose
+    target_of: Callable[[torch.device], Target] = target_of
+    run_of: Callable[[JITFunction], Callable] = attrgetter("run")
+
+
+_launcher = Launcher()
+
+
+@contextmanager
+def launching(**replacements: Callable) -> Iterator[None]:
+    """Launch with replacements of the `Launcher`'s functions, in all threads: the backward pass has its own."""
+    global _launcher
+    before = _launcher
+    _launcher = Launcher(**replacements)
+    try:
+        yield
+    finally:
+        _launcher = before
+
+
+def target_for(x: Tensor) -> Target:
+    """The GPU that kernels for x are launched on."""
+    return _launcher.target_of(x.device)
+
+
+def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    _launcher.run_of(kernel)(*arguments, grid=grid, warmup=False, **settings)
 
 
 def cdiv(size: int, part: int) -> int:
@@ -60,29 +102,28 @@ def overlap_of(target: Target) -> dict:
 class Call:
     """The arguments that every kernel of one call shares, and sizes derived from them."""
 
-    def __init__(self, x, weights, a, b, scales, thresholds, keys, rank_offsets, offsets, adapters, positions, ranks,
-                 max_rank, masked) -> None:  # fmt: skip
-        self.x, self.weights, self.a, self.b = aligned(x), weights, a, b
-        self.a_like_x = aligned(a.to(x.dtype))
-        self.scales, self.thresholds, self.keys, self.rank_offsets = scales, thresholds, keys, rank_offsets
-        self.offsets, self.adapters, self.positions = offsets, adapters, positions
-        self.ranks, self.max_rank, self.masked = ranks, max_rank, masked
-        self.borders_of_b = [0, *accumulate(w.shape[0] * r for w, r in zip(weights, ranks, strict=True))]
+    def __init__(self, operands: Operands, settings: Settings, x: Tensor, weights: Sequence[Tensor]) -> None:
+        self.operands, self.x, self.weights = operands, aligned(x), weights
+        self.ranks, self.max_rank, self.masked = settings
+        self.a_like_x = aligned(operands.a.to(x.dtype))
+        self.batch = (operands.offsets, operands.adapters)
+        self.borders_of_b = [0, *accumulate(w.shape[0] * r for w, r in zip(weights, self.ranks, strict=True))]
         self.tokens, self.columns = x.shape
-        self.linears, self.adapter_count = scales.shape
-        self.segments = adapters.shape[0]
+        self.linears, self.adapter_count = operands.scales.shape
+        self.segments = operands.adapters.shape[0]
         self.segment_block = power_of_2(self.segments)
         self.words = word_count(self.columns)
-        self.position_stride = int(len(positions) == self.tokens)  # 0 where positions hold the first row's alone
-        self.width = rank_width(max_rank)
-        self.target = target_of(x.device)
+        # 0 where positions hold the first row's alone
+        self.position_stride = int(len(operands.positions) == self.tokens)
+        self.width = rank_width(self.max_rank)
+        self.target = target_for(x)
         self.overlap = overlap_of(self.target)
         self.bits = 8 * x.element_size()  # of an element
         self.precision = "ieee" if x.dtype == torch.float32 else "tf32"
 
     def choice(self, kernel: str, columns: int, inner: int = 0, linears: int = 1) -> Mapping[str, Any]:
         sizes = (self.tokens, columns, inner, linears, self.width, self.bits, self.masked)
-        return _chosen(choose, kernel, self.target, *sizes)
+        return _chosen(_launcher.choose, kernel, self.target, *sizes)
 
     def pass_settings(self, choice: Mapping[str, Any]) -> dict:
         return {
@@ -110,15 +151,16 @@ class Call:
 
     def factor_gradients(self, wanted: bool) -> list[Tensor]:
         """Memory for da and db; empty where they are not wanted."""
-        return [torch.empty_like(one) if wanted else one.new_empty(0) for one in (self.a, self.b)]
+        factors = (self.operands.a, self.operands.b)
+        return [torch.empty_like(factor) if wanted else factor.new_empty(0) for factor in factors]
 
     def padded_b(self, linear: int) -> Tensor:
         """One linear's b in x's dtype, [adapters * N, width]: ranks beyond an adapter's own are zero."""
-        columns, b = self.weights[linear].shape[0], self.b_of(linear, self.b)
+        columns, b = self.weights[linear].shape[0], self.b_of(linear, self.operands.b)
         if self.ranks[linear] == self.adapter_count * self.width:
             return aligned(b.to(self.x.dtype).view(-1, self.width))
         padded = self.x.new_empty(self.adapter_count * columns, self.width)
-        self._pad(b, padded, self.rank_offsets[linear : linear + 1], columns, INPUT=False)
+        self._pad(b, padded, slice(linear, linear + 1), columns, INPUT=False)
         return padded
 
     def padded_a(self, group: slice) -> Tensor:
@@ -128,19 +170,16 @@ class Call:
         if last - first == rows:
             return self.a_like_x[first:last]
         padded = self.x.new_empty(rows, self.columns)
-        self._pad(self.a, padded, self.rank_offsets[group], self.columns, INPUT=True)
+        self._pad(self.operands.a, padded, group, self.columns, INPUT=True)
         return padded
 
-    def _pad(self, factor: Tensor, padded: Tensor, rank_offsets: Tensor, columns: int, INPUT: bool) -> None:
-        grid = (cdiv(columns, 64), self.adapter_count, len(rank_offsets))
-        products.pad_kernel[grid](
+    def _pad(self, factor: Tensor, padded: Tensor, group: slice, columns: int, INPUT: bool) -> None:
+        rank_offsets = self.operands.rank_offsets[group]
+        launch(
+            products.pad_kernel, (cdiv(columns, 64), self.adapter_count, len(rank_offsets)),
             factor, padded, rank_offsets, columns, self.adapter_count, self.width, INPUT=INPUT,
             RANKS=power_of_2(self.width), COLUMNS=64, num_warps=4, **self.overlap,
         )  # fmt: skip
-
-    @property
-    def batch(self) -> tuple[Tensor, Tensor]:
-        return self.offsets, self.adapters
 
     def groups(self) -> list[slice]:
         """The linears, as many at a time as one kernel takes."""

@@ -8,8 +8,8 @@ the L2 cache, where atomics would give other bits each time. Shapes are told in 
 import triton
 import triton.language as tl
 
-from fused_lora.gpu.masks import loaded_words, masked
-from fused_lora.gpu.segments import (
+from fused_lora.gpu.portable.masks import loaded_words, masked
+from fused_lora.gpu.portable.segments import (
     adapters_of_rows,
     let_the_next_begin,
     tile_of_segment,
@@ -23,6 +23,25 @@ def _rank_range(rank_offsets, adapter):
     """First row of a, and rank, of one adapter; rank_offsets: of one linear."""
     first = tl.load(rank_offsets + adapter)
     return first, tl.load(rank_offsets + adapter + 1) - first
+
+
+@triton.jit
+def _rank_ranges(rank_offsets, adapter, adapter_count, LINEARS: tl.constexpr):
+    """The same of each linear, as tuples, and the largest rank."""
+    rows_of_a, ranks, widest = (), (), 0
+    for linear in tl.static_range(LINEARS):
+        row, rank = _rank_range(rank_offsets + linear * (adapter_count + 1), adapter)
+        rows_of_a, ranks, widest = rows_of_a + (row,), ranks + (rank,), tl.maximum(widest, rank)
+    return rows_of_a, ranks, widest
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums that begin: a tuple of float32 [HEIGHT, WIDTH]."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + (tl.zeros((HEIGHT, WIDTH), tl.float32),)
+    return sums
 
 
 @triton.jit
@@ -57,21 +76,12 @@ def _finish_rows(
     there = (rows < tokens)[:, None] & (ranks < s_width)[None, :]
     total = _sum_of_parts(parts, count, part_size, place, there, ROWS, WIDTH)
     adapter = adapters_of_rows(offsets, adapters, rows, tokens, segments, SEGMENTS)
-    known = adapter >= 0
-    end = tl.load(rank_offsets + adapter + 1, mask=known, other=0)
-    rank = end - tl.load(rank_offsets + adapter, mask=known, other=0)
-    scale = tl.load(scales + adapter, mask=known, other=0.0)[:, None]
+    has_adapter = adapter >= 0
+    end = tl.load(rank_offsets + adapter + 1, mask=has_adapter, other=0)
+    rank = end - tl.load(rank_offsets + adapter, mask=has_adapter, other=0)
+    scale = tl.load(scales + adapter, mask=has_adapter, other=0.0)[:, None]
     total = tl.where(ranks[None, :] < rank[:, None], total * scale, 0.0)
-    tl.store(target + place, total.to(target.dtype.element_ty), mask=known[:, None] & there)
-
-
-@triton.jit
-def _store_projected(target, total, scales, adapter, own, ranks, rank, s_width, WHOLE: tl.constexpr):
-    """Store one linear's part of `project_kernel`: the sum of a split, or scaled and with zeros beyond the rank."""
-    if WHOLE:
-        total = tl.where((ranks < rank)[None, :], total * tl.load(scales + adapter).to(tl.float32), 0.0)
-        rank = s_width
-    tl.store(target, total.to(target.dtype.element_ty), mask=own[:, None] & (ranks < rank)[None, :])
+    tl.store(target + place, total.to(target.dtype.element_ty), mask=has_adapter[:, None] & there)
 
 
 @triton.jit(do_not_specialize=["tokens", "segments", "adapter_count"])
@@ -98,41 +108,32 @@ def project_kernel(
         return
     rows = first + tl.arange(0, ROWS)
     rank = tl.program_id(1) * RANKS
-    row_0, rank_0 = _rank_range(rank_offsets, adapter)
-    row_1, rank_1, row_2, rank_2 = row_0, rank_0, row_0, rank_0
-    if LINEARS > 1:
-        row_1, rank_1 = _rank_range(rank_offsets + adapter_count + 1, adapter)
-    if LINEARS > 2:
-        row_2, rank_2 = _rank_range(rank_offsets + 2 * (adapter_count + 1), adapter)
-    if not WHOLE and rank >= tl.maximum(rank_0, tl.maximum(rank_1, rank_2)):
+    rows_of_a, widths, widest = _rank_ranges(rank_offsets, adapter, adapter_count, LINEARS)
+    if not WHOLE and rank >= widest:
         return  # where WHOLE, the zeros of an adapter without factors on these linears are written here, too
-    sum_0 = tl.zeros((ROWS, RANKS), tl.float32)
-    sum_1 = tl.zeros((ROWS, RANKS), tl.float32)
-    sum_2 = tl.zeros((ROWS, RANKS), tl.float32)
+    sums = _zeros(LINEARS, ROWS, RANKS)
     plane = tl.cast(tokens, tl.int64) * words
     start = tl.program_id(2) * split_columns
     # Rows of the next segment and ranks of the next adapter may be among those loaded: they meet no others, and their
     # sums are not stored.
     for column in range(start, tl.minimum(start + split_columns, columns), COLUMNS):
-        tile = x.load([first, column])
-        kept_x = _dropped(tile, bits, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
-        sum_0 = tl.dot(kept_x, a.load([row_0 + rank, column]).T, sum_0, input_precision=PRECISION)
-        if LINEARS > 1:
-            kept_x = _dropped(tile, bits + plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
-            sum_1 = tl.dot(kept_x, a.load([row_1 + rank, column]).T, sum_1, input_precision=PRECISION)
-        if LINEARS > 2:
-            kept_x = _dropped(tile, bits + 2 * plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
-            sum_2 = tl.dot(kept_x, a.load([row_2 + rank, column]).T, sum_2, input_precision=PRECISION)
-    own = rows < stop
+        tile, added = x.load([first, column]), ()
+        for linear in tl.static_range(LINEARS):
+            kept_x = _dropped(tile, bits + linear * plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
+            a_tile = a.load([rows_of_a[linear] + rank, column]).T
+            added = added + (tl.dot(kept_x, a_tile, sums[linear], input_precision=PRECISION),)
+        sums = added
+    inside = rows < stop
     ranks = rank + tl.arange(0, RANKS)
     s_plane = tl.cast(tokens, tl.int64) * s_width
     place = target + tl.program_id(2) * LINEARS * s_plane + rows.to(tl.int64)[:, None] * s_width + ranks[None, :]
-    _store_projected(place, sum_0, scales, adapter, own, ranks, rank_0, s_width, WHOLE)
-    if LINEARS > 1:
-        _store_projected(place + s_plane, sum_1, scales + adapter_count, adapter, own, ranks, rank_1, s_width, WHOLE)
-    if LINEARS > 2:
-        place += 2 * s_plane
-        _store_projected(place, sum_2, scales + 2 * adapter_count, adapter, own, ranks, rank_2, s_width, WHOLE)
+    for linear in tl.static_range(LINEARS):
+        total, width = sums[linear], widths[linear]
+        if WHOLE:
+            scale = tl.load(scales + linear * adapter_count + adapter).to(tl.float32)
+            total, width = tl.where((ranks < width)[None, :], total * scale, 0.0), s_width
+        mask = inside[:, None] & (ranks < width)[None, :]
+        tl.store(place + linear * s_plane, total.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "segments", "adapter_count", "splits"])
@@ -193,15 +194,15 @@ def output_pass_kernel(
         tl.store(ds_own + rows.to(tl.int64)[:, None] * s_width + ranks[None, :], ds, mask=(ranks < rank)[None, :])
     if whole < stop:  # the next segment's rows among the last must not be added, not even as zero times infinity
         rows = whole + tl.arange(0, ROWS)
-        own = (rows < stop)[:, None]
+        inside = (rows < stop)[:, None]
         dy_tile = dy.load([whole, column])
-        dy_tile = tl.where(own, dy_tile, tl.zeros_like(dy_tile))
+        dy_tile = tl.where(inside, dy_tile, tl.zeros_like(dy_tile))
         s_tile = s.load([whole, rank_first])
-        s_tile = tl.where(own, s_tile, tl.zeros_like(s_tile))
+        s_tile = tl.where(inside, s_tile, tl.zeros_like(s_tile))
         ds = tl.dot(dy_tile, b_tile, input_precision=PRECISION)
         db_sum = tl.dot(dy_tile.T, s_tile, db_sum, input_precision=PRECISION)
         place = rows.to(tl.int64)[:, None] * s_width + ranks[None, :]
-        tl.store(ds_own + place, ds, mask=own & (ranks < rank)[None, :])
+        tl.store(ds_own + place, ds, mask=inside & (ranks < rank)[None, :])
     db_own = db_parts + tile.to(tl.int64) * columns * s_width
     tl.store(db_own + cols[:, None] * s_width + ranks[None, :], db_sum, mask=factor)
 
@@ -214,13 +215,13 @@ def _sum_of_tiles(
     """The partial sums of all row tiles of one adapter, in their order: float32 [HEIGHT, WIDTH]."""
     total = tl.zeros((HEIGHT, WIDTH), tl.float32)
     index = tl.arange(0, SEGMENTS)
-    own = (tl.load(adapters + index, mask=index < segments, other=-1) == adapter) & (index < segments)
-    segment = tl.min(tl.where(own, index, SEGMENTS), 0)
+    of_adapter = (tl.load(adapters + index, mask=index < segments, other=-1) == adapter) & (index < segments)
+    segment = tl.min(tl.where(of_adapter, index, SEGMENTS), 0)
     while segment < SEGMENTS:  # once, but for an adapter in several segments
         before, count = tiles_before(offsets, segment, tokens, segments, CHUNK, SEGMENTS)
         first = parts + before.to(tl.int64) * part_size
         total += _sum_of_parts(first, count, part_size, place, inside, HEIGHT, WIDTH)
-        segment = tl.min(tl.where(own & (index > segment), index, SEGMENTS), 0)
+        segment = tl.min(tl.where(of_adapter & (index > segment), index, SEGMENTS), 0)
     return total
 
 
@@ -275,22 +276,45 @@ def _is_last_program():
     return last & (tl.program_id(1) == tl.num_programs(1) - 1) & (tl.program_id(2) == tl.num_programs(2) - 1)
 
 
+@triton.jit
+def _add_rows(
+    sums, x, ds, bits, row, stop, column, rank_first, words, tokens,
+    LINEARS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The sums of `input_pass_kernel` with those of ROWS rows added. LAST: rows from `stop` are the next segment's, and
+    must not be added, not even as zero times infinity."""
+    rows = row + tl.arange(0, ROWS)
+    inside = (rows < stop)[:, None]
+    plane = tl.cast(tokens, tl.int64) * words
+    x_tile, added = x.load([row, column]), ()
+    if LAST:
+        x_tile = tl.where(inside, x_tile, tl.zeros_like(x_tile))
+    for linear in tl.static_range(LINEARS):
+        kept_x = _dropped(x_tile, bits + linear * plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
+        ds_tile = ds.load([linear * tokens + row, rank_first])
+        if LAST:
+            ds_tile = tl.where(inside, ds_tile, tl.zeros_like(ds_tile))
+        added = added + (tl.dot(ds_tile.T, kept_x, sums[linear], input_precision=PRECISION),)
+    return added
+
+
 @triton.jit(do_not_specialize=["tokens", "segments", "adapter_count", "tiles"])
 def input_pass_kernel(
     x, ds, bits, da_parts, rank_offsets, offsets, adapters, tokens, columns, s_width, words, segments, adapter_count,
     tiles,
     LINEARS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SEGMENTS: tl.constexpr, RANKS: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BESIDE: tl.constexpr, OVERLAP: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONCURRENT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of ds^T m(x) over CHUNK rows, of up to three linears, reading x once.
 
     x, ds: tensor descriptors, ds with the linears' rows one after the other. da_parts [P, tiles, s_width, columns],
     float32. Grid (row tiles, column tiles, rank tiles).
 
-    BESIDE: the kernel before has let this one begin, and nothing here reads its results. One program waits for it all
-    the same: kernels that follow wait for this one, and take it that what came before it is done, too.
+    CONCURRENT: the kernel before has let this one begin, and nothing here reads its results. One program waits for it
+    nevertheless: kernels that follow wait for this one, and rely on what came before it being done, too.
     """
-    if not BESIDE or _is_last_program():
+    if not CONCURRENT or _is_last_program():
         wait_for_the_kernel_before(OVERLAP)
     let_the_next_begin(OVERLAP)
     tile = tl.program_id(0)
@@ -300,58 +324,30 @@ def input_pass_kernel(
     adapter = tl.load(adapters + segment)
     if adapter < 0:
         return
-    _, rank_0 = _rank_range(rank_offsets, adapter)
-    rank_1, rank_2 = rank_0, rank_0
-    if LINEARS > 1:
-        _, rank_1 = _rank_range(rank_offsets + adapter_count + 1, adapter)
-    if LINEARS > 2:
-        _, rank_2 = _rank_range(rank_offsets + 2 * (adapter_count + 1), adapter)
-    if tl.program_id(2) * RANKS >= tl.maximum(rank_0, tl.maximum(rank_1, rank_2)):
+    _, _, widest = _rank_ranges(rank_offsets, adapter, adapter_count, LINEARS)
+    if tl.program_id(2) * RANKS >= widest:
         return
     column = tl.program_id(1) * COLUMNS
     cols = column + tl.arange(0, COLUMNS)
     ranks = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
-    sum_0 = tl.zeros((RANKS, COLUMNS), tl.float32)
-    sum_1 = tl.zeros((RANKS, COLUMNS), tl.float32)
-    sum_2 = tl.zeros((RANKS, COLUMNS), tl.float32)
-    plane = tl.cast(tokens, tl.int64) * words
+    sums = _zeros(LINEARS, RANKS, COLUMNS)
     rank_first = tl.program_id(2) * RANKS
     whole = first + (stop - first) // ROWS * ROWS
     for row in range(first, whole, ROWS):
-        rows = row + tl.arange(0, ROWS)
-        tile_x = x.load([row, column])
-        kept_x = _dropped(tile_x, bits, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
-        sum_0 = tl.dot(ds.load([row, rank_first]).T, kept_x, sum_0, input_precision=PRECISION)
-        if LINEARS > 1:
-            kept_x = _dropped(tile_x, bits + plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
-            sum_1 = tl.dot(ds.load([tokens + row, rank_first]).T, kept_x, sum_1, input_precision=PRECISION)
-        if LINEARS > 2:
-            kept_x = _dropped(tile_x, bits + 2 * plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
-            sum_2 = tl.dot(ds.load([2 * tokens + row, rank_first]).T, kept_x, sum_2, input_precision=PRECISION)
-    if whole < stop:  # the next segment's rows among the last must not be added, not even as zero times infinity
-        rows = whole + tl.arange(0, ROWS)
-        own = (rows < stop)[:, None]
-        tile_x = x.load([whole, column])
-        tile_x = tl.where(own, tile_x, tl.zeros_like(tile_x))
-        kept_x = _dropped(tile_x, bits, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
-        ds_tile = ds.load([whole, rank_first])
-        sum_0 = tl.dot(tl.where(own, ds_tile, tl.zeros_like(ds_tile)).T, kept_x, sum_0, input_precision=PRECISION)
-        if LINEARS > 1:
-            kept_x = _dropped(tile_x, bits + plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
-            ds_tile = ds.load([tokens + whole, rank_first])
-            sum_1 = tl.dot(tl.where(own, ds_tile, tl.zeros_like(ds_tile)).T, kept_x, sum_1, input_precision=PRECISION)
-        if LINEARS > 2:
-            kept_x = _dropped(tile_x, bits + 2 * plane, rows, column, words, tokens, MASKED, ROWS, COLUMNS)
-            ds_tile = ds.load([2 * tokens + whole, rank_first])
-            sum_2 = tl.dot(tl.where(own, ds_tile, tl.zeros_like(ds_tile)).T, kept_x, sum_2, input_precision=PRECISION)
+        sums = _add_rows(
+            sums, x, ds, bits, row, stop, column, rank_first, words, tokens,
+            LINEARS, MASKED, PRECISION, False, ROWS, COLUMNS,
+        )  # fmt: skip
+    if whole < stop:
+        sums = _add_rows(
+            sums, x, ds, bits, whole, stop, column, rank_first, words, tokens,
+            LINEARS, MASKED, PRECISION, True, ROWS, COLUMNS,
+        )  # fmt: skip
     part_size = tl.cast(s_width, tl.int64) * columns
     place = da_parts + tile * part_size + ranks.to(tl.int64)[:, None] * columns + cols[None, :]
     wanted = (ranks < s_width)[:, None] & (cols < columns)[None, :]
-    tl.store(place, sum_0, mask=wanted)
-    if LINEARS > 1:
-        tl.store(place + tiles * part_size, sum_1, mask=wanted)
-    if LINEARS > 2:
-        tl.store(place + 2 * tiles * part_size, sum_2, mask=wanted)
+    for linear in tl.static_range(LINEARS):
+        tl.store(place + linear * tiles * part_size, sums[linear], mask=wanted)
 
 
 @triton.jit(do_not_specialize=["tokens", "segments", "adapter_count", "tiles"])

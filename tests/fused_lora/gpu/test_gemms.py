@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from fused_lora import build
-from fused_lora.gpu import calls, choices, gemms
+from fused_lora.gpu.host import calls, choices, gemms
+from fused_lora.tools import build
 
 FETCHABLE = {
     "whole rows": (lambda: torch.zeros(4, 64, dtype=torch.bfloat16), True),

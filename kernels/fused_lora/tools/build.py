@@ -1,6 +1,6 @@
-"""Compile every kernel ahead of time, without a GPU, and say what it takes: `python -m fused_lora.build`.
+"""Compile every kernel ahead of time, without a GPU, and say what it takes: `python -m fused_lora.tools.build`.
 
-What is compiled is what would be launched: the host code of `gpu.launch` runs on tensors without storage, its launches
+What is compiled is what would be launched: the host code of `gpu.host` runs on tensors without storage, its launches
 are caught, and each distinct one is compiled for the targets. Checked: nothing spills, shared memory and registers stay
 within the GPU's limits, no arithmetic in float64 (a scalar that was promoted by mistake), and that what is written in
 Gluon for sm_90 uses wgmma and the copy engine. A kernel that fails a check makes the command fail, after the table is
@@ -16,12 +16,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton
@@ -32,12 +31,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_lora.gpu import calls, choices, gating, hopper_gemms, hopper_passes, launch, masks, passes, products
+from fused_lora.adapters import Operands, Settings
+from fused_lora.gpu.host import choices, launch
+from fused_lora.gpu.host.calls import launching
+from fused_lora.gpu.portable import gating, masks, passes, products
+from fused_lora.gpu.sm90 import gemms, projection
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
 REGISTER_FILE = 65_536  # registers of a multiprocessor
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
-MODULES = (gating, hopper_gemms, hopper_passes, masks, passes, products)  # that kernels are in
+MODULES = (gating, gemms, projection, masks, passes, products)  # that kernels are in
 GLUON_KERNELS = ("output_gemm_kernel", "input_gemm_kernel", "mask_and_project_kernel")
 
 
@@ -125,26 +128,26 @@ def main() -> None:
 def build(targets: list[int], jobs: int | None = None, cases: tuple[Case, ...] = CASES) -> list[dict[str, Any]]:
     """A row for each distinct launch and target: resources, instructions and what is wrong, if anything."""
     tasks = [
-        (target, case, one)
+        (target, case, launched)
         for target in targets
-        for case, launched in distinct(tuple(case for case in cases if case.gemm["gemm"] in gemms(target)), target)
-        for one in launched
+        for case, fresh in distinct(tuple(case for case in cases if case.gemm["gemm"] in gemms_of(target)), target)
+        for launched in fresh
     ]
     with ProcessPoolExecutor(jobs) as pool:
         return list(pool.map(_compile, *zip(*tasks, strict=True)))
 
 
-def gemms(target: int) -> set[str]:
+def gemms_of(target: int) -> set[str]:
     """Whose GEMMs are launched on a target."""
-    own = divmod(target, 10) == choices.OWN_CAPABILITY
-    return {choices.LIBRARY, choices.OWN} if own else {choices.LIBRARY}
+    ours = divmod(target, 10) == choices.OWN_CAPABILITY
+    return {choices.LIBRARY, choices.OWN} if ours else {choices.LIBRARY}
 
 
 def distinct(cases: tuple[Case, ...], target: int) -> Iterator[tuple[str, list[Launch]]]:
     """Each case's launches, without those of the cases before it."""
     seen: set[Launch] = set()
     for case in cases:
-        fresh = [one for one in dict.fromkeys(launches(case, target)) if one not in seen]
+        fresh = [launched for launched in dict.fromkeys(launches(case, target)) if launched not in seen]
         seen.update(fresh)
         yield case.name, fresh
 
@@ -153,18 +156,14 @@ def launches(case: Case, target: int) -> list[Launch]:
     """What the host code launches for a case, caught before it reaches a GPU."""
     caught: list[Launch] = []
 
-    def catch(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        caught.append(_describe(kernel, arguments, keywords))
+    def catch(kernel: JITFunction) -> Callable[..., None]:
+        return lambda *arguments, **keywords: caught.append(_describe(kernel, arguments, keywords))
 
     def choose(kernel: str, shape: choices.Shape, gpu: choices.Target) -> dict[str, Any]:
         return case.gemm if kernel in choices.GEMMS else choices.defaults(kernel, shape, gpu)
 
     gpu = choices.Target("none", divmod(target, 10), 132)
-    with (
-        patch.object(JITFunction, "run", catch),
-        patch.object(calls, "choose", choose),
-        patch.object(calls, "target_of", lambda device: gpu),
-    ):
+    with launching(run_of=catch, choose=choose, target_of=lambda device: gpu):
         _call(case)
     return caught
 
@@ -176,27 +175,22 @@ def _call(case: Case, columns: int = 4096, rows: int = 4096) -> None:
     def empty(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, weights = empty(case.tokens, columns), [empty(rows, columns)] * case.linears
-    factors = (empty(total, columns), empty(total * rows))
-    table = (
-        empty(case.linears, case.adapters, dtype=torch.float32),
-        empty(case.linears, case.adapters, dtype=torch.int32),
-        empty(case.linears, case.adapters, dtype=torch.int64),
-        empty(case.linears, case.adapters + 1, dtype=torch.int32),
+    operands = Operands(
+        a=empty(total, columns),
+        b=empty(total * rows),
+        scales=empty(case.linears, case.adapters, dtype=torch.float32),
+        thresholds=empty(case.linears, case.adapters, dtype=torch.int32),
+        keys=empty(case.linears, case.adapters, dtype=torch.int64),
+        rank_offsets=empty(case.linears, case.adapters + 1, dtype=torch.int32),
+        offsets=empty(case.adapters + 1, dtype=torch.int32),
+        adapters=empty(case.adapters, dtype=torch.int32),
+        positions=empty(case.tokens, dtype=torch.int64),
     )
-    batch = (
-        empty(case.adapters + 1, dtype=torch.int32),
-        empty(case.adapters, dtype=torch.int32),
-        empty(case.tokens, dtype=torch.int64),
-    )
-    settings = ([case.adapters * case.rank] * case.linears, case.rank, case.masked)
-    biases = [empty(rows)] + [empty(0)] * (case.linears - 1)
-    if case.gated:
-        y, s, bits = gating.forward(x, x, weights[0], biases[0], *factors, *table, *batch, *settings, True)
-        gating.backward(y, x, x, weights[0], *factors, *table, *batch, s, bits[:0], *settings, True, True)
-        return
-    ys, s, bits = launch.forward(x, weights, biases, *factors, *table, *batch, *settings, True)
-    launch.backward(ys, x, weights, *factors, *table, *batch, s, bits[:0], *settings, True, True)
+    settings = Settings([case.adapters * case.rank] * case.linears, case.rank, case.masked)
+    inputs = [empty(case.tokens, columns)] * (2 if case.gated else 1)
+    weights, biases = [empty(rows, columns)] * case.linears, [empty(rows)] + [empty(0)] * (case.linears - 1)
+    ys, s, bits = launch.forward(operands, settings, inputs, weights, biases, True)
+    launch.backward(operands, settings, ys, inputs, weights, s, bits[:0], [True, True])
 
 
 def _describe(kernel: JITFunction, arguments: tuple, keywords: dict[str, Any]) -> Launch:
@@ -227,24 +221,24 @@ def _describe(kernel: JITFunction, arguments: tuple, keywords: dict[str, Any]) -
     )  # fmt: skip
 
 
-def _compile(target: int, case: str, one: Launch) -> dict[str, Any]:
-    """Compile one launch, and look at what came out."""
-    kernel = next(getattr(module, one.kernel) for module in MODULES if hasattr(module, one.kernel))
-    row = {"kernel": one.kernel, "case": case, "target": target, "triton": triton.__version__}
-    row |= {"constants": " ".join(f"{name}={value}" for name, value in one.constants)}
-    row |= {"num_warps": 4, "num_stages": None, "maxnreg": None, "launch_pdl": False} | dict(one.options)
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in one.divisible}
+def _compile(target: int, case: str, launched: Launch) -> dict[str, Any]:
+    """Compile a launch, and look at what came out."""
+    kernel = next(getattr(module, launched.kernel) for module in MODULES if hasattr(module, launched.kernel))
+    row = {"kernel": launched.kernel, "case": case, "target": target, "triton": triton.__version__}
+    row |= {"constants": " ".join(f"{name}={value}" for name, value in launched.constants)}
+    row |= {"num_warps": 4, "num_stages": None, "maxnreg": None, "launch_pdl": False} | dict(launched.options)
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launched.divisible}
     language = GluonASTSource if kernel.is_gluon() else ASTSource
-    source = language(kernel, dict(one.signature), dict(one.constants), attributes)
+    source = language(kernel, dict(launched.signature), dict(launched.constants), attributes)
     measured = dict.fromkeys(
         ("registers", "spill_bytes", "shared_bytes", "instructions", "wgmma", "bulk_loads", "float64")
     )
     try:
-        made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(one.options))
+        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(launched.options))
     except Exception as error:  # a compiler may fail in any way, and the table says so
         return row | measured | {"problem": f"does not compile: {type(error).__name__}: {error}"[:300]}
-    measured |= _look(made.asm["cubin"]) | {"shared_bytes": made.metadata.shared}
-    return row | measured | {"problem": _problem(one.kernel, target, measured, made.metadata.num_warps)}
+    measured |= _look(compiled.asm["cubin"]) | {"shared_bytes": compiled.metadata.shared}
+    return row | measured | {"problem": _problem(launched.kernel, target, measured, compiled.metadata.num_warps)}
 
 
 def _look(cubin: bytes) -> dict[str, int]:
@@ -270,19 +264,19 @@ def _run(*command: str | Path) -> str:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
 
-def _problem(kernel: str, target: int, found: dict[str, Any], warps: int) -> str:
+def _problem(kernel: str, target: int, measured: dict[str, Any], warps: int) -> str:
     """What is wrong with a build, or nothing."""
     problems = []
-    if found["spill_bytes"]:
-        problems.append(f"spills {found['spill_bytes']} bytes")
-    if found["shared_bytes"] > SHARED_LIMIT[target]:
-        problems.append(f"{found['shared_bytes']} bytes of shared memory, at most {SHARED_LIMIT[target]}")
-    if found["registers"] * warps * 32 > REGISTER_FILE:
-        problems.append(f"{found['registers']} registers in each of {warps * 32} threads")
-    if found["float64"]:
-        problems.append(f"{found['float64']} instructions in float64")
-    if kernel in GLUON_KERNELS and not (found["wgmma"] and found["bulk_loads"]):
-        problems.append(f"{found['wgmma']} wgmma and {found['bulk_loads']} bulk loads")
+    if measured["spill_bytes"]:
+        problems.append(f"spills {measured['spill_bytes']} bytes")
+    if measured["shared_bytes"] > SHARED_LIMIT[target]:
+        problems.append(f"{measured['shared_bytes']} bytes of shared memory, at most {SHARED_LIMIT[target]}")
+    if measured["registers"] * warps * 32 > REGISTER_FILE:
+        problems.append(f"{measured['registers']} registers in each of {warps * 32} threads")
+    if measured["float64"]:
+        problems.append(f"{measured['float64']} instructions in float64")
+    if kernel in GLUON_KERNELS and not (measured["wgmma"] and measured["bulk_loads"]):
+        problems.append(f"{measured['wgmma']} wgmma and {measured['bulk_loads']} bulk loads")
     return "; ".join(problems)
 
 

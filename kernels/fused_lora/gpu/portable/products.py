@@ -1,4 +1,4 @@
-"""The LoRA term of y and of dx, written for a library's GEMM to add to; and factors as `hopper_gemms` want them.
+"""The LoRA term of y and of dx, written for a library's GEMM to add to; and factors as `sm90.gemms` want them.
 
 These add the term at the cost of one more step along the inner dimension, where `expand_*` write the whole output once
 and the library reads it back: 7 % of the product at 4096 columns.
@@ -7,8 +7,8 @@ and the library reads it back: 7 % of the product at 4096 columns.
 import triton
 import triton.language as tl
 
-from fused_lora.gpu.masks import kept, loaded_words
-from fused_lora.gpu.segments import segments_meeting, wait_for_the_kernel_before
+from fused_lora.gpu.portable.masks import kept, loaded_words
+from fused_lora.gpu.portable.segments import segments_meeting, wait_for_the_kernel_before
 
 
 @triton.jit
@@ -16,9 +16,9 @@ def _segment(rank_offsets, offsets, adapters, segment):
     """A segment's first row and end, its adapter's first row of a and rank on one linear, and the linear's first row of
     a. The rank is 0 where the segment has no adapter."""
     adapter = tl.load(adapters + segment)
-    known = adapter >= 0
-    row_of_a = tl.load(rank_offsets + adapter, mask=known, other=0)
-    rank = tl.load(rank_offsets + adapter + 1, mask=known, other=0) - row_of_a
+    has_adapter = adapter >= 0
+    row_of_a = tl.load(rank_offsets + adapter, mask=has_adapter, other=0)
+    rank = tl.load(rank_offsets + adapter + 1, mask=has_adapter, other=0) - row_of_a
     return tl.load(offsets + segment), tl.load(offsets + segment + 1), row_of_a, rank, tl.load(rank_offsets)
 
 
@@ -34,11 +34,11 @@ def _add_lora_term(
     ranks = tl.arange(0, RANKS)
     for segment in range(first, last):
         start, stop, row_of_a, rank, first_of_a = _segment(rank_offsets, offsets, adapters, segment)
-        own = (rows >= start) & (rows < stop) & (rows < tokens)
+        inside = (rows >= start) & (rows < stop) & (rows < tokens)
         s_rows = s + rows.to(tl.int64)[:, None] * s_width
         for rank_first in range(0, rank, RANKS):
             r = rank_first + ranks
-            s_tile = tl.load(s_rows + r[None, :], mask=own[:, None] & (r < rank)[None, :], other=0.0)
+            s_tile = tl.load(s_rows + r[None, :], mask=inside[:, None] & (r < rank)[None, :], other=0.0)
             if INPUT:
                 place = (row_of_a + r).to(tl.int64)[:, None] * columns + cols[None, :]
             else:
@@ -106,16 +106,16 @@ def pad_kernel(
     INPUT: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Every adapter's factor with `width` ranks, those beyond its own being zero, for `hopper_gemms`.
+    """Every adapter's factor with `width` ranks, those beyond its own being zero, for `sm90.gemms`.
 
     factor: all of a where INPUT, padded [P * adapters * width, columns]; else one linear's b, padded [adapters *
     columns, width]. rank_offsets: of these linears. Grid (column tiles, adapters, P).
     """
     wait_for_the_kernel_before(OVERLAP)
     adapter, linear = tl.program_id(1), tl.program_id(2)
-    own = rank_offsets + linear * (adapter_count + 1) + adapter
-    row_of_a = tl.load(own)
-    rank = tl.load(own + 1) - row_of_a
+    linear_offsets = rank_offsets + linear * (adapter_count + 1) + adapter
+    row_of_a = tl.load(linear_offsets)
+    rank = tl.load(linear_offsets + 1) - row_of_a
     cols, ranks = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANKS)
     wanted = (cols < columns)[:, None] & (ranks < width)[None, :]
     if INPUT:

@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_lora import build
-from fused_lora.gpu import choices, masks
+from fused_lora.gpu.host import choices
+from fused_lora.gpu.portable import masks
+from fused_lora.tools import build
 
 SOUND = {
     "registers": 128, "spill_bytes": 0, "shared_bytes": 200_000, "instructions": 900, "wgmma": 4, "bulk_loads": 6,
@@ -68,13 +69,13 @@ def test_the_kernels_of_a_case_compile_for_an_h100(case, kernels):
 @pytest.mark.parametrize("target", sorted(build.SHARED_LIMIT))
 def test_every_case_launches_all_the_kernels_that_it_needs(target):
     for case in build.CASES:
-        if case.gemm["gemm"] in build.gemms(target):
+        if case.gemm["gemm"] in build.gemms_of(target):
             kernels = {one.kernel for one in build.launches(case, target)}
             assert kernels == expected_kernels(case, target), case.name
 
 
 def test_our_gemm_is_compiled_where_it_may_be_launched(monkeypatch):
-    assert {target: build.gemms(target) for target in build.SHARED_LIMIT} == {
+    assert {target: build.gemms_of(target) for target in build.SHARED_LIMIT} == {
         80: {choices.LIBRARY},
         90: {choices.LIBRARY, choices.OWN},
         100: {choices.LIBRARY},
@@ -124,7 +125,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("name", list(PROBLEMS))
 def test_a_problem_is_named(name):
     measured, change, expected = PROBLEMS[name]
-    given = {"kernel": "project_kernel", "target": 90, "found": SOUND | measured, "warps": 8}
+    given = {"kernel": "project_kernel", "target": 90, "measured": SOUND | measured, "warps": 8}
     assert build._problem(**(given | change)) == expected
 
 

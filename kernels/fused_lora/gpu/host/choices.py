@@ -14,14 +14,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-TUNED = Path(__file__).parent.parent / "tuned"
+from fused_lora.gpu.sm90.projection import PROJECT_COLUMNS, PROJECT_ROWS
+from fused_lora.gpu.sm90.ring import TILE_COLUMNS, TILE_ROWS
+
+TUNED = Path(__file__).parents[2] / "tuned"
 MOST_RANKS = {1: 128, 2: 64, 3: 32}  # that a pass over x has accumulators for, by the number of linears
 GEMMS = ("output", "input")  # the products with a base weight, by their results
 OF_ANY_RANK = (*GEMMS, "masks")  # kernels whose choice is no matter of ranks
 LIBRARY, OWN = "library", "own"
 OWN_CAPABILITY = (9, 0)  # that the kernels in Gluon are written for
-TILE_ROWS, TILE_COLUMNS = 128, 256  # of our GEMM
-PROJECT_ROWS, PROJECT_COLUMNS = 64, 128  # of a tile of mask_and_project, and of a step of it
 PROJECT_SHARED = 216 * 1024  # bytes of shared memory for its steps on their way
 
 

@@ -1,0 +1,1 @@
+"""What runs on the host: choose how a kernel is launched, and launch it."""

@@ -70,9 +70,6 @@ TO_BE_MENDED: dict[str, set[str]] = {
     "long_modules": {
         "tests/lab/report/test_contributions.py",
     },
-    "long_functions": {
-        "lorafusion.planning.simulator.timeline:run_orders",
-    },
 }
 
 

@@ -106,7 +106,7 @@ def _sharded(plan: Plan, costs: Costs, tokens: np.ndarray, workload: Workload | 
                 operations[replica].append((kind, index))
                 starts[replica].append(time)
                 ends[replica].append(time + float(seconds[replica]))
-            time = max(one[-1] for one in ends)  # layers are gathered together: nobody is ahead by a pass
+            time = max(seconds[-1] for seconds in ends)  # layers are gathered together: nobody is ahead by a pass
     return Timeline.of_operations(1, operations, starts, ends, tokens)
 
 
@@ -125,11 +125,11 @@ class _Greedy:
         self.plan, self.costs, self.tokens, self.stages = plan, costs, tokens, plan.stages
         self.forwards: list[deque[int]] = [deque() for _ in range(self.stages)]
         self.backwards: list[deque[int]] = [deque() for _ in range(self.stages)]
-        self.forwards[0].extend(index for index, one in enumerate(plan.microbatches) if not one.noop)
+        self.forwards[0].extend(index for index, item in enumerate(plan.microbatches) if not item.noop)
         self.under_way, self.busy = [0] * self.stages, [False] * self.stages
         self.batches = [  # of each microbatch: (adapter, global batch)
-            [(part.adapter, workload.jobs[part.adapter].batch_of(part.samples[0])) for part in one.segments]
-            for one in plan.microbatches
+            [(part.adapter, workload.jobs[part.adapter].batch_of(part.samples[0])) for part in microbatch.segments]
+            for microbatch in plan.microbatches
         ]
         self.stepped = [0] * len(workload.jobs)  # global batches whose step the head has done
         self.operations: list[list[Operation]] = [[] for _ in range(self.stages)]

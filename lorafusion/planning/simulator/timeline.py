@@ -99,8 +99,8 @@ class Timeline:
         peaks = np.zeros((self.stages, 2), np.int64)
         for processor, (kinds, microbatches) in enumerate(zip(self.kinds, self.microbatches, strict=True)):
             held = self.tokens[microbatches] * np.select([kinds == FORWARD, kinds == BACKWARD], [1, -1])
-            own = peaks[processor % self.stages]
-            own[:] = np.maximum(own, [np.sign(held).cumsum().max(initial=0), held.cumsum().max(initial=0)])
+            peak = peaks[processor % self.stages]
+            peak[:] = np.maximum(peak, [np.sign(held).cumsum().max(initial=0), held.cumsum().max(initial=0)])
         return [(count, tokens) for count, tokens in peaks.tolist()]
 
 
@@ -111,70 +111,76 @@ def run_orders(orders: list[list[Operation]], costs: Costs, tokens: np.ndarray, 
     its slot. No-ops (no tokens) take no time and wait for nobody. Raises `UserError` for orders that wait for each
     other.
     """
-    stages = costs.stages
-    forward, backward, step = costs.forward.tolist(), costs.backward.tolist(), costs.step.tolist()
-    transfer, real = costs.transfer.tolist(), (tokens > 0).tolist()
-    count = costs.microbatches
-    # When a stage's result is there; None until it is known.
-    forward_end: list[list[float | None]] = [[None] * count for _ in range(stages)]
-    backward_end: list[list[float | None]] = [[None] * count for _ in range(stages)]
-    starts: list[list[float]] = [[] for _ in orders]
-    ends: list[list[float]] = [[] for _ in orders]
-    now, place = [0.0] * len(orders), [0] * len(orders)
+    run = _Run(orders, costs, tokens, replicas)
     sweep = [*range(len(orders)), *reversed(range(len(orders)))]
     left = sum(map(len, orders))
     while left:
-        before = left
-        for processor in sweep:
-            stage, order, time, at = processor % stages, orders[processor], now[processor], place[processor]
-            begun, ended = starts[processor], ends[processor]
-            own_forward, own_backward = forward_end[stage], backward_end[stage]
-            first, last = stage == 0, stage == stages - 1
-            earlier = forward_end[stage - 1] if not first else own_forward
-            later = backward_end[stage + 1] if not last else own_forward
-            while at < len(order):
-                kind, index = order[at]
-                if kind == STEP:
-                    slot = range(index - index % replicas, index - index % replicas + replicas)
-                    arrivals = [own_backward[one] for one in slot]
-                    if None in arrivals:
-                        break
-                    start = max(time, *arrivals)
-                    time = start + sum(step[stage][one] for one in slot)  # every replica steps all that ended
-                elif not real[index]:
-                    start = time
-                    (own_forward if kind == FORWARD else own_backward)[index] = time
-                elif kind == FORWARD:
-                    start = time
-                    if not first:
-                        arrival = earlier[index]
-                        if arrival is None:
-                            break
-                        arrival += transfer[index]
-                        if arrival > start:
-                            start = arrival
-                    time = start + forward[stage][index]
-                    own_forward[index] = time
-                else:
-                    arrival = later[index]
-                    if arrival is None:
-                        break
-                    start = time
-                    if not last:
-                        arrival += transfer[index]
-                        if arrival > start:
-                            start = arrival
-                    time = start + backward[stage][index]
-                    own_backward[index] = time
-                begun.append(start)
-                ended.append(time)
-                at += 1
-            left -= at - place[processor]
-            now[processor], place[processor] = time, at
-        if left == before:
-            stuck = next(index for index, order in enumerate(orders) if place[index] < len(order))
-            kind, index = orders[stuck][place[stuck]]
-            raise UserError(
-                f"schedule: stage {stuck % stages} waits for ever for the {KINDS[kind]} of microbatch {index}"
-            )
-    return Timeline.of_operations(stages, orders, starts, ends, tokens)
+        done = sum(map(run.advance, sweep))
+        if not done:
+            raise UserError(run.deadlock())
+        left -= done
+    return Timeline.of_operations(costs.stages, orders, run.starts, run.ends, tokens)
+
+
+class _Run:
+    """Processors that do operations in fixed orders. starts, ends: of each processor's operations that are done."""
+
+    def __init__(self, orders: list[list[Operation]], costs: Costs, tokens: np.ndarray, replicas: int) -> None:
+        self.orders, self.stages, self.replicas = orders, costs.stages, replicas
+        self.starts: list[list[float]] = [[] for _ in orders]
+        self.ends: list[list[float]] = [[] for _ in orders]
+        self._seconds = [costs.forward.tolist(), costs.backward.tolist(), costs.step.tolist()]
+        self._transfer, self._real = costs.transfer.tolist(), (tokens > 0).tolist()
+        # When a stage's result is there, by kind, stage and microbatch; None until it is known.
+        self._results: list[list[list[float | None]]] = [
+            [[None] * costs.microbatches for _ in range(costs.stages)] for _ in (FORWARD, BACKWARD)
+        ]
+
+    def advance(self, processor: int) -> int:
+        """Do what a processor can do by now; returns how many operations that are."""
+        stage, order = processor % self.stages, self.orders[processor]
+        starts, ends = self.starts[processor], self.ends[processor]
+        done, time = len(ends), ends[-1] if ends else 0.0
+        for place in range(done, len(order)):
+            kind, microbatch = order[place]
+            arrival = self._arrival(stage, kind, microbatch)
+            if arrival is None:
+                break
+            start = max(time, arrival)
+            time = start + self._duration(stage, kind, microbatch)
+            if kind != STEP:
+                self._results[kind][stage][microbatch] = time
+            starts.append(start)
+            ends.append(time)
+        return len(ends) - done
+
+    def deadlock(self) -> str:
+        """What a processor that has not done all waits for."""
+        processor = next(index for index, order in enumerate(self.orders) if len(self.ends[index]) < len(order))
+        kind, microbatch = self.orders[processor][len(self.ends[processor])]
+        stage = processor % self.stages
+        return f"schedule: stage {stage} waits for ever for the {KINDS[kind]} of microbatch {microbatch}"
+
+    def _slot(self, microbatch: int) -> range:
+        """The microbatches of all replicas of a microbatch's slot."""
+        first = microbatch - microbatch % self.replicas
+        return range(first, first + self.replicas)
+
+    def _arrival(self, stage: int, kind: int, microbatch: int) -> float | None:
+        """When all that an operation waits for is there; None until it is known."""
+        if kind == STEP:
+            results = self._results[BACKWARD][stage]
+            ends = [end for index in self._slot(microbatch) if (end := results[index]) is not None]
+            return max(ends) if len(ends) == self.replicas else None
+        if not self._real[microbatch] or (kind == FORWARD and stage == 0):
+            return 0.0
+        if kind == BACKWARD and stage == self.stages - 1:
+            return self._results[FORWARD][stage][microbatch]
+        end = self._results[kind][stage - 1 if kind == FORWARD else stage + 1][microbatch]
+        return None if end is None else end + self._transfer[microbatch]
+
+    def _duration(self, stage: int, kind: int, microbatch: int) -> float:
+        seconds = self._seconds[kind][stage]
+        if kind == STEP:
+            return sum(seconds[index] for index in self._slot(microbatch))  # every replica steps all that ended
+        return seconds[microbatch] if self._real[microbatch] else 0.0

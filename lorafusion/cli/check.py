@@ -100,10 +100,10 @@ def check_gradients(
 def check_kernels(out: Out, suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")]) -> None:
     """LoRA linears against float64."""
     from lorafusion.lab.checks.kernels import verify
-    from lorafusion.lab.experiments.kernel_suite import read_kernel_suite
+    from lorafusion.lab.experiments import EXPERIMENTS
 
-    config = read_kernel_suite(suite)
-    _report(verify(config, suite), out, (suite, config.device, config.dtype))
+    entry = EXPERIMENTS["kernels"].entry_of(suite)
+    _report(verify(entry, suite), out, (suite, entry.device, entry.dtype))
 
 
 @check_app.command("learning")

@@ -37,7 +37,7 @@ app.command("figure")(figure)
 app.add_typer(page_app, name="page")
 kernels_app = CommandLine(help="Measure LoRA linears and decoder layers; suites: configs/kernels.yaml.")
 app.add_typer(kernels_app, name="kernels")
-scheduler_app = CommandLine(help="Judge the scheduler's strategies; suites: configs/scheduler.yaml.")
+scheduler_app = CommandLine(help="Judge the scheduler's strategies; suites: configs/planner.yaml.")
 app.add_typer(scheduler_app, name="scheduler")
 
 SuiteFile = Annotated[Path, typer.Option("--suite", help="a file of configs/suites")]
@@ -160,6 +160,21 @@ def list_cells(suite: SuiteFile) -> None:
         print(cell.name)
 
 
+def _benches(experiment: str, suite: str) -> list[str]:
+    from lorafusion.lab.experiments import EXPERIMENTS
+
+    EXPERIMENTS[experiment].entry_of(suite)
+    return [point.name for point in EXPERIMENTS[experiment].points(suite)]
+
+
+def _measure(experiment: str, suite: str, bench: str, repeat: int, out: Path, log: Path | None) -> None:
+    from lorafusion.lab.experiments import EXPERIMENTS
+
+    EXPERIMENTS[experiment].entry_of(suite)
+    point = EXPERIMENTS[experiment].point(suite, bench)
+    print(f"{out}: {EXPERIMENTS[experiment].run(point, repeat, out, log)}")
+
+
 @kernels_app.command("benches")
 def kernel_benches(
     suite: Annotated[str, typer.Option(help="an entry of configs/kernels.yaml")],
@@ -168,10 +183,9 @@ def kernel_benches(
     ] = None,
 ) -> None:
     """List the benches of a kernel suite: each is one process."""
-    from lorafusion.lab.experiments.kernel_suite import benches, read_kernel_suite
     from lorafusion.lab.keys import is_current
 
-    for name in benches(read_kernel_suite(suite)):
+    for name in _benches("kernels", suite):
         if missing is None or not is_current(missing / name / "repeat~1.json", ("suite", suite, name)):
             print(name)
 
@@ -182,13 +196,10 @@ def kernels_measure(
     bench: Annotated[str, typer.Option(help="a bench of the suite")],
     out: Out,
     repeat: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="which fresh process this is")] = 1,
-    tokens: Annotated[list[int] | None, typer.Option(help="only these of the bench's numbers of tokens")] = None,
     log: Log = None,
 ) -> None:
     """Measure one bench in all its implementations and write its result file."""
-    from lorafusion.lab.experiments.kernel_times import run_bench
-
-    print(f"{out}: {run_bench(suite, bench, repeat, out, log, tokens)}")
+    _measure("kernels", suite, bench, repeat, out, log)
 
 
 @kernels_app.command("traffic")
@@ -198,32 +209,25 @@ def kernels_traffic(
     log: Log = None,
 ) -> None:
     """Read the GPU's memory counters with ncu and write one result file."""
-    from lorafusion.lab.experiments.traffic import run_traffic
-
-    print(f"{out}: {run_traffic(suite, out, log)}")
+    _measure("kernels", suite, "traffic", 1, out, log)
 
 
 @scheduler_app.command("benches")
-def scheduler_benches(suite: Annotated[str, typer.Option(help="an entry of configs/scheduler.yaml")]) -> None:
+def scheduler_benches(suite: Annotated[str, typer.Option(help="an entry of configs/planner.yaml")]) -> None:
     """List the benches of a scheduler suite: each is one process."""
-    from lorafusion.lab.experiments.planner import benches, read_scheduler_suite
-
-    for name in benches(read_scheduler_suite(suite)):
-        print(name)
+    print(*_benches("planner", suite), sep="\n")
 
 
 @scheduler_app.command("measure")
 def scheduler_measure(
-    suite: Annotated[str, typer.Option(help="an entry of configs/scheduler.yaml")],
+    suite: Annotated[str, typer.Option(help="an entry of configs/planner.yaml")],
     bench: Annotated[str, typer.Option(help="a bench of the suite")],
     out: Out,
     repeat: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="which fresh process this is")] = 1,
     log: Log = None,
 ) -> None:
     """Plan and simulate all points of a bench and write its result file."""
-    from lorafusion.lab.experiments.planner import run_bench
-
-    print(f"{out}: {run_bench(suite, bench, repeat, out, log)}")
+    _measure("planner", suite, bench, repeat, out, log)
 
 
 def _measurement_files(folder: Path) -> list[Path]:

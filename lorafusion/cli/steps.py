@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorafusion.cli.common import CommandLine, Log, Out, Written
+from lorafusion.cli.common import CommandLine, Log, Out
 
-training_app = CommandLine(help="Measure whole training steps in every implementation; suites: configs/training.yaml.")
-Suite = Annotated[str, typer.Option(help="an entry of configs/training.yaml")]
+training_app = CommandLine(help="Measure whole training steps in every implementation; suites: configs/steps.yaml.")
+Suite = Annotated[str, typer.Option(help="an entry of configs/steps.yaml")]
 
 
 @training_app.command("benches")
-def training_benches(suite: Annotated[str, typer.Argument(help="an entry of configs/training.yaml")]) -> None:
+def training_benches(suite: Annotated[str, typer.Argument(help="an entry of configs/steps.yaml")]) -> None:
     """List the benches of a training suite: each is one process."""
-    from lorafusion.lab.experiments.steps_suite import read_training_suite
+    from lorafusion.lab.experiments import EXPERIMENTS
 
-    for name in read_training_suite(suite).benches:
-        print(name)
+    print(*EXPERIMENTS["steps"].entry_of(suite).benches, sep="\n")
 
 
 @training_app.command("measure")
@@ -28,10 +26,12 @@ def training_measure(
     bench: Annotated[str, typer.Option(help="a bench of the suite")],
     out: Out,
     repeat: Annotated[int, typer.Option(min=1, help="which fresh process this is")] = 1,
-    profile: Annotated[Path | None, typer.Option(help="a CSV to write of where a GPU's time goes"), Written()] = None,
     log: Log = None,
 ) -> None:
-    """Train some steps of one bench in all its implementations and write its result file."""
-    from lorafusion.lab.experiments.trainers import run_bench
+    """Train some steps of one bench in all its implementations and write its result file; on a GPU also OUT with
+    .profile.csv in place of .json: what the time goes into."""
+    from lorafusion.lab.experiments import EXPERIMENTS
 
-    print(f"{out}: {run_bench(suite, bench, repeat, out, log, profile)}")
+    EXPERIMENTS["steps"].entry_of(suite)
+    point = EXPERIMENTS["steps"].point(suite, bench)
+    print(f"{out}: {EXPERIMENTS['steps'].run(point, repeat, out, log)}")

@@ -25,8 +25,6 @@ from lorafusion.lab.tuned import Tuned
 from lorafusion.planning import plan_key
 
 RESULT_VERSION = 1
-# The kinds of benches, and the modules of `lorafusion.lab.experiments` with a `current_hash`.
-BENCHES = {"suite": "kernel_suite", "training_suite": "steps_suite", "scheduler": "planner"}
 
 
 class OutOfDateError(UserError):
@@ -208,13 +206,15 @@ def require_one_workload(trained: Iterable[tuple[str | Path, str, str, str | Non
 
 def _bench_hash(path: str, bench: list[str]) -> str:
     """The hash of a bench's configuration, as the file of configs/ for its kind has it now."""
+    experiments = importlib.import_module("lorafusion.lab.experiments").EXPERIMENTS  # which import this module
     kind, suite, name = bench
-    if kind not in BENCHES:
-        raise UserError(f"{path}: bench: found {kind}, expected one of {', '.join(BENCHES)}")
-    try:
-        return importlib.import_module(f"lorafusion.lab.experiments.{BENCHES[kind]}").current_hash(suite, name)
-    except KeyError:
-        raise UserError(f"{path}: bench: found {name}, which suite {suite} does not have now") from None
+    kinds = {experiment.kind: experiment for experiment in experiments.values() if experiment.kind}
+    if kind not in kinds:
+        raise UserError(f"{path}: bench: found {kind}, expected one of {', '.join(kinds)}")
+    for point in kinds[kind].points(suite):
+        if point.name == name:
+            return kinds[kind].key(point)
+    raise UserError(f"{path}: bench: found {name}, which suite {suite} does not have now")
 
 
 def _read_result(path: Path) -> dict:

@@ -24,7 +24,8 @@ from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import seal
 from lorafusion.core.workload import Workload
-from lorafusion.lab.experiments.end_to_end import cell_files, require_device, spec_of, unavailable
+from lorafusion.lab.experiments.end_to_end import cell_files, spec_of, unavailable
+from lorafusion.lab.experiments.experiment import require_device
 from lorafusion.lab.keys import CellFiles
 from lorafusion.lab.suite import Cell, Suite
 from lorafusion.lab.tuned import Tried, Tuned

@@ -34,7 +34,7 @@ def test_whatever_a_command_writes_is_marked(words):
     hints = get_type_hints(ALL[words].callback, include_extras=True)
     hints.pop("return")
     marked = {name for name, hint in hints.items() if any(isinstance(mark, Written) for mark in hint.__metadata__)}
-    more = {"check lossless": "curves", "training measure": "profile"}
+    more = {"check lossless": "curves"}
     more |= dict.fromkeys(("measurements", "check all"), "folder")
     assert marked == ({"out", "trace", more.get(words)} & hints.keys())
 

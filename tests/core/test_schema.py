@@ -17,17 +17,23 @@ from lorafusion.core.schema import Config, UserError, validated
 from lorafusion.core.workload import Job, Workload
 from lorafusion.data.blocks import SyntheticSamples, TextData
 from lorafusion.data.lengths import AdapterConfig, LengthDistribution
-from lorafusion.lab.experiments.kernel_suite import KernelSuite, LayerBlock, LinearBlock, Tokens, Traffic, Verification
-from lorafusion.lab.experiments.planner import Grid as SchedulerGrid
-from lorafusion.lab.experiments.planner import SchedulerSuite
-from lorafusion.lab.experiments.steps_suite import Bench, TrainingSuite
+from lorafusion.lab.experiments.kernel_suite import (
+    KernelSuite,
+    LayerBlock,
+    LinearBlock,
+    TokenRange,
+    Traffic,
+    Verification,
+)
+from lorafusion.lab.experiments.planner import PlannerGrid, PlannerSuite
+from lorafusion.lab.experiments.steps_suite import StepsBench, StepsSuite
 from lorafusion.lab.suite import Grid, Suite, read_suite
 from lorafusion.lab.tuned import Tried
 from lorafusion.train.config import TrainConfig, TrainJob, read_train_config
 
-MODELS = (AdapterConfig, Bench, Grid, Job, KernelSuite, LayerBlock, LengthDistribution, LinearBlock, ModelConfig, Plan,
-          SchedulerGrid, SchedulerSuite, Suite, SyntheticSamples, TextData, Tokens, TrainConfig, TrainJob,
-          TrainingSuite, Traffic, Tried, Verification)  # fmt: skip
+MODELS = (AdapterConfig, StepsBench, Grid, Job, KernelSuite, LayerBlock, LengthDistribution, LinearBlock, ModelConfig,
+          Plan, PlannerGrid, PlannerSuite, StepsSuite, Suite, SyntheticSamples, TextData, TokenRange, TrainConfig,
+          TrainJob, Traffic, Tried, Verification)  # fmt: skip
 
 
 def numbers(annotation: object) -> set[type]:

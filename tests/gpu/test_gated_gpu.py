@@ -10,9 +10,9 @@ import torch
 from fused_lora import LoRABatch, lora_gated_linear
 from fused_lora.reference import draw_masks, gated, gated_backward, lora_backward, lora_forward
 from lorafusion.lab.checks.kernels import MOST_ERROR, random_problem
+from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.experiments.implementations import Builder, Setting, Subject
-from lorafusion.lab.experiments.kernel_suite import benches, read_kernel_suite
-from lorafusion.lab.experiments.kernel_times import _existing
+from lorafusion.lab.experiments.kernel_times import existing
 from lorafusion.lab.experiments.timing import own_stream, prepared, saved_bytes
 
 GPU = torch.device("cuda")
@@ -61,13 +61,12 @@ def test_as_close_to_float64_as_eager(shape, dtype, mixed):
 
 def subject(implementation: str, adapters: int, liger: bool, model="llama-3.1-8b", tokens=2048) -> Subject:
     """A decoder layer of the suite for GPUs."""
-    suite = read_kernel_suite("h200")
-    bench = benches(suite)[f"layer~{model}/rank~16/dropout~0.1"]
+    bench = EXPERIMENTS["kernels"].point("h200", f"layer~{model}/rank~16/dropout~0.1").subject
     bench = bench.model_copy(update={"block": bench.block.model_copy(update={"liger": liger})})
-    point = next(
-        one for one in bench.points(tokens) if (one.implementation, one.adapters) == (implementation, adapters)
+    case = next(
+        case for case in bench.cases(tokens) if (case.implementation, case.adapters) == (implementation, adapters)
     )
-    return Builder(bench, Setting(GPU, torch.bfloat16, 1)).build(point)
+    return Builder(bench, Setting(GPU, torch.bfloat16, 1)).build(case)
 
 
 @pytest.mark.parametrize(("implementation", "adapters"), [("frozen", 0), ("fused", 1), ("fused-multi", 4)])
@@ -94,5 +93,5 @@ def test_a_layer_keeps_at_most_three_fifths_of_what_pefts_keeps():
     kept = {}
     for implementation in ("peft-bf16", "fused"):
         one = subject(implementation, 1, liger=True)
-        kept[implementation] = saved_bytes(one.forward, _existing(one))
+        kept[implementation] = saved_bytes(one.forward, existing(one))
     assert kept["fused"] <= 0.6 * kept["peft-bf16"], kept

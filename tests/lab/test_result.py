@@ -42,7 +42,7 @@ def report(plan, step=0.5, seconds=None, workload=TOY, processes=None):
 
 
 def numbers(report, plan, workload=TOY):
-    return {(one.metric, one.window): one.value for one in metrics(report, workload, plan)}
+    return {(row["metric"], row["window"]): row["value"] for row in metrics(report, workload, plan)}
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -60,10 +60,10 @@ def test_a_slow_start_and_end_count_in_the_whole_window_only():
     count = len(plan.microbatches)
     times = [10.0 + 0.5 * index for index in range(count - 1)]
     seconds = [[index, time] for index, time in enumerate([*times, times[-1] + 100])]
-    found = {(one.metric, one.window): one for one in metrics(report(plan, seconds=seconds), TOY, plan)}
-    assert found["throughput", "steady"].value == pytest.approx(8.0)
-    assert found["throughput", "steady"].note == f"microbatches 5 to {count - 2} of {count}"
-    assert found["throughput", "whole"].value < 1.0
+    found = {(row["metric"], row["window"]): row for row in metrics(report(plan, seconds=seconds), TOY, plan)}
+    assert found["throughput", "steady"]["value"] == pytest.approx(8.0)
+    assert found["throughput", "steady"]["note"] == f"microbatches 5 to {count - 2} of {count}"
+    assert found["throughput", "whole"]["value"] < 1.0
 
 
 def test_a_flushing_schedule_is_timed_at_its_steps():

@@ -19,26 +19,26 @@ import triton.language as tl
 from liger_kernel.ops import rms_norm
 from triton.runtime import interpreter
 
-from lorafusion.lab.experiments import implementations
-from lorafusion.lab.experiments.kernel_suite import Bench, Point, benches, read_kernel_suite
-from lorafusion.lab.experiments.kernel_times import _existing
+from lorafusion.lab.experiments import EXPERIMENTS, implementations
+from lorafusion.lab.experiments.kernel_suite import KernelBench, KernelCase
+from lorafusion.lab.experiments.kernel_times import existing
 from lorafusion.lab.experiments.timing import saved_bytes
 from lorafusion.model import liger
 
 TOKENS = 40
 
 
-def run(bench: Bench, point: Point) -> tuple[list[torch.Tensor], bool, int]:
+def run(bench: KernelBench, case: KernelCase) -> tuple[list[torch.Tensor], bool, int]:
     """y and the gradients; are they the same twice; what is kept."""
     builder = implementations.Builder(bench, implementations.Setting(torch.device("cpu"), torch.float32, 1))
-    subject = builder.build(point)
+    subject = builder.build(case)
     dy = subject.dy.clone()
     found = []
     for _ in range(2):
         torch.manual_seed(0)
         found.append([subject.forward().detach(), *subject.both()])
     same = all(torch.equal(*pair) for pair in zip(*found, strict=True)) and torch.equal(dy, subject.dy)
-    return found[0], same, saved_bytes(subject.forward, _existing(subject))
+    return found[0], same, saved_bytes(subject.forward, existing(subject))
 
 
 def main() -> None:
@@ -53,15 +53,15 @@ def main() -> None:
 
     interpreter._implicit_cvt = converted
     rms_norm.rsqrt = lambda x: 1.0 / tl.sqrt(x)  # libdevice's is for GPUs
-    plain = benches(read_kernel_suite("smoke"))["layer~tiny/rank~16/dropout~0.1"]
+    plain = EXPERIMENTS["kernels"].point("smoke", "layer~tiny/rank~16/dropout~0.1").subject
     lean = plain.model_copy(update={"block": plain.block.model_copy(update={"liger": True})})
     with patch.object(implementations, "use_liger", liger.install):
-        for point in plain.points(TOKENS):
-            (expected, _, kept), (ours, same, lean_kept) = run(plain, point), run(lean, point)
+        for case in plain.cases(TOKENS):
+            (expected, _, kept), (ours, same, lean_kept) = run(plain, case), run(lean, case)
             error = max(
                 float((one - other).abs().max() / other.abs().max()) for one, other in zip(ours, expected, strict=True)
             )
-            name = f"{point.implementation}, {point.adapters} adapters"
+            name = f"{case.implementation}, {case.adapters} adapters"
             print(json.dumps({"name": name, "error": error, "same": same, "kept": [kept, lean_kept]}), flush=True)
 
 

@@ -13,11 +13,12 @@ import yaml
 
 from lorafusion.core.config import read_model
 from lorafusion.core.schema import UserError
-from lorafusion.lab.experiments.kernel_suite import KERNELS, read_kernel_suite, read_kernel_suites
+from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.model.liger import use_liger
 from lorafusion.model.stage import build_stage
 
 SCRIPT = Path(__file__).with_name("liger_interpreted.py")
+KERNELS = EXPERIMENTS["kernels"]
 TINY = read_model("tiny")
 
 
@@ -30,17 +31,18 @@ def test_a_stage_on_a_cpu_is_refused():
         use_liger(stage())
 
 
-def test_a_suite_for_cpus_is_refused(tmp_path):
-    data = yaml.safe_load(KERNELS.read_text())["smoke"]
+def test_a_suite_for_cpus_is_refused(tmp_path, monkeypatch):
+    data = yaml.safe_load(KERNELS.config.read_text())["smoke"]
     data["layers"][0]["liger"] = True
     path = tmp_path / "kernels.yaml"
     path.write_text(yaml.safe_dump({"smoke": data}))
+    monkeypatch.setattr(KERNELS, "config", path)
     with pytest.raises(UserError, match=r"kernels.yaml: smoke: .*layers with `liger: true` need `device: cuda`"):
-        read_kernel_suites(path)
+        KERNELS.entries()
 
 
 def test_the_suite_for_gpus_has_it():
-    assert all(block.liger for block in read_kernel_suite("h200").layers)
+    assert all(block.liger for block in KERNELS.entry_of("h200").layers)
 
 
 def test_nothing_imports_it_before_it_is_asked_for():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pandas as pd
 
@@ -220,7 +219,7 @@ def _changed(original, change):
 
     def metrics(report, workload, plan):
         found = original(report, workload, plan)
-        return [replace(one, value=change(one, workload, plan)) for one in found]
+        return [row | {"value": change(row, workload, plan)} for row in found]
 
     return metrics
 
@@ -232,8 +231,8 @@ def _changed(original, change):
 def our_throughput_is_two_percent_up(original):
     """The throughput of `lorafusion` alone is multiplied by 1.02."""
 
-    def change(one, workload, plan):
-        return one.value * (1.02 if plan.system == OURS and one.metric == "throughput" else 1)
+    def change(row, workload, plan):
+        return row["value"] * (1.02 if plan.system == OURS and row["metric"] == "throughput" else 1)
 
     return _changed(original, change)
 
@@ -248,10 +247,10 @@ def our_throughput_is_two_percent_up(original):
 def padding_counts_as_tokens(original):
     """Tokens of padding are counted in the throughput."""
 
-    def change(one, workload, plan):
-        if (one.metric, one.window) != ("throughput", "whole"):
-            return one.value
-        return one.value / workload.tokens * sum(microbatch.length for microbatch in plan.microbatches)
+    def change(row, workload, plan):
+        if (row["metric"], row["window"]) != ("throughput", "whole"):
+            return row["value"]
+        return row["value"] / workload.tokens * sum(microbatch.length for microbatch in plan.microbatches)
 
     return _changed(original, change)
 
@@ -263,10 +262,10 @@ def padding_counts_as_tokens(original):
 def tokens_are_what_the_plan_says_of_itself(original):
     """The throughput takes its tokens from the plan's own statistics."""
 
-    def change(one, workload, plan):
-        if (one.metric, one.window) != ("throughput", "whole"):
-            return one.value
-        return one.value / workload.tokens * plan.statistics.tokens
+    def change(row, workload, plan):
+        if (row["metric"], row["window"]) != ("throughput", "whole"):
+            return row["value"]
+        return row["value"] / workload.tokens * plan.statistics.tokens
 
     return _changed(original, change)
 

@@ -5,12 +5,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from lorafusion.lab.experiments.planner import bench_hash as scheduler_hash
-from lorafusion.lab.experiments.planner import benches as scheduler_benches
-from lorafusion.lab.experiments.planner import read_scheduler_suites
-from lorafusion.lab.experiments.kernel_suite import bench_hash, benches, read_kernel_suites
-from lorafusion.lab.experiments.steps_suite import bench_hash as training_hash
-from lorafusion.lab.experiments.steps_suite import read_training_suites
+from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.experiments.end_to_end import unavailable
 from lorafusion.core.config import CONFIGS, read_systems
 from lorafusion.lab.suite import Arrangement, cells, read_suite, suite_path
@@ -40,9 +35,15 @@ try:
         suite_path(config.get("suite") or os.environ.get("LORAFUSION_SUITE"))
     )
     SUITE = read_suite(SUITE_PATH)
-    KERNEL_SUITE = read_kernel_suites().get(SUITE.name)  # none: no kernels measured
-    SCHEDULER_SUITE = read_scheduler_suites().get(SUITE.name)  # none: no plans judged
-    TRAINING_SUITE = read_training_suites().get(SUITE.name)  # none: no steps measured
+    KERNEL_SUITE, SCHEDULER_SUITE, TRAINING_SUITE = [
+        EXPERIMENTS[name].entries().get(SUITE.name)  # none: nothing of it measured
+        for name in ("kernels", "planner", "steps")
+    ]
+    POINTS = {
+        name: {point.name: point for point in experiment.points(SUITE.name)}
+        for name, experiment in EXPERIMENTS.items()
+        if name != "end_to_end"
+    }
     # Dry runs and jobs that Slurm has already placed need no GPU here.
     if (
         SUITE.device == "cuda"
@@ -105,7 +106,7 @@ REPEATS = range(1, SUITE.repeats + 1)
 RESULTS = f"results/{SUITE.name}"
 LOGS = f"{RESULTS}/logs"
 RUNS = [f"{name}/repeat~{repeat}" for repeat in REPEATS for name in CELLS]
-BENCHES = benches(KERNEL_SUITE) if KERNEL_SUITE else {}
+BENCHES = [name for name in POINTS["kernels"] if name != "traffic"]
 KERNEL_FOLDER = f"{RESULTS}/kernels"
 CHECKS = f"{RESULTS}/checks"
 RUN_VERDICTS = [f"{CHECKS}/{name}.json" for name in needed_by("runs")]
@@ -139,7 +140,7 @@ if SCHEDULER_SUITE:
     SCHEDULER_RUNS = [
         f"{SCHEDULER_FOLDER}/runs/{name}/repeat~{repeat}.json"
         for repeat in range(1, SCHEDULER_SUITE.repeats + 1)
-        for name in scheduler_benches(SCHEDULER_SUITE)
+        for name in POINTS["planner"]
     ]
     SCHEDULER_RESULTS = [
         *[f"{SCHEDULER_FOLDER}/measurements.{form}" for form in ("csv", "html")],
@@ -282,11 +283,6 @@ def kernel_gres(wildcards):
     return "gpu:1" if KERNEL_SUITE.device == "cuda" else ""
 
 
-def kernel_hash(bench=None):
-    """Changes with what a bench's numbers depend on; without a bench, with what the traffic does."""
-    settings = KERNEL_SUITE.model_dump(
-        mode="json", include={"device", "dtype", "replays", "seed"}
-    )
-    if bench is None:
-        return content_hash([settings, KERNEL_SUITE.traffic.model_dump(mode="json")])
-    return bench_hash(KERNEL_SUITE, bench)
+def key_of(experiment, name):
+    """Changes with what the numbers of a point of an experiment depend on."""
+    return EXPERIMENTS[experiment].key(POINTS[experiment][name])

@@ -93,7 +93,7 @@ rule kernel_bench:
     params:
         suite=SUITE.name,
         # Not in the command: a bench runs again when its configuration changes, and only then.
-        configuration=lambda wildcards: kernel_hash(BENCHES[wildcards.bench]),
+        configuration=lambda wildcards: key_of("kernels", wildcards.bench),
     shell:
         "lorafusion kernels measure --suite {params.suite:q} --bench {wildcards.bench:q} --repeat {wildcards.repeat}"
         " --out {output:q} --log {log:q} > {log:q} 2>&1"
@@ -119,7 +119,7 @@ if KERNEL_SUITE.traffic:
             device=1,
         params:
             suite=SUITE.name,
-            configuration=kernel_hash(),
+            configuration=key_of("kernels", "traffic"),
         shell:
             "lorafusion kernels traffic --suite {params.suite:q} --out {output:q} --log {log:q} > {log:q} 2>&1"
 

@@ -1,4 +1,4 @@
-# Plans of every strategy, judged by the simulator: the entry of configs/scheduler.yaml with the suite's name. CPU only.
+# Plans of every strategy, judged by the simulator: the entry of configs/planner.yaml with the suite's name. CPU only.
 rule scheduler:
     input:
         SCHEDULER_RUNS,
@@ -24,9 +24,7 @@ rule scheduler_bench:
     params:
         suite=SUITE.name,
         # Not in the command: a bench runs again when its configuration changes, and only then.
-        configuration=lambda wildcards: scheduler_hash(
-            SCHEDULER_SUITE, wildcards.planned
-        ),
+        configuration=lambda wildcards: key_of("planner", wildcards.planned),
     shell:
         "lorafusion scheduler measure --suite {params.suite:q} --bench {wildcards.planned:q}"
         " --repeat {wildcards.repeat} --out {output:q} --log {log:q} > {log:q} 2>&1"

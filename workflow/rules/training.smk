@@ -1,4 +1,4 @@
-# Whole training steps in every implementation: the entry of configs/training.yaml with the suite's name.
+# Whole training steps in every implementation: the entry of configs/steps.yaml with the suite's name.
 wildcard_constraints:
     trained="[A-Za-z0-9][A-Za-z0-9._-]*",
 
@@ -40,14 +40,11 @@ rule training_bench:
         device=1,
     params:
         suite=SUITE.name,
-        profile=lambda wildcards, output: [
-            f"--profile={path}" for path in output.profile
-        ],
         # Not in the command: a bench runs again when its configuration changes, and only then.
-        configuration=lambda wildcards: training_hash(TRAINING_SUITE, wildcards.trained),
+        configuration=lambda wildcards: key_of("steps", wildcards.trained),
     shell:
         "lorafusion training measure --suite {params.suite:q} --bench {wildcards.trained:q}"
-        " --repeat {wildcards.repeat} --out {output.result:q} {params.profile:q} --log {log:q} > {log:q} 2>&1"
+        " --repeat {wildcards.repeat} --out {output.result:q} --log {log:q} > {log:q} 2>&1"
 
 
 rule training_measurements:

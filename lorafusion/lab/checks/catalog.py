@@ -38,9 +38,9 @@ def _kernel_settings(suite: Suite) -> list:
 
 def _measured(suite: Suite, check: str):
     """What a check is about, with its device and dtype: the suite, or the entry of its name in configs/kernels.yaml."""
-    from lorafusion.lab.experiments.kernel_suite import read_kernel_suite
+    from lorafusion.lab.experiments import EXPERIMENTS
 
-    return read_kernel_suite(suite.name) if check == "kernels" else suite
+    return EXPERIMENTS["kernels"].entry_of(suite.name) if check == "kernels" else suite
 
 
 @dataclass(frozen=True)

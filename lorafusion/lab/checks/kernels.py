@@ -19,8 +19,9 @@ from fused_lora.linear import operator_arguments
 from fused_lora.philox import unpack
 from lorafusion.lab.checks.verdicts import Curve, Evidence, Verdict
 from lorafusion.lab.definitions import keep_mask_of_key
-from lorafusion.lab.experiments.kernel_suite import KernelSuite, read_kernel_suite
-from lorafusion.lab.experiments.kernel_times import require_device
+from lorafusion.lab.experiments import EXPERIMENTS
+from lorafusion.lab.experiments.experiment import require_device
+from lorafusion.lab.experiments.kernel_suite import KernelSuite
 from lorafusion.lab.suite import Suite
 
 # Of eager's root mean square error. Kernels add in float32, in another order, and round once where eager rounds twice;
@@ -49,12 +50,12 @@ class Problem:
 
 def check_suite(suite: Suite) -> tuple[Verdict, list[Curve]]:
     """The check of the entry of configs/kernels.yaml that has the suite's name."""
-    return verify(read_kernel_suite(suite.name), suite.name), []
+    return verify(EXPERIMENTS["kernels"].entry_of(suite.name), suite.name), []
 
 
 def verify(suite: KernelSuite, name: str) -> Verdict:
     """All cases of a kernel suite's `verify`: one adapter, and five of mixed rank, dropout and length."""
-    require_device(suite)
+    require_device(suite, f"configs/kernels.yaml: {name}")
     device, dtype = torch.device(suite.device), getattr(torch, suite.dtype)
     worst: dict[str, float] = {}
     wrong = 0

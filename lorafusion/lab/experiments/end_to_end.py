@@ -11,11 +11,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lorafusion.core.config import SystemConfig, names_in
-from lorafusion.core.machine import has_gpu, provenance
+from lorafusion.core.machine import provenance
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
-from lorafusion.lab.experiments.experiment import MARGIN, NO_INPUTS, Experiment, Inputs, Point, Resources, is_path
+from lorafusion.lab.experiments.experiment import (
+    MARGIN,
+    NO_INPUTS,
+    Experiment,
+    Inputs,
+    Point,
+    Resources,
+    is_path,
+    require_device,
+)
 from lorafusion.lab.keys import CellFiles, suite_files
 from lorafusion.lab.suite import Cell, Suite, suite_path
 from lorafusion.lab.table.result import result_of, write_result
@@ -138,12 +147,6 @@ def unavailable(system: SystemConfig) -> str:
     except ModuleNotFoundError:  # the package that it is a part of
         found = None
     return "" if found else f"the package {system.requires} is not installed"
-
-
-def require_device(suite: Suite, source: Path) -> None:
-    """Raise where a suite is for GPUs and there is none."""
-    if suite.device == "cuda" and not has_gpu():
-        raise UserError(f"{source}: a suite for GPUs, but nvidia-smi finds none; try configs/suites/smoke.yaml")
 
 
 def describe(result: dict) -> str:

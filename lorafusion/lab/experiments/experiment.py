@@ -6,13 +6,15 @@ A *point* is one process that writes one result file. It is run `repeats` times,
 
 from __future__ import annotations
 
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from lorafusion.core.schema import one_of
+from lorafusion.core.machine import has_gpu
+from lorafusion.core.schema import UserError, one_of
 from lorafusion.lab.suite import read_suite
 
 MARGIN = 5  # minutes that a job may take beyond the time limit of what it runs
@@ -61,12 +63,15 @@ class Experiment(ABC):
     """One kind of measurement.
 
     name: in the registry and on the command line. folder: of its files below the results of a suite. checks: verdicts
-    that must be there before a point is run.
+    that must be there before a point is run. command: the words of the command line that run a point. kind:
+    the experiment's word in result files, if they name its points.
     """
 
     name: ClassVar[str]
     folder: ClassVar[str]
     checks: ClassVar[tuple[str, ...]] = ()
+    command: ClassVar[tuple[str, ...]] = ()
+    kind: ClassVar[str] = ""
 
     @abstractmethod
     def points(self, suite: str) -> list[Point]:
@@ -94,6 +99,18 @@ class Experiment(ABC):
         points = {point.name: point for point in self.points(suite)}
         one_of(f"point of {self.name}", name, set(points), suite)
         return points[name]
+
+
+def again(experiment: Experiment, point: Point, repeat: int, out: Path) -> str:
+    """What to type to run a point again."""
+    words = ["lorafusion", *experiment.command, "--suite", point.source, "--bench", point.name]
+    return shlex.join(map(str, [*words, "--out", out, "--repeat", repeat]))
+
+
+def require_device(suite: Any, source: str | Path) -> None:
+    """Raise where a suite, or the entry of one, is for GPUs and there is none. source: its file."""
+    if suite.device == "cuda" and not has_gpu():
+        raise UserError(f"{source}: a suite for GPUs, but nvidia-smi finds none; try the suite smoke")
 
 
 def is_path(suite: str) -> bool:

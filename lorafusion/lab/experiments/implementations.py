@@ -19,7 +19,7 @@ from fused_lora import AdapterStack, LoRABatch, LoRALinear, LoRASegment, LoRASet
 from lorafusion.core.config import read_model
 from lorafusion.core.workload import ALL_LINEAR, Job, Sample
 from lorafusion.data.packing import AdapterSegment, PackedBatch, SampleBorders
-from lorafusion.lab.experiments.kernel_suite import Bench, Point
+from lorafusion.lab.experiments.kernel_suite import KernelBench, KernelCase
 from lorafusion.model import lora
 from lorafusion.model.liger import use_liger
 from lorafusion.model.stage import Stage, build_stage
@@ -58,52 +58,52 @@ class Setting:
 class Builder:
     """Builds the subjects of one bench; what they have in common, only once."""
 
-    def __init__(self, bench: Bench, setting: Setting) -> None:
+    def __init__(self, bench: KernelBench, setting: Setting) -> None:
         self.bench, self.setting = bench, setting
         self.kept: dict = {}
 
-    def build(self, point: Point) -> Subject:
-        return (self._linear if self.bench.shape else self._layer)(point)
+    def build(self, case: KernelCase) -> Subject:
+        return (self._linear if self.bench.shape else self._layer)(case)
 
-    def _linear(self, point: Point) -> Subject:
+    def _linear(self, case: KernelCase) -> Subject:
         inputs, outputs = self.bench.shape
-        x = self._once(("x", point.tokens), lambda: self._input(point.tokens, inputs)[0].detach().requires_grad_())
-        dy = self._once(("dy", point.tokens), lambda: self.setting.random(point.tokens, outputs, stream=1))
-        module = self._once((point.implementation, point.adapters), lambda: self._linear_module(point))
+        x = self._once(("x", case.tokens), lambda: self._input(case.tokens, inputs)[0].detach().requires_grad_())
+        dy = self._once(("dy", case.tokens), lambda: self.setting.random(case.tokens, outputs, stream=1))
+        module = self._once((case.implementation, case.adapters), lambda: self._linear_module(case))
         call = module
         if isinstance(module, LoRALinear):
-            batch = LoRABatch.of(_shares(point), torch.arange(point.tokens, device=x.device))
+            batch = LoRABatch.of(_shares(case), torch.arange(case.tokens, device=x.device))
             call = partial(module, batch=batch)
-        return _subject(call, module, x, dy, _context(point, x.device))
+        return _subject(call, module, x, dy, _context(case, x.device))
 
-    def _linear_module(self, point: Point) -> nn.Module:
+    def _linear_module(self, case: KernelCase) -> nn.Module:
         inputs, outputs = self.bench.shape
         weight = self._once("weight", lambda: self.setting.random(outputs, inputs, scale=inputs**-0.5, stream=2))
         base = nn.Linear(inputs, outputs, bias=False, device="meta")
         base.weight = nn.Parameter(weight, requires_grad=False)
-        if point.implementation == "frozen":
+        if case.implementation == "frozen":
             return base
-        if point.implementation.startswith("fused"):
+        if case.implementation.startswith("fused"):
             settings = [LoRASettings(self.bench.rank, self.bench.rank, self.bench.dropout, seed=i)
-                        for i in range(point.adapters)]  # fmt: skip
+                        for i in range(case.adapters)]  # fmt: skip
             module = LoRALinear(base, settings)
         else:
             config = LoraConfig(r=self.bench.rank, lora_alpha=self.bench.rank, lora_dropout=self.bench.dropout,
                                 target_modules=["proj"])  # fmt: skip
             holder = inject_adapter_in_model(config, nn.ModuleDict({"proj": base}), "default")
-            module = holder["proj"].to(self.setting.device, _adapter_dtype(point, self.setting))
+            module = holder["proj"].to(self.setting.device, _adapter_dtype(case, self.setting))
             module.get_base_layer().to(self.setting.dtype)
         self._randomise(module)
-        return torch.compile(module, dynamic=False) if point.implementation == "peft-compiled" else module
+        return torch.compile(module, dynamic=False) if case.implementation == "peft-compiled" else module
 
-    def _layer(self, point: Point) -> Subject:
-        borders, position_ids = self._once(("samples", point.tokens), lambda: self._samples(point.tokens))
+    def _layer(self, case: KernelCase) -> Subject:
+        borders, position_ids = self._once(("samples", case.tokens), lambda: self._samples(case.tokens))
         hidden = read_model(self.bench.model).hidden_size
-        x = self._once(("x", point.tokens), lambda: self._input(point.tokens, hidden).requires_grad_())
-        dy = self._once(("dy", point.tokens), lambda: self.setting.random(1, point.tokens, hidden, stream=1))
-        stage, active = self._once((point.implementation, point.adapters), lambda: self._stage(point))
+        x = self._once(("x", case.tokens), lambda: self._input(case.tokens, hidden).requires_grad_())
+        dy = self._once(("dy", case.tokens), lambda: self.setting.random(1, case.tokens, hidden, stream=1))
+        stage, active = self._once((case.implementation, case.adapters), lambda: self._stage(case))
         if active is not None:
-            active.batch = _packed(point, borders, position_ids)
+            active.batch = _packed(case, borders, position_ids)
         batch = None if active is None else active.batch
 
         def call(x: Tensor) -> Tensor:
@@ -112,9 +112,9 @@ class Builder:
             return stage(x, position_ids, borders)
 
         stacks = active.stacks if active is not None else ()
-        return _subject(call, stage, x, dy, _context(point, x.device), stacks)
+        return _subject(call, stage, x, dy, _context(case, x.device), stacks)
 
-    def _stage(self, point: Point) -> tuple[Stage, lora.ActiveBatch | None]:
+    def _stage(self, case: KernelCase) -> tuple[Stage, lora.ActiveBatch | None]:
         config = read_model(self.bench.model)
         setting = self.setting
         stage = build_stage(
@@ -123,16 +123,16 @@ class Builder:
         )  # fmt: skip
         if self.bench.block.liger:
             use_liger(stage)
-        if point.implementation == "frozen":
+        if case.implementation == "frozen":
             return stage, None
         jobs = [
             Job(name=f"job-{i}", dataset="none", rank=self.bench.rank, alpha=2 * self.bench.rank, epochs=1,
                 dropout=self.bench.dropout, target_modules=ALL_LINEAR, learning_rate=1e-4, seed=i, global_batch_size=1,
                 samples=(Sample(0, 2),))
-            for i in range(point.adapters)
+            for i in range(case.adapters)
         ]  # fmt: skip
-        kind = lora.fused if point.implementation.startswith("fused") else lora.peft
-        active = lora.inject_adapters(stage, jobs, _adapter_dtype(point, setting), kind)
+        kind = lora.fused if case.implementation.startswith("fused") else lora.peft
+        active = lora.inject_adapters(stage, jobs, _adapter_dtype(case, setting), kind)
         self._randomise(stage)
         return stage, active
 
@@ -147,7 +147,7 @@ class Builder:
 
     def _randomise(self, module: nn.Module) -> None:
         """Give every adapter's factors values of a trained one's size."""
-        for index, parameter in enumerate(one for one in module.parameters() if one.requires_grad):
+        for index, parameter in enumerate(factor for factor in module.parameters() if factor.requires_grad):
             generator = torch.Generator(parameter.device).manual_seed(self.setting.seed + index)
             with torch.no_grad():
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
@@ -163,14 +163,14 @@ class Builder:
             self.kept.pop((name, tokens), None)
 
 
-def _adapter_dtype(point: Point, setting: Setting) -> torch.dtype:
+def _adapter_dtype(case: KernelCase, setting: Setting) -> torch.dtype:
     """PEFT as shipped turns adapters into float32; the others keep them in the model's dtype."""
-    return torch.float32 if point.implementation == "peft" else setting.dtype
+    return torch.float32 if case.implementation == "peft" else setting.dtype
 
 
-def _context(point: Point, device: torch.device) -> Callable[[], AbstractContextManager]:
+def _context(case: KernelCase, device: torch.device) -> Callable[[], AbstractContextManager]:
     """PEFT as shipped runs under autocast, as it is trained; without its cache, which a CUDA graph cannot hold."""
-    if point.implementation == "peft" and device.type == "cuda":
+    if case.implementation == "peft" and device.type == "cuda":
         return partial(torch.autocast, "cuda", dtype=torch.bfloat16, cache_enabled=False)
     return nullcontext
 
@@ -190,15 +190,15 @@ def _subject(
     return Subject(forward, [x, *factors], weights, dy)
 
 
-def _shares(point: Point) -> list[LoRASegment]:
+def _shares(case: KernelCase) -> list[LoRASegment]:
     """Equal shares of the tokens for each adapter."""
-    borders = [point.tokens * i // point.adapters for i in range(point.adapters + 1)]
+    borders = [case.tokens * i // case.adapters for i in range(case.adapters + 1)]
     return [LoRASegment(*span, i) for i, span in enumerate(zip(borders[:-1], borders[1:], strict=True))]
 
 
-def _packed(point: Point, borders: SampleBorders, position_ids: Tensor) -> PackedBatch:
+def _packed(case: KernelCase, borders: SampleBorders, position_ids: Tensor) -> PackedBatch:
     """A microbatch as an executor makes it, of which a layer reads whose tokens are where."""
     none = position_ids.new_empty(0)
-    segments = tuple(AdapterSegment(one.start, one.stop, one.adapter, 0) for one in _shares(point))
-    positions = torch.arange(point.tokens, device=position_ids.device)
+    segments = tuple(AdapterSegment(one.start, one.stop, one.adapter, 0) for one in _shares(case))
+    positions = torch.arange(case.tokens, device=position_ids.device)
     return PackedBatch(none, position_ids, none, none.float(), positions, borders, segments)

@@ -7,16 +7,14 @@ not taken for a difference between them. Each point of it, an implementation at 
 from __future__ import annotations
 
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lorafusion.core.config import CONFIGS, names_in, read_entries, read_model
-from lorafusion.core.schema import MOST_MINUTES, MOST_REPEATS, MOST_SAMPLES, MOST_SEED, Config, UserError, one_of
-from lorafusion.core.workload import content_hash
+from lorafusion.core.config import names_in
+from lorafusion.core.schema import MOST_SAMPLES, Config, UserError, one_of
+from lorafusion.lab.experiments.bench import DeviceEntry, Variant, variants
 
-KERNELS = CONFIGS / "kernels.yaml"
 TokenCount = Annotated[int, Field(ge=1, le=2**24)]
 Rank = Annotated[int, Field(ge=1, le=256)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -24,7 +22,7 @@ Features = Annotated[int, Field(ge=1, le=2**24)]
 Implementation = Literal["frozen", "peft", "peft-bf16", "peft-compiled", "fused", "fused-multi"]
 
 
-class Tokens(Config):
+class TokenRange(Config):
     """Numbers of tokens, from `first` to `last`."""
 
     first: TokenCount
@@ -39,7 +37,7 @@ class Tokens(Config):
 class Block(Config):
     """What linears and layers have in common."""
 
-    tokens: list[TokenCount] | Tokens
+    tokens: list[TokenCount] | TokenRange
     ranks: list[Rank] = Field(default=[16], min_length=1)
     dropouts: list[Dropout] = Field(default=[0.1], min_length=1)
     implementations: list[Implementation] = Field(min_length=1)
@@ -49,7 +47,7 @@ class Block(Config):
 
     @property
     def token_counts(self) -> list[int]:
-        return self.tokens.values if isinstance(self.tokens, Tokens) else self.tokens
+        return self.tokens.values if isinstance(self.tokens, TokenRange) else self.tokens
 
     @model_validator(mode="after")
     def _possible(self) -> Block:
@@ -91,15 +89,10 @@ class Traffic(Config):
     adapters: int = Field(default=4, ge=1, le=MOST_SAMPLES)
 
 
-class KernelSuite(Config):
+class KernelSuite(DeviceEntry):
     """An entry of configs/kernels.yaml."""
 
-    device: Literal["cpu", "cuda"]
-    dtype: Literal["float32", "bfloat16", "float16"]
-    repeats: int = Field(ge=1, le=MOST_REPEATS, description="fresh processes a bench")
     replays: int = Field(ge=1, le=MOST_SAMPLES, description="timed executions of each point in a process")
-    seed: int = Field(default=1, ge=0, le=MOST_SEED)
-    minutes: int = Field(default=10, ge=1, le=MOST_MINUTES, description="time limit of a process")
     verify: Verification
     linears: list[LinearBlock] = []
     layers: list[LayerBlock] = []
@@ -112,7 +105,7 @@ class KernelSuite(Config):
         return self
 
 
-class Bench(BaseModel):
+class KernelBench(BaseModel):
     """One process of the suite: a linear or a layer in one setting, over all its numbers of tokens."""
 
     model_config = ConfigDict(frozen=True)
@@ -129,77 +122,53 @@ class Bench(BaseModel):
         """The bench's identity, in file names too."""
         return f"{self.subject}/rank~{self.rank}/dropout~{self.dropout:g}"
 
-    def points(self, tokens: int) -> list[Point]:
+    @property
+    def features(self) -> dict[str, int]:
+        """The sizes of a linear, as columns of the measurement table."""
+        return dict(zip(("in_features", "out_features"), self.shape, strict=True)) if self.shape else {}
+
+    def cases(self, tokens: int) -> list[KernelCase]:
         """What is measured at a number of tokens."""
-        out = []
-        for name in self.block.implementations:
-            counts = self.block.adapters if name == "fused-multi" else [0 if name == "frozen" else 1]
-            out += [Point(implementation=name, adapters=count, tokens=tokens) for count in counts]
-        return out
+        made = variants(self.block.implementations, self.block.adapters)
+        return [KernelCase(**variant.model_dump(), tokens=tokens) for variant in made]
 
 
-class Point(BaseModel):
+class KernelCase(Variant):
     """An implementation at a number of tokens."""
 
-    model_config = ConfigDict(frozen=True)
-
-    implementation: Implementation
-    adapters: int
     tokens: int
 
-    def cell(self, bench: Bench) -> str:
-        """The point's identity in the measurement table."""
+    def cell(self, bench: KernelBench) -> str:
+        """The case's identity in the measurement table."""
         return f"{bench.name}/tokens~{self.tokens}/implementation~{self.implementation}/adapters~{self.adapters}"
 
 
-def read_kernel_suites(path: str | Path = KERNELS) -> dict[str, KernelSuite]:
-    """All entries; raises `UserError` naming file and key."""
-    suites = read_entries(path, KernelSuite)
-    for name, suite in suites.items():
-        benches(suite, f"{path}: {name}")
-    return suites
-
-
-def read_kernel_suite(name: str, path: str | Path = KERNELS) -> KernelSuite:
-    suites = read_kernel_suites(path)
-    one_of("kernel suite", name, set(suites), path)
-    return suites[name]
-
-
-def benches(suite: KernelSuite, source: str | Path = KERNELS) -> dict[str, Bench]:
+def benches(suite: KernelSuite, source: str) -> dict[str, KernelBench]:
     """The suite's processes by name; raises `UserError` for an unknown model or a bench that is there twice."""
-    made: list[Bench] = []
+    every: list[KernelBench] = []
     for block in suite.linears:
         for shape, rank, dropout in product(block.shapes, block.ranks, block.dropouts):
             subject = f"linear~{shape[0]}x{shape[1]}"
-            made.append(Bench(subject=subject, rank=rank, dropout=dropout, block=block, shape=shape))
+            every.append(KernelBench(subject=subject, rank=rank, dropout=dropout, block=block, shape=shape))
     for block in suite.layers:
         for model, rank, dropout in product(block.models, block.ranks, block.dropouts):
             one_of("model", model, names_in("models"), source)
-            made.append(Bench(subject=f"layer~{model}", rank=rank, dropout=dropout, block=block, model=model))
-    out: dict[str, Bench] = {}
-    for bench in made:
-        if bench.name in out:
+            subject = f"layer~{model}"
+            every.append(KernelBench(subject=subject, rank=rank, dropout=dropout, block=block, model=model))
+    by_name: dict[str, KernelBench] = {}
+    for bench in every:
+        if bench.name in by_name:
             raise UserError(f"{source}: bench {bench.name} is in the suite twice")
-        out[bench.name] = bench
-    return out
+        by_name[bench.name] = bench
+    return by_name
 
 
-def bench_hash(suite: KernelSuite, bench: Bench) -> str:
-    """Changes with everything in the configuration that the bench's numbers depend on."""
-    settings = suite.model_dump(mode="json", include={"device", "dtype", "replays", "seed"})
-    block = bench.block.model_dump(mode="json", exclude={"shapes", "models", "ranks", "dropouts"})
-    model = read_model(bench.model).model_dump(mode="json") if bench.model else None
-    return content_hash([bench.name, settings, block, model])
-
-
-def traffic_hash(suite: KernelSuite) -> str:
-    """As `bench_hash`, for the memory counters."""
-    settings = suite.model_dump(mode="json", include={"device", "dtype", "replays", "seed"})
-    return content_hash([settings, suite.traffic.model_dump(mode="json")])
-
-
-def current_hash(suite: str, name: str) -> str:
-    """The hash of a bench of a suite as the file has it now; KeyError for one that it does not have."""
-    read = read_kernel_suites()[suite]
-    return bench_hash(read, benches(read)[name])
+def traffic_benches(suite: KernelSuite) -> list[KernelBench]:
+    """What the memory counters are read for, by shape: apart from the times' benches, so that no numbers are mixed."""
+    traffic = suite.traffic
+    return [
+        KernelBench(subject=f"traffic~{shape[0]}x{shape[1]}", rank=16, dropout=0.1, shape=shape,
+                    block=LinearBlock(shapes=[shape], tokens=[traffic.tokens], adapters=[traffic.adapters],
+                                      implementations=traffic.implementations))
+        for shape in traffic.shapes
+    ]  # fmt: skip

@@ -1,44 +1,67 @@
-"""The experiment `kernels`: LoRA linears and decoder layers, and the traffic of their memory."""
+"""The experiment `kernels`: LoRA linears and decoder layers in every implementation, timed, and their DRAM traffic."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from lorafusion.lab.experiments.experiment import MARGIN, NO_INPUTS, Experiment, Inputs, Point, Resources, suite_name
-from lorafusion.lab.experiments.kernel_suite import bench_hash, benches, read_kernel_suites, traffic_hash
+from lorafusion.core.config import CONFIGS, read_model
+from lorafusion.lab.experiments.bench import BenchExperiment
+from lorafusion.lab.experiments.experiment import MARGIN, Point, Resources
+from lorafusion.lab.experiments.kernel_suite import KernelBench, KernelSuite, benches, traffic_benches
+
+TRAFFIC = "traffic"  # the point whose subject is a list of benches
 
 
-class Kernels(Experiment):
-    """LoRA linears and decoder layers in every implementation; the point `traffic` reads the memory counters."""
+class Kernels(BenchExperiment):
+    """A point is a bench: all implementations at one shape. The point `traffic` reads the GPU's memory counters."""
 
     name = "kernels"
     folder = "kernels"
+    command = ("kernels", "measure")
     checks = ("kernels",)
+    kind = "suite"
+    config = CONFIGS / "kernels.yaml"
+    entry = KernelSuite
+
+    def subjects(self, entry: KernelSuite, source: str) -> dict[str, KernelBench]:
+        return benches(entry, source)
 
     def points(self, suite: str) -> list[Point]:
-        name = suite_name(suite)
-        entry = read_kernel_suites().get(name)
-        if entry is None:
-            return []
-        points = [Point(name, name, key, entry.repeats, entry, bench) for key, bench in benches(entry).items()]
-        return points + ([Point(name, name, "traffic", 1, entry, None)] if entry.traffic else [])
+        points = super().points(suite)
+        if points and points[0].settings.traffic:
+            one, *_ = points
+            points.append(Point(one.suite, one.source, TRAFFIC, 1, one.settings, traffic_benches(one.settings)))
+        return points
 
-    def key(self, point: Point) -> str:
-        return bench_hash(point.settings, point.subject) if point.subject else traffic_hash(point.settings)
+    def depends_on(self, point: Point) -> list:
+        entry, bench = point.settings, point.subject
+        settings = entry.model_dump(mode="json", include={"device", "dtype", "replays", "seed"})
+        if point.name == TRAFFIC:
+            return [settings, entry.traffic.model_dump(mode="json")]
+        block = bench.block.model_dump(mode="json", exclude={"shapes", "models", "ranks", "dropouts"})
+        return [bench.name, settings, block, read_model(bench.model).model_dump(mode="json") if bench.model else None]
 
     def resources(self, point: Point) -> Resources:
-        entry = point.settings
-        gpus = int(entry.device == "cuda")
-        if point.subject:
-            return Resources(minutes=entry.minutes + MARGIN, memory_mb=16000, gpus=gpus)
+        if point.name != TRAFFIC:
+            return super().resources(point)
         # Five minutes for each program under ncu, at most.
-        return Resources(minutes=MARGIN + 5 * len(entry.traffic.shapes), memory_mb=32000, gpus=gpus)
+        return Resources(MARGIN + 5 * len(point.subject), 32_000, gpus=int(point.settings.device == "cuda"))
 
-    def run(self, point: Point, repeat: int, out: Path, log: Path | None, inputs: Inputs = NO_INPUTS) -> str:
-        if point.subject:
-            from lorafusion.lab.experiments.kernel_times import run_bench
+    def columns(self, point: Point) -> dict:
+        if point.name == TRAFFIC:
+            bench, cell = point.subject[0], {"cell": TRAFFIC}
+        else:
+            bench = point.subject
+            cell = {"cell": f"{bench.name}/canary", "model": bench.model, **bench.features}
+        return cell | {"rank": bench.rank, "dropout": bench.dropout, "dtype": point.settings.dtype}
 
-            return run_bench(point.source, point.name, repeat, out, log)
-        from lorafusion.lab.experiments.traffic import run_traffic
+    def measure(self, point: Point, repeat: int, out: Path) -> Iterator[list[dict]]:
+        if point.name == TRAFFIC:
+            from lorafusion.lab.experiments.traffic import traffic_rows
 
-        return run_traffic(point.source, out, log)
+            yield traffic_rows(point)
+        else:
+            from lorafusion.lab.experiments.kernel_times import bench_rows
+
+            yield bench_rows(point, repeat)

@@ -1,37 +1,55 @@
-"""The experiment `steps`: whole training steps on one device."""
+"""The experiment `steps`: whole training steps on one device, in every implementation."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from lorafusion.lab.experiments.experiment import MARGIN, NO_INPUTS, Experiment, Inputs, Point, Resources, suite_name
-from lorafusion.lab.experiments.steps_suite import bench_hash, read_training_suites
+from lorafusion.core.config import CONFIGS, names_in, read_model
+from lorafusion.core.schema import UserError, one_of
+from lorafusion.lab.experiments.bench import BenchExperiment
+from lorafusion.lab.experiments.experiment import Point
+from lorafusion.lab.experiments.steps_suite import StepsBench, StepsSuite
+
+PROFILE = ".profile.csv"
 
 
-class Steps(Experiment):
-    """Whole training steps on one device, in every implementation."""
+class Steps(BenchExperiment):
+    """A point is a model, or the layers of one stage of it. On a GPU a run also writes what its time goes into."""
 
     name = "steps"
     folder = "training"
+    command = ("training", "measure")
     checks = ("kernels",)
+    kind = "training_suite"
+    config = CONFIGS / "steps.yaml"
+    entry = StepsSuite
 
-    def points(self, suite: str) -> list[Point]:
-        name = suite_name(suite)
-        entry = read_training_suites().get(name)
-        return [Point(name, name, *(bench, entry.repeats, entry, bench)) for bench in entry.benches] if entry else []
+    def subjects(self, entry: StepsSuite, source: str) -> dict[str, StepsBench]:
+        for name, bench in entry.benches.items():
+            where = f"{source}.benches.{name}"
+            one_of("model", bench.model, names_in("models"), where)
+            layers = read_model(bench.model).num_hidden_layers
+            if bench.stage[1] > layers:
+                raise UserError(f"{where}: {bench.stage[1]} stages, but model {bench.model} has only {layers} layers")
+        return entry.benches
 
-    def key(self, point: Point) -> str:
-        return bench_hash(point.settings, point.name)
-
-    def resources(self, point: Point) -> Resources:
-        entry = point.settings
-        return Resources(minutes=entry.minutes + MARGIN, memory_mb=16000, gpus=int(entry.device == "cuda"))
+    def depends_on(self, point: Point) -> list:
+        settings = point.settings.model_dump(mode="json", include={"device", "dtype", "rounds", "seed"})
+        bench = point.subject
+        return [settings, bench.model_dump(mode="json"), read_model(bench.model).model_dump(mode="json")]
 
     def more_outputs(self, point: Point) -> tuple[str, ...]:
-        return (".profile.csv", ".profile.csv.sha256") if point.settings.device == "cuda" else ()
+        return (PROFILE, f"{PROFILE}.sha256") if point.settings.device == "cuda" else ()
 
-    def run(self, point: Point, repeat: int, out: Path, log: Path | None, inputs: Inputs = NO_INPUTS) -> str:
-        from lorafusion.lab.experiments.trainers import run_bench
+    def columns(self, point: Point) -> dict:
+        bench = point.subject
+        return {
+            "cell": f"bench~{point.name}/canary", "model": bench.model, "rank": bench.rank, "dropout": bench.dropout,
+            "dtype": point.settings.dtype, "stages": bench.stage[1], "capacity": bench.tokens, "bench": point.name,
+        }  # fmt: skip
 
-        profile = out.with_suffix(".profile.csv") if self.more_outputs(point) else None
-        return run_bench(point.source, point.name, repeat, out, log, profile)
+    def measure(self, point: Point, repeat: int, out: Path) -> Iterator[list[dict]]:
+        from lorafusion.lab.experiments.trainers import bench_rows
+
+        return bench_rows(point, repeat, out.with_suffix(PROFILE))

@@ -13,24 +13,14 @@ import io
 import shutil
 import subprocess
 import sys
-from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 
-from lorafusion.core.machine import provenance
 from lorafusion.core.schema import UserError
+from lorafusion.lab.experiments.experiment import Point
 from lorafusion.lab.experiments.implementations import Builder, Setting
-from lorafusion.lab.experiments.kernel_suite import (
-    KERNELS,
-    Bench,
-    KernelSuite,
-    LinearBlock,
-    bench_hash,
-    read_kernel_suite,
-)
-from lorafusion.lab.experiments.kernel_times import _row, require_device
-from lorafusion.lab.experiments.rows import write_bench
+from lorafusion.lab.experiments.kernel_suite import KernelBench
+from lorafusion.lab.experiments.kernel_times import case_row
 
 COUNTERS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}  # decimal, in ncu's words
@@ -38,62 +28,44 @@ SECONDS = 300  # for one program under ncu
 SEPARATOR = "spin_kernel"  # of torch.cuda._sleep
 
 
-def run_traffic(suite_name: str, out: Path, log: Path | None) -> str:
-    """Read the counters for all that a kernel suite's `traffic` names, and write one result file."""
-    suite = read_kernel_suite(suite_name)
-    if suite.traffic is None:
-        raise UserError(f"{KERNELS}: {suite_name}: no `traffic`")
-    require_device(suite)
-    tool = shutil.which("ncu")
+def traffic_rows(point: Point) -> list[dict]:
+    """The rows of the counters for all that a kernel suite's `traffic` names."""
+    tool, rows = shutil.which("ncu"), []
     if tool is None:
         raise UserError("ncu: not found; it comes with Nsight Compute, part of the CUDA toolkit")
-    started, rows = datetime.now(UTC).isoformat(timespec="seconds"), []
-    for shape in suite.traffic.shapes:
-        bench = traffic_bench(suite, shape)
-        for row in counted(tool, suite_name, bench, suite.traffic.tokens):
+    for bench in point.subject:
+        for row in counted(tool, point, bench):
             rows.append(row)
             print(f"{row['cell']['cell']}: {row['value'] or row['note']}", flush=True)
-    first = traffic_bench(suite, suite.traffic.shapes[0])
-    cell = {"suite": suite_name, "kind": "measured", "cell": "traffic", "gpus": 1, "repeat": 1, "rank": first.rank,
-            "dropout": first.dropout, "dtype": suite.dtype}  # fmt: skip
-    write_bench(out, cell, rows, provenance(suite.device), config_hash=bench_hash(suite, first), seed=suite.seed,
-                started=started, log=log,
-                command=["kernels", "traffic", "--suite", suite_name, "--out", out])  # fmt: skip
-    return f"{len(rows)} numbers, {sum(row['status'] != 'ok' for row in rows)} failed"
+    return rows
 
 
-def traffic_bench(suite: KernelSuite, shape: tuple[int, int]) -> Bench:
-    """A bench of its own, whose numbers are not mixed with the times'."""
-    traffic = suite.traffic
-    block = LinearBlock(shapes=[shape], tokens=[traffic.tokens], implementations=traffic.implementations,
-                        adapters=[traffic.adapters])  # fmt: skip
-    return Bench(subject=f"traffic~{shape[0]}x{shape[1]}", rank=16, dropout=0.1, block=block, shape=shape)
-
-
-def counted(tool: str, suite_name: str, bench: Bench, tokens: int) -> list[dict]:
-    """A row for each of the bench's points: bytes read and written in its forward and backward pass."""
+def counted(tool: str, point: Point, bench: KernelBench) -> list[dict]:
+    """A row for each of the bench's cases: bytes read and written in its forward and backward pass."""
+    suite = point.settings
     command = [
         tool, "--clock-control", "none", "--csv", "--page", "raw", "--profile-from-start", "off",
         "--metrics", ",".join(COUNTERS),
-        sys.executable, "-m", "lorafusion.lab.experiments.traffic", suite_name, *map(str, bench.shape),
+        sys.executable, "-m", "lorafusion.lab.experiments.traffic", suite.device, suite.dtype, str(suite.seed),
+        bench.model_dump_json(),
     ]  # fmt: skip
-    rows = [_row(bench, point, "dram_traffic", 0.0, "both") for point in bench.points(tokens)]
-    for row in rows:
-        row["cell"] |= dict(zip(("in_features", "out_features"), bench.shape, strict=True))
+    cases = bench.cases(*bench.block.token_counts)
+    sums, status, note = [None] * len(cases), "crash", "ncu, caches emptied before each kernel"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        if done.returncode:
+            note = "ncu: " + " ".join((done.stderr or done.stdout).split())[-200:]
+        else:
+            sums, status = summed_bytes(done.stdout, len(cases)), "ok"
     except subprocess.TimeoutExpired:
-        lost = {"value": None, "status": "timeout", "note": f"ncu took more than {SECONDS} s"}
-        return [row | lost for row in rows]
-    if done.returncode:
-        note = " ".join((done.stderr or done.stdout).split())[-200:]
-        return [row | {"value": None, "status": "crash", "note": f"ncu: {note}"} for row in rows]
-    try:
-        sums = summed_bytes(done.stdout, len(rows))
+        status, note = "timeout", f"ncu took more than {SECONDS} s"
     except UserError as error:
-        return [row | {"value": None, "status": "crash", "note": str(error)} for row in rows]
-    note = "ncu, caches emptied before each kernel"
-    return [row | {"value": value, "note": note} for row, value in zip(rows, sums, strict=True)]
+        note = str(error)
+    rows = [case_row(bench, case, "dram_traffic", value, "both", status=status, note=note)
+            for case, value in zip(cases, sums, strict=True)]  # fmt: skip
+    for row in rows:
+        row["cell"] |= bench.features
+    return rows
 
 
 def summed_bytes(text: str, parts: int) -> list[float]:
@@ -106,25 +78,24 @@ def summed_bytes(text: str, parts: int) -> list[float]:
             sums.append(0.0)
         elif sums:
             sums[-1] += sum(float(kernel[name].replace(",", "")) * UNITS[units[name]] for name in COUNTERS)
-    found = sum(map(bool, sums))
-    if found != parts:
-        raise UserError(f"ncu: expected a table with the kernels of {parts} implementations, found {found}")
+    count = sum(map(bool, sums))
+    if count != parts:
+        raise UserError(f"ncu: expected a table with the kernels of {parts} implementations, found {count}")
     return sums
 
 
-def profiled(suite_name: str, inputs: str, outputs: str) -> None:
-    """What ncu runs: each point twice to warm up, and once between the marks."""
-    suite = read_kernel_suite(suite_name)
-    bench = traffic_bench(suite, (int(inputs), int(outputs)))
-    builder = Builder(bench, Setting(torch.device(suite.device), getattr(torch, suite.dtype), suite.seed))
-    for point in bench.points(suite.traffic.tokens):
-        subject = builder.build(point)
+def profiled(device: str, dtype: str, seed: str, bench_json: str) -> None:
+    """What ncu runs: each case twice to warm up, and once between the marks."""
+    bench = KernelBench.model_validate_json(bench_json)
+    builder = Builder(bench, Setting(torch.device(device), getattr(torch, dtype), int(seed)))
+    for case in bench.cases(*bench.block.token_counts):
+        run = builder.build(case)
         for _ in range(2):
-            subject.both()
+            run.both()
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStart()
         torch.cuda._sleep(1)
-        subject.both()
+        run.both()
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStop()
 

@@ -1,4 +1,4 @@
-"""Run one bench of the training suite, once: whole training steps of all its implementations, and their result file.
+"""Whole training steps of all implementations of a bench, timed in turns.
 
 Each is a `TrainingRun` as a worker has it, on modules of its own around the same base weights; a middle stage takes
 random hidden states and gradients from no neighbours. What is timed is a turn: microbatches in a row, each with its
@@ -12,9 +12,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +22,7 @@ import torch
 from lorafusion.core.clock import Duration, canary, free_memory
 from lorafusion.core.config import read_model
 from lorafusion.core.files import write
-from lorafusion.core.machine import has_gpu, provenance
-from lorafusion.core.schema import UserError, one_of
+from lorafusion.core.machine import provenance
 from lorafusion.core.seals import seal
 from lorafusion.core.workload import Job, Sample
 from lorafusion.data.packing import BatchBuilder
@@ -32,18 +30,11 @@ from lorafusion.data.tokens import Tokens
 from lorafusion.engine.pipeline import Pipeline
 from lorafusion.engine.training import TrainingRun
 from lorafusion.lab import profiler
-from lorafusion.lab.experiments.rows import row, write_bench
-from lorafusion.lab.experiments.steps_suite import (
-    SUITES,
-    Arm,
-    Bench,
-    TrainingSuite,
-    bench_hash,
-    read_training_suite,
-    workload_and_plan,
-)
+from lorafusion.lab.experiments.bench import Variant
+from lorafusion.lab.experiments.experiment import Point
+from lorafusion.lab.experiments.steps_suite import StepsBench, StepsSuite, workload_and_plan
 from lorafusion.lab.experiments.timing import median_ratio
-from lorafusion.lab.table.result import FaultyRunError, require_clocks, require_steps
+from lorafusion.lab.table.result import FaultyRunError, require_clocks, require_steps, row
 from lorafusion.launch.heartbeat import Position
 from lorafusion.model import lora
 from lorafusion.model.liger import is_installed, use_liger
@@ -87,7 +78,7 @@ class Shared:
     allocated: int
 
     @classmethod
-    def of(cls, bench: Bench, suite: TrainingSuite, position: Position) -> Shared:
+    def of(cls, bench: StepsBench, suite: StepsSuite, position: Position) -> Shared:
         config = read_model(bench.model)
         device, dtype = torch.device(suite.device), getattr(torch, suite.dtype)
         index, count = bench.stage
@@ -108,7 +99,7 @@ class Shared:
 class Trainer:
     """An arm, ready to train."""
 
-    def __init__(self, bench: Bench, arm: Arm, shared: Shared) -> None:
+    def __init__(self, bench: StepsBench, arm: Variant, shared: Shared) -> None:
         self.x, self.gradient = shared.x, shared.gradient
         device, dtype = shared.pipeline.device, shared.pipeline.dtype
         stage = own_modules(shared.stage)
@@ -127,7 +118,7 @@ class Trainer:
                 stage.model.embed_tokens.register_forward_hook(lambda _module, _inputs, out: out.requires_grad_())
             active = lora.ActiveBatch()
             workload = workload.model_copy(update={"jobs": ()})
-            without_steps = tuple(one.model_copy(update={"step_after": ()}) for one in plan.microbatches)
+            without_steps = tuple(batch.model_copy(update={"step_after": ()}) for batch in plan.microbatches)
             plan = plan.model_copy(update={"microbatches": without_steps})
         # PEFT as shipped has adapters in float32 and trains under autocast.
         autocast = dtype if arm.implementation == "peft" and device.type == "cuda" else None
@@ -188,10 +179,10 @@ def own_modules(stage: Stage) -> Stage:
 class Arms:
     """The arms of a bench that train, and why the others do not: a status and a note."""
 
-    trainers: dict[Arm, Trainer] = field(default_factory=dict)
-    lost: dict[Arm, tuple[str, str]] = field(default_factory=dict)
+    trainers: dict[Variant, Trainer] = field(default_factory=dict)
+    lost: dict[Variant, tuple[str, str]] = field(default_factory=dict)
 
-    def attempt(self, arm: Arm, work: Callable[[Arm], float]) -> float | None:
+    def attempt(self, arm: Variant, work: Callable[[Variant], float]) -> float | None:
         """The result of some work of an arm; None where the memory does not suffice, after which the arm is lost."""
         try:
             return work(arm)
@@ -200,80 +191,59 @@ class Arms:
         self.lose(arm, "oom", note)
         return None
 
-    def lose(self, arm: Arm, status: str, note: str) -> None:
+    def lose(self, arm: Variant, status: str, note: str) -> None:
         self.lost[arm] = status, note
         self.trainers.pop(arm, None)
         free_memory()
 
-    def seconds(self, arm: Arm) -> float | None:
+    def seconds(self, arm: Variant) -> float | None:
         """As its trainer's; None where it ran out of memory."""
         return self.attempt(arm, lambda arm: self.trainers[arm].seconds())
 
 
-def run_bench(suite_name: str, name: str, repeat: int, out: Path, log: Path | None, profile: Path | None) -> str:
-    """Measure a bench and write its result file, and what a microbatch's time goes into as CSV; returns a line about
-    it. An implementation that runs out of memory is rows that say so."""
-    suite = read_training_suite(suite_name)
-    one_of("bench", name, set(suite.benches), f"{SUITES}: {suite_name}")
-    _require_device(suite, profile)
-    bench, started = suite.benches[name], datetime.now(UTC).isoformat(timespec="seconds")
-    origin, device = provenance(suite.device), torch.device(suite.device)
-    rows = [row("time", value, "steady", {"cell": f"bench~{name}/{canary_name}"}, implementation=canary_name)
-            for canary_name, value in canary(device).items()]  # fmt: skip
-    cell = {
-        "suite": suite_name, "kind": "measured", "cell": f"bench~{name}/canary", "model": bench.model, "gpus": 1,
-        "repeat": repeat, "rank": bench.rank, "dropout": bench.dropout, "dtype": suite.dtype,
-        "stages": bench.stage[1], "capacity": bench.tokens, "bench": name,
-    }  # fmt: skip
-    write_rows = partial(write_bench, out, cell, origin=origin, config_hash=bench_hash(suite, name), seed=suite.seed,
-                         started=started, log=log, bench=("training_suite", suite_name, name),
-                         command=["training", "measure", "--suite", suite_name, "--bench", name, "--out", out,
-                                  "--repeat", repeat, *(["--profile", profile] if profile else [])])  # fmt: skip
+def bench_rows(point: Point, repeat: int, profile: Path) -> Iterator[list[dict]]:
+    """The rows about times and memory, and then, on a GPU, those about how busy it is; what a microbatch's time goes
+    into is written to `profile`, as CSV. An implementation that runs out of memory is rows that say so."""
+    device = torch.device(point.settings.device)
+    rows = [
+        row("time", value, "steady", {"cell": f"bench~{point.name}/{name}"}, implementation=name)
+        for name, value in canary(device).items()
+    ]
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as folder:
-        arms, measured = measure(name, bench, suite, repeat, Position(Path(folder), 0))
-        rows += measured
+        arms, measured = measure(point, repeat, Position(Path(folder), 0))
+        yield rows + measured
         if device.type == "cuda":
-            write_rows(rows)  # what follows only adds to it
-            identity = {"suite": suite_name, "bench": name, "gpu_name": origin["gpu_name"],
+            origin = provenance("cuda")
+            identity = {"suite": point.suite, "bench": point.name, "gpu_name": origin["gpu_name"],
                         "git_sha": origin["git_sha"]}  # fmt: skip
-            found, shares = profiled(name, bench, arms, identity)
-            rows += found
-            if profile:
-                write(profile, profiler.csv_text(shares))
-                seal(profile)
-    write_rows(rows)
-    failed = [one for one in rows if one["status"] != "ok"]
-    return f"{len(rows)} numbers, {len(failed)} failed"
+            rows, shares = profiled(point, arms, identity)
+            write(profile, profiler.csv_text(shares))
+            seal(profile)
+            yield rows
 
 
-def _require_device(suite: TrainingSuite, profile: Path | None) -> None:
-    if suite.device == "cuda" and not has_gpu():
-        raise UserError(f"{SUITES}: a suite for GPUs, but nvidia-smi finds none; try the suite smoke")
-    if suite.device == "cpu" and profile:
-        raise UserError("--profile: only a GPU's kernels can be told apart, and the suite is for a CPU")
-
-
-def measure(name: str, bench: Bench, suite: TrainingSuite, repeat: int, position: Position) -> tuple[Arms, list[dict]]:
+def measure(point: Point, repeat: int, position: Position) -> tuple[Arms, list[dict]]:
     """All arms, and the rows about their memory and their speed."""
+    bench, suite = point.subject, point.settings
     torch.manual_seed(suite.seed)  # PEFT's own dropout draws from torch's generator
     shared, arms, rows = Shared.of(bench, suite, position), Arms(), []
     for arm in bench.arms:
         peak = arms.attempt(arm, partial(_first_turn, bench, shared, arms))
         if peak is None:
-            rows.append(_failed(name, bench, arm, "peak_memory", arms))
+            rows.append(_failed(point, arm, "peak_memory", arms))
         elif shared.pipeline.device.type == "cuda":
-            rows.append(_row(name, bench, arm, "peak_memory", peak))
-        print(f"{name}: {arm.name}: {_gibibytes(peak)}", flush=True)
+            rows.append(_row(point, arm, "peak_memory", peak))
+        print(f"{point.name}: {arm.name}: {_gibibytes(peak)}", flush=True)
     times = seconds(bench, arms, shared.pipeline.device, suite.rounds, repeat)
     for arm in list(arms.trainers):
         try:
             arms.trainers[arm].require_sound()
         except FaultyRunError as fault:
             arms.lose(arm, fault.status, str(fault))
-    return arms, rows + speed_rows(name, bench, arms, times)
+    return arms, rows + speed_rows(point, arms, times)
 
 
-def _first_turn(bench: Bench, shared: Shared, arms: Arms, arm: Arm) -> float:
+def _first_turn(bench: StepsBench, shared: Shared, arms: Arms, arm: Variant) -> float:
     """Build an arm and let it train a turn, in which it comes to hold all that it ever does. Returns the bytes of its
     peak, of which what the arms before it hold is no part: their adapters and moments, whose bytes are counted exactly.
     What libraries keep for themselves is in the peak of the first that needs it."""
@@ -288,7 +258,7 @@ def _first_turn(bench: Bench, shared: Shared, arms: Arms, arm: Arm) -> float:
     return meter.peak_memory() - others
 
 
-def seconds(bench: Bench, arms: Arms, device: torch.device, rounds: int, seed: int) -> dict[Arm, list[float]]:
+def seconds(bench: StepsBench, arms: Arms, device: torch.device, rounds: int, seed: int) -> dict[Variant, list[float]]:
     """The time of a microbatch of each arm in each of the rounds, whose order is shuffled. An arm that runs out of
     memory on the way is lost. Compare arms by the ratios of each round, as those of `timing.seconds`."""
     begin, microbatches = time.perf_counter(), 0
@@ -298,10 +268,10 @@ def seconds(bench: Bench, arms: Arms, device: torch.device, rounds: int, seed: i
             arms.seconds(arm)
         microbatches += bench.microbatches
     order, shuffle = list(arms.trainers), random.Random(seed)
-    times: dict[Arm, list[float]] = {arm: [] for arm in order}
+    times: dict[Variant, list[float]] = {arm: [] for arm in order}
     for index in range(rounds):
         shuffle.shuffle(order)
-        for arm in [one for one in order if one in arms.trainers]:
+        for arm in [arm for arm in order if arm in arms.trainers]:
             taken = arms.seconds(arm)
             if taken is not None:
                 times[arm].append(taken)
@@ -309,59 +279,60 @@ def seconds(bench: Bench, arms: Arms, device: torch.device, rounds: int, seed: i
     return {arm: times[arm] for arm in arms.trainers}
 
 
-def speed_rows(name: str, bench: Bench, arms: Arms, times: dict[Arm, list[float]]) -> list[dict]:
+def speed_rows(point: Point, arms: Arms, times: dict[Variant, list[float]]) -> list[dict]:
     """The rows about the arms' times, and those without a value of the arms that were lost."""
     rows, times = [], {arm: times[arm] for arm in arms.trainers}
     by_implementation = {arm.implementation: samples for arm, samples in times.items()}
     frozen, peft = by_implementation.get("frozen"), by_implementation.get("peft-bf16")
     for arm, samples in times.items():
         median = statistics.median(samples)
-        rows.append(_row(name, bench, arm, "time", median))
-        rows.append(_row(name, bench, arm, "throughput", bench.tokens / median))
+        rows.append(_row(point, arm, "time", median))
+        rows.append(_row(point, arm, "throughput", point.subject.tokens / median))
         if arm.adapters and frozen:
-            rows.append(_row(name, bench, arm, "overhead", median_ratio(samples, frozen) - 1))
+            rows.append(_row(point, arm, "overhead", median_ratio(samples, frozen) - 1))
         if arm.adapters and peft and arm.implementation != "peft-bf16":
-            rows.append(_row(name, bench, arm, "speedup", median_ratio(peft, samples)))
+            rows.append(_row(point, arm, "speedup", median_ratio(peft, samples)))
     for arm in arms.lost:
         metrics = ("time", "throughput", *(("overhead", "speedup") if arm.adapters else ()))
-        rows += [_failed(name, bench, arm, metric, arms) for metric in metrics]
+        rows += [_failed(point, arm, metric, arms) for metric in metrics]
     return rows
 
 
-def profiled(name: str, bench: Bench, arms: Arms, identity: dict) -> tuple[list[dict], list[dict]]:
+def profiled(point: Point, arms: Arms, identity: dict) -> tuple[list[dict], list[dict]]:
     """How busy the GPU is with each arm, as rows, and what it does meanwhile, as those of `profiler`."""
-    rows, shares = [_failed(name, bench, arm, "busy", arms) for arm in arms.lost], []
+    rows, shares = [_failed(point, arm, "busy", arms) for arm in arms.lost], []
     for arm, trainer in arms.trainers.items():
         spans = profiler.trace(partial(trainer.train, PROFILED))
         trainer.finish()
         if not spans:
-            print(f"{name}: {arm.name}: the profiler saw no kernels", flush=True)
+            print(f"{point.name}: {arm.name}: the profiler saw no kernels", flush=True)
             continue
         parts = profiler.breakdown(spans, PROFILED)
         busy = profiler.busy_share(parts)
-        rows.append(_row(name, bench, arm, "busy", busy))
+        rows.append(_row(point, arm, "busy", busy))
         shares += profiler.csv_rows(parts, **identity, **arm.model_dump())
-        print(f"{name}: {arm.name}: {busy:.1%} busy", *profiler.unknown_kernels(spans), sep="\n", flush=True)
+        print(f"{point.name}: {arm.name}: {busy:.1%} busy", *profiler.unknown_kernels(spans), sep="\n", flush=True)
     return rows, shares
 
 
-def _row(name: str, bench: Bench, arm: Arm, metric: str, value: float) -> dict:
+def _row(point: Point, arm: Variant, metric: str, value: float | None, status: str = "ok", why: str = "") -> dict:
+    """A number of an arm, or why there is none."""
+    bench, (index, count) = point.subject, point.subject.stage
     cell = {
-        "cell": f"bench~{name}/implementation~{arm.implementation}/adapters~{arm.adapters}",
+        "cell": f"bench~{point.name}/implementation~{arm.implementation}/adapters~{arm.adapters}",
         "tokens": bench.tokens,
         "adapters": arm.adapters,
     }
     window = "whole" if metric == "peak_memory" else "steady"
-    index, count = bench.stage
     notes = [f"stage {index} of {count}"] if count > 1 else []
     notes += [f"{bench.checkpointing:.0%} of the layers recomputed"] if bench.checkpointing else []
-    return row(metric, value, window, cell, implementation=arm.implementation, note=", ".join(notes))
+    note = ", ".join(notes) if status == "ok" else why[:200]
+    return row(metric, value, window, cell, status=status, implementation=arm.implementation, note=note)
 
 
-def _failed(name: str, bench: Bench, arm: Arm, metric: str, arms: Arms) -> dict:
+def _failed(point: Point, arm: Variant, metric: str, arms: Arms) -> dict:
     """A row that a lost arm should have had, without a value."""
-    status, note = arms.lost[arm]
-    return _row(name, bench, arm, metric, 0.0) | {"value": None, "status": status, "note": note[:200]}
+    return _row(point, arm, metric, None, *arms.lost[arm])
 
 
 def _allocated(device: torch.device) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from lorafusion.core.plan import Plan, statistics_of
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import sealed
 from lorafusion.core.workload import Workload
+from lorafusion.lab.table.vocabulary import METRICS
 from lorafusion.launch.launch import Outcome
 
 VERSION = 1
@@ -42,17 +42,18 @@ class FaultyRunError(UserError):
         self.status = status
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One number of a run, in the table's vocabulary."""
+def row(metric: str, value: float | None, window: str, cell: dict, *, status: str = "ok", **more: object) -> dict:
+    """A number of a run with the unit and the direction of its metric, or why there is none. cell: the columns in
+    which it differs from what is common to the result file."""
+    unit, direction, _ = METRICS[metric]
+    return {"metric": metric, "value": None if value is None else float(value), "unit": unit, "direction": direction,
+            "window": window, "status": status, "cell": cell, **more}  # fmt: skip
 
-    metric: str
-    value: float
-    unit: str
-    direction: str
-    window: str
-    implementation: str | None = None
-    note: str = ""
+
+def result_of_rows(rows: list[dict], cell: dict, provenance: dict) -> dict:
+    """The content of the result file of a process that measured many cells. cell: what they have in common."""
+    return {"version": VERSION, "status": "ok", "cell": cell, "expected": [], "metrics": rows,
+            "provenance": provenance}  # fmt: skip
 
 
 def result_of(outcome: Outcome, workload: Workload, plan: Plan | None, cell: dict, provenance: dict) -> dict:
@@ -73,8 +74,8 @@ def result_of(outcome: Outcome, workload: Workload, plan: Plan | None, cell: dic
         "note": note,
         "cell": cell,
         "expected": [{"metric": metric, "window": window} for metric, window in EXPECTED],
-        "metrics": [asdict(metric) for metric in metrics(report, workload, plan)] if status == "ok" else [],
-        "losses": {name: [_number(value) for value in values] for name, values in report.get("losses", {}).items()},
+        "metrics": metrics(report, workload, plan) if status == "ok" else [],
+        "losses": {name: [_loss(value) for value in values] for name, values in report.get("losses", {}).items()},
         "steps": report.get("steps", {}),
         "cost": cost,
         "clocks": [dict(zip(("device", "host"), seconds, strict=True)) for seconds in report.get("clocks", [])],
@@ -82,7 +83,7 @@ def result_of(outcome: Outcome, workload: Workload, plan: Plan | None, cell: dic
     }
 
 
-def _number(value: float | None) -> float | None:
+def _loss(value: float | None) -> float | None:
     """A loss as JSON has it."""
     return value if value is not None and math.isfinite(value) else None
 
@@ -154,45 +155,41 @@ def whole_seconds(report: dict) -> float:
     return max(device for device, _ in report["clocks"])
 
 
-def metrics(report: dict, workload: Workload, plan: Plan) -> list[Metric]:
+def metrics(report: dict, workload: Workload, plan: Plan) -> list[dict]:
     """The numbers of a run that ended well."""
     whole = whole_seconds(report)
     steady, window = steady_throughput({slot: time for slot, time in report["seconds"]}, plan)
     padded = sum(microbatch.length for microbatch in plan.microbatches)
-    fill = statistics_of(plan.microbatches, plan.capacity).fill
-    peak_note = "largest over the processes"
-    out = [
-        Metric("throughput", workload.tokens / whole, "tok/s", "higher", "whole"),
-        Metric("throughput", steady, "tok/s", "higher", "steady", note=window),
-        Metric("throughput_padded", padded / whole, "tok/s", "higher", "whole"),
-        Metric("time", whole, "s", "lower", "whole"),
-        Metric("peak_memory", report["peak_memory"], "B", "lower", "whole", note=peak_note),
-        Metric("fill", fill, "1", "higher", "whole"),
+    rows = [
+        _number("throughput", workload.tokens / whole),
+        _number("throughput", steady, "steady", note=window),
+        _number("throughput_padded", padded / whole),
+        _number("time", whole),
+        _number("peak_memory", report["peak_memory"], note="largest over the processes"),
+        _number("fill", statistics_of(plan.microbatches, plan.capacity).fill),
     ]
-    for name, time in report["canary"].items():
-        out.append(Metric("time", time, "s", "lower", "steady", implementation=name))
-    return out + cost_metrics(report.get("cost", {}), workload.tokens / whole, len(report["clocks"]))
+    rows += [_number("time", time, "steady", implementation=name) for name, time in report["canary"].items()]
+    return rows + cost_metrics(report.get("cost", {}), workload.tokens / whole, len(report["clocks"]))
 
 
-def cost_metrics(cost: dict, throughput: float, processes: int) -> list[Metric]:
+def _number(
+    metric: str, value: float, window: str = "whole", implementation: str | None = None, note: str = ""
+) -> dict:
+    """A row of a run that measures one cell."""
+    return row(metric, value, window, {}, implementation=implementation, note=note)
+
+
+def cost_metrics(cost: dict, throughput: float, processes: int) -> list[dict]:
     """What a run costs besides time (`cost.cost_of`), where that is known. The devices are busy for as long as they
     were in the part of it that was looked at; throughput: of the whole run, tokens a second."""
     if "counts" not in cost:
         return []
     counts, scale = cost["counts"], 1000 / cost["tokens"]
-    out = [
-        Metric(name, scale * counts[name], "1/ktok", "lower", "whole", note=cost["part"])
-        for name in ("operators", "kernels", "launches")
-        if name in counts
-    ]
+    numbers = {name: scale * counts[name] for name in ("operators", "kernels", "launches") if name in counts}
     if "busy_ms" in counts:
         busy = scale * counts["busy_ms"]
-        share = busy * throughput / (1e6 * processes)
-        out += [
-            Metric("device_busy", busy, "ms/ktok", "lower", "whole", note=cost["part"]),
-            Metric("busy", share, "1", "higher", "whole", note=cost["part"]),
-        ]
-    return out
+        numbers |= {"device_busy": busy, "busy": busy * throughput / (1e6 * processes)}
+    return [_number(name, value, note=cost["part"]) for name, value in numbers.items()]
 
 
 def steady_throughput(seconds: dict[int, float], plan: Plan) -> tuple[float, str]:

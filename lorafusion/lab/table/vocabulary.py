@@ -87,7 +87,7 @@ COLUMNS = {
     "capacity": Column("Int64", "tokens a microbatch may hold"),
     "merged_qkv": Column("boolean", "have q, k and v one adapter, as one linear? empty where there is no such choice"),
     "samples": Column("Int64", "samples an adapter"),
-    "bench": Column("string", "bench of the suite's entry in configs/training.yaml"),
+    "bench": Column("string", "bench of the suite's entry in configs/steps.yaml"),
     "git_sha": Column("string", "commit of this project"),
     "git_dirty": Column("boolean", "were there changes that are not in the commit?"),
     "tree_hash": Column("string", "of the project's source files, the same with and without a repository"),

@@ -15,7 +15,7 @@ from lorafusion.lab import definitions, plain_training
 from lorafusion.lab.checks import catalog, comparison, gradients, kernels, learning, lossless, systems
 from lorafusion.lab.checks.toy_runs import EXACT, SINGLE, Setup, TrainingResult, setups_of, toy_jobs
 from lorafusion.lab.checks.verdicts import Origin, Verdict, read_verdict, write_verdict
-from lorafusion.lab.experiments.kernel_suite import read_kernel_suite
+from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.suite import Arrangement, read_suite
 from lorafusion.lab.table import table as tables
 from tests.cli.test_cli import lorafusion
@@ -253,7 +253,7 @@ def test_learning_fails_where_nothing_is_learnt(monkeypatch):
 
 
 def test_kernels_fail_where_kernels_are_wrong(monkeypatch):
-    original, suite = kernels.kernels, read_kernel_suite("smoke")
+    original, suite = kernels.kernels, EXPERIMENTS["kernels"].entry_of("smoke")
     monkeypatch.setattr(kernels, "kernels", lambda problem: original(problem) | {"da": original(problem)["da"] * 1.01})
     assert not kernels.verify(suite, "smoke").passed
 

@@ -14,24 +14,30 @@ import fused_lora.cpu
 import fused_lora.reference
 from lorafusion.core.schema import UserError
 from lorafusion.lab.checks import kernels
+from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.experiments.implementations import Builder, Setting
-from lorafusion.lab.experiments.kernel_suite import KERNELS, bench_hash, benches, read_kernel_suite, read_kernel_suites
-from lorafusion.lab.experiments.kernel_times import measured, run_bench
+from lorafusion.lab.experiments.kernel_times import measured
 from lorafusion.lab.experiments.timing import median_ratio, saved_bytes, seconds
-from lorafusion.lab.experiments.traffic import run_traffic, summed_bytes
+from lorafusion.lab.experiments.traffic import summed_bytes
 from lorafusion.lab.table import table
 
 CPU = torch.device("cpu")
+KERNELS = EXPERIMENTS["kernels"]
 LINEAR = "linear~64x64/rank~16/dropout~0.1"
 
 
-def changed(tmp_path, **changes):
-    """The smoke entry with another first block of linears, as a file."""
-    data = yaml.safe_load(KERNELS.read_text())["smoke"]
-    data["linears"][0] |= changes
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Changes the first block of linears of the smoke entry, in a file of its own."""
+    data = yaml.safe_load(KERNELS.config.read_text())["smoke"]
     path = tmp_path / "kernels.yaml"
-    path.write_text(yaml.safe_dump({"smoke": data}))
-    return path
+    monkeypatch.setattr(KERNELS, "config", path)
+
+    def write(**changes):
+        data["linears"][0] |= changes
+        path.write_text(yaml.safe_dump({"smoke": data}))
+
+    return write
 
 
 @pytest.mark.parametrize(
@@ -47,42 +53,41 @@ def changed(tmp_path, **changes):
         ({"token": [1]}, "token: extra inputs are not permitted"),
     ],
 )
-def test_a_bad_entry_is_named(tmp_path, change, message):
-    path = changed(tmp_path, **change)
+def test_a_bad_entry_is_named(small, change, message):
+    small(**change)
     with pytest.raises(UserError, match=message) as caught:
-        read_kernel_suites(path)
-    assert str(path) in str(caught.value)
+        KERNELS.points("smoke")
+    assert str(KERNELS.config) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_suite_bench_or_number_of_tokens_is_named(tmp_path):
-    with pytest.raises(UserError, match="unknown kernel suite 'nope'; known: h200"):
-        read_kernel_suite("nope")
-    with pytest.raises(UserError, match="unknown bench 'nope'"):
-        run_bench("smoke", "nope", 1, tmp_path / "out.json", None)
-    with pytest.raises(UserError, match="--tokens: 7 is none of the bench's"):
-        run_bench("smoke", LINEAR, 1, tmp_path / "out.json", None, [7])
-    with pytest.raises(UserError, match="no `traffic`"):
-        run_traffic("smoke", tmp_path / "out.json", None)
+def test_an_unknown_suite_or_point_is_named():
+    with pytest.raises(UserError, match="unknown suite of kernels 'nope'; known: h200"):
+        KERNELS.entry_of("nope")
+    with pytest.raises(UserError, match="unknown point of kernels 'nope'; known: layer~tiny"):
+        KERNELS.point("smoke", "nope")
+    with pytest.raises(UserError, match="unknown point of kernels 'traffic'"):
+        KERNELS.point("smoke", "traffic")
 
 
 def test_the_papers_points_are_there():
     """25 numbers of tokens for each square shape; one hash for each bench."""
-    suite = read_kernel_suite("h200")
-    made = benches(suite)
+    points = {point.name: point for point in KERNELS.points("h200")}
     for size in (4096, 5120, 8192):
-        assert len(made[f"linear~{size}x{size}/rank~16/dropout~0.1"].block.token_counts) == 25
-    assert len({bench_hash(suite, bench) for bench in made.values()}) == len(made)
-    adapters = [point.adapters for point in made[LINEAR.replace("64", "4096")].points(2048)]
+        assert len(points[f"linear~{size}x{size}/rank~16/dropout~0.1"].subject.block.token_counts) == 25
+    assert len({KERNELS.key(point) for point in points.values()}) == len(points)
+    adapters = [case.adapters for case in points[LINEAR.replace("64", "4096")].subject.cases(2048)]
     assert adapters == [0, 1, 1, 1, 4, 16]
+    assert (points["traffic"].repeats, KERNELS.resources(points["traffic"]).minutes) == (1, 20)
 
 
-def test_a_result_file_becomes_rows_of_the_table(tmp_path):
+def test_a_result_file_becomes_rows_of_the_table(small, tmp_path):
     path = tmp_path / "repeat~1.json"
-    run_bench("smoke", LINEAR, 1, path, None, [64])
+    small(tokens=[64])
+    assert KERNELS.run(KERNELS.point("smoke", LINEAR), 1, path, None) == "30 numbers, 0 failed"
     recorded = json.loads(path.read_text())["provenance"]["command"]
     assert shlex.split(recorded) == ["lorafusion", "kernels", "measure", "--suite", "smoke", "--bench", LINEAR,
-                                     "--out", str(path), "--repeat", "1", "--tokens", "64"]  # fmt: skip
+                                     "--out", str(path), "--repeat", "1"]  # fmt: skip
     rows = table.summarise(table.read_results([path]))
     table.validate(rows)
     times = rows[(rows["metric"] == "time") & (rows["statistic"] == "median") & (rows["pass"] == "both")]
@@ -91,9 +96,9 @@ def test_a_result_file_becomes_rows_of_the_table(tmp_path):
     assert set(times["tokens"]) == {64}
 
 
-def test_a_point_without_memory_is_a_row_without_a_value(tmp_path):
-    suite = read_kernel_suite("smoke")
-    bench = benches(suite)[LINEAR]
+def test_a_case_without_memory_is_a_row_without_a_value():
+    point = KERNELS.point("smoke", LINEAR)
+    suite, bench = point.settings, point.subject
     builder = Builder(bench, Setting(CPU, torch.float32, 1))
     build = builder.build
 
@@ -183,9 +188,9 @@ def test_verification_sees_a_wrong_scale_and_a_wrong_gradient(mixed):
 )
 def test_verification_takes_nothing_from_what_it_verifies(monkeypatch, module, name, change):
     """On a CPU the kernels are the reference: what is wrong in it must not be on both sides."""
-    assert kernels.verify(read_kernel_suite("smoke"), "smoke").passed
+    assert kernels.verify(KERNELS.entry_of("smoke"), "smoke").passed
     monkeypatch.setattr(module, name, change(getattr(module, name)))
-    assert not kernels.verify(read_kernel_suite("smoke"), "smoke").passed
+    assert not kernels.verify(KERNELS.entry_of("smoke"), "smoke").passed
 
 
 def test_masks_are_compared_element_by_element(monkeypatch):

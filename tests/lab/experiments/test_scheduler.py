@@ -10,13 +10,15 @@ import pytest
 import yaml
 
 from lorafusion.core.schema import UserError
-from lorafusion.lab.experiments import planner
+from lorafusion.lab.experiments import EXPERIMENTS
+from lorafusion.lab.experiments.planner import repeated_workload
 from lorafusion.lab.keys import is_current
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table
 from lorafusion.lab.table.table import MeasurementError
 from tests.cli.test_cli import lorafusion
 
+PLANNER = EXPERIMENTS["planner"]
 SUITE = {
     "model": "llama-3.1-8b",
     "capacity": 8192,
@@ -37,7 +39,7 @@ SUITE = {
 def suite(tmp_path, monkeypatch):
     """A file with one suite; returns a function that changes it."""
     path = tmp_path / "planner.yaml"
-    monkeypatch.setattr(planner, "SUITES", path)
+    monkeypatch.setattr(PLANNER, "config", path)
 
     def write(changes=None):
         grid = SUITE["grids"][0] | (changes or {})
@@ -51,17 +53,16 @@ def suite(tmp_path, monkeypatch):
 def measured(suite, tmp_path):
     """The table of both benches."""
     paths = [tmp_path / f"{index}.json" for index in range(2)]
-    for name, path in zip(planner.benches(planner.read_scheduler_suite("toy")), paths, strict=True):
-        planner.run_bench("toy", name, 1, path, None)
+    for point, path in zip(PLANNER.points("toy"), paths, strict=True):
+        PLANNER.run(point, 1, path, None)
     frame = table.summarise(table.read_results(paths))
     table.validate(frame)
     return frame
 
 
 def test_the_suites_that_come_with_the_project_are_sound():
-    suites = planner.read_scheduler_suites()
-    assert {"smoke", "cpu", "paper"} <= set(suites)
-    names = list(planner.benches(suites["cpu"]))
+    assert {"smoke", "cpu", "paper"} <= set(PLANNER.entries())
+    names = [point.name for point in PLANNER.points("cpu")]
     assert "workload~xsum/stages~8/samples~1000" in names
     assert len(names) == len(set(names)) == 40
 
@@ -81,7 +82,7 @@ def test_a_bench_has_a_row_for_each_metric_of_each_plan(measured):
 
 
 def test_adapters_are_repeated_with_their_own_samples():
-    workload = planner.repeated_workload("heterogeneous", 8, 4, 6, 1)
+    workload = repeated_workload("heterogeneous", 8, 4, 6, 1)
     assert [job.dataset for job in workload.jobs] == [
         "xsum",
         "cnn_dailymail",
@@ -105,14 +106,14 @@ def test_adapters_are_repeated_with_their_own_samples():
 def test_mistakes_in_the_file_are_named(suite, changes, message):
     suite(changes)
     with pytest.raises(UserError, match=message):
-        planner.read_scheduler_suites()
+        PLANNER.entries()
 
 
 def test_the_recorded_command_does_the_bench_again(suite, tmp_path):
     name = "workload~xsum/stages~4/samples~8"
     suite({"workloads": ["xsum"], "strategies": ["mlora"], "adapters": [2]})
     path = tmp_path / "a folder" / "r.json"
-    planner.run_bench("toy", name, 3, path, None)
+    PLANNER.run(PLANNER.point("toy", name), 3, path, None)
     before = json.loads(path.read_text())
     path.unlink()
     program, *arguments = shlex.split(before["provenance"]["command"])
@@ -120,17 +121,17 @@ def test_the_recorded_command_does_the_bench_again(suite, tmp_path):
     assert (program, done.returncode) == ("lorafusion", 0), done.stderr
     after = json.loads(path.read_text())
     assert after["cell"] == before["cell"]
-    for one, other in zip(before["metrics"], after["metrics"], strict=True):
-        assert one["metric"] == other["metric"]
-        if one["metric"] not in ("solve_time", "time", "peak_memory"):
-            assert one == other
+    for row, other in zip(before["metrics"], after["metrics"], strict=True):
+        assert row["metric"] == other["metric"]
+        if row["metric"] not in ("solve_time", "time", "peak_memory"):
+            assert row == other
 
 
 def test_a_result_is_up_to_date_while_its_suite_is_the_same(suite, tmp_path):
     name, path = "workload~xsum/stages~4/samples~8", tmp_path / "r.json"
     small = {"workloads": ["xsum"], "strategies": ["mlora"], "adapters": [2]}
     suite(small)
-    planner.run_bench("toy", name, 1, path, None)
+    PLANNER.run(PLANNER.point("toy", name), 1, path, None)
     assert is_current(path, ("scheduler", "toy", name))
     assert not is_current(path, ("scheduler", "toy", "another"))
     suite(small | {"adapters": [3]})
@@ -142,9 +143,9 @@ def test_a_result_is_up_to_date_while_its_suite_is_the_same(suite, tmp_path):
 
 def test_the_hash_changes_with_what_a_bench_depends_on(suite):
     name = "workload~xsum/stages~4/samples~8"
-    before = planner.bench_hash(planner.read_scheduler_suite("toy"), name)
+    before = PLANNER.key(PLANNER.point("toy", name))
     suite({"adapters": [2]})
-    assert planner.bench_hash(planner.read_scheduler_suite("toy"), name) != before
+    assert PLANNER.key(PLANNER.point("toy", name)) != before
 
 
 @pytest.mark.parametrize("figure", ["scheduler_bubble", "scheduler_fill", "scheduler_time"])

@@ -19,8 +19,9 @@ from lorafusion.core.clock import Duration
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import seal
 from lorafusion.lab import profiler
-from lorafusion.lab.experiments import steps_suite, trainers
-from lorafusion.lab.experiments.steps_suite import Arm, Bench, read_training_suite, workload_and_plan
+from lorafusion.lab.experiments import EXPERIMENTS, trainers
+from lorafusion.lab.experiments.bench import Variant
+from lorafusion.lab.experiments.steps_suite import StepsBench, workload_and_plan
 from lorafusion.lab.experiments.trainers import Arms, Shared, Trainer, seconds
 from lorafusion.lab.profiler import IDLE, Part, Span, at_full_speed, breakdown, busy_share, class_of
 from lorafusion.lab.report.registry import FIGURES
@@ -31,20 +32,20 @@ from lorafusion.launch.heartbeat import Position
 
 BENCH = {"model": "tiny", "tokens": 64, "sample_tokens": 16, "microbatches": 2,
          "implementations": ["frozen", "peft-bf16", "fused-multi"], "adapters": [2]}  # fmt: skip
-FROZEN, PEFT, MULTI = Bench(**BENCH).arms
+STEPS = EXPERIMENTS["steps"]
+FROZEN, PEFT, MULTI = StepsBench(**BENCH).arms
 
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
     """A file with one suite of one bench; returns a function that changes the bench."""
     path = tmp_path / "steps.yaml"
-    for module in (steps_suite, trainers):
-        monkeypatch.setattr(module, "SUITES", path)
+    monkeypatch.setattr(STEPS, "config", path)
 
     def write(**changes):
         entry = {"device": "cpu", "dtype": "float32", "rounds": 1, "benches": {"toy": BENCH | changes}}
         path.write_text(yaml.safe_dump({"small": entry}))
-        return read_training_suite("small")
+        return STEPS.entry_of("small")
 
     write()
     return write
@@ -73,11 +74,13 @@ def test_mistakes_in_the_file_are_named(suite, changes, message):
 
 
 def test_the_suites_that_come_with_the_project_are_sound():
-    known = read_training_suite("h200")
+    assert {STEPS.more_outputs(point) for point in STEPS.points("smoke")} == {()}
+    assert {STEPS.more_outputs(point)[0] for point in STEPS.points("h200")} == {".profile.csv"}
+    known = STEPS.entry_of("h200")
     assert set(known.benches) == {"llama-3.1-8b", "qwen2.5-32b", "llama-3.1-70b-stage"}
     for bench in known.benches.values():
         for arm in bench.arms:
-            assert {one.tokens for one in workload_and_plan(bench, arm)[1].microbatches} == {8192}
+            assert {batch.tokens for batch in workload_and_plan(bench, arm)[1].microbatches} == {8192}
 
 
 def test_a_bench_becomes_rows_of_the_table_and_a_figure(suite, tmp_path):
@@ -138,7 +141,7 @@ def test_every_stage_trains_and_gradients_reach_a_frozen_ones_first_layer(suite,
 
 
 def test_an_arm_without_memory_is_rows_without_values(suite, tmp_path, monkeypatch):
-    entry, inject = suite(), trainers.lora.inject_adapters
+    inject = trainers.lora.inject_adapters
 
     def injected(stage, jobs, dtype, kind):
         if kind is trainers.lora.peft:
@@ -146,7 +149,7 @@ def test_an_arm_without_memory_is_rows_without_values(suite, tmp_path, monkeypat
         return inject(stage, jobs, dtype, kind)
 
     monkeypatch.setattr(trainers.lora, "inject_adapters", injected)
-    arms, rows = trainers.measure("toy", entry.benches["toy"], entry, 1, Position(tmp_path, 0))
+    arms, rows = trainers.measure(STEPS.point("small", "toy"), 1, Position(tmp_path, 0))
     failed = [row for row in rows if row["status"] != "ok"]
     assert {row["metric"] for row in failed} == {"peak_memory", "time", "throughput", "overhead", "speedup"}
     assert all(row["status"] == "oom" and row["value"] is None and row["note"] == "too large" for row in failed)
@@ -157,7 +160,7 @@ def test_an_arm_without_memory_is_rows_without_values(suite, tmp_path, monkeypat
 
 def test_an_arm_that_does_not_train_is_rows_without_values(suite, tmp_path, monkeypatch):
     """Its gradients are not finite, which makes it neither slower nor faster."""
-    entry, built = suite(), Trainer.__init__
+    built = Trainer.__init__
 
     def spoiled(trainer, bench, arm, shared):
         built(trainer, bench, arm, shared)
@@ -166,7 +169,7 @@ def test_an_arm_that_does_not_train_is_rows_without_values(suite, tmp_path, monk
                 parameter.register_hook(lambda gradient: gradient * float("nan"))
 
     monkeypatch.setattr(Trainer, "__init__", spoiled)
-    arms, rows = trainers.measure("toy", entry.benches["toy"], entry, 1, Position(tmp_path, 0))
+    arms, rows = trainers.measure(STEPS.point("small", "toy"), 1, Position(tmp_path, 0))
     assert set(arms.trainers) == {FROZEN, MULTI}
     assert arms.lost[PEFT][0] == "nan"
     assert re.fullmatch(r"\S+ made 0 of \d+ steps: it was stopped by a gradient that is not finite", arms.lost[PEFT][1])
@@ -194,7 +197,7 @@ def test_an_arm_that_runs_out_of_memory_later_leaves_the_others():
 
     trainers = {arm: SimpleNamespace(seconds=partial(train, arm == PEFT)) for arm in (FROZEN, PEFT, MULTI)}
     arms = Arms(trainers)
-    times = seconds(Bench(**BENCH), arms, torch.device("cpu"), 3, seed=1)
+    times = seconds(StepsBench(**BENCH), arms, torch.device("cpu"), 3, seed=1)
     assert times == {FROZEN: [1.0] * 3, MULTI: [1.0] * 3}
     assert arms.lost == {PEFT: ("oom", "too large")}
 
@@ -279,7 +282,7 @@ def test_a_profile_is_drawn_by_implementation_and_before_and_after(suite, tmp_pa
         identity = {"suite": "small", "bench": "toy", "gpu_name": None, "git_sha": commit}
         rows = [
             one
-            for arm in (FROZEN, Arm(implementation="fused-multi", adapters=4))
+            for arm in (FROZEN, Variant(implementation="fused-multi", adapters=4))
             for one in profiler.csv_rows(parts, **identity, **arm.model_dump())
         ]
         paths.append(tmp_path / f"{commit[0]}.csv")
@@ -295,5 +298,3 @@ def test_a_profile_is_drawn_by_implementation_and_before_and_after(suite, tmp_pa
     seal(paths[0])
     with pytest.raises(MeasurementError, match="no column"):
         FIGURES["training_profile"].draw(paths[:1], tmp_path / "none")
-    with pytest.raises(UserError, match="only a GPU's kernels"):
-        trainers.run_bench("small", "toy", 1, tmp_path / "x.json", None, tmp_path / "x.csv")

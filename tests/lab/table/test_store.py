@@ -10,6 +10,7 @@ import pytest
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import seal, sealed
+from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.table import table
 from lorafusion.lab.table.result import write_result
 from lorafusion.lab.table.store import read_store, require_store, store_path, write_store
@@ -147,11 +148,10 @@ def test_a_bench_that_is_no_more_is_refused(tmp_path, bench, message):
 
 
 def test_a_bench_of_other_settings_is_refused_and_one_of_these_is_taken(tmp_path):
-    from lorafusion.lab.experiments.steps_suite import current_hash, read_training_suite
-
-    name = next(iter(read_training_suite("smoke").benches))
-    made = result(config=current_hash("smoke", name))
-    made["provenance"]["bench"] = ["training_suite", "smoke", name]
+    steps = EXPERIMENTS["steps"]
+    point = steps.points("smoke")[0]
+    made = result(config=steps.key(point))
+    made["provenance"]["bench"] = ["training_suite", "smoke", point.name]
     assert gather(tmp_path, made).returncode == 0
     made["provenance"]["config_hash"] = "old"
     assert "0.json: config_hash: found old, expected" in gather(tmp_path, made).stderr

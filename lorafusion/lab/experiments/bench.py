@@ -1,0 +1,138 @@
+"""Experiments that have an entry for each suite in a file of configs/, and whose points measure many cells each.
+
+A point's process makes rows in the words of the measurement table, and one result file of them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lorafusion.core.config import read_entries
+from lorafusion.core.machine import provenance
+from lorafusion.core.schema import MOST_MINUTES, MOST_REPEATS, MOST_SEED, Config, one_of
+from lorafusion.core.workload import content_hash
+from lorafusion.lab.experiments.experiment import (
+    MARGIN,
+    NO_INPUTS,
+    Experiment,
+    Inputs,
+    Point,
+    Resources,
+    again,
+    require_device,
+    suite_name,
+)
+from lorafusion.lab.table.result import result_of_rows, write_result
+
+
+class Entry(Config):
+    """What the entries of all these files say."""
+
+    repeats: int = Field(default=1, ge=1, le=MOST_REPEATS, description="fresh processes a bench")
+    seed: int = Field(default=1, ge=0, le=MOST_SEED)
+    minutes: int = Field(default=10, ge=1, le=MOST_MINUTES, description="time limit of a process")
+
+
+class DeviceEntry(Entry):
+    """Of experiments that compute on a device."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+
+class Variant(BaseModel):
+    """An implementation and its number of adapters, none of a frozen model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    implementation: str
+    adapters: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.implementation}, {self.adapters} adapters" if self.adapters > 1 else self.implementation
+
+
+def variants(implementations: list[str], adapters: list[int]) -> list[Variant]:
+    """Each implementation once, and that of several adapters with each number of them."""
+    return [
+        Variant(implementation=name, adapters=count)
+        for name in implementations
+        for count in (adapters if name == "fused-multi" else [0 if name == "frozen" else 1])
+    ]
+
+
+class BenchExperiment(Experiment):
+    """config: the file with an entry for each suite; entry: what one holds."""
+
+    config: Path
+    entry: ClassVar[type[Entry]]
+    memory_mb: ClassVar[int] = 16_000
+
+    @abstractmethod
+    def subjects(self, entry: Any, source: str) -> dict[str, Any]:
+        """What the points of an entry measure, by their names; `UserError` for an unknown name or one that is there
+        twice."""
+
+    @abstractmethod
+    def depends_on(self, point: Point) -> object:
+        """Everything in configs/ that the numbers of a point depend on, as JSON data."""
+
+    @abstractmethod
+    def columns(self, point: Point) -> dict:
+        """What all rows of a point have in common, in columns of the table; `cell` is among them."""
+
+    @abstractmethod
+    def measure(self, point: Point, repeat: int, out: Path) -> Iterator[list[dict]]:
+        """The rows of a point, as `lorafusion.lab.table.result.row` makes them. The result file is written after each
+        of the lists. What fails is a row that says so."""
+
+    def entries(self) -> dict[str, Any]:
+        """All entries of the file; `UserError` names the key that is wrong."""
+        entries = read_entries(self.config, self.entry)
+        for name, entry in entries.items():
+            self.subjects(entry, f"{self.config}: {name}")
+        return entries
+
+    def entry_of(self, suite: str) -> Any:
+        """The entry of a suite; `UserError` where there is none."""
+        entries = self.entries()
+        one_of(f"suite of {self.name}", suite, set(entries), self.config)
+        return entries[suite]
+
+    def points(self, suite: str) -> list[Point]:
+        name = suite_name(suite)
+        entry = self.entries().get(name)
+        subjects = self.subjects(entry, f"{self.config}: {name}") if entry else {}
+        return [Point(name, name, key, entry.repeats, entry, subject) for key, subject in subjects.items()]
+
+    def key(self, point: Point) -> str:
+        return content_hash(self.depends_on(point))
+
+    def resources(self, point: Point) -> Resources:
+        entry = point.settings
+        return Resources(entry.minutes + MARGIN, self.memory_mb, gpus=int(entry.device == "cuda"))
+
+    def run(self, point: Point, repeat: int, out: Path, log: Path | None, inputs: Inputs = NO_INPUTS) -> str:
+        entry = point.settings
+        require_device(entry, self.config)
+        origin = provenance(entry.device) | {
+            "config_hash": self.key(point),
+            "seed": entry.seed,
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "log": str(log) if log else None,
+            "command": again(self, point, repeat, out),
+            "bench": (self.kind, point.suite, point.name),
+        }
+        cell = {"suite": point.suite, "kind": "measured", "gpus": 1, "repeat": repeat} | self.columns(point)
+        rows: list[dict] = []
+        for more in self.measure(point, repeat, out):
+            rows += more
+            write_result(out, result_of_rows(rows, cell, origin))
+        return f"{len(rows)} numbers, {sum(row['status'] != 'ok' for row in rows)} failed"

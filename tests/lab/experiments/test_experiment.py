@@ -1,0 +1,95 @@
+"""An experiment more is one class and one entry of the registry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lorafusion.core.schema import UserError
+from lorafusion.lab.experiments import EXPERIMENTS
+from lorafusion.lab.experiments.bench import BenchExperiment, DeviceEntry
+from lorafusion.lab.keys import is_current, require_results
+from lorafusion.lab.table import table
+from lorafusion.lab.table.result import row
+
+
+class SumEntry(DeviceEntry):
+    sizes: list[int]
+
+
+class Sums(BenchExperiment):
+    """How long it takes to add some numbers."""
+
+    name = folder = kind = "sums"
+    command = ("sums", "measure")
+    entry = SumEntry
+
+    def subjects(self, entry, source):
+        return {f"size~{size}": size for size in entry.sizes}
+
+    def depends_on(self, point):
+        return [point.settings.dtype, point.subject]
+
+    def columns(self, point):
+        return {"cell": point.name, "tokens": point.subject}
+
+    def measure(self, point, repeat, out):
+        yield [row("time", sum(range(point.subject)) + repeat, "whole", {})]
+        yield [row("overhead", None, "whole", {}, status="oom", note="too large")]
+
+
+@pytest.fixture
+def sums(tmp_path, monkeypatch):
+    experiment = Sums()
+    experiment.config = tmp_path / "sums.yaml"
+    entry = {"device": "cpu", "dtype": "float32", "repeats": 2, "sizes": [3, 4]}
+    experiment.config.write_text(yaml.safe_dump({"smoke": entry}))
+    monkeypatch.setitem(EXPERIMENTS, "sums", experiment)
+    return experiment
+
+
+def test_every_experiment_can_be_listed_without_what_measures():
+    for name, experiment in EXPERIMENTS.items():
+        points = experiment.points("smoke")
+        assert all(len(experiment.key(point)) == 16 for point in points), name
+        assert len({point.name for point in points}) == len(points)
+        assert all(experiment.resources(point).minutes > 0 and point.repeats for point in points)
+        assert {point.suite for point in experiment.points("configs/suites/smoke.yaml")} == {"smoke"}
+        assert experiment.points("no-such-suite") == []
+
+
+def test_an_experiment_more_is_listed_run_and_tabled(sums, tmp_path):
+    points = EXPERIMENTS["sums"].points("smoke")
+    assert [point.name for point in points] == ["size~3", "size~4"]
+    assert sums.resources(points[0]).gpus == 0
+    paths = []
+    for point in points:
+        for repeat in range(1, point.repeats + 1):
+            paths.append(tmp_path / f"{point.name}-{repeat}.json")
+            assert sums.run(point, repeat, paths[-1], None) == "2 numbers, 1 failed"
+    single = table.read_results(paths)
+    times = single[single["metric"] == "time"]
+    assert list(zip(times["tokens"], times["repeat"], times["value"], strict=True)) == [
+        (3, 1, 4.0), (3, 2, 5.0), (4, 1, 7.0), (4, 2, 8.0),
+    ]  # fmt: skip
+    assert set(single[single["metric"] == "overhead"]["status"]) == {"oom"}
+    require_results({str(path): json.loads(path.read_text()) for path in paths}, None)
+    assert is_current(paths[0], ("sums", "smoke", "size~3"))
+    assert not is_current(paths[0], ("sums", "smoke", "size~4"))
+
+
+def test_a_result_of_other_settings_is_out_of_date(sums, tmp_path):
+    path = tmp_path / "1.json"
+    sums.run(sums.point("smoke", "size~3"), 1, path, None)
+    Path(sums.config).write_text(sums.config.read_text().replace("float32", "bfloat16"))
+    assert not is_current(path, ("sums", "smoke", "size~3"))
+
+
+def test_a_suite_for_gpus_needs_one(sums, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorafusion.lab.experiments.experiment.has_gpu", lambda: False)
+    Path(sums.config).write_text(sums.config.read_text().replace("cpu", "cuda"))
+    with pytest.raises(UserError, match=r"sums\.yaml: a suite for GPUs, but nvidia-smi finds none"):
+        sums.run(sums.point("smoke", "size~3"), 1, tmp_path / "1.json", None)

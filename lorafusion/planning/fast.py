@@ -173,26 +173,28 @@ class Trials:
         ordered = self._faster(model, filled, orders)
         part = EXACT if ordered.way.target < self.capacity else LOOSE
         best = self._faster(model, ordered, [ordered.way._replace(slack=ordered.way.target // part)])
-        near = [one.way for one in (full, filled, best) if one.throughput > best.throughput * (1 - MISLED)]
+        near = [trial.way for trial in (full, filled, best) if trial.throughput > best.throughput * (1 - MISLED)]
         if len(set(near)) == 1 or self.samples <= TRIED_SAMPLES:
             return best
         compared = [self.trial(model, way, COMPARED_SAMPLES) for way in dict.fromkeys(near)]
-        return max(compared, key=lambda one: one.throughput)
+        return max(compared, key=lambda trial: trial.throughput)
 
     def _best_target(self, model: CostModel, full: Trial) -> Trial:
         """The fastest target in the usual order; of those within GAIN of it the one with the most tokens."""
         trials = [full]
         for fraction in FRACTIONS:
             trials.append(self._at(model, fraction))
-            if trials[-1].throughput < HOPELESS * max(one.throughput for one in trials):
+            if trials[-1].throughput < HOPELESS * max(trial.throughput for trial in trials):
                 break
         tried = [1.0, *FRACTIONS][: len(trials)]
         at = max(range(len(trials)), key=lambda index: trials[index].throughput)
-        for beside in (at - 1, at + 1):
-            if 0 <= beside < len(tried):
-                trials.append(self._at(model, math.sqrt(tried[at] * tried[beside])))
-        most = max(one.throughput for one in trials)
-        return max((one for one in trials if one.throughput >= most * (1 - GAIN)), key=lambda one: one.way.target)
+        for neighbour in (at - 1, at + 1):
+            if 0 <= neighbour < len(tried):
+                trials.append(self._at(model, math.sqrt(tried[at] * tried[neighbour])))
+        most = max(trial.throughput for trial in trials)
+        return max(
+            (trial for trial in trials if trial.throughput >= most * (1 - GAIN)), key=lambda trial: trial.way.target
+        )
 
     def _at(self, model: CostModel, fraction: float) -> Trial:
         """The trial of a part of the capacity, in the usual order."""
@@ -201,7 +203,7 @@ class Trials:
 
     def _faster(self, model: CostModel, best: Trial, ways: list[Way]) -> Trial:
         """The fastest of a trial and of those of some other ways."""
-        return max([best, *(self.trial(model, way, TRIED_SAMPLES) for way in ways)], key=lambda one: one.throughput)
+        return max([best, *(self.trial(model, way, TRIED_SAMPLES) for way in ways)], key=lambda trial: trial.throughput)
 
     def trial(self, model: CostModel, way: Way, samples: int) -> Trial:
         slots = list(self.slots(way, samples))
@@ -225,7 +227,11 @@ def _costs(slots: list[Slot], data_parallel: int, model: CostModel) -> tuple[Cos
     for bins, ended in slots:
         bins = bins + [[]] * (data_parallel - len(bins))
         held += [
-            (sum(one.tokens for one in items), sum(one.tokens**2 for one in items), len({one.adapter for one in items}))
+            (
+                sum(item.tokens for item in items),
+                sum(item.tokens**2 for item in items),
+                len({item.adapter for item in items}),
+            )
             for items in bins
         ]
         steps += [len(ended)] + [0] * (data_parallel - 1)

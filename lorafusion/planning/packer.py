@@ -92,8 +92,8 @@ class Packer:
             raise UserError(f"packer: adapter {adapter} is there already")
         end = len(job.batches) if end is None else end
         if not 0 <= batch < end <= len(job.batches):
-            found = batch if end == len(job.batches) else f"{batch} to {end}"
-            raise UserError(f"packer: {job.name!r} has {len(job.batches)} global batches, found {found}")
+            batches = batch if end == len(job.batches) else f"{batch} to {end}"
+            raise UserError(f"packer: {job.name!r} has {len(job.batches)} global batches, found {batches}")
         longest = max(sample.tokens for sample in job.samples)
         if longest > self.capacity:
             raise UserError(f"packer: a sample of {job.name!r} has {longest} tokens, the capacity is {self.capacity}")
@@ -110,8 +110,8 @@ class Packer:
         `UserError` for an adapter that is not there, or not any more."""
         if adapter not in self.streams:
             raise UserError(f"packer: adapter {adapter} is not there")
-        self._ready = [one for one in self._ready if one[1] != adapter]
-        self._waiting = [one for one in self._waiting if one[1] != adapter]
+        self._ready = [entry for entry in self._ready if entry[1] != adapter]
+        self._waiting = [entry for entry in self._waiting if entry[1] != adapter]
         heapq.heapify(self._ready)
         heapq.heapify(self._waiting)
         return self.streams.pop(adapter).items
@@ -126,7 +126,7 @@ class Packer:
     def next_slot(self) -> tuple[list[list[Item]], set[int]]:
         """The bins of the next slot, none where everybody waits, and the adapters whose global batch ends in it."""
         while self._waiting and self._waiting[0][0] <= self.slot:
-            self._let_in(heapq.heappop(self._waiting)[1])
+            self._admit(heapq.heappop(self._waiting)[1])
         bins: list[list[Item]] = []
         for replica in range(self.data_parallel):
             content = self._fill(self._room(self.data_parallel - replica))
@@ -139,7 +139,7 @@ class Packer:
         self.slot += 1
         return bins, ended
 
-    def _let_in(self, adapter: int) -> None:
+    def _admit(self, adapter: int) -> None:
         heapq.heappush(self._ready, (self._priority(self.streams[adapter]), adapter))
 
     def _room(self, replicas: int) -> int:
@@ -161,15 +161,15 @@ class Packer:
                 content = stream.items[:1]
                 self._take(content)
                 if stream.items:
-                    self._let_in(adapter)
+                    self._admit(adapter)
                 return content
             if stream.tokens > room:
                 looked_at = [adapter]
                 content += fill(self._groups(looked_at), room, self.slack)
                 self._take(content)
-                for one in looked_at:
-                    if self.streams[one].items:
-                        self._let_in(one)
+                for other in looked_at:
+                    if self.streams[other].items:
+                        self._admit(other)
                 return content
             content += stream.items
             room -= stream.tokens

@@ -15,7 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 
-from lorafusion.lab.report import contributions_figure, figures, style
+from lorafusion.lab.report import drawing, style
+from lorafusion.lab.report.figures import contributions, end_to_end
 from tests.known_times import BASELINES, CAPACITY, DRIFT, FAILED, MEMORY, RATES, REPEATS, Run, Story
 
 T_OF_SIX = 2.570582  # Student's t with 5 degrees of freedom, 97.5 %
@@ -92,7 +93,7 @@ def test_units_are_those_of_the_numbers(story):
 @pytest.fixture(scope="module")
 def drawn(story):
     """The figure of throughputs from its CSV, its panels by window, and the system of each colour by the legend."""
-    figure = figures.draw_end_to_end(figures.read_data(story.folder / "end_to_end.csv"))
+    figure = end_to_end.draw_end_to_end(drawing.read_data(story.folder / "end_to_end.csv"))
     with matplotlib.rc_context(style.PARAMETERS):
         FigureCanvasAgg(figure).draw()
     [legend] = figure.legends
@@ -269,7 +270,7 @@ def test_the_csv_of_contributions_is_paired_ratios_and_their_interval(story, win
 @pytest.fixture(scope="module")
 def parts_drawn(story):
     """The panels of the parts, by window."""
-    figure = contributions_figure.draw(figures.read_data(story.folder / "contributions.csv"))
+    figure = contributions.draw(drawing.read_data(story.folder / "contributions.csv"))
     with matplotlib.rc_context(style.PARAMETERS):
         FigureCanvasAgg(figure).draw()
     labels = [text.get_text() for text in figure.legends[0].get_texts()]

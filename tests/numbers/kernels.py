@@ -7,7 +7,7 @@ from functools import cache
 
 import pandas as pd
 
-from lorafusion.lab.report.kernel_data import PUBLISHED_TRAFFIC
+from lorafusion.lab.report.figures.kernels import PUBLISHED_TRAFFIC
 from tests.numbers.quoted import number, percent
 from tests.numbers.sources import H200, table
 

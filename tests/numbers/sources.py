@@ -10,7 +10,7 @@ import pandas as pd
 
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.seals import require_seal
-from lorafusion.lab.report.figures import read_data
+from lorafusion.lab.report.drawing import read_data
 from lorafusion.lab.report.style import WORKLOADS
 from lorafusion.lab.table.statistics import geometric_mean_interval, median
 from lorafusion.lab.table.table import read_unsealed

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from lorafusion.core.seals import seal
-from lorafusion.lab.report.figures import read_data
+from lorafusion.lab.report.drawing import read_data
 from lorafusion.lab.table.table import read_unsealed
 from tests.numbers import end_to_end, kernels, others, scheduler, sources, training
 from tests.numbers.documents import ROOT, read

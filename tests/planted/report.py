@@ -128,7 +128,7 @@ def intervals_are_a_tenth(original):
 
 
 @planted(
-    "lorafusion.lab.report.figures:end_to_end_data",
+    "lorafusion.lab.report.figures.end_to_end:end_to_end_data",
     caught_by=f"{RECORD}[nvidia-h200/end_to_end_throughput]",
 )
 def our_bars_are_two_percent_higher(original):
@@ -142,7 +142,7 @@ def our_bars_are_two_percent_higher(original):
     return data
 
 
-@planted("lorafusion.lab.report.kernel_data:kernel_speed_data", caught_by=f"{RECORD}[nvidia-h200/kernel_speed]")
+@planted("lorafusion.lab.report.figures.kernels:kernel_speed_data", caught_by=f"{RECORD}[nvidia-h200/kernel_speed]")
 def our_linears_are_faster_in_their_figure(original):
     """The figure of linears shows 0.98 of what the fused ones take."""
 

@@ -297,7 +297,7 @@ def a_median_is_of_the_repeats_that_survived(original):
 
 
 @planted(
-    "lorafusion.lab.report.contributions:_ratios",
+    "lorafusion.lab.report.ratios:_ratios",
     caught_by=f"{KNOWN}::test_the_csv_of_contributions_is_paired_ratios_and_their_interval[whole]",
 )
 def ratios_are_of_unlike_repeats(original):
@@ -327,7 +327,8 @@ def a_throughput_need_not_be_tokens_over_the_time(original):
 
 
 @planted(
-    "lorafusion.lab.report.figures:_draw_panel", caught_by=f"{KNOWN}::test_each_error_bar_is_its_bars_interval[whole]"
+    "lorafusion.lab.report.figures.end_to_end:_draw_panel",
+    caught_by=f"{KNOWN}::test_each_error_bar_is_its_bars_interval[whole]",
 )
 def error_bars_are_a_tenth(original):
     """The error bars that are drawn are a tenth as long as the intervals."""
@@ -340,7 +341,7 @@ def error_bars_are_a_tenth(original):
 
 
 @planted(
-    "lorafusion.lab.report.figures:_draw_bars",
+    "lorafusion.lab.report.figures.end_to_end:_draw_bars",
     caught_by=f"{KNOWN}::test_each_bar_is_as_high_as_its_systems_median[whole]",
 )
 def bars_of_two_systems_are_swapped(original):
@@ -354,7 +355,8 @@ def bars_of_two_systems_are_swapped(original):
 
 
 @planted(
-    "lorafusion.lab.report.figures:draw_end_to_end", caught_by=f"{KNOWN}::test_the_axis_is_in_tokens_a_second[whole]"
+    "lorafusion.lab.report.figures.end_to_end:draw_end_to_end",
+    caught_by=f"{KNOWN}::test_the_axis_is_in_tokens_a_second[whole]",
 )
 def the_axis_is_in_thousands(original):
     """The axis of throughputs says thousands of tokens where they are tokens."""
@@ -369,7 +371,7 @@ def the_axis_is_in_thousands(original):
 
 
 @planted(
-    "lorafusion.lab.report.contributions_figure:_places",
+    "lorafusion.lab.report.figures.contributions:_places",
     caught_by=f"{KNOWN}::test_each_part_begins_where_the_one_before_ends[whole]",
 )
 def every_part_begins_at_one(original):
@@ -378,7 +380,7 @@ def every_part_begins_at_one(original):
 
 
 @planted(
-    "lorafusion.lab.report.contributions_figure:_draw_bar",
+    "lorafusion.lab.report.figures.contributions:_draw_bar",
     caught_by=f"{KNOWN}::test_each_part_begins_where_the_one_before_ends[whole]",
 )
 def whiskers_of_parts_are_a_tenth(original):

@@ -12,7 +12,7 @@ from lorafusion.lab.suite import Arrangement, cells, read_suite, suite_path
 from lorafusion.core.schema import UserError
 from lorafusion.lab.keys import CellFiles
 from lorafusion.core.machine import has_gpu
-from lorafusion.lab.report.contributions import lacking
+from lorafusion.lab.report.ratios import lacking
 from lorafusion.lab.sweep import shuffled
 from lorafusion.lab.checks.catalog import needed_by
 from lorafusion.core.workload import content_hash

@@ -8,10 +8,9 @@ from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Job, Workload
 from lorafusion.lab.checks.comparison import PlainReference
 from lorafusion.lab.checks.toy_runs import CAPACITY, EXACT, Setup, TrainingResult, setups_of, toy_jobs, train
-from lorafusion.lab.checks.verdicts import Curve, Evidence, Verdict, left_out
+from lorafusion.lab.checks.verdicts import PLAIN, Curve, Evidence, Verdict, left_out
 from lorafusion.lab.suite import Arrangement, Suite
 
-PLAIN = "plain libraries"
 TOGETHER = 4 * CAPACITY  # in which both adapters end a global batch in one microbatch
 CLIPPED = {"rslora": True, "max_grad_norm": 0.05, "weight_decay": 0.1, "schedule": "linear", "warmup_steps": 2}
 

@@ -74,6 +74,9 @@ def origin_of(suite: str | None, device: str, dtype: str) -> Origin:
     return Origin(suite=suite, device=device, dtype=dtype, gpu_name=here["gpu_name"], code=here.get("tree_hash"))
 
 
+PLAIN = "plain libraries"  # the trainer of a curve
+
+
 class Curve(NamedTuple):
     """The losses of a job's global batches, and who trained it: `alone`, an arrangement, or `plain libraries`."""
 

@@ -70,7 +70,7 @@ class Figure:
         source: the measurement table, or the paths of the other sources. Raises `MeasurementError` where it lacks what
         the figure shows.
         """
-        from lorafusion.lab.report.figures import written
+        from lorafusion.lab.report.drawing import written
 
         return written(*self.make(source, *([model] if self.per_model else [])), stem)
 
@@ -106,106 +106,106 @@ def _table(path: Path, folder: Path | None, checks: Sequence[str]) -> pd.DataFra
 
 def _end_to_end(table: pd.DataFrame, model: str) -> Drawing:
     """Throughput of the systems on one model, by workload and number of GPUs."""
-    from lorafusion.lab.report.figures import draw_end_to_end, end_to_end_data
+    from lorafusion.lab.report.figures import end_to_end
 
-    return end_to_end_data(table, model), draw_end_to_end
+    return end_to_end.end_to_end_data(table, model), end_to_end.draw_end_to_end
 
 
 def _contributions(table: pd.DataFrame, model: str) -> Drawing:
     """The speedup over the best baseline, and what schedule, packing and kernels add to it."""
-    from lorafusion.lab.report.contributions_figure import contributions_data, draw
+    from lorafusion.lab.report.figures import contributions
 
-    return contributions_data(table, model), draw
+    return contributions.contributions_data(table, model), contributions.draw
 
 
 def _contributions_lack(systems: Iterable[str]) -> list[str]:
-    from lorafusion.lab.report.contributions import lacking
+    from lorafusion.lab.report.ratios import lacking
 
     return lacking(systems)
 
 
 def _kernel_speed(table: pd.DataFrame) -> Drawing:
     """Time of LoRA linears over the frozen one's, by tokens."""
-    from lorafusion.lab.report import kernel_data, kernel_figures
+    from lorafusion.lab.report.figures import kernels
 
-    return kernel_data.kernel_speed_data(table), kernel_figures.draw_kernel_speed
+    return kernels.kernel_speed_data(table), kernels.draw_kernel_speed
 
 
 def _layer_speed(table: pd.DataFrame) -> Drawing:
     """Time and memory of decoder layers, by model and tokens."""
-    from lorafusion.lab.report import kernel_data, kernel_figures
+    from lorafusion.lab.report.figures import kernels
 
-    return kernel_data.layer_speed_data(table), kernel_figures.draw_layer_speed
+    return kernels.layer_speed_data(table), kernels.draw_layer_speed
 
 
 def _dram_traffic(table: pd.DataFrame) -> Drawing:
     """GiB that LoRA linears move, beside the published values."""
-    from lorafusion.lab.report import kernel_data, kernel_figures
+    from lorafusion.lab.report.figures import kernels
 
-    return kernel_data.dram_traffic_data(table), kernel_figures.draw_dram_traffic
+    return kernels.dram_traffic_data(table), kernels.draw_dram_traffic
 
 
 def _roofline(table: pd.DataFrame) -> Drawing:
     """LoRA linears under the measured ceilings of the GPU."""
-    from lorafusion.lab.report import kernel_data, kernel_figures
+    from lorafusion.lab.report.figures import kernels
 
-    return kernel_data.roofline_data(table), kernel_figures.draw_roofline
+    return kernels.roofline_data(table), kernels.draw_roofline
 
 
 def _scheduler_bubble(table: pd.DataFrame) -> Drawing:
     """Simulated bubble of every strategy, by workload and batch."""
-    from lorafusion.lab.report import scheduler_figures
+    from lorafusion.lab.report.figures import planner
 
-    return scheduler_figures.bubble_data(table), scheduler_figures.draw_bubble
+    return planner.bubble_data(table), planner.draw_bubble
 
 
 def _scheduler_fill(table: pd.DataFrame) -> Drawing:
     """Microbatches of every strategy over their lower bound."""
-    from lorafusion.lab.report import scheduler_figures
+    from lorafusion.lab.report.figures import planner
 
-    return scheduler_figures.fill_data(table), scheduler_figures.draw_fill
+    return planner.fill_data(table), planner.draw_fill
 
 
 def _scheduler_time(table: pd.DataFrame) -> Drawing:
     """Time that a plan takes, by its samples."""
-    from lorafusion.lab.report import scheduler_figures
+    from lorafusion.lab.report.figures import planner
 
-    return scheduler_figures.time_data(table), scheduler_figures.draw_times
+    return planner.time_data(table), planner.draw_times
 
 
 def _training_speed(table: pd.DataFrame) -> Drawing:
     """Tokens per second and memory of training steps, by bench and implementation."""
-    from lorafusion.lab.report import training_figures
+    from lorafusion.lab.report.figures import steps
 
-    return training_figures.speed_data(table), training_figures.draw_speed
+    return steps.speed_data(table), steps.draw_speed
 
 
-def _training_profile(profiles: Sequence[Path]) -> Drawing:
+def _training_profile(files: Sequence[Path]) -> Drawing:
     """What the time of training steps goes into: by implementation, or before and after a commit."""
-    from lorafusion.lab.report import training_figures
+    from lorafusion.lab.report.figures import profiles
 
-    return training_figures.profile_data(profiles), training_figures.draw_profile
+    return profiles.steps_data(files), profiles.draw_steps
 
 
-def _system_profile(profiles: Sequence[Path]) -> Drawing:
+def _system_profile(files: Sequence[Path]) -> Drawing:
     """What a GPU does with each system: milliseconds for 1000 tokens by class of kernel."""
-    from lorafusion.lab.report import system_profile
+    from lorafusion.lab.report.figures import profiles
 
-    return system_profile.profile_data(profiles), system_profile.draw
+    return profiles.systems_data(files), profiles.draw_systems
 
 
 def _tunings(files: Sequence[Path], model: str) -> Drawing:
     """The capacities that were tried for each system of a model, how fast they were, and which was taken."""
-    from lorafusion.lab.report import tunings_figure
+    from lorafusion.lab.report.figures import tunings
 
-    return tunings_figure.tunings_data(files, model), tunings_figure.draw
+    return tunings.tunings_data(files, model), tunings.draw
 
 
 def _lossless(curves: Sequence[Path]) -> Drawing:
     """Losses of adapters trained together, alone and with plain PEFT."""
-    from lorafusion.lab.report import lossless_figure
+    from lorafusion.lab.report.figures import lossless
 
-    return lossless_figure.lossless_data(curves[0]), lossless_figure.draw
+    return lossless.lossless_data(curves[0]), lossless.draw
 
 
 FIGURES = {

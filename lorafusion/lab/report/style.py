@@ -15,6 +15,9 @@ FONT_SIZE = 8  # points
 SMALL = 6.5
 PNG_DPI = 200
 CPU_WARNING = "CPU, not a performance result"
+FAILED = "#B00000"  # the colour of what failed
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without black.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 
 # Type 42 embeds fonts as TrueType, which every publisher takes; matplotlib's default, Type 3, many refuse.
 PARAMETERS: dict[str, Any] = {
@@ -54,14 +57,13 @@ class Look(NamedTuple):
     hatch: str
 
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart: a hue for each family of systems, and within it
-# another lightness and hatch. Ablations are a family of their own, as they are no baselines.
+# A hue of the palette for each family of systems, and within it another lightness and hatch. Ablations are a family of
+# their own, as they are no baselines.
 SYSTEMS = {
     "peft": Look("#C4C4C4", ""),
     "peft-bf16": Look("#7F7F7F", "||||"),
     "peft-liger": Look("#A6A6A6", "xxxx"),
     "peft-transformers": Look("#5A5A5A", "////"),
-    "single-gpu": Look("#999999", "---"),
     "megatron-fsdp": Look("#6CCBAF", "...."),
     "megatron-pp": Look("#009E73", "\\\\\\\\"),
     "mlora": Look("#E69F00", "////"),
@@ -78,6 +80,30 @@ SYSTEMS = {
 OTHERS = (Look("#56B4E9", "xxxx"), Look("#D55E00", "||||"), Look("#F0E442", "++++"), Look("#444444", "oooo"))
 # What was not measured has no fill, only the system's colour as a hatch.
 KINDS = {"simulated": "//////", "published": "......", "derived": "xxxxxx"}
+# Of LoRA linears, decoder layers and training steps, in drawing order.
+IMPLEMENTATIONS = {
+    "frozen": Look("#444444", ""),
+    "peft": Look("#E69F00", "////"),
+    "peft-bf16": Look("#D55E00", "\\\\\\\\"),
+    "peft-compiled": Look("#CC79A7", "...."),
+    "fused": Look("#0072B2", ""),
+    "fused-multi": Look("#56B4E9", ""),
+}
+# More adapters of an implementation have another hatch, from few to many.
+ADAPTER_HATCHES = ("", "xxxx", "++++", "oooo")
+# The classes of a GPU's kernels (`lorafusion.lab.profiler`), from the bottom of a bar to its top.
+CLASSES = {
+    "GEMM": Look("#0072B2", ""),
+    "attention": Look("#56B4E9", "xxxx"),
+    "elementwise": Look("#E69F00", "////"),
+    "LoRA": Look("#009E73", ""),
+    "loss": Look("#CC79A7", "...."),
+    "optimizer": Look("#F0E442", "++++"),
+    "copies": Look("#D55E00", "||||"),
+    "other": Look("#444444", "oooo"),
+    "idle": Look("#D0D0D0", ""),
+}
+CANARIES = ("canary-gemm", "canary-copy")
 WORKLOADS = ("xsum", "cnn_dailymail", "wikisum", "mixed", "heterogeneous")  # in the paper's order, others follow
 STATUS_LABELS = {"oom": "OOM", "nan": "NaN"}
 
@@ -101,21 +127,56 @@ def status_label(status: str) -> str:
     return STATUS_LABELS.get(status, status)
 
 
-def origin(rows: pd.DataFrame, device: str) -> str:
+def devices(rows: pd.DataFrame) -> str:
+    """The devices that rows were measured on, as a footer has them."""
+    return ", ".join(sorted(rows["gpu_name"].astype(object).fillna("CPU").unique())) or "no device"
+
+
+def origin(rows: pd.DataFrame, device: str = "") -> str:
     """The line of a footer that says where a figure's numbers come from: suite, commit and device."""
-    return f"suite {', '.join(sorted(rows['suite'].unique()))} · {commit(rows)} · {device}"
+    return f"suite {', '.join(sorted(rows['suite'].unique()))} · {commit(rows)} · {device or devices(rows)}"
 
 
 def commit(rows: pd.DataFrame) -> str:
     """The commits that rows were measured at, as a footer has them."""
-    commits = ", ".join(sorted({str(one)[:10] for one in rows["git_sha"].dropna()})) or "unknown"
+    commits = ", ".join(sorted({str(sha)[:10] for sha in rows["git_sha"].dropna()})) or "unknown"
     dirty = " with local changes" if "git_dirty" in rows and rows["git_dirty"].eq(True).any() else ""
     return f"commit {commits}{dirty}"
 
 
-def variants(rows: pd.DataFrame) -> pd.Series:
+def system_variants(rows: pd.DataFrame) -> pd.Series:
     """The systems by name, with what tells those that have q, k and v as one linear apart."""
     return rows["system"] + rows["qkv"].eq("merged").map({True: ", q k v merged", False: ""})
+
+
+def implementation_variants(rows: pd.DataFrame) -> pd.Series:
+    """The implementations by name, with the number of adapters where there are several."""
+    counts = ", " + rows["adapters"].fillna(0).astype(int).astype(str) + " adapters"
+    return rows["implementation"] + counts.where(rows["adapters"] > 1, "")
+
+
+def implementation_looks(rows: pd.DataFrame) -> dict[str, tuple[str, int]]:
+    """The variants of implementations in drawing order: the implementation of each, and how many of it have fewer
+    adapters."""
+    names = rows[["implementation", "adapters", "variant"]].drop_duplicates()
+    names = names.sort_values(["implementation", "adapters"], key=rank).drop_duplicates("variant")
+    levels = names.groupby("implementation").cumcount()
+    return dict(zip(names["variant"], zip(names["implementation"], levels, strict=True), strict=True))
+
+
+def adapter_look(implementation: str, level: int) -> Look:
+    """How an implementation's bars look; level: how many variants of it have fewer adapters."""
+    look = IMPLEMENTATIONS[implementation]
+    return look._replace(hatch=look.hatch or ADAPTER_HATCHES[level % len(ADAPTER_HATCHES)])
+
+
+ORDERS: dict[str, tuple[str, ...]] = {
+    "window": vocabulary.WINDOWS,
+    "kind": vocabulary.KINDS,
+    "qkv": ("separate", "merged"),
+    "implementation": (*IMPLEMENTATIONS, *CANARIES),
+    "class": tuple(CLASSES),
+}
 
 
 def rank(column: pd.Series) -> pd.Series:
@@ -126,8 +187,7 @@ def rank(column: pd.Series) -> pd.Series:
         return pd.Series(list(zip(places, column.str.len(), column, strict=True)), index=column.index)
     if column.name == "system":
         return column.map(list(looks(column)).index)
-    customary = {"window": vocabulary.WINDOWS, "kind": vocabulary.KINDS, "qkv": ("separate", "merged")}.get(column.name)
-    return column.map(customary.index) if customary else column
+    return column.map(ORDERS[column.name].index) if column.name in ORDERS else column
 
 
 def _place_of_workload(name: str) -> int:

@@ -8,6 +8,7 @@ from lorafusion.core.config import read_systems
 from lorafusion.lab.table.table import MeasurementError
 
 SYSTEM = "lorafusion"  # the one that the others are compared with
+WINDOW_TITLES = {"whole": "whole run", "steady": "steady state"}
 
 
 def ablations() -> set[str]:
@@ -34,3 +35,8 @@ def require_one_cell_a_place(rows: pd.DataFrame, place: list[str]) -> None:
         same = twice[(twice[place] == twice[place].iloc[0]).all(axis=1)]
         names = " and ".join(repr(cell) for cell in same["cell"][:2])
         raise MeasurementError(f"one bar for two numbers: throughput of {names}; draw them from separate tables")
+
+
+def device_count(count: int, cpu: bool) -> str:
+    name = ("process" if count == 1 else "processes") if cpu else ("GPU" if count == 1 else "GPUs")
+    return f"{count} {name}"

@@ -16,9 +16,9 @@ from pypdf import PdfReader
 from typer.testing import CliRunner
 
 from lorafusion.cli.main import app
-from lorafusion.lab.report import contributions_figure as figure_of
-from lorafusion.lab.report import figures, style
-from lorafusion.lab.report.contributions import COLUMNS, CORNERS, FACTORS, OF_MERGED, contributions, lacking
+from lorafusion.lab.report import drawing, style
+from lorafusion.lab.report.figures import contributions as figure_of
+from lorafusion.lab.report.ratios import COLUMNS, CORNERS, FACTORS, contributions, lacking
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table as measurements
 from lorafusion.lab.table.table import MeasurementError
@@ -244,7 +244,7 @@ def test_windows_are_apart(measure, factors):
 def test_merged_cells_have_their_own_corners_over_their_own_first(measure, factors):
     runs = measure() + measure(MERGED, qkv="/qkv~merged")
     merged = factors(runs, qkv="merged").loc["xsum"]
-    assert sorted(merged.index) == sorted(OF_MERGED)
+    assert sorted(merged.index) == sorted(["kernels", *CORNERS])
     assert merged["value"]["fused-ours"] == pytest.approx(2000 / 640)
     assert merged["value"]["unfused-ours"] == pytest.approx(15 / 8)
     assert merged["value"]["unfused-sequential"] == 1
@@ -344,7 +344,7 @@ def texts(ax) -> list[str]:
 
 def test_the_csv_alone_redraws_the_figure_and_equal_tables_give_equal_bytes(whole_suite, tmp_path, passed_checks):
     pdf, png, csv = FIGURES["contributions"].draw(whole_suite, tmp_path / "figure", "tiny")
-    again = figures.save(figure_of.draw(figures.read_data(csv)), tmp_path / "again")
+    again = drawing.save(figure_of.draw(drawing.read_data(csv)), tmp_path / "again")
     assert [path.read_bytes() for path in again] == [pdf.read_bytes(), png.read_bytes()]
     assert pd.read_csv(csv).columns.tolist()[: len(COLUMNS)] == COLUMNS
 

@@ -17,7 +17,8 @@ from matplotlib.text import Annotation
 from pypdf import PdfReader
 
 from lorafusion.core.config import read_systems
-from lorafusion.lab.report import figures, style
+from lorafusion.lab.report import drawing, style
+from lorafusion.lab.report.figures import end_to_end
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table as measurements
 from lorafusion.lab.table.table import MeasurementError
@@ -69,6 +70,13 @@ def texts(ax) -> list[str]:
     return [text.get_text() for text in ax.texts if isinstance(text, Annotation)]
 
 
+def places(ax) -> set[float]:
+    """Where bars, or texts in their place, stand in their groups."""
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in ax.patches]
+    middles += [text.xy[0] for text in ax.texts if isinstance(text, Annotation) and "×" not in text.get_text()]
+    return {round(middle - round(middle), 3) for middle in middles}
+
+
 @pytest.fixture
 def smoke(smoke_runs, make_table):
     return make_table(smoke_runs)
@@ -79,7 +87,7 @@ def draw():
     """Draws a table's figure and lays it out as saving it would; returns the figure and its panels by title."""
 
     def drawn(table, model="tiny"):
-        figure = figures.draw_end_to_end(figures.end_to_end_data(table, model))
+        figure = end_to_end.draw_end_to_end(end_to_end.end_to_end_data(table, model))
         with matplotlib.rc_context(style.PARAMETERS):
             FigureCanvasAgg(figure).draw()
         return figure, figure.axes
@@ -124,7 +132,7 @@ def test_equal_tables_give_equal_bytes_in_any_process(smoke, tmp_path):
 
 def test_the_csv_alone_redraws_the_figure(smoke, tmp_path):
     pdf, png, csv = END_TO_END.draw(smoke, tmp_path / "figure", "tiny")
-    again = figures.save(figures.draw_end_to_end(figures.read_data(csv)), tmp_path / "again")
+    again = drawing.save(end_to_end.draw_end_to_end(drawing.read_data(csv)), tmp_path / "again")
     assert [path.read_bytes() for path in again] == [pdf.read_bytes(), png.read_bytes()]
 
 
@@ -145,7 +153,7 @@ def test_bars_begin_at_zero_and_stand_for_the_medians(smoke, draw):
     for ax in axes:
         assert ax.get_ylim()[0] == 0
         assert all(bar.get_y() == 0 for bar in ax.patches)
-    data = figures.end_to_end_data(smoke, "tiny")
+    data = end_to_end.end_to_end_data(smoke, "tiny")
     bars = data[(data["element"] == "bar") & (data["window"] == "whole") & (data["gpus"] == 4)]
     expected = {style.SYSTEMS[bar.system].colour.lower(): pytest.approx(bar.value) for bar in bars.itertuples()}
     assert len(expected) == 2
@@ -161,7 +169,7 @@ def test_failed_cells_are_text_and_never_a_bar(smoke, draw, tmp_path):
     assert sum(len(container) for container in one.containers) == 7
     assert sum(len(container) for container in two.containers) == 3
     # The repeats that survived a failed cell are not shown either: no point without a bar.
-    data = figures.end_to_end_data(smoke, "tiny")
+    data = end_to_end.end_to_end_data(smoke, "tiny")
     timed_out = data[(data["system"] == "mlora") & (data["gpus"] == 2)]
     assert set(timed_out["element"]) == {"text"}
     pdf, _, _ = END_TO_END.draw(smoke, tmp_path / "figure", "tiny")
@@ -171,7 +179,7 @@ def test_failed_cells_are_text_and_never_a_bar(smoke, draw, tmp_path):
 def test_a_panel_has_no_place_for_systems_that_were_not_asked_for(smoke, draw):
     _, axes = draw(smoke)
     assert [ax.get_title() for ax in axes[:3]] == ["1 process", "2 processes", "4 processes"]
-    assert [len(ax.containers) for ax in axes[:3]] == [4, 3, 2]
+    assert [len(places(ax)) for ax in axes[:3]] == [4, 3, 2]
     assert [label.get_text() for label in axes[5].get_xticklabels()] == ["heterogeneous"]
 
 
@@ -220,12 +228,12 @@ def test_several_batch_sizes_of_a_workload_are_groups_of_their_own(make_run, mak
 
 def test_two_cells_for_one_bar_are_refused(make_run, make_table):
     with pytest.raises(MeasurementError, match="one bar for two numbers: throughput of 'a' and 'b'"):
-        figures.end_to_end_data(make_table([make_run(cell="a"), make_run(cell="b")]), "tiny")
+        end_to_end.end_to_end_data(make_table([make_run(cell="a"), make_run(cell="b")]), "tiny")
 
 
 def test_an_unknown_model_is_named_with_those_that_are_there(smoke):
     with pytest.raises(MeasurementError, match="no summary of throughput of model 'huge'; models in the table: tiny"):
-        figures.end_to_end_data(smoke, "huge")
+        end_to_end.end_to_end_data(smoke, "huge")
 
 
 @pytest.mark.parametrize("repeats", [2, 7])
@@ -245,17 +253,17 @@ def test_nothing_overlaps_with_every_system_on_one_gpu(make_run, make_table, dra
 def test_ablations_and_merged_cells_are_not_compared(make_run, make_table, draw):
     runs = [make_run("mlora", speed=1000.0), make_run("lorafusion", speed=2000.0)]
     runs += [make_run("unfused-ours", speed=1900.0), make_run("fused-sequential", speed=1800.0)]
-    plain = figures.end_to_end_data(make_table(runs[:2]), "tiny")
+    plain = end_to_end.end_to_end_data(make_table(runs[:2]), "tiny")
     for system in ("lorafusion", "mlora"):
         name = f"model~tiny/workload~xsum/gpus~1/batch~8/qkv~merged/system~{system}"
         runs.append(make_run(system, speed=5000.0, cell=name, merged_qkv=True))
-    pd.testing.assert_frame_equal(figures.end_to_end_data(make_table(runs), "tiny"), plain)
+    pd.testing.assert_frame_equal(end_to_end.end_to_end_data(make_table(runs), "tiny"), plain)
     assert plain["ratio"].max() == pytest.approx(2011 / 1011)
 
 
 def test_a_system_that_is_no_entry_is_a_baseline(make_run, make_table):
     runs = [make_run(system, speed=speed) for system, speed in (("theirs", 1000.0), ("lorafusion", 2000.0))]
-    assert figures.end_to_end_data(make_table(runs), "tiny")["ratio"].max() == pytest.approx(2011 / 1011)
+    assert end_to_end.end_to_end_data(make_table(runs), "tiny")["ratio"].max() == pytest.approx(2011 / 1011)
 
 
 def test_every_system_has_a_look_of_its_own():

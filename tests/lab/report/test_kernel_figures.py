@@ -10,7 +10,8 @@ from matplotlib.colors import to_hex
 from pypdf import PdfReader
 
 from lorafusion.cli.main import app
-from lorafusion.lab.report import figures, kernel_data, kernel_figures, style
+from lorafusion.lab.report import drawing, style
+from lorafusion.lab.report.figures import kernels
 from lorafusion.lab.report.registry import FIGURES as TABLE
 from lorafusion.lab.table import table as measurements
 from lorafusion.lab.table.table import MeasurementError
@@ -120,10 +121,10 @@ def drawn(monkeypatch):
     kept = []
 
     def call(name, table, stem):
-        save = figures.save
-        monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure) or save(figure, path))
+        save = drawing.save
+        monkeypatch.setattr(drawing, "save", lambda figure, path: kept.append(figure) or save(figure, path))
         paths = TABLE[name].draw(table, stem)
-        monkeypatch.setattr(figures, "save", save)
+        monkeypatch.setattr(drawing, "save", save)
         return kept[-1], pd.read_csv(paths[-1])
 
     return call
@@ -166,7 +167,7 @@ def test_kernel_speed_shows_time_over_the_frozen_linear_of_square_shapes(full, d
 def test_layer_speed_shows_times_and_memory_and_names_failures(drawn, tmp_path):
     figure, data = drawn("layer_speed", tabulate(layers("oom")), tmp_path / "figure")
     assert [ax.get_title() for ax in figure.axes[:3]] == list(MODELS)
-    saved = data[(data["shown"] == kernel_data.SAVED) & (data["implementation"] == "frozen")]
+    saved = data[(data["shown"] == kernels.SAVED) & (data["implementation"] == "frozen")]
     assert saved["value"].max() == pytest.approx(4e5 * 4 * 9728 / GIB)
     assert [text.get_text() for text in figure.axes[2].texts + figure.axes[5].texts] == ["OOM", "OOM"]
     assert "2 failed points have no value" in figure.get_supxlabel()
@@ -180,12 +181,12 @@ def test_dram_traffic_hatches_the_published_values(full, drawn, tmp_path):
     hatched = [bar for bar in figure.axes[0].patches if bar.get_hatch() == style.KINDS["published"]]
     assert sorted(bar.get_height() for bar in hatched) == sorted(published)
     assert figure.legends[0].get_texts()[-1].get_text() == "published"
-    fused = kernel_figures.IMPLEMENTATIONS["fused"].colour.lower()
+    fused = style.IMPLEMENTATIONS["fused"].colour.lower()
     assert sum(to_hex(bar.get_facecolor()) == fused for bar in figure.axes[0].patches) == 3
 
 
 def test_dram_traffic_without_the_published_file(full, drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr(kernel_data, "PUBLISHED_TRAFFIC", tmp_path / "none.csv")
+    monkeypatch.setattr(kernels, "PUBLISHED_TRAFFIC", tmp_path / "none.csv")
     _, data = drawn("dram_traffic", full, tmp_path / "figure")
     assert set(data["kind"]) == {"measured"}
 
@@ -193,12 +194,12 @@ def test_dram_traffic_without_the_published_file(full, drawn, tmp_path, monkeypa
 def test_roofline_has_the_canaries_ceilings_and_the_operations_per_byte(full, drawn, tmp_path):
     _, data = drawn("roofline", full, tmp_path / "figure")
     ceilings = data.set_index("shown")["value"]
-    assert ceilings[kernel_data.COMPUTE] == pytest.approx(700)
-    assert ceilings[kernel_data.BANDWIDTH] == pytest.approx(4)
+    assert ceilings[kernels.COMPUTE] == pytest.approx(700)
+    assert ceilings[kernels.BANDWIDTH] == pytest.approx(4)
     frozen = data[(data["implementation"] == "frozen") & (data["in_features"] == 4096)]
     assert frozen["value"].item() == pytest.approx(600)
     assert frozen["flop_per_byte"].item() == pytest.approx(4 * 8192 * 4096**2 / (1.1 * GIB))
-    assert (data["shown"] == kernel_data.TFLOPS).sum() == 12
+    assert (data["shown"] == kernels.TFLOPS).sum() == 12
 
 
 def test_cpu_numbers_say_what_they_are(drawn, tmp_path):

@@ -7,9 +7,8 @@ import pytest
 
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import seal
-from lorafusion.lab.checks.lossless import PLAIN
-from lorafusion.lab.checks.verdicts import Curve, write_curves
-from lorafusion.lab.report.lossless_figure import ALONE
+from lorafusion.lab.checks.verdicts import PLAIN, Curve, write_curves
+from lorafusion.lab.report.figures.lossless import ALONE
 from lorafusion.lab.report.registry import FIGURES
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.schema import UserError
 from lorafusion.lab.checks.catalog import needed_by
-from lorafusion.lab.report import registry
+from lorafusion.lab.report import figures, registry, style
 from lorafusion.lab.report.registry import FIGURES, FORMATS, SOURCES, Figure, draw
 from lorafusion.lab.table import table as measurements
 
@@ -31,6 +32,20 @@ def test_an_entry_is_whole(name):
 def test_the_table_loads_neither_torch_nor_matplotlib():
     heavy = ("torch", "matplotlib", "lorafusion.launch")
     code = f"import sys; import lorafusion.lab.report.registry; print([n for n in {heavy} if n in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_classes_of_kernels_are_those_of_the_profiler():
+    from lorafusion.lab.profiler import ORDER
+
+    assert tuple(style.CLASSES) == ORDER
+
+
+def test_no_figure_loads_torch_or_the_launcher():
+    names = [f"lorafusion.lab.report.{path.stem}" for path in Path(registry.__file__).parent.glob("[a-z]*.py")]
+    names += [f"lorafusion.lab.report.figures.{path.stem}" for path in Path(figures.__file__).parent.glob("[a-z]*.py")]
+    heavy = ("torch", "lorafusion.launch.launch")
+    code = f"import sys, {', '.join(names)}; print([n for n in {heavy} if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 

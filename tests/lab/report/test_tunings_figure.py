@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from lorafusion.cli.main import app
 from lorafusion.core.schema import UserError
 from lorafusion.lab.report import style
+from lorafusion.lab.report.figures.tunings import draw, tunings_data
 from lorafusion.lab.report.registry import FIGURES
-from lorafusion.lab.report.tunings_figure import draw, tunings_data
 from lorafusion.lab.table.table import MeasurementError
 from lorafusion.lab.tuned import Tuned
 

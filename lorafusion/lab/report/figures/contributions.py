@@ -1,5 +1,5 @@
-"""The figure of `contributions`: how schedule, packing and kernels lead from unfused-sequential to lorafusion, and
-every combination of LoRA operation and order, as PDF, PNG and the CSV that it is drawn from."""
+"""The figure of contributions: how schedule, packing and kernels lead from unfused-sequential to lorafusion, and every
+combination of LoRA operation and order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import textwrap
 from typing import Any
 
-import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,7 +14,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lorafusion.lab.report import style
-from lorafusion.lab.report.contributions import (
+from lorafusion.lab.report.drawing import FILL, fill, finish, patches, styled, write_beside
+from lorafusion.lab.report.ratios import (
     A_BASELINE,
     ALL,
     BASE,
@@ -29,12 +29,10 @@ from lorafusion.lab.report.contributions import (
     lacking,
     measured,
 )
-from lorafusion.lab.report.figures import WINDOW_TITLES, device_count
-from lorafusion.lab.report.throughput import SYSTEM
+from lorafusion.lab.report.throughput import SYSTEM, WINDOW_TITLES, device_count
 from lorafusion.lab.table.table import MeasurementError
 
 DATA = [*COLUMNS, "device", "origin"]
-PLACE = ["workload", "factor"]
 LOOKS = {
     "schedule": style.Look("#56B4E9", ""),
     "packing": style.Look("#F0E442", "////"),
@@ -51,7 +49,7 @@ LANES = {
 ORDERS = {"sequential": "sequential", "mlora": "mLoRA's\norder", "ours": "our\norder"}
 OPERATIONS = {"unfused": "#BBBBBB", "fused": style.SYSTEMS[SYSTEM].colour}
 MERGED_HATCH = "////"
-FAILED = "#B00000"
+NO_START = f"(no {BASE})"  # beside a number that has nothing to begin at
 RANGE = "‡"  # at a corner whose whisker is a range, where others are intervals
 # The mark at a part's number, and what it says, where the part's note has the remark.
 MARKS = {
@@ -86,46 +84,38 @@ def _origin(runs: pd.DataFrame) -> dict[str, str]:
 
     One text, since a commit of digits only, in a column of its own, would be read back as a number.
     """
-    devices = runs.loc[runs["status"] == "ok", "gpu_name"].fillna("CPU")
-    device = ", ".join(sorted(devices.unique())) or "no device"
+    device = style.devices(runs[runs["status"] == "ok"])
     return {"device": device, "origin": style.origin(runs, device)}
 
 
+@styled
 def draw(data: pd.DataFrame) -> Figure:
     """The figure of `contributions_data`: for each number of GPUs and window the parts, and beside them the corners."""
     panels = [(*place, panel) for place, panel in data.groupby(["gpus", "window"], sort=False)]
     heights = [_height(panel) for _, _, panel in panels]
-    limits = [_limits(data, LEFT), _corner_limits(data, RIGHT)]
     on_cpu = "CPU" in data["device"][0]
-    with matplotlib.rc_context(style.PARAMETERS):
-        figure = Figure(figsize=(style.TEXT_WIDTH, 1.35 + sum(heights) + 0.2 * len(heights)), layout="constrained")
-        axes = figure.subplots(
-            len(panels), 2, sharex="col", squeeze=False, width_ratios=(LEFT, RIGHT), height_ratios=heights
-        )
-        title = None
-        for (parts, corners), (gpus, window, panel) in zip(axes, panels, strict=True):
-            workloads = _workloads(panel)
-            _draw_parts(parts, panel[panel["qkv"] == "separate"], workloads)
-            _draw_corners(corners, _corners(panel))
-            average = "geometric mean of the workloads" if workloads[-1] == ALL else workloads[-1]
-            if average != title:
-                corners.set_title(f"over {BASE},\n{average}")
-                title = average
-            name = WINDOW_TITLES[window]
-            if data["gpus"].nunique() > 1:
-                name += f", {device_count(gpus, on_cpu)}"
-            corners.text(1.02, 0.5, name, transform=corners.transAxes, rotation=270, va="center")
-        axes[0][0].set(xscale="log", xlim=limits[0], title=f"from {BASE} (1) to {SYSTEM}")
-        axes[0][1].set(xlim=limits[1])
-        for ax, (low, high) in zip(axes[-1], limits, strict=True):
-            ax.xaxis.set_major_locator(FixedLocator(_ticks(low, high, logarithmic=ax is axes[-1][0])))
-            ax.xaxis.set_minor_locator(NullLocator())
-            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        cpu = f" ({style.CPU_WARNING})" if on_cpu else ""
-        title = f"{data['model'][0]}: what the parts of {SYSTEM} add{cpu}"
-        handles = _handles(_shows_merged(data))
-        figure.legend(handles=handles, loc="outside upper center", ncols=4, title=title)
-        figure.supxlabel(_footer(data), fontsize=style.SMALL, color="0.35")
+    figure = Figure(figsize=(style.TEXT_WIDTH, 1.35 + sum(heights) + 0.2 * len(heights)), layout="constrained")
+    grid = {"width_ratios": (LEFT, RIGHT), "height_ratios": heights}
+    axes = figure.subplots(len(panels), 2, sharex="col", squeeze=False, gridspec_kw=grid)
+    title = None
+    for (parts, corners), (gpus, window, panel) in zip(axes, panels, strict=True):
+        workloads = _workloads(panel)
+        _draw_parts(parts, panel[panel["qkv"] == "separate"], workloads)
+        _draw_corners(corners, _corners(panel))
+        average = "geometric mean of the workloads" if workloads[-1] == ALL else workloads[-1]
+        if average != title:
+            corners.set_title(f"over {BASE},\n{average}")
+            title = average
+        several = f", {device_count(gpus, on_cpu)}" if data["gpus"].nunique() > 1 else ""
+        write_beside(corners, WINDOW_TITLES[window] + several, 1.02)
+    axes[0][0].set(xscale="log", title=f"from {BASE} (1) to {SYSTEM}")
+    for ax, limits in zip(axes[-1], (_limits(data, LEFT), _corner_limits(data, RIGHT)), strict=True):
+        ax.set_xlim(limits)
+        ax.xaxis.set_major_locator(FixedLocator(_ticks(*limits, logarithmic=ax is axes[-1][0])))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    title = f"{data['model'][0]}: what the parts of {SYSTEM} add"
+    finish(figure, _handles(_shows_merged(data)), title, _footer(data), 4, on_cpu)
     return figure
 
 
@@ -162,29 +152,42 @@ def _height(panel: pd.DataFrame) -> float:
 
 def _draw_parts(ax: Axes, panel: pd.DataFrame, workloads: list[str]) -> None:
     """For each workload the parts below each other, each from where the one above ends."""
-    factors = panel.set_index(PLACE)
-    places = {workload: _places(factors.loc[workload, "value"]) for workload in workloads}
-    ax.axvline(1, color="0.3", linewidth=0.6, zorder=1)
+    step = len(LANES) + GAP
+    names = []
     for index, workload in enumerate(workloads):
-        top = index * (len(LANES) + GAP)
-        for lane, (factor, ends) in enumerate(LANES.items()):
-            row, (start, end) = factors.loc[(workload, factor)], [places[workload][name] for name in ends]
-            text = _text(factor, row)
-            if pd.isna(row["value"]) or pd.isna(start):
-                colour = FAILED if pd.isna(row["value"]) else LOOKS[factor].colour if factor == "speedup" else "black"
-                _write(ax, 1, top + lane, _without_place(text, row), color=colour)
-                continue
-            _draw_bar(ax, top + lane, start, row, LOOKS[factor], text, bold=factor == "speedup")
-            if lane < 2 and not pd.isna(factors.loc[(workload, list(LANES)[lane + 1])]["value"]):
-                ax.plot([end] * 2, [top + lane, top + lane + 1], color="0.3", linewidth=0.5, zorder=1)
+        factors = panel[panel["workload"] == workload].set_index("factor")
+        _draw_lanes(ax, index * step, factors)
+        names.append(_name(workload, factors.loc["speedup", "over"]))
         if index:
-            ax.axhline(top - (1 + GAP) / 2, color="0.8", linewidth=0.5)
-    centres = [index * (len(LANES) + GAP) + (len(LANES) - 1) / 2 for index in range(len(workloads))]
-    names = [_name(workload, factors.loc[(workload, "speedup")]["over"]) for workload in workloads]
-    ax.set_yticks(centres, names, fontsize=style.SMALL, linespacing=1.1)
+            ax.axhline(index * step - (1 + GAP) / 2, color="0.8", linewidth=0.5)
+    _finish_panel(ax, names, len(LANES), step, linespacing=1.1)
     if workloads[-1] == ALL:
         ax.get_yticklabels()[-1].set_fontweight("bold")
-    ax.set_ylim(centres[-1] + (len(LANES) + GAP) / 2, centres[0] - (len(LANES) + GAP) / 2)
+
+
+def _draw_lanes(ax: Axes, top: float, factors: pd.DataFrame) -> None:
+    """The parts of one workload."""
+    places, following = _places(factors["value"]), [*list(LANES)[1:3], None, None]
+    for lane, ((factor, (begin, end)), after) in enumerate(zip(LANES.items(), following, strict=True)):
+        row, start = factors.loc[factor], places[begin]
+        text = _text(factor, row)
+        if pd.isna(row["value"]):
+            _write(ax, 1, top + lane, _short(row["note"]), color=style.FAILED)
+        elif pd.isna(start):
+            colour = LOOKS[factor].colour if factor == "speedup" else "black"
+            _write(ax, 1, top + lane, f"{text} {NO_START}", color=colour)
+        else:
+            _draw_bar(ax, top + lane, start, row, LOOKS[factor], text, bold=factor == "speedup")
+            if after and not pd.isna(factors.loc[after, "value"]):
+                ax.plot([places[end]] * 2, [top + lane, top + lane + 1], color="0.3", linewidth=0.5, zorder=1)
+
+
+def _finish_panel(ax: Axes, names: list[str], lanes: int, step: float, **text: Any) -> None:
+    """The line at 1, and a name for each group of some lanes, the groups being `step` apart."""
+    ax.axvline(1, color="0.3", linewidth=0.6, zorder=1)
+    centres = [index * step + (lanes - 1) / 2 for index in range(len(names))]
+    ax.set_yticks(centres, names, fontsize=style.SMALL, **text)
+    ax.set_ylim(centres[-1] + step / 2, centres[0] - step / 2)
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=True, axis="x")
     ax.grid(visible=False, axis="y")
@@ -206,42 +209,38 @@ def _draw_bar(
 ) -> None:
     """A factor from `start` on, its whisker, and its number to the right of both."""
     end = start * row["value"]
-    ax.barh(y, end - start, 0.86, left=start, zorder=2, **_fill(look))
+    ax.barh(y, end - start, FILL, left=start, zorder=2, **fill(look))
     right = max(start, end)
     if not pd.isna(row["low"]):
-        ends = [start * row["low"], start * row["high"]]
-        ax.plot(ends, [y, y], color="black", linewidth=0.7, marker="|", markersize=2.6, markeredgewidth=0.6, zorder=3)
-        right = max(right, *ends)
-    weight = {"fontweight": "bold", "color": look.colour} if bold else {}
-    _write(ax, right, y, text, **weight)
+        right = max(right, _draw_whisker(ax, y, start * row["low"], start * row["high"], markeredgewidth=0.6))
+    _write(ax, right, y, text, **({"fontweight": "bold", "color": look.colour} if bold else {}))
+
+
+def _draw_whisker(ax: Axes, y: float, low: float, high: float, **look: Any) -> float:
+    """A whisker of a bar; returns its right end."""
+    ax.plot([low, high], [y, y], color="black", linewidth=0.7, marker="|", markersize=2.6, zorder=3, **look)
+    return max(low, high)
 
 
 def _draw_corners(ax: Axes, panel: pd.DataFrame) -> None:
     """The orders below each other, each with its operations, separate and merged, as bars from zero."""
     corners = panel.assign(mark=_ranges(panel).map({True: RANGE, False: ""})).set_index(["qkv", "factor"])
     series = [(qkv, operation) for qkv in dict.fromkeys(panel["qkv"]) for operation in OPERATIONS]
-    ax.axvline(1, color="0.3", linewidth=0.6, zorder=1)
+    step = len(series) + GAP
     for index, order in enumerate(ORDERS):
         for lane, (qkv, operation) in enumerate(series):
-            row, y = corners.loc[(qkv, f"{operation}-{order}")], index * (len(series) + GAP) + lane
+            row, y = corners.loc[(qkv, f"{operation}-{order}")], index * step + lane
             if pd.isna(row["value"]):
-                _write(ax, 0, y, textwrap.shorten(_short(row["note"]), LONGEST, placeholder=" …"), color=FAILED)
+                reason = textwrap.shorten(_short(row["note"]), LONGEST, placeholder=" …")
+                _write(ax, 0, y, reason, color=style.FAILED)
                 continue
             look = style.Look(OPERATIONS[operation], MERGED_HATCH if qkv == "merged" else "")
-            ax.barh(y, row["value"], 0.86, zorder=2, **_fill(look))
+            ax.barh(y, row["value"], FILL, zorder=2, **fill(look))
             right = row["value"]
             if row["n"] > 1 and row["low"] < row["high"]:
-                bounds = [row["low"], row["high"]]
-                ax.plot(bounds, [y, y], color="black", linewidth=0.7, marker="|", markersize=2.6, zorder=3)
-                right = max(right, *bounds)
+                right = max(right, _draw_whisker(ax, y, row["low"], row["high"]))
             _write(ax, right, y, f"{row['value']:.2f}{row['mark']}")
-    step = len(series) + GAP
-    centres = [index * step + (len(series) - 1) / 2 for index in range(len(ORDERS))]
-    ax.set_yticks(centres, list(ORDERS.values()), fontsize=style.SMALL)
-    ax.set_ylim(centres[-1] + step / 2, centres[0] - step / 2)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(visible=True, axis="x")
-    ax.grid(visible=False, axis="y")
+    _finish_panel(ax, list(ORDERS.values()), len(series), step)
 
 
 def _write(ax: Axes, x: float, y: float, text: str, **look: Any) -> None:
@@ -266,11 +265,6 @@ def _marks(row: pd.Series) -> list[tuple[str, str]]:
     return [mark for remark, mark in MARKS.items() if remark in note]
 
 
-def _without_place(text: str, row: pd.Series) -> str:
-    """What stands in a lane without a bar: why there is no number, or the number that has nothing to begin at."""
-    return _short(row["note"]) if pd.isna(row["value"]) else f"{text} (no {BASE})"
-
-
 def _short(note: str) -> str:
     """The first reason of a note, without how many repeats."""
     return note.partition(";")[0].partition(" (")[0]
@@ -279,10 +273,6 @@ def _short(note: str) -> str:
 def _name(workload: str, baseline: str) -> str:
     """A workload and the baseline that lorafusion's speedup is over."""
     return "\n".join([workload, *textwrap.wrap(f"vs. {baseline}", 16)])
-
-
-def _fill(look: style.Look) -> dict[str, Any]:
-    return {"facecolor": look.colour, "hatch": look.hatch, "edgecolor": "white", "linewidth": 0.3}
 
 
 def _limits(data: pd.DataFrame, inches: float) -> tuple[float, float]:
@@ -295,7 +285,8 @@ def _limits(data: pd.DataFrame, inches: float) -> tuple[float, float]:
         for factor, (begin, _) in LANES.items():
             start, row = places[begin], factors.loc[factor]
             if pd.isna(row["value"]) or pd.isna(start):
-                reaches.append((1.0, len(_without_place(_text(factor, row), row))))
+                instead = _short(row["note"]) if pd.isna(row["value"]) else f"{_text(factor, row)} {NO_START}"
+                reaches.append((1.0, len(instead)))
                 continue
             ends = [start * end for end in (1, *row[["value", "low", "high"]].dropna())]
             low = min(low, *ends)
@@ -327,13 +318,12 @@ def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
 
 
 def _handles(merged: bool) -> list[Patch]:
-    names = {factor: factor for factor in LOOKS} | {"speedup": f"{SYSTEM} over the best baseline"}
-    handles = [Patch(label=names[factor], **_fill(look)) for factor, look in LOOKS.items()]
-    for operation, colour in OPERATIONS.items():
-        handles.append(Patch(label=f"{operation} LoRA", **_fill(style.Look(colour, ""))))
+    looks = {factor: look for factor, look in LOOKS.items() if factor != "speedup"}
+    looks[f"{SYSTEM} over the best baseline"] = LOOKS["speedup"]
+    looks |= {f"{operation} LoRA": style.Look(colour, "") for operation, colour in OPERATIONS.items()}
     if merged:
-        handles.append(Patch(label="with merged q, k, v", **_fill(style.Look("0.45", MERGED_HATCH))))
-    return handles
+        looks["with merged q, k, v"] = style.Look("0.45", MERGED_HATCH)
+    return patches(looks)
 
 
 def _footer(data: pd.DataFrame) -> str:

@@ -49,7 +49,6 @@ FACTORS = (
     "padding",  # mlora-packed over mlora
     *CORNERS,
 )
-OF_MERGED = ("kernels", *CORNERS)  # with q, k and v merged there are the corners and no baselines
 QKV = ("separate", "merged")
 PLACE = ["model", "gpus", "window", "qkv", "group"]
 COLUMNS = ["model", "gpus", "window", "qkv", "workload", "factor", "over", "value", "low", "high", "bounds", "n",
@@ -88,15 +87,14 @@ def contributions(table: pd.DataFrame) -> pd.DataFrame:
     number, as in the table's own medians. Raises `MeasurementError` where two cells claim one place.
     """
     rows = measured(table).sort_values("group", key=style.rank)
-    own_ablations = ablations()
-    found = {}
+    known_ablations = ablations()
+    factors_of = {}
     for place, cells in rows.groupby(PLACE, sort=False):
         arms = {system: _arm(system, runs) for system, runs in cells.groupby("system")}
-        found[place] = dict(_factors(arms, place[PLACE.index("qkv")], own_ablations))
-    out = [_row(place, factor, ratios) for place, factors in found.items() for factor, ratios in factors.items()]
-    return pd.DataFrame([*out, *_over_all(found)], columns=COLUMNS).sort_values(
-        COLUMNS[:6], key=_rank, ignore_index=True
-    )
+        factors_of[place] = dict(_factors(arms, place[PLACE.index("qkv")], known_ablations))
+    of_workloads = [_row(place, factor, ratios) for place, of in factors_of.items() for factor, ratios in of.items()]
+    data = pd.DataFrame([*of_workloads, *_over_all(factors_of)], columns=COLUMNS)
+    return data.sort_values(COLUMNS[:6], key=_rank, ignore_index=True)
 
 
 def measured(table: pd.DataFrame) -> pd.DataFrame:
@@ -121,31 +119,38 @@ def _arm(system: str, runs: pd.DataFrame) -> Arm:
     return Arm(dict(zip(runs["repeat"].astype(int), runs["value"].astype(float), strict=True)), "", capacity)
 
 
-def _factors(arms: dict[str, Arm], qkv: str, own_ablations: set[str]) -> Iterator[tuple[str, Ratios]]:
-    """Every factor of one place."""
+def _factors(arms: dict[str, Arm], qkv: str, known_ablations: set[str]) -> Iterator[tuple[str, Ratios]]:
+    """Every factor of a place. With q, k and v merged there are the corners and no baselines."""
     if qkv == "separate":
-        baselines = {name: arm for name, arm in arms.items() if name != SYSTEM and name not in own_ablations}
-        finished = {name: median(list(arm.values.values())) for name, arm in baselines.items() if arm.values}
-        if finished:
-            best = max(sorted(finished), key=finished.__getitem__)
-            without = [f"without {arm.reason}" for arm in baselines.values() if arm.reason]
-            yield "speedup", _ratios(arms, SYSTEM, best, without)
-            yield "baseline", _ratios(arms, BASE, best, without)
-        else:
-            for factor in ("speedup", "baseline"):
-                yield factor, Ratios(A_BASELINE, {}, "no baseline finished")
-        by_one = next((name for name in BY_ONE if name in arms), BY_ONE[0])
-        remarks = [] if by_one == BY_ONE[0] else [f"{EXECUTOR}: {by_one}, as {BY_ONE[0]} has no cell"]
-        yield "schedule", _ratios(arms, TURNS, by_one, remarks)
-        remarks = ["derived: schedule_and_packing over schedule", *remarks]
-        packing = _ratios(arms, OURS_UNFUSED, BASE, remarks, divided_by=(TURNS, by_one))
-        yield "packing", packing._replace(over="schedule")
-        yield "schedule_and_packing", _ratios(arms, OURS_UNFUSED, BASE)
-        yield "product", _ratios(arms, SYSTEM, BASE)
-        yield "padding", _ratios(arms, "mlora-packed", "mlora")
+        yield from _over_baseline(arms, known_ablations)
+        yield from _parts(arms)
     yield "kernels", _ratios(arms, SYSTEM, OURS_UNFUSED)
     for corner, system in CORNERS.items():
         yield corner, _ratios(arms, system, BASE)
+
+
+def _over_baseline(arms: dict[str, Arm], known_ablations: set[str]) -> Iterator[tuple[str, Ratios]]:
+    """Of lorafusion and BASE over the best baseline."""
+    baselines = {name: arm for name, arm in arms.items() if name != SYSTEM and name not in known_ablations}
+    finished = {name: median(list(arm.values.values())) for name, arm in baselines.items() if arm.values}
+    best = max(sorted(finished), key=finished.__getitem__, default="")
+    without = [f"without {arm.reason}" for arm in baselines.values() if arm.reason]
+    for factor, system in (("speedup", SYSTEM), ("baseline", BASE)):
+        none = Ratios(A_BASELINE, {}, "no baseline finished")
+        yield factor, _ratios(arms, system, best, without) if best else none
+
+
+def _parts(arms: dict[str, Arm]) -> Iterator[tuple[str, Ratios]]:
+    """Of the order, the packing, and both, and of the padding."""
+    alone = next((name for name in BY_ONE if name in arms), BY_ONE[0])
+    remarks = [] if alone == BY_ONE[0] else [f"{EXECUTOR}: {alone}, as {BY_ONE[0]} has no cell"]
+    yield "schedule", _ratios(arms, TURNS, alone, remarks)
+    remarks = ["derived: schedule_and_packing over schedule", *remarks]
+    packing = _ratios(arms, OURS_UNFUSED, BASE, remarks, divided_by=(TURNS, alone))
+    yield "packing", packing._replace(over="schedule")
+    yield "schedule_and_packing", _ratios(arms, OURS_UNFUSED, BASE)
+    yield "product", _ratios(arms, SYSTEM, BASE)
+    yield "padding", _ratios(arms, "mlora-packed", "mlora")
 
 
 def _ratios(
@@ -171,10 +176,11 @@ def _ratios(
         notes.append(f"only repeats {', '.join(map(str, repeats))} are in {'all' if divided_by else 'both'}")
     pairs = list(zip(taken[::2], taken[1::2], strict=True))
     if len({arm.capacity for arm in taken}) > 1:
-        notes.append(f"{CAPACITY} {', divided by '.join(f'{one.capacity} over {two.capacity}' for one, two in pairs)}")
+        capacities = (f"{upper.capacity} over {lower.capacity}" for upper, lower in pairs)
+        notes.append(f"{CAPACITY} {', divided by '.join(capacities)}")
     values = {}
     for repeat in repeats:
-        ratio, *divisor = [one.values[repeat] / two.values[repeat] for one, two in pairs]
+        ratio, *divisor = [upper.values[repeat] / lower.values[repeat] for upper, lower in pairs]
         values[repeat] = ratio / math.prod(divisor)
     return Ratios(below, values, "; ".join(notes))
 
@@ -190,14 +196,14 @@ def _row(place: tuple, factor: str, ratios: Ratios) -> dict:
     return row
 
 
-def _over_all(found: dict[tuple, dict[str, Ratios]]) -> Iterator[dict]:
+def _over_all(factors_of: dict[tuple, dict[str, Ratios]]) -> Iterator[dict]:
     """The factors over all workloads, where there are several.
 
     Where one workload has no number there is none over all: a mean over what is left would flatter.
     """
-    settings = dict.fromkeys(place[:-1] for place in found)
+    settings = dict.fromkeys(place[:-1] for place in factors_of)
     for setting in settings:
-        groups = {place[-1]: factors for place, factors in found.items() if place[:-1] == setting}
+        groups = {place[-1]: factors for place, factors in factors_of.items() if place[:-1] == setting}
         for factor in next(iter(groups.values())) if len(groups) > 1 else ():
             yield _mean_row((*setting, ALL), factor, {name: factors[factor] for name, factors in groups.items()})
 
@@ -220,19 +226,20 @@ def _mean_row(place: tuple, factor: str, parts: dict[str, Ratios]) -> dict:
     remarks = {name: [remark for remark in ratios.note.split("; ") if remark] for name, ratios in parts.items()}
     first, *others = remarks.values()
     notes += (of_all := [remark for remark in first if all(remark in of_other for of_other in others)])
-    notes += [f"{name}: {remark}" for name, own in remarks.items() for remark in own if remark not in of_all]
+    notes += [f"{name}: {remark}" for name, others in remarks.items() for remark in others if remark not in of_all]
     return row | {"note": "; ".join(notes)}
 
 
 def _bounds(ratios: list[dict[int, float]]) -> tuple[dict, str]:
     """Between which values the mean over workloads is, whose ratios are given by repeat, and a remark on that."""
-    every = [ratio for of_one in ratios for ratio in of_one.values()]
+    every = [ratio for by_repeat in ratios for ratio in by_repeat.values()]
     whole = {"low": min(every), "high": max(every), "bounds": "range"}
-    if len({tuple(of_one) for of_one in ratios}) > 1:
+    if len({tuple(by_repeat) for by_repeat in ratios}) > 1:
         return whole, "no 95 % interval, as the workloads have different repeats"
-    means = [geometric_mean(of_one[repeat] for of_one in ratios) for repeat in ratios[0]]
-    if found := geometric_mean_interval(means):
-        return {"low": found[0], "high": found[1], "bounds": "interval"}, f"95 % interval from {len(means)} repeats"
+    means = [geometric_mean(by_repeat[repeat] for by_repeat in ratios) for repeat in ratios[0]]
+    if interval := geometric_mean_interval(means):
+        bounds = dict(zip(("low", "high"), interval, strict=True)) | {"bounds": "interval"}
+        return bounds, f"95 % interval from {len(means)} repeats"
     return whole, f"no 95 % interval from {len(means)} repeats, it takes {FEWEST_OF_MEAN}"
 
 

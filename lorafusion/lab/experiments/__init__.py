@@ -6,4 +6,5 @@ from lorafusion.lab.experiments.kernels import Kernels
 from lorafusion.lab.experiments.planner import Planner
 from lorafusion.lab.experiments.steps import Steps
 
-EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (EndToEnd(), Kernels(), Steps(), Planner())}
+REGISTERED = (EndToEnd(), Kernels(), Steps(), Planner())
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in REGISTERED}

@@ -143,10 +143,10 @@ def unavailable(system: SystemConfig) -> str:
     if not system.requires:
         return ""
     try:
-        found = importlib.util.find_spec(system.requires)
+        spec = importlib.util.find_spec(system.requires)
     except ModuleNotFoundError:  # the package that it is a part of
-        found = None
-    return "" if found else f"the package {system.requires} is not installed"
+        spec = None
+    return "" if spec else f"the package {system.requires} is not installed"
 
 
 def describe(result: dict) -> str:

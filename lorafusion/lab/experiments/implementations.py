@@ -185,8 +185,8 @@ def _subject(
             return call(x)
 
     factors = [leaf for stack in stacks for leaf in (stack.a, stack.b)]
-    factors = factors or [one for one in module.parameters() if one.requires_grad]
-    weights = [*(one for one in module.parameters() if not one.requires_grad), *module.buffers()]
+    factors = factors or [factor for factor in module.parameters() if factor.requires_grad]
+    weights = [*(weight for weight in module.parameters() if not weight.requires_grad), *module.buffers()]
     return Subject(forward, [x, *factors], weights, dy)
 
 
@@ -199,6 +199,6 @@ def _shares(case: KernelCase) -> list[LoRASegment]:
 def _packed(case: KernelCase, borders: SampleBorders, position_ids: Tensor) -> PackedBatch:
     """A microbatch as an executor makes it, of which a layer reads whose tokens are where."""
     none = position_ids.new_empty(0)
-    segments = tuple(AdapterSegment(one.start, one.stop, one.adapter, 0) for one in _shares(case))
+    segments = tuple(AdapterSegment(share.start, share.stop, share.adapter, 0) for share in _shares(case))
     positions = torch.arange(case.tokens, device=position_ids.device)
     return PackedBatch(none, position_ids, none, none.float(), positions, borders, segments)

@@ -129,8 +129,8 @@ class KernelBench(BaseModel):
 
     def cases(self, tokens: int) -> list[KernelCase]:
         """What is measured at a number of tokens."""
-        made = variants(self.block.implementations, self.block.adapters)
-        return [KernelCase(**variant.model_dump(), tokens=tokens) for variant in made]
+        every = variants(self.block.implementations, self.block.adapters)
+        return [KernelCase(**variant.model_dump(), tokens=tokens) for variant in every]
 
 
 class KernelCase(Variant):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from lorafusion.core.config import CONFIGS, read_model
@@ -30,8 +31,8 @@ class Kernels(BenchExperiment):
     def points(self, suite: str) -> list[Point]:
         points = super().points(suite)
         if points and points[0].settings.traffic:
-            one, *_ = points
-            points.append(Point(one.suite, one.source, TRAFFIC, 1, one.settings, traffic_benches(one.settings)))
+            traffic = traffic_benches(points[0].settings)
+            points.append(replace(points[0], name=TRAFFIC, repeats=1, subject=traffic))
         return points
 
     def depends_on(self, point: Point) -> list:

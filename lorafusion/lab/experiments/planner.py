@@ -119,8 +119,10 @@ def repeated_workload(name: str, samples: int, global_batch: int, adapters: int,
     """A workload of configs/workloads whose adapters are repeated, or cut, to a number, each with its own samples."""
     path, jobs = CONFIGS / "workloads" / f"{name}.yaml", []
     while len(jobs) < adapters:
-        made = make_workload(path, samples=samples, global_batch=global_batch, seed=seed + len(jobs))
-        jobs += [job.model_copy(update={"name": f"adapter-{len(jobs) + index}"}) for index, job in enumerate(made.jobs)]
+        workload = make_workload(path, samples=samples, global_batch=global_batch, seed=seed + len(jobs))
+        jobs += [
+            job.model_copy(update={"name": f"adapter-{len(jobs) + index}"}) for index, job in enumerate(workload.jobs)
+        ]
     return Workload(name=name, jobs=tuple(jobs[:adapters]))
 
 

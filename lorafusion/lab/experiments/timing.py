@@ -83,7 +83,7 @@ def seconds(
 
 def median_ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
     """The median over the rounds of a function's time over another's."""
-    return statistics.median(one / other for one, other in zip(times, baseline, strict=True))
+    return statistics.median(time / other for time, other in zip(times, baseline, strict=True))
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], frozen: set[int]) -> int:

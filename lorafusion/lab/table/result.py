@@ -1,8 +1,8 @@
 """The result file of a run: one JSON object, written whatever happened.
 
-Its form is what `lorafusion.lab.table.table` reads: the cell's identity and parameters, the metrics that it should
-have, those that it has, the losses, and where all that comes from. A run that ended by itself is believed only where
-its report shows that it trained the whole workload (`require_whole`).
+Its form is `Result`: the cell's identity and parameters, the metrics that it should have, those that it has, the
+losses, and where all that comes from. A run that ended by itself is believed only where its report shows that it
+trained the whole workload (`require_whole`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafusion.core.files import write
 from lorafusion.core.plan import Plan, statistics_of
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import sealed
 from lorafusion.core.workload import Workload
-from lorafusion.lab.table.vocabulary import METRICS
+from lorafusion.lab.table.vocabulary import METRICS, STATUSES, WINDOWS
 from lorafusion.launch.launch import Outcome
 
 VERSION = 1
@@ -29,8 +32,6 @@ EXPECTED = (
     ("peak_memory", "whole"),
     ("fill", "whole"),
 )
-
-
 CLOCKS_AGREE = 0.01  # of the host's seconds, by which the device's may differ
 
 
@@ -40,6 +41,51 @@ class FaultyRunError(UserError):
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
         self.status = status
+
+
+class ExpectedMetric(BaseModel):
+    """A metric that a cell must have: a failed run has a row for it too."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    metric: Literal[*METRICS]
+    window: Literal[WINDOWS]
+
+
+class ResultMetric(ExpectedMetric):
+    """A number of a run, or why there is none.
+
+    cell: columns in which it differs from the run's: a process of the kernel suite measures many cells.
+    """
+
+    value: float | None = Field(strict=True, allow_inf_nan=False)
+    unit: str
+    direction: str
+    implementation: str | None = None
+    note: str | None = None
+    status: Literal[STATUSES] = "ok"
+    cell: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _a_number_if_ok(self) -> ResultMetric:
+        if (self.value is None) == (self.status == "ok"):
+            raise ValueError(
+                f"expected a number if and only if the status is ok, found {self.value} with {self.status}"
+            )
+        return self
+
+
+class Result(BaseModel):
+    """The content of a run's result file, all that the table reads of it."""
+
+    version: Literal[VERSION]
+    status: Literal[STATUSES]
+    note: str = ""
+    cell: dict[str, Any]
+    expected: list[ExpectedMetric]
+    metrics: list[ResultMetric]
+    losses: dict[str, list[float | None]] = {}
+    provenance: dict[str, Any]
 
 
 def row(metric: str, value: float | None, window: str, cell: dict, *, status: str = "ok", **more: object) -> dict:
@@ -114,12 +160,12 @@ def require_whole(report: dict, workload: Workload, plan: Plan) -> None:
 def require_steps(report: dict, expected: dict[str, int]) -> None:
     """Raise `FaultyRunError` unless each adapter made as many optimizer steps as expected, and none was stopped."""
     for name, steps in expected.items():
-        made = report["steps"].get(name, 0)
-        said = f"{name} made {made} of {steps} steps"
+        count = report["steps"].get(name, 0)
+        statement = f"{name} made {count} of {steps} steps"
         if name in report["stopped"]:
-            raise FaultyRunError("nan", f"{said}: it was stopped by a gradient that is not finite")
-        if made != steps:
-            raise FaultyRunError("crash", said)
+            raise FaultyRunError("nan", f"{statement}: it was stopped by a gradient that is not finite")
+        if count != steps:
+            raise FaultyRunError("crash", statement)
     unknown = sorted(set(report["steps"]) - set(expected))
     if unknown or not expected:
         raise FaultyRunError("crash", f"the run had another adapter, {unknown[0]}" if unknown else "no adapter trained")
@@ -130,11 +176,11 @@ def require_clocks(clocks: list[list[float]], processes: int) -> None:
     if len(clocks) != processes:
         raise FaultyRunError("crash", f"the report has the times of {len(clocks)} processes, the run had {processes}")
     for rank, (device, host) in enumerate(clocks):
-        said = f"process {rank} ran {device:.6g} s by its device's clock and {host:.6g} s by the host's"
+        statement = f"process {rank} ran {device:.6g} s by its device's clock and {host:.6g} s by the host's"
         if not (0 < device < math.inf and 0 < host < math.inf):
-            raise FaultyRunError("crash", said)
+            raise FaultyRunError("crash", statement)
         if abs(device - host) > CLOCKS_AGREE * host:
-            raise FaultyRunError("crash", f"{said}, more than {CLOCKS_AGREE:.0%} apart")
+            raise FaultyRunError("crash", f"{statement}, more than {CLOCKS_AGREE:.0%} apart")
 
 
 def _require_marks(marks: list[list[float]], plan: Plan, end: float) -> None:

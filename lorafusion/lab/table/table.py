@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from lorafusion.core.files import read_json, whole
 from lorafusion.core.schema import describe
 from lorafusion.core.seals import require_own_seal, require_seal, seal
+from lorafusion.lab.table.result import ExpectedMetric, Result, ResultMetric
 from lorafusion.lab.table.statistics import fewest, interval, median
 from lorafusion.lab.table.store import is_store, read_store, require_store
 from lorafusion.lab.table.validation import GROUP, KEY, ORDER, MeasurementError, validate
-from lorafusion.lab.table.vocabulary import COLUMNS, COSTS, METRICS, STATUSES, TYPE_NAMES, WINDOWS, json_schema
+from lorafusion.lab.table.vocabulary import COLUMNS, COSTS, METRICS, STATUSES, TYPE_NAMES, json_schema
 
 # Columns that tables did not always have, and what their cells' names said instead; others of them are empty.
 BY_NAME = {
@@ -34,51 +35,6 @@ BY_NAME = {
 MUST_AGREE = ("config_hash", "workload_hash", "plan_hash")
 SHOULD_AGREE = ("git_sha", "git_dirty", "gpu_name", "driver", "cuda", "torch", "triton")
 BOOLEANS = {"True": True, "False": False}  # as they stand in a CSV
-
-
-class ExpectedMetric(BaseModel):
-    """A metric that a cell must have: a failed run has a row for it too."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    metric: Literal[*METRICS]
-    window: Literal[WINDOWS]
-
-
-class ResultMetric(ExpectedMetric):
-    """A number of a run, or why there is none.
-
-    cell: columns in which it differs from the run's: a process of the kernel suite measures many cells.
-    """
-
-    value: float | None = Field(strict=True, allow_inf_nan=False)
-    unit: str
-    direction: str
-    implementation: str | None = None
-    note: str | None = None
-    status: Literal[STATUSES] = "ok"
-    cell: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _a_number_if_ok(self) -> ResultMetric:
-        if (self.value is None) == (self.status == "ok"):
-            raise ValueError(
-                f"expected a number if and only if the status is ok, found {self.value} with {self.status}"
-            )
-        return self
-
-
-class Result(BaseModel):
-    """The content of a run's result file."""
-
-    version: Literal[1]
-    status: Literal[STATUSES]
-    note: str = ""
-    cell: dict[str, Any]
-    expected: list[ExpectedMetric]
-    metrics: list[ResultMetric]
-    losses: dict[str, list[float | None]] = {}
-    provenance: dict[str, Any]
 
 
 def read_results(paths: Iterable[str | Path]) -> pd.DataFrame:
@@ -248,9 +204,9 @@ def gaps(table: pd.DataFrame, expected: Mapping[str, int] | None = None) -> str:
     failed = runs[runs["status"] != "ok"][[*cell, "repeat"]].drop_duplicates().assign(failed=True)
     missing = missing.merge(failed, how="left")
     missing = missing[missing["failed"].isna()][["cell", "repeat"]]
-    made = set(runs[["cell", "repeat"]].itertuples(index=False, name=None))
+    present = set(runs[["cell", "repeat"]].itertuples(index=False, name=None))
     wanted = {(name, repeat) for name, count in (expected or {}).items() for repeat in range(1, count + 1)}
-    missing = sorted({*missing.itertuples(index=False, name=None), *(wanted - made)})
+    missing = sorted({*missing.itertuples(index=False, name=None), *(wanted - present)})
     if not missing:
         return ""
     (name, repeat), count = missing[0], len(missing)
@@ -334,14 +290,16 @@ def _require_own_summaries(table: pd.DataFrame, source: Path) -> None:
     single = table["statistic"] == "single"
     if not single.any():
         return
-    said = ["status", "n", "value", "ci_low", "ci_high"]
-    own, made = (rows[rows["statistic"] != "single"].set_index(list(KEY))[said] for rows in (table, summarise(table)))
-    if len(own) and not own.sort_index().equals(made.sort_index()):
-        differing = own.index.symmetric_difference(made.index)
+    columns = ["status", "n", "value", "ci_low", "ci_high"]
+    written, computed = (
+        rows[rows["statistic"] != "single"].set_index(list(KEY))[columns] for rows in (table, summarise(table))
+    )
+    if len(written) and not written.sort_index().equals(computed.sort_index()):
+        differing = written.index.symmetric_difference(computed.index)
         if differing.empty:
-            aligned = made.reindex(own.index)
-            same = (own == aligned).fillna(False) | (own.isna() & aligned.isna())
-            differing = own.index[~same.all(axis=1).to_numpy()]
+            aligned = computed.reindex(written.index)
+            same = (written == aligned).fillna(False) | (written.isna() & aligned.isna())
+            differing = written.index[~same.all(axis=1).to_numpy()]
         place = dict(zip(KEY, differing[0], strict=True))
         what = f"{place['statistic']} of {place['metric']} of cell {place['cell']!r}"
         raise MeasurementError(f"{source}: the {what} is not that of its single rows; gather the table again")

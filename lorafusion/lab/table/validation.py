@@ -66,8 +66,8 @@ def _require_tokens_over_time(table: pd.DataFrame, checked: _Checked) -> None:
     tokens = (both["value"] * both["value_of_time"]).astype(float)
     expected = tokens.groupby(both["workload_hash"]).transform("median").round()
     bad = (tokens - expected).abs() > ROUNDING * expected
-    said = expected.map("{:.0f} tokens over the run's time, as its workload's other runs have".format)
-    checked.reject(bad.reindex(table.index, fill_value=False), "value", said.reindex(table.index, fill_value=""))
+    wanted = expected.map("{:.0f} tokens over the run's time, as its workload's other runs have".format)
+    checked.reject(bad.reindex(table.index, fill_value=False), "value", wanted.reindex(table.index, fill_value=""))
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class _Checked:
             return
         position = int(flags.argmax())
         wanted = expected if isinstance(expected, str) else expected.iloc[position]
-        found, result = self.table[column].iloc[position], self.table["result"].iloc[position]
+        value, result = self.table[column].iloc[position], self.table["result"].iloc[position]
         origin = "" if pd.isna(result) else f" (of {result})"
-        shown = "nothing" if pd.isna(found) else repr(found) if isinstance(found, str) else str(found)
+        shown = "nothing" if pd.isna(value) else repr(value) if isinstance(value, str) else str(value)
         raise MeasurementError(f"{self.source}: row {position + 1}{origin}: {column}: expected {wanted}, found {shown}")
 
 

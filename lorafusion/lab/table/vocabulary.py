@@ -33,7 +33,6 @@ METRICS = {
     "microbatch_ratio": Metric("1", "lower", "microbatches over their lower bound"),
     "solve_time": Metric("s", "lower", "time that the planner took"),
     "error": Metric("1", "lower", "relative error against a reference"),
-    "loss": Metric("1", "lower", "mean cross entropy of a label token, in nats"),
 }
 # What a run costs besides time: a good run may lack it, as it is looked at when the run is over.
 COSTS = ("kernels", "launches", "device_busy", "busy", "operators")

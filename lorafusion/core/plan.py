@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Final, Literal
@@ -23,7 +24,7 @@ from typing import Final, Literal
 from pydantic import Field
 
 from lorafusion.core.schema import MOST_PROCESSES, MOST_TOKENS, Data, Float, Int, UserError, validated
-from lorafusion.core.workload import Workload, content_hash, read_versioned
+from lorafusion.core.workload import Job, Workload, content_hash, read_versioned
 
 VERSION: Final = 1
 
@@ -150,10 +151,10 @@ def statistics_of(microbatches: Sequence[Microbatch], capacity: int) -> Statisti
 
 def check(plan: Plan, workload: Workload, source: str | Path = "plan") -> None:
     """Raise `PlanError` with the first rule that a plan breaks, and the number of breaches."""
-    found = violations(plan, workload)
-    if found:
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise PlanError(f"{source}: {found[0]}{more}")
+    breaches = violations(plan, workload)
+    if breaches:
+        more = f" (and {len(breaches) - 1} more)" if len(breaches) > 1 else ""
+        raise PlanError(f"{source}: {breaches[0]}{more}")
 
 
 def violations(plan: Plan, workload: Workload) -> list[str]:
@@ -164,32 +165,32 @@ def violations(plan: Plan, workload: Workload) -> list[str]:
         return [f"{len(plan.microbatches)} microbatches do not fill slots of {plan.data_parallel} replicas"]
     if plan.statistics != statistics_of(plan.microbatches, plan.capacity):
         return ["its statistics are not those of its microbatches"]
-    found = _microbatch_violations(plan, workload)
-    return found or _order_violations(plan, workload)
+    breaches = _microbatch_violations(plan, workload)
+    return breaches or _order_violations(plan, workload)
 
 
 def _microbatch_violations(plan: Plan, workload: Workload) -> list[str]:
     """What is wrong within a microbatch: references, token counts, capacity, the form of a no-op."""
-    found = []
+    breaches = []
     for index, microbatch in enumerate(plan.microbatches):
         where = f"microbatch {index}"
         if microbatch.noop and (microbatch.segments or microbatch.step_after):
-            found.append(f"{where}: a no-op holds no samples and steps no optimizer")
+            breaches.append(f"{where}: a no-op holds no samples and steps no optimizer")
         if not microbatch.noop and not microbatch.segments:
-            found.append(f"{where}: holds no samples and is not marked as a no-op")
+            breaches.append(f"{where}: holds no samples and is not marked as a no-op")
         if microbatch.length > plan.capacity:
-            found.append(f"{where}: {microbatch.length} tokens exceed the capacity of {plan.capacity}")
+            breaches.append(f"{where}: {microbatch.length} tokens exceed the capacity of {plan.capacity}")
         adapters = [segment.adapter for segment in microbatch.segments]
         if len(set(adapters)) < len(adapters):
-            found.append(f"{where}: two segments of one adapter")
+            breaches.append(f"{where}: two segments of one adapter")
         for adapter in (*adapters, *microbatch.step_after):
             if not 0 <= adapter < len(workload.jobs):
-                found.append(f"{where}: adapter {adapter}, but the workload has {len(workload.jobs)}")
-                return found
+                breaches.append(f"{where}: adapter {adapter}, but the workload has {len(workload.jobs)}")
+                return breaches
         for segment in microbatch.segments:
             problems = _segment_violations(segment, workload, microbatch.row_tokens)
-            found += [f"{where}: {problem}" for problem in problems]
-    return found
+            breaches += [f"{where}: {problem}" for problem in problems]
+    return breaches
 
 
 def _segment_violations(segment: Segment, workload: Workload, row_tokens: int | None) -> list[str]:
@@ -206,42 +207,52 @@ def _segment_violations(segment: Segment, workload: Workload, row_tokens: int | 
     return []
 
 
+@dataclass
+class _Passage:
+    """Where a job's samples are in a plan: the first and last slot of each global batch, and the slots of its steps."""
+
+    samples: set[int] = field(default_factory=set)
+    first: dict[int, int] = field(default_factory=dict)
+    last: dict[int, int] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
+
+
 def _order_violations(plan: Plan, workload: Workload) -> list[str]:
     """What is wrong between microbatches: samples missing or repeated, steps, the dependency rule."""
-    found = []
-    seen: list[set[int]] = [set() for _ in workload.jobs]
-    last_slot: list[dict[int, int]] = [{} for _ in workload.jobs]
-    first_slot: list[dict[int, int]] = [{} for _ in workload.jobs]
-    steps: list[list[int]] = [[] for _ in workload.jobs]
+    breaches, passages = [], [_Passage() for _ in workload.jobs]
     for slot, replicas in enumerate(plan.slots()):
         for segment in (segment for microbatch in replicas for segment in microbatch.segments):
-            job = workload.jobs[segment.adapter]
+            job, passage = workload.jobs[segment.adapter], passages[segment.adapter]
             for position in segment.samples:
-                if position in seen[segment.adapter]:
-                    found.append(f"slot {slot}: sample {position} of {job.name!r} comes twice")
-                seen[segment.adapter].add(position)
+                if position in passage.samples:
+                    breaches.append(f"slot {slot}: sample {position} of {job.name!r} comes twice")
+                passage.samples.add(position)
                 batch = job.batch_of(position)
-                first_slot[segment.adapter].setdefault(batch, slot)
-                last_slot[segment.adapter][batch] = slot
+                passage.first.setdefault(batch, slot)
+                passage.last[batch] = slot
         for adapter in [adapter for microbatch in replicas for adapter in microbatch.step_after]:
-            steps[adapter].append(slot)
+            passages[adapter].steps.append(slot)
+    for job, passage in zip(workload.jobs, passages, strict=True):
+        breaches += _passage_violations(plan, job, passage)
+    return breaches
 
+
+def _passage_violations(plan: Plan, job: Job, passage: _Passage) -> list[str]:
+    samples = job.stream_length - job.first_position
+    missing = samples - len(passage.samples)
+    if missing:
+        return [f"{missing} of the {samples} samples of {job.name!r} are not in the plan"]
+    breaches = []
+    ends = [passage.last[batch] for batch in range(job.start, len(job.batches))]
+    if passage.steps != ends:
+        breaches.append(f"{job.name!r} steps after slots {passage.steps}, its global batches end at {ends}")
     # A flushing pipeline is empty after each step, so the next slot sees it; a stream needs S slots.
     distance = 1 if plan.flush else plan.stages
-    for adapter, job in enumerate(workload.jobs):
-        samples = job.stream_length - job.first_position
-        missing = samples - len(seen[adapter])
-        if missing:
-            found.append(f"{missing} of the {samples} samples of {job.name!r} are not in the plan")
-            continue
-        ends = [last_slot[adapter][batch] for batch in range(job.start, len(job.batches))]
-        if steps[adapter] != ends:
-            found.append(f"{job.name!r} steps after slots {steps[adapter]}, its global batches end at {ends}")
-        for batch, end in enumerate(ends[:-1], job.start):
-            begin = first_slot[adapter][batch + 1]
-            if begin - end < distance:
-                found.append(
-                    f"batch {batch + 1} of {job.name!r} enters in slot {begin}, {begin - end} after the end of "
-                    f"batch {batch}; {plan.stages} stages need {distance}"
-                )
-    return found
+    for batch, end in enumerate(ends[:-1], job.start):
+        begin = passage.first[batch + 1]
+        if begin - end < distance:
+            breaches.append(
+                f"batch {batch + 1} of {job.name!r} enters in slot {begin}, {begin - end} after the end of "
+                f"batch {batch}; {plan.stages} stages need {distance}"
+            )
+    return breaches

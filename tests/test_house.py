@@ -67,9 +67,6 @@ TO_BE_MENDED: dict[str, set[str]] = {
         "lorafusion.lab.experiments.trainers",
         "lorafusion.train.run",
     },
-    "long_modules": {
-        "tests/lab/report/test_contributions.py",
-    },
 }
 
 

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,6 +168,7 @@ def publish(
     the directory is as it was.
     """
     one_of("mode", mode, MODES, "wandb")
+    require_wandb()
     images = _images(figures)
     sweep = _digest(csv_text(table))
     cells = [cell.published for cell in _cells(table, results, sweep)]
@@ -187,6 +189,12 @@ def publish(
         head = {"sweep": sweep, "mode": mode, "project": project, "entity": entity}
         write_manifest(folder, MANIFEST, head | {"runs": runs})
     return list(runs)
+
+
+def require_wandb() -> None:
+    """Raise `UserError` where wandb, which is an extra, is not installed."""
+    if find_spec("wandb") is None:
+        raise UserError("publish: wandb is not installed; `pip install 'lorafusion[wandb]'`")
 
 
 def read_back(directory: str | Path) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ import pytest
 from lorafusion.lab.checks.catalog import CHECKS
 from lorafusion.lab.checks.verdicts import Origin, Verdict, write_verdict
 from lorafusion.lab.table import table
+from tests.lab.report.speeds import SPEEDS as SPEEDS_OF_PARTS
 
 SPEEDS = {"peft": 800.0, "megatron-fsdp": 850.0, "megatron-pp": 900.0, "mlora": 1100.0, "lorafusion": 1430.0}
 
@@ -104,4 +105,31 @@ def smoke_runs():
                     runs.append(run("megatron-pp", workload, gpus, repeat))
         for system in ("lorafusion", "mlora"):
             runs.append(run(system, "heterogeneous", 4, repeat))
+    return runs
+
+
+@pytest.fixture
+def measure(make_run):
+    """Runs with exactly the given speeds, in tokens/s.
+
+    drift: factors of the repeats. failed: status by (workload, system, repeat).
+    """
+
+    def runs(
+        speeds=SPEEDS_OF_PARTS, workloads=("xsum",), drift=(1.0, 1.0, 1.0), failed=None, qkv="", **cell
+    ) -> list[dict]:
+        out = []
+        for workload in workloads:
+            for system, speed in speeds.items():
+                for repeat, factor in enumerate(drift, start=1):
+                    status = (failed or {}).get((workload, system, repeat), "ok")
+                    name = f"model~tiny/workload~{workload}/gpus~{cell.get('gpus', 1)}/batch~8{qkv}/system~{system}"
+                    result = make_run(
+                        system, workload, repeat=repeat, status=status, **{"cell": name, "merged_qkv": bool(qkv)} | cell
+                    )
+                    for metric, value in zip(result["metrics"], (speed * factor, 10 * speed), strict=False):
+                        metric["value"] = value
+                    out.append(result)
+        return out
+
     return runs

@@ -154,3 +154,10 @@ def test_other_peoples_folders_are_not_emptied(runs, make_table, tmp_path):
     ):
         publish(make_table(runs), runs, [], tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "important"
+
+
+def test_without_wandb_publishing_is_refused_in_one_line(runs, make_table, picture, tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_publisher, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"publish: wandb is not installed; `pip install 'lorafusion\[wandb\]'`"):
+        publish(make_table(runs), runs, [picture], tmp_path / "wandb")
+    assert not (tmp_path / "wandb").exists()

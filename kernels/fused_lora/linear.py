@@ -107,12 +107,12 @@ def lora_gated_linear(
     """
     _check_x(gate, "gate")
     _expect_like("up", up, gate, gate.shape)
-    adapters = adapters if isinstance(adapters, AdapterStack) else [adapters]
-    _check(gate, [weight], [bias], adapters, batch)
-    table = _table(adapters, gate, table)
+    rows = adapters if isinstance(adapters, AdapterStack) else [adapters]
+    _check(gate, [weight], [bias], rows, batch)
+    table = _table(rows, gate, table)
     if table.max_rank == 0 or not batch.adapters.numel():
         return F.linear(gated(gate, up), weight, bias)
-    return _run([gate, up], [weight], [bias], operator_arguments(adapters, batch, table, training), keep_bits)[0]
+    return _run([gate, up], [weight], [bias], operator_arguments(rows, batch, table, training), keep_bits)[0]
 
 
 def _run(inputs, weights, biases, arguments: tuple[Operands, Settings], keep_bits: bool) -> list[torch.Tensor]:

@@ -65,18 +65,23 @@ class LoRALinear(nn.Module):
             LoRAAdapter(a, b, settings.scaling, settings.dropout, key)
             for a, b, settings, key in zip(self.lora_a, self.lora_b, self.settings, self.keys, strict=True)
         ]
-        x, weight, bias = autocasted(x, self.base.weight, self.base.bias)
+        x, weights, biases = autocasted(x, [self.base.weight], [self.base.bias])
         batch, table = batch or whole_batch(x), self._tables.of([adapters], x)
-        return lora_linears(x, [weight], [bias], [adapters], batch, self.training, table)[0]
+        return lora_linears(x, weights, biases, [adapters], batch, self.training, table)[0]
 
 
-def autocasted(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+def autocasted(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """The operands of linears as autocast gives them to F.linear, all but float64 in its dtype; as they are without."""
-    operands = [x, *others]
     if not torch.is_autocast_enabled(x.device.type):
-        return operands
+        return x, list(weights), list(biases)
     dtype = torch.get_autocast_dtype(x.device.type)
-    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in operands]
+
+    def cast(operand: Tensor) -> Tensor:
+        return operand if operand.dtype == torch.float64 else operand.to(dtype)
+
+    return cast(x), [cast(weight) for weight in weights], [None if bias is None else cast(bias) for bias in biases]
 
 
 def whole_batch(x: Tensor) -> LoRABatch:
@@ -120,7 +125,8 @@ class SharedInput:
         if self._input is not x or self._state != state or self._outputs[index] is None:
             self._outputs = list(self._compute(x))
             self._input, self._state = x, state
-        y, self._outputs[index] = self._outputs[index], None
+        y: Any = self._outputs[index]
+        self._outputs[index] = None
         if all(output is None for output in self._outputs):
             self._input, self._outputs = None, []
         return y

@@ -53,8 +53,7 @@ class _Group:
         """The outputs of all linears of the group."""
         adapters = [[_adapter(layer, key)] for layer, key in zip(self.layers, self.keys, strict=True)]
         bases = [layer.get_base_layer() for layer in self.layers]
-        x, *frozen = autocasted(x, *(base.weight for base in bases), *(base.bias for base in bases))
-        weights, biases = frozen[: len(bases)], frozen[len(bases) :]
+        x, weights, biases = autocasted(x, [base.weight for base in bases], [base.bias for base in bases])
         return lora_linears(x, weights, biases, adapters, whole_batch(x), table=self._tables.of(adapters, x))
 
 

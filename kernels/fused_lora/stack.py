@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +72,11 @@ def _leaf(parts: list[Tensor]) -> Tensor:
     return leaf
 
 
-def _tie(parameter: nn.Parameter, leaf: Tensor, place: slice) -> None:
+def _tie(parameter: Tensor, leaf: Tensor, place: slice) -> None:
     """Make a parameter and its gradient views of a leaf's part."""
     parameter.data = leaf.detach()[place].view(parameter.shape)
-    parameter.grad = leaf.grad[place].view(parameter.shape)
+    gradient: Any = leaf.grad  # there from the beginning
+    parameter.grad = gradient[place].view(parameter.shape)
 
 
 def _named(adapters: Adapters) -> Iterator[tuple[str, LoRAAdapter]]:

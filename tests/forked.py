@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from lorafusion.engine import fork_server
+from lorafusion.lab.forked import MODULES
 
 # pytest: it is the main module of these processes, too.
-fork_server.preload("pytest")
+fork_server.preload(*MODULES, "pytest")
 
 
 def work(*arguments) -> None:

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from lorafusion.cli.main import app
 from lorafusion.core.config import CONFIGS
 from lorafusion.data.lengths import make_workload
-from lorafusion.engine import worker
+from lorafusion.engine import task
+from lorafusion.engine.process import Process
 from lorafusion.lab.experiments.end_to_end import run_cell
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table.table import read
@@ -128,7 +129,9 @@ class Story:
                 meter = PacedMeter(seconds=1.0, memory=MEMORY)
                 with meter.watching():
                     position = Position(self.folder, 0)
-                    reports.append(worker.trained(spec, torch.device("cpu"), position, 0, processes, meter))
+                    reports.append(
+                        task.train(Process(spec, torch.device("cpu"), position, world=processes, meter=meter))
+                    )
             factor = run.seconds(repeat) / sum(length + EACH for _, length in run.sizes)
             times = {"seconds": [[slot, factor * time] for slot, time in reports[0]["seconds"]],
                      "clocks": [[factor * time for time in clocks] for clocks in reports[0]["clocks"]]}  # fmt: skip

@@ -41,29 +41,19 @@ MOST_IMPORTS = 12  # modules of other packages that a module imports
 LONG_FUNCTIONS: dict[str, str] = {}
 
 TO_BE_MENDED: dict[str, set[str]] = {
-    "arrows_up": {
-        "lorafusion.engine.worker -> lorafusion.lab.cost",
-        "lorafusion.engine.worker -> lorafusion.lab.table.result",
-        "lorafusion.engine.worker -> lorafusion.lab.trials",
-    },
-    "circles": {
-        "lorafusion.engine <-> lorafusion.lab",
-    },
+    "arrows_up": set(),
+    "circles": set(),
     "laboratory_imports": {
         "lorafusion.cli.check",
         "lorafusion.cli.figure",
         "lorafusion.cli.main",
         "lorafusion.cli.plan",
         "lorafusion.cli.steps",
-        "lorafusion.engine.worker",
     },
-    "unittest_imports": {
-        "lorafusion.engine.fork_server",
-    },
+    "unittest_imports": set(),
     "wide_modules": {
         "lorafusion.cli.main",
         "lorafusion.cli.plan",  # until --tuned leaves it
-        "lorafusion.engine.worker",
         "lorafusion.lab.experiments.trainers",
         "lorafusion.train.run",
     },

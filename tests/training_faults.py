@@ -12,7 +12,8 @@ import torch
 from fused_lora import LoRABatch, ops
 from lorafusion.core.workload import Job
 from lorafusion.data.packing import PackedBatch, SampleBorders
-from lorafusion.engine import worker
+from lorafusion.engine.process import Process
+from lorafusion.engine.task import train
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.launch import Outcome
 from lorafusion.launch.spec import RunSpec
@@ -26,7 +27,7 @@ def launched_here(spec: RunSpec, processes: int, *_: object, folder: Path, **__:
     """`lorafusion.launch.launch.launch` for one process: this one."""
     assert processes == 1
     device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
-    report = worker.trained(spec, device, Position(folder, 0), 0, 1)
+    report = train(Process(spec, device, Position(folder, 0)))
     return Outcome("ok", report=report)
 
 

@@ -143,7 +143,7 @@ def sweep(
     seconds: Annotated[float, typer.Option(help="begin nothing after so long")] = float("inf"),
 ) -> None:
     """Tune, plan and run a suite's cells without Snakemake, in forked processes; run again, it goes on."""
-    from lorafusion.engine.fork_server import launch
+    from lorafusion.lab.forked import launch
     from lorafusion.lab.sweep import Share, sweep
 
     left = sweep(suite, folder, Share.read(share), launch, seconds)

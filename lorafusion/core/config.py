@@ -90,6 +90,13 @@ def read_systems(path: str | Path = CONFIGS / "systems.yaml") -> dict[str, Syste
     return read_entries(path, SystemConfig)
 
 
+def read_system(name: str) -> SystemConfig:
+    """An entry of configs/systems.yaml; `UserError` for an unknown one."""
+    systems = read_systems()
+    one_of("system", name, set(systems), "configs/systems.yaml")
+    return systems[name]
+
+
 def config_path(kind: str, name: str) -> Path:
     """A file of configs/{kind}s by its name, or by the path of a file of that form."""
     if name.endswith(".yaml"):

@@ -24,7 +24,7 @@ from lorafusion.core.files import whole
 from lorafusion.core.schema import Config, UserError
 from lorafusion.core.workload import Job, Sample
 from lorafusion.data.blocks import SYNTHETIC
-from lorafusion.data.tokens import SyntheticTokens, Tokens
+from lorafusion.data.tokens import SyntheticTokens, Tokens, TokenSource
 
 if TYPE_CHECKING:
     from lorafusion.data.text import Encoded
@@ -196,3 +196,8 @@ class JobTokens:
 
     def _source(self, job: Job) -> TokenStore | SyntheticTokens:
         return self._synthetic if job.dataset.startswith(SYNTHETIC) else self._stored
+
+
+def token_source(folder: str | None, vocabulary: int) -> TokenSource:
+    """The tokens in a folder of stores; without a folder, synthetic ones."""
+    return JobTokens(Path(folder), vocabulary) if folder else SyntheticTokens(vocabulary)

@@ -11,30 +11,32 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import wait
 from typing import IO
-from unittest.mock import patch
 
 from lorafusion.launch.launch import launch as launch_any
 from lorafusion.launch.launch import worker_environment
 
 HOST = "127.0.0.1"
 FORKSERVER = multiprocessing.get_context("forkserver")
-# What workers import, where it can be imported.
-MODULES = ("lorafusion.engine.worker", "baselines.mlora.lora", "baselines.megatron.sharded",
-           "baselines.megatron.pipeline", "liger_kernel.ops.rms_norm")  # fmt: skip
 # One thread, as a process with more cannot be forked. To ask whether there is a GPU must not stop those that are forked
 # from using it.
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 
+_modules: list[str] = []
+
+
 def preload(*modules: str) -> None:
-    """Have the server import these too, before its first process."""
-    FORKSERVER.set_forkserver_preload([*modules, *MODULES])
+    """Have the server import these too, where they can be imported, before its first process."""
+    _modules.extend(modules)
+    FORKSERVER.set_forkserver_preload(_modules)
 
 
-preload()
+preload("lorafusion.engine.worker", "liger_kernel.ops.rms_norm")
 
 
 def work(place: dict[str, str], threads: int, log: str | None, spec_path: str, reports: str) -> None:
@@ -68,10 +70,10 @@ class Forked:
             places = [place_of(rank, processes, self._store.port) for rank in range(processes)]
         environment = worker_environment(processes, os.environ)
         threads = int(environment["OMP_NUM_THREADS"])
-        told = (threads, log.name if log else None, *arguments)
-        self._workers = [FORKSERVER.Process(target=self.work, args=(place, *told)) for place in places]
+        settings = (threads, log.name if log else None, *arguments)
+        self._workers = [FORKSERVER.Process(target=self.work, args=(place, *settings)) for place in places]
         # The first start is that of the server, in this environment.
-        with patch.dict(os.environ, environment | SERVER_ENVIRONMENT):
+        with _environment(environment | SERVER_ENVIRONMENT):
             for process in self._workers:
                 process.start()
 
@@ -93,6 +95,18 @@ class Forked:
 
 
 launch = partial(launch_any, start=Forked)
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Within it this process's environment has these changes."""
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def place_of(rank: int, processes: int, port: int) -> dict[str, str]:

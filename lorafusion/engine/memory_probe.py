@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ import torch
 from lorafusion.core.plan import Microbatch, Plan, Segment, make_plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Sample, Workload
+from lorafusion.engine.build import build_run
+from lorafusion.engine.process import Process
 from lorafusion.engine.training import TrainingRun
 
 SIZES = (2048, 4096)  # tokens; the chunks of the head's logits are full from 2048 on
@@ -70,6 +73,18 @@ def probe_workload(workload: Workload) -> tuple[Workload, Plan]:
         microbatches.append(Microbatch(segments=segments, step_after=adapters))
     plan = make_plan("probe", made, microbatches, stages=1, capacity=max(len(jobs) * one for one in lengths))
     return made, plan
+
+
+def probe(process: Process) -> dict:
+    """The task that measures what microbatches take on every stage of the model, for `capacity_of`."""
+    if process.device.type != "cuda":
+        raise UserError("capacity: it can be probed on a GPU only; state it")
+    usable = torch.cuda.mem_get_info(process.device)[0]
+    workload, plan = probe_workload(Workload.read(process.spec.workload))
+    synthetic = replace(process, spec=process.spec.model_copy(update={"tokens": None}))
+    run = build_run(synthetic, workload, plan.model_copy(update={"stages": process.world}))
+    measured = measure(run, usable, in_flight=run.pipeline.size - run.pipeline.index)
+    return {"stages": [stage.to_json() for stage in process.gathered(measured)]}
 
 
 def measure(run: TrainingRun, usable: int, in_flight: int) -> Measured:

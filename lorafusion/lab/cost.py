@@ -19,6 +19,8 @@ from lorafusion.core.clock import Meter, Point
 from lorafusion.core.plan import Microbatch, Plan, statistics_of
 from lorafusion.core.workload import Workload
 from lorafusion.engine.executor import Executor
+from lorafusion.engine.process import Process
+from lorafusion.engine.task import train_plan
 from lorafusion.engine.timed import ready
 from lorafusion.engine.training import TrainingRun
 from lorafusion.lab import operators, profiler
@@ -58,6 +60,15 @@ class Watched(Meter):
         return point
 
 
+def train_with_cost(process: Process) -> dict:
+    """The task that trains as `train` does, and then says what that costs besides time."""
+    run, execute, report = train_plan(process)
+    if report["finished"]:
+        process.keep(report | {"pending": "cost"})
+        report["cost"] = known_cost(run, execute)
+    return report
+
+
 def known_cost(run: TrainingRun, execute: Executor) -> dict:
     """`cost_of` a run, or why it is not known: a run that ended well has its time all the same."""
     try:
@@ -68,7 +79,7 @@ def known_cost(run: TrainingRun, execute: Executor) -> dict:
 
 def cost_of(run: TrainingRun, execute: Executor) -> dict:
     """The cost of a run that is over, the same on every process; all of them call it. Adapters stay as they are, but
-    the run cannot be gone on with: what its optimizers hold is given up for the sake of memory.
+    the run cannot be resumed: what its optimizers hold is given up for the sake of memory.
 
     part: which of its microbatches were run once more, with so many tokens. counts: theirs, all processes together.
     layers: of the whole model. The rest is as the first process has it: see `structure`.

@@ -7,11 +7,34 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lorafusion.core.schema import MOST_TOKENS, Data, Float, Int, UserError, validated
+from lorafusion.core.schema import MOST_TOKENS, Config, Data, Float, Int, UserError, validated
 from lorafusion.core.seals import require_own_seal, sealed
 from lorafusion.core.workload import Workload, read_versioned
+from lorafusion.launch.spec import RunSpec
 
 VERSION = 3
+TRY_CAPACITIES = "lorafusion.lab.trials:try_capacities"
+PROFILE_TRIAL = "lorafusion.lab.trials:profile_trial"
+
+
+class Trial(Config):
+    """A plan that is tried."""
+
+    plan: str = Field(description="path of the plan of the workload")
+    part: str = Field(description="path of that of its first global batches, which is run")
+    capacity: int = Field(ge=1)
+
+
+class TrialOptions(Config):
+    """The options of both tasks of `lab.trials`."""
+
+    trials: tuple[Trial, ...] = Field(min_length=1, description="plans to be timed one after another")
+    part: str = Field(description="path of the workload of the trials' first global batches")
+    throughputs: str = Field(description="file for tokens a second, a line as each trial's are known")
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> TrialOptions:
+        return validated(cls, spec.options, f"task {spec.task}")
 
 
 class Tried(Data):
@@ -46,8 +69,8 @@ class Tuned(Data):
 
     @property
     def capacity(self) -> int:
-        """The fastest, of equal ones the largest; where none was run to its end the smallest tried, for which the run
-        itself will say what is wrong."""
+        """The fastest capacity; ties go to the larger. If none finished: the smallest tried (the run will report the
+        error)."""
         done = [one for one in self.trials if one.throughput is not None]
         if not done:
             return min(one.capacity for one in self.trials)

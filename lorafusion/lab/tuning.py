@@ -28,9 +28,9 @@ from lorafusion.lab.experiments.end_to_end import cell_files, spec_of, unavailab
 from lorafusion.lab.experiments.experiment import require_device
 from lorafusion.lab.keys import CellFiles
 from lorafusion.lab.suite import Cell, Suite
-from lorafusion.lab.tuned import Tried, Tuned
+from lorafusion.lab.tuned import PROFILE_TRIAL, TRY_CAPACITIES, Trial, TrialOptions, Tried, Tuned
 from lorafusion.launch.launch import Outcome, launch
-from lorafusion.launch.spec import RunSpec, Trial
+from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
 
 MOST_TRIALS = 10
@@ -78,8 +78,15 @@ def trials_of(
         paths[0].write_text(plan.to_json())
         paths[1].write_text(plan_cell(part, cell, plan.capacity).to_json())
         trials.append(Trial(plan=str(paths[0]), part=str(paths[1]), capacity=plan.capacity))
-    update = {"trials": trials, "part": str(folder / "part.json"), "throughputs": str(folder / "throughputs.jsonl")}
-    return spec_of(cell, suite, workload_path).model_copy(update=update)
+    options = TrialOptions(
+        trials=tuple(trials), part=str(folder / "part.json"), throughputs=str(folder / "throughputs.jsonl")
+    )
+    return with_trials(spec_of(cell, suite, workload_path), options)
+
+
+def with_trials(spec: RunSpec, options: TrialOptions) -> RunSpec:
+    """A spec whose task is to try plans."""
+    return spec.model_copy(update={"task": TRY_CAPACITIES, "options": options.model_dump(mode="json")})
 
 
 def beginning(workload: Workload, stages: int) -> Workload:
@@ -127,11 +134,14 @@ def _try_all(spec: RunSpec, run: Callable[..., Outcome], seconds: float) -> list
     """What each capacity gave, in `seconds` for all. Memory that does not suffice ends the processes, and new ones go
     on with the next; whatever else ends them ends it all."""
     tried: list[Tried] = []
-    trials, end = list(spec.trials), time.monotonic() + seconds
+    options, end = TrialOptions.of(spec), time.monotonic() + seconds
+    trials = options.trials
     while trials:
-        finished = Path(spec.throughputs)
+        finished = Path(options.throughputs)
         finished.unlink(missing_ok=True)
-        outcome = run(spec.model_copy(update={"trials": trials}), timeout=max(1.0, end - time.monotonic()))
+        outcome = run(
+            with_trials(spec, options.model_copy(update={"trials": trials})), timeout=max(1.0, end - time.monotonic())
+        )
         rates = [json.loads(line) for line in finished.read_text().splitlines()] if finished.exists() else []
         tried += [Tried(capacity=one.capacity, throughput=rate) for one, rate in zip(trials, rates, strict=False)]
         if outcome.status == "ok":
@@ -162,7 +172,7 @@ def profile_cell(
     plan = files.plan(plan_path, files.tuned(tuned_path))
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         spec = trials_of(cell, suite, workload, workload_path, [plan], Path(scratch))
-        outcome = launch(spec.model_copy(update={"profile": True}), cell.gpus, 60 * cell.grid.minutes)
+        outcome = launch(spec.model_copy(update={"task": PROFILE_TRIAL}), cell.gpus, 60 * cell.grid.minutes)
     if outcome.status != "ok":
         raise UserError(f"profile: the run of {name} ended as {outcome.status}: {outcome.note}")
     identity = {

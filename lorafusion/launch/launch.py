@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from lorafusion.core.schema import UserError
 from lorafusion.core.source_tree import IS_CHECKOUT, ROOT
 from lorafusion.launch.heartbeat import Watch
 from lorafusion.launch.spec import STOP_FILE, RunSpec
@@ -42,6 +43,14 @@ class Outcome:
     status: str
     note: str = ""
     report: dict = field(default_factory=dict)
+
+
+class FaultyRunError(UserError):
+    """A run that ended by itself and has no numbers all the same: its status in the measurement table, and why."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 class Processes:
@@ -109,22 +118,23 @@ def launch(
                 running.end()
         LOGGER.debug(f"{processes} processes on {nodes} nodes ended: {code}")
         if isinstance(code, str):
-            return _with_its_time(Outcome("timeout", code), spec, reports)
+            return _with_its_report(Outcome("timeout", code), reports)
         # A signal that torchrun got too is a failure to it, however orderly its processes ended.
         stopped = interrupted and (reports / "report.json").exists()
         done = outcome(reports, 0 if stopped else code, watch)
         if done.status == "ok" and not done.report.get("finished", True):
             reason = f"by {interrupted[-1]}" if interrupted else "by request"
             return Outcome("stopped", f"{reason}, after saving a checkpoint", done.report)
-        return _with_its_time(done, spec, reports)
+        return _with_its_report(done, reports)
 
 
-def _with_its_time(done: Outcome, spec: RunSpec, reports: Path) -> Outcome:
-    """The outcome of a run that was over, and reported, when something ended the look at its cost: it is a good one."""
-    report = reports / "report.json"
-    if not spec.cost or done.status == "ok" or not report.exists():
-        return done
-    return Outcome("ok", report=json.loads(report.read_text()) | {"cost": {"unknown": done.note}})
+def _with_its_report(done: Outcome, reports: Path) -> Outcome:
+    """The outcome of a run that failed after it had reported is a good one: the report names the part that is `pending`
+    (`engine.task.Process.keep`), and says of it why it is unknown."""
+    path = reports / "report.json"
+    report = json.loads(path.read_text()) if done.status != "ok" and path.exists() else {}
+    pending = report.pop("pending", None)
+    return Outcome("ok", report=report | {pending: {"unknown": done.note}}) if pending else done
 
 
 def _wait(running: Processes, watch: Watch, timeout: float, stall: float, look: Callable[[], None]) -> int | str:

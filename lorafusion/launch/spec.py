@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from lorafusion.core.schema import Config
 from lorafusion.launch.lock import Lock
 
+TRAIN = "lorafusion.engine.task:train"
+PROBE_MEMORY = "lorafusion.engine.memory_probe:probe"
 STOP_FILE = "stop"  # in the folder of checkpoints: somebody wants the run to save and end
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 
@@ -16,17 +18,9 @@ DType = Literal["float64", "float32", "bfloat16", "float16"]
 class Saving(Config):
     """Checkpoints of a run, and where it can be asked to stop."""
 
-    folder: str = Field(description="holds the checkpoints; the newest whole one of the same plan is gone on from")
+    folder: str = Field(description="holds the checkpoints; the run resumes from the newest whole one of the same plan")
     every: int = Field(default=100, ge=1, description="slots between two checkpoints")
     keep: int = Field(default=2, ge=1, description="checkpoints that are kept")
-
-
-class Trial(Config):
-    """A plan that is tried."""
-
-    plan: str = Field(description="path of the plan of the workload")
-    part: str = Field(description="path of that of its first global batches, which is run")
-    capacity: int = Field(ge=1)
 
 
 class RunSpec(Config):
@@ -35,18 +29,17 @@ class RunSpec(Config):
     system: str = Field(description="a name of configs/systems.yaml")
     model: str = Field(description="a name of configs/models, or the path of such a file")
     workload: str = Field(description="path of the workload file")
-    plan: str | None = Field(default=None, description="path of the plan file; none to probe the capacity, or to try")
-    trials: list[Trial] = Field(default=[], description="plans to be timed one after another, in place of a plan")
-    part: str | None = Field(default=None, description="path of the workload of the trials' first global batches")
-    throughputs: str | None = Field(default=None, description="file for those of the trials, a line as each is known")
-    profile: bool = Field(default=False, description="say where the GPU's time goes in the only trial, untimed")
+    task: str = Field(
+        default=TRAIN, pattern=r"^[\w.]+:\w+$", description="module:function, what the processes do (`engine.task`)"
+    )
+    options: dict[str, Any] = Field(default={}, description="the task's own settings, which it checks")
+    plan: str | None = Field(default=None, description="path of the plan file, for tasks that run one")
     tokens: str | None = Field(default=None, description="folder of the samples' tokens; synthetic where there is none")
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: DType = "float32"
     adapter_dtype: DType = "float32"
     seed: int = Field(default=1, ge=0, description="draws the base model's random weights")
     checkpointing: float = Field(default=0.0, ge=0, le=1, description="share of the layers that are recomputed")
-    cost: bool = Field(default=False, description="say what the run costs besides time, once it is over")
     saving: Saving | None = None
     lock: Lock | None = Field(default=None, description="of the folder that the run writes to, where it may be shared")
     initial: str | None = Field(default=None, description="folder of adapters that are trained in part already")

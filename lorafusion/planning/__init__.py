@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from lorafusion.core.config import read_systems, require_possible
+from lorafusion.core.config import read_system, require_possible
 from lorafusion.core.plan import Plan
 from lorafusion.core.plugins import load
 from lorafusion.core.schema import UserError, one_of
@@ -31,9 +31,7 @@ def plan_system(
     """A checked plan by the planner of a system of configs/systems.yaml, with its entry's options and those given.
 
     Raises `UserError` for an unknown system, and as its planner does."""
-    systems = read_systems()
-    one_of("system", system, set(systems), "configs/systems.yaml")
-    entry = systems[system]
+    entry = read_system(system)
     require_possible(system, entry, stages, data_parallel)
     planner = load(entry.planner, "planner")
     chosen = entry.options | options

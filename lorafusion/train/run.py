@@ -24,7 +24,7 @@ from lorafusion.engine.checkpoint import Found, identity, newest
 from lorafusion.engine.memory_probe import Measured, capacity_of
 from lorafusion.launch.launch import Outcome, launch
 from lorafusion.launch.lock import Lock, locked
-from lorafusion.launch.spec import RunSpec, Saving
+from lorafusion.launch.spec import PROBE_MEMORY, RunSpec, Saving
 from lorafusion.planning import fast
 from lorafusion.planning.simulator import model_costs
 from lorafusion.train.config import TrainConfig, read_train_config
@@ -208,7 +208,7 @@ class Training:
         LOGGER.info("measuring how many tokens a microbatch may hold")
         file = self.output.path / "probe.json"
         write(file, workload.to_json())
-        spec = self._base_spec(file, 0.0)
+        spec = self._base_spec(file, 0.0).model_copy(update={"task": PROBE_MEMORY})
         with open(self.log, "a") as log:
             outcome = launch(spec, self.config.stages, stall=60 * self.config.stall_minutes, log=log)
         if outcome.status != "ok":

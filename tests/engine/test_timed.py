@@ -17,12 +17,14 @@ from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
 from lorafusion.engine import fork_server, timed, worker
 from lorafusion.engine.adapters import AdapterTraining
+from lorafusion.engine.build import build_run
+from lorafusion.engine.process import Process
 from lorafusion.engine.training import TrainingRun
 from lorafusion.lab import trials
 from lorafusion.lab.checks.toy_runs import toy_jobs
-from lorafusion.lab.table.result import FaultyRunError, result_of
+from lorafusion.lab.table.result import result_of
 from lorafusion.launch.heartbeat import Position
-from lorafusion.launch.launch import Outcome
+from lorafusion.launch.launch import FaultyRunError, Outcome
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
 from tests.known_meter import KnownMeter
@@ -51,7 +53,7 @@ def build(
     jobs = Workload(name="toy", jobs=tuple(job.model_copy(update={"epochs": 1}) for job in toy_jobs(dropout=0.0)))
     spec = RunSpec(system=system, model="tiny", workload="", device="cpu", dtype="float32", adapter_dtype="float32")
     plan = plan_system(jobs, system, stages=stages, capacity=96, data_parallel=replicas)
-    return worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(folder, rank), rank, meter)
+    return build_run(Process(spec, torch.device("cpu"), Position(folder, rank), rank, meter=meter), jobs, plan)
 
 
 def result(run: TrainingRun) -> dict:

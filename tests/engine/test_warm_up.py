@@ -15,7 +15,9 @@ from lorafusion.core.config import read_systems
 from lorafusion.core.plan import Microbatch, Segment
 from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
-from lorafusion.engine import fork_server, worker
+from lorafusion.engine import fork_server
+from lorafusion.engine.build import build_run
+from lorafusion.engine.process import Process
 from lorafusion.engine.training import TrainingRun, of_each_size
 from lorafusion.engine.warm_up import of_a_step, rehearse
 from lorafusion.lab.checks.toy_runs import toy_jobs
@@ -117,7 +119,7 @@ def build(folder: Path, system: str, stages: int, rank: int) -> TrainingRun:
     jobs = Workload(name="toy", jobs=toy_jobs(dropout=0.0))
     spec = RunSpec(system=system, model="tiny", workload="", device="cpu", dtype="float32", adapter_dtype="float32")
     plan = plan_system(jobs, system, stages=stages, capacity=96)
-    return worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(folder, rank), rank)
+    return build_run(Process(spec, torch.device("cpu"), Position(folder, rank), rank), jobs, plan)
 
 
 def state(run: TrainingRun) -> dict[str, torch.Tensor]:

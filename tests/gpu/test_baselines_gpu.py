@@ -15,8 +15,9 @@ import yaml
 from lorafusion.core.config import CONFIGS, read_systems
 from lorafusion.core.plugins import load
 from lorafusion.data.lengths import make_workload
-from lorafusion.engine import worker
+from lorafusion.engine.build import build_run
 from lorafusion.engine.fork_server import FORKSERVER
+from lorafusion.engine.process import Process
 from lorafusion.engine.training import TrainingRun
 from lorafusion.engine.warm_up import rehearse
 from lorafusion.lab.profiler import trace
@@ -41,7 +42,7 @@ def make_large(folder: Path, system: str) -> TrainingRun:
     plan = plan_system(jobs, system, stages=1, capacity=8192)
     spec = RunSpec(system=system, model=str(folder / "model.yaml"), workload="", device="cuda", dtype="bfloat16",
                    adapter_dtype="bfloat16")  # fmt: skip
-    run = worker.build_run(spec, jobs, plan, torch.device("cuda", 0), Position(folder, 0), 0)
+    run = build_run(Process(spec, torch.device("cuda", 0), Position(folder, 0)), jobs, plan)
     rehearse(run, executor(system))
     run.warm_up()
     return run

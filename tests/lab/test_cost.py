@@ -16,10 +16,12 @@ from lorafusion.core.config import read_systems
 from lorafusion.core.plan import Plan
 from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
-from lorafusion.engine import worker
+from lorafusion.engine.build import build_run
+from lorafusion.engine.process import Process
 from lorafusion.engine.timed import losses_by_job, report_of, timed
 from lorafusion.lab import cost, profiler
 from lorafusion.lab.checks.toy_runs import toy_jobs
+from lorafusion.lab.experiments.end_to_end import TRAIN_WITH_COST
 from lorafusion.lab.operators import Counting, by_class, product_dtypes
 from lorafusion.lab.profiler import Span
 from lorafusion.lab.table.result import cost_metrics, result_of
@@ -36,7 +38,7 @@ def spec_of(folder: Path, system: str = "lorafusion", stages: int = 1, **changes
     plan = plan_system(TOY, system, stages=stages, capacity=96)
     (folder / "workload.json").write_text(TOY.to_json())
     (folder / "plan.json").write_text(plan.to_json())
-    return RunSpec(system=system, model="tiny", workload=str(folder / "workload.json"), cost=True,
+    return RunSpec(system=system, model="tiny", workload=str(folder / "workload.json"), task=TRAIN_WITH_COST,
                    plan=str(folder / "plan.json"), **changes)  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def spec_of(folder: Path, system: str = "lorafusion", stages: int = 1, **changes
 def over(tmp_path):
     """A run that is over, and its executor."""
     spec = spec_of(tmp_path)
-    run = worker.build_run(spec, TOY, Plan.read(spec.plan), torch.device("cpu"), Position(tmp_path, 0), 0)
+    run = build_run(Process(spec, torch.device("cpu"), Position(tmp_path, 0)), TOY, Plan.read(spec.plan))
     execute = load(read_systems()["lorafusion"].executor, "executor")
     timed(run, execute)
     return run, execute
@@ -135,7 +137,7 @@ def test_an_extra_copy_shows(over, monkeypatch):
 def test_a_cost_that_cannot_be_known_does_not_take_the_time_with_it(tmp_path, monkeypatch):
     spec = spec_of(tmp_path)
     monkeypatch.setattr(cost, "measured", raising(torch.OutOfMemoryError("CUDA out of memory.\nTried 3 GiB")))
-    report = worker.trained(spec, torch.device("cpu"), Position(tmp_path, 0), 0, 1)
+    report = cost.train_with_cost(Process(spec, torch.device("cpu"), Position(tmp_path, 0)))
     assert report["cost"] == {"unknown": "CUDA out of memory. Tried 3 GiB"}
     result = result_of(SimpleNamespace(status="ok", note="", report=report), TOY, Plan.read(spec.plan), {}, {})
     assert result["status"] == "ok"
@@ -183,7 +185,7 @@ class Ended:
 
 
 FAILED = {"failure-1.json": {"status": "oom", "message": "rank 1, the cost of the run: no memory"}}
-REPORT = {"report.json": {"seconds": [[0, 1.0]], "finished": True}}
+REPORT = {"report.json": {"seconds": [[0, 1.0]], "finished": True, "pending": "cost"}}
 
 
 @pytest.mark.parametrize("code", [1, -9, None])
@@ -194,7 +196,8 @@ def test_what_ends_the_processes_while_they_look_at_the_cost_does_not_end_the_ru
     assert done.report["seconds"] == [[0, 1.0]]
     assert done.report["cost"]["unknown"]
     lost = launch(spec, 2, 0.0, start=Ended(FAILED, code))
-    without = launch(spec.model_copy(update={"cost": False}), 2, 0.0, start=Ended(REPORT | FAILED, code))
+    nothing_pending = {"report.json": {"finished": True}}
+    without = launch(spec, 2, 0.0, start=Ended(nothing_pending | FAILED, code))
     assert "ok" not in (lost.status, without.status)
 
 

@@ -24,7 +24,7 @@ from lorafusion.lab.checks.verdicts import Verdict
 from lorafusion.lab.experiments import end_to_end
 from lorafusion.lab.suite import cells, read_suite
 from lorafusion.lab.sweep import Share, Sweep, _first_ready, shuffled, spread, sweep
-from lorafusion.lab.tuned import Tuned
+from lorafusion.lab.tuned import TRY_CAPACITIES, TrialOptions, Tuned
 from lorafusion.launch.launch import Outcome
 
 CHECKS = len(needed_by("runs"))
@@ -75,8 +75,9 @@ def swept(tmp_path_factory) -> tuple[Path, Path]:
 def instant(spec, processes, timeout, nodes=1, reports=None, log=None) -> Outcome:
     """A launcher of runs that come to nothing at once; capacities are the faster, the smaller they are."""
     print("launched", file=log)
-    if spec.trials:
-        Path(spec.throughputs).write_text("".join(f"{1e6 / one.capacity}\n" for one in spec.trials))
+    if spec.task == TRY_CAPACITIES:
+        options = TrialOptions.of(spec)
+        Path(options.throughputs).write_text("".join(f"{1e6 / trial.capacity}\n" for trial in options.trials))
         return Outcome("ok")
     return Outcome("crash", "nothing is run here")
 

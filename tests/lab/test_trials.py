@@ -11,11 +11,13 @@ import torch
 from lorafusion.core.config import read_systems
 from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
-from lorafusion.engine import worker
+from lorafusion.engine.build import build_run
 from lorafusion.engine.executor import prepared_by
+from lorafusion.engine.process import Process
 from lorafusion.lab import trials
 from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.lab.profiler import IDLE, Span
+from lorafusion.lab.tuned import TrialOptions
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
@@ -31,7 +33,7 @@ def test_a_profile_has_the_kernels_of_the_second_trace_and_the_time_of_a_run_wit
     (tmp_path / "plan.json").write_text(plan.to_json())
     spec = RunSpec(system="lorafusion", model="tiny", workload="", device="cpu", dtype="float32")
     meter = KnownMeter(seconds=0.125)
-    run = worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(tmp_path, 0), 0, meter)
+    run = build_run(Process(spec, torch.device("cpu"), Position(tmp_path, 0), meter=meter), jobs, plan)
     execute, executed = load(read_systems()["lorafusion"].executor, "executor"), []
     ms, hour = 10**6, 3600 * 10**9
     tracing = []
@@ -80,10 +82,12 @@ def test_trials_end_with_one_that_is_clearly_slower_than_the_fastest(tmp_path, s
     for name, content in (("part", jobs), ("plan", plan)):
         (tmp_path / f"{name}.json").write_text(content.to_json())
     trial = {"plan": str(tmp_path / "plan.json"), "part": str(tmp_path / "plan.json"), "capacity": 96}
-    spec = RunSpec(system="lorafusion", model="tiny", workload="", part=str(tmp_path / "part.json"),
-                   throughputs=str(tmp_path / "throughputs"), trials=[trial] * len(seconds))  # fmt: skip
+    options = TrialOptions(
+        part=str(tmp_path / "part.json"), throughputs=str(tmp_path / "throughputs"), trials=(trial,) * len(seconds)
+    )
+    spec = RunSpec(system="lorafusion", model="tiny", workload="")
     meter = KnownMeter(seconds=1.0)
-    run = worker.build_run(spec, jobs, plan, torch.device("cpu"), Position(tmp_path, 0), 0, meter)
+    run = build_run(Process(spec, torch.device("cpu"), Position(tmp_path, 0), meter=meter), jobs, plan)
     execute, each = load(read_systems()["lorafusion"].executor, "executor"), iter(seconds)
 
     def paced(one):
@@ -92,6 +96,6 @@ def test_trials_end_with_one_that_is_clearly_slower_than_the_fastest(tmp_path, s
         execute(one)
 
     with meter.watching():
-        trials.try_plans(spec, run, paced, 0)
+        trials.try_plans(options, run, paced, 0)
     written = [float(line) for line in (tmp_path / "throughputs").read_text().splitlines()]
     assert written == pytest.approx([1 / one for one in seconds[:trials_made]])

@@ -17,7 +17,7 @@ from lorafusion.core.workload import Workload
 from lorafusion.data.lengths import make_workload
 from lorafusion.lab.suite import cells, read_suite
 from lorafusion.lab.trials import SLOWER
-from lorafusion.lab.tuning import Tried, Tuned, beginning, candidates, profile_cell, sizes, tune_cell
+from lorafusion.lab.tuning import TrialOptions, Tried, Tuned, beginning, candidates, profile_cell, sizes, tune_cell
 from lorafusion.launch.launch import Outcome
 from lorafusion.planning import plan_system
 
@@ -47,13 +47,14 @@ def outcomes(*ends):
 
     def launch(spec, processes, timeout):
         assert 0 < timeout <= 180
-        asked.append([trial.capacity for trial in spec.trials])
-        for trial in spec.trials:  # they are there while it runs
+        options = TrialOptions.of(spec)
+        asked.append([trial.capacity for trial in options.trials])
+        for trial in options.trials:  # they are there while it runs
             Plan.read(trial.plan)
             Plan.read(trial.part)
-        Workload.read(spec.part)
+        Workload.read(options.part)
         rates, status = left.pop(0)
-        Path(spec.throughputs).write_text("".join(f"{rate}\n" for rate in rates))
+        Path(options.throughputs).write_text("".join(f"{rate}\n" for rate in rates))
         return Outcome(status, "" if status == "ok" else "why")
 
     launch.asked = asked

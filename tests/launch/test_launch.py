@@ -18,11 +18,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from lorafusion.core.config import CONFIGS, read_model, read_systems
+from lorafusion.core.config import CONFIGS, read_model
 from lorafusion.core.plan import Plan
-from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
 from lorafusion.engine import worker
+from lorafusion.engine.build import executor_of
+from lorafusion.engine.process import Process
 from lorafusion.lab.table.result import result_of
 from lorafusion.launch.heartbeat import WAITING, Watch
 from lorafusion.launch.launch import Outcome, end_with_parent, launch, outcome, worker_command, worker_environment
@@ -64,21 +65,19 @@ def test_a_run_ends_with_a_report(spec):
 
 def test_no_collection_of_garbage_looks_at_what_was_imported(spec, tmp_path):
     """In a process that is not forked, to which megatron-core would come late."""
-    (tmp_path / "spec.json").write_text(spec(system="megatron-fsdp").model_dump_json())
+    (tmp_path / "spec.json").write_text(
+        spec(system="megatron-fsdp", task="tests.launch.test_launch:count_tracked_objects").model_dump_json()
+    )
     arguments = (str(tmp_path / "spec.json"), str(tmp_path))
-    process = get_context("spawn").Process(target=count_tracked_objects, args=arguments)
+    process = get_context("spawn").Process(target=worker.main, args=arguments)
     process.start()
     process.join()
     assert json.loads((tmp_path / "report.json").read_text())["tracked"] < 10_000
 
 
-def count_tracked_objects(*arguments: str) -> None:
-    def trained(spec: RunSpec, *_, **__) -> dict:
-        load(read_systems()[spec.system].executor, "executor")
-        return {"tracked": len(gc.get_objects())}
-
-    worker.trained = trained  # of this process alone
-    worker.main(*arguments)
+def count_tracked_objects(process: Process) -> dict:
+    executor_of(process.spec.system)
+    return {"tracked": len(gc.get_objects())}
 
 
 def test_a_mistake_is_one_line_that_names_it(spec):

@@ -144,34 +144,35 @@ def megatrons_stages_copy_what_they_compute(original):
     return lambda stage, slot: original(stage, slot).clone()
 
 
-def changed(systems, **changes):
+def changed(read_system, **changes):
     """Settings of all systems but ours."""
-    return {name: one if name == OURS else one.model_copy(update=changes) for name, one in systems.items()}
+    return lambda name: read_system(name).model_copy(update={} if name == OURS else changes)
 
 
-@planted("lorafusion.engine.worker:read_systems", caught_by=(f"{COST}[mlora]", f"{RENAMED}[lorafusion]"))
+@planted("lorafusion.engine.build:read_system", caught_by=(f"{COST}[mlora]", f"{RENAMED}[lorafusion]"))
 def baselines_have_wide_adapters(original):
     """All but `lorafusion` have float32 adapters under autocast."""
-    return lambda: changed(original(), wide_adapters=True)
+    return changed(original, wide_adapters=True)
 
 
-@planted("lorafusion.engine.worker:read_systems", caught_by=f"{COST}[mlora]")
+@planted("lorafusion.engine.build:read_system", caught_by=f"{COST}[mlora]")
 def liger_is_ours_alone(original):
     """Liger's kernels are for `lorafusion` only."""
-    return lambda: changed(original(), liger=False)
+    return changed(original, liger=False)
 
 
 def recomputing(original):
     """Runs of all systems but ours with all layers computed again."""
 
-    def build_run(spec, *arguments, **options):
-        share = spec.checkpointing if spec.system == OURS else 1.0
-        return original(spec.model_copy(update={"checkpointing": share}), *arguments, **options)
+    def build_run(process, *arguments):
+        share = process.spec.checkpointing if process.spec.system == OURS else 1.0
+        spec = process.spec.model_copy(update={"checkpointing": share})
+        return original(replace(process, spec=spec), *arguments)
 
     return build_run
 
 
-@planted("lorafusion.engine.worker:build_run", caught_by=f"{COST}[megatron-pp]")
+@planted("lorafusion.engine.build:build_run", caught_by=f"{COST}[megatron-pp]")
 def baselines_recompute_their_layers(original):
     """All but `lorafusion` compute each layer's activations again in the backward pass."""
     return recomputing(original)
@@ -286,10 +287,10 @@ def costs_are_halved(original):
     return cost_metrics
 
 
-@planted("lorafusion.engine.worker:read_systems", caught_by=f"{GPU}[mlora]", gpu=True)
+@planted("lorafusion.engine.build:read_system", caught_by=f"{GPU}[mlora]", gpu=True)
 def liger_is_ours_alone_on_a_gpu(original):
     """On a GPU Liger's kernels are for `lorafusion` only."""
-    return lambda: changed(original(), liger=False)
+    return changed(original, liger=False)
 
 
 @planted("baselines.mlora.lora:looped", caught_by=f"{GPU}[mlora]", gpu=True)
@@ -309,7 +310,7 @@ def pefts_linears_wait_for_the_device(original):
     return around_each(original, waited)
 
 
-@planted("lorafusion.engine.worker:build_run", caught_by=f"{GPU}[megatron-pp]", gpu=True)
+@planted("lorafusion.engine.build:build_run", caught_by=f"{GPU}[megatron-pp]", gpu=True)
 def baselines_recompute_their_layers_on_a_gpu(original):
     """On a GPU all but `lorafusion` compute each layer's activations again in the backward pass."""
     return recomputing(original)

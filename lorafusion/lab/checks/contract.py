@@ -21,13 +21,13 @@ from lorafusion.core.config import CONFIGS, SystemConfig, model_path, read_syste
 from lorafusion.core.files import read_json, read_yaml, write
 from lorafusion.core.plan import Plan
 from lorafusion.data.lengths import make_workload
-from lorafusion.engine import worker
-from lorafusion.engine.fork_server import FORKSERVER
+from lorafusion.engine import build
 from lorafusion.lab.checks.observed_run import kernels_of_run, operators_of_run
 from lorafusion.lab.checks.toy_runs import write_spec
 from lorafusion.lab.experiments.end_to_end import unavailable
+from lorafusion.lab.forked import FORKSERVER
 from lorafusion.lab.suite import cells, read_suite
-from lorafusion.lab.tuning import tune_cell
+from lorafusion.lab.tuning import TrialOptions, tune_cell
 from lorafusion.launch.launch import Outcome
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
@@ -58,7 +58,7 @@ def contracts(names: list[str], device: str) -> dict[str, dict]:
 def contract_of(name: str, device: str) -> dict:
     """What a system costs on a device. To be called in a process of its own."""
     torch.set_num_threads(1)
-    setting, entry = SETTINGS[device], worker.read_systems()[name]
+    setting, entry = SETTINGS[device], build.read_system(name)
     large, small = (make_workload(CONFIGS / "workloads" / "heterogeneous.yaml", samples=samples,
                                   global_batch=samples // 2, scale=setting.scale, seed=1)
                     for samples in (8, 2))  # fmt: skip
@@ -104,8 +104,9 @@ def tuning_of(name: str, folder: Path) -> dict:
     (folder / "tuned.json").write_text(workload.to_json())
 
     def launch(spec: RunSpec, **_: object) -> Outcome:
-        rates = [10.0, 11.0, *(9.0 for _ in spec.trials)][: len(spec.trials)]
-        Path(spec.throughputs).write_text("".join(f"{rate}\n" for rate in rates))
+        options = TrialOptions.of(spec)
+        rates = [10.0, 11.0, *(9.0 for _ in options.trials)][: len(options.trials)]
+        Path(options.throughputs).write_text("".join(f"{rate}\n" for rate in rates))
         return Outcome("ok")
 
     tuned = tune_cell(folder / "suite.yaml", cell.name, folder / "tuned.json", folder / "out.json", launch)

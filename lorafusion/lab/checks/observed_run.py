@@ -19,9 +19,10 @@ import torch
 
 from lorafusion.core.clock import Meter, Point
 from lorafusion.core.plan import Plan
-from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
-from lorafusion.engine import worker
+from lorafusion.engine.build import build_run, executor_of
+from lorafusion.engine.process import Process
+from lorafusion.engine.task import train
 from lorafusion.engine.timed import timed
 from lorafusion.lab import cost, profiler
 from lorafusion.lab.operators import COMMUNICATION, Counting, Operation, by_class, product_dtypes
@@ -113,7 +114,7 @@ def run_and_watch(spec: RunSpec) -> Observer:
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         observer, device = Observer(Path(scratch)), torch.device("cpu")
         with Counting(observer.note):
-            worker.trained(spec, device, observer, 0, 1, _Clock(device, observer))
+            train(Process(spec, device, observer, meter=_Clock(device, observer)))
     return observer
 
 
@@ -136,7 +137,7 @@ def stage_of(spec: RunSpec) -> dict:
 
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         workload, plan = Workload.read(spec.workload), Plan.read(spec.plan)
-        run = worker.build_run(spec, workload, plan, torch.device("cpu"), Position(Path(scratch), 0), 0)
+        run = build_run(Process(spec, torch.device("cpu"), Position(Path(scratch), 0)), workload, plan)
         slot = max(range(len(plan.microbatches)), key=lambda index: plan.microbatches[index].length)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = run.forward(slot, None)  # which holds what was kept
@@ -151,8 +152,8 @@ def kernels_of_run(spec: RunSpec) -> dict:
     device = torch.device("cuda", 0)
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         position = Position(Path(scratch), 0)
-        run = worker.build_run(spec, Workload.read(spec.workload), Plan.read(spec.plan), device, position, 0)
-        execute = load(worker.read_systems()[spec.system].executor, "executor")
+        run = build_run(Process(spec, device, position), Workload.read(spec.workload), Plan.read(spec.plan))
+        execute = executor_of(spec.system)
         timed(run, execute)
         made_of = cost.structure(run)
         run.adapters.clear()

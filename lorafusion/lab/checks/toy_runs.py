@@ -16,7 +16,7 @@ from lorafusion.core.config import ModelConfig, read_model
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import ALL_LINEAR, Job, Sample, Workload
-from lorafusion.engine.fork_server import launch
+from lorafusion.lab.forked import launch
 from lorafusion.lab.suite import Arrangement, Suite
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system

@@ -31,6 +31,8 @@ from lorafusion.lab.table.result import result_of, write_result
 from lorafusion.launch.launch import Outcome, launch
 from lorafusion.launch.spec import RunSpec
 
+TRAIN_WITH_COST = "lorafusion.lab.cost:train_with_cost"
+
 
 class EndToEnd(Experiment):
     """Whole trainings of every system of a suite, by its grid of cells."""
@@ -101,7 +103,8 @@ def run_cell(
     if plan is None:
         outcome = Outcome("skipped", reason)
     else:
-        spec = spec_of(cell, suite, workload_path).model_copy(update={"plan": str(plan_path), "cost": suite.cost})
+        spec = spec_of(cell, suite, workload_path).model_copy(update={"plan": str(plan_path)})
+        spec = spec.model_copy(update={"task": TRAIN_WITH_COST}) if suite.cost else spec
         # Named by the job, so that reports of a killed attempt are not taken for this one's.
         job = os.environ.get("SLURM_JOB_ID", "local")
         shared = out.with_name(f"{out.name}.reports-{job}") if nodes > 1 else None

@@ -17,11 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafusion.core.files import write
 from lorafusion.core.plan import Plan, statistics_of
-from lorafusion.core.schema import UserError
 from lorafusion.core.seals import sealed
 from lorafusion.core.workload import Workload
 from lorafusion.lab.table.vocabulary import METRICS, STATUSES, WINDOWS
-from lorafusion.launch.launch import Outcome
+from lorafusion.launch.launch import FaultyRunError, Outcome
 
 VERSION = 1
 EXPECTED = (
@@ -33,14 +32,6 @@ EXPECTED = (
     ("fill", "whole"),
 )
 CLOCKS_AGREE = 0.01  # of the host's seconds, by which the device's may differ
-
-
-class FaultyRunError(UserError):
-    """A run that ended by itself and has no numbers all the same: its status in the measurement table, and why."""
-
-    def __init__(self, status: str, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 class ExpectedMetric(BaseModel):

@@ -26,9 +26,9 @@ from lorafusion.lab.experiments.trainers import Arms, Shared, Trainer, seconds
 from lorafusion.lab.profiler import IDLE, Part, Span, at_full_speed, breakdown, busy_share, class_of
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table
-from lorafusion.lab.table.result import FaultyRunError
 from lorafusion.lab.table.table import MeasurementError
 from lorafusion.launch.heartbeat import Position
+from lorafusion.launch.launch import FaultyRunError
 
 BENCH = {"model": "tiny", "tokens": 64, "sample_tokens": 16, "microbatches": 2,
          "implementations": ["frozen", "peft-bf16", "fused-multi"], "adapters": [2]}  # fmt: skip

@@ -16,7 +16,7 @@ from lorafusion.core.plan import Microbatch, Plan, Segment, make_plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Sample, Workload
 from lorafusion.engine.build import build_run
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import Process, gathered
 from lorafusion.engine.training import TrainingRun
 
 SIZES = (2048, 4096)  # tokens; the chunks of the head's logits are full from 2048 on
@@ -84,7 +84,7 @@ def probe(process: Process) -> dict:
     synthetic = replace(process, spec=process.spec.model_copy(update={"tokens": None}))
     run = build_run(synthetic, workload, plan.model_copy(update={"stages": process.world}))
     measured = measure(run, usable, in_flight=run.pipeline.size - run.pipeline.index)
-    return {"stages": [stage.to_json() for stage in process.gathered(measured)]}
+    return {"stages": [stage.to_json() for stage in gathered(measured)]}
 
 
 def measure(run: TrainingRun, usable: int, in_flight: int) -> Measured:

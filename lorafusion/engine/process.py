@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,10 +37,11 @@ class Process:
                 f"but the run has {self.world} processes"
             )
 
-    def gathered(self, part: object) -> list:
-        """What each process has, in the order of their ranks; all of them call it."""
-        if not dist.is_initialized():
-            return [part]
-        parts = [None] * self.world
-        dist.all_gather_object(parts, part)
-        return parts
+
+def gathered(part: Any) -> list[Any]:
+    """What each process of the run has, in the order of their ranks; all of them call it."""
+    if not dist.is_initialized():
+        return [part]
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return parts

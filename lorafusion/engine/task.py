@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import signal
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,20 +29,12 @@ from lorafusion.model.lora import adapter_state, peft_config, save_adapter
 LOGGER = logging.getLogger(__name__)
 
 
-class Trained(NamedTuple):
-    """A run that is over."""
-
-    run: TrainingRun
-    execute: Executor
-    report: dict
-
-
 def train(process: Process) -> dict:
     """The task that runs the spec's plan, from where a checkpoint is; the report of all processes."""
-    return train_plan(process).report
+    return train_plan(process)[2]
 
 
-def train_plan(process: Process) -> Trained:
+def train_plan(process: Process) -> tuple[TrainingRun, Executor, dict]:
     """As `train`, with the run, for tasks that have more to do with it."""
     spec = process.spec
     if spec.plan is None:
@@ -57,7 +48,7 @@ def train_plan(process: Process) -> Trained:
     report = report_of(run) | {"canary": drift, "finished": finished}
     if spec.save_adapters and finished:
         save_adapters(run, Path(spec.save_adapters))
-    return Trained(run, execute, report)
+    return run, execute, report
 
 
 def _placed(process: Process, run: TrainingRun) -> list[checkpoint.Checkpoints]:

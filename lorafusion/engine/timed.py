@@ -9,11 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch.distributed as dist
-
 from lorafusion.core.plan import Plan
 from lorafusion.core.workload import Workload
 from lorafusion.engine.executor import Executor, prepared
+from lorafusion.engine.process import gathered
 from lorafusion.engine.training import TrainingRun
 from lorafusion.engine.warm_up import rehearse
 
@@ -78,10 +77,7 @@ def report_of(run: TrainingRun) -> dict:
         "stopped": [adapter.job.name for adapter in run.adapters if bool(adapter.stopped)],
         "peak_memory": record.meter.peak_memory(),
     }
-    everyone = [mine]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+    everyone = gathered(mine)
     shares = [share for part in everyone for share in part["losses"]]
     return {
         "seconds": everyone[0]["seconds"],

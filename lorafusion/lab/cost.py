@@ -10,16 +10,15 @@ import faulthandler
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from lorafusion.core.clock import Meter, Point
 from lorafusion.core.plan import Microbatch, Plan, statistics_of
 from lorafusion.core.workload import Workload
 from lorafusion.engine.executor import Executor
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import Process, gathered
 from lorafusion.engine.task import train_plan
 from lorafusion.engine.timed import ready
 from lorafusion.engine.training import TrainingRun
@@ -89,7 +88,7 @@ def cost_of(run: TrainingRun, execute: Executor) -> dict:
     run.adapters.clear()
     part = beginning(run.plan, TOKENS[run.pipeline.device.type])
     with patience(PATIENCE):
-        everyone = _of_all((made_of, measured(run, execute, part)))
+        everyone = gathered((made_of, measured(run, execute, part)))
     stages, counted = [one for one, _ in everyone[: run.pipeline.size]], [one._asdict() for _, one in everyone]
     said = f"the first {len(part.microbatches)} of {len(run.plan.microbatches)} microbatches"
     return made_of | {
@@ -108,15 +107,6 @@ def patience(seconds: float) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-def _of_all(mine: Any) -> list:
-    """What each process has, in the order of their ranks."""
-    if not dist.is_initialized():
-        return [mine]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def structure(run: TrainingRun) -> dict:

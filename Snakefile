@@ -2,7 +2,22 @@
 #   snakemake --cores all --profile slurm                        on Slurm
 #   snakemake --profile workflow/profiles/local                  on this machine
 # The suite is chosen by --config suite=NAME (a file of configs/suites, or a path); without it, the one that fits.
+#
+# lorafusion/lab/steps.py lists the steps of a suite: what is made from what, and what each depends on. Here is a rule
+# for each kind of steps and for each target. A rule makes one step, by its main output.
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
+
+from lorafusion.core.machine import has_gpu
+from lorafusion.core.schema import UserError
+from lorafusion.lab.reproduce import report_command
+from lorafusion.lab.steps import dag_of
 
 min_version("9.25")
 
@@ -10,53 +25,46 @@ min_version("9.25")
 report: "workflow/report/workflow.rst"
 
 
-include: "workflow/rules/common.smk"
-include: "workflow/rules/plan.smk"
-include: "workflow/rules/check.smk"
-include: "workflow/rules/run.smk"
-include: "workflow/rules/report.smk"
+include: "workflow/common.smk"
 
 
-if KERNEL_SUITE:
+# The workflow's own Python, also where the environment was not activated and inside Slurm jobs.
+shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH; ")
 
-    include: "workflow/rules/kernels.smk"
+for target, steps in SUITE.targets.items():
 
-
-if SCHEDULER_SUITE:
-
-    include: "workflow/rules/scheduler.smk"
-
-
-if TRAINING_SUITE:
-
-    include: "workflow/rules/training.smk"
+    rule:
+        name:
+            target
+        input:
+            [path for step in steps for path in step.outputs],
+        localrule: True
 
 
-rule all:
-    default_target: True
-    input:
-        f"{RESULTS}/measurements.csv",
-        f"{RESULTS}/measurements.html",
-        f"{RESULTS}/checks.html",
-        [f"{RESULTS}/figures/end_to_end~{model}.png" for model in MODELS],
-        [f"{RESULTS}/figures/contributions~{model}.png" for model in CONTRIBUTED],
-        f"{RESULTS}/wandb",
-        KERNEL_RESULTS,
-        SCHEDULER_RESULTS,
-        TRAINING_RESULTS,
-        f"{RESULTS}/figures/lossless.png",
-        [f"{RESULTS}/figures/system_profile.png"] if PROFILED else [],
-        [f"{RESULTS}/figures/tunings~{model}.png" for model in TUNED],
-    localrule: True
+for kind, steps in SUITE.kinds.items():
+
+    rule:
+        name:
+            kind.name
+        input:
+            inputs_of(kind),
+        output:
+            **outputs_of(kind),
+        log:
+            f"{SUITE.folder}/{kind.log}",
+        wildcard_constraints:
+            name=names_of(kind),
+        priority: of_step(kind, lambda step: step.priority)
+        localrule: kind.quick
+        threads: of_step(kind, lambda step: step.resources.cpus if kind.fresh else 1)
+        resources:
+            **resources_of(kind),
+        params:
+            suite=SUITE.suite,
+            # Not in the command: a step is made again when its key changes, and only then.
+            key=of_step(kind, lambda step: step.key),
+        shell:
+            "{resources.mpi} lorafusion lab run {params.suite:q} --step {output.main:q} > {log:q} 2>&1"
 
 
-# The report needs the finished run, so it is no rule. Where nothing was to be done, it is there already. A target such
-# as `kernels` can succeed before the rest of the suite was run: then there is no report yet.
-onsuccess:
-    if all(Path(path).exists() for path in rules.all.input):
-        shell(
-            f"{sys.executable} -m snakemake --snakefile '{workflow.main_snakefile}' --cores 1 --nolock --quiet all"
-            f" --config 'suite={SUITE_PATH}' --report '{RESULTS}/report.html'"
-            f" --report-stylesheet '{Path(workflow.main_snakefile).parent}/workflow/report/phone.css'"
-        )
-        print(f"report: {RESULTS}/report.html")
+workflow.default_target = "all"

@@ -109,10 +109,19 @@ class Story:
                 assert len(run.sizes) >= 5
                 self._train(run, path, plan)
         table = folder / "measurements.csv"
-        command = ["measurements", str(folder), *map(str, self.results)]
+        command = [
+            "lab",
+            "measure",
+            "smoke",
+            "end_to_end",
+            *map(str, self.results),
+            "--out",
+            str(folder),
+            "--any-suite",
+        ]
         done = CliRunner().invoke(app, command, catch_exceptions=False)
         assert done.exit_code == 0, done.output
-        # By `lorafusion figure` they would need the suite's checks too.
+        # By `lorafusion lab figure` they would need the suite's checks too.
         FIGURES["end_to_end"].draw(read(table), folder / "end_to_end", "tiny")
         FIGURES["contributions"].draw(read(table), folder / "contributions", "tiny")
         self.table = pd.read_csv(table)

@@ -53,12 +53,13 @@ def test_the_example_of_a_new_system_works_as_it_is_written(checkout):
     said, out = checkout.shell(commands), checkout.root / "results" / "shortest"
 
     workload = Workload.read(out / "workload.json")
-    for name, system, stages in (("two-stages", "shortest", 2), ("plan-shortest", "shortest", 1)):
+    cell = "model~tiny/workload~heterogeneous/gpus~1/batch~4/system~shortest"
+    for name, system, stages in (("two-stages", "shortest", 2), (f"plans/{cell}", "shortest", 1)):
         plan = Plan.read(out / f"{name}.json")
         check(plan, workload)
         assert (plan.system, plan.stages, plan.statistics.tokens) == (system, stages, workload.tokens)
         assert max(len(microbatch.segments) for microbatch in plan.microbatches) == 1
-    assert _order(Plan.read(out / "plan-shortest.json")) == sorted(
+    assert _order(Plan.read(out / f"plans/{cell}.json")) == sorted(
         range(len(workload.jobs)), key=lambda index: workload.jobs[index].tokens
     )
     assert (out / "two-stages.png").stat().st_size > 0
@@ -69,7 +70,7 @@ def test_the_example_of_a_new_system_works_as_it_is_written(checkout):
         assert any(figure.startswith(f"{system} ") for figure in verdict["figures"])
 
     for system in ("lorafusion", "shortest"):
-        result = json.loads((out / f"run-{system}.json").read_text())
+        result = json.loads((out / f"runs/{cell.removesuffix('shortest')}{system}/repeat~1.json").read_text())
         assert (result["status"], result["cell"]["system"]) == ("ok", system)
     table = pd.read_csv(out / "measurements.csv")
     assert set(table["status"]) == {"ok"}

@@ -44,15 +44,10 @@ TO_BE_MENDED: dict[str, set[str]] = {
     "arrows_up": set(),
     "circles": set(),
     "laboratory_imports": {
-        "lorafusion.cli.check",
-        "lorafusion.cli.figure",
-        "lorafusion.cli.main",
         "lorafusion.cli.plan",
-        "lorafusion.cli.steps",
     },
     "unittest_imports": set(),
     "wide_modules": {
-        "lorafusion.cli.main",
         "lorafusion.cli.plan",  # until --tuned leaves it
         "lorafusion.lab.experiments.trainers",
         "lorafusion.train.run",

@@ -75,7 +75,7 @@ def _paths(value: object) -> Iterable[Path]:
             yield from _paths(item)
 
 
-def _figure_files(stem: Path) -> list[Path]:
+def figure_files(stem: Path) -> list[Path]:
     if stem.name in ("", ".."):
         raise UserError(f"{stem}: expected a path without suffix, whose last part is a name, found a folder")
     return [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "pdf", "csv", f"csv{SUFFIX}")]
@@ -85,7 +85,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="file to write"), Written
 Stem = Annotated[
     Path,
     typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written"),
-    Written(_figure_files),
+    Written(figure_files),
 ]
 Log = Annotated[Path | None, typer.Option(help="where this command's output goes, for the record")]
 ChecksFolder = Annotated[

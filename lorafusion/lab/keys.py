@@ -2,7 +2,7 @@
 
 A file carries the hashes of all that it depends on: a tuning those of configuration and workload, a plan that of its
 planner and of itself, a result those of configuration, workload and plan. A workload is compared with the one that the
-suite's settings make. Snakemake's rules, `lorafusion sweep` and the commands of single steps ask here and nowhere else.
+suite's settings make. The steps of a suite (`lorafusion.lab.dag`) ask here and nowhere else.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class CellFiles:
                 raise UserError(f"--tuned: {path}: cell {self.cell.name} is not tuned, the suite says its capacity")
             return None
         if path is None:
-            raise UserError(f"--tuned: missing; cell {self.cell.name} is tuned: give the file of `lorafusion tune`")
+            raise UserError(f"--tuned: missing; cell {self.cell.name} is tuned: give the file of `tune_cell`")
         found = Tuned.read(path)
         require(path, [
             ("cell", found.cell, self.cell.name),
@@ -110,7 +110,7 @@ class CellFiles:
     def plan(self, path: Path | None, tuned: Tuned | None) -> Plan:
         """The plan of the cell, checked against its workload."""
         if path is None:
-            raise UserError("--plan: missing; make one with `lorafusion plan`")
+            raise UserError("--plan: missing; its step makes it")
         found, cell = Plan.read(path), self.cell
         require(path, [
             ("workload_hash", found.workload_hash, self.expected_workload.content_hash),
@@ -144,7 +144,7 @@ class CellFiles:
         ])  # fmt: skip
 
     def profile(self, path: Path, plan: Plan) -> list[dict[str, str]]:
-        """The rows of the CSV of `lorafusion profile`, which its seal says are all of them."""
+        """The rows of the CSV of `profile_cell`, which its seal says are all of them."""
         require_seal(path)
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
@@ -181,17 +181,6 @@ def require_results(contents: dict[str, dict], suite_path: Path | None) -> None:
         if "/system~" in name:
             trained.append((path, str(cell.get("suite")), name, origin.get("workload_hash")))
     require_one_workload(trained)
-
-
-def is_current(path: Path, bench: tuple[str, str, str]) -> bool:
-    """Is a file the result of a bench (its module, suite and name) as configs/ has it now?"""
-    try:
-        origin = _part(_read_result(path), "provenance", path)
-        require(path, [("bench", origin.get("bench"), list(bench)),
-                       ("config_hash", origin.get("config_hash"), _bench_hash(str(path), list(bench)))])  # fmt: skip
-    except UserError:
-        return False
-    return True
 
 
 def require_one_workload(trained: Iterable[tuple[str | Path, str, str, str | None]]) -> None:
@@ -244,3 +233,11 @@ def first_difference(found: object, expected: object, where: str = "") -> tuple[
             if one != other:
                 return first_difference(one, other, f"{below}{index}")
     return where, found, expected
+
+
+def require_result_of(path: Path, config_hash: str, repeat: int) -> dict:
+    """The result file of a repeat of a point of an experiment; raises unless its settings are those of now."""
+    result = _read_result(path)
+    require(path, [("config_hash", _part(result, "provenance", path).get("config_hash"), config_hash),
+                   ("repeat", _part(result, "cell", path).get("repeat"), repeat)])  # fmt: skip
+    return result

@@ -14,6 +14,7 @@ from lorafusion.core.schema import UserError
 from lorafusion.lab.suite import read_suite, suite_path
 
 ROOT = CONFIGS.parent
+SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 
 
 def reproduce(suite: str | None) -> int:
@@ -21,11 +22,7 @@ def reproduce(suite: str | None) -> int:
     path = suite_path(suite)
     name = read_suite(path).name
     results = ROOT / "results" / name
-    snakemake = [
-        sys.executable, "-m", "snakemake",
-        "--profile", str(ROOT / "workflow" / "profiles" / "local"),
-        "--config", f"suite={path}",
-    ]  # fmt: skip
+    snakemake = [*SNAKEMAKE, "--profile", str(ROOT / "workflow" / "profiles" / "local"), "--config", f"suite={path}"]
     report = results / "report.html"
     clear_interrupted_run(snakemake)
     if report.exists() and _up_to_date(snakemake):
@@ -60,12 +57,30 @@ def _works_here(process: psutil.Process) -> bool:
     """Does a process other than this one and its ancestors belong to a workflow of this checkout?"""
     mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     command = " ".join(process.info["cmdline"] or [])
-    if process.pid in mine or ("snakemake" not in command and "lorafusion run" not in command):
+    if process.pid in mine or ("snakemake" not in command and "lorafusion lab run" not in command):
         return False
     try:
         return Path(process.cwd()) == ROOT
     except psutil.Error:
         return False
+
+
+def make_report(suite: str | None) -> None:
+    """Write the report of a suite whose workflow has run."""
+    name = read_suite(suite_path(suite)).name
+    command = report_command(suite_path(suite), Path("results") / name, ROOT / "Snakefile")
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        raise UserError(
+            f"results/{name}: the report could not be made; run `lorafusion reproduce --suite {name}` first"
+        )
+    print(f"results/{name}/report.html")
+
+
+def report_command(suite: str | Path, folder: Path, snakefile: str | Path) -> list[str]:
+    """The words that have Snakemake write report.html to the folder of a suite's results."""
+    return [*SNAKEMAKE, "--snakefile", str(snakefile), "--cores", "1", "--nolock", "--quiet", "all",
+            "--config", f"suite={suite}", "--report", f"{folder}/report.html",
+            "--report-stylesheet", str(Path(snakefile).parent / "workflow" / "report" / "phone.css")]  # fmt: skip
 
 
 def show_summary(suite: str | None) -> None:

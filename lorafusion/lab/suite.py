@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -171,6 +172,11 @@ def read_suite(path: str | Path) -> Suite:
     suite = validated(Suite, read_yaml(path), path)
     cells(suite, source=path)
     return suite
+
+
+def step_command(suite: str | Path, output: Path) -> str:
+    """What to type to make one file of a suite again, whichever driver made it."""
+    return shlex.join(["lorafusion", "lab", "run", str(suite), "--step", str(output)])
 
 
 def runs_of(path: Path) -> dict[str, int]:

@@ -81,7 +81,7 @@ class Tuned(Data):
 
     @classmethod
     def read(cls, path: str | Path) -> Tuned:
-        """Read a file of `lorafusion tune`; `UserError` names the file and what is wrong."""
+        """Read such a file; `UserError` names the file and what is wrong."""
         found = validated(cls, read_versioned(path, VERSION, "tuning"), path)
         require_own_seal(found.model_dump(mode="json"), path)
         return found

@@ -47,26 +47,6 @@ def planned(tmp_path_factory):
     return folder
 
 
-def test_checking_plans_gives_a_verdict(planned):
-    done = lorafusion(
-        "check", "plans", planned / "p.json", "--workload", planned / "deep/w.json", "-o", planned / "verdict.json"
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads((planned / "verdict.json").read_text())["passed"]
-
-
-def test_a_broken_plan_is_refused(planned):
-    data = json.loads((planned / "p.json").read_text())
-    data["microbatches"][-1]["step_after"] = []
-    (planned / "broken.json").write_text(json.dumps(data))
-    done = lorafusion(
-        "check", "plans", planned / "broken.json", "--workload", planned / "deep/w.json", "-o", planned / "no.json"
-    )
-    assert done.returncode == 2
-    assert "broken.json" in done.stderr
-    assert not (planned / "no.json").exists()
-
-
 def test_showing_a_plan(planned):
     """Statistics and chart in the terminal, a picture, a page and a trace; with the costs of a model, in seconds."""
     chart, page, trace = (planned / name for name in ("chart.png", "page.html", "trace.json"))
@@ -167,11 +147,12 @@ MISTAKES = {
         ["plan", "propose", "{folder}/deep/w.json", "--model", "tiny", "--gpus", "1", "--memory", "nan"],
         "--memory",
     ),
-    "unknown cell": (
-        ["run", "--suite", str(CONFIGS / "suites/smoke.yaml"), "--cell", "c", "--workload", "w", "-o", "{folder}/x"],
-        "no cell 'c'",
-    ),
-    "no results": (["summary", "--suite", str(CONFIGS / "suites/paper.yaml")], "no results yet; run `make reproduce`"),
+    "no such step": (["lab", "run", "smoke", "--step", "{folder}/x"], "x: no step of smoke writes it"),
+    "no such suite": (["lab", "list", "smok"], "known suites: h200, paper, smoke"),
+    "no such figure": (["lab", "figure", "smoke", "bars"], "lab figure: unknown figure 'bars'; known: contributions"),
+    "no such check": (["lab", "check", "smoke", "plan"], "lab check: unknown check 'plan'; known: gradients"),
+    "files without an output": (["lab", "measure", "smoke", "end_to_end", "x"], "FILES and --out: expected both"),
+    "no results": (["lab", "report", "paper"], "results/paper: the report could not be made"),
 }
 
 
@@ -246,13 +227,7 @@ def test_planning_needs_no_torch(planned):
 
 
 @pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
-def test_a_gpu_suite_without_a_gpu_is_refused(planned, monkeypatch):
-    cell = "model~llama-3.1-8b/workload~xsum/gpus~1/batch~8/system~peft"
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    suite = str(CONFIGS / "suites" / "h200.yaml")
-    plan = planned / "one.json"
-    lorafusion("plan", planned / "deep/w.json", "--system", "peft", "--capacity", 256, "-o", plan)
-    arguments = ["--workload", planned / "deep/w.json", "--plan", plan, "-o", planned / "x"]
-    done = lorafusion("run", "--suite", suite, "--cell", cell, *arguments)
+def test_a_gpu_suite_without_a_gpu_is_refused(tmp_path):
+    done = lorafusion("lab", "run", "h200", "--step", tmp_path / "checks" / "learning.json")
     assert done.returncode == 2
     assert "a suite for GPUs, but nvidia-smi finds none" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from lorafusion.core.config import CONFIGS
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import seal
-from lorafusion.lab.experiments.end_to_end import cell_files
+from lorafusion.lab.experiments.end_to_end import cell_files, run_cell
 from lorafusion.lab.keys import OutOfDateError, cell_workload, first_difference
 from lorafusion.lab.suite import cells, read_suite
 from lorafusion.lab.table.result import write_result
 from lorafusion.lab.tuned import Tried, Tuned
-from lorafusion.lab.tuning import plan_cell
+from lorafusion.lab.tuning import plan_cell, tune_cell
 from lorafusion.planning import plan_key
 from tests.cli.test_cli import lorafusion
 
@@ -56,16 +57,15 @@ class Made:
                      gpu_name=None, git_sha=None, git_dirty=None, tree_hash=None)  # fmt: skip
 
     def run(self, command: str = "run") -> str:
-        """What a command called by hand says, once it has refused and left nothing."""
-        tuned = ["--tuned", self.tuned] if self.tuned.exists() and command != "tune" else []
-        plan = ["--plan", self.plan, *tuned] if command != "tune" else []
-        done = lorafusion(command, "--suite", self.suite, "--cell", self.cell.name, "--workload", self.workload, *plan,
-                          "--out", self.folder / "out")  # fmt: skip
-        assert done.returncode == 2, done.stdout
-        (line,) = done.stderr.splitlines()
-        assert len(line) <= 300 + len("error: ")
-        assert not (self.folder / "out").exists()
-        return line
+        """What a step says, once it has refused its inputs and left nothing."""
+        tuned, out = self.tuned if self.tuned.exists() else None, self.folder / "out"
+        tune = partial(tune_cell, self.suite, self.cell.name, self.workload, out)
+        run = partial(run_cell, self.suite, self.cell.name, self.workload, self.plan, out, 1, 1, None, tuned)
+        with pytest.raises(UserError) as refused:
+            (tune if command == "tune" else run)()
+        assert len(str(refused.value)) <= 300
+        assert not out.exists()
+        return f"error: {refused.value}"
 
 
 @pytest.fixture

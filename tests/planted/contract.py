@@ -232,24 +232,24 @@ def baselines_get_the_slowest_capacity(original):
     return property(capacity)
 
 
-@planted("lorafusion.lab.sweep:Sweep.steps", caught_by=f"{NAMES}::test_systems_of_a_workload_run_on_one_gpu")
+@planted("lorafusion.lab.runner:dealt", caught_by=f"{NAMES}::test_systems_of_a_workload_run_on_one_gpu")
 def ours_runs_on_the_other_gpu(original):
-    """Of two sweeps that share a suite the other one runs the repeats of `lorafusion`."""
+    """Of two processes that share a suite the other one runs the repeats of `lorafusion`."""
 
     def ours(step):
         return "runs" in step.path.parts and f"system~{OURS}" in step.path.parts
 
-    def steps(sweep):
-        others = [replace(sweep, share=sweep.share._replace(index=index)) for index in range(sweep.share.count)
-                  if index != sweep.share.index] or [sweep]  # fmt: skip
-        yield from (step for step in original(sweep) if not ours(step))
-        yield from (step for step in original(others[0]) if ours(step))
+    def dealt(steps, share):
+        other = share._replace(index=(share.index + 1) % share.count)
+        return [*(step for step in original(steps, share) if not ours(step)),
+                *(step for step in original(steps, other) if ours(step))]  # fmt: skip
 
-    return steps
+    return dealt
 
 
 @planted(
-    "lorafusion.lab.sweep:shuffled", caught_by=f"{NAMES}::test_a_sweep_deals_cells_out_whatever_their_systems_names"
+    "lorafusion.lab.measured_steps:shuffled",
+    caught_by=f"{NAMES}::test_cells_are_dealt_out_whatever_their_systems_names",
 )
 def ours_runs_first(original):
     """In each repeat `lorafusion` runs first, when the GPU is cool."""

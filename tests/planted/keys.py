@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from tests.planted.plant import planted
 
-KEYS, SWEEP, READING = "tests/lab/test_keys.py", "tests/lab/test_sweep.py", "tests/core/test_reading.py"
+KEYS, RUNNER, READING = "tests/lab/test_keys.py", "tests/lab/test_runner.py", "tests/core/test_reading.py"
+DAG = "tests/lab/test_dag.py"
 TREE, STORE, SCHEMA = "tests/core/test_source_tree.py", "tests/lab/table/test_store.py", "tests/core/test_schema.py"
 
 
-@planted(
-    "lorafusion.lab.sweep:out_of_date",
-    caught_by=f"{SWEEP}::test_an_old_workload_is_not_taken_for_another_seeds",
-)
+@planted("lorafusion.lab.dag:Step.reason", caught_by=f"{RUNNER}::test_an_old_workload_is_not_taken_for_another_seeds")
 def a_file_that_is_there_is_up_to_date(original):
-    """`sweep` takes whatever file is there, also one of an older suite."""
-    return lambda path, read: "" if path.exists() else "missing"
+    """Whatever file is there is taken, also one of an older suite."""
+    return lambda step: "" if step.path.exists() else "missing"
+
+
+@planted(
+    "lorafusion.lab.dag:Step.key", caught_by=f"{DAG}::test_steps_whose_settings_change_and_no_others_are_made_again"
+)
+def the_key_of_a_step_forgets_its_inputs(original):
+    """The key of a step depends on its own settings, not on those of what it is made from."""
+    from functools import cached_property
+
+    from lorafusion.core.workload import content_hash
+
+    return cached_property(lambda step: content_hash([step.kind.name, step.name, step.settings()]))
+
+
+@planted("lorafusion.lab.dag:Step.require_current", caught_by=f"{DAG}::test_a_step_refuses_inputs_of_other_settings")
+def a_step_takes_inputs_of_other_settings(original):
+    """A step reads whatever inputs are there, whatever keys they have."""
+    return lambda step: None
 
 
 @planted("lorafusion.lab.keys:CellFiles.workload", caught_by=f"{KEYS}::test_a_workload_of_an_older_suite_is_refused")
@@ -25,7 +41,7 @@ def a_workload_is_known_by_its_name(original):
     return lambda self, path: Workload.read(path)
 
 
-@planted("lorafusion.lab.keys:configuration_hash", caught_by=f"{SWEEP}::test_a_result_of_an_older_suite_is_made_anew")
+@planted("lorafusion.lab.keys:configuration_hash", caught_by=f"{RUNNER}::test_a_result_of_an_older_suite_is_made_anew")
 def the_hash_of_a_configuration_forgets_the_suite(original):
     """The hash of a cell's configuration depends on its name and system alone."""
     from lorafusion.core.workload import content_hash
@@ -35,7 +51,7 @@ def the_hash_of_a_configuration_forgets_the_suite(original):
 
 @planted(
     "lorafusion.lab.keys:CellFiles.capacity",
-    caught_by=f"{SWEEP}::test_a_plan_has_the_capacity_that_the_tuning_of_its_workload_found",
+    caught_by=f"{RUNNER}::test_a_plan_has_the_capacity_that_the_tuning_of_its_workload_found",
 )
 def a_tuned_cell_keeps_its_first_capacity(original):
     """A tuned cell is planned with the most that its suite lets be tried, whatever its tuning found."""
@@ -68,7 +84,7 @@ def a_table_takes_results_that_were_edited(original):
 @planted(
     "lorafusion.lab.keys:require_own_seal", caught_by=f"{KEYS}::test_a_result_that_was_changed_by_hand_is_not_this_ones"
 )
-def a_sweep_keeps_results_that_were_edited(original):
+def a_result_that_was_edited_is_kept(original):
     """A result file that was changed by hand is not measured again."""
     return lambda data, source: None
 
@@ -92,12 +108,12 @@ def systems_are_compared_over_different_workloads(original):
 
 
 @planted(
-    "lorafusion.lab.experiments.end_to_end:run_command",
-    caught_by=f"{SWEEP}::test_each_run_has_a_log_and_a_command_of_its_own",
+    "lorafusion.lab.experiments.end_to_end:step_command",
+    caught_by=f"{RUNNER}::test_each_run_has_a_log_and_a_command_of_its_own",
 )
-def a_run_records_the_command_of_the_whole_sweep(original):
-    """The command of each run is what was typed, which is that of the sweep."""
-    return lambda suite_path, *others: f"lorafusion sweep --suite {suite_path}"
+def a_run_records_the_command_of_the_whole_suite(original):
+    """The command of each run is that which ran the suite."""
+    return lambda suite_path, out: f"lorafusion lab run {suite_path} --here"
 
 
 @planted(

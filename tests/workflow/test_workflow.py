@@ -76,7 +76,7 @@ def test_a_suite_with_kernels_measures_each_bench_in_each_repeat(checkout):
     assert done.returncode == 0, done.stderr
     jobs = planned_jobs(done.stdout + done.stderr)
     kernels = {name: count for name, count in jobs.items() if "kernel" in name or name == "tune"}
-    assert kernels == {"check_kernels": 1, "kernel_bench": 4, "kernel_measurements": 1, "kernel_figures": 2}
+    assert kernels == {"check_kernels": 1, "kernels_bench": 4, "kernels_measurements": 1, "kernel_speed": 1}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,12 @@ def test_a_bad_setting_is_named(checkout, setting, message):
     assert done.returncode != 0
     assert re.search(message, done.stdout + done.stderr)
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_gpu_suite_passes_a_dry_run_without_a_gpu(checkout):
+    done = snakemake("--dry-run", *LOCAL, "--config", "suite=h200", cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    assert planned_jobs(done.stdout + done.stderr)["run"] == 282
 
 
 def test_a_gpu_suite_on_a_machine_without_a_gpu_is_refused_before_anything_runs(checkout):
@@ -160,7 +166,7 @@ def _wait_for_orphans(checkout: Path) -> None:
 def _assert_traceable(table: pd.DataFrame, checkout: Path) -> None:
     """Each single number names its result file, its log and its command, and they exist."""
     single = table[table["statistic"] == "single"]
-    assert single["command"].str.startswith("lorafusion run ").all()
+    assert single["command"].str.startswith("lorafusion lab run ").all()
     for column in ("result", "log"):
         for name in single[column].unique():
             assert (checkout / name).exists(), f"{column} {name}"

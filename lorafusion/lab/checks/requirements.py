@@ -26,7 +26,9 @@ def require_passed(path: Path, check: str, suite: str, code: str | None, dtype: 
     pairs += [pair for pair in optional if pair[2] is not None]
     for key, value, expected in pairs:
         if value != expected:
-            raise UserError(f"{path}: {key}: expected {expected}, found {value}; `lorafusion check {check}` makes it")
+            raise UserError(
+                f"{path}: {key}: expected {expected}, found {value}; `lorafusion lab check {suite} {check}` makes it"
+            )
     return verdict
 
 

@@ -166,7 +166,7 @@ def write_curves(curves: Sequence[Curve], path: Path) -> None:
 def read_verdict(path: Path) -> Verdict:
     """The verdict in a file; raises `UserError` for one that is missing, cut short, or of another form."""
     if not path.exists():
-        raise UserError(f"{path}: no such verdict; `lorafusion check` makes it")
+        raise UserError(f"{path}: no such verdict; `lorafusion lab check` makes it")
     # A check that fails may have found what is no number.
     data = read_json(path, "verdict", finite=False)
     verdict = validated(_Written, {key: value for key, value in data.items() if key != "seal"}, path)

@@ -24,10 +24,10 @@ from lorafusion.lab.experiments.experiment import (
     Inputs,
     Point,
     Resources,
-    again,
     require_device,
     suite_name,
 )
+from lorafusion.lab.suite import step_command
 from lorafusion.lab.table.result import result_of_rows, write_result
 
 
@@ -127,7 +127,7 @@ class BenchExperiment(Experiment):
             "seed": entry.seed,
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "log": str(log) if log else None,
-            "command": again(self, point, repeat, out),
+            "command": step_command(point.source, out),
             "bench": (self.kind, point.suite, point.name),
         }
         cell = {"suite": point.suite, "kind": "measured", "gpus": 1, "repeat": repeat} | self.columns(point)

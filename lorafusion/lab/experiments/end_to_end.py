@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shlex
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -26,7 +25,7 @@ from lorafusion.lab.experiments.experiment import (
     require_device,
 )
 from lorafusion.lab.keys import CellFiles, suite_files
-from lorafusion.lab.suite import Cell, Suite, suite_path
+from lorafusion.lab.suite import Cell, Suite, step_command, suite_path
 from lorafusion.lab.table.result import result_of, write_result
 from lorafusion.launch.launch import Outcome, launch
 from lorafusion.launch.spec import RunSpec
@@ -90,7 +89,6 @@ def run_cell(
     require_device(suite, suite_path)
     workload, reason = files.workload(workload_path), unavailable(system)
     plan = None if reason else files.plan(plan_path, files.tuned(tuned_path))
-    paths = {"--workload": workload_path, "--plan": plan_path, "--tuned": tuned_path, "--out": out}
     origin = provenance(suite.device) | {
         "config_hash": files.configuration,
         "workload_hash": workload.content_hash,
@@ -98,7 +96,7 @@ def run_cell(
         "seed": suite.seed,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "log": str(log) if log else None,
-        "command": run_command(suite_path, name, paths, repeat, nodes),
+        "command": step_command(suite_path, out),
     }
     if plan is None:
         outcome = Outcome("skipped", reason)
@@ -116,15 +114,6 @@ def run_cell(
     result = result_of(outcome, workload, plan, description(suite, cell, workload, system, plan, repeat), origin)
     write_result(out, result)
     return describe(result)
-
-
-def run_command(suite_path: Path, name: str, paths: dict[str, Path | None], repeat: int, nodes: int) -> str:
-    """What to type to do one run again, whichever driver did it. paths: by option, None where it is not given."""
-    words = ["lorafusion", "run", "--suite", suite_path, "--cell", name]
-    for option, path in paths.items():
-        words += [option, path] if path is not None else []
-    words += ["--repeat", repeat, *(["--nodes", nodes] if nodes > 1 else [])]
-    return shlex.join(map(str, words))
 
 
 def spec_of(cell: Cell, suite: Suite, workload_path: Path) -> RunSpec:
@@ -161,7 +150,7 @@ def cell_files(suite_path: Path, name: str) -> CellFiles:
     every = suite_files(suite_path)
     if name in every:
         return every[name]
-    raise UserError(f"{suite_path}: no cell {name!r}; `lorafusion cells --suite {suite_path}` lists them")
+    raise UserError(f"{suite_path}: no cell {name!r}; `lorafusion lab list {suite_path} run` lists them")
 
 
 def description(

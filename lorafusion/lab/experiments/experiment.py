@@ -6,7 +6,6 @@ A *point* is one process that writes one result file. It is run `repeats` times,
 
 from __future__ import annotations
 
-import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,14 +62,13 @@ class Experiment(ABC):
     """One kind of measurement.
 
     name: in the registry and on the command line. folder: of its files below the results of a suite. checks: verdicts
-    that must be there before a point is run. command: the words of the command line that run a point. kind:
-    the experiment's word in result files, if they name its points.
+    that must be there before a point is run. kind: the experiment's word in result
+    files, if they name its points.
     """
 
     name: ClassVar[str]
     folder: ClassVar[str]
     checks: ClassVar[tuple[str, ...]] = ()
-    command: ClassVar[tuple[str, ...]] = ()
     kind: ClassVar[str] = ""
 
     @abstractmethod
@@ -99,12 +97,6 @@ class Experiment(ABC):
         points = {point.name: point for point in self.points(suite)}
         one_of(f"point of {self.name}", name, set(points), suite)
         return points[name]
-
-
-def again(experiment: Experiment, point: Point, repeat: int, out: Path) -> str:
-    """What to type to run a point again."""
-    words = ["lorafusion", *experiment.command, "--suite", point.source, "--bench", point.name]
-    return shlex.join(map(str, [*words, "--out", out, "--repeat", repeat]))
 
 
 def require_device(suite: Any, source: str | Path) -> None:

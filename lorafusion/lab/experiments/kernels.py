@@ -19,7 +19,6 @@ class Kernels(BenchExperiment):
 
     name = "kernels"
     folder = "kernels"
-    command = ("kernels", "measure")
     checks = ("kernels",)
     kind = "suite"
     config = CONFIGS / "kernels.yaml"

@@ -70,7 +70,6 @@ class Planner(BenchExperiment):
 
     name = "planner"
     folder = "scheduler"
-    command = ("scheduler", "measure")
     kind = "scheduler"
     config = CONFIGS / "planner.yaml"
     entry = PlannerSuite

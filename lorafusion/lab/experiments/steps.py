@@ -19,7 +19,6 @@ class Steps(BenchExperiment):
 
     name = "steps"
     folder = "training"
-    command = ("training", "measure")
     checks = ("kernels",)
     kind = "training_suite"
     config = CONFIGS / "steps.yaml"

@@ -1,7 +1,7 @@
 """The result files behind a table, kept beside it in one compressed file: their losses, their provenance, all of it.
 
 `TABLE.results.jsonl.gz` holds one JSON object a line: first the table's name and hash, then each result file under the
-name that the table's column `result` has for it. `lorafusion measurements FOLDER TABLE.results.jsonl.gz` makes the same
+name that the table's column `result` has for it. `lorafusion lab measure SUITE TABLE STORE --out FOLDER` makes the same
 table again, to the last byte. Equal results give equal bytes.
 """
 

@@ -91,7 +91,9 @@ def write_good(name: str, path: Path, origin: Origin = ORIGIN, **changes) -> Non
 
 
 def draw(table: Path, *options):
-    return lorafusion("figure", "end_to_end", table, "--model", "tiny", "--out", table.parent / "figure", *options)
+    return lorafusion(
+        "lab", "figure", "smoke", "end_to_end", table, "--model", "tiny", "--out", table.parent / "figure", *options
+    )
 
 
 def test_a_figure_is_drawn_from_a_table_whose_checks_hold(measured):
@@ -144,7 +146,9 @@ def test_a_table_of_record_that_names_no_code_is_drawn_with_checks_of_any(measur
 @pytest.mark.parametrize("figure", ["kernel_speed", "training_speed", "contributions"])
 def test_other_figures_of_measurements_need_theirs(measured, figure, tmp_path):
     model = ["--model", "tiny"] if figure == "contributions" else []
-    done = lorafusion("figure", figure, measured, *model, "--out", tmp_path / "x", "--checks", tmp_path / "none")
+    done = lorafusion(
+        "lab", "figure", "smoke", figure, measured, *model, "--out", tmp_path / "x", "--checks", tmp_path / "none"
+    )
     assert done.returncode == 2
     assert "no such verdict" in done.stderr
 
@@ -264,7 +268,7 @@ def test_a_check_that_fails_ends_with_status_1_and_leaves_no_verdict(monkeypatch
     monkeypatch.setattr(catalog, "load", lambda *_: lambda suite: (failed, []))
     out = tmp_path / f"{name}.json"
     write_verdict(GOOD, ORIGIN, out)  # of an earlier time
-    done = lorafusion("check", name, "--suite", SMOKE, "--out", out)
+    done = lorafusion("lab", "check", SMOKE, name, "--out", out)
     assert done.returncode == 1
     assert "FAILED" in done.stdout
     assert not out.exists()

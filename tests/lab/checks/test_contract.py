@@ -89,7 +89,7 @@ def test_a_difference_names_the_system_and_the_lines():
 def test_the_command_compares_and_records(tmp_path, monkeypatch):
     monkeypatch.setattr(contract, "contracts", lambda names, device: {name: OTHER for name in names})
     record, run = tmp_path / "cpu.json", CliRunner().invoke
-    arguments = ["check", "contract", str(record)]
+    arguments = ["lab", "contract", str(record)]
     missing = run(app, arguments)
     assert isinstance(missing.exception, UserError)
     assert "no such record of what systems cost file" in str(missing.exception)

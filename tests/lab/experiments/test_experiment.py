@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from lorafusion.core.schema import UserError
+from lorafusion.lab.dag import make_step, state
 from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.experiments.bench import BenchExperiment, DeviceEntry
-from lorafusion.lab.keys import is_current, require_results
+from lorafusion.lab.keys import OutOfDateError, require_result_of, require_results
+from lorafusion.lab.steps import dag_of
 from lorafusion.lab.table import table
 from lorafusion.lab.table.result import row
 
@@ -24,7 +26,6 @@ class Sums(BenchExperiment):
     """How long it takes to add some numbers."""
 
     name = folder = kind = "sums"
-    command = ("sums", "measure")
     entry = SumEntry
 
     def subjects(self, entry, source):
@@ -77,15 +78,30 @@ def test_an_experiment_more_is_listed_run_and_tabled(sums, tmp_path):
     ]  # fmt: skip
     assert set(single[single["metric"] == "overhead"]["status"]) == {"oom"}
     require_results({str(path): json.loads(path.read_text()) for path in paths}, None)
-    assert is_current(paths[0], ("sums", "smoke", "size~3"))
-    assert not is_current(paths[0], ("sums", "smoke", "size~4"))
+    assert require_result_of(paths[0], sums.key(points[0]), 1)
+    with pytest.raises(OutOfDateError):
+        require_result_of(paths[0], sums.key(points[1]), 1)
+
+
+def test_an_experiment_more_has_its_steps(sums, tmp_path):
+    """A process for each point and repeat, and a table of them, without a line elsewhere."""
+    dag = dag_of("smoke", tmp_path)
+    runs = dag.select(["sums_bench"])
+    assert {step.name for step in runs} == {f"size~{size}/repeat~{repeat}" for size in (3, 4) for repeat in (1, 2)}
+    for step in runs:
+        make_step(step, None)
+    (gathered,) = dag.targets["sums"]
+    make_step(gathered, None)
+    assert (tmp_path / "sums" / "measurements.csv").exists()
+    assert not any(state(step) for step in [*runs, gathered])
 
 
 def test_a_result_of_other_settings_is_out_of_date(sums, tmp_path):
     path = tmp_path / "1.json"
     sums.run(sums.point("smoke", "size~3"), 1, path, None)
     Path(sums.config).write_text(sums.config.read_text().replace("float32", "bfloat16"))
-    assert not is_current(path, ("sums", "smoke", "size~3"))
+    with pytest.raises(OutOfDateError):
+        require_result_of(path, sums.key(sums.point("smoke", "size~3")), 1)
 
 
 def test_a_suite_for_gpus_needs_one(sums, tmp_path, monkeypatch):

@@ -86,8 +86,7 @@ def test_a_result_file_becomes_rows_of_the_table(small, tmp_path):
     small(tokens=[64])
     assert KERNELS.run(KERNELS.point("smoke", LINEAR), 1, path, None) == "30 numbers, 0 failed"
     recorded = json.loads(path.read_text())["provenance"]["command"]
-    assert shlex.split(recorded) == ["lorafusion", "kernels", "measure", "--suite", "smoke", "--bench", LINEAR,
-                                     "--out", str(path), "--repeat", "1"]  # fmt: skip
+    assert shlex.split(recorded) == ["lorafusion", "lab", "run", "smoke", "--step", str(path)]
     rows = table.summarise(table.read_results([path]))
     table.validate(rows)
     times = rows[(rows["metric"] == "time") & (rows["statistic"] == "median") & (rows["pass"] == "both")]

@@ -14,7 +14,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from lorafusion.cli.steps import training_app
+from lorafusion.cli.main import app
 from lorafusion.core.clock import Duration
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import seal
@@ -84,11 +84,11 @@ def test_the_suites_that_come_with_the_project_are_sound():
 
 
 def test_a_bench_becomes_rows_of_the_table_and_a_figure(suite, tmp_path):
-    path = tmp_path / "repeat~1.json"
-    command = ["measure", "--suite", "small", "--bench", "toy", "--out", str(path)]
-    assert CliRunner().invoke(training_app, command, catch_exceptions=False).exit_code == 0
+    path = tmp_path / "training" / "runs" / "toy" / "repeat~1.json"
+    command = ["lab", "run", "small", "--step", str(path)]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
     recorded = json.loads(path.read_text())["provenance"]["command"]
-    assert shlex.split(recorded) == ["lorafusion", "training", *command, "--repeat", "1"]
+    assert shlex.split(recorded) == ["lorafusion", *command]
     frame = table.summarise(table.read_results([path]))
     table.validate(frame)
     rows = frame[(frame["statistic"] == "median") & ~frame["implementation"].str.startswith("canary")]

@@ -53,7 +53,8 @@ def test_the_csv_alone_redraws_the_figure_and_equal_tables_give_equal_bytes(whol
 
     measurements.write(whole_suite, tmp_path / "table.csv", tmp_path / "table.parquet")
     passed_checks(tmp_path / "checks", whole_suite)
-    command = ["figure", "contributions", str(tmp_path / "table.csv"), "--model", "tiny", "--out", str(tmp_path / "b")]
+    table = str(tmp_path / "table.csv")
+    command = ["lab", "figure", "smoke", "contributions", table, "--model", "tiny", "--out", str(tmp_path / "b")]
     shell = [sys.executable, "-m", "lorafusion.cli.main", *command]
     subprocess.run(shell, check=True, env=os.environ | {"PYTHONHASHSEED": "12345"})
     for path in (pdf, png, csv):
@@ -193,6 +194,7 @@ def test_a_table_without_the_systems_is_refused_in_one_line(measure, make_table,
         FIGURES["contributions"].draw(table, tmp_path / "figure", "huge")
     measurements.write(table, tmp_path / "table.csv", tmp_path / "table.parquet")
     passed_checks(tmp_path / "checks", table)
-    command = ["figure", "contributions", str(tmp_path / "table.csv"), "--model", "tiny", "--out", str(tmp_path / "f")]
+    table = str(tmp_path / "table.csv")
+    command = ["lab", "figure", "smoke", "contributions", table, "--model", "tiny", "--out", str(tmp_path / "f")]
     assert "no cells of unfused-sequential" in str(CliRunner().invoke(app, command).exception)
     assert not list(tmp_path.glob("f.*"))

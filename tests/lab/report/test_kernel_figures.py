@@ -238,5 +238,8 @@ def test_two_numbers_for_one_point_are_refused(tmp_path):
 def test_command(full, name, tmp_path, passed_checks):
     measurements.write(full, tmp_path / "t.csv", tmp_path / "t.parquet")
     passed_checks(tmp_path / "checks", full)
-    app(["figure", name, str(tmp_path / "t.csv"), "--out", str(tmp_path / "figure")], standalone_mode=False)
+    app(
+        ["lab", "figure", "smoke", name, str(tmp_path / "t.csv"), "--out", str(tmp_path / "figure")],
+        standalone_mode=False,
+    )
     assert (tmp_path / "figure.png").is_file()

@@ -149,7 +149,7 @@ def test_the_command_reads_everything_before_it_touches_the_folder(tmp_path):
         (tmp_path / name).touch()
     before = tree(tmp_path)
     done = lorafusion(
-        "publish", tmp_path / "table.csv", tmp_path / "r.json", "--figure", tmp_path / "f.png",
+        "lab", "publish", "smoke", tmp_path / "table.csv", tmp_path / "r.json", "--figure", tmp_path / "f.png",
         "--directory", tmp_path / "d",
     )  # fmt: skip
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)

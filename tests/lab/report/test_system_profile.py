@@ -68,7 +68,9 @@ def test_profiles_of_two_configurations_of_a_cell_have_no_median(tmp_path, name)
 
 def test_the_command_draws_the_profiles_that_it_is_given(profiles, tmp_path):
     stem = tmp_path / "system_profile"
-    result = CliRunner().invoke(app, ["figure", "system_profile", *map(str, profiles), "--out", str(stem)])
+    result = CliRunner().invoke(
+        app, ["lab", "figure", "smoke", "system_profile", *map(str, profiles), "--out", str(stem)]
+    )
     assert result.exit_code == 0, result.output
     assert all(stem.with_suffix(end).stat().st_size for end in (".pdf", ".png", ".csv"))
 
@@ -76,7 +78,7 @@ def test_the_command_draws_the_profiles_that_it_is_given(profiles, tmp_path):
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "other.csv").write_text("suite,cell\nh200,x\n")
     seal(tmp_path / "other.csv")
-    with pytest.raises(MeasurementError, match=r"other.csv: no column 'class'; lorafusion profile writes them"):
+    with pytest.raises(MeasurementError, match=r"other.csv: no column 'class'; a step profile writes them"):
         FIGURES["system_profile"].draw([tmp_path / "other.csv"], tmp_path / "out")
 
 

@@ -110,7 +110,7 @@ def test_numbers_have_room(tuned, sizes, lines):
 
 def test_the_command_draws_them_and_refuses_other_files(tuned, tmp_path):
     stem, file = tmp_path / "tunings", tuned("mlora", {8: 1.0})
-    command = ["figure", "tunings", str(file), "--model", "tiny", "--out", str(stem)]
+    command = ["lab", "figure", "smoke", "tunings", str(file), "--model", "tiny", "--out", str(stem)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert all(stem.with_suffix(end).stat().st_size for end in (".pdf", ".png", ".csv"))

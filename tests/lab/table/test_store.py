@@ -44,7 +44,7 @@ def gathered(tmp_path):
         for repeat in (1, 2):
             paths.append(runs / f"{system}-{repeat}.json")
             write_result(paths[-1], result(system, repeat, value=0.1 * repeat))
-    done = lorafusion("measurements", tmp_path / "out", *paths)
+    done = measured(tmp_path / "out", *paths)
     assert done.returncode == 0, done.stderr
     shutil.rmtree(runs)
     return tmp_path / "out"
@@ -53,7 +53,7 @@ def gathered(tmp_path):
 def test_a_table_is_made_of_its_store_to_the_last_byte(gathered, tmp_path):
     store = gathered / "measurements.results.jsonl.gz"
     again = tmp_path / "again"
-    done = lorafusion("measurements", again, store)
+    done = measured(again, store)
     assert done.returncode == 0, done.stderr
     for name in ("measurements.csv", "measurements.csv.sha256", "measurements.parquet", store.name):
         assert (again / name).read_bytes() == (gathered / name).read_bytes(), name
@@ -101,12 +101,17 @@ def test_no_time_and_no_name_is_in_a_store(gathered, tmp_path):
     assert content[3:8] == bytes(5)  # no name, no time: RFC 1952
 
 
+def measured(folder, *files, suite=None):
+    others = [] if suite else ["--any-suite"]
+    return lorafusion("lab", "measure", suite or "smoke", "end_to_end", *files, "--out", folder, *others)
+
+
 def gather(tmp_path, *results, suite=None):
     paths = []
     for index, content in enumerate(results):
         paths.append(tmp_path / f"{index}.json")
         write_result(paths[-1], content)
-    return lorafusion("measurements", tmp_path / "out", *paths, *(["--suite", suite] if suite else []))
+    return measured(tmp_path / "out", *paths, suite=suite)
 
 
 def test_systems_that_trained_different_workloads_are_not_compared(tmp_path):

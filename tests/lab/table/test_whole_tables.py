@@ -47,11 +47,21 @@ def test_a_table_that_was_cut_is_neither_drawn_nor_published_nor_read(written, t
     written.write_text("".join(lines[: len(lines) // 2]))
     with pytest.raises(UserError, match=r"t\.csv: cut or edited since it was written: expected 16 rows .* found 7"):
         table.read(written)
-    figure = ["figure", "end_to_end", str(written), "--model", "tiny", "--out", str(tmp_path / "f")]
+    figure = ["lab", "figure", "smoke", "end_to_end", str(written), "--model", "tiny", "--out", str(tmp_path / "f")]
     run, drawn = tmp_path / "run.json", tmp_path / "drawn.png"
     write_result(run, result())
     drawn.touch()
-    publish = ["publish", str(written), str(run), "--figure", str(drawn), "--directory", str(tmp_path / "wandb")]
+    publish = [
+        "lab",
+        "publish",
+        "smoke",
+        str(written),
+        str(run),
+        "--figure",
+        str(drawn),
+        "--directory",
+        str(tmp_path / "wandb"),
+    ]
     for command in (figure, publish):
         done = CliRunner().invoke(app, command)
         assert done.exit_code != 0
@@ -137,7 +147,7 @@ def test_measurements_needs_all_runs_or_to_be_told(tmp_path):
     for index, one in enumerate(runs()[:-1]):
         paths.append(tmp_path / f"{index}.json")
         write_result(paths[-1], one)
-    command = ["measurements", str(tmp_path / "out"), *map(str, paths)]
+    command = ["lab", "measure", "smoke", "end_to_end", *map(str, paths), "--out", str(tmp_path / "out"), "--any-suite"]
     done = CliRunner().invoke(app, command)
     assert isinstance(done.exception, UserError)
     assert "1 run of a cell is missing, first repeat 3 of" in str(done.exception)

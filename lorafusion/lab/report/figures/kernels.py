@@ -87,7 +87,7 @@ def _medians(table: pd.DataFrame, subject: str, metric: str) -> pd.DataFrame:
 def _require(rows: pd.DataFrame, what: str) -> None:
     if rows.empty or rows["value"].isna().all():
         settings = f"rank {RANK} and dropout {DROPOUT}"
-        raise MeasurementError(f"the table has no median of {what} with {settings}; see lorafusion kernels --help")
+        raise MeasurementError(f"the table has no median of {what} with {settings}; see lorafusion lab measure --help")
 
 
 def _shown(rows: pd.DataFrame, shown: str, scale: float = 1, offset: float = 0) -> pd.DataFrame:

@@ -21,12 +21,12 @@ LEAST = 1e-17  # what a difference of zero is drawn as
 
 
 def lossless_data(curves: str | Path) -> pd.DataFrame:
-    """The losses that `lorafusion check lossless --curves` wrote: a column a job, and below each the relative
+    """The losses that the check lossless wrote: a column a job, and below each the relative
     difference from the job trained alone."""
     data = read_data(curves)
     lacking = [name for name in COLUMNS if name not in data]
     if lacking:
-        raise UserError(f"{curves}: no column {lacking[0]}; expected what `lorafusion check lossless --curves` writes")
+        raise UserError(f"{curves}: no column {lacking[0]}; expected what the check lossless writes")
     alone = data[data["trainer"] == ALONE].set_index(["job", "step"])["loss"]
     expected = pd.Series([alone[job, step] for job, step in zip(data["job"], data["step"], strict=True)])
     return data.assign(difference=(data["loss"] - expected).abs() / expected.abs())

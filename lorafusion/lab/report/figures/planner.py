@@ -44,7 +44,7 @@ def _medians(table: pd.DataFrame, metric: str, window: str) -> pd.DataFrame:
     rows = table[(table["statistic"] == "median") & (table["metric"] == metric) & (table["window"] == window)]
     rows = rows[rows["system"].isin(STRATEGIES)]
     if rows.empty:
-        raise MeasurementError(f"the table has no median of {metric} of a strategy; see lorafusion scheduler --help")
+        raise MeasurementError(f"the table has no median of {metric} of a strategy; see lorafusion lab measure --help")
     if len(suites := sorted(rows["suite"].unique())) > 1:
         raise MeasurementError(f"one bar for several suites: {', '.join(suites)}; draw them from separate tables")
     place = rows["system"].map(list(STRATEGIES).index)

@@ -21,7 +21,7 @@ LABELLED = 0.042  # of a panel's highest bar, from which on a part has its numbe
 def steps_data(profiles: Sequence[str | Path]) -> pd.DataFrame:
     """The rows of all files of training steps in drawing order; where a bar is in several, as repeats are, their
     median."""
-    medians = _medians(profiles, STEPS_BAR, "lorafusion training measure")
+    medians = _medians(profiles, STEPS_BAR, "a step training_bench")
     medians = medians.sort_values(["bench", "implementation", "adapters", "git_sha", "class"], key=style.rank)
     medians["variant"] = style.implementation_variants(medians)
     if medians.groupby(STEPS_BAR[:-1])["git_sha"].nunique().max() > 1:  # before and after
@@ -31,7 +31,7 @@ def steps_data(profiles: Sequence[str | Path]) -> pd.DataFrame:
 
 def systems_data(profiles: Sequence[str | Path]) -> pd.DataFrame:
     """The rows of all files of cells in drawing order; of a system that is in several their median."""
-    medians = _medians(profiles, SYSTEMS_BAR, "lorafusion profile")
+    medians = _medians(profiles, SYSTEMS_BAR, "a step profile")
     medians = medians.sort_values(["workload", "system", "qkv", "class"], key=style.rank)
     return medians.assign(variant=style.system_variants(medians)).reset_index(drop=True)
 

@@ -20,7 +20,7 @@ def speed_data(table: pd.DataFrame) -> pd.DataFrame:
     rows = table[(table["statistic"] == "median") & table["metric"].isin(SHOWN)]
     rows = rows[rows["cell"].str.startswith("bench~") & rows["implementation"].isin(style.IMPLEMENTATIONS)]
     if rows.empty or rows["value"].isna().all():
-        raise MeasurementError("the table has no median throughput of training steps; see lorafusion training --help")
+        raise MeasurementError("no median throughput of training steps in the table; see lorafusion lab measure --help")
     scale = rows["metric"].map({metric: scale for metric, (_, scale) in SHOWN.items()})
     rows = rows.assign(
         bench=rows["cell"].str.extract("^bench~([^/]+)/")[0],

@@ -25,7 +25,7 @@ LABEL_WIDTH, COLUMN_WIDTH = 1.4, 0.28  # inches: of the systems' names, and of a
 
 
 def tunings_data(files: Sequence[str | Path], model: str) -> pd.DataFrame:
-    """A row a trial of the files of `lorafusion tune`, in drawing order; ratio: of the throughput to the largest of its
+    """A row a trial of the files of tuned cells, in drawing order; ratio: of the throughput to the largest of its
     row of the figure. Raises `MeasurementError` where none is of the model."""
     rows, tunings = [], [(path, Tuned.read(path)) for path in files]
     require_one_workload((path, tuned.suite, tuned.cell, tuned.workload_hash) for path, tuned in tunings)

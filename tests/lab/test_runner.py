@@ -13,113 +13,61 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorafusion.core.config import CONFIGS
 from lorafusion.core.files import write
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
-from lorafusion.lab.checks import catalog
-from lorafusion.lab.checks.catalog import needed_by
-from lorafusion.lab.checks.verdicts import Verdict
-from lorafusion.lab.experiments import end_to_end
+from lorafusion.lab import runner, tuning
+from lorafusion.lab.dag import make_step
+from lorafusion.lab.measured_steps import shuffled
+from lorafusion.lab.runner import Share, first_ready, spread
 from lorafusion.lab.suite import cells, read_suite
-from lorafusion.lab.sweep import Share, Sweep, _first_ready, shuffled, spread, sweep
-from lorafusion.lab.tuned import TRY_CAPACITIES, TrialOptions, Tuned
-from lorafusion.launch.launch import Outcome
+from lorafusion.lab.tuned import Tuned
+from tests.lab.toy_suite import CHECKS, files, instant, reasons, run, small_suite, steps_of, verdict_of
 
-CHECKS = len(needed_by("runs"))
+pytestmark = pytest.mark.usefixtures("checked")
 FORK = multiprocessing.get_context("fork")
 
 
-def small_suite(path: Path) -> Path:
-    """Two workloads, one cell tuned, one that cannot run, twice."""
-    data = yaml.safe_load((CONFIGS / "suites" / "smoke.yaml").read_text())
-    block = data["cells"][0] | {"samples": 8, "length_scale": 64, "gpus": [1], "capacity": 128}
-    blocks = [
-        block | {"systems": ["peft-bf16", "unsloth"]},
-        block | {"systems": ["mlora"], "workloads": ["xsum"], "tuned": True},
-    ]
-    path.write_text(yaml.safe_dump(data | {"name": "swept", "repeats": 2, "cells": blocks}))
-    return path
-
-
-def verdict_of(code: str, passed: bool = True) -> Verdict:
-    """Of the check with this code."""
-    return Verdict(check=code.rpartition(".")[2].partition(":")[0], passed=passed, statement="it holds", figures={})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def checked():
-    """Checks hold at once: what is checked is not the sweep's."""
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(catalog, "load", lambda code, _: lambda suite: (verdict_of(code), []))
-        yield patches
-
-
-@pytest.fixture
-def suite(tmp_path) -> Path:
-    return small_suite(tmp_path / "suite.yaml")
-
-
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory) -> tuple[Path, Path]:
+def swept(tmp_path_factory, checked) -> tuple[Path, Path]:
     """The suite and the folder of a sweep that trained."""
     from tests import forked
 
     folder = tmp_path_factory.mktemp("swept")
     path = small_suite(folder / "suite.yaml")
-    assert sweep(path, folder / "results", Share(), forked.launch, float("inf")) == 0
+    assert run(path, folder / "results", Share(), forked.launch, float("inf")) == 0
     return path, folder / "results"
 
 
-def instant(spec, processes, timeout, nodes=1, reports=None, log=None) -> Outcome:
-    """A launcher of runs that come to nothing at once; capacities are the faster, the smaller they are."""
-    print("launched", file=log)
-    if spec.task == TRY_CAPACITIES:
-        options = TrialOptions.of(spec)
-        Path(options.throughputs).write_text("".join(f"{1e6 / trial.capacity}\n" for trial in options.trials))
-        return Outcome("ok")
-    return Outcome("crash", "nothing is run here")
-
-
-@pytest.fixture
-def origin(monkeypatch):
-    """Where numbers come from is not asked again for each."""
-    from lorafusion.lab import tuning
-
-    same = end_to_end.provenance("cpu")
-    for module in (end_to_end, tuning):
-        monkeypatch.setattr(module, "provenance", lambda device: dict(same))
-
-
 def test_the_checks_come_first_and_one_that_does_not_hold_is_told(suite, origin, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(catalog, "load", lambda code, _: lambda suite: (verdict_of(code, "systems" not in code), []))
-    assert sweep(suite, tmp_path / "results", Share(), instant, float("inf")) == 1
+    monkeypatch.setattr(
+        "lorafusion.lab.measured_steps.run_check", lambda name, path: verdict_of(name, path, passed=name != "systems")
+    )
+    assert run(suite, tmp_path / "results", Share(), instant, float("inf")) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition("checks/")[2].partition(".json")[0] for line in lines[:4]] == list(needed_by("runs"))
+    assert [line.partition("checks/")[2].partition(".json")[0] for line in lines[:4]] == list(CHECKS)
     assert "error: check systems does not hold" in lines[1]
     assert not (tmp_path / "results" / "checks" / "systems.json").exists()
     assert (tmp_path / "results" / "checks" / "systems.json.failed").exists()
-
-
-def files(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def test_it_leaves_what_the_workflow_would_and_does_nothing_twice(swept, capsys):
     suite, folder = swept
     made = files(folder)
     names = [cell.name for cell in cells(read_suite(suite))]
-    assert {name for name in made if name.startswith("runs/")} == {
+    assert {name for name in made if name.startswith("runs/") and not name.endswith(".key")} == {
         f"runs/{name}/repeat~{repeat}.json" for name in names for repeat in (1, 2)
     }
-    assert [name for name in made if name.startswith("tuned/")] == [f"tuned/{names[-1]}.json"]
+    assert {name for name in made if name.startswith("tuned/")} == {
+        f"tuned/{names[-1]}.json{end}" for end in ("", ".key")
+    }
     tuned = json.loads((folder / f"tuned/{names[-1]}.json").read_text())
     assert Plan.read(folder / f"plans/{names[-1]}.json").capacity in {one["capacity"] for one in tuned["trials"]}
     statuses = {path.parent.name: json.loads(path.read_text())["status"] for path in folder.rglob("repeat~1.json")}
     assert statuses == {"system~peft-bf16": "ok", "system~mlora": "ok", "system~unsloth": "skipped"}
     capsys.readouterr()
-    assert sweep(suite, folder, Share(), partial(pytest.fail, "a run was started"), float("inf")) == 0
+    assert run(suite, folder, Share(), partial(pytest.fail, "a run was started"), float("inf")) == 0
     assert capsys.readouterr().out == ""
     assert files(folder) == made
 
@@ -132,7 +80,7 @@ def hashes(folder: Path) -> dict[str, dict]:
 def test_an_old_workload_is_not_taken_for_another_seeds(suite, origin, tmp_path, capsys):
     """The suite's seed and samples change, the runs are deleted, the workloads, tunings and plans are not."""
     folder, read = tmp_path / "results", partial(Workload.read)
-    assert sweep(suite, folder, Share(), instant, float("inf")) == 0
+    assert run(suite, folder, Share(), instant, float("inf")) == 0
     before = {path: read(path).content_hash for path in (folder / "workloads").rglob("*.json")}
     shutil.rmtree(folder / "runs")
     data = yaml.safe_load(suite.read_text())
@@ -140,7 +88,7 @@ def test_an_old_workload_is_not_taken_for_another_seeds(suite, origin, tmp_path,
         block["samples"] = 16
     suite.write_text(yaml.safe_dump(data | {"seed": 7}))
     capsys.readouterr()
-    assert sweep(suite, folder, Share(), instant, float("inf")) == 0
+    assert run(suite, folder, Share(), instant, float("inf")) == 0
     said = capsys.readouterr().out
     for path, old in before.items():
         assert f"{path.relative_to(folder)}: made anew: jobs.0.seed: found 1, expected 7\n" in said
@@ -148,7 +96,7 @@ def test_an_old_workload_is_not_taken_for_another_seeds(suite, origin, tmp_path,
         assert [(len(job.samples), job.seed) for job in read(path).jobs][0] == (16, 7)
     made = hashes(folder)
     assert {origin["workload_hash"] for origin in made.values()}.isdisjoint(before.values())
-    assert sweep(suite, folder, Share(), instant, float("inf")) == 0
+    assert run(suite, folder, Share(), instant, float("inf")) == 0
     assert hashes(folder) == made
 
 
@@ -166,17 +114,17 @@ CHANGES = {
 @pytest.mark.parametrize("change", list(CHANGES))
 def test_a_result_of_an_older_suite_is_made_anew(suite, origin, tmp_path, change):
     folder, changes = tmp_path / "results", CHANGES[change]
-    assert sweep(suite, folder, Share(), instant, float("inf")) == 0
+    assert run(suite, folder, Share(), instant, float("inf")) == 0
     before = hashes(folder)
     data = yaml.safe_load(suite.read_text())
     blocks = [block | changes.get("cells", {}) for block in data["cells"]]
     suite.write_text(yaml.safe_dump(data | changes | {"cells": blocks}))
-    assert sweep(suite, folder, Share(), instant, float("inf")) == 0
+    assert run(suite, folder, Share(), instant, float("inf")) == 0
     after = hashes(folder)
     assert after.keys() == before.keys()
     for name, origin in after.items():
         assert origin["config_hash"] != before[name]["config_hash"]
-    assert [step.reason for step in Sweep(suite, folder, Share(), instant).steps()] == [""] * (CHECKS + 1 + 2 * 5)
+    assert reasons(suite, folder) == [""] * (len(CHECKS) + 1 + 2 * 5)
 
 
 def cut(path: Path) -> None:
@@ -201,7 +149,7 @@ def edited(path: Path) -> None:
 @pytest.mark.parametrize("damage", [cut, edited])
 def test_a_damaged_file_is_made_anew(suite, origin, tmp_path, kind, damage, capsys):
     folder = tmp_path / "results"
-    assert sweep(suite, folder, Share(), instant, float("inf")) == 0
+    assert run(suite, folder, Share(), instant, float("inf")) == 0
     whole = {path: path.read_text() for path in (folder / kind).rglob("system~mlora/*.json")}
     whole |= {path: path.read_text() for path in (folder / kind).rglob("*system~mlora.json")}
     whole |= {path: path.read_text() for path in (folder / kind).rglob("*batch~8.json")}
@@ -209,18 +157,18 @@ def test_a_damaged_file_is_made_anew(suite, origin, tmp_path, kind, damage, caps
     for path in whole:
         damage(path)
     capsys.readouterr()
-    assert sweep(suite, folder, Share(), instant, float("inf")) == 0
+    assert run(suite, folder, Share(), instant, float("inf")) == 0
     said = capsys.readouterr().out
     for path, text in whole.items():
         assert f"{path.relative_to(folder)}: made anew: " in said
         assert json.loads(path.read_text()).keys() == json.loads(text).keys()
-    assert not any(step.reason for step in Sweep(suite, folder, Share(), instant).steps())
+    assert not any(reasons(suite, folder))
 
 
 def test_a_plan_has_the_capacity_that_the_tuning_of_its_workload_found(suite, origin, tmp_path):
     """A tuning that finds another capacity has the cell planned and run again."""
     folder = tmp_path / "results"
-    assert sweep(suite, folder, Share(), instant, float("inf")) == 0
+    assert run(suite, folder, Share(), instant, float("inf")) == 0
     (path,) = (folder / "tuned").rglob("*.json")
     first, plan = Tuned.read(path), folder / "plans" / path.relative_to(folder / "tuned")
     assert Plan.read(plan).capacity == first.capacity
@@ -229,7 +177,7 @@ def test_a_plan_has_the_capacity_that_the_tuning_of_its_workload_found(suite, or
     assert other.capacity != first.capacity
     path.write_text(other.to_json())
     before = hashes(folder)
-    assert sweep(suite, folder, Share(), instant, float("inf")) == 0
+    assert run(suite, folder, Share(), instant, float("inf")) == 0
     assert Plan.read(plan).capacity == other.capacity
     changed = {name for name, origin in hashes(folder).items() if origin["plan_hash"] != before[name]["plan_hash"]}
     assert {Path(name).parent.name for name in changed} == {"system~mlora"}
@@ -247,7 +195,7 @@ def test_each_run_has_a_log_and_a_command_of_its_own(swept, monkeypatch, tmp_pat
         assert Path(origin["log"]) == log
         assert log.exists()
         assert str(path) in shlex.split(origin["command"])
-    monkeypatch.setattr("lorafusion.lab.experiments.end_to_end.run_cell.__defaults__", (None, forked.launch))
+    monkeypatch.setattr("lorafusion.launch.launch.launch", forked.launch)
     for path in (path for path in folder.rglob("repeat~2.json") if "unsloth" not in path.parent.name):
         before = json.loads(path.read_text())
         path.unlink()
@@ -262,11 +210,11 @@ def test_each_run_has_a_log_and_a_command_of_its_own(swept, monkeypatch, tmp_pat
 
 
 def share_of(suite: Path, folder: Path, index: int) -> None:
-    sys.exit(sweep(suite, folder, Share(index, 2), instant, 60.0))
+    sys.exit(run(suite, folder, Share(index, 2), instant, 60.0))
 
 
 def test_shares_that_work_at_once_leave_nothing_old(suite, origin, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorafusion.lab.sweep.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(runner, "LOOK_SECONDS", 0.01)
     folder = tmp_path / "results"
     for seed in (1, 2):
         suite.write_text(yaml.safe_dump(yaml.safe_load(suite.read_text()) | {"seed": seed}))
@@ -276,39 +224,40 @@ def test_shares_that_work_at_once_leave_nothing_old(suite, origin, tmp_path, mon
         for share in shares:
             share.join()
         assert [share.exitcode for share in shares] == [0, 0]
-        assert not any(step.reason for step in Sweep(suite, folder, Share(), instant).steps())
+        assert not any(reasons(suite, folder))
 
 
 def test_nothing_is_begun_when_the_time_is_up(suite, tmp_path):
     launch = partial(pytest.fail, "a run was started")
-    assert sweep(suite, tmp_path / "results", Share(), launch, -1.0) == CHECKS + 1 + 2 * 5
+    assert run(suite, tmp_path / "results", Share(), launch, -1.0) == len(CHECKS) + 1 + 2 * 5
 
 
 def test_what_another_share_tunes_is_waited_for_and_not_longer_than_the_time(suite, tmp_path):
-    shares = [list(Sweep(suite, tmp_path, Share(index, 2), instant).steps()) for index in range(2)]
-    (waits,) = [steps for steps in shares if not [step for step in steps if "tuned" in step.path.parts]]
-    waiting = [step for step in waits if step.after]
+    shares = [steps_of(suite, tmp_path, Share(index, 2)) for index in range(2)]
+    (waits,) = [steps for steps in shares if not [step for step in steps if step.kind.name == "tune_cell"]]
+    waiting = [step for step in waits if any(source.kind.name == "tune_cell" for source in step.inputs)]
     assert waiting
-    assert not any(step.is_ready for step in waiting)
-    assert _first_ready(waits, -1.0) == next(step for step in waits if not step.after)
-    assert _first_ready(waiting, -1.0) is None
-    tuning = waiting[0].after
+    assert first_ready(waits, -1.0) == next(step for step in waits if step not in waiting)
+    assert first_ready(waiting, -1.0, 2) is None
+    (tuning,) = {source for step in waiting for source in step.inputs if source.kind.name == "tune_cell"}
     write(tuning.path, "{}")
-    assert _first_ready(waiting, -1.0) is None, "a file that is no tuning of this cell"
-    tuning.make(tmp_path / "log")
-    assert _first_ready(waiting, -1.0) == waiting[0]
+    assert first_ready(waiting, -1.0, 2) is None, "a file that is no tuning of this cell"
+    runner.make_quick(tuning, instant)
+    with open(tmp_path / "log", "w") as log:
+        make_step(tuning, partial(instant, log=log))
+    assert first_ready(waiting, -1.0, 2) == waiting[0]
 
 
 def test_what_cannot_be_tuned_keeps_neither_the_rest_nor_the_share(suite, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lorafusion.lab.sweep.tune_cell", raise_an_error)
-    monkeypatch.setattr("lorafusion.lab.sweep._first_ready", partial(first_ready_at_once, _first_ready))
-    assert sweep(suite, tmp_path / "results", Share(), instant, float("inf")) == 1 + 2
+    monkeypatch.setattr(tuning, "tune_cell", raise_an_error)
+    monkeypatch.setattr(runner, "first_ready", partial(first_ready_at_once, first_ready))
+    assert run(suite, tmp_path / "results", Share(), instant, float("inf")) == 1 + 2
     assert "error: no tuning today" in capsys.readouterr().out
     assert len(list((tmp_path / "results").rglob("repeat*.json"))) == 2 * 4
 
 
-def first_ready_at_once(real, steps, end):
-    found = real(steps, -1.0)
+def first_ready_at_once(real, steps, end, shares):
+    found = real(steps, -1.0, shares)
     assert found, "waits for what will not come"
     return found
 
@@ -319,9 +268,8 @@ def raise_an_error(*_, **__):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_shares_are_whole_workloads_and_together_everything(suite, tmp_path, count):
-    shares = [Sweep(suite, tmp_path, Share(index, count), None) for index in range(count)]
-    steps = [[step.path for step in share.steps()] for share in shares]
-    every = [step.path for step in Sweep(suite, tmp_path, Share(), None).steps()]
+    steps = [[step.path for step in steps_of(suite, tmp_path, Share(index, count))] for index in range(count)]
+    every = [step.path for step in steps_of(suite, tmp_path)]
     assert sorted(sum(steps, [])) == sorted(every)
     for one in steps:
         runs = [path for path in one if path.name.startswith("repeat")]

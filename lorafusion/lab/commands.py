@@ -1,0 +1,76 @@
+"""What the commands of `lorafusion lab` do: each chooses some of a suite's steps and has them made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lorafusion.core.schema import UserError, one_of
+from lorafusion.lab.checks.catalog import run_check
+from lorafusion.lab.checks.verdicts import Outcome, origin_of
+from lorafusion.lab.dag import Step, make_step, state
+from lorafusion.lab.gather import gather
+from lorafusion.lab.runner import Share, dealt, measured, run_steps
+from lorafusion.lab.steps import SuiteSteps, dag_of, step_at
+from lorafusion.lab.suite import Arrangement, suite_path
+from lorafusion.launch.launch import launch
+
+
+def run_step(suite: str, path: Path) -> str:
+    """Make the step that writes a file; returns a line about it."""
+    return f"{path}: {make_step(step_at(suite, path), launch)}"
+
+
+def run_here(suite: str, share: str, seconds: float, only: Sequence[str], folder: Path | None) -> tuple[Path, int]:
+    """Make a share of what needs the machine, or of the steps that fit a pattern and what those need; returns the
+    suite's folder and how many steps are left."""
+    from lorafusion.lab.forked import launch
+
+    dag, part = dag_of(suite, folder), Share.read(share)
+    chosen = dag.select(only) if only else []
+    wanted = {*chosen, *measured(chosen if only else dag.of_target("all"))}
+    mine = dealt([step for step in dag.steps if step in wanted], part)
+    return dag.folder, run_steps(mine, launch, seconds, part.count)
+
+
+def make_steps(suite: str, folder: Path | None, choose: Callable[[Step], bool], what: str) -> tuple[Path, int]:
+    """Make the steps that `choose` takes, once what they need is measured; returns as `run_here`."""
+    dag = dag_of(suite, folder)
+    steps = [step for step in dag.steps if choose(step)]
+    if not steps:
+        raise UserError(f"{suite}: {what}: the suite has none of that name")
+    return dag.folder, run_steps(steps, launch)
+
+
+def gather_incomplete(suite: str, folder: Path | None, table: str) -> None:
+    """Write a table, or all, of those results that are there and up to date."""
+    for name, step in SuiteSteps(suite, folder).tables.items():
+        results = [run.path for run in step.inputs if not state(run)]
+        if table in ("", name) and results:
+            print(gather(step.path.parent, results, suite_path(suite) if name == "end_to_end" else None, True))
+
+
+def gather_files(suite: str, files: Sequence[Path], out: Path, incomplete: bool) -> str:
+    """Write the table of result files to a folder. suite: refuses those of other cells or settings; may be empty."""
+    return gather(out, files, suite_path(suite) if suite else None, incomplete)
+
+
+def chosen_check(suite: str, name: str, systems: Sequence[str], arrangements: Sequence[str]) -> Outcome:
+    """A check of some systems or arrangements on this CPU, whatever suites say; without them, one of a suite."""
+    if not (systems or arrangements):
+        return run_check(name, suite_path(suite))
+    from lorafusion.lab.checks.gradients import gradient_setups_of, gradients
+    from lorafusion.lab.checks.lossless import lossless
+    from lorafusion.lab.checks.systems import systems as check_systems
+
+    one_of("check", name, {"lossless", "systems", "gradients"}, "--system, --arrangement")
+    chosen, losses = [Arrangement.read(text) for text in arrangements or ["1x1"]], []
+    if (name == "lossless") == bool(systems):
+        raise UserError(f"--system: expected {'none with lossless' if systems else f'the systems to check {name} of'}")
+    if name == "lossless":
+        verdict, losses = lossless(chosen)
+    elif name == "systems":
+        verdict = check_systems(list(systems), Arrangement.read((arrangements or ["2x1"])[0]))
+    else:
+        verdict = gradients(list(systems), chosen, gradient_setups_of(None))
+    return Outcome(verdict, origin_of(None, "cpu", "float64"), losses)

@@ -1,0 +1,3 @@
+from tests.lab.toy_suite import checked, origin, suite
+
+__all__ = ["checked", "origin", "suite"]

@@ -1,0 +1,91 @@
+# Which suite, and what its steps are in Snakemake's words.
+def dag_of_config():
+    unknown = sorted(set(config) - {"suite", "suite_name"})
+    if unknown:  # a misspelt --config key would otherwise be ignored
+        raise UserError(f"--config: unknown key {unknown[0]!r}; known: suite")
+    dag = dag_of(config.get("suite") or os.environ.get("LORAFUSION_SUITE"))
+    config["suite_name"] = dag.name  # for the captions of the report
+    return dag
+
+
+try:
+    SUITE = dag_of_config()
+except UserError as error:
+    raise WorkflowError(f"error: {error}") from None
+
+
+def names_of(kind):
+    """A pattern of the names of a kind's steps."""
+    return "|".join(map(re.escape, SUITE.kinds[kind]))
+
+
+def of_step(kind, get):
+    """A function of a rule's wildcards, by a function of the step that they stand for."""
+    steps = SUITE.kinds[kind]
+    return lambda wildcards: get(steps[wildcards.get("name", "")])
+
+
+def inputs_of(kind):
+    """The inputs. A step that another driver made from other settings, of which Snakemake has no record, is forced."""
+
+    def inputs(step):
+        if step.is_stale:
+            workflow.dag.forcefiles.add(str(step.path))
+        return [str(source.path) for source in step.inputs]
+
+    return of_step(kind, inputs)
+
+
+def outputs_of(kind):
+    """The outputs by name, those that the report shows marked."""
+    named = {"main": kind.outputs[0]} | {f"also_{i}": path for i, path in enumerate(kind.outputs[1:])}
+    marked = {"key": f"{SUITE.folder}/{kind.key}"}
+    for name, pattern in named.items():
+        path = f"{SUITE.folder}/{pattern}"
+        if pattern in kind.labels:
+            caption = f"{workflow.basedir}/workflow/report/{kind.caption}"
+            labels = {"content": kind.labels[pattern]}
+            path = report(path, caption=caption, category=kind.category, labels=labels)
+        marked[name] = directory(path) if kind.directory else path
+    return marked
+
+
+def resources_of(kind):
+    """What Slurm is asked for. `device` is one on each machine (profiles), so that nothing disturbs a run's clock."""
+    asked = {
+        "runtime": lambda step: step.resources.minutes,
+        "mem_mb": lambda step: step.resources.memory_mb,
+        "cpus_per_task": lambda step: step.resources.cpus,
+        "tasks_per_gpu": lambda step: 0,
+        "gres": lambda step: (
+            f"gpu:{step.resources.gpus}" if step.resources.gpus else ""
+        ),
+        "nodes": lambda step: step.resources.nodes,
+        "tasks": lambda step: step.resources.nodes,
+        # What starts a run: nothing on one node, one launcher a node on more.
+        "mpi": lambda step: "srun" if step.resources.nodes > 1 else "",
+        "device": lambda step: int(step.resources.exclusive),
+    }
+    names = ["mpi"] if kind.quick else asked
+    return {name: of_step(kind, asked[name]) for name in names}
+
+
+onstart:
+    # Jobs that Slurm places need no GPU here, and nor does a dry run.
+    cuda = any(step.resources.gpus for step in SUITE.of_target("all"))
+    if cuda and "slurm" not in sys.argv and not has_gpu():
+        raise WorkflowError(
+            f"error: {SUITE.suite}: a suite for GPUs, but nvidia-smi finds none; try suite=smoke or Slurm"
+        )
+
+
+# The report needs the finished run, so it is no rule. Where nothing was to be done, it is there already. A target such
+# as `kernels` can succeed before the rest of the suite was run: then there is no report yet.
+onsuccess:
+    if all(path.exists() for step in SUITE.targets["all"] for path in step.outputs):
+        shell(
+            shlex.join(
+                report_command(SUITE.suite, SUITE.folder, workflow.main_snakefile)
+            )
+        )
+        print(f"report: {SUITE.folder}/report.html")

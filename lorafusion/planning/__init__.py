@@ -6,6 +6,8 @@ raises `UserError` for an input that no plan can serve; `bounds` says how few mi
 
 from __future__ import annotations
 
+from inspect import signature
+
 from pydantic import BaseModel
 
 from lorafusion.core.config import read_system, require_possible
@@ -26,15 +28,25 @@ STRATEGIES = {
 
 
 def plan_system(
-    workload: Workload, system: str, *, stages: int, capacity: int, data_parallel: int = 1, **options: object
+    workload: Workload,
+    system: str,
+    *,
+    stages: int,
+    capacity: int,
+    data_parallel: int = 1,
+    costs: CostModel | None = None,
+    **options: object,
 ) -> Plan:
     """A checked plan by the planner of a system of configs/systems.yaml, with its entry's options and those given.
+    costs: of the stages, for a planner that takes them.
 
     Raises `UserError` for an unknown system, and as its planner does."""
     entry = read_system(system)
     require_possible(system, entry, stages, data_parallel)
     planner = load(entry.planner, "planner")
     chosen = entry.options | options
+    if costs is not None and "costs" in signature(planner).parameters:
+        chosen["costs"] = costs
     plan = planner(workload, system, stages, capacity, data_parallel, **chosen)
     return plan.model_copy(update={"key": plan_key(plan, entry.planner, chosen)})
 

@@ -25,7 +25,7 @@ from lorafusion.engine.memory_probe import Measured, capacity_of
 from lorafusion.launch.launch import Outcome, launch
 from lorafusion.launch.lock import Lock, locked
 from lorafusion.launch.spec import PROBE_MEMORY, RunSpec, Saving
-from lorafusion.planning import fast
+from lorafusion.planning import plan_system
 from lorafusion.planning.simulator import model_costs
 from lorafusion.train.config import TrainConfig, read_train_config
 from lorafusion.train.export import Exporter
@@ -178,7 +178,9 @@ class Training:
         stages = self.config.stages
         capacity, share = self._capacity(remaining, self.config.capacity)
         costs = model_costs(self.model, stages, checkpointing=share > 0)
-        plan = fast.plan(remaining, SYSTEM, stages, capacity, self.config.data_parallel, costs)
+        plan = plan_system(
+            remaining, SYSTEM, stages=stages, capacity=capacity, data_parallel=self.config.data_parallel, costs=costs
+        )
         told = f"{len(remaining.jobs)} jobs, {remaining.tokens} tokens in {plan.statistics.microbatches} microbatches"
         LOGGER.info(f"{told} of at most {capacity} tokens, fill {plan.statistics.fill:.2f}")
         return self.output.new_run(remaining, plan)

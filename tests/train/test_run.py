@@ -12,12 +12,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from lorafusion.core.config import read_system
+from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Workload
+from lorafusion.launch.launch import Outcome
 from lorafusion.launch.lock import locked
+from lorafusion.planning import plan_workload
 from lorafusion.train import run as training
 from lorafusion.train.run import DONE, FAILED, STOPPED, train
 from tests import forked
 from tests.tiny_tokenizer import save_tokenizer
+from tests.train import playback
 
 JOBS = {
     "alice": {"rank": 4, "seed": 1},
@@ -237,3 +243,16 @@ def test_peft_computes_the_same_loss_with_the_adapter(tmp_path):
     with torch.no_grad(), loaded.disable_adapter():
         without = loaded(input_ids=torch.tensor([prompt + answer]), labels=labels).loss.item()
     assert abs(without - expected) > 0.1
+
+
+@pytest.mark.parametrize("planner", ["fast", "sequential"])
+def test_the_planner_is_the_one_that_the_systems_file_names(tmp_path, monkeypatch, planner):
+    entry = read_system("lorafusion").model_copy(update={"planner": f"lorafusion.planning.{planner}:plan"})
+    monkeypatch.setattr("lorafusion.planning.read_system", lambda name: entry)
+    monkeypatch.setattr(training, "launch", lambda *_, **__: Outcome("crash", "nothing is run here"))
+    train(playback.jobs_file(tmp_path))
+    run = tmp_path / "out" / "runs" / "000"
+    workload = Workload.read(run / "workload.json")
+    planned = {name: plan_workload(workload, name, stages=1, capacity=64) for name in ("fast", "sequential")}
+    assert planned["fast"].microbatches != planned["sequential"].microbatches
+    assert Plan.read(run / "plan.json").microbatches == planned[planner].microbatches

@@ -23,7 +23,7 @@ from lorafusion.lab.experiments.end_to_end import run_cell
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table.table import read
 from lorafusion.launch.heartbeat import Position
-from lorafusion.launch.launch import Outcome
+from lorafusion.launch.outcome import Outcome
 from lorafusion.planning import plan_system
 from tests.known_meter import KnownMeter
 

@@ -18,7 +18,7 @@ from lorafusion.lab.runner import Share, dealt, measured
 from lorafusion.lab.steps import dag_of
 from lorafusion.lab.table.result import result_of
 from lorafusion.lab.tuning import Tried, Tuned
-from lorafusion.launch.launch import Outcome
+from lorafusion.launch.outcome import Outcome
 from lorafusion.planning import plan_system
 from tests.renamed import NEUTRAL, exchanged, named
 

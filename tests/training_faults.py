@@ -15,7 +15,7 @@ from lorafusion.data.packing import PackedBatch, SampleBorders
 from lorafusion.engine.process import Process
 from lorafusion.engine.task import train
 from lorafusion.launch.heartbeat import Position
-from lorafusion.launch.launch import Outcome
+from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.spec import RunSpec
 from lorafusion.model import attention
 

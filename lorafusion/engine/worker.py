@@ -27,8 +27,9 @@ from lorafusion.core.schema import UserError, validated
 from lorafusion.engine.build import import_system
 from lorafusion.engine.process import Process
 from lorafusion.launch.heartbeat import ENDED, Position
-from lorafusion.launch.launch import FaultyRunError, end_with_parent
+from lorafusion.launch.launch import end_with_parent
 from lorafusion.launch.lock import join
+from lorafusion.launch.outcome import FaultyRunError
 from lorafusion.launch.spec import RunSpec
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)

@@ -29,7 +29,8 @@ from lorafusion.lab.experiments.experiment import require_device
 from lorafusion.lab.keys import CellFiles
 from lorafusion.lab.suite import Cell, Suite
 from lorafusion.lab.tuned import PROFILE_TRIAL, TRY_CAPACITIES, Trial, TrialOptions, Tried, Tuned
-from lorafusion.launch.launch import Outcome, launch
+from lorafusion.launch.launch import launch
+from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
 

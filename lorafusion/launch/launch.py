@@ -16,14 +16,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO
 
-from lorafusion.core.schema import UserError
 from lorafusion.core.source_tree import IS_CHECKOUT, ROOT
 from lorafusion.launch.heartbeat import Watch
+from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.spec import STOP_FILE, RunSpec
 
 LOGGER = logging.getLogger(__name__)
@@ -34,23 +33,6 @@ RENDEZVOUS_PORT = 29400
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # In what gloo, NCCL and the store say when a process at the other end is gone.
 BROKEN_CONNECTION = re.compile("Connection|Broken pipe|Socket closed")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: a status of the measurement table, why, and the report of rank 0 where there is one."""
-
-    status: str
-    note: str = ""
-    report: dict = field(default_factory=dict)
-
-
-class FaultyRunError(UserError):
-    """A run that ended by itself and has no numbers all the same: its status in the measurement table, and why."""
-
-    def __init__(self, status: str, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 class Processes:

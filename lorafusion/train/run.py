@@ -22,8 +22,9 @@ from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Job, Workload, content_hash
 from lorafusion.engine.checkpoint import Found, identity, newest
 from lorafusion.engine.memory_probe import Measured, capacity_of
-from lorafusion.launch.launch import Outcome, launch
+from lorafusion.launch.launch import launch
 from lorafusion.launch.lock import Lock, locked
+from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.spec import PROBE_MEMORY, RunSpec, Saving
 from lorafusion.planning import plan_system
 from lorafusion.planning.simulator import model_costs

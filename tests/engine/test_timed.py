@@ -24,7 +24,7 @@ from lorafusion.lab import trials
 from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.lab.table.result import result_of
 from lorafusion.launch.heartbeat import Position
-from lorafusion.launch.launch import FaultyRunError, Outcome
+from lorafusion.launch.outcome import FaultyRunError, Outcome
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
 from tests.known_meter import KnownMeter

@@ -18,7 +18,7 @@ from lorafusion.engine.process import Process
 from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.lab.table.result import result_of
 from lorafusion.launch.heartbeat import Position
-from lorafusion.launch.launch import Outcome
+from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from baselines.mlora import planner as mlora
 from lorafusion.core.plan import Statistics, make_plan
 from lorafusion.lab.table.result import EXPECTED, metrics, require_steps, result_of, steady_throughput
-from lorafusion.launch.launch import FaultyRunError, Outcome
+from lorafusion.launch.outcome import FaultyRunError, Outcome
 from lorafusion.planning import sequential
 from tests.conftest import job as make_a_job
 from tests.conftest import workload as make_a_workload

@@ -18,7 +18,7 @@ from lorafusion.data.lengths import make_workload
 from lorafusion.lab.suite import cells, read_suite
 from lorafusion.lab.trials import SLOWER
 from lorafusion.lab.tuning import TrialOptions, Tried, Tuned, beginning, candidates, profile_cell, sizes, tune_cell
-from lorafusion.launch.launch import Outcome
+from lorafusion.launch.outcome import Outcome
 from lorafusion.planning import plan_system
 
 

@@ -19,7 +19,7 @@ from lorafusion.lab.runner import Share, dealt, measured, run_steps
 from lorafusion.lab.steps import dag_of
 from lorafusion.lab.suite import read_suite
 from lorafusion.lab.tuned import TRY_CAPACITIES, TrialOptions
-from lorafusion.launch.launch import Outcome
+from lorafusion.launch.outcome import Outcome
 
 CHECKS = needed_by("runs")
 ALL = Share()

@@ -26,7 +26,8 @@ from lorafusion.engine.build import executor_of
 from lorafusion.engine.process import Process
 from lorafusion.lab.table.result import result_of
 from lorafusion.launch.heartbeat import WAITING, Watch
-from lorafusion.launch.launch import Outcome, end_with_parent, launch, outcome, worker_command, worker_environment
+from lorafusion.launch.launch import end_with_parent, launch, outcome, worker_command, worker_environment
+from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.spec import RunSpec
 from lorafusion.model.stage import build_stage
 from lorafusion.planning import first_fit

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import yaml
 
 from lorafusion.core.manifest import facts_of, write_sealed
-from lorafusion.launch.launch import Outcome
+from lorafusion.launch.outcome import Outcome
 from lorafusion.train import export as exporting
 from lorafusion.train import run as training
 

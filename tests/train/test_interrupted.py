@@ -17,7 +17,7 @@ from lorafusion.core.manifest import verified
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
 from lorafusion.engine.checkpoint import adapter_state, opened
-from lorafusion.launch.launch import Outcome
+from lorafusion.launch.outcome import Outcome
 from lorafusion.train import export as exporting
 from lorafusion.train import run as training
 from lorafusion.train.folder import read_progress, write_progress

@@ -16,8 +16,8 @@ from lorafusion.core.config import read_system
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
-from lorafusion.launch.launch import Outcome
 from lorafusion.launch.lock import locked
+from lorafusion.launch.outcome import Outcome
 from lorafusion.planning import plan_workload
 from lorafusion.train import run as training
 from lorafusion.train.run import DONE, FAILED, STOPPED, train

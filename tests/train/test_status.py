@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lorafusion.core.schema import UserError
-from lorafusion.launch.launch import Outcome
 from lorafusion.launch.lock import Process, locked
+from lorafusion.launch.outcome import Outcome
 from lorafusion.train import run as training
 from lorafusion.train.run import DONE, FAILED, STOPPED, train
 from lorafusion.train.status import output_named_in

@@ -28,7 +28,7 @@ from lorafusion.lab.experiments.end_to_end import unavailable
 from lorafusion.lab.forked import FORKSERVER
 from lorafusion.lab.suite import cells, read_suite
 from lorafusion.lab.tuning import TrialOptions, tune_cell
-from lorafusion.launch.launch import Outcome
+from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
 

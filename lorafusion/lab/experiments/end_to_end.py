@@ -27,7 +27,8 @@ from lorafusion.lab.experiments.experiment import (
 from lorafusion.lab.keys import CellFiles, suite_files
 from lorafusion.lab.suite import Cell, Suite, step_command, suite_path
 from lorafusion.lab.table.result import result_of, write_result
-from lorafusion.launch.launch import Outcome, launch
+from lorafusion.launch.launch import launch
+from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.spec import RunSpec
 
 TRAIN_WITH_COST = "lorafusion.lab.cost:train_with_cost"

@@ -36,7 +36,7 @@ from lorafusion.lab.experiments.steps_suite import StepsBench, StepsSuite, workl
 from lorafusion.lab.experiments.timing import median_ratio
 from lorafusion.lab.table.result import require_clocks, require_steps, row
 from lorafusion.launch.heartbeat import Position
-from lorafusion.launch.launch import FaultyRunError
+from lorafusion.launch.outcome import FaultyRunError
 from lorafusion.model import lora
 from lorafusion.model.liger import is_installed, use_liger
 from lorafusion.model.stage import Stage, build_stage, named_generator

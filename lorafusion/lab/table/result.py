@@ -20,7 +20,7 @@ from lorafusion.core.plan import Plan, statistics_of
 from lorafusion.core.seals import sealed
 from lorafusion.core.workload import Workload
 from lorafusion.lab.table.vocabulary import METRICS, STATUSES, WINDOWS
-from lorafusion.launch.launch import FaultyRunError, Outcome
+from lorafusion.launch.outcome import FaultyRunError, Outcome
 
 VERSION = 1
 EXPECTED = (

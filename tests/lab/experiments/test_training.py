@@ -28,7 +28,7 @@ from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table
 from lorafusion.lab.table.table import MeasurementError
 from lorafusion.launch.heartbeat import Position
-from lorafusion.launch.launch import FaultyRunError
+from lorafusion.launch.outcome import FaultyRunError
 
 BENCH = {"model": "tiny", "tokens": 64, "sample_tokens": 16, "microbatches": 2,
          "implementations": ["frozen", "peft-bf16", "fused-multi"], "adapters": [2]}  # fmt: skip

@@ -1,0 +1,24 @@
+"""How a run ended. Apart from the launcher, so that who reads results need not load it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lorafusion.core.schema import UserError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: a status of the measurement table, why, and the report of rank 0 where there is one."""
+
+    status: str
+    note: str = ""
+    report: dict = field(default_factory=dict)
+
+
+class FaultyRunError(UserError):
+    """A run that ended by itself and has no numbers all the same: its status in the measurement table, and why."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status

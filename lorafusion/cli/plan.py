@@ -51,7 +51,7 @@ def make(
         int | None,
         typer.Option(min=1, max=MOST_TOKENS, help="tokens of a microbatch; by default the jobs file's, or 8192"),
     ] = None,
-    tuned: Annotated[Path | None, typer.Option(help="take the capacity that `lorafusion tune` wrote there")] = None,
+    tuned: Annotated[Path | None, typer.Option(help="take the capacity of this file of a suite's tuned/")] = None,
     data_parallel: Annotated[
         int | None,
         typer.Option(min=1, max=MOST_PROCESSES, help="replicas of the pipeline; by default the jobs file's, or 1"),

@@ -1,7 +1,7 @@
 """Which state of this project a number comes from: its commit, and a hash of its source files.
 
 The hash is the same with and without a repository, so that what was measured in a copy without history can be tied to a
-commit: `lorafusion tree-hash COMMIT` prints that of a commit.
+commit: `lorafusion lab tree-hash COMMIT` prints that of a commit.
 """
 
 from __future__ import annotations

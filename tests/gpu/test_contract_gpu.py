@@ -26,7 +26,7 @@ def record() -> dict[str, dict]:
     """What was recorded on a GPU of this kind with this torch."""
     path = RECORDS.get(torch.cuda.get_device_name())
     if path is None or not path.exists():
-        pytest.skip(f"nothing is recorded for {torch.cuda.get_device_name()}: lorafusion check contract FILE --write")
+        pytest.skip(f"nothing is recorded for {torch.cuda.get_device_name()}: lorafusion lab contract FILE --write")
     recorded = json.loads(path.read_text())
     made_with = {one["torch"] for one in recorded.values()}
     if made_with != {torch.__version__}:
@@ -37,7 +37,7 @@ def record() -> dict[str, dict]:
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_system_costs_what_is_recorded(record, name):
     changed = contract.difference({name: record[name]}, contract.contracts([name], "cuda"))
-    assert not changed, f"what {name} costs has changed; see `lorafusion check contract --device cuda`\n{changed}"
+    assert not changed, f"what {name} costs has changed; see `lorafusion lab contract --device cuda`\n{changed}"
 
 
 def test_no_host_waits_for_its_device_and_ligers_kernels_are_whose_they_should_be(record):

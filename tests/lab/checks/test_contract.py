@@ -19,7 +19,7 @@ from lorafusion.lab.experiments.end_to_end import unavailable
 from tests.renamed import exchanged
 
 RECORD = Path(__file__).parents[2] / "contracts" / "cpu.json"
-AGAIN = f"if that is meant: lorafusion check contract tests/contracts/{RECORD.name} --write"
+AGAIN = f"if that is meant: lorafusion lab contract tests/contracts/{RECORD.name} --write"
 SYSTEMS = [name for name, system in read_systems().items() if not unavailable(system)]
 OTHERS = dict(zip(SYSTEMS, [*SYSTEMS[1:], SYSTEMS[0]], strict=True))
 
@@ -101,6 +101,6 @@ def test_the_command_compares_and_records(tmp_path, monkeypatch):
     assert changed.exit_code == 1
     assert "lorafusion:" in changed.output
     assert "unsloth" not in changed.output
-    assert f"lorafusion check contract {record} --write" in changed.output.replace("\n", " ")
+    assert f"lorafusion lab contract {record} --write" in changed.output.replace("\n", " ")
     assert run(app, [*arguments, "--write"]).exit_code == 0
     assert json.loads(record.read_text()) == {name: OTHER for name in SYSTEMS} | unavailable_one

@@ -36,5 +36,5 @@ def test_curves_that_were_cut_or_edited_are_not_drawn(curves, tmp_path):
 def test_another_table_is_not_taken_for_curves(tmp_path):
     (tmp_path / "other.csv").write_text("job,value\na,1\n")
     seal(tmp_path / "other.csv")
-    with pytest.raises(UserError, match=r"other\.csv: no column trainer; expected what `lorafusion check lossless"):
+    with pytest.raises(UserError, match=r"other\.csv: no column trainer; expected what the check lossless writes"):
         FIGURES["lossless"].draw([tmp_path / "other.csv"], tmp_path / "figure")

@@ -23,6 +23,8 @@ from lorafusion.lab.gather import TABLE_SUFFIXES, gather
 from lorafusion.lab.measured_steps import MeasuredSteps
 from lorafusion.lab.report.registry import FIGURES, FORMATS, Figure, draw
 
+BUILD, TUNE = "fused_lora.tools.build", "fused_lora.tools.tune"  # modules that are run
+
 
 def dag_of(suite: str | Path | None = None, folder: Path | None = None) -> Dag:
     """All steps of a suite, by its name or the path of its file; without one, of the suite that fits this machine.
@@ -181,9 +183,9 @@ class SuiteSteps(MeasuredSteps):
         tune = Kind("tune_kernels", ("kernels/tuned.json",), fresh=True)
         # Compilers hold the machine too: they would disturb a measurement's clock.
         return {
-            "build_kernels": self._step(build, "", partial(_run_tool, "fused_lora.build"), lambda: None,
+            "build_kernels": self._step(build, "", partial(_run_tool, BUILD), lambda: None,
                                         resources=Resources(15, 8000, cpus=4)),
-            "tune_kernels": self._step(tune, "", partial(_run_tool, "fused_lora.tune"), lambda: None,
+            "tune_kernels": self._step(tune, "", partial(_run_tool, TUNE), lambda: None,
                                        resources=Resources(120, 32_000, cpus=8, gpus=1)),
         }  # fmt: skip
 

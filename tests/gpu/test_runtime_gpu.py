@@ -18,7 +18,7 @@ from lorafusion.engine.checkpoint import identity, newest
 from lorafusion.engine.memory_probe import Measured, capacity_of
 from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.launch.launch import launch
-from lorafusion.launch.spec import RunSpec, Saving
+from lorafusion.launch.spec import PROBE_MEMORY, RunSpec, Saving
 from lorafusion.model.loss import CHUNK_ROWS, weighted_losses
 from lorafusion.model.stage import build_stage
 from lorafusion.planning import fast
@@ -117,12 +117,14 @@ def test_a_run_is_saved_and_gone_on_from(spec):
 
 
 def test_what_microbatches_take_is_measured(spec, tmp_path):
-    outcome = launch(spec.model_copy(update={"plan": None, "saving": None, "model": "llama-3.1-8b"}), 1, 240)
+    outcome = launch(
+        spec.model_copy(update={"plan": None, "saving": None, "model": "llama-3.1-8b", "task": PROBE_MEMORY}), 1, 240
+    )
     assert outcome.status == "ok", outcome.note
     [stage] = outcome.report["stages"]
     stage = Measured.from_json(stage)
     assert 15 * 2**30 < stage.whole.base < 20 * 2**30
-    # A token keeps 2.9 MB of the 32 layers, and 0.3 MB where they are computed again (scheduler/propose.py).
+    # A token keeps 2.9 MB of the 32 layers, and 0.3 MB where they are computed again (planning/propose.py).
     assert 2.0e6 < stage.whole.kept[1] < 4.0e6
     assert 0.2e6 < stage.recomputed.kept[1] < 0.6e6
     capacity, share = capacity_of([stage], 4096, None)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from lorafusion.core.config import CONFIGS
 from lorafusion.lab.dag import make_step
 from lorafusion.lab.keys import OutOfDateError
 from lorafusion.lab.runner import Share
-from lorafusion.lab.steps import dag_of
+from lorafusion.lab.steps import BUILD, TUNE, dag_of
 from tests.lab.toy_suite import files, instant, run
 
 pytestmark = pytest.mark.usefixtures("checked")
@@ -97,3 +98,9 @@ def test_a_step_refuses_inputs_of_other_settings(suite, origin, tmp_path):
     step = next(step for step in dag_of(suite, folder).steps if step.kind.name == "run")
     with pytest.raises(OutOfDateError, match=r"workloads/.*json: key: found [0-9a-f]+, expected [0-9a-f]+; it"):
         make_step(step, partial(pytest.fail, "a run was started"))
+
+
+@pytest.mark.parametrize("module", [BUILD, TUNE])
+def test_the_tools_that_steps_run_are_there(module):
+    """A step runs its tool in a process of its own, so that no import says that the module was moved."""
+    assert find_spec(module)

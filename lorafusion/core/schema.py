@@ -52,17 +52,17 @@ def describe(error: ValidationError) -> str:
     mistakes = error.errors(include_url=False)
     first = mistakes[0]
     key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-    found = first["input"]
-    shown = "" if isinstance(found, dict | list | tuple | BaseModel) else f" (found {shortened(repr(found), FOUND)})"
+    value = first["input"]
+    shown = "" if isinstance(value, dict | list | tuple | BaseModel) else f" (found {shortened(repr(value), FOUND)})"
     message = first["msg"].removeprefix("Value error, ")
     more = f"; and {len(mistakes) - 1} more" if len(mistakes) > 1 else ""
     return f"{key}: {message[0].lower()}{message[1:]}{shown}{more}"
 
 
-def one_of(kind: str, name: str, known: list[str] | set[str], source: str | Path) -> None:
-    """Raise unless `name` is among `known`."""
-    if name not in known:
-        raise UserError(f"{source}: unknown {kind} {name!r}; known: {', '.join(sorted(known))}")
+def one_of(kind: str, name: str, names: list[str] | set[str], source: str | Path) -> None:
+    """Raise unless `name` is among `names`."""
+    if name not in names:
+        raise UserError(f"{source}: unknown {kind} {name!r}; known: {', '.join(sorted(names))}")
 
 
 # In JSON a number is a number: neither true nor "1".
@@ -103,8 +103,8 @@ class Config(Data):
     def _numbers_are_meant_as_numbers(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
-        known = {name: field.annotation for name, field in cls.model_fields.items()}
-        return {key: meant(value, known[key]) if key in known else value for key, value in data.items()}
+        annotations = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {key: meant(value, annotations[key]) if key in annotations else value for key, value in data.items()}
 
 
 def meant(value: Any, annotation: Any) -> Any:
@@ -118,7 +118,7 @@ def meant(value: Any, annotation: Any) -> Any:
         return [meant(*pair) for pair in zip(value, each, strict=True)] if len(each) == len(value) else value
     if isinstance(value, dict):
         inner = next((get_args(kind) for kind in kinds if get_origin(kind) is dict), ())
-        return {key: meant(one, inner[1]) for key, one in value.items()} if inner else value
+        return {key: meant(item, inner[1]) for key, item in value.items()} if inner else value
     if not {int, float} & kinds or str in kinds:
         return value
     if isinstance(value, bool) and bool not in kinds:

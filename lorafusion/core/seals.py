@@ -36,28 +36,30 @@ def seal_path(path: Path) -> Path:
 
 def seal(path: Path, remark: str = "") -> Seal:
     """Seal a file that was just written whole: a CSV, or another table, whose rows are then not counted."""
-    made = Seal(_rows(path), _digest(path), remark)
-    comment = f"# {made.rows} rows" + (f"; {remark}" if remark else "")
-    write(seal_path(path), f"{comment}\n{made.digest}  {path.name}\n")
-    return made
+    sealed = Seal(_rows(path), _digest(path), remark)
+    comment = f"# {sealed.rows} rows" + (f"; {remark}" if remark else "")
+    write(seal_path(path), f"{comment}\n{sealed.digest}  {path.name}\n")
+    return sealed
 
 
 def require_seal(path: Path) -> Seal:
     """The seal of a file; raises `UserError` where there is none, or where the file is not what was sealed."""
-    beside = seal_path(path)
-    if not beside.is_file():
-        raise UserError(f"{path}: expected its seal {beside.name} beside it, as what wrote it makes one; found none")
-    parsed = FORM.fullmatch(beside.read_text(errors="replace"))
+    sidecar = seal_path(path)
+    if not sidecar.is_file():
+        raise UserError(f"{path}: expected its seal {sidecar.name} beside it, as what wrote it makes one; found none")
+    parsed = FORM.fullmatch(sidecar.read_text(errors="replace"))
     if parsed is None or parsed[4] != path.name:
         raise UserError(
-            f"{beside}: expected the number of rows, a SHA-256 and the name {path.name}, found another text"
+            f"{sidecar}: expected the number of rows, a SHA-256 and the name {path.name}, found another text"
         )
     sealed = Seal(int(parsed[1]), parsed[3], parsed[2] or "")
     if sealed.digest != _digest(path):
         rows = _rows(path)
         what = f"{rows} rows" if rows != sealed.rows else "other content"
-        raise UserError(f"{path}: cut or edited since it was written: expected {sealed.rows} rows as in {beside.name}, "
-                        f"found {what}; write it again")  # fmt: skip
+        raise UserError(
+            f"{path}: cut or edited since it was written: expected {sealed.rows} rows as in {sidecar.name}, "
+            f"found {what}; write it again"
+        )
     return sealed
 
 
@@ -69,9 +71,9 @@ def sealed(data: dict) -> dict:
 
 def require_own_seal(data: dict, source: str | Path) -> None:
     """Raise `UserError` unless the content of a JSON file is what it was sealed with."""
-    found, expected = data.get("seal"), sealed(data)["seal"]
-    if found != expected:
-        raise UserError(f"{source}: seal: found {found}, expected {expected}; it was changed since, make it again")
+    stored, expected = data.get("seal"), sealed(data)["seal"]
+    if stored != expected:
+        raise UserError(f"{source}: seal: found {stored}, expected {expected}; it was changed since, make it again")
 
 
 def _digest(path: Path) -> str:

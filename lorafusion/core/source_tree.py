@@ -24,12 +24,12 @@ MADE = {"__pycache__", "build", "dist"}
 
 def state(root: Path = ROOT) -> dict[str, str | bool | None]:
     """`git_sha` and `git_dirty`, None where the project is not a repository of its own, and `tree_hash`."""
-    own = tree_hash(root)
+    digest = tree_hash(root)
     if not is_repository(root):
-        return {"git_sha": None, "git_dirty": None, "tree_hash": own}
+        return {"git_sha": None, "git_dirty": None, "tree_hash": digest}
     commit = _git(root, "rev-parse", "--verify", "HEAD")
     changed = commit is None or bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
-    return {"git_sha": commit, "git_dirty": changed or commit_tree_hash("HEAD", root) != own, "tree_hash": own}
+    return {"git_sha": commit, "git_dirty": changed or commit_tree_hash("HEAD", root) != digest, "tree_hash": digest}
 
 
 def is_repository(root: Path) -> bool:
@@ -66,16 +66,16 @@ def commit_tree_hash(commit: str, root: Path = ROOT) -> str:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    found = []
+    files = []
     for folder, folders, names in os.walk(path):
         folders[:] = [name for name in folders if _is_source(Path(name))]
-        found += [Path(folder) / name for name in names if _is_source(Path(name))]
-    return found
+        files += [Path(folder) / name for name in names if _is_source(Path(name))]
+    return files
 
 
 def _is_source(path: Path) -> bool:
-    made = any(part in MADE or part.startswith(".") or part.endswith(".egg-info") for part in path.parts)
-    return not made and path.suffix != ".pyc"
+    generated = any(part in MADE or part.startswith(".") or part.endswith(".egg-info") for part in path.parts)
+    return not generated and path.suffix != ".pyc"
 
 
 def _hash(blobs: dict[str, str]) -> str:

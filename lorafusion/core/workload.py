@@ -244,7 +244,7 @@ def content_hash(data: object) -> str:
 def read_versioned(path: str | Path, version: int, kind: str) -> dict:
     """The JSON object in a file, once its version is known to be one that this program reads."""
     data = read_json(path, kind)
-    found = data.get("version")
-    if type(found) is not int or found != version:
-        raise UserError(f"{path}: {kind} of version {found!r}, expected version {version}; make it again")
+    written = data.get("version")
+    if type(written) is not int or written != version:
+        raise UserError(f"{path}: {kind} of version {written!r}, expected version {version}; make it again")
     return data

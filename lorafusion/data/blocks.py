@@ -94,9 +94,9 @@ class SyntheticSamples(Config):
     @field_validator("dataset")
     @classmethod
     def _is_known(cls, value: str) -> str:
-        known = {*read_table(), MIXED}
-        if value not in known:
-            raise ValueError(f"unknown dataset; known: {', '.join(sorted(known))}")
+        datasets = {*read_table(), MIXED}
+        if value not in datasets:
+            raise ValueError(f"unknown dataset; known: {', '.join(sorted(datasets))}")
         return value
 
 

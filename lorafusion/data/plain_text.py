@@ -66,16 +66,16 @@ def _file_runs(path: Path, encoder: Encoder, specials: Specials) -> Iterator[lis
                 yield specials.before
             begun, closed = True, ends_with(specials, window.text, tokens)
             # While a window begins with the file, nothing of the one before was told yet.
-            known, first = _joint(held, window, tokens) if window.start and held else (0, 0)
+            kept, first = _joint(held, window, tokens) if window.start and held else (0, 0)
             if first is None:
                 # A word of more characters than are shared: it is cut where the window before ended.
                 window = Window(held[-1].stop, window.text[held[-1].stop - window.start :], window.shared)
                 (tokens,) = encoder.tokenised([window.text])
-                known, first = len(held), 0
+                kept, first = len(held), 0
             last = _first_from(tokens, window.shared - window.start)
-            yield [token.id for token in held[:known] if token.start < window.shared]
+            yield [token.id for token in held[:kept] if token.start < window.shared]
             yield tokens.ids[first:last]
-            late = [token for token in held[:known] if token.start >= window.shared]
+            late = [token for token in held[:kept] if token.start >= window.shared]
             held = late + _placed(tokens, max(first, last), window.start)
     if not begun:
         raise UserError(f"{path}: no text in the file")

@@ -123,10 +123,10 @@ class AdapterTraining:
                 else:
                     parameter.grad.copy_(_as(parameter, gradient))
             if f"{name}/exp_avg" in state:
-                own = self.optimizer.state[updated]
-                own["step"].copy_(state["optimizer_steps"])
+                optimizer_state = self.optimizer.state[updated]
+                optimizer_state["step"].copy_(state["optimizer_steps"])
                 for moment in ("exp_avg", "exp_avg_sq"):
-                    own[moment].copy_(_part(_as(parameter, state[f"{name}/{moment}"])))
+                    optimizer_state[moment].copy_(_part(_as(parameter, state[f"{name}/{moment}"])))
 
 
 def gradients_of(adapter: AdapterTraining) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ BEYOND = AHEAD + 1  # slots; messages of so many may be waited for already when 
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be gone on from, and why."""
+    """A checkpoint that cannot be resumed from, and why."""
 
 
 class IncompleteError(CheckpointError):
@@ -46,7 +46,7 @@ class IncompleteError(CheckpointError):
 
 
 @dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """A whole checkpoint. processes: those that have a part of it. steps: of each adapter, those that are done.
     stopped: of each one that was stopped, the steps that its weights have seen. events: how far each file of them
     was."""
@@ -90,7 +90,7 @@ class Part:
 
 
 def identity(spec: RunSpec, plan_hash: str) -> dict:
-    """What a run must have in common with a checkpoint to go on from it exactly."""
+    """What a run must have in common with a checkpoint to be resumed from it exactly."""
     model = _hash(spec.model) if spec.model.endswith(".yaml") else spec.model
     initial = _hash(Path(spec.initial) / MANIFEST) if spec.initial else None
     keys = {"system", "dtype", "adapter_dtype", "seed"}
@@ -171,7 +171,7 @@ class Checkpoints:
 
     def _clear(self) -> None:
         """Remove checkpoints that are older than the last whole ones."""
-        good = [one for one in _slots(self.folder) if _is_whole(one)]
+        good = [path for path in _slots(self.folder) if _is_whole(path)]
         for old in _slots(self.folder):
             if len(good) >= self.keep and old < good[-self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -190,10 +190,10 @@ class Checkpoints:
                 self.store.set(ASKED, "")
             if not self._hold and self.store.check([ASKED]):
                 self._say(hold)
-            said = [_hold_key(rank) for rank in range(self.processes)]
-            if self._hold and (slot > self._hold or self.store.check(said)):
-                self.store.wait(said)
-                self._last = BEYOND + max(int(self.store.get(key)) for key in said)
+            keys = [_hold_key(rank) for rank in range(self.processes)]
+            if self._hold and (slot > self._hold or self.store.check(keys)):
+                self.store.wait(keys)
+                self._last = BEYOND + max(int(self.store.get(key)) for key in keys)
         if self._last is not None and self._last < slot:
             raise RuntimeError(f"asked to stop after slot {self._last}, but slot {slot} is next")
         return self._last
@@ -211,11 +211,11 @@ class Checkpoints:
         return self._asked() or (self.folder / STOP_FILE).exists()
 
 
-def newest(folder: Path, origin: dict, log: Path | None = None) -> tuple[Found | None, list[str]]:
-    """The newest whole checkpoint that a run can go on from, and for each newer one why it is passed over; log: the
-    folder of the run's events, which must be there as far as the checkpoint says.
+def newest(folder: Path, origin: dict, log: Path | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint that a run can be resumed from, and for each newer one why it is passed over; log:
+    the folder of the run's events, which must be there as far as the checkpoint says.
 
-    Raises `CheckpointError` where there was a whole one, but there is none that it can go on from."""
+    Raises `CheckpointError` where there was a whole one, but there is none that it can be resumed from."""
     passed, refused = [], []
     for path in reversed(_slots(folder)):
         try:
@@ -238,16 +238,16 @@ def last_written(folder: Path) -> Path | None:
     return folder / _slot_name(manifest.read_sealed(folder / NEWEST)["slot"])
 
 
-def opened(path: Path, origin: dict | None = None, log: Path | None = None) -> Found:
+def opened(path: Path, origin: dict | None = None, log: Path | None = None) -> Checkpoint:
     """A checkpoint, every file of which was compared with the manifest; origin: what it must be of. Raises
     `CheckpointError` naming the file and what is wrong."""
     try:
         facts = manifest.verified(path)
         noted = {name: Entry(**entry) for name, entry in facts["events"].items()}
         for key, expected in (origin or {}).items():
-            found = facts["origin"].get(key)
-            if found != expected:
-                raise CheckpointError(f"{path}: of another run, its {key} is {found!r}, not {expected!r}")
+            value = facts["origin"].get(key)
+            if value != expected:
+                raise CheckpointError(f"{path}: of another run, its {key} is {value!r}, not {expected!r}")
         if path.name != _slot_name(facts["slot"]):
             raise CheckpointError(f"{path}: it is the checkpoint of {_slot_name(facts['slot'])}; it was renamed")
         if log is not None:
@@ -256,34 +256,34 @@ def opened(path: Path, origin: dict | None = None, log: Path | None = None) -> F
         raise IncompleteError(str(error)) from None
     except DamagedError as error:
         raise CheckpointError(str(error)) from None
-    return Found(path, facts["slot"], facts["processes"], facts["steps"], facts["stopped"], noted)
+    return Checkpoint(path, facts["slot"], facts["processes"], facts["steps"], facts["stopped"], noted)
 
 
-def load(run: TrainingRun, found: Found, rank: int) -> None:
+def load(run: TrainingRun, checkpoint: Checkpoint, rank: int) -> None:
     """Put a run where the checkpoint of the same plan and number of processes was."""
-    path = found.part(rank)
+    path = checkpoint.part(rank)
     with safe_open(path, framework="pt") as file:
         for adapter in run.adapters:
             prefix = f"{adapter.job.name}/"
             mine = [name for name in sorted(file.keys()) if name.startswith(prefix)]
             state = {name.removeprefix(prefix): file.get_tensor(name) for name in mine}
             _require_fit(path, adapter, state, adapter.state().keys())
-            adapter.load(state, found.steps[adapter.job.name])
-    run.begin, run.events_kept = found.slot, found.events_kept
+            adapter.load(state, checkpoint.steps[adapter.job.name])
+    run.begin, run.events_kept = checkpoint.slot, checkpoint.events_kept
 
 
-def adapter_states(found: Found) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def adapter_states(checkpoint: Checkpoint) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Each job of a checkpoint with the state of its adapter, all stages together, as of its last step: so that it can
-    be gone on with in another plan, beside other jobs, on another number of stages."""
-    for job in sorted(found.steps):
-        yield job, adapter_state(found, job)
+    be resumed from in another plan, beside other jobs, on another number of stages."""
+    for job in sorted(checkpoint.steps):
+        yield job, adapter_state(checkpoint, job)
 
 
-def adapter_state(found: Found, job: str) -> dict[str, torch.Tensor]:
+def adapter_state(checkpoint: Checkpoint, job: str) -> dict[str, torch.Tensor]:
     """What `adapter_states` tells of one job. Raises `FileNotFoundError` where the checkpoint has been removed."""
     state: dict[str, torch.Tensor] = {}
-    for rank in range(found.processes):
-        with safe_open(found.part(rank), framework="pt") as file:
+    for rank in range(checkpoint.processes):
+        with safe_open(checkpoint.part(rank), framework="pt") as file:
             for name in sorted(file.keys()):
                 owner, _, rest = name.partition("/")
                 if owner == job and not rest.endswith("/gradient"):
@@ -319,20 +319,20 @@ def load_initial(run: TrainingRun, folder: Path) -> None:
 
 def _require_fit(path: Path, adapter: AdapterTraining, state: dict[str, torch.Tensor], needed: Iterable[str]) -> None:
     """Raise unless a state has all tensors that are needed of the adapter, in the shapes of those that it has now."""
-    own = adapter.state()
+    current = adapter.state()
     for name in needed:
         if name not in state:
             raise UserError(f"{path}: not of the adapter {adapter.job.name!r}, it has no {name}")
-        if state[name].shape != own[name].shape:
-            shapes = f"{tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+        if state[name].shape != current[name].shape:
+            shapes = f"{tuple(state[name].shape)}, not {tuple(current[name].shape)}"
             raise UserError(f"{path}: not of the adapter {adapter.job.name!r}, the shape of {name} is {shapes}")
 
 
-def set_aside(folder: Path, found: Found | None) -> None:
-    """Rename what lies beyond the checkpoint that a run goes on from: parts of a checkpoint that was never whole must
-    not be taken for those of the next one at its slot."""
+def set_aside(folder: Path, checkpoint: Checkpoint | None) -> None:
+    """Rename what lies beyond the checkpoint that a run is resumed from: parts of a checkpoint that was never whole
+    must not be taken for those of the next one at its slot."""
     for path in _slots(folder):
-        if found is None or path > found.path:
+        if checkpoint is None or path > checkpoint.path:
             target = path.with_name(f"passed-over-{path.name}")
             shutil.rmtree(target, ignore_errors=True)
             path.rename(target)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from lorafusion.core.manifest import DamagedError, Entry
@@ -29,7 +30,9 @@ class EventLog:
         trim(path, keep)
         self.path = path
         self._hash, self._size = hashlib.sha256(path.read_bytes()), keep
-        self._file = open(path, "ab")  # noqa: SIM115 - until the process ends
+        with ExitStack() as stack:
+            self._file = stack.enter_context(open(path, "ab"))
+            self._open = stack.pop_all()
 
     def write(self, event: dict) -> None:
         """Add a line, for a reader in another process to see."""
@@ -38,6 +41,9 @@ class EventLog:
         self._file.flush()
         self._hash.update(line)
         self._size += len(line)
+
+    def close(self) -> None:
+        self._open.close()
 
     def entry(self) -> Entry:
         """All lines so far, which are on the disk then."""

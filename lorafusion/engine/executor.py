@@ -35,5 +35,5 @@ def prepared(run: TrainingRun, execute: Executor) -> Iterator[Callable[..., bool
     if preparation is None:
         yield lambda *arguments: execute(run, *arguments) is not False
         return
-    with preparation(run) as own:
-        yield lambda *arguments: execute(run, own, *arguments) is not False
+    with preparation(run) as setup:
+        yield lambda *arguments: execute(run, setup, *arguments) is not False

@@ -65,14 +65,14 @@ def probe_workload(workload: Workload) -> tuple[Workload, Plan]:
         )
         for job in workload.jobs
     )  # fmt: skip
-    made = Workload(name="probe", jobs=jobs)
+    synthetic = Workload(name="probe", jobs=jobs)
     adapters = tuple(range(len(jobs)))
     microbatches = []
     for i, tokens in enumerate(lengths):
-        segments = tuple(Segment(adapter=one, samples=(i,), tokens=tokens) for one in adapters)
+        segments = tuple(Segment(adapter=adapter, samples=(i,), tokens=tokens) for adapter in adapters)
         microbatches.append(Microbatch(segments=segments, step_after=adapters))
-    plan = make_plan("probe", made, microbatches, stages=1, capacity=max(len(jobs) * one for one in lengths))
-    return made, plan
+    plan = make_plan("probe", synthetic, microbatches, stages=1, capacity=max(len(jobs) * tokens for tokens in lengths))
+    return synthetic, plan
 
 
 def probe(process: Process) -> dict:
@@ -100,18 +100,18 @@ def _needs(run: TrainingRun) -> Needs:
     run.backward_alone(0)
     for adapter in run.adapters:
         adapter.step(torch.zeros((), dtype=run.norm_dtype, device=run.pipeline.device))
-    found = []
+    sizes = []
     for slot in range(len(SIZES)):
         gc.collect()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         kept = run.kept_by_forward(slot)
-        found.append((run.microbatches[slot].tokens, kept, torch.cuda.max_memory_allocated() - before - kept))
-    (tokens, *first), (more, *second) = found
+        sizes.append((run.microbatches[slot].tokens, kept, torch.cuda.max_memory_allocated() - before - kept))
+    (tokens, *first), (more, *second) = sizes
     lines = []
-    for one, other in zip(first, second, strict=True):
-        slope = max(0.0, (other - one) / (more - tokens))
-        lines.append((max(0.0, one - slope * tokens), slope))
+    for small, large in zip(first, second, strict=True):
+        slope = max(0.0, (large - small) / (more - tokens))
+        lines.append((max(0.0, small - slope * tokens), slope))
     return Needs(float(before), *lines)
 
 
@@ -125,8 +125,8 @@ def capacity_of(
     """
     chosen = (0, 0.0)
     for tried in SHARES if share is None else (share,):
-        capacity = min(_capacity(one, tried) for one in stages)
-        chosen = max(chosen, (min(capacity, MOST), tried), key=lambda one: one[0])
+        capacity = min(_capacity(stage, tried) for stage in stages)
+        chosen = max(chosen, (min(capacity, MOST), tried), key=lambda choice: choice[0])
         if capacity >= max(wanted or WANTED, longest):
             break
     capacity, used = chosen

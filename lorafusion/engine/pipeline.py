@@ -105,8 +105,8 @@ class Pipeline:
                 rank, send, receive = self._first_rank + neighbour, dist.isend, dist.irecv
                 work = [(send if after else receive)(self._nothing(), rank, group=self._forward),
                         (receive if after else send)(self._nothing(), rank, group=self._backward)]  # fmt: skip
-                for one in work:
-                    one.wait()
+                for message in work:
+                    message.wait()
         self.sum_over_stages(self._nothing())
         self.sum_over_replicas([self._nothing()])
 
@@ -173,6 +173,6 @@ class Inbox:
 
     def post(self, count: int) -> None:
         """Be ready for the next messages."""
-        while len(self._posted) < count and (one := next(self.expected, None)) is not None:
-            buffer = torch.empty(one.shape, dtype=one.dtype, device=self.device)
-            self._posted.append((dist.irecv(buffer, src=self.source, group=self.group), buffer, one.name))
+        while len(self._posted) < count and (message := next(self.expected, None)) is not None:
+            buffer = torch.empty(message.shape, dtype=message.dtype, device=self.device)
+            self._posted.append((dist.irecv(buffer, src=self.source, group=self.group), buffer, message.name))

@@ -1,10 +1,10 @@
 """1F1B without flush: one endless stream of microbatches, each adapter stepping in mid-stream (LoRAFusion, mLoRA).
 
 Stage s does S-1-s forwards, then one forward and one backward in turn to the end of the plan. An adapter steps when all
-stages have done the backward of its global batch: whether its gradient is finite and how long it is are matters of all
-stages. The squared norms of the stages' parts are added on the way of the gradients, from the last stage to the first,
-and the sum goes the way of the hidden states, ahead of those of slot k+S, before which no sample of the adapter's next
-batch enters (the plan's dependency rule, checked before the run). So nothing waits for it but the step itself.
+stages have done the backward of its global batch. The gradient norm is a sum over the stages. Partial sums of squares
+travel with the gradients from the last stage to the first. The total travels back with the hidden states, ahead of
+those of slot k+S. No sample of the adapter's next batch enters before that slot (the plan's dependency rule, checked
+before the run), so only the optimizer step waits for the norm.
 
 At a checkpoint the stream runs dry, so that all stages are at the same slot: S-1 slots of filling and draining. So it
 does after each step of a plan with `flush`.
@@ -27,9 +27,7 @@ def execute(run: TrainingRun, checkpoints: Checkpoints | None = None) -> bool:
     """Train a plan on this stage; every stage of the pipeline calls this. False if it was asked to stop before."""
     flush = run.plan.flush and run.plan.stages > 1
     if flush and checkpoints is not None:
-        raise UserError(
-            f"the plan of {run.plan.system} flushes its pipeline; it cannot be interrupted and gone on with"
-        )
+        raise UserError(f"the plan of {run.plan.system} flushes its pipeline; it cannot be resumed from a checkpoint")
     count, begin = len(run.microbatches), run.begin
     while begin < count:
         end = count
@@ -97,7 +95,7 @@ class _Stream:
         # Replicas wait for each other at steps, stages are at most `stages` slots apart: after the next step that this
         # stage has not made, whoever waited for it, or for a stage that waited, has gone on and said how far it is.
         undone = range(max(0, slot - (stages - 1 - self.run.pipeline.index)), len(self.run.steps))
-        step = next((one for one in undone if self.run.steps[one]), slot)
+        step = next((later for later in undone if self.run.steps[later]), slot)
         last = self.checkpoints.stop_after(slot, hold=max(slot, step) + 3 * stages)
         if last is not None and last < self.end:  # else it is in a later part of the plan
             self.stopping, self.end = True, last + 1

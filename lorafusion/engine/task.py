@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -44,7 +45,8 @@ def train_plan(process: Process) -> tuple[TrainingRun, Executor, dict]:
     process.require_processes(plan, spec.plan)
     drift = canary(process.device)
     run, execute = build_run(process, workload, plan), executor_of(spec.system)
-    finished = timed(run, execute, lambda: _placed(process, run))
+    with closing(run.record):
+        finished = timed(run, execute, lambda: _placed(process, run))
     report = report_of(run) | {"canary": drift, "finished": finished}
     if spec.save_adapters and finished:
         save_adapters(run, Path(spec.save_adapters))

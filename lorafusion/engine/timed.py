@@ -67,13 +67,13 @@ def report_of(run: TrainingRun) -> dict:
     peak_memory: bytes, the largest over the processes.
     """
     record = run.record
-    made = [adapter.steps_made() - before for adapter, before in zip(run.adapters, record.steps_before, strict=True)]
+    steps = [adapter.steps_made() - before for adapter, before in zip(run.adapters, record.steps_before, strict=True)]
     names = [job.name for job in run.workload.jobs]
     mine = {
         "seconds": [[slot, record.meter.seconds(record.begin.mark, mark)] for slot, mark in record.done],
         "clocks": list(record.meter.duration(record.begin, record.end)),
         "losses": record.losses,
-        "steps": dict(zip(names, made, strict=True)),
+        "steps": dict(zip(names, steps, strict=True)),
         "stopped": [adapter.job.name for adapter in run.adapters if bool(adapter.stopped)],
         "peak_memory": record.meter.peak_memory(),
     }
@@ -92,16 +92,16 @@ def report_of(run: TrainingRun) -> dict:
 def losses_by_job(workload: Workload, plan: Plan, shares: Shares) -> dict[str, list[float | None]]:
     """For each job the loss of each of its global batches, the sum of the shares in its microbatches; None where there
     are not just as many shares as the plan has segments of the batch. Batches that were trained before are 0."""
-    found: Counter[tuple[int, int]] = Counter()
+    arrived: Counter[tuple[int, int]] = Counter()
     sums: dict[tuple[int, int], float] = {}
     for adapter, batch, share in shares:
-        found[adapter, batch] += 1
+        arrived[adapter, batch] += 1
         sums[adapter, batch] = sums.get((adapter, batch), 0.0) + share
     segments = [segment for microbatch in plan.microbatches for segment in microbatch.segments]
-    expected = Counter((one.adapter, workload.jobs[one.adapter].batch_of(one.samples[0])) for one in segments)
+    expected = Counter((part.adapter, workload.jobs[part.adapter].batch_of(part.samples[0])) for part in segments)
     return {
         job.name: [
-            sums.get((index, batch), 0.0) if found[index, batch] == expected[index, batch] else None
+            sums.get((index, batch), 0.0) if arrived[index, batch] == expected[index, batch] else None
             for batch in range(len(job.batches))
         ]
         for index, job in enumerate(workload.jobs)

@@ -60,6 +60,10 @@ class Record:
         self.meter.synchronize()
         self.readback.wait()
 
+    def close(self) -> None:
+        if self.events:
+            self.events.close()
+
     def event(self, **values: object) -> None:
         if self.events:
             self.events.write(values)
@@ -99,7 +103,7 @@ class TrainingRun:
         self.record = Record(meter or Meter(pipeline.device))
         slots = plan.slots()
         self.microbatches: list[Microbatch] = [slot[pipeline.replica] for slot in slots]
-        self.steps = [tuple(sorted({one for part in slot for one in part.step_after})) for slot in slots]
+        self.steps = [tuple(sorted({adapter for part in slot for adapter in part.step_after})) for slot in slots]
         self.evaluations = _evaluations(workload, self.steps)
         self.adapters = [AdapterTraining(stage, job) for job in workload.jobs]
         self.begin = 0  # the slot to begin with
@@ -130,7 +134,7 @@ class TrainingRun:
     def forward_of_an_idle_replica(self, slot: int) -> torch.Tensor:
         """The microbatch that another replica has in a slot in which this one has none, through a stage that is the
         whole model, with a loss of zero: where replicas must do together what none of them can do alone."""
-        other = next(one for one in self.plan.slots()[slot] if not one.noop)
+        other = next(microbatch for microbatch in self.plan.slots()[slot] if not microbatch.noop)
         batch = self._builder.build(other)
         return self._forward(slot, None, replace(batch, weights=torch.zeros_like(batch.weights)))
 
@@ -172,8 +176,8 @@ class TrainingRun:
                     self.record.losses.append((adapter, index, value))
                 self.record.event(slot=slot, adapter=adapter, batch=index, tokens=tokens, loss=value)
 
-        parts_of_it = losses.split([segment.stop - segment.start for segment in batch.segments])
-        self.record.readback.add(torch.stack([one.sum() for one in parts_of_it]), note)
+        losses_of_parts = losses.split([segment.stop - segment.start for segment in batch.segments])
+        self.record.readback.add(torch.stack([part.sum() for part in losses_of_parts]), note)
 
     def wait_for_everyone(self) -> None:
         """Until all processes of the run are at this point."""
@@ -184,29 +188,30 @@ class TrainingRun:
     def reduce(self, slot: int) -> torch.Tensor | None:
         """After a slot's backward pass: for the adapters that step, the gradient summed over the replicas, and the
         squared norm of this stage's part, [n]; None where none steps."""
-        stepping = [self.adapters[one] for one in self.steps[slot]]
+        stepping = [self.adapters[index] for index in self.steps[slot]]
         if not stepping:
             return None
         if self.pipeline.replicas > 1:
             self.position.waiting(f"the other replicas' gradients after microbatch {slot}")
-        self.pipeline.sum_over_replicas([gradient for one in stepping for gradient in one.gradients])
+        self.pipeline.sum_over_replicas([gradient for adapter in stepping for gradient in adapter.gradients])
         return self.squared_norms(slot)
 
     def squared_norms(self, slot: int) -> torch.Tensor:
         """Of this stage's part of the gradients of the adapters that step after a slot, [n]."""
-        return torch.stack([self.adapters[one].squared_norm() for one in self.steps[slot]])
+        return torch.stack([self.adapters[index].squared_norm() for index in self.steps[slot]])
 
     def update(self, slot: int, squared_norms: torch.Tensor | None) -> None:
         """Step the slot's adapters by the norms [n] of their gradients over all stages, and note that it is done."""
         if squared_norms is not None:
             self.position.set(f"the optimizer steps after microbatch {slot}")
-            stepping = self.steps[slot]
-            self._save_gradients([self.adapters[one] for one in stepping])
-            steps = [self.adapters[one].steps for one in stepping]
-            norms = [self.adapters[one].step(squared) for one, squared in zip(stepping, squared_norms, strict=True)]
-            stopped = [self.adapters[one].stopped for one in stepping]
+            stepping = [self.adapters[index] for index in self.steps[slot]]
+            self._save_gradients(stepping)
+            steps = [adapter.steps for adapter in stepping]
+            norms = [adapter.step(squared) for adapter, squared in zip(stepping, squared_norms, strict=True)]
+            stopped = [adapter.stopped for adapter in stepping]
             if self.stage.is_last:
-                self._note_steps(slot, stepping, steps, torch.stack([*norms, *(one.to(norms[0]) for one in stopped)]))
+                values = torch.stack([*norms, *(stop.to(norms[0]) for stop in stopped)])
+                self._note_steps(slot, self.steps[slot], steps, values)
         self.record.finished(slot)
 
     def _save_gradients(self, stepping: Sequence[AdapterTraining]) -> None:
@@ -222,8 +227,8 @@ class TrainingRun:
                     save_file(whole, folder / f"stage-{self.pipeline.index}.safetensors")
 
     def _note_steps(self, slot: int, adapters: tuple[int, ...], steps: list[int], values: torch.Tensor) -> None:
-        def note(found: list[float]) -> None:
-            norms, stopped = found[: len(adapters)], found[len(adapters) :]
+        def note(values: list[float]) -> None:
+            norms, stopped = values[: len(adapters)], values[len(adapters) :]
             for adapter, step, norm, stop in zip(adapters, steps, norms, stopped, strict=True):
                 rate = self.workload.jobs[adapter].learning_rate_at(step)
                 self.record.event(slot=slot, adapter=adapter, step=step, norm=norm, learning_rate=rate)
@@ -265,10 +270,10 @@ class TrainingRun:
             )
 
     def warm_up(self) -> None:
-        """Run what a clock should not see of microbatches: the largest forward and backward on this stage alone, and
-        others of other sizes through two layers, since kernels are compiled for the sizes that they meet. (With the
-        largest alone, fused kernels compiled for up to 38 s within runs of 5 s.) `rehearsal`, which comes before, is
-        for what is around them.
+        """Warm up before timing: one forward and backward of the largest microbatch on the whole stage, then one of
+        each size, at most `MOST_SIZES`, through two layers, so that all kernels are compiled. (With the largest alone,
+        fused kernels compiled for up to 38 s within runs of 5 s.) `warm_up.rehearse` comes before and does the same
+        for the executor.
 
         It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless. Every process
         calls it.
@@ -293,11 +298,11 @@ class TrainingRun:
         """What this process computes in each slot. Replicas that only compute together need the same answer."""
         if self.around is None:
             return self.microbatches
-        return [max(parts, key=lambda one: one.length) for parts in self.plan.slots()]
+        return [max(parts, key=lambda part: part.length) for parts in self.plan.slots()]
 
     def _largest(self, count: int) -> list[int]:
         """The slots of the longest microbatches, of which there may be fewer."""
-        lengths = [one.length for one in self._computed]
+        lengths = [microbatch.length for microbatch in self._computed]
         return sorted((slot for slot in range(len(lengths)) if lengths[slot]), key=lambda slot: -lengths[slot])[:count]
 
     @contextmanager
@@ -336,7 +341,7 @@ class TrainingRun:
         return kept
 
     def open_events(self, folder: Path) -> None:
-        """Write events to this replica's file of a folder, after those that the checkpoint gone on from has noted."""
+        """Write events to this replica's file of a folder, after those that its checkpoint has noted."""
         if self.stage.is_last:
             name = f"replica-{self.pipeline.replica}.jsonl"
             self.record.events = EventLog(folder / name, keep=self.events_kept.get(name, 0))
@@ -350,15 +355,15 @@ class TrainingRun:
 
 def _evaluations(workload: Workload, steps: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """For each slot the adapters whose loss is measured after its steps: at intervals, and at the end."""
-    made = [job.start for job in workload.jobs]
+    steps_made = [job.start for job in workload.jobs]
     out = []
     for stepping in steps:
         due = []
         for adapter in stepping:
             job = workload.jobs[adapter]
-            made[adapter] += 1
-            regular = job.evaluate_every and made[adapter] % job.evaluate_every == 0
-            if job.evaluation and (regular or made[adapter] == len(job.batches)):
+            steps_made[adapter] += 1
+            regular = job.evaluate_every and steps_made[adapter] % job.evaluate_every == 0
+            if job.evaluation and (regular or steps_made[adapter] == len(job.batches)):
                 due.append(adapter)
         out.append(tuple(due))
     return out
@@ -366,9 +371,9 @@ def _evaluations(workload: Workload, steps: list[tuple[int, ...]]) -> list[tuple
 
 def of_each_size(microbatches: Sequence[Microbatch], most: int) -> list[int]:
     """A microbatch of each length with each number of adapters; of more than `most` such, evenly spread ones."""
-    found: dict[tuple[int, int], int] = {}
-    for index, one in enumerate(microbatches):
-        if not one.noop:
-            found.setdefault((len(one.segments), one.length), index)
-    ordered = [found[size] for size in sorted(found)]
+    slots: dict[tuple[int, int], int] = {}
+    for slot, microbatch in enumerate(microbatches):
+        if not microbatch.noop:
+            slots.setdefault((len(microbatch.segments), microbatch.length), slot)
+    ordered = [slots[size] for size in sorted(slots)]
     return ordered[:: max(1, -(-len(ordered) // most))] if most else []

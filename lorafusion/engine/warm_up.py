@@ -37,9 +37,9 @@ def of_a_step(workload: Workload, plan: Plan) -> tuple[Workload, Plan]:
     It is clipped if any job is."""
     norm = next((job.max_grad_norm for job in workload.jobs if job.max_grad_norm is not None), None)
     job, replicas = workload.jobs[0], plan.data_parallel
-    samples = tuple(sorted(job.samples, key=lambda one: one.tokens)[:replicas])
+    samples = tuple(sorted(job.samples, key=lambda sample: sample.tokens)[:replicas])
     job = job.model_copy(update=QUIET | {"samples": samples, "global_batch_size": len(samples), "max_grad_norm": norm})
-    made = workload.model_copy(update={"jobs": (job,)})
+    short = workload.model_copy(update={"jobs": (job,)})
     last = len(samples) - 1
     microbatches = [
         Microbatch(
@@ -49,6 +49,6 @@ def of_a_step(workload: Workload, plan: Plan) -> tuple[Workload, Plan]:
         for position in range(len(samples))
     ]
     microbatches += [Microbatch(noop=True)] * (replicas - len(samples))
-    longest = max(one.tokens for one in samples)
-    return made, make_plan(plan.system, made, microbatches, stages=plan.stages, capacity=longest, flush=plan.flush,
+    longest = max(sample.tokens for sample in samples)
+    return short, make_plan(plan.system, short, microbatches, stages=plan.stages, capacity=longest, flush=plan.flush,
                            data_parallel=replicas)  # fmt: skip

@@ -64,23 +64,25 @@ class Watch:
     def look(self) -> None:
         now = time.monotonic()
         for rank in range(self.processes):
-            found = _read(_path(self.directory, rank), now)
-            if found is None:
+            current = _read(_path(self.directory, rank), now)
+            if current is None:
                 continue
-            if rank not in self.seen or self.seen[rank].changes != found.changes:
-                self.seen[rank] = found
-            if self.died is None and found.node == NODE and not _lives(found.pid):
+            if rank not in self.seen or self.seen[rank].changes != current.changes:
+                self.seen[rank] = current
+            if self.died is None and current.node == NODE and not _lives(current.pid):
                 last = _read(_path(self.directory, rank), now)  # it may have ended since it was read
                 self.died = last if last is not None and last.doing != ENDED else None
 
     def stalled(self, seconds: float) -> str:
         """Who keeps the run from going on, if nobody has moved for so long; else nothing. Start-up has no limit here:
         weights may take long to load."""
-        running = [one for one in self.seen.values() if one.doing != ENDED]
-        if not running or any(one.doing == START_UP or time.monotonic() - one.since < seconds for one in running):
+        running = [process for process in self.seen.values() if process.doing != ENDED]
+        if not running or any(
+            process.doing == START_UP or time.monotonic() - process.since < seconds for process in running
+        ):
             return ""
-        own = [one for one in running if not one.doing.startswith(WAITING)]
-        return "; ".join(f"{one.place}: {one.doing}" for one in own or running)
+        active = [process for process in running if not process.doing.startswith(WAITING)]
+        return "; ".join(f"{process.place}: {process.doing}" for process in active or running)
 
 
 def _path(directory: Path, rank: int) -> Path:

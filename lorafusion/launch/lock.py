@@ -40,7 +40,7 @@ class Process(Config):
     start: int
 
     @classmethod
-    def own(cls) -> Process:
+    def current(cls) -> Process:
         pid = os.getpid()
         return cls(**_here(), pid=pid, start=_start(pid))
 
@@ -94,13 +94,13 @@ def locked(folder: Path) -> Iterator[Lock]:
         except BlockingIOError:
             raise UserError(f"{folder}: another training is using this folder") from None
         _require_near(folder, _members(path))
-        own = Lock(path=str(path), token=secrets.token_hex(8))
-        _add(own, launches=True)
-        _end([member.process for member in _members(path) if member.token != own.token], folder)
+        lock = Lock(path=str(path), token=secrets.token_hex(8))
+        _add(lock, launches=True)
+        _end([member.process for member in _members(path) if member.token != lock.token], folder)
         file.truncate(0)
-        _add(own, launches=True)
+        _add(lock, launches=True)
         try:
-            yield own
+            yield lock
         finally:
             file.truncate(0)
 
@@ -116,7 +116,7 @@ def join(lock: Lock) -> None:
 
 def _add(lock: Lock, launches: bool) -> None:
     """Append a line in one write, so that lines of several processes do not mix."""
-    line = _Member(token=lock.token, launches=launches, process=Process.own()).model_dump_json() + "\n"
+    line = _Member(token=lock.token, launches=launches, process=Process.current()).model_dump_json() + "\n"
     descriptor = os.open(lock.path, os.O_WRONLY | os.O_APPEND)
     try:
         if os.write(descriptor, line.encode()) < len(line):

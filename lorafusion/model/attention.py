@@ -33,7 +33,9 @@ def packed_attention(
     if query.is_cuda:
         return _varlen(query, key, value, borders, scaling)[None], None
     samples = zip(*(tensor.split(borders.lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [F.scaled_dot_product_attention(*one, is_causal=True, scale=scaling, enable_gqa=True) for one in samples]
+    outputs = [
+        F.scaled_dot_product_attention(*sample, is_causal=True, scale=scaling, enable_gqa=True) for sample in samples
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

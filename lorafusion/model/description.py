@@ -26,25 +26,27 @@ def huggingface_model(source: str, revision: str | None = None) -> ModelConfig:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"model {source!r}: no description to be had from its config.json ({reason})") from None
     if config.model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"model {source!r}: architecture {config.model_type!r} is not supported; supported: {known}")
-    found = config.to_dict()
-    fields = {name: found[name] for name in ModelConfig.model_fields if name in found}
+        supported = ", ".join(sorted(ARCHITECTURES))
+        raise UserError(
+            f"model {source!r}: architecture {config.model_type!r} is not supported; supported: {supported}"
+        )
+    values = config.to_dict()
+    fields = {name: values[name] for name in ModelConfig.model_fields if name in values}
     described = {"architecture": config.model_type, "weights": source, "revision": revision}
     model = validated(ModelConfig, fields | described, f"{source}/config.json")
-    _require_equal(found, model, source)
+    _require_equal(values, model, source)
     return model
 
 
-def _require_equal(found: dict, model: ModelConfig, source: str) -> None:
+def _require_equal(values: dict, model: ModelConfig, source: str) -> None:
     """Raise where the checkpoint's model is not the one that a stage would build."""
     built = hf_config(model).to_dict()
     for name in FIXED:
-        if found.get(name) != built.get(name):
+        if values.get(name) != built.get(name):
             raise UserError(
-                f"{source}/config.json: {name} is {found.get(name)!r}, supported for {model.architecture} is "
+                f"{source}/config.json: {name} is {values.get(name)!r}, supported for {model.architecture} is "
                 f"{built.get(name)!r}"
             )
     width = model.hidden_size // model.num_attention_heads
-    if found.get("head_dim") not in (None, width):
-        raise UserError(f"{source}/config.json: head_dim is {found['head_dim']}, supported is {width}")
+    if values.get("head_dim") not in (None, width):
+        raise UserError(f"{source}/config.json: head_dim is {values['head_dim']}, supported is {width}")

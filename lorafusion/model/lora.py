@@ -119,19 +119,19 @@ def _initialise(linear: LoRALinear, dtype: torch.dtype, device: torch.device) ->
 
 def named_adapter_parameters(stage: Stage, job: Job) -> dict[str, torch.nn.Parameter]:
     """The parameters of one job's adapter on this stage, in module order, by their names in PEFT's file format."""
-    found = {}
+    parameters = {}
     for name, parameter in stage.named_parameters():
         for factor in ("lora_A", "lora_B"):
             if f".{factor}.{job.name}." in name:
-                found[f"base_model.model.{name.replace(f'.{factor}.{job.name}.', f'.{factor}.')}"] = parameter
-    return found
+                parameters[f"base_model.model.{name.replace(f'.{factor}.{job.name}.', f'.{factor}.')}"] = parameter
+    return parameters
 
 
 def adapter_state(stage: Stage, job: Job) -> dict[str, torch.Tensor]:
     """A copy of one job's adapter on this stage, on the CPU, under the names of PEFT's file format. Replicas over which
     the stage is sharded call it together."""
     state = get_peft_model_state_dict(stage, adapter_name=job.name)
-    whole = {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in state.items()}
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
     # A view would take the rest of its stack along when it is sent to another process.
     return {f"base_model.model.{name}": value.detach().to("cpu", copy=True) for name, value in whole.items()}
 

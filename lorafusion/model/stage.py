@@ -120,8 +120,8 @@ class Stage(nn.Module):
 
 def is_gated_mlp(module: nn.Module) -> bool:
     """Does it compute down_proj(silu(gate_proj(x)) * up_proj(x))?"""
-    known = tuple(parts.mlp for parts in ARCHITECTURES.values())
-    return isinstance(module, known) and isinstance(module.act_fn, nn.SiLU | SiLUActivation)
+    gated = tuple(parts.mlp for parts in ARCHITECTURES.values())
+    return isinstance(module, gated) and isinstance(module.act_fn, nn.SiLU | SiLUActivation)
 
 
 def hf_config(config: ModelConfig):

@@ -12,7 +12,8 @@ def plan(workload: Workload, system: str, stages: int, capacity: int, data_paral
     require_samples_fit(workload, capacity)
     microbatches: list[Microbatch] = []
     for adapter in range(len(workload.jobs)):
-        order = [one for batch in fixed_size_batches(workload, adapter, capacity, data_parallel) for one in batch]
+        batches = fixed_size_batches(workload, adapter, capacity, data_parallel)
+        order = [microbatch for batch in batches for microbatch in batch]
         # Slots of this adapter alone, and after a flush the next one sees the step.
         microbatches += insert_noops(order, workload, 1, data_parallel)
     return make_plan(

@@ -31,7 +31,7 @@ from lorafusion.core.plan import Plan
 from lorafusion.core.schema import Config, UserError, validated
 from lorafusion.core.workload import Job, Workload, content_hash
 from lorafusion.engine import events
-from lorafusion.engine.checkpoint import Found, adapter_states, seal_initial
+from lorafusion.engine.checkpoint import Checkpoint, adapter_states, seal_initial
 
 PROGRESS = "progress.json"
 HASH_LETTERS = 16  # of a state's hash in its name
@@ -51,7 +51,7 @@ class JobProgress(Config):
 
 class RunProgress(Config):
     """manifest: of the run's folder. events: how far its files of events went when it was left for good, null while it
-    may be gone on with."""
+    may be resumed."""
 
     manifest: Entry
     events: dict[str, Entry] | None = None
@@ -175,7 +175,7 @@ class OutputFolder:
         write_progress(self.path, changed)
         self.progress = changed
 
-    def take_over(self, run: Run, found: Found | None) -> None:
+    def take_over(self, run: Run, found: Checkpoint | None) -> None:
         """Leave a run for good: keep each adapter of its last checkpoint, if there is one, for whatever comes next."""
         jobs = dict(self.progress.jobs)
         if found is not None:

@@ -20,7 +20,7 @@ from lorafusion.core.machine import gpu_state
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Job, Workload, content_hash
-from lorafusion.engine.checkpoint import Found, identity, newest
+from lorafusion.engine.checkpoint import Checkpoint, identity, newest
 from lorafusion.engine.memory_probe import Measured, capacity_of
 from lorafusion.launch.launch import launch
 from lorafusion.launch.lock import Lock, locked
@@ -113,7 +113,7 @@ class Training:
         self._model_text = text
         self.history = History()
         self._readers: dict[Run, EventReader] = {}
-        self._found_before: Found | None = None  # the checkpoint of the run in hand, when the command began
+        self._found_before: Checkpoint | None = None  # the checkpoint of the run in hand, when the command began
 
     def run(self) -> Outcome:
         """Plan what remains and run it; the outcome is "nan" where an adapter was stopped, "failed" where one could not
@@ -166,7 +166,7 @@ class Training:
         self.output.take_over(run, self._found_before)
         return None, self.output.remaining(self.workload)
 
-    def _found(self, run: Run) -> Found | None:
+    def _found(self, run: Run) -> Checkpoint | None:
         """The checkpoint that a run goes on from."""
         spec = self._base_spec(run.workload, 0.0).model_copy(update=self._initial(run))
         origin = identity(spec, Plan.read(run.plan).content_hash)

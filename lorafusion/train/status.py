@@ -36,7 +36,7 @@ class Status:
         self.jobs: dict[str, dict] = {}
         digest = hashlib.sha256(jobs_file.read_bytes() if jobs_file.is_file() else b"").hexdigest()
         self._known = {"jobs_file": {"path": str(jobs_file.absolute()), "sha256": digest},
-                       "process": Process.own().model_dump(), "began": _now()}  # fmt: skip
+                       "process": Process.current().model_dump(), "began": _now()}  # fmt: skip
 
     def write(self, status: str, note: str = "") -> None:
         self.status = status

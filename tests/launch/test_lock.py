@@ -41,7 +41,7 @@ def forked():
 
 def note(folder: Path, token: str = "old", launches: bool = False, **changes) -> None:
     """Put a process down in a folder's lock as an earlier launcher would have."""
-    process = Process.own().model_copy(update=changes).model_dump()
+    process = Process.current().model_copy(update=changes).model_dump()
     with open(folder / LOCK, "a") as file:
         file.write(json.dumps({"token": token, "launches": launches, "process": process}) + "\n")
 
@@ -61,7 +61,7 @@ def test_the_file_says_who_has_the_folder(tmp_path):
     with locked(tmp_path / "new") as own:
         join(own)
         launcher, worker = lines(tmp_path / "new")
-        assert launcher["process"] == worker["process"] == Process.own().model_dump()
+        assert launcher["process"] == worker["process"] == Process.current().model_dump()
         assert (launcher["launches"], worker["launches"]) == (True, False)
     assert lines(tmp_path / "new") == []
 
@@ -107,7 +107,7 @@ def test_the_workers_of_a_killed_launcher_are_ended(tmp_path, forked):
 
 def test_a_process_that_has_got_a_dead_ones_id_is_left_alone(tmp_path, forked):
     pid = forked(lambda: time.sleep(60))
-    note(tmp_path, pid=pid, start=Process.own().start - 1)
+    note(tmp_path, pid=pid, start=Process.current().start - 1)
     with locked(tmp_path):
         assert os.waitpid(pid, os.WNOHANG) == (0, 0)
 
@@ -137,7 +137,7 @@ def test_a_worker_that_comes_between_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "_end", lambda processes, folder: ended.extend(processes))
     with locked(tmp_path):
         assert first == [1]
-        assert Process.own() in ended
+        assert Process.current() in ended
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_link_is_not_followed(tmp_path):
 
 
 def test_a_process_is_known_by_its_start(forked):
-    own = Process.own()
+    own = Process.current()
     assert own.lives
     assert not own.model_copy(update={"start": own.start + 1}).lives
     pid = forked(lambda: None)

@@ -101,13 +101,13 @@ def a_run_whose_checkpoints_are_damaged_is_begun_anew(original):
 @planted("lorafusion.engine.checkpoint:adapter_state", caught_by=f"{MOMENTS}::test_half_a_checkpoint_is_no_adapter")
 def half_a_checkpoint_is_exported(original):
     """An adapter is read from the parts of a checkpoint that are there while it is being removed."""
-    from lorafusion.engine.checkpoint import Found
+    from lorafusion.engine.checkpoint import Checkpoint
 
-    part = Found.part
+    part = Checkpoint.part
 
     def adapter_state(found, job):
         there = [part(found, rank) for rank in range(found.processes) if part(found, rank).exists()]
-        with patch.object(Found, "part", lambda _, rank: there[rank % len(there)]):
+        with patch.object(Checkpoint, "part", lambda _, rank: there[rank % len(there)]):
             return original(found, job)
 
     return adapter_state
@@ -184,7 +184,7 @@ def events_are_believed(original):
 
 @planted("lorafusion.engine.events:trim", caught_by=f"{METRICS}::test_what_is_run_again_is_dropped_first")
 def events_of_slots_that_are_run_again_stay(original):
-    """What comes after the checkpoint that is gone on from stays in the events."""
+    """What comes after the checkpoint that is resumed from stays in the events."""
 
     def trim(path, keep):
         pass

@@ -89,7 +89,7 @@ def test_the_order_is_drawn_once_from_the_jobs_seed(run, rows):
 
 
 def test_an_order_is_the_same_everywhere(run, rows):
-    """Pinned: a change here changes every run that is gone on with."""
+    """Pinned: a change here changes every run that is resumed."""
     (job,) = run({"name": "a", "data": rows(6), "seed": 1, "evaluation": 0.3}).jobs
     assert [sample.id for sample in job.samples] == [0, 3, 1, 5]
     assert [sample.id for sample in job.evaluation] == [2, 4]

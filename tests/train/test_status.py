@@ -39,7 +39,7 @@ def test_it_says_running_while_it_runs(recorded, tmp_path):
         assert train(jobs_file(tmp_path)) == DONE
     assert {one["status"] for one in seen} == {"running"}
     process = Process(**seen[0]["process"])
-    assert process == Process.own()
+    assert process == Process.current()
     assert process.lives
     last = status(tmp_path)
     assert (last["status"], last["note"], last["began"]) == ("ok", "", seen[0]["began"])

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from lorafusion.core.files import read_json
 from lorafusion.core.schema import (
@@ -43,8 +43,12 @@ from lorafusion.core.schema import (
 
 VERSION: Final = 1
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# One linear with one adapter in the place of three, as Megatron-LM has it and as LoRAFusion's authors merge them.
+# One linear with one adapter in the place of three, as Megatron-LM has it and as LoRAFusion's authors merge them. A
+# jobs file does not know it: checkpoints have the three.
 MERGED, MERGED_PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
+# The keys that a job begins with in a file; the others follow as the fields do. Files stay the same byte for byte.
+FIRST_KEYS = ("name", "dataset", "rank", "alpha", "dropout", "rslora", "target_modules", "learning_rate",
+              "weight_decay", "seed", "global_batch_size", "epochs", "steps", "start")  # fmt: skip
 
 
 class Sample(NamedTuple):
@@ -65,46 +69,79 @@ class _Frozen(Data):
         return copied
 
 
-class Job(_Frozen):
-    """One adapter to train, as its owner asked for it."""
+# What a hyper-parameter may be, wherever a file has it.
+Rank = Annotated[Int, Field(ge=1, le=256)]
+Alpha = Annotated[Float, Field(gt=0, le=MOST_ALPHA)]
+Dropout = Annotated[Float, Field(ge=0, lt=1)]
+LearningRate = Annotated[Float, Field(gt=0, le=MOST_RATE)]
+BatchSize = Annotated[Int, Field(ge=1, le=MOST_SAMPLES, description="samples of one optimizer step")]
+Schedule = Annotated[
+    Literal["constant", "linear", "cosine"],
+    Field(description="the learning rate after the warm-up: as it is, or down to zero"),
+]
+GradientNorm = Annotated[
+    Float | None, Field(gt=0, le=MOST_NORM, description="norm that an adapter's gradient is clipped to")
+]
+# Not a hyper-parameter, but the same in a workload and in a jobs file.
+JobName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="the adapter's name; PEFT forbids dots")
+]
+EvaluationSteps = Annotated[Int | None, Field(ge=1, le=MOST_STEPS, description="steps between two evaluations")]
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="the adapter's name; PEFT forbids dots")
-    dataset: str = Field(min_length=1, description="where the samples come from")
-    rank: Int = Field(ge=1, le=256)
-    alpha: Float = Field(gt=0, le=MOST_ALPHA)
-    dropout: Float = Field(default=0.0, ge=0, lt=1)
+
+class AdapterParameters(Data):
+    """The hyper-parameters of a job that a file of configs/workloads has too."""
+
+    rank: Rank
+    alpha: Alpha
+    dropout: Dropout = 0.0
     rslora: bool = Field(default=False, description="scale by alpha/sqrt(rank) instead of alpha/rank")
     target_modules: tuple[str, ...] = Field(default=ALL_LINEAR, min_length=1)
-    learning_rate: Float = Field(default=1e-4, gt=0, le=MOST_RATE)
-    weight_decay: Float = Field(default=0.0, ge=0, le=MOST_DECAY)
-    seed: Int = Field(default=0, ge=0, lt=2**32, description="draws the initial weights and the dropout masks")
-    global_batch_size: Int = Field(ge=1, le=MOST_SAMPLES)
-    epochs: Int = Field(default=1, ge=1, le=MOST_EPOCHS)
-    steps: Int | None = Field(
-        default=None, ge=1, le=MOST_STEPS, description="optimizer steps after which to end before the epochs do"
-    )
-    start: Int = Field(
-        default=0, ge=0, le=MOST_STEPS, description="global batches that are trained already; the others remain"
-    )
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="the learning rate after the warm-up: as it is, or down to zero"
-    )
-    warmup_steps: Int = Field(
-        default=0, ge=0, le=MOST_STEPS, description="steps in which the learning rate rises from zero"
-    )
-    max_grad_norm: Float | None = Field(
-        default=None, gt=0, le=MOST_NORM, description="norm that an adapter's gradient is clipped to"
-    )
-    samples: tuple[Sample, ...] = Field(min_length=1)
-    evaluation: tuple[Sample, ...] = Field(default=(), description="samples that the loss is measured on")
-    evaluate_every: Int | None = Field(default=None, ge=1, le=MOST_STEPS, description="steps between two evaluations")
+    learning_rate: LearningRate = 1e-4
 
     @model_validator(mode="after")
-    def _names_a_linear_once(self) -> Job:
+    def _names_a_linear_once(self) -> Self:
         part = next((name for name in MERGED_PARTS if name in self.target_modules), None)
         if MERGED in self.target_modules and part:
             raise ValueError(f"target_modules: {MERGED} is {', '.join(MERGED_PARTS)} as one linear, found {part} too")
         return self
+
+
+class Hyperparameters(AdapterParameters):
+    """The hyper-parameters of a job. The defaults are a workload's; a jobs file has some others, and says why."""
+
+    weight_decay: Float = Field(default=0.0, ge=0, le=MOST_DECAY)
+    seed: Int = Field(
+        default=0, ge=0, lt=2**32, description="draws the initial weights, the dropout masks and a shuffled order"
+    )
+    global_batch_size: BatchSize
+    steps: Int | None = Field(
+        default=None, ge=1, le=MOST_STEPS, description="optimizer steps; with epochs too, what ends first counts"
+    )
+    schedule: Schedule = "constant"
+    warmup_steps: Int = Field(
+        default=0, ge=0, le=MOST_STEPS, description="steps in which the learning rate rises from zero"
+    )
+    max_grad_norm: GradientNorm = None
+
+
+class Job(Hyperparameters, _Frozen):
+    """One adapter to train, as its owner asked for it."""
+
+    name: JobName
+    dataset: str = Field(min_length=1, description="where the samples come from")
+    epochs: Int = Field(default=1, ge=1, le=MOST_EPOCHS)
+    start: Int = Field(
+        default=0, ge=0, le=MOST_STEPS, description="global batches that are trained already; the others remain"
+    )
+    samples: tuple[Sample, ...] = Field(min_length=1)
+    evaluation: tuple[Sample, ...] = Field(default=(), description="samples that the loss is measured on")
+    evaluate_every: EvaluationSteps = None
+
+    @model_serializer(mode="wrap")
+    def _in_the_order_of_a_file(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+        data = dump(self)
+        return {key: data[key] for key in FIRST_KEYS if key in data} | data
 
     @model_validator(mode="after")
     def _has_something_to_do(self) -> Job:

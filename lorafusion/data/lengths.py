@@ -11,8 +11,8 @@ from pydantic import Field
 
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.files import read_yaml
-from lorafusion.core.schema import MOST_ALPHA, MOST_RATE, MOST_TOKENS, Config, UserError, one_of, validated
-from lorafusion.core.workload import ALL_LINEAR, MERGED, MERGED_PARTS, Job, Sample, Workload
+from lorafusion.core.schema import MOST_TOKENS, Config, UserError, one_of, validated
+from lorafusion.core.workload import MERGED, MERGED_PARTS, AdapterParameters, Job, Sample, Workload
 
 LENGTHS_TABLE = CONFIGS / "workloads" / "lengths.csv"
 MIXED = "mixed"
@@ -27,16 +27,10 @@ class LengthDistribution(Config):
     maximum: int = Field(ge=2, le=MOST_TOKENS, description="tokens; longer samples are counted as this long")
 
 
-class AdapterConfig(Config):
+class AdapterConfig(AdapterParameters, Config):
     """One adapter of a workload file."""
 
     dataset: str
-    rank: int = Field(ge=1, le=256)
-    alpha: float = Field(gt=0, le=MOST_ALPHA)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    rslora: bool = False
-    learning_rate: float = Field(default=1e-4, gt=0, le=MOST_RATE)
-    target_modules: tuple[str, ...] = Field(default=ALL_LINEAR, min_length=1)
 
 
 class WorkloadConfig(Config):

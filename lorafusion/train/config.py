@@ -16,25 +16,30 @@ from lorafusion.core.config import names_in
 from lorafusion.core.files import named_path, read_yaml
 from lorafusion.core.machine import has_gpu
 from lorafusion.core.schema import (
-    MOST_ALPHA,
-    MOST_DECAY,
     MOST_EPOCHS,
     MOST_MINUTES,
-    MOST_NORM,
     MOST_PROCESSES,
-    MOST_RATE,
-    MOST_SAMPLES,
     MOST_SEED,
     MOST_STEPS,
     MOST_TOKENS,
     Config,
-    Float,
-    Int,
     UserError,
     one_of,
     validated,
 )
-from lorafusion.core.workload import ALL_LINEAR, Job
+from lorafusion.core.workload import (
+    ALL_LINEAR,
+    Alpha,
+    BatchSize,
+    Dropout,
+    EvaluationSteps,
+    GradientNorm,
+    Hyperparameters,
+    JobName,
+    LearningRate,
+    Rank,
+    Schedule,
+)
 from lorafusion.data.blocks import Data, SyntheticData, data_block
 from lorafusion.launch.spec import DType
 
@@ -42,10 +47,10 @@ DEFAULT_MAX_LENGTH = 4096
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-class TrainJob(Config):
+class TrainJob(Hyperparameters, Config):
     """One adapter to train: its data and its hyper-parameters."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="the adapter's name; PEFT forbids dots")
+    name: JobName
     data: Data
     shuffle: bool = Field(default=True, description="put the samples in an order drawn once from the job's seed")
     max_length: int | None = Field(
@@ -63,25 +68,21 @@ class TrainJob(Config):
     evaluation: Data | float = Field(
         default=0.0, description="the share of the samples, to 0.5, that the loss is measured on, or data of its own"
     )
-    evaluate_every: Int | None = Field(default=None, ge=1, le=MOST_STEPS, description="steps between two evaluations")
-    rank: Int = Field(default=16, ge=1, le=256)
-    alpha: Float = Field(default=32.0, gt=0, le=MOST_ALPHA)
-    dropout: Float = Field(default=0.05, ge=0, lt=1)
-    rslora: bool = Field(default=False, description="scale by alpha/sqrt(rank) instead of alpha/rank")
-    target_modules: tuple[str, ...] = Field(default=ALL_LINEAR, min_length=1)
-    learning_rate: Float = Field(default=2e-4, gt=0, le=MOST_RATE)
-    weight_decay: Float = Field(default=0.0, ge=0, le=MOST_DECAY)
-    seed: Int = Field(default=0, ge=0, lt=2**32, description="draws initial weights, dropout masks and the order")
-    global_batch_size: Int = Field(default=8, ge=1, le=MOST_SAMPLES, description="samples of one optimizer step")
+    evaluate_every: EvaluationSteps = None
     epochs: int | None = Field(
         default=None, ge=1, le=MOST_EPOCHS, description="null: as many as the steps need; without those, one"
     )
-    steps: Int | None = Field(
-        default=None, ge=1, le=MOST_STEPS, description="optimizer steps; with epochs too, what ends first counts"
-    )
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: Int = Field(default=0, ge=0, le=MOST_STEPS)
-    max_grad_norm: Float | None = Field(default=1.0, gt=0, le=MOST_NORM)
+    # A workload states these three; who trains may leave them to usual values.
+    rank: Rank = 16
+    alpha: Alpha = 32.0
+    global_batch_size: BatchSize = 8
+    # A workload is to be the same arithmetic for all systems; who trains wants an adapter that generalises.
+    dropout: Dropout = 0.05
+    # The usual rate of an adapter; a workload keeps to one that is safe for a random model.
+    learning_rate: LearningRate = 2e-4
+    # Both as transformers' Trainer has them; in a workload each step depends on its own gradient alone.
+    schedule: Schedule = "linear"
+    max_grad_norm: GradientNorm = 1.0
 
     @field_validator("evaluation", mode="before")
     @classmethod
@@ -125,8 +126,7 @@ class TrainJob(Config):
     @property
     def hyper_parameters(self) -> dict:
         """The fields that a `Job` takes as they are."""
-        names = (set(TrainJob.model_fields) & set(Job.model_fields)) - {"evaluation", "epochs"}
-        return self.model_dump(include=names)
+        return self.model_dump(include={"name", "evaluate_every", *Hyperparameters.model_fields})
 
 
 class TrainConfig(Config):

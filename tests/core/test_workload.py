@@ -54,6 +54,16 @@ def test_json_round_trip_keeps_the_hash_and_any_change_changes_it(make_job, make
     assert changed.content_hash != workload.content_hash
 
 
+def test_the_keys_of_a_job_keep_their_order(make_workload):
+    """Workload files stay byte for byte, whichever class has a field."""
+    job = json.loads(make_workload().to_json())["jobs"][0]
+    assert list(job) == [
+        *("name", "dataset", "rank", "alpha", "dropout", "rslora", "target_modules", "learning_rate", "weight_decay"),
+        *("seed", "global_batch_size", "epochs", "steps", "start", "schedule", "warmup_steps", "max_grad_norm"),
+        *("samples", "evaluation", "evaluate_every"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

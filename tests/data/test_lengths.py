@@ -59,3 +59,12 @@ def test_a_bad_workload_file_is_named(tmp_path):
     path.write_text("description: x\nadapters:\n  - {dataset: xsum, rank: 0, alpha: 1}\n")
     with pytest.raises(UserError, match=r"bad\.yaml: adapters\.0\.rank: input should be greater than or equal to 1"):
         make_workload(path, samples=1, global_batch=1)
+
+
+def test_an_adapter_has_a_linear_apart_or_merged(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text(
+        "description: x\nadapters:\n  - {dataset: xsum, rank: 1, alpha: 1, target_modules: [qkv_proj, k_proj]}\n"
+    )
+    with pytest.raises(UserError, match=r"twice\.yaml: adapters\.0: target_modules: qkv_proj is .*, found k_proj too"):
+        make_workload(path, samples=1, global_batch=1)

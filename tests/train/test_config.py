@@ -7,7 +7,7 @@ import yaml
 
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.schema import UserError
-from lorafusion.core.workload import ALL_LINEAR, Job
+from lorafusion.core.workload import ALL_LINEAR, Hyperparameters, Job
 from lorafusion.data.blocks import HubData, JsonlData, SyntheticData, TextData
 from lorafusion.train.config import TrainConfig, TrainJob, read_train_config
 from lorafusion.train.run import train
@@ -54,13 +54,13 @@ def test_a_short_file_has_sensible_defaults(read, tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    "name", sorted((set(Job.model_fields) & set(TrainJob.model_fields)) - {"evaluation", "epochs"})
-)
+@pytest.mark.parametrize("name", Hyperparameters.model_fields)
 def test_a_hyper_parameter_may_be_what_a_job_allows(name):
-    asked, trained = TrainJob.model_fields[name], Job.model_fields[name]
-    assert asked.annotation == trained.annotation
-    assert repr(asked.metadata) == repr(trained.metadata)
+    """A jobs file has other defaults than a workload, and nothing else."""
+    base, *others = (model.model_fields[name] for model in (Hyperparameters, Job, TrainJob))
+    for field in others:
+        assert (field.annotation, field.description) == (base.annotation, base.description)
+        assert repr(field.metadata) == repr(base.metadata)
 
 
 def test_a_config_survives_json(read):

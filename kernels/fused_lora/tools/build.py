@@ -103,7 +103,7 @@ class Launch:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="fused_lora.build", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="fused_lora.tools.build", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="CSV file to write")
     parser.add_argument("--targets", type=int, nargs="+", default=sorted(SHARED_LIMIT), help="80, 90, 100")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())

@@ -81,7 +81,7 @@ ORDER = tuple(CANDIDATES)  # in which a kernel's choice is known before others a
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="fused_lora.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="fused_lora.tools.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="file to write; the default is where the kernels look for it")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--kernels", nargs="+", choices=ORDER, default=ORDER)

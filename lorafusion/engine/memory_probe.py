@@ -1,6 +1,7 @@
 """How many tokens a microbatch may hold: what a forward and backward pass takes, measured at two sizes.
 
-The measuring needs the GPUs; `capacity_of`, what follows from the numbers, is a pure function.
+Measured before a run of `lorafusion train` that states no capacity (`planning.capacity` lists the other answers). The
+measuring needs the GPUs; `capacity_of`, what follows from the numbers, is a pure function.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from lorafusion.core.workload import Sample, Workload
 from lorafusion.engine.build import build_run
 from lorafusion.engine.process import Process, gathered
 from lorafusion.engine.training import TrainingRun
+from lorafusion.planning.capacity import USABLE, rounded_down
 
 SIZES = (2048, 4096)  # tokens; the chunks of the head's logits are full from 2048 on
-USABLE = 0.94  # of what is free before the model: fragments, the libraries and a step's own memory take the rest
 WANTED = 8192  # tokens for which layers are rather computed again than microbatches made smaller
 MOST = 32768  # tokens; larger microbatches are no faster
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the layers, that may be computed again
-STEP = 256
 
 
 class Needs(NamedTuple):
@@ -88,7 +88,8 @@ def probe(process: Process) -> dict:
 
 
 def measure(run: TrainingRun, usable: int, in_flight: int) -> Measured:
-    """What microbatches take on this stage. run: of `probe_workload`, on its stage alone; usable: bytes."""
+    """What microbatches take on this stage. run: of `probe_workload`, on its stage alone; usable: bytes that were free
+    before the model."""
     needs = []
     for share in (0.0, 1.0):
         run.stage.recompute(share)
@@ -130,7 +131,7 @@ def capacity_of(
         if capacity >= max(wanted or WANTED, longest):
             break
     capacity, used = chosen
-    capacity = capacity // STEP * STEP
+    capacity = rounded_down(capacity)
     if capacity < longest:
         raise UserError(
             f"capacity: {max(0, capacity)} tokens of activations fit in the memory, {used:.0%} of the layers computed "

@@ -1,10 +1,10 @@
 """How many tokens a microbatch may hold in a cell, by one rule for all systems: the most that fits, then the fastest.
 
-The most that is tried is the suite's. It is made smaller (`sizes`) until the plan's largest microbatches fit in memory,
-and further until a size is clearly slower than the fastest (`trials.SLOWER`). A trial is one run of the first global
-batch of each adapter (of as many as there are stages), planned as the whole workload is. Systems that fix the number of
-samples of a microbatch take as many as fit in those tokens (`scheduler.common.largest_microbatch`), so that the same
-rule tunes them.
+Tried, as each system takes its own memory (`planning.capacity` lists the other answers). The most that is tried is the
+suite's. It is made smaller (`sizes`) until the plan's largest microbatches fit in memory, and further until a size is
+clearly slower than the fastest (`trials.SLOWER`). A trial is one run of the first global batch of each adapter (of as
+many as there are stages), planned as the whole workload is. Systems that fix the number of samples of a microbatch take
+as many as fit in those tokens (`planning.common.largest_microbatch`), so that the same rule tunes them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How to run a workload on some GPUs: stages, replicas and capacity, by memory and by simulated throughput.
 
 Every division of the GPUs into stages times replicas is tried with the largest capacity whose activations fit, and
-below it with what `fast` finds fastest. No GPU is asked: memory is counted, time is the cost model's.
+below it with what `fast` finds fastest. No GPU is asked: memory is counted, time is the cost model's. So the capacity
+is an estimate, to choose by before there is a GPU; `planning.capacity` lists the other answers.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from typing import NamedTuple
 from lorafusion.core.config import ModelConfig
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Job, Workload
+from lorafusion.planning.capacity import USABLE, rounded_down
 from lorafusion.planning.fast import Trials
 from lorafusion.planning.simulator.costs import CostModel, model_costs
 
-USABLE = 0.94  # of a GPU's memory: the rest is the driver's, the libraries' and the allocator's
 WORKSPACE = 2 << 30  # bytes: products on their way
 ADAPTER_BYTES = 4 * 4  # of a parameter in float32: itself, its gradient, AdamW's two moments
 LOGIT_BYTES = 2 + 4 + 4 + 2  # of a logit: in 16 bits, in float32 for the loss, and the gradients of both
-STEP = 256  # tokens that a capacity is rounded down to
 
 
 class Choice(NamedTuple):
@@ -75,7 +75,7 @@ def largest_capacity(
         / token_bytes(config, model, stage, checkpointing)
         for stage in range(model.stages)
     ]
-    return int(min(room)) // STEP * STEP
+    return rounded_down(min(room))
 
 
 def propose(

@@ -8,7 +8,8 @@ import pytest
 
 from lorafusion.core.plan import check
 from lorafusion.core.schema import UserError
-from lorafusion.engine.memory_probe import MOST, SIZES, STEP, Measured, Needs, capacity_of, probe_workload
+from lorafusion.engine.memory_probe import MOST, SIZES, Measured, Needs, capacity_of, probe_workload
+from lorafusion.planning.capacity import STEP
 
 MIB = 2.0**20
 

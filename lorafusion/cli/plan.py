@@ -51,7 +51,6 @@ def make(
         int | None,
         typer.Option(min=1, max=MOST_TOKENS, help="tokens of a microbatch; by default the jobs file's, or 8192"),
     ] = None,
-    tuned: Annotated[Path | None, typer.Option(help="take the capacity of this file of a suite's tuned/")] = None,
     data_parallel: Annotated[
         int | None,
         typer.Option(min=1, max=MOST_PROCESSES, help="replicas of the pipeline; by default the jobs file's, or 1"),
@@ -68,12 +67,6 @@ def make(
     jobs, sizes, jobs_model = _jobs_of(workload)
     given = {"stages": stages, "capacity": capacity, "data_parallel": data_parallel}
     sizes |= {name: size for name, size in given.items() if size is not None}
-    if tuned is not None:
-        from lorafusion.lab.tuning import Tuned
-
-        found = Tuned.read(tuned)
-        found.require(tuned, jobs, system or SYSTEM, sizes["stages"], sizes["data_parallel"])
-        sizes["capacity"] = found.capacity
     name, by_costs = _planner(system, strategy)
     options: dict[str, Any] = {}
     if model or costs:
@@ -121,7 +114,7 @@ def _planner(system: str | None, strategy: str | None) -> tuple[str, bool]:
 
 @plan_app.command("show", example="lorafusion plan show plan.json --workload workload.json --out plan.html")
 def show(
-    plan: Annotated[Path, typer.Argument(help="a plan file")],
+    path: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file")],
     workload: Annotated[Path | None, typer.Option(help="its workload, for sample lengths and names")] = None,
     model: Annotated[str | None, typer.Option(help="a name of configs/models, whose costs are simulated")] = None,
     costs: Annotated[Path | None, typer.Option(help="a cost model (YAML) instead")] = None,
@@ -139,18 +132,18 @@ def show(
     from lorafusion.planning.simulator import gantt, simulate_plan
     from lorafusion.planning.simulator.trace import write_trace
 
-    made = Plan.read(plan)
+    plan = Plan.read(path)
     jobs = Workload.read(workload) if workload else None
     if jobs is not None:
-        check(made, jobs, plan)
-    timeline, unit = simulate_plan(made, jobs, model, costs, schedule)
+        check(plan, jobs, path)
+    timeline, unit = simulate_plan(plan, jobs, model, costs, schedule)
     window = gantt.window_of(timeline, first, count)
-    gantt.print_plan(made, timeline, unit, window, [job.name for job in jobs.jobs] if jobs else None)
+    gantt.print_plan(plan, timeline, unit, window, [job.name for job in jobs.jobs] if jobs else None)
     if trace:
-        write_trace(timeline, made, trace)
+        write_trace(timeline, plan, trace)
         print(f"{trace}: open it in https://ui.perfetto.dev")
     if out:
-        gantt.save(made, timeline, unit, window, out)
+        gantt.save(plan, timeline, unit, window, out)
         print(out)
 
 

@@ -64,11 +64,11 @@ def train_with_cost(process: Process) -> dict:
     run, execute, report = train_plan(process)
     if report["finished"]:
         process.keep(report | {"pending": "cost"})
-        report["cost"] = known_cost(run, execute)
+        report["cost"] = cost_or_reason(run, execute)
     return report
 
 
-def known_cost(run: TrainingRun, execute: Executor) -> dict:
+def cost_or_reason(run: TrainingRun, execute: Executor) -> dict:
     """`cost_of` a run, or why it is not known: a run that ended well has its time all the same."""
     try:
         return cost_of(run, execute)
@@ -84,18 +84,21 @@ def cost_of(run: TrainingRun, execute: Executor) -> dict:
     layers: of the whole model. The rest is as the first process has it: see `structure`.
     """
     run.position.set(COUNTING)
-    made_of = structure(run)
+    first = structure(run)
     run.adapters.clear()
     part = beginning(run.plan, TOKENS[run.pipeline.device.type])
     with patience(PATIENCE):
-        everyone = gathered((made_of, measured(run, execute, part)))
-    stages, counted = [one for one, _ in everyone[: run.pipeline.size]], [one._asdict() for _, one in everyone]
-    said = f"the first {len(part.microbatches)} of {len(run.plan.microbatches)} microbatches"
-    return made_of | {
+        processes = gathered((first, measured(run, execute, part)))
+    stages = [stage for stage, _ in processes[: run.pipeline.size]]
+    counted = [counts._asdict() for _, counts in processes]
+    extent = f"the first {len(part.microbatches)} of {len(run.plan.microbatches)} microbatches"
+    return first | {
         **{name: sum(stage[name] for stage in stages) for name in ("layers", "recomputed_layers")},
-        "part": said,
+        "part": extent,
         "tokens": part.statistics.tokens,
-        "counts": {name: sum(one[name] for one in counted) for name in Counts._fields if counted[0][name] is not None},
+        "counts": {
+            name: sum(counts[name] for counts in counted) for name in Counts._fields if counted[0][name] is not None
+        },
     }
 
 

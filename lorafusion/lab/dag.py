@@ -163,10 +163,10 @@ def state(step: Step, seen: dict[Step, str] | None = None) -> str:
 
 def ancestors(step: Step) -> list[Step]:
     """All that a step is made from, the earliest first, each once."""
-    found: dict[Step, None] = {}
+    sources: dict[Step, None] = {}
     for source in step.inputs:
-        found |= dict.fromkeys([*ancestors(source), source])
-    return list(found)
+        sources |= dict.fromkeys([*ancestors(source), source])
+    return list(sources)
 
 
 def with_ancestors(steps: Sequence[Step]) -> list[Step]:
@@ -199,11 +199,11 @@ class Dag:
     @property
     def kinds(self) -> dict[Kind, dict[str, Step]]:
         """The steps of each kind by their names."""
-        found: dict[Kind, dict[str, Step]] = {}
+        steps_of: dict[Kind, dict[str, Step]] = {}
         kinds: dict[str, Kind] = {}
         for step in self.steps:
-            found.setdefault(kinds.setdefault(step.kind.name, step.kind), {})[step.name] = step
-        return found
+            steps_of.setdefault(kinds.setdefault(step.kind.name, step.kind), {})[step.name] = step
+        return steps_of
 
     def of_target(self, target: str) -> list[Step]:
         """The steps of a target with all that they are made from, in order."""

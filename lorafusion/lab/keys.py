@@ -30,16 +30,16 @@ RESULT_VERSION = 1
 class OutOfDateError(UserError):
     """A file that was made from something else than it would be made from now."""
 
-    def __init__(self, path: str | Path, what: str, found: object, expected: object) -> None:
-        self.reason = f"{what}: found {found}, expected {expected}"
+    def __init__(self, path: str | Path, what: str, value: object, expected: object) -> None:
+        self.reason = f"{what}: found {value}, expected {expected}"
         super().__init__(f"{path}: {self.reason}; it was made for other settings, make it again")
 
 
 def require(path: str | Path, pairs: list[tuple[str, object, object]]) -> None:
-    """Raise `OutOfDateError` for the first of some (what, found, expected) that differ."""
-    for what, found, expected in pairs:
-        if found != expected:
-            raise OutOfDateError(path, what, found, expected)
+    """Raise `OutOfDateError` for the first of some (what, value, expected) that differ."""
+    for what, value, expected in pairs:
+        if value != expected:
+            raise OutOfDateError(path, what, value, expected)
 
 
 def configuration_hash(suite: Suite, cell: Cell, system: SystemConfig) -> str:
@@ -81,11 +81,11 @@ class CellFiles:
         return cell_workload(self.suite, self.cell)
 
     def workload(self, path: Path) -> Workload:
-        found, expected = Workload.read(path), self.expected_workload
-        if found.content_hash != expected.content_hash:
-            what, *values = first_difference(found.model_dump(mode="json"), expected.model_dump(mode="json"))
+        workload, expected = Workload.read(path), self.expected_workload
+        if workload.content_hash != expected.content_hash:
+            what, *values = first_difference(workload.model_dump(mode="json"), expected.model_dump(mode="json"))
             raise OutOfDateError(path, what, *values)
-        return found
+        return workload
 
     def tuned(self, path: Path | None) -> Tuned | None:
         """The tuning of the cell; None for a cell whose capacity the suite says."""
@@ -95,13 +95,13 @@ class CellFiles:
             return None
         if path is None:
             raise UserError(f"--tuned: missing; cell {self.cell.name} is tuned: give the file of `tune_cell`")
-        found = Tuned.read(path)
+        tuning = Tuned.read(path)
         require(path, [
-            ("cell", found.cell, self.cell.name),
-            ("config_hash", found.config_hash, self.configuration),
-            ("workload_hash", found.workload_hash, self.expected_workload.content_hash),
+            ("cell", tuning.cell, self.cell.name),
+            ("config_hash", tuning.config_hash, self.configuration),
+            ("workload_hash", tuning.workload_hash, self.expected_workload.content_hash),
         ])  # fmt: skip
-        return found
+        return tuning
 
     def capacity(self, tuned: Tuned | None) -> int:
         """Tokens that a microbatch of the cell may hold: those that its tuning found, or those that the suite says."""
@@ -111,27 +111,27 @@ class CellFiles:
         """The plan of the cell, checked against its workload."""
         if path is None:
             raise UserError("--plan: missing; its step makes it")
-        found, cell = Plan.read(path), self.cell
+        plan, cell = Plan.read(path), self.cell
         require(path, [
-            ("workload_hash", found.workload_hash, self.expected_workload.content_hash),
-            ("system", found.system, cell.system),
-            ("stages", found.stages, cell.stages),
-            ("data_parallel", found.data_parallel, cell.grid.data_parallel),
-            ("capacity", found.capacity, self.capacity(tuned)),
-            ("key", found.key, plan_key(found, self.system.planner, self.system.options)),
+            ("workload_hash", plan.workload_hash, self.expected_workload.content_hash),
+            ("system", plan.system, cell.system),
+            ("stages", plan.stages, cell.stages),
+            ("data_parallel", plan.data_parallel, cell.grid.data_parallel),
+            ("capacity", plan.capacity, self.capacity(tuned)),
+            ("key", plan.key, plan_key(plan, self.system.planner, self.system.options)),
         ])  # fmt: skip
-        check(found, self.expected_workload, source=path)
-        return found
+        check(plan, self.expected_workload, source=path)
+        return plan
 
     def result(self, path: Path, plan: Plan | None, repeat: int) -> dict:
         """The result file of one repeat. plan: None for a cell that nothing installed here can run."""
-        found = _read_result(path)
-        self.require_result(path, found)
+        result = _read_result(path)
+        self.require_result(path, result)
         require(path, [
-            ("repeat", found["cell"].get("repeat"), repeat),
-            ("plan_hash", found["provenance"].get("plan_hash"), plan.content_hash if plan else None),
+            ("repeat", result["cell"].get("repeat"), repeat),
+            ("plan_hash", result["provenance"].get("plan_hash"), plan.content_hash if plan else None),
         ])  # fmt: skip
-        return found
+        return result
 
     def require_result(self, path: str | Path, result: dict) -> None:
         """Raise unless the content of a result file is of this cell as the suite has it now."""
@@ -187,10 +187,10 @@ def require_one_workload(trained: Iterable[tuple[str | Path, str, str, str | Non
     """Raise `OutOfDateError` unless all systems that are compared trained the same workload. trained: a file, the suite
     and the cell that it is of, and the hash of the workload that it was made with."""
     first: dict[tuple[str, str], tuple[str | None, str | Path]] = {}
-    for path, suite, cell, found in trained:
-        expected, other = first.setdefault((suite, cell.rpartition("/system~")[0]), (found, path))
-        if found != expected:
-            raise OutOfDateError(path, "workload_hash", found, f"{expected} as in {other}")
+    for path, suite, cell, workload_hash in trained:
+        expected, other = first.setdefault((suite, cell.rpartition("/system~")[0]), (workload_hash, path))
+        if workload_hash != expected:
+            raise OutOfDateError(path, "workload_hash", workload_hash, f"{expected} as in {other}")
 
 
 def _bench_hash(path: str, bench: list[str]) -> str:
@@ -207,9 +207,9 @@ def _bench_hash(path: str, bench: list[str]) -> str:
 
 
 def _read_result(path: Path) -> dict:
-    found = read_versioned(path, RESULT_VERSION, "result")
-    require_own_seal(found, path)
-    return found
+    result = read_versioned(path, RESULT_VERSION, "result")
+    require_own_seal(result, path)
+    return result
 
 
 def _part(result: dict, key: str, path: str | Path) -> dict:
@@ -219,20 +219,20 @@ def _part(result: dict, key: str, path: str | Path) -> dict:
     return part
 
 
-def first_difference(found: object, expected: object, where: str = "") -> tuple[str, object, object]:
+def first_difference(value: object, expected: object, where: str = "") -> tuple[str, object, object]:
     """The first place where two different JSON values differ, and what is there in each."""
     below = f"{where}." if where else ""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for key in dict.fromkeys([*expected, *found]):
-            if key not in found or key not in expected or found[key] != expected[key]:
-                return first_difference(found.get(key), expected.get(key), f"{below}{key}")
-    if isinstance(found, list) and isinstance(expected, list):
-        if len(found) != len(expected):
-            return where, f"{len(found)} entries", len(expected)
-        for index, (one, other) in enumerate(zip(found, expected, strict=True)):
-            if one != other:
-                return first_difference(one, other, f"{below}{index}")
-    return where, found, expected
+    if isinstance(value, dict) and isinstance(expected, dict):
+        for key in dict.fromkeys([*expected, *value]):
+            if key not in value or key not in expected or value[key] != expected[key]:
+                return first_difference(value.get(key), expected.get(key), f"{below}{key}")
+    if isinstance(value, list) and isinstance(expected, list):
+        if len(value) != len(expected):
+            return where, f"{len(value)} entries", len(expected)
+        for index, (entry, other) in enumerate(zip(value, expected, strict=True)):
+            if entry != other:
+                return first_difference(entry, other, f"{below}{index}")
+    return where, value, expected
 
 
 def require_result_of(path: Path, config_hash: str, repeat: int) -> dict:

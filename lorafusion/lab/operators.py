@@ -68,8 +68,10 @@ class Counting(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         kind, arguments, results = class_of(function), _tensors([args, kwargs]), _tensors(result)
         if kind is not None and (arguments or results):
-            read, written = (sum(one.nbytes for one in tensors) for tensors in (arguments, results))
-            self._note(Operation(_short(function), kind, read, written, tuple(dtype_name(one) for one in arguments)))
+            read, written = (sum(tensor.nbytes for tensor in tensors) for tensors in (arguments, results))
+            self._note(
+                Operation(_short(function), kind, read, written, tuple(dtype_name(tensor) for tensor in arguments))
+            )
         return result
 
 
@@ -83,27 +85,27 @@ def class_of(function: torch._ops.OpOverload) -> str | None:
         return None
     if tags & READING_TAGS or name == "_local_scalar_dense":
         return HOST_READS
-    known = next((known for known, pattern in NAMES.items() if pattern.fullmatch(name)), None)
-    if known is None and torch.Tag.nondeterministic_seeded in tags:
+    named = next((kind for kind, pattern in NAMES.items() if pattern.fullmatch(name)), None)
+    if named is None and torch.Tag.nondeterministic_seeded in tags:
         return RANDOM
-    return known or (ELEMENTWISE if torch.Tag.pointwise in tags else f"other: {name}")
+    return named or (ELEMENTWISE if torch.Tag.pointwise in tags else f"other: {name}")
 
 
 def by_class(operations: Iterable[Operation]) -> dict[str, Part]:
     """Sums of each class, in the order of their names."""
     sums: dict[str, Part] = defaultdict(lambda: Part(0, 0, 0))
-    for one in operations:
-        sum_ = sums[one.kind]
-        sums[one.kind] = Part(sum_.operators + 1, sum_.read + one.read, sum_.written + one.written)
+    for operation in operations:
+        kind, count, read, written = operation.kind, *sums[operation.kind]
+        sums[kind] = Part(count + 1, read + operation.read, written + operation.written)
     return dict(sorted(sums.items()))
 
 
 def product_dtypes(operations: Sequence[Operation]) -> dict[str, int]:
     """How many matrix products have arguments of which dtypes."""
     counts: dict[str, int] = defaultdict(int)
-    for one in operations:
-        if one.kind == PRODUCTS:
-            counts[" x ".join(sorted(set(one.dtypes)))] += 1
+    for operation in operations:
+        if operation.kind == PRODUCTS:
+            counts[" x ".join(sorted(set(operation.dtypes)))] += 1
     return dict(sorted(counts.items()))
 
 

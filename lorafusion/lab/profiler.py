@@ -106,7 +106,7 @@ def without_communication(spans: Iterable[Span]) -> list[Span]:
 def busy_nanoseconds(spans: Iterable[Span]) -> int:
     """In which at least one of them is there."""
     busy = reached = 0
-    for span in sorted(spans, key=lambda one: one.begin):
+    for span in sorted(spans, key=lambda span: span.begin):
         busy += max(0, span.end - max(span.begin, reached))
         reached = max(reached, span.end)
     return busy
@@ -114,7 +114,7 @@ def busy_nanoseconds(spans: Iterable[Span]) -> int:
 
 def class_of(name: str) -> str:
     """The class of a kernel by its name."""
-    return next((known for known, pattern in CLASSES.items() if pattern.search(name)), OTHER)
+    return next((kind for kind, pattern in CLASSES.items() if pattern.search(name)), OTHER)
 
 
 def breakdown(spans: Sequence[Span], microbatches: int) -> dict[str, Part]:
@@ -125,11 +125,11 @@ def breakdown(spans: Sequence[Span], microbatches: int) -> dict[str, Part]:
     times: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     reached = min(span.begin for span in spans)
-    for span in sorted(spans, key=lambda one: one.begin):
+    for span in sorted(spans, key=lambda span: span.begin):
         times[IDLE] += max(0, span.begin - reached)
-        known = class_of(span.name)
-        times[known] += max(0, span.end - max(span.begin, reached))
-        counts[known] += 1
+        kind = class_of(span.name)
+        times[kind] += max(0, span.end - max(span.begin, reached))
+        counts[kind] += 1
         reached = max(reached, span.end)
     return {
         name: Part(times[name] / 1e6 / microbatches, counts[name] // microbatches) for name in ORDER if name in times

@@ -35,10 +35,10 @@ def dag_of(suite: str | Path | None = None, folder: Path | None = None) -> Dag:
 def step_at(suite: str | Path, path: Path) -> Step:
     """The step of a suite that writes a file, in whichever folder that is."""
     outputs = [(step, output) for step in dag_of(suite, Path(".")).steps for output in step.outputs]
-    found = [(step, output) for step, output in outputs if path.parts[-len(output.parts) :] == output.parts]
-    if not found:
+    matches = [(step, output) for step, output in outputs if path.parts[-len(output.parts) :] == output.parts]
+    if not matches:
         raise UserError(f"--step: {path}: no step of {suite} writes it; `lorafusion lab list {suite}` lists them")
-    step, output = max(found, key=lambda pair: len(pair[1].parts))
+    step, output = max(matches, key=lambda pair: len(pair[1].parts))
     folder = Path(*path.parts[: -len(output.parts)])
     return next(other for other in dag_of(suite, folder).steps if other.relative == step.relative)
 
@@ -68,7 +68,7 @@ class SuiteSteps(MeasuredSteps):
     @cached_property
     def tables(self) -> dict[str, Step]:
         """The measurement tables by experiment."""
-        found = {}
+        tables = {}
         for name, runs in self.runs.items():
             folder = EXPERIMENTS[name].folder
             stem = f"{folder}/measurements".lstrip("/")
@@ -77,10 +77,10 @@ class SuiteSteps(MeasuredSteps):
                         quick=True, category="Measurements", caption="measurements.rst",
                         labels={f"{stem}.csv": f"{what}: every number (CSV)",
                                 f"{stem}.html": f"{what}: medians and runs (page)"})  # fmt: skip
-            found[name] = self._step(kind, "", partial(self._make_table, name), lambda name=name: self._expected(name),
+            tables[name] = self._step(kind, "", partial(self._make_table, name), lambda name=name: self._expected(name),
                                      inputs=tuple(runs),
                                      read=lambda name=name: require_seal(self.tables[name].path))  # fmt: skip
-        return found
+        return tables
 
     def _expected(self, name: str) -> dict[str, int]:
         return {point.name: point.repeats for point in self.points[name]}
@@ -112,7 +112,7 @@ class SuiteSteps(MeasuredSteps):
     @cached_property
     def figures(self) -> dict[tuple[str, str], Step]:
         """By the names of the figure and of its model, which is empty for a figure of all."""
-        found = {}
+        figures = {}
         for name, figure in FIGURES.items():
             points = self.points[figure.experiment]
             if not points or (figure.setting and not getattr(points[0].settings, figure.setting)):
@@ -120,8 +120,8 @@ class SuiteSteps(MeasuredSteps):
             for model in self._models_of(figure) if figure.per_model else [""]:
                 sources = self._sources(figure, model)
                 if sources:
-                    found[name, model] = self._figure(name, figure, model, sources)
-        return found
+                    figures[name, model] = self._figure(name, figure, model, sources)
+        return figures
 
     def _models_of(self, figure: Figure) -> list[str]:
         """The models that have, on some number of GPUs, all systems that the figure takes."""

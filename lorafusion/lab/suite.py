@@ -89,10 +89,10 @@ class Arrangement(NamedTuple):
 
     @classmethod
     def read(cls, text: str) -> Arrangement:
-        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(\+recompute)?", text)
-        if not found:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(\+recompute)?", text)
+        if not match:
             raise UserError(f"arrangement: expected stages x replicas such as 2x1 or 2x1+recompute, found {text!r}")
-        return cls(int(found[1]), int(found[2]), bool(found[3]))
+        return cls(int(match[1]), int(match[2]), bool(match[3]))
 
     def __str__(self) -> str:
         return f"{self.stages}x{self.replicas}{'+recompute' if self.recompute else ''}"
@@ -110,8 +110,8 @@ class Checks(Config):
     @field_validator("lossless")
     @classmethod
     def _are_arrangements(cls, value: list[str]) -> list[str]:
-        for one in value:
-            Arrangement.read(one)
+        for arrangement in value:
+            Arrangement.read(arrangement)
         return value
 
 
@@ -162,8 +162,8 @@ def suite_path(name: str | None) -> Path:
     chosen = name or ("h200" if has_gpu() else "smoke")
     path = Path(chosen) if chosen.endswith((".yaml", ".yml")) else CONFIGS / "suites" / f"{chosen}.yaml"
     if not path.exists():
-        known = ", ".join(sorted(names_in("suites")))
-        raise UserError(f"suite: no file {path}; known suites: {known}")
+        names = ", ".join(sorted(names_in("suites")))
+        raise UserError(f"suite: no file {path}; known suites: {names}")
     return path
 
 
@@ -192,13 +192,13 @@ def cells(suite: Suite, source: str | Path = "suite") -> list[Cell]:
         one_of("workload", name, {name for grid in suite.cells for name in grid.workloads}, f"{source}: profiled")
     for index, grid in enumerate(suite.cells):
         where = f"{source}: cells.{index}"
-        for kind, names, known in (
+        for kind, names, choices in (
             ("system", grid.systems, set(systems)),
             ("model", grid.models, names_in("models")),
             ("workload", grid.workloads, names_in("workloads")),
         ):
             for name in names:
-                one_of(kind, name, known, where)
+                one_of(kind, name, choices, where)
         layers = {model: read_model(model).num_hidden_layers for model in grid.models}
         for model, workload, gpus, system in product(grid.models, grid.workloads, grid.gpus, grid.systems):
             cell = Cell(system=system, model=model, gpus=gpus, workload=workload, grid=grid)

@@ -88,8 +88,8 @@ def profile(options: TrialOptions, run: TrainingRun, execute: Executor) -> list[
         spans = traced.while_the_clock_ran(profiler.trace(traced, before=traced.prepare))
     print(*profiler.unknown_kernels(spans), sep="\n", flush=True)
     scale = 1000 / part.tokens
-    parts = {name: profiler.Part(one.milliseconds * scale, one.kernels * scale)
-             for name, one in profiler.at_full_speed(profiler.breakdown(spans, 1), 1e3 * seconds).items()}  # fmt: skip
+    breakdown = profiler.at_full_speed(profiler.breakdown(spans, 1), 1e3 * seconds)
+    parts = {name: profiler.Part(part.milliseconds * scale, part.kernels * scale) for name, part in breakdown.items()}
     return profiler.csv_rows(parts)
 
 

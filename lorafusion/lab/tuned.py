@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lorafusion.core.schema import MOST_TOKENS, Config, Data, Float, Int, UserError, validated
+from lorafusion.core.schema import MOST_TOKENS, Config, Data, Float, Int, validated
 from lorafusion.core.seals import require_own_seal, sealed
-from lorafusion.core.workload import Workload, read_versioned
+from lorafusion.core.workload import read_versioned
 from lorafusion.launch.spec import RunSpec
 
 VERSION = 3
@@ -71,10 +71,10 @@ class Tuned(Data):
     def capacity(self) -> int:
         """The fastest capacity; ties go to the larger. If none finished: the smallest tried (the run will report the
         error)."""
-        done = [one for one in self.trials if one.throughput is not None]
+        done = [trial for trial in self.trials if trial.throughput is not None]
         if not done:
-            return min(one.capacity for one in self.trials)
-        return max(done, key=lambda one: (one.throughput, one.capacity)).capacity
+            return min(trial.capacity for trial in self.trials)
+        return max(done, key=lambda trial: (trial.throughput, trial.capacity)).capacity
 
     def to_json(self) -> str:
         return json.dumps(sealed(self.model_dump(mode="json")), indent=1) + "\n"
@@ -82,17 +82,6 @@ class Tuned(Data):
     @classmethod
     def read(cls, path: str | Path) -> Tuned:
         """Read such a file; `UserError` names the file and what is wrong."""
-        found = validated(cls, read_versioned(path, VERSION, "tuning"), path)
-        require_own_seal(found.model_dump(mode="json"), path)
-        return found
-
-    def require(self, source: Path, workload: Workload, system: str, stages: int, data_parallel: int) -> None:
-        """Raise where this is the tuning of another workload, system or arrangement."""
-        for what, found, expected in (
-            ("workload", self.workload_hash, workload.content_hash),
-            ("system", self.system, system),
-            ("stages", self.stages, stages),
-            ("data_parallel", self.data_parallel, data_parallel),
-        ):
-            if found != expected:
-                raise UserError(f"{source}: tuned for {what} {found}, but this plan is for {expected}")
+        tuned = validated(cls, read_versioned(path, VERSION, "tuning"), path)
+        require_own_seal(tuned.model_dump(mode="json"), path)
+        return tuned

@@ -144,7 +144,7 @@ def _try_all(spec: RunSpec, run: Callable[..., Outcome], seconds: float) -> list
             with_trials(spec, options.model_copy(update={"trials": trials})), timeout=max(1.0, end - time.monotonic())
         )
         rates = [json.loads(line) for line in finished.read_text().splitlines()] if finished.exists() else []
-        tried += [Tried(capacity=one.capacity, throughput=rate) for one, rate in zip(trials, rates, strict=False)]
+        tried += [Tried(capacity=trial.capacity, throughput=rate) for trial, rate in zip(trials, rates, strict=False)]
         if outcome.status == "ok":
             break
         failed = trials[len(rates)]

@@ -196,23 +196,6 @@ def test_a_real_cell_is_tuned(suite, tmp_path, system, gpus):
     assert all(rate >= SLOWER * max(rates[: index + 1]) for index, rate in enumerate(rates[:-1]))
 
 
-def test_a_tuning_is_for_one_cell(suite, tmp_path):
-    from lorafusion.cli.plan import make
-
-    made, out, file = suite(capacity=256), tmp_path / "plan.json", tmp_path / "tuned.json"
-    tuned(made, outcomes(([1.0], "ok")), tmp_path)
-    other = made.workload.model_copy(update={"name": "other"})
-    (tmp_path / "other.json").write_text(other.to_json())
-    make(made.workload_path, out, system="peft-bf16", tuned=file)
-    assert Plan.read(out).capacity == Tuned.read(file).capacity
-    with pytest.raises(UserError, match="tuned.json: tuned for workload"):
-        make(tmp_path / "other.json", out, system="peft-bf16", tuned=file)
-    with pytest.raises(UserError, match="tuned.json: tuned for system peft-bf16, but this plan is for mlora"):
-        make(made.workload_path, out, system="mlora", tuned=file)
-    with pytest.raises(UserError, match="tuned for stages 1, but this plan is for 2"):
-        make(made.workload_path, out, system="peft-bf16", tuned=file, stages=2)
-
-
 def test_a_file_that_is_no_tuning_says_so(tmp_path):
     identity = {"version": 3, "cell": "c", "workload_hash": "h", "config_hash": "c", "system": "s", "stages": 1,
                 "data_parallel": 1}  # fmt: skip

@@ -33,12 +33,12 @@ def measurements_page(table: pd.DataFrame) -> str:
     """Medians, single runs, and for each run its result file, log, command and commit."""
     single = table["statistic"] == "single"
     shared = [name for name in KEY_COLUMNS if table[name].nunique(dropna=False) == 1]
-    told = "; ".join(f"{name}: {escape(str(table[name].iloc[0]))}" for name in shared if table[name].notna().any())
+    constants = "; ".join(f"{name}: {escape(str(table[name].iloc[0]))}" for name in shared if table[name].notna().any())
     key = [name for name in KEY_COLUMNS if name not in shared]
     origins = table[single][ORIGIN_COLUMNS].drop_duplicates(["cell", "repeat"])
     return page(
         "Measurements",
-        f"<p>In every row: {told}.</p>" if told else "",
+        f"<p>In every row: {constants}.</p>" if constants else "",
         "<h2>Medians over the fresh processes of a cell</h2>",
         _table(table[~single][[*key, *NUMBER_COLUMNS]]),
         "<h2>Single runs</h2>",

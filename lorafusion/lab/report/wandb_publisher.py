@@ -97,7 +97,7 @@ class CellRuns:
         values = {name: [_plain(value) for value in runs[name]] for name in columns}
         for name in {name for result in self.results for name in result["provenance"]} - set(COLUMNS):
             values[name] = [result["provenance"].get(name) for result in self.results]
-        agreed = {name: _agreed(found) for name, found in sorted(values.items())}
+        agreed = {name: _agreed(entries) for name, entries in sorted(values.items())}
         agreed |= {"implementation": self.implementation, "sweep": self.sweep}
         return {name: value for name, value in agreed.items() if value is not None}
 
@@ -130,8 +130,8 @@ class CellRuns:
             curves = losses.get(repeat, {})
             for batch, values in enumerate(zip_longest(*curves.values()), 1):
                 points = zip(curves, values, strict=True)
-                found = {f"loss/{name}/repeat-{repeat}": value for name, value in points if value is not None}
-                yield {"global_batch": batch} | found
+                row = {f"loss/{name}/repeat-{repeat}": value for name, value in points if value is not None}
+                yield {"global_batch": batch} | row
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -212,10 +212,10 @@ def read_back(directory: str | Path) -> dict[str, dict[str, Any]]:
 
 def _cells(table: pd.DataFrame, results: list[dict], sweep: str) -> Iterator[CellRuns]:
     for key, rows in table.groupby(CELL, sort=True):
-        own = [result for result in results if tuple(result["cell"][name] for name in CELL) == key]
-        own.sort(key=lambda result: result["cell"].get("repeat") or 0)
+        cell_results = [result for result in results if tuple(result["cell"][name] for name in CELL) == key]
+        cell_results.sort(key=lambda result: result["cell"].get("repeat") or 0)
         single = rows["statistic"] == "single"
-        yield CellRuns(rows[single].sort_values("repeat"), rows[~single], own, sweep)
+        yield CellRuns(rows[single].sort_values("repeat"), rows[~single], cell_results, sweep)
 
 
 def _log_cell(run: Any, cell: PublishedCell) -> None:

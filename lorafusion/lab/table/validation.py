@@ -37,8 +37,8 @@ def validate(table: pd.DataFrame, source: str | Path = "table") -> None:
         if column.required:
             checked.reject(table[name].isna(), name, "a value")
         if column.values:
-            known = table[name].isin(column.values) | table[name].isna()
-            checked.reject(~known, name, "one of " + ", ".join(column.values))
+            valid = table[name].isin(column.values) | table[name].isna()
+            checked.reject(~valid, name, "one of " + ", ".join(column.values))
     for field in ("unit", "direction"):
         fixed = table["metric"].map({name: getattr(metric, field) for name, metric in METRICS.items()})
         checked.reject(table[field] != fixed, field, fixed + " for " + table["metric"])

@@ -129,8 +129,8 @@ def _missing(bars: pd.DataFrame) -> Iterator[dict]:
     for (model, gpus), panel in bars.groupby(["model", "gpus"]):
         series = panel[["system", "kind"]].drop_duplicates()
         places = panel[["window", "group", "workload"]].drop_duplicates().merge(series, how="cross")
-        known = panel[["window", "group", "system", "kind"]].assign(known=True)
-        for place in places.merge(known, how="left").query("known.isna()").to_dict("records"):
+        cells = panel[["window", "group", "system", "kind"]].assign(has_cell=True)
+        for place in places.merge(cells, how="left").query("has_cell.isna()").to_dict("records"):
             yield place | {"model": model, "gpus": gpus}
 
 
@@ -172,8 +172,8 @@ def _draw_panel(ax: Axes, panel: pd.DataFrame, window: str, looks: dict[str, sty
         else:
             draw_interval(ax, x, row, zorder=3)
         if not pd.isna(row.ratio):
-            beside = data[(data["group"] == row.group) & (data["kind"] == row.kind)]
-            top = beside[["value", "ci_high"]].max().max()
+            bars = data[(data["group"] == row.group) & (data["kind"] == row.kind)]
+            top = bars[["value", "ci_high"]].max().max()
             _write_ratio(ax, x, top, row.ratio, width, width * group_inches)
 
 

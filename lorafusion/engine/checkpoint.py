@@ -306,7 +306,7 @@ def load_initial(run: TrainingRun, folder: Path) -> None:
             continue
         path = folder / f"{job.name}.safetensors"
         if steps.get(job.name) != job.start:
-            raise UserError(f"{path}: of {steps.get(job.name)} steps, but {job.name!r} goes on after {job.start}")
+            raise UserError(f"{path}: of {steps.get(job.name)} steps, but {job.name!r} is resumed after {job.start}")
         try:
             with safe_open(path, framework="pt") as file:
                 state = {name: file.get_tensor(name) for name in sorted(file.keys())}

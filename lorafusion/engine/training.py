@@ -278,7 +278,7 @@ class TrainingRun:
         It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless. Every process
         calls it.
         """
-        with self._untold():
+        with self._without_events():
             for slot in self._largest(1):
                 self.backward_alone(slot)
             with self.stage.first_layers_alone():
@@ -288,7 +288,7 @@ class TrainingRun:
     def hold_the_largest(self) -> None:
         """As many of the largest microbatches as this stage holds at a time, forward and then backward, to see whether
         they fit in memory. Leaves no trace either."""
-        with self._untold():
+        with self._without_events():
             outs = [self._alone(slot) for slot in self._largest(self.pipeline.size - self.pipeline.index)]
             while outs:
                 self._backward_alone(outs.pop())
@@ -306,7 +306,7 @@ class TrainingRun:
         return sorted((slot for slot in range(len(lengths)) if lengths[slot]), key=lambda slot: -lengths[slot])[:count]
 
     @contextmanager
-    def _untold(self) -> Iterator[None]:
+    def _without_events(self) -> Iterator[None]:
         """Within it nothing is written of losses, and those that were noted are forgotten."""
         events, self.record.events = self.record.events, None
         yield

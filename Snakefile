@@ -56,7 +56,7 @@ for kind, steps in SUITE.kinds.items():
             name=names_of(kind),
         priority: of_step(kind, lambda step: step.priority)
         localrule: kind.quick
-        threads: of_step(kind, lambda step: step.resources.cpus if kind.fresh else 1)
+        threads: threads_of(kind)
         resources:
             **resources_of(kind),
         params:

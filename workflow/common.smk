@@ -38,7 +38,9 @@ def inputs_of(kind):
 
 def outputs_of(kind):
     """The outputs by name, those that the report shows marked."""
-    named = {"main": kind.outputs[0]} | {f"also_{i}": path for i, path in enumerate(kind.outputs[1:])}
+    named = {"main": kind.outputs[0]} | {
+        f"also_{i}": path for i, path in enumerate(kind.outputs[1:])
+    }
     marked = {"key": f"{SUITE.folder}/{kind.key}"}
     for name, pattern in named.items():
         path = f"{SUITE.folder}/{pattern}"
@@ -48,6 +50,12 @@ def outputs_of(kind):
             path = report(path, caption=caption, category=kind.category, labels=labels)
         marked[name] = directory(path) if kind.directory else path
     return marked
+
+
+def threads_of(kind):
+    """The threads of a step's own process. Snakemake hands them to OpenMP: runs share their work among processes of one
+    thread each, with sums that do not depend on the number of cores."""
+    return of_step(kind, lambda step: step.resources.cpus if kind.fresh else 1)
 
 
 def resources_of(kind):

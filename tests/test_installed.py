@@ -99,6 +99,14 @@ MISSING = {
         ["plan", "w.json", "--system", "mlora", "-o", "p.json"],
         "error: planner 'baselines.mlora.planner:plan': baselines need a checkout of the repository\n",
     ),
+    "the laboratory": (
+        ["lab", "list", "smoke"],
+        "error: lorafusion lab: needs the package pandas: pip install 'lorafusion[lab]'\n",
+    ),
+    "the workflow": (
+        ["reproduce"],
+        "error: the workflow: needs a checkout of the repository, which has its Snakefile\n",
+    ),
     "a picture": (
         ["plan", "show", "p.json", "-o", "p.png"],
         "error: p.png: needs the package matplotlib: pip install 'lorafusion[lab]'\n",

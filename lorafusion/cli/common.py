@@ -82,12 +82,6 @@ def figure_files(stem: Path) -> list[Path]:
 
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="file to write"), Written()]
-Stem = Annotated[
-    Path,
-    typer.Option("--out", "-o", help="path without suffix; .png, .pdf and .csv are written"),
-    Written(figure_files),
-]
-Log = Annotated[Path | None, typer.Option(help="where this command's output goes, for the record")]
 ChecksFolder = Annotated[
     Path | None, typer.Option("--checks", help="folder of the verdicts; by default `checks` beside the table")
 ]

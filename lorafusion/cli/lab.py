@@ -8,11 +8,19 @@ from typing import Annotated
 import typer
 
 from lorafusion.cli.common import ChecksFolder, CommandLine, Written, figure_files
+from lorafusion.core.plugins import import_extra
 from lorafusion.core.schema import UserError, one_of
 
 lab_app = CommandLine(help="The laboratory: measure a suite of configs/suites, check it, draw its figures.")
 
 reproduce_app = CommandLine()
+
+
+@lab_app.callback()
+def require_extra() -> None:
+    """All commands below need it."""
+    import_extra("pandas", "lab", "lorafusion lab")
+
 
 Suite = Annotated[
     str, typer.Argument(metavar="SUITE", help="a name, as smoke, or the path of a file of configs/suites")
@@ -28,14 +36,9 @@ def list_steps(
     folder: Folder = None,
 ) -> None:
     """List a suite's steps with their states: up to date, missing, or why they are out of date."""
-    from lorafusion.lab.dag import state
-    from lorafusion.lab.steps import dag_of
+    from lorafusion.lab.commands import step_states
 
-    seen: dict = {}
-    for step in dag_of(suite, folder).select([pattern]):
-        reason = state(step, seen) or "up to date"
-        plain = reason in ("missing", "up to date") or reason.startswith("after ")
-        print(f"{step.kind.name}: {step.relative}: {reason if plain else f'out of date: {reason}'}")
+    print(*step_states(suite, pattern, folder), sep="\n")
 
 
 @lab_app.command(example="lorafusion lab run h200 --here --share 0/4 --seconds 3000")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lorafusion.core.schema import UserError, one_of
@@ -14,6 +14,15 @@ from lorafusion.lab.runner import Share, dealt, measured, run_steps
 from lorafusion.lab.steps import SuiteSteps, dag_of, step_at
 from lorafusion.lab.suite import Arrangement, suite_path
 from lorafusion.launch.launch import launch
+
+
+def step_states(suite: str, pattern: str, folder: Path | None) -> Iterator[str]:
+    """A line for each step that fits a pattern: up to date, missing, or why it is out of date."""
+    seen: dict[Step, str] = {}
+    for step in dag_of(suite, folder).select([pattern]):
+        reason = state(step, seen) or "up to date"
+        plain = reason in ("missing", "up to date") or reason.startswith("after ")
+        yield f"{step.kind.name}: {step.relative}: {reason if plain else f'out of date: {reason}'}"
 
 
 def run_step(suite: str, path: Path) -> str:

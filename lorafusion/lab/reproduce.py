@@ -10,7 +10,9 @@ from pathlib import Path
 import psutil
 
 from lorafusion.core.config import CONFIGS
+from lorafusion.core.plugins import import_extra
 from lorafusion.core.schema import UserError
+from lorafusion.core.source_tree import IS_CHECKOUT
 from lorafusion.lab.suite import read_suite, suite_path
 
 ROOT = CONFIGS.parent
@@ -19,6 +21,7 @@ SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 
 def reproduce(suite: str | None) -> int:
     """Run the workflow where anything is to be done, show the summary; returns the exit status."""
+    require_workflow()
     path = suite_path(suite)
     name = read_suite(path).name
     results = ROOT / "results" / name
@@ -37,6 +40,13 @@ def reproduce(suite: str | None) -> int:
             return status
     show_summary(suite)
     return 0
+
+
+def require_workflow() -> None:
+    """Raise `UserError` where the workflow or what runs it is missing."""
+    if not IS_CHECKOUT:
+        raise UserError("the workflow: needs a checkout of the repository, which has its Snakefile")
+    import_extra("snakemake", "lab", "the workflow")
 
 
 def clear_interrupted_run(snakemake: list[str]) -> None:
@@ -67,6 +77,7 @@ def _works_here(process: psutil.Process) -> bool:
 
 def make_report(suite: str | None) -> None:
     """Write the report of a suite whose workflow has run."""
+    require_workflow()
     name = read_suite(suite_path(suite)).name
     command = report_command(suite_path(suite), Path("results") / name, ROOT / "Snakefile")
     if subprocess.run(command, cwd=ROOT, check=False).returncode:

@@ -167,6 +167,23 @@ def test_a_mistake_is_one_line_and_status_2(planned, name):
     assert not (planned / "x").exists()
 
 
+@pytest.mark.parametrize(("command", "package"), [("lab list smoke", "pandas"), ("reproduce", "snakemake")])
+def test_the_laboratory_says_which_extra_it_needs(monkeypatch, command, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    done = lorafusion(*command.split())
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, line.startswith("error: ")) == (2, True)
+    assert line.endswith(f": needs the package {package}: pip install 'lorafusion[lab]'")
+
+
+@pytest.mark.parametrize("command", ["reproduce", "lab run smoke", "lab report smoke"])
+def test_the_workflow_needs_a_checkout(monkeypatch, command):
+    monkeypatch.setattr("lorafusion.lab.reproduce.IS_CHECKOUT", False)
+    done = lorafusion(*command.split())
+    message = "error: the workflow: needs a checkout of the repository, which has its Snakefile\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
 def test_a_group_without_a_command_shows_its_help():
     done = lorafusion("plan")
     assert (done.returncode, done.stdout) == (2, "")

@@ -8,10 +8,7 @@ was written, as wandb keeps the absolute paths of the tables in it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +20,6 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from lorafusion.core.files import read_json
 from lorafusion.core.schema import UserError, one_of
 from lorafusion.lab.report.published import replaced, write_manifest
 from lorafusion.lab.table.table import csv_text
@@ -197,19 +193,6 @@ def require_wandb() -> None:
         raise UserError("publish: wandb is not installed; `pip install 'lorafusion[wandb]'`")
 
 
-def read_back(directory: str | Path) -> dict[str, dict[str, Any]]:
-    """What the offline runs of a publication hold, by id, read by wandb's own reader from its log files.
-
-    Each has `config`, `summary`, `history` (lines without wandb's own fields), `name`, `group`, `job_type`, `tags`
-    and `exit_code`. Raises `UserError` for a folder without a whole publication.
-    """
-    folder = Path(directory).resolve()
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder}: no {MANIFEST}, so no whole publication")
-    runs = read_json(folder / MANIFEST, "publication")["runs"]
-    return {run_id: _read_run(folder / entry["folder"], folder) for run_id, entry in runs.items()}
-
-
 def _cells(table: pd.DataFrame, results: list[dict], sweep: str) -> Iterator[CellRuns]:
     for key, rows in table.groupby(CELL, sort=True):
         cell_results = [result for result in results if tuple(result["cell"][name] for name in CELL) == key]
@@ -260,7 +243,7 @@ def _log_comparison(run: Any, table: pd.DataFrame, images: dict[str, Path]) -> N
 @contextmanager
 def _wandb(folder: Path, mode: str) -> Iterator[Callable[..., Any]]:
     """A function that starts a run, while wandb keeps everything in `folder`, says nothing and looks at nothing."""
-    with _environment(folder, mode):
+    with environment(folder, mode):
         import wandb
 
         # The state of the machine now is not that of the measurement, which is in the table.
@@ -291,7 +274,7 @@ def _wandb(folder: Path, mode: str) -> Iterator[Callable[..., Any]]:
 
 
 @contextmanager
-def _environment(folder: Path, mode: str) -> Iterator[None]:
+def environment(folder: Path, mode: str) -> Iterator[None]:
     """None of the user's settings of wandb, but for key and server online, and all of its files in `folder`."""
     before = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
     kept = USERS_OWN if mode == "online" else set()
@@ -330,33 +313,6 @@ def _is_picture(path: Path) -> bool:
             return image.format == "PNG"
     except (OSError, SyntaxError):  # Pillow raises the latter for a file that is cut
         return False
-
-
-def _read_run(run: Path, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
-    with _environment(folder, "offline"):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{run}: wandb cannot read it: {done.stderr.strip()}")
-    out: dict[str, Any] = {"config": {}, "summary": {}, "history": [], "exit_code": None}
-    for line in done.stdout.splitlines():
-        record = json.loads(line)
-        content = record.get(record["type"], {})
-        if record["type"] == "run":
-            out["config"] |= _without_own(content["config"]["update"])
-            out |= {"name": content["display_name"], "group": content["run_group"]}
-            out |= {"job_type": content["job_type"], "tags": content["tags"]}
-        elif record["type"] == "summary":
-            out["summary"] |= _without_own(content["update"])
-        elif record["type"] == "history":
-            out["history"].append(_without_own(content["item"]))
-        elif record["type"] == "exit":
-            out["exit_code"] = content.get("exit_code", 0)
-    return out
-
-
-def _without_own(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if not name.startswith("_")}
 
 
 def _folder_of(run: Any, folder: Path) -> str:

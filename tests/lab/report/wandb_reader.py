@@ -1,0 +1,47 @@
+"""Reads the offline runs of a publication by wandb's own reader from its log files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lorafusion.lab.report.wandb_publisher import MANIFEST, environment
+
+
+def read_back(directory: Path) -> dict[str, dict[str, Any]]:
+    """What the offline runs of a publication hold, by id.
+
+    Each has `config`, `summary`, `history` (lines without wandb's own fields), `name`, `group`, `job_type`, `tags`
+    and `exit_code`.
+    """
+    runs = json.loads((directory / MANIFEST).read_text())["runs"]
+    return {run_id: _read_run(directory / entry["folder"], directory) for run_id, entry in runs.items()}
+
+
+def _read_run(run: Path, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+    with environment(folder, "offline"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    out: dict[str, Any] = {"config": {}, "summary": {}, "history": [], "exit_code": None}
+    for line in done.stdout.splitlines():
+        record = json.loads(line)
+        content = record.get(record["type"], {})
+        if record["type"] == "run":
+            out["config"] |= _without_fields_of_wandb(content["config"]["update"])
+            out |= {"name": content["display_name"], "group": content["run_group"]}
+            out |= {"job_type": content["job_type"], "tags": content["tags"]}
+        elif record["type"] == "summary":
+            out["summary"] |= _without_fields_of_wandb(content["update"])
+        elif record["type"] == "history":
+            out["history"].append(_without_fields_of_wandb(content["item"]))
+        elif record["type"] == "exit":
+            out["exit_code"] = content.get("exit_code", 0)
+    return out
+
+
+def _without_fields_of_wandb(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if not name.startswith("_")}

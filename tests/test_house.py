@@ -51,7 +51,6 @@ TO_BE_MENDED: dict[str, set[str]] = {
     "vague_names": {"lorafusion.train"},
     "wide_modules": {
         "lorafusion.lab.experiments.trainers",
-        "lorafusion.train.run",
     },
 }
 

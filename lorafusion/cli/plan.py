@@ -96,7 +96,8 @@ def _jobs_of(path: Path) -> tuple[Workload, dict[str, int], ModelConfig | None]:
     if config.capacity:
         sizes["capacity"] = config.capacity
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
-        return prepare(config, Path(scratch)), sizes, base_model(config)
+        model = base_model(config)
+        return prepare(config, model, Path(scratch)), sizes, model
 
 
 def _planner(system: str | None, strategy: str | None) -> tuple[str, bool]:

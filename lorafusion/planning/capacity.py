@@ -1,6 +1,6 @@
 """What all answers to "how many tokens may a microbatch hold?" share. Who answers it, and when:
 
-`train.run`             a run of a jobs file: the stated capacity, else a measured one; on a CPU a fixed one
+`train.planner`         a run of a jobs file: the stated capacity, else a measured one; on a CPU a fixed one
 `engine.memory_probe`   measured on the GPUs before such a run, from two microbatches
 `planning.propose`      estimated without a GPU, to choose stages and replicas
 `lab.tuning`            tried, in each cell of a suite, for systems whose memory nothing here describes

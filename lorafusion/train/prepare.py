@@ -50,10 +50,9 @@ def base_model(config: TrainConfig) -> ModelConfig:
     return model.model_copy(update={"weights": config.weights}) if config.weights else model
 
 
-def prepare(config: TrainConfig, folder: Path) -> Workload:
-    """The workload of a jobs file. Writes `folder`/workload.json and a token store in `folder`/data for each job that
-    is not synthetic; says on standard error what became of the samples of each data block."""
-    model = base_model(config)
+def prepare(config: TrainConfig, model: ModelConfig, folder: Path) -> Workload:
+    """The workload of a jobs file; model: its `base_model`. Writes `folder`/workload.json and, for each job that is not
+    synthetic, a token store in `folder`/data; says on standard error what became of the samples of each data block."""
     if config.stages > model.num_hidden_layers:
         raise UserError(
             f"{config.path}: processes: {config.stages} stages, but the model has {model.num_hidden_layers} layers"

@@ -16,33 +16,27 @@ import yaml
 
 from lorafusion.core.config import ModelConfig
 from lorafusion.core.files import write
-from lorafusion.core.machine import gpu_state
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
-from lorafusion.core.workload import Job, Workload, content_hash
+from lorafusion.core.workload import Job, Workload
 from lorafusion.engine.checkpoint import Checkpoint, identity, newest
-from lorafusion.engine.memory_probe import Measured, capacity_of
 from lorafusion.launch.launch import launch
 from lorafusion.launch.lock import Lock, locked
 from lorafusion.launch.outcome import Outcome
-from lorafusion.launch.spec import PROBE_MEMORY, RunSpec, Saving
-from lorafusion.planning import plan_system
-from lorafusion.planning.simulator import model_costs
 from lorafusion.train.config import TrainConfig, read_train_config
 from lorafusion.train.export import Exporter
 from lorafusion.train.folder import OutputFolder, Run, remove_partial, require_names, trim_events
 from lorafusion.train.metrics import EventReader, History
 from lorafusion.train.ownership import claim, is_own, require_own
-from lorafusion.train.prepare import DATA, base_model, prepare
+from lorafusion.train.planner import LOG, MODEL, Planner
+from lorafusion.train.prepare import base_model, prepare
 from lorafusion.train.progress import Display, WandbLog
 from lorafusion.train.status import RUNNING, STATUS, Status, output_named_in, refuse, running
 
 LOGGER = logging.getLogger(__name__)
-SYSTEM = "lorafusion"
-CPU_CAPACITY = 2048  # tokens, where nothing is probed
 DONE, FAILED, STOPPED = 0, 1, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again
 RELOAD = "SIGHUP"
-LOG, METRICS = "log.txt", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 METRICS_SECONDS = 5  # between two writings of the metrics, all of them each time
 
 
@@ -103,23 +97,23 @@ class Training:
     """One invocation of the command, with the jobs file as it is now."""
 
     def __init__(self, config: TrainConfig, lock: Lock, status: Status) -> None:
-        self.config, self.lock, self.status = config, lock, status
+        self.config, self.status = config, status
         self.model: ModelConfig = base_model(config)
         text = yaml.safe_dump(self.model.model_dump(mode="json"))
         settings = {"model": hashlib.sha256(text.encode()).hexdigest()[:16], "dtype": config.chosen_dtype,
                     "adapter_dtype": config.adapter_dtype, "seed": config.seed}  # fmt: skip
         self.output = OutputFolder(config.output, settings)
-        self.model_file, self.log = config.output / "model.yaml", config.output / LOG
+        self.planner = Planner(config, self.model, self.output, lock)
         self._model_text = text
         self.history = History()
         self._readers: dict[Run, EventReader] = {}
-        self._found_before: Checkpoint | None = None  # the checkpoint of the run in hand, when the command began
+        self._checkpoint_before: Checkpoint | None = None  # of the run in hand, when the command began
 
     def run(self) -> Outcome:
         """Plan what remains and run it; the outcome is "nan" where an adapter was stopped, "failed" where one could not
         be exported."""
-        write(self.model_file, self._model_text)
-        self.workload = prepare(self.config, self.output.path)
+        write(self.output.path / MODEL, self._model_text)
+        self.workload = prepare(self.config, self.model, self.output.path)
         self._read_history()
         self.exporter = Exporter(self.output, self.model, self.workload, self.history)
         run, remaining = self._in_hand()
@@ -127,7 +121,7 @@ class Training:
         self._tell()
         outcome = Outcome("ok")
         if remaining is not None:
-            outcome = self._execute(run or self._planned(remaining), remaining)
+            outcome = self._execute(run or self.output.new_run(remaining, self.planner.plan(remaining)), remaining)
         else:
             LOGGER.info(f"{self.output.path}: all jobs are trained")
         self.history.write(self.output.path / METRICS)
@@ -163,76 +157,16 @@ class Training:
             wanted = (remaining.content_hash, self.config.stages, self.config.data_parallel, capacity)
             if wanted == (plan.workload_hash, plan.stages, plan.data_parallel, plan.capacity):
                 return run, remaining
-        self.output.take_over(run, self._found_before)
+        self.output.take_over(run, self._checkpoint_before)
         return None, self.output.remaining(self.workload)
 
-    def _found(self, run: Run) -> Checkpoint | None:
+    def _checkpoint_of(self, run: Run) -> Checkpoint | None:
         """The checkpoint that a run goes on from."""
-        spec = self._base_spec(run.workload, 0.0).model_copy(update=self._initial(run))
-        origin = identity(spec, Plan.read(run.plan).content_hash)
-        found, reasons = newest(run.checkpoints, origin, run.events)
+        origin = identity(self.planner.bare_spec(run), Plan.read(run.plan).content_hash)
+        checkpoint, reasons = newest(run.checkpoints, origin, run.events)
         for reason in reasons:
             LOGGER.warning(f"passed over a checkpoint: {reason}")
-        return found
-
-    def _planned(self, remaining: Workload) -> Run:
-        stages = self.config.stages
-        capacity, share = self._capacity(remaining, self.config.capacity)
-        costs = model_costs(self.model, stages, checkpointing=share > 0)
-        plan = plan_system(
-            remaining, SYSTEM, stages=stages, capacity=capacity, data_parallel=self.config.data_parallel, costs=costs
-        )
-        told = f"{len(remaining.jobs)} jobs, {remaining.tokens} tokens in {plan.statistics.microbatches} microbatches"
-        LOGGER.info(f"{told} of at most {capacity} tokens, fill {plan.statistics.fill:.2f}")
-        return self.output.new_run(remaining, plan)
-
-    def _capacity(self, workload: Workload, capacity: int | None) -> tuple[int, float]:
-        """Tokens of a microbatch, and the share of the layers that recompute their activations: stated, or measured."""
-        asked = self.config.checkpointing
-        share = asked if isinstance(asked, float) else {"none": 0.0, "all": 1.0, "auto": None}[asked]
-        samples = [sample for job in workload.jobs for sample in (*job.samples, *job.evaluation)]
-        longest = max(sample.tokens for sample in samples)
-        if self.config.chosen_device == "cpu":
-            return capacity or max(CPU_CAPACITY, longest), share or 0.0
-        if capacity and share is not None:
-            return capacity, share
-        fits, found = capacity_of(self._measured(workload), longest, share, wanted=capacity)
-        return capacity or fits, found
-
-    def _measured(self, workload: Workload) -> list[Measured]:
-        """What microbatches of these jobs take on each stage; measured once for the same adapters and GPU."""
-        adapters = [job.model_dump(mode="json", include={"rank", "target_modules"}) for job in workload.jobs]
-        key = content_hash([adapters, self.config.stages, gpu_state()["gpu_name"]])
-        if key not in self.output.progress.probed:
-            self.output.update(probed=self.output.progress.probed | {key: self._probed(workload)})
-        return [Measured.from_json(one) for one in self.output.progress.probed[key]]
-
-    def _probed(self, workload: Workload) -> list:
-        LOGGER.info("measuring how many tokens a microbatch may hold")
-        file = self.output.path / "probe.json"
-        write(file, workload.to_json())
-        spec = self._base_spec(file, 0.0).model_copy(update={"task": PROBE_MEMORY})
-        with open(self.log, "a") as log:
-            outcome = launch(spec, self.config.stages, stall=60 * self.config.stall_minutes, log=log)
-        if outcome.status != "ok":
-            raise UserError(f"capacity: could not be measured, {outcome.note}; state it, or see {self.log}")
-        return outcome.report["stages"]
-
-    def _base_spec(self, workload: Path, share: float) -> RunSpec:
-        config = self.config
-        return RunSpec(system=SYSTEM, model=str(self.model_file), workload=str(workload), device=config.chosen_device,
-                       dtype=config.chosen_dtype, adapter_dtype=config.adapter_dtype, seed=config.seed,
-                       checkpointing=share, lock=self.lock)  # fmt: skip
-
-    def _initial(self, run: Run) -> dict[str, str]:
-        return {"initial": str(run.initial)} if run.initial.exists() else {}
-
-    def _spec(self, run: Run) -> RunSpec:
-        share = self._capacity(Workload.read(run.workload), Plan.read(run.plan).capacity)[1]
-        more = {"plan": str(run.plan), "tokens": str(self.output.path / DATA),
-                "saving": Saving(folder=str(run.checkpoints), every=self.config.save_every, keep=self.config.keep),
-                "events": str(run.events)}  # fmt: skip
-        return self._base_spec(run.workload, share).model_copy(update=more | self._initial(run))
+        return checkpoint
 
     def _execute(self, run: Run, workload: Workload) -> Outcome:
         # That of a run in hand has read what is known already: no progress of this command, nor to be logged again.
@@ -242,7 +176,7 @@ class Training:
             name = f"{self.output.path.name}-{run.folder.name}"
             wandb = WandbLog(self.config.wandb, self.config.wandb_project, name, self.output.path, workload)
         written = 0.0
-        with Display(workload, reader) as display, open(self.log, "a") as log:
+        with Display(workload, reader) as display, open(self.output.path / LOG, "a") as log:
 
             def look() -> None:
                 nonlocal written
@@ -258,21 +192,21 @@ class Training:
                 display.update()
 
             outcome = launch(
-                self._spec(run), self.config.processes, stall=60 * self.config.stall_minutes, look=look, log=log
+                self.planner.spec(run), self.config.processes, stall=60 * self.config.stall_minutes, look=look, log=log
             )
             look()
         if wandb:
             wandb.finish()
         if outcome.status == "ok":
-            self.output.take_over(run, self._found(run))
+            self.output.take_over(run, self._checkpoint_of(run))
         return outcome
 
     def _read_history(self) -> None:
         """What all runs so far have told, but for what will be run again."""
         for run in self.output.runs():
             if run == self.output.in_hand:
-                self._found_before = found = self._found(run)
-                trim_events(run, found.events if found else {})
+                self._checkpoint_before = checkpoint = self._checkpoint_of(run)
+                trim_events(run, checkpoint.events if checkpoint else {})
             self._readers[run] = EventReader(run.events, Workload.read(run.workload), self.history)
             self._readers[run].poll()
 

@@ -49,7 +49,8 @@ def run(tmp_path, tokenizer):
         path.write_text(
             yaml.safe_dump({"model": "tiny", "output": "out", "tokenizer": tokenizer, "jobs": list(jobs)} | top)
         )
-        return prepare(read_train_config(path), tmp_path / folder)
+        config = read_train_config(path)
+        return prepare(config, base_model(config), tmp_path / folder)
 
     return run
 

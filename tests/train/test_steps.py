@@ -28,8 +28,9 @@ def job(tmp_path):
         job = {"name": "a", "data": {"synthetic": {"samples": 5, "scale": 32}}, "global_batch_size": 2}
         path = tmp_path / "jobs.yaml"
         path.write_text(yaml.safe_dump({"model": "tiny", "output": "out", "jobs": [job | keys]}))
-        (made,) = prepare(read_train_config(path), tmp_path / "run").jobs
-        return made
+        config = read_train_config(path)
+        (job,) = prepare(config, base_model(config), tmp_path / "run").jobs
+        return job
 
     return job
 
@@ -117,7 +118,7 @@ def test_a_revision_in_the_hubs_cache_is_trained_and_named(hub, tmp_path, export
     assert (model.hidden_size, model.weights, model.revision) == (width, "acme/tiny", revision)
     fill = checkpoint_weights(model)
     assert fill("model.norm.weight", torch.Size([width]), torch.device("cpu"), torch.float32).shape == (width,)
-    (job,) = prepare(config, tmp_path / "run").jobs
+    (job,) = prepare(config, model, tmp_path / "run").jobs
     described = exported(job, model)
     assert (described["base_model_name_or_path"], described["revision"]) == ("acme/tiny", revision)
     assert ("revision v2" in (tmp_path / "adapter" / "README.md").read_text()) == (revision == "v2")

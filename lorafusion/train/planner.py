@@ -1,0 +1,100 @@
+"""What a run of `lorafusion train` is to be: its plan, by the capacity that is stated or measured, and its spec."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from lorafusion.core.config import ModelConfig
+from lorafusion.core.files import write
+from lorafusion.core.machine import gpu_state
+from lorafusion.core.plan import Plan
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Workload, content_hash
+from lorafusion.engine.memory_probe import Measured, capacity_of
+from lorafusion.launch.launch import launch
+from lorafusion.launch.lock import Lock
+from lorafusion.launch.spec import PROBE_MEMORY, RunSpec, Saving
+from lorafusion.planning import plan_system
+from lorafusion.planning.simulator import model_costs
+from lorafusion.train.config import TrainConfig
+from lorafusion.train.folder import OutputFolder, Run
+from lorafusion.train.prepare import DATA
+
+LOGGER = logging.getLogger(__name__)
+SYSTEM = "lorafusion"
+CPU_CAPACITY = 2048  # tokens, where nothing is probed
+LOG, MODEL = "log.txt", "model.yaml"  # in the output folder
+
+
+class Planner:
+    """Plans the runs of one invocation of the command."""
+
+    def __init__(self, config: TrainConfig, model: ModelConfig, output: OutputFolder, lock: Lock) -> None:
+        self.config, self.model, self.output, self.lock = config, model, output, lock
+
+    def plan(self, remaining: Workload) -> Plan:
+        """The plan of what remains to be trained."""
+        stages = self.config.stages
+        capacity, share = self._capacity(remaining, self.config.capacity)
+        costs = model_costs(self.model, stages, checkpointing=share > 0)
+        plan = plan_system(
+            remaining, SYSTEM, stages=stages, capacity=capacity, data_parallel=self.config.data_parallel, costs=costs
+        )
+        numbers = plan.statistics
+        summary = f"{len(remaining.jobs)} jobs, {remaining.tokens} tokens in {numbers.microbatches} microbatches"
+        LOGGER.info(f"{summary} of at most {capacity} tokens, fill {numbers.fill:.2f}")
+        return plan
+
+    def spec(self, run: Run) -> RunSpec:
+        """The spec of a run's processes."""
+        share = self._capacity(Workload.read(run.workload), Plan.read(run.plan).capacity)[1]
+        settings = {"plan": str(run.plan), "tokens": str(self.output.path / DATA),
+                    "saving": Saving(folder=str(run.checkpoints), every=self.config.save_every, keep=self.config.keep),
+                    "events": str(run.events), "checkpointing": share}  # fmt: skip
+        return self.bare_spec(run).model_copy(update=settings)
+
+    def bare_spec(self, run: Run) -> RunSpec:
+        """A run's spec without what may differ when it goes on: its checkpoints are known by the rest."""
+        initial = {"initial": str(run.initial)} if run.initial.exists() else {}
+        return self._base_spec(run.workload).model_copy(update=initial)
+
+    def _base_spec(self, workload: Path) -> RunSpec:
+        config = self.config
+        return RunSpec(system=SYSTEM, model=str(self.output.path / MODEL), workload=str(workload),
+                       device=config.chosen_device, dtype=config.chosen_dtype, adapter_dtype=config.adapter_dtype,
+                       seed=config.seed, checkpointing=0.0, lock=self.lock)  # fmt: skip
+
+    def _capacity(self, workload: Workload, capacity: int | None) -> tuple[int, float]:
+        """Tokens of a microbatch, and the share of the layers that recompute their activations: stated, or measured by
+        `engine.memory_probe`, or on a CPU, where memory is not short, a fixed one. (`planning.capacity` lists the other
+        answers.)"""
+        setting = self.config.checkpointing
+        share = setting if isinstance(setting, float) else {"none": 0.0, "all": 1.0, "auto": None}[setting]
+        samples = [sample for job in workload.jobs for sample in (*job.samples, *job.evaluation)]
+        longest = max(sample.tokens for sample in samples)
+        if self.config.chosen_device == "cpu":
+            return capacity or max(CPU_CAPACITY, longest), share or 0.0
+        if capacity and share is not None:
+            return capacity, share
+        fitting, needed_share = capacity_of(self._measured(workload), longest, share, wanted=capacity)
+        return capacity or fitting, needed_share
+
+    def _measured(self, workload: Workload) -> list[Measured]:
+        """What microbatches of these jobs take on each stage; measured once for the same adapters and GPU."""
+        adapters = [job.model_dump(mode="json", include={"rank", "target_modules"}) for job in workload.jobs]
+        key = content_hash([adapters, self.config.stages, gpu_state()["gpu_name"]])
+        if key not in self.output.progress.probed:
+            self.output.update(probed=self.output.progress.probed | {key: self._probed(workload)})
+        return [Measured.from_json(stage) for stage in self.output.progress.probed[key]]
+
+    def _probed(self, workload: Workload) -> list:
+        LOGGER.info("measuring how many tokens a microbatch may hold")
+        file, log_file = self.output.path / "probe.json", self.output.path / LOG
+        write(file, workload.to_json())
+        spec = self._base_spec(file).model_copy(update={"task": PROBE_MEMORY})
+        with open(log_file, "a") as log:
+            outcome = launch(spec, self.config.stages, stall=60 * self.config.stall_minutes, log=log)
+        if outcome.status != "ok":
+            raise UserError(f"capacity: could not be measured, {outcome.note}; state it, or see {log_file}")
+        return outcome.report["stages"]

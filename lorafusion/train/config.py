@@ -228,17 +228,17 @@ def read_train_config(path: str | Path) -> TrainConfig:
     config = validated(TrainConfig, data | {"path": path.absolute()}, path)
     # Resolved, as `new/../mine` is the folder `mine` as soon as `new` has been made.
     output = named_path(folder, config.output, f"{path}: output").resolve()
-    found = {"model": _located_model(config.model, path, folder), "output": output}
+    paths = {"model": _located_model(config.model, path, folder), "output": output}
     if config.tokenizer:
-        found["tokenizer"] = _located(config.tokenizer, "tokenizer", path, folder)
-    return config.model_copy(update=found)
+        paths["tokenizer"] = _located(config.tokenizer, "tokenizer", path, folder)
+    return config.model_copy(update=paths)
 
 
 def _read_job(path: Path, folder: Path, index: int, job: object, defaults: dict) -> TrainJob:
     """A job with the defaults under it; its data blocks are read first, so that a mistake in them is told by kind."""
-    own = _mapping(job, f"{path}: jobs.{index}")
-    where = f"{path}: jobs.{own['name'] if isinstance(own.get('name'), str) else index}"
-    merged = defaults | own
+    keys = _mapping(job, f"{path}: jobs.{index}")
+    where = f"{path}: jobs.{keys['name'] if isinstance(keys.get('name'), str) else index}"
+    merged = defaults | keys
     if "data" in merged:
         merged["data"] = data_block(merged["data"], f"{where}.data", folder)
     if isinstance(merged.get("evaluation"), dict):
@@ -260,17 +260,17 @@ def _located_model(value: str, path: Path, folder: Path) -> str:
         if not file.is_file():
             raise UserError(f"{path}: model: no such file {file}")
         return str(file)
-    known = f"; or one of configs/models: {', '.join(sorted(names_in('models')))}"
-    return _located(value, "model", path, folder, known)
+    alternative = f"; or one of configs/models: {', '.join(sorted(names_in('models')))}"
+    return _located(value, "model", path, folder, alternative)
 
 
-def _located(value: str, key: str, path: Path, folder: Path, known: str = "") -> str:
+def _located(value: str, key: str, path: Path, folder: Path, alternative: str = "") -> str:
     """A local folder as an absolute path, or else a name that the hub may know."""
     local = named_path(folder, value, f"{path}: {key}")
     if local.is_dir():
         return str(local)
     if value.startswith((".", "/", "~")) or not REPOSITORY.fullmatch(value):
-        raise UserError(f"{path}: {key}: expected a folder or a repository owner/name{known} (found {value!r})")
+        raise UserError(f"{path}: {key}: expected a folder or a repository owner/name{alternative} (found {value!r})")
     return value
 
 

@@ -71,9 +71,9 @@ class Exporter:
             if not due:
                 self._seen = path
                 return []
-            found = opened(path)
+            checkpoint = opened(path)
             for job in due:
-                self._try(job, len(job.batches), found.stopped.get(job.name), adapter_state(found, job.name))
+                self._try(job, len(job.batches), checkpoint.stopped.get(job.name), adapter_state(checkpoint, job.name))
         except (UserError, OSError):
             return []  # it has just been removed for a newer one; at the next look, or at the end
         self._seen = path
@@ -165,7 +165,7 @@ def export(
     described = {
         "job": settings | {"samples": len(job.samples), "evaluation_samples": len(job.evaluation)},
         "base_model": model.model_dump(mode="json"), "stopped": stopped,
-        "steps": [{"step": step + 1} | row.known for step, row in steps.items()],
+        "steps": [{"step": step + 1} | row.values for step, row in steps.items()],
     }  # fmt: skip
     write(folder / "training.json", json.dumps(described, indent=1) + "\n")
     if steps and find_spec("matplotlib"):
@@ -188,12 +188,12 @@ def _card(job: Job, model: ModelConfig, steps: dict[int, Step], stopped: bool, o
         "evaluation loss": f"{evaluations[-1]:.4f} ({len(job.evaluation)} samples)" if evaluations else "not measured",
         "seed": job.seed,
     }
-    known = model.weights != "random"
+    has_checkpoint = model.weights != "random"
     revision = f", revision {model.revision}" if model.revision else ""
     return CARD.format(
         name=job.name,
-        base=f"{model.weights}{revision}" if known else f"a {model.architecture} with random weights",
-        base_model=f"base_model: {model.weights}\n" if known else "",
+        base=f"{model.weights}{revision}" if has_checkpoint else f"a {model.architecture} with random weights",
+        base_model=f"base_model: {model.weights}\n" if has_checkpoint else "",
         others=others,
         picture=picture,
         stopped=STOPPED.format(step=len(steps) + 1) if stopped else "",

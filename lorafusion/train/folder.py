@@ -118,9 +118,9 @@ class OutputFolder:
             # Of a folder that was only marked as ours there is nothing that depends on the settings.
             self.progress = done if done.settings else self.progress
         for key, value in settings.items():
-            found = self.progress.settings.get(key)
-            if found != value:
-                raise UserError(f"{path}: begun with {key} {found!r}, now it is {value!r}; take another output folder")
+            before = self.progress.settings.get(key)
+            if before != value:
+                raise UserError(f"{path}: begun with {key} {before!r}, now it is {value!r}; take another output folder")
         for run in self.runs():
             self._require_run(run)
 
@@ -175,15 +175,15 @@ class OutputFolder:
         write_progress(self.path, changed)
         self.progress = changed
 
-    def take_over(self, run: Run, found: Checkpoint | None) -> None:
+    def take_over(self, run: Run, checkpoint: Checkpoint | None) -> None:
         """Leave a run for good: keep each adapter of its last checkpoint, if there is one, for whatever comes next."""
         jobs = dict(self.progress.jobs)
-        if found is not None:
+        if checkpoint is not None:
             begun = {job.name: job for job in Workload.read(run.workload).jobs}
-            for name, state in adapter_states(found):
-                jobs[name] = JobProgress(steps=found.steps[name], stopped=found.stopped.get(name),
+            for name, state in adapter_states(checkpoint):
+                jobs[name] = JobProgress(steps=checkpoint.steps[name], stopped=checkpoint.stopped.get(name),
                                          described=described(begun[name]), state=self._keep(name, state))  # fmt: skip
-        kept = found.events if found else {}
+        kept = checkpoint.events if checkpoint else {}
         trim_events(run, kept)
         left = self.progress.runs[run.name].model_copy(update={"events": kept})
         self.update(jobs=jobs, runs=self.progress.runs | {run.name: left})
@@ -276,18 +276,18 @@ def require_names(folder: Path, names: list[str], source: Path) -> None:
     a use for."""
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     most = os.pathconf(nearest, "PC_NAME_MAX") - DECORATION
-    known: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     for name in names:
         where = f"{source}: jobs.{name[:40]}{'...' * (len(name) > 40)}: name"
         if len(os.fsencode(name)) > most:
             raise UserError(
                 f"{where}: it has {len(os.fsencode(name))} bytes, the most is {most}: files are named by it"
             )
-        if name.lower() in known:
-            raise UserError(f"{where}: it differs from {known[name.lower()][:40]!r} only in case")
+        if name.lower() in spellings:
+            raise UserError(f"{where}: it differs from {spellings[name.lower()][:40]!r} only in case")
         if hasattr(RESERVING, name):
             raise UserError(f"{where}: torch's modules have an attribute of this name; choose another")
-        known[name.lower()] = name
+        spellings[name.lower()] = name
 
 
 def _state_path(folder: Path, job: str, entry: Entry) -> Path:

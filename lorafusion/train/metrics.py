@@ -36,7 +36,7 @@ class Step:
         return self.norm is not None and not self.missing
 
     @property
-    def known(self) -> dict:
+    def values(self) -> dict:
         """What there is to tell of it; what is no number is null, for readers of JSON."""
         values = {key: value for key, value in vars(self).items() if value is not None and key != "missing"}
         return {key: value if math.isfinite(value) else None for key, value in values.items()}
@@ -68,7 +68,7 @@ class History:
         lines = []
         for job in self.steps:
             for step, row in self.complete(job).items():
-                lines.append(json.dumps({"job": job, "step": step + 1} | row.known))
+                lines.append(json.dumps({"job": job, "step": step + 1} | row.values))
         write(path, "".join(f"{line}\n" for line in lines))
 
 

@@ -200,14 +200,14 @@ def _job(config: TrainConfig, job: TrainJob, rows: Rows) -> Job:
         training = [training[index] for index in _permutation(len(training), f"shuffle/{job.seed}")]
     samples = {"dataset": dataset, "samples": tuple(training), "evaluation": tuple(evaluation)}
     epochs = {"epochs": _epochs(job, len(training))}
-    made = validated(Job, job.hyper_parameters | epochs | samples, _where(config, job))
-    steps = len(made.batches)
-    if made.warmup_steps >= steps:
+    trained = validated(Job, job.hyper_parameters | epochs | samples, _where(config, job))
+    steps = len(trained.batches)
+    if trained.warmup_steps >= steps:
         raise UserError(
-            f"{_where(config, job)}: warmup_steps: {made.warmup_steps}, but the job has {steps} step(s), so that its "
-            "learning rate would never be reached; expected fewer"
+            f"{_where(config, job)}: warmup_steps: {trained.warmup_steps}, but the job has {steps} step(s), so that "
+            "its learning rate would never be reached; expected fewer"
         )
-    return made
+    return trained
 
 
 def _epochs(job: TrainJob, samples: int) -> int:

@@ -32,12 +32,12 @@ class Display:
         self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[told]}"), _TokensPerSecond(), TimeRemainingColumn(),
+            TextColumn("{task.fields[summary]}"), _TokensPerSecond(), TimeRemainingColumn(),
             console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
         self.before = sum(reader.tokens)
         self.tasks = [
-            self.progress.add_task(job.name, total=job.tokens, completed=tokens, told="")
+            self.progress.add_task(job.name, total=job.tokens, completed=tokens, summary="")
             for job, tokens in zip(workload.jobs, reader.tokens, strict=True)
         ]
         self.begin = self._said = time.monotonic()
@@ -58,7 +58,7 @@ class Display:
         self._shown = time.monotonic()
         history = self.reader.history
         for task, job, tokens in zip(self.tasks, self.workload.jobs, self.reader.tokens, strict=True):
-            self.progress.update(task, completed=tokens, told=told(history, job.name, len(job.batches)))
+            self.progress.update(task, completed=tokens, summary=summary(history, job.name, len(job.batches)))
         if self.progress.disable and time.monotonic() - self._said > LINE_SECONDS:
             self._said = time.monotonic()
             self._line(history)
@@ -66,11 +66,11 @@ class Display:
     def _line(self, history: History) -> None:
         tokens = sum(self.reader.tokens)
         speed = (tokens - self.before) / (time.monotonic() - self.begin)
-        jobs = "; ".join(f"{job.name} {told(history, job.name, len(job.batches))}" for job in self.workload.jobs)
+        jobs = "; ".join(f"{job.name} {summary(history, job.name, len(job.batches))}" for job in self.workload.jobs)
         LOGGER.info(f"{tokens / self.workload.tokens:.0%}, {speed:,.0f} tok/s: {jobs}")
 
 
-def told(history: History, job: str, steps: int) -> str:
+def summary(history: History, job: str, steps: int) -> str:
     """A job in a few words: its step, its last loss, its last evaluation."""
     done = history.complete(job)
     if job in history.stopped:
@@ -78,7 +78,7 @@ def told(history: History, job: str, steps: int) -> str:
     if not done:
         return f"step 0/{steps}"
     last, row = next(reversed(done.items()))
-    evaluated = [one.evaluation for one in done.values() if one.evaluation is not None]
+    evaluated = [step.evaluation for step in done.values() if step.evaluation is not None]
     more = f", evaluation {evaluated[-1]:.4f}" if evaluated else ""
     return f"step {last + 1}/{steps}, loss {row.loss:.4f}{more}"
 
@@ -90,15 +90,15 @@ class WandbLog:
         wandb = import_extra("wandb", "wandb", f"wandb: {mode}")
         self.run = wandb.init(project=project, name=name, dir=folder, mode=mode, config=workload.model_dump(
             mode="json", exclude={"jobs": {"__all__": {"samples", "evaluation"}}}))  # fmt: skip
-        self._told: dict[tuple[str, int], dict] = {}
+        self._logged: dict[tuple[str, int], dict] = {}
         for job in workload.jobs:
             self.run.define_metric(f"{job.name}/*", step_metric=f"{job.name}/step")
 
     def log(self, job: str, step: int, history: History) -> None:
         row = history.steps.get(job, {}).get(step)
-        if row is not None and row.is_complete and self._told.get((job, step)) != row.known:
-            self._told[job, step] = row.known
-            self.run.log({f"{job}/{key}": value for key, value in row.known.items()} | {f"{job}/step": step + 1})
+        if row is not None and row.is_complete and self._logged.get((job, step)) != row.values:
+            self._logged[job, step] = row.values
+            self.run.log({f"{job}/{key}": value for key, value in row.values.items()} | {f"{job}/step": step + 1})
 
     def finish(self) -> None:
         self.run.finish()

@@ -223,8 +223,8 @@ class Training:
             if not self.exporter.is_done(job):
                 failures.setdefault(job.name, "its adapter is not there")
         if failures:
-            told = "; ".join(f"{name} could not be exported: {reason}" for name, reason in failures.items())
-            return Outcome("failed", f"{told}; the others are exported, the same command tries again")
+            reasons = "; ".join(f"{name} could not be exported: {reason}" for name, reason in failures.items())
+            return Outcome("failed", f"{reasons}; the others are exported, the same command tries again")
         if stopped:
             reason = f"{', '.join(stopped)}: the gradient is not finite, the adapter has the weights before"
             return Outcome("nan", f"{reason}; the others are trained")

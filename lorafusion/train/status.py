@@ -72,8 +72,8 @@ def refuse(folder: Path, jobs_file: Path, error: UserError) -> None:
 def output_named_in(jobs_file: Path) -> Path | None:
     """The output folder that a jobs file names, however broken the rest of it is."""
     try:
-        found = re.search(r"^output:[ \t]*([^#\n]+)", jobs_file.read_text(), re.MULTILINE)
-        return named_path(jobs_file.absolute().parent, found[1].strip().strip("'\""), "output") if found else None
+        match = re.search(r"^output:[ \t]*([^#\n]+)", jobs_file.read_text(), re.MULTILINE)
+        return named_path(jobs_file.absolute().parent, match[1].strip().strip("'\""), "output") if match else None
     except (OSError, UnicodeDecodeError, UserError):
         return None
 

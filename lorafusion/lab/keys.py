@@ -91,10 +91,10 @@ class CellFiles:
         """The tuning of the cell; None for a cell whose capacity the suite says."""
         if not self.cell.grid.tuned:
             if path is not None:
-                raise UserError(f"--tuned: {path}: cell {self.cell.name} is not tuned, the suite says its capacity")
+                raise UserError(f"{path}: cell {self.cell.name} is not tuned, the suite says its capacity")
             return None
         if path is None:
-            raise UserError(f"--tuned: missing; cell {self.cell.name} is tuned: give the file of `tune_cell`")
+            raise UserError(f"cell {self.cell.name}: found no tuning, expected the file that its step makes")
         tuning = Tuned.read(path)
         require(path, [
             ("cell", tuning.cell, self.cell.name),
@@ -110,7 +110,7 @@ class CellFiles:
     def plan(self, path: Path | None, tuned: Tuned | None) -> Plan:
         """The plan of the cell, checked against its workload."""
         if path is None:
-            raise UserError("--plan: missing; its step makes it")
+            raise UserError(f"cell {self.cell.name}: found no plan, expected the file that its step makes")
         plan, cell = Plan.read(path), self.cell
         require(path, [
             ("workload_hash", plan.workload_hash, self.expected_workload.content_hash),

@@ -148,7 +148,7 @@ def test_a_tuning_that_was_changed_by_hand_is_refused(made_tuned):
 
 def test_a_tuned_cell_is_not_run_without_its_tuning_nor_another_with_one(made_tuned):
     made_tuned.tuned.rename(made_tuned.folder / "elsewhere.json")
-    assert "--tuned: missing; cell model~tiny/" in made_tuned.run()
+    assert f"cell {made_tuned.cell.name}: found no tuning, expected" in made_tuned.run()
     made_tuned.write({"tuned": False, "capacity": 96})
     shutil.copy(made_tuned.folder / "elsewhere.json", made_tuned.tuned)
     assert "is not tuned" in made_tuned.run()

@@ -17,7 +17,7 @@ CLASSES = {"idle": 10.0, "GEMM": 60.0, "LoRA": 30.0}  # in the wrong order on pu
 
 
 def profile(path, system, workload="mixed", qkv="separate", times=1.0):
-    """A file as `lorafusion profile` writes it."""
+    """A file as the profile of a cell is written."""
     whole = sum(CLASSES.values())
     rows = [
         {"suite": "h200", "cell": f"{workload}-{system}-{qkv}", "workload": workload, "qkv": qkv, "system": system,

@@ -10,7 +10,7 @@ import pytest
 from lorafusion.core.schema import UserError
 from lorafusion.lab.report import wandb_publisher
 from lorafusion.lab.report.wandb_publisher import publish
-from tests.lab.report.wandb_reader import read_back
+from lorafusion.lab.report.wandb_reader import read_back
 
 
 @pytest.fixture(autouse=True)
@@ -160,3 +160,8 @@ def test_without_wandb_publishing_is_refused_in_one_line(runs, make_table, pictu
     with pytest.raises(UserError, match=r"publish: wandb is not installed; `pip install 'lorafusion\[wandb\]'`"):
         publish(make_table(runs), runs, [picture], tmp_path / "wandb")
     assert not (tmp_path / "wandb").exists()
+
+
+def test_a_folder_without_a_whole_publication_is_not_read(tmp_path):
+    with pytest.raises(UserError, match="no whole publication"):
+        read_back(tmp_path)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lorafusion.core.files import read_json
+from lorafusion.core.schema import UserError
 from lorafusion.lab.report.wandb_publisher import MANIFEST, environment
 
 
@@ -15,17 +17,21 @@ def read_back(directory: Path) -> dict[str, dict[str, Any]]:
     """What the offline runs of a publication hold, by id.
 
     Each has `config`, `summary`, `history` (lines without wandb's own fields), `name`, `group`, `job_type`, `tags`
-    and `exit_code`.
+    and `exit_code`. Raises `UserError` for a folder without a whole publication.
     """
-    runs = json.loads((directory / MANIFEST).read_text())["runs"]
-    return {run_id: _read_run(directory / entry["folder"], directory) for run_id, entry in runs.items()}
+    folder = directory.resolve()
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder}: no {MANIFEST}, so no whole publication")
+    runs = read_json(folder / MANIFEST, "publication")["runs"]
+    return {run_id: _read_run(folder / entry["folder"], folder) for run_id, entry in runs.items()}
 
 
 def _read_run(run: Path, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
     with environment(folder, "offline"):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert not done.returncode, done.stderr
+    if done.returncode:
+        raise UserError(f"{run}: wandb cannot read it: {done.stderr}")
     out: dict[str, Any] = {"config": {}, "summary": {}, "history": [], "exit_code": None}
     for line in done.stdout.splitlines():
         record = json.loads(line)

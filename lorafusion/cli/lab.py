@@ -54,6 +54,12 @@ def run(
     folder: Folder = None,
 ) -> None:
     """Run a suite: all of it under Snakemake, its measurements in this process (--here), or one step (--step)."""
+    if not here and (share != "0/1" or seconds != float("inf") or only or folder):
+        raise UserError("--share, --seconds, --only, --folder: expected --here with them")
+    if seconds != seconds:
+        raise UserError("--seconds: expected a number, found nan")
+    if here and step is not None:
+        raise UserError("--here, --step: expected one of them at most, found both")
     if step is not None:
         from lorafusion.lab.checks.verdicts import CheckError
         from lorafusion.lab.commands import run_step

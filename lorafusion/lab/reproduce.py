@@ -64,10 +64,13 @@ def clear_interrupted_run(snakemake: list[str]) -> None:
 
 
 def _works_here(process: psutil.Process) -> bool:
-    """Does a process other than this one and its ancestors belong to a workflow of this checkout?"""
+    """Does a process other than this one and its ancestors belong to a workflow of this checkout?
+
+    `lab run --here` does not: a workflow starts `lab run --step`."""
     mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     command = " ".join(process.info["cmdline"] or [])
-    if process.pid in mine or ("snakemake" not in command and "lorafusion lab run" not in command):
+    is_step = "lorafusion lab run" in command and "--step" in command
+    if process.pid in mine or not ("snakemake" in command or is_step):
         return False
     try:
         return Path(process.cwd()) == ROOT

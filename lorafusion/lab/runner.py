@@ -118,7 +118,10 @@ def _make(step: Step, launch: Callable) -> str:
     reason = state(step)
     if step.path.exists():
         print(f"{step.relative}: made anew: {reason}", flush=True)
-    step.log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        step.log.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{step.log.parent}: cannot be made ({error.strerror})") from None
     step.log.unlink(missing_ok=True)
     with open(step.log, "a") as log:  # its processes add to it too
         if step.kind.fresh:

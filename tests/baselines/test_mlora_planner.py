@@ -1,4 +1,4 @@
-"""mLoRA's policy, rule by rule; what every strategy must do is in tests/scheduler."""
+"""mLoRA's policy, rule by rule; what every strategy must do is in tests/planning."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def run(
     share: Annotated[
         str, typer.Option(help="I/N: part I, from 0, of N that share the work, each with its GPU")
     ] = "0/1",
-    seconds: Annotated[float, typer.Option(help="begin nothing after so long")] = float("inf"),
+    seconds: Annotated[float, typer.Option(min=0.0, help="begin nothing after so long")] = float("inf"),
     only: Annotated[list[str] | None, typer.Option(help="a kind of steps, or a part of their paths")] = None,
     folder: Folder = None,
 ) -> None:

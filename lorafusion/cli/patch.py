@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,6 +30,8 @@ def patch(
 
     from fused_lora import patch
 
+    if not Path(adapter).exists() and "/" not in adapter:
+        raise UserError(f"{adapter}: expected the folder of an adapter, or a repository OWNER/NAME")
     try:
         config = PeftConfig.from_pretrained(adapter)
         name = base or config.base_model_name_or_path

@@ -48,15 +48,24 @@ def make_steps(suite: str, folder: Path | None, choose: Callable[[Step], bool], 
     steps = [step for step in dag.steps if choose(step)]
     if not steps:
         raise UserError(f"{suite}: {what}: the suite has none of that name")
-    return dag.folder, run_steps(steps, launch)
+    left, seen = run_steps(steps, launch), {}
+    for step in steps:
+        reason = state(step, seen)
+        if reason:
+            print(f"{step.relative}: {reason}; `lorafusion lab run {suite}` makes all that it needs")
+    return dag.folder, left
 
 
 def gather_incomplete(suite: str, folder: Path | None, table: str) -> None:
     """Write a table, or all, of those results that are there and up to date."""
-    for name, step in SuiteSteps(suite, folder).tables.items():
-        results = [run.path for run in step.inputs if not state(run)]
-        if table in ("", name) and results:
-            print(gather(step.path.parent, results, suite_path(suite) if name == "end_to_end" else None, True))
+    steps = SuiteSteps(suite, folder)
+    results = {name: [run.path for run in step.inputs if not state(run)] for name, step in steps.tables.items()}
+    chosen = {name: paths for name, paths in results.items() if table in ("", name) and paths}
+    if not chosen:
+        raise UserError(f"{steps.folder}: no result of {table or 'any experiment'} is up to date")
+    for name, paths in chosen.items():
+        folder = steps.tables[name].path.parent
+        print(gather(folder, paths, suite_path(suite) if name == "end_to_end" else None, True))
 
 
 def gather_files(suite: str, files: Sequence[Path], out: Path, incomplete: bool) -> str:

@@ -159,7 +159,7 @@ class Cell(Config):
 
 def suite_path(name: str | None) -> Path:
     """The file of a suite by name or path; without a name, of the suite that fits this machine."""
-    chosen = name or ("h200" if has_gpu() else "smoke")
+    chosen = ("h200" if has_gpu() else "smoke") if name is None else name
     path = Path(chosen) if chosen.endswith((".yaml", ".yml")) else CONFIGS / "suites" / f"{chosen}.yaml"
     if not path.exists():
         names = ", ".join(sorted(names_in("suites")))

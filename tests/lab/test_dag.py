@@ -9,11 +9,13 @@ from collections import Counter
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from lorafusion.core.config import CONFIGS
+from lorafusion.lab import reproduce
 from lorafusion.lab.dag import make_step
 from lorafusion.lab.keys import OutOfDateError
 from lorafusion.lab.runner import Share
@@ -104,3 +106,19 @@ def test_a_step_refuses_inputs_of_other_settings(suite, origin, tmp_path):
 def test_the_tools_that_steps_run_are_there(module):
     """A step runs its tool in a process of its own, so that no import says that the module was moved."""
     assert find_spec(module)
+
+
+def test_a_workflow_ends_steps_of_its_own_alone():
+    """A run in the user's own process, as on a rented machine, is none that an interrupted workflow left."""
+
+    def process(command: str) -> SimpleNamespace:
+        return SimpleNamespace(pid=0, info={"cmdline": command.split()}, cwd=lambda: str(reproduce.ROOT))
+
+    assert reproduce._works_here(process("python bin/lorafusion lab run smoke --step results/smoke/a.json"))
+    assert not reproduce._works_here(process("python bin/lorafusion lab run smoke --here"))
+
+
+def test_a_kind_of_steps_is_no_part_of_a_path():
+    steps = dag_of("smoke").select(["workload"])
+    assert {step.kind.name for step in steps} == {"workload"}
+    assert {step.kind.name for step in dag_of("smoke").select(["workload~xsum*"])} > {"workload", "run"}

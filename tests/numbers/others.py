@@ -63,5 +63,5 @@ def measurements() -> list[str]:
         f"| `gradients` | at most {number(_largest('gradients.json', 'error over that of plain libraries'), '.2f')} of "
         f"the error; lengths within {percent(_largest('gradients.json', 'of the length'), '.2f')} |",
         f"| `lossless` | at most {number(_largest('lossless.json', 'of a tensor'), '.2f')} of the error |",
-        f"failed for `peft`, with {number(_largest('systems.json.failed', 'of a tensor'), '.2f')} of the error",
+        f"| `systems` | at most {number(_largest('systems.json', 'of a tensor'), '.2f')} of the error |",
     ]

@@ -1,4 +1,4 @@
-"""A run against the clock, from its rehearsal to its report: the same for every system and for whoever wants the time.
+"""A run against the clock, from its warm-up to its report: the same for every system and for whoever wants the time.
 
 Here alone the clock is started and stopped, and the peak of memory is reset.
 """
@@ -14,18 +14,18 @@ from lorafusion.core.workload import Workload
 from lorafusion.engine.executor import Executor, prepared
 from lorafusion.engine.process import gathered
 from lorafusion.engine.training import TrainingRun
-from lorafusion.engine.warm_up import rehearse
+from lorafusion.engine.warm_up import warm_up_executor
 
 Shares = Sequence[tuple[int, int, float]]  # as `Record.losses`
 
 
 def timed(run: TrainingRun, execute: Executor, place: Callable[[], Sequence] = tuple) -> bool:
-    """Rehearse a run's executor, warm its stage up, and train its plan against the clock; False if it was asked to stop
+    """Warm up a run's executor and its stage, and train its plan against the clock; False if it was asked to stop
     before the end. Every process calls it.
 
     place: puts the run, once it is warm, where it is to begin, and returns what its executor takes besides it.
     """
-    rehearse(run, execute)
+    warm_up_executor(run, execute)
     run.position.set("the warm-up")
     run.warm_up()
     run.position.set("the start of the run")

@@ -272,8 +272,8 @@ class TrainingRun:
     def warm_up(self) -> None:
         """Warm up before timing: one forward and backward of the largest microbatch on the whole stage, then one of
         each size, at most `MOST_SIZES`, through two layers, so that all kernels are compiled. (With the largest alone,
-        fused kernels compiled for up to 38 s within runs of 5 s.) `warm_up.rehearse` comes before and does the same
-        for the executor.
+        fused kernels compiled for up to 38 s within runs of 5 s.) `warm_up_executor` comes before and does the same for
+        the executor.
 
         It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless. Every process
         calls it.

@@ -16,15 +16,15 @@ from lorafusion.engine.training import TrainingRun
 QUIET = {"epochs": 1, "steps": None, "start": 0, "learning_rate": 0.0, "evaluation": (), "evaluate_every": None}
 
 
-def rehearse(run: TrainingRun, execute: Executor) -> None:
+def warm_up_executor(run: TrainingRun, execute: Executor) -> None:
     """Connect the processes, and have an executor train the first adapter for a step of nothing. Every process calls
     it. Weights, gradients, optimizers and losses are as before; torch's random generator is not."""
-    run.position.set("the rehearsal")
+    run.position.set("the warm-up step")
     run.pipeline.connect()
-    rehearsal = run.again(*of_a_step(run.workload, run.plan))
-    with prepared(rehearsal, execute) as train:
+    short_run = run.again(*of_a_step(run.workload, run.plan))
+    with prepared(short_run, execute) as train:
         train()
-    rehearsal.record.wait()
+    short_run.record.wait()
     # The group of all has a communicator of its own. Made at the start of the run, after a warm-up that left the memory
     # to torch's allocator, NCCL found none (megatron-fsdp with microbatches of 24,576 tokens on an H200).
     run.wait_for_everyone()

@@ -17,7 +17,7 @@ from lorafusion.engine.executor import Executor
 from lorafusion.engine.process import Process
 from lorafusion.engine.timed import ready, report_of, timed
 from lorafusion.engine.training import TrainingRun
-from lorafusion.engine.warm_up import rehearse
+from lorafusion.engine.warm_up import warm_up_executor
 from lorafusion.lab import profiler
 from lorafusion.lab.table.result import require_whole, whole_seconds
 from lorafusion.lab.tuned import TrialOptions
@@ -52,7 +52,7 @@ def try_plans(options: TrialOptions, run: TrainingRun, execute: Executor, rank: 
     """Write tokens a second of the trials in turn, of which one that is clearly slower than the best before it
     is the last. Raises `FaultyRunError` for one that did not train all of its part."""
     part = Workload.read(options.part)
-    rehearse(run, execute)  # once before the largest microbatches take the memory that connections need
+    warm_up_executor(run, execute)  # once before the largest microbatches take the memory that connections need
     throughputs: list[float] = []
     for trial in options.trials:
         whole = run.again(run.workload, _read(trial.plan, run.workload))

@@ -1,4 +1,4 @@
-"""Every system is rehearsed, warmed up, timed and reported on by one function, and the report says what was trained."""
+"""Every system is warmed up, timed and reported on by one function, and the report says what was trained."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Diary(KnownMeter):
 
 
 BEFORE = [
-    "rehearsal begins", "work", "synchronized", "barrier begins", "barrier ends", "rehearsal ends",
+    "executor begins", "work", "synchronized", "barrier begins", "barrier ends", "executor ends",
     "warm-up begins", "work", "synchronized", "warm-up ends",
     "placed",
     "reset", "barrier begins", "barrier ends", "synchronized", "clock",
@@ -112,12 +112,12 @@ AFTER = ["clock", "synchronized"]
 def test_what_comes_before_and_after_the_clock_is_the_same_for_every_system(tmp_path, monkeypatch, system):
     diary = Diary()
     run = build(tmp_path, system, meter=diary)
-    diary.noted(timed, "rehearse", "rehearsal", monkeypatch)
+    diary.noted(timed, "warm_up_executor", "executor", monkeypatch)
     diary.noted(TrainingRun, "warm_up", "warm-up", monkeypatch)
     diary.noted(TrainingRun, "wait_for_everyone", "barrier", monkeypatch)
 
     def step(adapter, *arguments, original=AdapterTraining.step):
-        if adapter.job.learning_rate:  # not in the rehearsal
+        if adapter.job.learning_rate:  # not in the warm-up step
             diary.note("step")
         return original(adapter, *arguments)
 

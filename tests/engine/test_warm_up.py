@@ -19,7 +19,7 @@ from lorafusion.engine import fork_server
 from lorafusion.engine.build import build_run
 from lorafusion.engine.process import Process
 from lorafusion.engine.training import TrainingRun, of_each_size
-from lorafusion.engine.warm_up import of_a_step, rehearse
+from lorafusion.engine.warm_up import of_a_step, warm_up_executor
 from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.spec import RunSpec
@@ -48,23 +48,23 @@ def test_a_microbatch_of_each_size_is_met(sizes, most, expected):
 
 @pytest.mark.parametrize("arrangement", [(1, 1), (2, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize("flush", [False, True])
-def test_a_rehearsal_is_a_step_of_the_first_job(arrangement, flush):
+def test_a_warm_up_step_is_a_step_of_the_first_job(arrangement, flush):
     stages, replicas = arrangement
     jobs = Workload(name="toy", jobs=toy_jobs(dropout=0.0))
     few = jobs.model_copy(update={"jobs": (jobs.jobs[0].model_copy(update={"samples": jobs.jobs[0].samples[:2]}),)})
     for workload in (jobs, few):
         plan = plan_system(workload, "fused-sequential" if flush else "lorafusion", stages=stages, capacity=96,
                            data_parallel=replicas)  # fmt: skip
-        made, rehearsed = of_a_step(workload, plan)
-        (slot,) = rehearsed.slots()
-        assert (rehearsed.stages, rehearsed.flush, len(slot)) == (stages, flush, replicas)
+        made, short = of_a_step(workload, plan)
+        (slot,) = short.slots()
+        assert (short.stages, short.flush, len(slot)) == (stages, flush, replicas)
         assert sum(not one.noop for one in slot) == min(replicas, len(workload.jobs[0].samples))
         assert [job.name for job in made.jobs] == [workload.jobs[0].name]
         assert made.jobs[0].learning_rate_at(0) == 0.0
 
 
 @pytest.mark.parametrize("norms", [(None, None), (None, 0.5), (0.25, 0.5)])
-def test_a_rehearsal_clips_if_any_job_is_clipped(norms):
+def test_a_warm_up_step_clips_if_any_job_is_clipped(norms):
     jobs = [job.model_copy(update={"max_grad_norm": one}) for job, one in zip(toy_jobs(), norms, strict=False)]
     workload = Workload(name="toy", jobs=jobs)
     made, _ = of_a_step(workload, plan_system(workload, "lorafusion", stages=1, capacity=96))
@@ -77,14 +77,14 @@ def test_a_rehearsal_clips_if_any_job_is_clipped(norms):
      ("megatron-fsdp", 1)],
 )  # fmt: skip
 def test_what_comes_before_the_clock_leaves_no_trace(tmp_path, system, stages):
-    """In the file that training writes, all that it depends on: weights, gradients, moments, steps. And the rehearsal's
-    own run goes, with all its memory. Where there are processes to wait for, they met in it."""
+    """In the file that training writes, all that it depends on: weights, gradients, moments, steps. The run
+    of the warm-up step goes, with all its memory. Where there are processes to wait for, they met in it."""
     with ProcessPoolExecutor(stages, fork_server.FORKSERVER) as processes:
-        for done in [processes.submit(_rehearse, tmp_path, system, stages, rank) for rank in range(stages)]:
+        for done in [processes.submit(_warm_up, tmp_path, system, stages, rank) for rank in range(stages)]:
             done.result()
 
 
-def _rehearse(folder: Path, system: str, stages: int, rank: int) -> None:
+def _warm_up(folder: Path, system: str, stages: int, rank: int) -> None:
     if stages > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=stages)
     execute, executed = load(read_systems()[system].executor, "executor"), []
@@ -99,11 +99,11 @@ def _rehearse(folder: Path, system: str, stages: int, rank: int) -> None:
     dist.barrier = lambda **given: met.append(given) or meet(**given)
     run = build(folder, system, stages, rank)
     before = state(run)
-    rehearse(run, noted)
+    warm_up_executor(run, noted)
     assert len(met) == dist.is_initialized()
-    ((rehearsal, jobs),) = executed
+    ((warm_up_step, jobs),) = executed
     assert jobs == [run.workload.jobs[0].name]
-    assert rehearsal() is None
+    assert warm_up_step() is None
     run.warm_up()
     after = state(run)
     assert list(before) == list(after)

@@ -19,7 +19,7 @@ from lorafusion.engine.build import build_run
 from lorafusion.engine.fork_server import FORKSERVER
 from lorafusion.engine.process import Process
 from lorafusion.engine.training import TrainingRun
-from lorafusion.engine.warm_up import rehearse
+from lorafusion.engine.warm_up import warm_up_executor
 from lorafusion.lab.profiler import trace
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.spec import RunSpec
@@ -43,7 +43,7 @@ def make_large(folder: Path, system: str) -> TrainingRun:
     spec = RunSpec(system=system, model=str(folder / "model.yaml"), workload="", device="cuda", dtype="bfloat16",
                    adapter_dtype="bfloat16")  # fmt: skip
     run = build_run(Process(spec, torch.device("cuda", 0), Position(folder, 0)), jobs, plan)
-    rehearse(run, executor(system))
+    warm_up_executor(run, executor(system))
     run.warm_up()
     return run
 

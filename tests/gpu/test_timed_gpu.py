@@ -62,7 +62,7 @@ def test_both_clocks_agree(run):
 def test_work_from_before_is_not_in_the_clock(run):
     @contextmanager
     def busy(one):
-        if len(one.adapters) > 1:  # not in the rehearsal
+        if len(one.adapters) > 1:  # not in the warm-up step
             torch.cuda._sleep(4 * CLOCK_HZ)
         yield
 

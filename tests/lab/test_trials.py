@@ -63,8 +63,8 @@ def test_a_profile_has_the_kernels_of_the_second_trace_and_the_time_of_a_run_wit
     part = SimpleNamespace(part=str(tmp_path / "part.json"), trials=[SimpleNamespace(part=str(tmp_path / "plan.json"))])
     with meter.watching():
         rows = {row["class"]: row for row in trials.profile(part, run, noted)}
-    rehearsal, *same = executed
-    assert (len(rehearsal.adapters), len(same)) == (1, 3)
+    warm_up_step, *same = executed
+    assert (len(warm_up_step.adapters), len(same)) == (1, 3)
     assert len(set(map(id, same))) == 3
     scale = plan.statistics.tokens / 1000
     assert {name: row["milliseconds"] * scale for name, row in rows.items()} == {
@@ -91,7 +91,7 @@ def test_trials_end_with_one_that_is_clearly_slower_than_the_fastest(tmp_path, s
     execute, each = load(read_systems()["lorafusion"].executor, "executor"), iter(seconds)
 
     def paced(one):
-        if len(one.adapters) > 1:  # not in a rehearsal
+        if len(one.adapters) > 1:  # not in the warm-up step
             meter.of_a_token = next(each)
         execute(one)
 

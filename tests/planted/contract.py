@@ -31,15 +31,15 @@ def ours_alone_is_warmed_up(original):
     return warm_up
 
 
-@planted("lorafusion.engine.timed:rehearse", caught_by=f"{COST}[megatron-pp]")
-def ours_alone_is_rehearsed(original):
-    """Only the executor of `lorafusion` is rehearsed before the clock starts."""
+@planted("lorafusion.engine.timed:warm_up_executor", caught_by=f"{COST}[megatron-pp]")
+def our_executor_alone_is_warmed_up(original):
+    """Only the executor of `lorafusion` is warmed up before the clock starts."""
 
-    def rehearse(run, execute):
+    def warm_up_executor(run, execute):
         if run.plan.system == OURS:
             original(run, execute)
 
-    return rehearse
+    return warm_up_executor
 
 
 @planted("lorafusion.engine.timed:ready", caught_by=f"{COST}[mlora]")

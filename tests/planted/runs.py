@@ -22,7 +22,7 @@ OURS = "lorafusion"
 
 @planted("lorafusion.engine.timed:timed", caught_by=ITS_OWN_TOKENS)
 def the_clock_of_others_starts_before_the_warm_up(original):
-    """The clock of all systems but ours starts before the rehearsal and the warm-up."""
+    """The clock of all systems but ours starts before the warm-up step and the warm-up."""
 
     def timed(run, *arguments):
         begin = run.record.meter.point()
@@ -40,8 +40,8 @@ def only_ours_is_warmed_up(original):
     return lambda run: original(run) if run.plan.system == OURS else None
 
 
-@planted("lorafusion.engine.warm_up:rehearse", caught_by=ORDER)
-def only_ours_is_rehearsed(original):
+@planted("lorafusion.engine.warm_up:warm_up_executor", caught_by=ORDER)
+def only_our_executor_is_warmed_up(original):
     """The executors of all systems but ours meet their first step while the clock runs."""
     return lambda run, execute: original(run, execute) if run.plan.system == OURS else None
 

@@ -1,0 +1,49 @@
+"""What is installed is the same by every way: the lock, conda's file of it, and the ranges of the packages."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+OURS = {"fused-lora", "lorafusion"}
+UNLOCKED = {"datasets"}  # of the extra `hub`: no test reads a dataset of the hub
+
+
+def locked() -> dict[str, str]:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = [re.match(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?==(\S+)", line) for line in lines]
+    return {canonicalize_name(pin[1]): pin[2] for pin in pins if pin}
+
+
+def requirements(path: str) -> list[Requirement]:
+    """Of a package and of all its extras."""
+    project = tomllib.loads((ROOT / path).read_text())["project"]
+    extras = project.get("optional-dependencies", {}).values()
+    return [Requirement(text) for text in [*project["dependencies"], *(text for extra in extras for text in extra)]]
+
+
+@pytest.mark.parametrize("path", ["pyproject.toml", "kernels/pyproject.toml"])
+def test_the_lock_pins_all_that_a_package_asks_for_in_its_range(path):
+    pins = locked()
+    for requirement in requirements(path):
+        name = canonicalize_name(requirement.name)
+        if name not in OURS | UNLOCKED:
+            assert requirement.specifier.contains(pins[name]), f"{requirement}, but {pins[name]} is locked"
+
+
+def test_the_file_of_conda_installs_the_lock_and_both_packages():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert {"-r requirements.lock", "-e ./kernels", "-e ."} < set(pip["pip"])
+    torch = next(Requirement(line) for line in pip["pip"] if line.startswith("torch"))
+    assert torch.specifier.contains(f"{locked()['torch']}+cpu")
+    python = next(line.partition("=")[2] for line in conda if line.startswith("python="))
+    supported = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert Requirement(f"python{supported}").specifier.contains(f"{python}.0")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lorafusion.core.files import write
 from lorafusion.core.schema import UserError
-from lorafusion.lab.keys import require_results
+from lorafusion.lab.experiments import EXPERIMENTS
+from lorafusion.lab.keys import part_of, require, require_one_workload, suite_files
 from lorafusion.lab.suite import runs_of
 
 # Of what `gather` writes, after the name `measurements`: the table in two forms, their seals, and what goes with it.
@@ -39,3 +40,35 @@ def gather(folder: Path, results: Sequence[Path], suite: Path | None = None, inc
     table.write_json_schema(csv.with_suffix(".schema.json"))
     write(csv.with_suffix(".html"), measurements_page(frame))
     return f"{csv}: {len(frame)} rows from {len(contents)} runs"
+
+
+def require_results(contents: dict[str, dict], suite_path: Path | None) -> None:
+    """Raise `UserError` unless results may stand in one table: what trains one workload trained the same, a bench is
+    as configs/ has it now, and with a suite each result is of a cell as the suite has it now. contents: of result
+    files, by name."""
+    files = suite_files(suite_path) if suite_path else {}
+    trained = []
+    for path, result in contents.items():
+        cell, origin = part_of(result, "cell", path), part_of(result, "provenance", path)
+        name, bench = str(cell.get("cell")), origin.get("bench")
+        if suite_path:
+            if name not in files:
+                raise UserError(f"{path}: cell: found {name}, which {suite_path} does not have")
+            files[name].require_result(path, result)
+        if bench:
+            require(path, [("config_hash", origin.get("config_hash"), _bench_hash(path, bench))])
+        if "/system~" in name:
+            trained.append((path, str(cell.get("suite")), name, origin.get("workload_hash")))
+    require_one_workload(trained)
+
+
+def _bench_hash(path: str, bench: list[str]) -> str:
+    """The hash of a bench's configuration, as the file of configs/ for its kind has it now."""
+    kind, suite, name = bench
+    kinds = {experiment.kind: experiment for experiment in EXPERIMENTS.values() if experiment.kind}
+    if kind not in kinds:
+        raise UserError(f"{path}: bench: found {kind}, expected one of {', '.join(kinds)}")
+    for point in kinds[kind].points(suite):
+        if point.name == name:
+            return kinds[kind].key(point)
+    raise UserError(f"{path}: bench: found {name}, which suite {suite} does not have now")

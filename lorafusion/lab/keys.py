@@ -8,7 +8,6 @@ suite's settings make. The steps of a suite (`lorafusion.lab.dag`) ask here and 
 from __future__ import annotations
 
 import csv
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -135,7 +134,7 @@ class CellFiles:
 
     def require_result(self, path: str | Path, result: dict) -> None:
         """Raise unless the content of a result file is of this cell as the suite has it now."""
-        cell, origin = _part(result, "cell", path), _part(result, "provenance", path)
+        cell, origin = part_of(result, "cell", path), part_of(result, "provenance", path)
         require(path, [
             ("suite", cell.get("suite"), self.suite.name),
             ("cell", cell.get("cell"), self.cell.name),
@@ -163,26 +162,6 @@ def suite_files(suite_path: Path) -> dict[str, CellFiles]:
     return {cell.name: CellFiles(suite, cell) for cell in cells(suite, suite_path)}
 
 
-def require_results(contents: dict[str, dict], suite_path: Path | None) -> None:
-    """Raise `UserError` unless results may stand in one table: what trains one workload trained the same, a bench is
-    as configs/ has it now, and with a suite each result is of a cell as the suite has it now. contents: of result
-    files, by name."""
-    files = suite_files(suite_path) if suite_path else {}
-    trained = []
-    for path, result in contents.items():
-        cell, origin = _part(result, "cell", path), _part(result, "provenance", path)
-        name, bench = str(cell.get("cell")), origin.get("bench")
-        if suite_path:
-            if name not in files:
-                raise UserError(f"{path}: cell: found {name}, which {suite_path} does not have")
-            files[name].require_result(path, result)
-        if bench:
-            require(path, [("config_hash", origin.get("config_hash"), _bench_hash(path, bench))])
-        if "/system~" in name:
-            trained.append((path, str(cell.get("suite")), name, origin.get("workload_hash")))
-    require_one_workload(trained)
-
-
 def require_one_workload(trained: Iterable[tuple[str | Path, str, str, str | None]]) -> None:
     """Raise `OutOfDateError` unless all systems that are compared trained the same workload. trained: a file, the suite
     and the cell that it is of, and the hash of the workload that it was made with."""
@@ -193,26 +172,14 @@ def require_one_workload(trained: Iterable[tuple[str | Path, str, str, str | Non
             raise OutOfDateError(path, "workload_hash", workload_hash, f"{expected} as in {other}")
 
 
-def _bench_hash(path: str, bench: list[str]) -> str:
-    """The hash of a bench's configuration, as the file of configs/ for its kind has it now."""
-    experiments = importlib.import_module("lorafusion.lab.experiments").EXPERIMENTS  # which import this module
-    kind, suite, name = bench
-    kinds = {experiment.kind: experiment for experiment in experiments.values() if experiment.kind}
-    if kind not in kinds:
-        raise UserError(f"{path}: bench: found {kind}, expected one of {', '.join(kinds)}")
-    for point in kinds[kind].points(suite):
-        if point.name == name:
-            return kinds[kind].key(point)
-    raise UserError(f"{path}: bench: found {name}, which suite {suite} does not have now")
-
-
 def _read_result(path: Path) -> dict:
     result = read_versioned(path, RESULT_VERSION, "result")
     require_own_seal(result, path)
     return result
 
 
-def _part(result: dict, key: str, path: str | Path) -> dict:
+def part_of(result: dict, key: str, path: str | Path) -> dict:
+    """An object in a result file; `UserError` where it is something else."""
     part = result.get(key)
     if not isinstance(part, dict):
         raise UserError(f"{path}: {key}: expected a JSON object, found {type(part).__name__}")
@@ -238,6 +205,6 @@ def first_difference(value: object, expected: object, where: str = "") -> tuple[
 def require_result_of(path: Path, config_hash: str, repeat: int) -> dict:
     """The result file of a repeat of a point of an experiment; raises unless its settings are those of now."""
     result = _read_result(path)
-    require(path, [("config_hash", _part(result, "provenance", path).get("config_hash"), config_hash),
-                   ("repeat", _part(result, "cell", path).get("repeat"), repeat)])  # fmt: skip
+    require(path, [("config_hash", part_of(result, "provenance", path).get("config_hash"), config_hash),
+                   ("repeat", part_of(result, "cell", path).get("repeat"), repeat)])  # fmt: skip
     return result

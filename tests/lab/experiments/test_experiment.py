@@ -12,7 +12,8 @@ from lorafusion.core.schema import UserError
 from lorafusion.lab.dag import make_step, state
 from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.experiments.bench import BenchExperiment, DeviceEntry
-from lorafusion.lab.keys import OutOfDateError, require_result_of, require_results
+from lorafusion.lab.gather import require_results
+from lorafusion.lab.keys import OutOfDateError, require_result_of
 from lorafusion.lab.steps import dag_of
 from lorafusion.lab.table import table
 from lorafusion.lab.table.result import row

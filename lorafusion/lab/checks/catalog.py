@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lorafusion.core.config import read_systems
-from lorafusion.core.machine import has_gpu
 from lorafusion.core.plugins import load
-from lorafusion.core.schema import UserError, one_of
+from lorafusion.core.schema import one_of
 from lorafusion.lab.checks.verdicts import Outcome, origin_of
 from lorafusion.lab.suite import Arrangement, Suite, read_suite
 
@@ -123,10 +122,11 @@ class SuiteName(NamedTuple):
 
 def run_check(name: str, suite_path: Path) -> Outcome:
     """Make a check of a suite here and now; raises `UserError` where the suite's device is missing."""
+    from lorafusion.lab.experiments.experiment import require_device
+
     one_of("check", name, set(CHECKS), "check")
     suite = read_suite(suite_path) if Path(suite_path).exists() else SuiteName(str(suite_path))
     settings = _measured(suite, name)
-    if settings.device == "cuda" and not has_gpu():
-        raise UserError(f"{suite_path}: a suite for GPUs, but nvidia-smi finds none; try configs/suites/smoke.yaml")
+    require_device(settings, suite_path)
     verdict, curves = load(CHECKS[name].code, "check")(suite)
     return Outcome(verdict, origin_of(suite.name, settings.device, settings.dtype), curves)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorafusion.core.files import write
-from lorafusion.core.schema import UserError
+from lorafusion.core.schema import UserError, one_of
 from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.keys import part_of, require, require_one_workload, suite_files
 from lorafusion.lab.suite import runs_of
@@ -64,11 +64,9 @@ def require_results(contents: dict[str, dict], suite_path: Path | None) -> None:
 
 def _bench_hash(path: str, bench: list[str]) -> str:
     """The hash of a bench's configuration, as the file of configs/ for its kind has it now."""
-    kind, suite, name = bench
-    kinds = {experiment.kind: experiment for experiment in EXPERIMENTS.values() if experiment.kind}
-    if kind not in kinds:
-        raise UserError(f"{path}: bench: found {kind}, expected one of {', '.join(kinds)}")
-    for point in kinds[kind].points(suite):
+    experiment, suite, name = bench
+    one_of("bench", experiment, set(EXPERIMENTS), path)
+    for point in EXPERIMENTS[experiment].points(suite):
         if point.name == name:
-            return kinds[kind].key(point)
+            return EXPERIMENTS[experiment].key(point)
     raise UserError(f"{path}: bench: found {name}, which suite {suite} does not have now")

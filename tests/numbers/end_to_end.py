@@ -1,4 +1,4 @@
-"""What docs/results/end-to-end.md quotes of the sweeps on three hosts, of the profiles and of the tunings."""
+"""What docs/results/end-to-end.md quotes of the suite on three hosts, of the profiles and of the tunings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 from lorafusion.core.config import read_systems
 from lorafusion.lab.report.style import WORKLOADS
 from tests.numbers.quoted import number, percent
-from tests.numbers.sources import H200, Ratio, Sweep, drawn
+from tests.numbers.sources import H200, EndToEndTable, Ratio, drawn
 
 OURS, BASE, OURS_UNFUSED = "lorafusion", "unfused-sequential", "unfused-ours"
 TABLE = ("peft", "peft-bf16", "megatron-fsdp", "megatron-pp", "mlora", "mlora-packed", "mlora-paper-setting", OURS,
@@ -22,8 +22,8 @@ HOSTS = {"this": "end_to_end", "second": "hosts/b8aa11e", "third": "hosts/5e8d6d
 
 
 @cache
-def sweep(host: str = "this") -> Sweep:
-    return Sweep(f"{H200}/{HOSTS[host]}")
+def end_to_end_table(host: str = "this") -> EndToEndTable:
+    return EndToEndTable(f"{H200}/{HOSTS[host]}")
 
 
 @cache
@@ -33,11 +33,11 @@ def baselines() -> tuple[str, ...]:
 
 def headline(host: str = "this", window: str = "whole", more: tuple[str, ...] = ()) -> Ratio:
     """LoRAFusion over the best baseline of each workload; more: arms that are counted among the baselines."""
-    return sweep(host).ratio(OURS, sweep(host).best((*baselines(), *more), window), window=window)
+    return end_to_end_table(host).ratio(OURS, end_to_end_table(host).best((*baselines(), *more), window), window=window)
 
 
 def speeds(system: str, merged: bool = False) -> list[float]:
-    return [sweep().speed(system, workload, merged) for workload in WORKLOADS]
+    return [end_to_end_table().speed(system, workload, merged) for workload in WORKLOADS]
 
 
 def interval(ratio: Ratio, form: str = ".3f") -> str:
@@ -59,7 +59,7 @@ def by_workload(text: str, ratio: Ratio, form: str = ".2f") -> str:
 
 def passages() -> list[str]:
     return [
-        *runs(),
+        *repeated_runs(),
         *speed_table(),
         *speedups(),
         *speedups_by_workload(),
@@ -75,8 +75,8 @@ def passages() -> list[str]:
     ]
 
 
-def runs() -> list[str]:
-    rows = sweep().rows
+def repeated_runs() -> list[str]:
+    rows = end_to_end_table().rows
     single = rows[rows["statistic"] == "single"].drop_duplicates(["cell", "repeat"])
     made = single[single["status"] != "skipped"]
     cells, repeats = made["cell"].nunique(), made["repeat"].nunique()
@@ -85,17 +85,17 @@ def runs() -> list[str]:
 
 
 def speed_table() -> list[str]:
-    columns = {workload: max(sweep().speed(system, workload) for system in TABLE) for workload in WORKLOADS}
+    columns = {workload: max(end_to_end_table().speed(system, workload) for system in TABLE) for workload in WORKLOADS}
     lines = []
     for system in TABLE:
         fields = []
         for workload in WORKLOADS:
-            value = sweep().speed(system, workload)
+            value = end_to_end_table().speed(system, workload)
             shown = number(value, ",.0f")
             fields.append(f"**{shown}**" if value == columns[workload] else shown)
         part = "*parts:* " if system == FIRST_PART else ""
         lines.append(f"| {part}`{system}` | {' | '.join(fields)} |")
-    alone = [f"`{name}` {number(sweep().speed(name, 'mixed'), ',.0f')}"
+    alone = [f"`{name}` {number(end_to_end_table().speed(name, 'mixed'), ',.0f')}"
              for name in ("grouped-mm", "peft-liger", "peft-transformers")]  # fmt: skip
     return [*lines, f"On `mixed` alone: {', '.join(alone)}."]
 
@@ -106,7 +106,10 @@ def speedups() -> list[str]:
     first = f"**{number(ratio.value, '.3f')}** | {number(ratio.low, '.4f')} to {number(ratio.high, '.4f')} |"
     others = [f"| the best baseline, {names[host]} | {shown(headline(host))}" for host in ("second", "third")]
     steady = [f"| the same, steady window, {name} | {shown(headline(host, 'steady'))}" for host, name in names.items()]
-    mlora = [f"| `mlora`, {name} | {shown(sweep(host).ratio(OURS, 'mlora'), '.2f')}" for host, name in names.items()]
+    mlora = [
+        f"| `mlora`, {name} | {shown(end_to_end_table(host).ratio(OURS, 'mlora'), '.2f')}"
+        for host, name in names.items()
+    ]
     return [
         f"trains four adapters {number(ratio.value, '.2f')} times as fast as the best baseline",
         f"| the best baseline, this host | {first}",
@@ -121,7 +124,7 @@ def speedups() -> list[str]:
 def speedups_by_workload() -> list[str]:
     return [
         by_workload("the best baseline", headline(), ".3f"),
-        by_workload("`mlora`", sweep().ratio(OURS, "mlora")),
+        by_workload("`mlora`", end_to_end_table().ratio(OURS, "mlora")),
     ]
 
 
@@ -135,17 +138,21 @@ def drawn_factor(name: str) -> float:
 
 def factors() -> list[str]:
     names = ("baseline", "schedule", "packing", "kernels", "speedup")
+    over_peft = end_to_end_table().ratio(BASE, "peft-bf16").value
     return [
         *(f"| {name} | {number(drawn_factor(name), '.3f')} |" for name in names),
-        f"is {number(sweep().ratio(OURS, BASE).value, '.3f')} times as fast as `unfused-sequential`",
-        f"`unfused-sequential` is {number(sweep().ratio(BASE, 'peft-bf16').value, '.2f')} times as fast as `peft-bf16`",
+        f"is {number(end_to_end_table().ratio(OURS, BASE).value, '.3f')} times as fast as `unfused-sequential`",
+        f"`unfused-sequential` is {number(over_peft, '.2f')} times as fast as `peft-bf16`",
     ]
 
 
 def kernels_and_order() -> list[str]:
     """The rows of the table of kernels first and order after them."""
-    first, then = sweep().ratio("fused-sequential", BASE), sweep().ratio(OURS, "fused-sequential")
-    there = sweep("second").ratio("fused-sequential", BASE), sweep("second").ratio(OURS, "fused-sequential")
+    first, then = end_to_end_table().ratio("fused-sequential", BASE), end_to_end_table().ratio(OURS, "fused-sequential")
+    there = (
+        end_to_end_table("second").ratio("fused-sequential", BASE),
+        end_to_end_table("second").ratio(OURS, "fused-sequential"),
+    )
     lines = [f"| {name} | {number(first.by[name], '.3f')} | {number(then.by[name], '.3f')} |" for name in WORKLOADS]
     return [
         f"| all | {interval(first)} | {interval(then)} |",
@@ -156,9 +163,9 @@ def kernels_and_order() -> list[str]:
 
 def orders() -> list[str]:
     kernels, order = (
-        sweep().paired(*pair, "xsum") for pair in (("fused-sequential", BASE), (OURS, "fused-sequential"))
+        end_to_end_table().paired(*pair, "xsum") for pair in (("fused-sequential", BASE), (OURS, "fused-sequential"))
     )
-    fused, looped = sweep().ratio(OURS, "fused-mlora"), sweep().ratio(OURS_UNFUSED, BASE)
+    fused, looped = end_to_end_table().ratio(OURS, "fused-mlora"), end_to_end_table().ratio(OURS_UNFUSED, BASE)
     return [
         f"Added last, the kernels give {number(drawn_factor('kernels'), '.3f')}",
         f"On xsum the kernels gave {', '.join(number(kernels[n], '.2f') for n in (1, 2, 3))} in the three repeats, "
@@ -178,8 +185,8 @@ def merged() -> list[str]:
         "fused LoRA over looped LoRA, our order": (OURS, OURS_UNFUSED),
         "fused LoRA over looped LoRA, sequential order": ("fused-sequential", BASE),
     }
-    ratios = {text: sweep().ratio(*pair, merged=True) for text, pair in pairs.items()}
-    fill = sweep().medians("fill", merged=True)
+    ratios = {text: end_to_end_table().ratio(*pair, merged=True) for text, pair in pairs.items()}
+    fill = end_to_end_table().medians("fill", merged=True)
     filled = fill[fill["system"].isin(other)]["value"]
     assert list(fill["capacity"].unique()) == [8192]
     speed = speeds(OURS, merged=True)
@@ -243,13 +250,13 @@ def profile_remarks() -> list[str]:
 
 def padded(workload: str) -> float:
     """Tokens that mLoRA computes over the real ones."""
-    both = [sweep().medians(metric, system="mlora", workload=workload, window="whole")["value"].iloc[0]
+    both = [end_to_end_table().medians(metric, system="mlora", workload=workload, window="whole")["value"].iloc[0]
             for metric in ("throughput_padded", "throughput")]  # fmt: skip
     return float(both[0] / both[1])
 
 
 def memory() -> list[str]:
-    rows = sweep().medians("peak_memory", workload="mixed").set_index("system")["value"] / 2**30
+    rows = end_to_end_table().medians("peak_memory", workload="mixed").set_index("system")["value"] / 2**30
     names = ("fused-sequential", "mlora", "peft-bf16", "megatron-pp", "peft-transformers", "mlora-packed",
              "grouped-mm", OURS)  # fmt: skip
     return [f"| `{name}` | {number(rows[name], '.0f')} |" for name in names]
@@ -257,18 +264,18 @@ def memory() -> list[str]:
 
 def spread(system: str, workload: str, merged: bool = False) -> float:
     """Largest less smallest of the repeats, over their median."""
-    values = list(sweep().runs(system, workload, merged).values())
+    values = list(end_to_end_table().runs(system, workload, merged).values())
     return (max(values) - min(values)) / median(values)
 
 
 def canary(host: str) -> list[float]:
-    rows = sweep(host).rows
+    rows = end_to_end_table(host).rows
     return list(rows[(rows["statistic"] == "single") & (rows["implementation"] == "canary-gemm")]["value"])
 
 
 def spreads() -> list[str]:
     """The rows of the table of spreads."""
-    every = [spread(system, workload, merged) for system, workload, merged, window in sweep().speeds
+    every = [spread(system, workload, merged) for system, workload, merged, window in end_to_end_table().speeds
              if window == "whole"]  # fmt: skip
     mlora = [100 * spread("mlora", workload) for workload in WORKLOADS]
     products = pd.Series(canary("this"))
@@ -284,8 +291,8 @@ def spreads() -> list[str]:
 
 def trust() -> list[str]:
     faster = median(canary("second")) / median(canary("this")) - 1
-    same = [sweep().speed(*key) / sweep("second").speed(*key) for key in shared_plans()]
-    xsum = [sweep(host).runs("fused-sequential", "xsum") for host in HOSTS]
+    same = [end_to_end_table().speed(*key) / end_to_end_table("second").speed(*key) for key in shared_plans()]
+    xsum = [end_to_end_table(host).runs("fused-sequential", "xsum") for host in HOSTS]
     return [
         f"{number(len(same))} cells have the same plan on the second host",
         f"the median cell is {number(median(same), '.3f')} times as fast, and the fixed matrix product is "
@@ -301,6 +308,6 @@ def shared_plans() -> list[tuple]:
     """The cells that finished on both hosts with the same plan: system, workload, merged."""
     plans = []
     for host in ("this", "second"):
-        rows = sweep(host).medians("throughput", merged=None, window="whole", status="ok")
+        rows = end_to_end_table(host).medians("throughput", merged=None, window="whole", status="ok")
         plans.append({(row.system, row.workload, row.merged_qkv): row.plan_hash for row in rows.itertuples()})
     return [key for key, plan in plans[0].items() if plans[1].get(key) == plan]

@@ -42,7 +42,7 @@ class Ratio(NamedTuple):
     by: dict[str, float]
 
 
-class Sweep:
+class EndToEndTable:
     """The end-to-end measurements of one host."""
 
     def __init__(self, name: str) -> None:

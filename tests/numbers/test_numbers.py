@@ -13,7 +13,7 @@ import pytest
 from lorafusion.core.seals import seal
 from lorafusion.lab.report.drawing import read_data
 from lorafusion.lab.table.table import read_unsealed
-from tests.numbers import end_to_end, kernels, others, scheduler, sources, training
+from tests.numbers import end_to_end, kernels, others, planner, sources, steps
 from tests.numbers.documents import ROOT, read
 from tests.numbers.quoted import BLOCK, MARKED, missing, one_line, plain, untied
 
@@ -34,17 +34,17 @@ TIED: dict[str, Callable[[], list[str]]] = {
     "docs/reference/jobs-file.md": NOTHING,
     "docs/reference/kernels.md": NOTHING,
     "docs/reference/measurements.md": others.measurements,
-    "docs/reference/planner.md": scheduler.constants,
+    "docs/reference/planner.md": planner.constants,
     "docs/reference/suites.md": NOTHING,
     "docs/reference/systems.md": others.systems,
     "docs/reference/words.md": NOTHING,
     "docs/results/end-to-end.md": end_to_end.passages,
     "docs/results/kernels.md": kernels.passages,
-    "docs/results/planner.md": scheduler.results,
-    "docs/results/training.md": training.passages,
+    "docs/results/planner.md": planner.results,
+    "docs/results/steps.md": steps.passages,
 }
 GENERATED = {"docs/reference/planted-errors.md"}  # from tests/planted/, and its numbers say how wrong an error is
-CACHES = (sources.table, sources.drawn, end_to_end.sweep, end_to_end.profile, kernels.rows, scheduler.over)
+CACHES = (sources.table, sources.drawn, end_to_end.end_to_end_table, end_to_end.profile, kernels.rows, planner.over)
 
 
 def test_every_document_is_looked_at():
@@ -140,8 +140,8 @@ def faster(factor: float) -> Callable[[pd.DataFrame], None]:
         ("docs/results/end-to-end.md", "nvidia-h200/hosts/b8aa11e", scaled(implementation="canary-gemm", factor=1.01)),
         ("docs/results/end-to-end.md", "nvidia-h200/end_to_end_profile", scaled("milliseconds", system="mlora")),
         ("docs/results/kernels.md", "nvidia-h200/kernels", scaled(metric="overhead", implementation="peft")),
-        ("docs/results/training.md", "nvidia-h200/training", scaled(metric="busy", factor=0.99)),
-        ("docs/results/planner.md", "cpu/scheduler", scaled(metric="bubble", system="fast")),
+        ("docs/results/steps.md", "nvidia-h200/steps", scaled(metric="busy", factor=0.99)),
+        ("docs/results/planner.md", "cpu/planner", scaled(metric="bubble", system="fast")),
     ],
     ids=lambda value: value if isinstance(value, str) else "changed",
 )

@@ -55,7 +55,7 @@ def medians_are_believed(original):
 
 @planted(
     "lorafusion.lab.table.table:median",
-    caught_by=f"{WHOLE}::test_the_tables_of_record_are_whole_and_their_columns_tell_all_rows_apart[nvidia-h200/training]",
+    caught_by=f"{WHOLE}::test_the_tables_of_record_are_whole_and_their_columns_tell_all_rows_apart[nvidia-h200/steps]",
 )
 def the_median_is_the_largest(original):
     """The largest repeat stands in place of the median."""

@@ -204,10 +204,10 @@ def a_trial_need_not_train(original):
 
 @planted(
     "lorafusion.lab.experiments.trainers:Trainer.require_sound",
-    caught_by="tests/lab/experiments/test_training.py::test_an_arm_that_does_not_train_is_rows_without_values",
+    caught_by="tests/lab/experiments/test_steps.py::test_an_arm_that_does_not_train_is_rows_without_values",
 )
 def a_benchmark_need_not_train(original):
-    """An arm of the training suite counts though its gradients are not finite."""
+    """An arm of the training steps counts though its gradients are not finite."""
     return lambda trainer: None
 
 

@@ -53,7 +53,7 @@ class Check:
 
     help: str
     code: str
-    tables: tuple[Literal["runs", "training", "kernels"], ...]
+    tables: tuple[Literal["runs", "steps", "kernels"], ...]
     by_system: bool = False
     curves: bool = False
     minutes: int = 15
@@ -82,7 +82,7 @@ CHECKS = {
     "gradients": Check(
         help="One step's gradients of each system against float64.",
         code="lorafusion.lab.checks.gradients:check_suite",
-        tables=("runs", "training"),
+        tables=("runs", "steps"),
         by_system=True,
         minutes=30,
         processes=_processes,
@@ -91,7 +91,7 @@ CHECKS = {
     "learning": Check(
         help="Weights change and the loss falls.",
         code="lorafusion.lab.checks.learning:check_suite",
-        tables=("runs", "training"),
+        tables=("runs", "steps"),
         minutes=10,
     ),
     "kernels": Check(
@@ -104,7 +104,7 @@ CHECKS = {
 
 
 def needed_by(table: str) -> tuple[str, ...]:
-    """The checks that figures of a kind of measurements need: `runs`, `training` or `kernels`."""
+    """The checks that figures of a kind of measurements need: `runs`, `steps` or `kernels`."""
     return tuple(name for name, check in CHECKS.items() if table in check.tables)
 
 

@@ -128,7 +128,7 @@ class BenchExperiment(Experiment):
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "log": str(log) if log else None,
             "command": step_command(point.source, out),
-            "bench": (self.kind, point.suite, point.name),
+            "bench": (self.name, point.suite, point.name),
         }
         cell = {"suite": point.suite, "kind": "measured", "gpus": 1, "repeat": repeat} | self.columns(point)
         rows: list[dict] = []

@@ -61,15 +61,17 @@ NO_INPUTS = Inputs()
 class Experiment(ABC):
     """One kind of measurement.
 
-    name: in the registry and on the command line. folder: of its files below the results of a suite. checks: verdicts
-    that must be there before a point is run. kind: the experiment's word in result
-    files, if they name its points.
+    name: in the registry, on the command line and in result files; also the folder of its files below the results of a
+    suite, where `folder` says no other. checks: verdicts that must be there before a point is run.
     """
 
     name: ClassVar[str]
     folder: ClassVar[str]
     checks: ClassVar[tuple[str, ...]] = ()
-    kind: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__ and "folder" not in cls.__dict__:
+            cls.folder = cls.name
 
     @abstractmethod
     def points(self, suite: str) -> list[Point]:

@@ -18,9 +18,7 @@ class Kernels(BenchExperiment):
     """A point is a bench: all implementations at one shape. The point `traffic` reads the GPU's memory counters."""
 
     name = "kernels"
-    folder = "kernels"
     checks = ("kernels",)
-    kind = "suite"
     config = CONFIGS / "kernels.yaml"
     entry = KernelSuite
 

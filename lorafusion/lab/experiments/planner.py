@@ -1,4 +1,4 @@
-"""The scheduler suite: plans of every strategy over a grid of workloads, their sizes counted, their times simulated.
+"""The experiment `planner`: plans of every strategy over a grid of workloads, their sizes and simulated times.
 
 configs/planner.yaml has an entry for each suite. A *bench* is one process: a workload and a number of stages, over
 all global batches, adapters and strategies.
@@ -69,8 +69,6 @@ class Planner(BenchExperiment):
     """Plans of every strategy over a grid of workloads."""
 
     name = "planner"
-    folder = "scheduler"
-    kind = "scheduler"
     config = CONFIGS / "planner.yaml"
     entry = PlannerSuite
     memory_mb = 4000

@@ -18,9 +18,7 @@ class Steps(BenchExperiment):
     """A point is a model, or the layers of one stage of it. On a GPU a run also writes what its time goes into."""
 
     name = "steps"
-    folder = "training"
     checks = ("kernels",)
-    kind = "training_suite"
     config = CONFIGS / "steps.yaml"
     entry = StepsSuite
 

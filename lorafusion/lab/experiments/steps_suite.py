@@ -74,7 +74,7 @@ def workload_and_plan(bench: StepsBench, arm: Variant) -> tuple[Workload, Plan]:
     size = share // bench.sample_tokens
     samples = tuple(Sample(i, bench.sample_tokens) for i in range(size * bench.microbatches))
     workload = Workload(
-        name="training-suite",
+        name="steps",
         jobs=tuple(
             Job(name=f"adapter-{i}", dataset="random", rank=bench.rank, alpha=bench.alpha, dropout=bench.dropout,
                 target_modules=ALL_LINEAR, seed=i, global_batch_size=size, samples=samples)
@@ -87,4 +87,4 @@ def workload_and_plan(bench: StepsBench, arm: Variant) -> tuple[Workload, Plan]:
         positions = tuple(range(k * size, (k + 1) * size))
         segments = tuple(Segment(adapter=adapter, samples=positions, tokens=share) for adapter in everyone)
         microbatches.append(Microbatch(segments=segments, step_after=everyone))
-    return workload, make_plan("training-suite", workload, microbatches, stages=1, capacity=bench.tokens)
+    return workload, make_plan("steps", workload, microbatches, stages=1, capacity=bench.tokens)

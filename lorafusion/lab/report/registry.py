@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     # What a figure shows, as its CSV has it, and what draws it from there.
     Drawing = tuple[pd.DataFrame, Callable[[pd.DataFrame], Picture]]
 
-OF_RUNS, OF_KERNELS, OF_TRAINING = map(needed_by, ("runs", "kernels", "training"))
+OF_RUNS, OF_KERNELS, OF_STEPS = map(needed_by, ("runs", "kernels", "steps"))
 FORMATS = ("png", "pdf", "csv")
 # What a figure can be drawn from, as the command line describes it.
 SOURCES = {
@@ -152,35 +152,35 @@ def _roofline(table: pd.DataFrame) -> Drawing:
     return kernels.roofline_data(table), kernels.draw_roofline
 
 
-def _scheduler_bubble(table: pd.DataFrame) -> Drawing:
+def _planner_bubble(table: pd.DataFrame) -> Drawing:
     """Simulated bubble of every strategy, by workload and batch."""
     from lorafusion.lab.report.figures import planner
 
     return planner.bubble_data(table), planner.draw_bubble
 
 
-def _scheduler_fill(table: pd.DataFrame) -> Drawing:
+def _planner_fill(table: pd.DataFrame) -> Drawing:
     """Microbatches of every strategy over their lower bound."""
     from lorafusion.lab.report.figures import planner
 
     return planner.fill_data(table), planner.draw_fill
 
 
-def _scheduler_time(table: pd.DataFrame) -> Drawing:
+def _planner_time(table: pd.DataFrame) -> Drawing:
     """Time that a plan takes, by its samples."""
     from lorafusion.lab.report.figures import planner
 
     return planner.time_data(table), planner.draw_times
 
 
-def _training_speed(table: pd.DataFrame) -> Drawing:
+def _steps_speed(table: pd.DataFrame) -> Drawing:
     """Tokens per second and memory of training steps, by bench and implementation."""
     from lorafusion.lab.report.figures import steps
 
     return steps.speed_data(table), steps.draw_speed
 
 
-def _training_profile(files: Sequence[Path]) -> Drawing:
+def _steps_profile(files: Sequence[Path]) -> Drawing:
     """What the time of training steps goes into: by implementation, or before and after a commit."""
     from lorafusion.lab.report.figures import profiles
 
@@ -224,9 +224,9 @@ FIGURES = {
     "dram_traffic": Figure(_dram_traffic, "table", "kernels", "dram_traffic", "kernels.rst", OF_KERNELS,
                            setting="traffic"),
     "roofline": Figure(_roofline, "table", "kernels", "roofline", "kernels.rst", OF_KERNELS, setting="traffic"),
-    "scheduler_bubble": Figure(_scheduler_bubble, "table", "planner", "scheduler_bubble", "scheduler.rst"),
-    "scheduler_fill": Figure(_scheduler_fill, "table", "planner", "scheduler_fill", "scheduler.rst"),
-    "scheduler_time": Figure(_scheduler_time, "table", "planner", "scheduler_time", "scheduler.rst"),
-    "training_speed": Figure(_training_speed, "table", "steps", "training_speed", "training.rst", OF_TRAINING),
-    "training_profile": Figure(_training_profile, "profiles", "steps", "training_profile", "training.rst"),
+    "planner_bubble": Figure(_planner_bubble, "table", "planner", "planner_bubble", "planner.rst"),
+    "planner_fill": Figure(_planner_fill, "table", "planner", "planner_fill", "planner.rst"),
+    "planner_time": Figure(_planner_time, "table", "planner", "planner_time", "planner.rst"),
+    "steps_speed": Figure(_steps_speed, "table", "steps", "steps_speed", "steps.rst", OF_STEPS),
+    "steps_profile": Figure(_steps_profile, "profiles", "steps", "steps_profile", "steps.rst"),
 }  # fmt: skip

@@ -30,7 +30,7 @@ def test_an_entry_is_whole(name):
 
 def test_figures_of_runs_need_four_checks():
     assert needed_by("runs") == ("lossless", "systems", "gradients", "learning")
-    assert needed_by("training") == ("gradients", "learning")
+    assert needed_by("steps") == ("gradients", "learning")
     assert needed_by("kernels") == ("kernels",)
 
 

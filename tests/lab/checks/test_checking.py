@@ -143,7 +143,7 @@ def test_a_table_of_record_that_names_no_code_is_drawn_with_checks_of_any(measur
     assert draw(measured).returncode == 0
 
 
-@pytest.mark.parametrize("figure", ["kernel_speed", "training_speed", "contributions"])
+@pytest.mark.parametrize("figure", ["kernel_speed", "steps_speed", "contributions"])
 def test_other_figures_of_measurements_need_theirs(measured, figure, tmp_path):
     model = ["--model", "tiny"] if figure == "contributions" else []
     done = lorafusion(

@@ -19,11 +19,11 @@ DRAWN = {
         f"nvidia-h200/{name}": ("kernels", "h200", name)
         for name in ("kernel_speed", "layer_speed", "dram_traffic", "roofline")
     },
-    "nvidia-h200/training_speed": ("training", "h200", "training_speed"),
-    **{f"cpu/scheduler_{name}": ("scheduler", "cpu", f"scheduler_{name}") for name in ("bubble", "fill", "time")},
+    "nvidia-h200/steps_speed": ("steps", "h200", "steps_speed"),
+    **{f"cpu/planner_{name}": ("planner", "cpu", f"planner_{name}") for name in ("bubble", "fill", "time")},
 }
 # Drawn from files of single runs, which were not kept.
-WITHOUT_A_TABLE = {f"nvidia-h200/{name}" for name in ("end_to_end_profile", "end_to_end_tunings", "training_profile")}
+WITHOUT_A_TABLE = {f"nvidia-h200/{name}" for name in ("end_to_end_profile", "end_to_end_tunings", "steps_profile")}
 
 
 @pytest.fixture(scope="module")
@@ -56,4 +56,4 @@ def test_suites_do_not_share_a_bar(tables):
     with pytest.raises(
         MeasurementError, match="one bar for several suites: cpu, cpu-even, cpu-growth; draw them from separate"
     ):
-        FIGURES["scheduler_bubble"].make(tables["cpu", "scheduler"])
+        FIGURES["planner_bubble"].make(tables["cpu", "planner"])

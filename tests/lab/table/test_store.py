@@ -140,9 +140,12 @@ def test_results_of_another_suite_than_the_one_that_is_named_are_refused(tmp_pat
 @pytest.mark.parametrize(
     ("bench", "message"),
     [
-        (["suite", "smoke", "linear~none/rank~16/dropout~0.1"], "bench: found linear~none/rank~16/dropout~0.1, which"),
-        (["scheduler", "smoke", "workload~mixed/stages~4/samples~128"], "smoke does not have now"),
-        (["os", "smoke", "x"], "bench: found os, expected one of"),
+        (
+            ["kernels", "smoke", "linear~none/rank~16/dropout~0.1"],
+            "bench: found linear~none/rank~16/dropout~0.1, which",
+        ),
+        (["planner", "smoke", "workload~mixed/stages~4/samples~128"], "smoke does not have now"),
+        (["os", "smoke", "x"], "unknown bench 'os'; known: "),
     ],
 )
 def test_a_bench_that_is_no_more_is_refused(tmp_path, bench, message):
@@ -156,7 +159,7 @@ def test_a_bench_of_other_settings_is_refused_and_one_of_these_is_taken(tmp_path
     steps = EXPERIMENTS["steps"]
     point = steps.points("smoke")[0]
     made = result(config=steps.key(point))
-    made["provenance"]["bench"] = ["training_suite", "smoke", point.name]
+    made["provenance"]["bench"] = ["steps", "smoke", point.name]
     assert gather(tmp_path, made).returncode == 0
     made["provenance"]["config_hash"] = "old"
     assert "0.json: config_hash: found old, expected" in gather(tmp_path, made).stderr

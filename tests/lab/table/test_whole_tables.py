@@ -22,8 +22,8 @@ from tests.lab.table.test_table import build, result
 
 REFERENCE = CONFIGS.parent / "results" / "reference"
 TABLES = [
-    *("nvidia-h200/end_to_end", "nvidia-h200/kernels", "nvidia-h200/kernels_compiled", "nvidia-h200/training"),
-    "cpu/scheduler",
+    *("nvidia-h200/end_to_end", "nvidia-h200/kernels", "nvidia-h200/kernels_compiled", "nvidia-h200/steps"),
+    "cpu/planner",
 ]
 
 

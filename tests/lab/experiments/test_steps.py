@@ -1,4 +1,4 @@
-"""The training suite: what it refuses, that its arms train around the same weights, what its numbers are made of."""
+"""The experiment `steps`: what it refuses, that its arms train around the same weights, what its numbers are."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_suites_that_come_with_the_project_are_sound():
 
 
 def test_a_bench_becomes_rows_of_the_table_and_a_figure(suite, tmp_path):
-    path = tmp_path / "training" / "runs" / "toy" / "repeat~1.json"
+    path = tmp_path / "steps" / "runs" / "toy" / "repeat~1.json"
     command = ["lab", "run", "small", "--step", str(path)]
     assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
     recorded = json.loads(path.read_text())["provenance"]["command"]
@@ -97,12 +97,12 @@ def test_a_bench_becomes_rows_of_the_table_and_a_figure(suite, tmp_path):
     assert values["frozen", "throughput"] == pytest.approx(64 / values["frozen", "time"])
     assert {name for name, metric in values.index if metric == "overhead"} == {"peft-bf16", "fused-multi"}
     assert {name for name, metric in values.index if metric == "speedup"} == {"fused-multi"}
-    files = FIGURES["training_speed"].draw(frame, tmp_path / "speed")
+    files = FIGURES["steps_speed"].draw(frame, tmp_path / "speed")
     assert [file.suffix for file in files] == [".pdf", ".png", ".csv"]
     shown = pd.read_csv(files[2])
     assert list(shown["variant"]) == ["frozen", "peft-bf16", "fused-multi, 2 adapters"]
     with pytest.raises(MeasurementError, match="no median throughput"):
-        FIGURES["training_speed"].draw(frame[frame["metric"] == "loss"], tmp_path / "speed")
+        FIGURES["steps_speed"].draw(frame[frame["metric"] == "loss"], tmp_path / "speed")
 
 
 def test_arms_share_their_weights_and_nothing_else(suite, tmp_path):
@@ -288,13 +288,13 @@ def test_a_profile_is_drawn_by_implementation_and_before_and_after(suite, tmp_pa
         paths.append(tmp_path / f"{commit[0]}.csv")
         paths[-1].write_text(profiler.csv_text(rows))
         seal(paths[-1])
-    one = pd.read_csv(FIGURES["training_profile"].draw([paths[0], paths[0]], tmp_path / "one")[2])
+    one = pd.read_csv(FIGURES["steps_profile"].draw([paths[0], paths[0]], tmp_path / "one")[2])
     assert list(one["variant"].unique()) == ["frozen", "fused-multi, 4 adapters"]
     assert list(one["milliseconds"][:3]) == [1, 1, 1]
     assert list(one["class"][:3]) == ["GEMM", "other", IDLE]
-    both = pd.read_csv(FIGURES["training_profile"].draw(paths, tmp_path / "both")[2])
+    both = pd.read_csv(FIGURES["steps_profile"].draw(paths, tmp_path / "both")[2])
     assert list(both["variant"].unique())[:2] == ["frozen\n" + "a" * 10, "frozen\n" + "b" * 10]
     paths[0].write_text("suite,bench\n")
     seal(paths[0])
     with pytest.raises(MeasurementError, match="no column"):
-        FIGURES["training_profile"].draw(paths[:1], tmp_path / "none")
+        FIGURES["steps_profile"].draw(paths[:1], tmp_path / "none")

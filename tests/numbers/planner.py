@@ -1,4 +1,4 @@
-"""What the two planner.md of docs/ quote of cpu/scheduler.parquet and of the constants of the planner."""
+"""What the two planner.md of docs/ quote of cpu/planner.parquet and of the constants of the planner."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LARGE, SMALL = 1000, 200  # samples an adapter, with and without the strategies 
 
 
 def rows(metric: str, window: str = "whole", suite: str = "cpu", samples: int = LARGE, **where) -> pd.DataFrame:
-    found = table(f"{CPU}/scheduler")
+    found = table(f"{CPU}/planner")
     found = found[(found["suite"] == suite) & (found["metric"] == metric) & (found["window"] == window)]
     found = found[found["samples"] == samples]
     for column, value in where.items():

@@ -1,4 +1,4 @@
-"""The scheduler suite: what it would run, what a bench writes, and the figures of that."""
+"""The experiment `planner`: what it would run, what a bench writes, and the figures of that."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_mistakes_in_the_file_are_named(suite, changes, message):
 def test_the_recorded_command_does_the_bench_again(suite, tmp_path):
     name = "workload~xsum/stages~4/samples~8"
     suite({"workloads": ["xsum"], "strategies": ["mlora"], "adapters": [2]})
-    path = tmp_path / "a folder" / "scheduler" / "runs" / name / "repeat~1.json"
+    path = tmp_path / "a folder" / "planner" / "runs" / name / "repeat~1.json"
     PLANNER.run(PLANNER.point("toy", name), 1, path, None)
     before = json.loads(path.read_text())
     path.unlink()
@@ -133,13 +133,13 @@ def test_the_hash_changes_with_what_a_bench_depends_on(suite):
     assert PLANNER.key(PLANNER.point("toy", name)) != before
 
 
-@pytest.mark.parametrize("figure", ["scheduler_bubble", "scheduler_fill", "scheduler_time"])
+@pytest.mark.parametrize("figure", ["planner_bubble", "planner_fill", "planner_time"])
 def test_figures_are_drawn_from_their_csv(measured, tmp_path, figure):
     paths = FIGURES[figure].draw(measured, tmp_path / figure)
     assert [path.suffix for path in paths] == [".pdf", ".png", ".csv"]
     data = pd.read_csv(paths[2])
     assert set(data["system"]) == {"fast", "mlora", "sequential"}
-    assert len(data) == (12 if figure == "scheduler_time" else 6)  # bars: four adapters alone
+    assert len(data) == (12 if figure == "planner_time" else 6)  # bars: four adapters alone
     first = paths[1].read_bytes()
     FIGURES[figure].draw(measured, tmp_path / figure)
     assert paths[1].read_bytes() == first
@@ -147,4 +147,4 @@ def test_figures_are_drawn_from_their_csv(measured, tmp_path, figure):
 
 def test_a_table_without_strategies_has_no_figure(measured):
     with pytest.raises(MeasurementError, match="no median of bubble of a strategy"):
-        FIGURES["scheduler_bubble"].draw(measured[measured["metric"] == "fill"], "x")
+        FIGURES["planner_bubble"].draw(measured[measured["metric"] == "fill"], "x")

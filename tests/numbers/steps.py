@@ -1,4 +1,4 @@
-"""What docs/results/training.md quotes of nvidia-h200/training.parquet and of the profile beside it."""
+"""What docs/results/steps.md quotes of nvidia-h200/steps.parquet and of the profile beside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OURS, PEFT = "fused-multi", "peft-bf16"
 
 
 def median(bench: str, implementation: str, metric: str) -> float:
-    rows = table(f"{H200}/training")
+    rows = table(f"{H200}/steps")
     rows = rows[(rows["statistic"] == "median") & (rows["bench"] == bench) & (rows["metric"] == metric)]
     (value,) = rows[rows["implementation"] == implementation]["value"]
     return float(value)
@@ -29,7 +29,7 @@ def row(text: str, bench: str, implementation: str, profiled: bool = True) -> st
 
 def profile(name: str) -> float:
     """Milliseconds of a class of kernels in a microbatch of the 8B model with four adapters."""
-    rows = drawn(f"{H200}/training_profile")
+    rows = drawn(f"{H200}/steps_profile")
     rows = rows[(rows["bench"] == WHOLE) & (rows["implementation"] == OURS) & (rows["class"] == name)]
     return float(rows["milliseconds"].iloc[0])
 

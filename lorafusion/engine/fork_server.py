@@ -17,10 +17,9 @@ from functools import partial
 from multiprocessing.connection import wait
 from typing import IO
 
+from lorafusion.launch.launch import LOOPBACK, worker_environment
 from lorafusion.launch.launch import launch as launch_any
-from lorafusion.launch.launch import worker_environment
 
-HOST = "127.0.0.1"
 FORKSERVER = multiprocessing.get_context("forkserver")
 # One thread, as a process with more cannot be forked. To ask whether there is a GPU must not stop those that are forked
 # from using it.
@@ -61,13 +60,7 @@ class Forked:
 
     def __init__(self, processes: int, nodes: int, arguments: list[str], log: IO[str] | None) -> None:
         assert nodes == 1
-        self._store, places = None, [{}]
-        if processes > 1:
-            from torch.distributed import TCPStore
-
-            # Where the processes meet, kept here as torchrun keeps it, so that the port is one that was free.
-            self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-            places = [place_of(rank, processes, self._store.port) for rank in range(processes)]
+        places = [place_of(rank, processes) for rank in range(processes)] if processes > 1 else [{}]
         environment = worker_environment(processes, os.environ)
         threads = int(environment["OMP_NUM_THREADS"])
         settings = (threads, log.name if log else None, *arguments)
@@ -109,13 +102,7 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def place_of(rank: int, processes: int, port: int) -> dict[str, str]:
-    """The environment by which a process knows its place, as torchrun sets it."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": HOST,
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
+def place_of(rank: int, processes: int) -> dict[str, str]:
+    """The environment by which a process on this machine knows its place, as torchrun sets it."""
+    count = str(processes)
+    return LOOPBACK | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}

@@ -47,7 +47,7 @@ def main(spec_path: str, report_directory: str) -> int:
             join(spec.lock)
         device, task = _device(spec), _imported(spec)
         if world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=RENDEZVOUS_TIMEOUT)
+            _meet(device, rank, world, Path(spec_path).with_name("workers"))
         keep = partial(_write, reports / "report.json") if rank == 0 else lambda _: None
         keep(task(Process(spec, device, position, rank, world, keep=keep)))
     except Exception as error:  # the border of the process: every failure becomes a report
@@ -62,6 +62,14 @@ def main(spec_path: str, report_directory: str) -> int:
         dist.destroy_process_group()
     position.set(ENDED)
     return 0
+
+
+def _meet(device: torch.device, rank: int, world: int, file: Path) -> None:
+    """Join the run's other processes: through a file of the run where all of them are on this machine."""
+    is_near = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    place = {"init_method": f"file://{file}", "rank": rank, "world_size": world} if is_near else {}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=RENDEZVOUS_TIMEOUT, **place)
 
 
 def _imported(spec: RunSpec) -> Callable[[Process], dict]:

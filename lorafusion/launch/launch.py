@@ -30,6 +30,9 @@ GRACE_SECONDS = 10
 LOOK_SECONDS = 0.2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RENDEZVOUS_PORT = 29400
+# Of processes on one machine: what they listen on cannot be reached from another. The stores of torch listen on all
+# addresses, so these meet in files.
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # In what gloo, NCCL and the store say when a process at the other end is gone.
 BROKEN_CONNECTION = re.compile("Connection|Broken pipe|Socket closed")
@@ -39,9 +42,9 @@ class Processes:
     """The processes of a run on this node, in a session of their own so that the whole tree can be ended."""
 
     def __init__(self, processes: int, nodes: int, arguments: list[str], log: IO[str] | None) -> None:
-        command = worker_command(processes, nodes, os.environ) + arguments
+        command = worker_command(processes, nodes, os.environ, Path(arguments[0]).parent) + arguments
         print("+", shlex.join(command), flush=True, file=log)
-        environment = worker_environment(processes // nodes, os.environ)
+        environment = worker_environment(processes // nodes, os.environ) | (LOOPBACK if nodes == 1 else {})
         self._child = subprocess.Popen(
             command,
             env=environment,
@@ -159,14 +162,16 @@ def _interrupts(spec: RunSpec) -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-def worker_command(processes: int, nodes: int, environment: Mapping[str, str]) -> list[str]:
-    """The command that starts the workers of this node: one process plainly, more under torchrun."""
+def worker_command(processes: int, nodes: int, environment: Mapping[str, str], scratch: Path) -> list[str]:
+    """The command that starts the workers of this node: one process plainly, more under torchrun. scratch: a folder of
+    this run, in which those of one node meet."""
     worker = ["-m", "lorafusion.engine.worker"]
     if processes == 1:
         return [sys.executable, *worker]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes // nodes}"]
     if nodes == 1:
-        return [*torchrun, "--standalone", *worker]
+        meeting = [f"--rdzv-endpoint={scratch / 'torchrun'}", "--rdzv-conf=store_type=file"]
+        return [*torchrun, "--rdzv-backend=c10d", *meeting, *worker]
     return [
         *torchrun,
         f"--nnodes={nodes}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -227,12 +228,26 @@ def test_a_process_that_hangs_is_named(long_run):
 
 def test_nodes_meet_at_the_first():
     environment = {"SLURM_NODEID": "1", "SLURM_JOB_ID": "77", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
-    command = worker_command(16, 2, environment)
+    command = worker_command(16, 2, environment, Path("scratch"))
     assert "--nproc-per-node=8" in command
     assert "--node-rank=1" in command
     assert "--rdzv-endpoint=10.0.0.7:29400" in command
-    assert "--standalone" in worker_command(4, 1, {})
-    assert "torch.distributed.run" not in worker_command(1, 1, {})
+    assert "--rdzv-endpoint=scratch/torchrun" in worker_command(4, 1, {}, Path("scratch"))
+    assert "torch.distributed.run" not in worker_command(1, 1, {}, Path("scratch"))
+
+
+@pytest.mark.parametrize("launched", [launch, forked.launch], ids=["torchrun", "forked"])
+def test_processes_of_one_machine_listen_on_its_loopback_alone(spec, launched):
+    addresses = set()
+
+    def look() -> None:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                sockets = process.net_connections("inet")
+                addresses.update(socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN)
+
+    assert launched(spec(stages=2), 2, timeout=120, look=look).status == "ok"
+    assert addresses == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize(("cores", "processes", "expected"), [(8, 2, "4"), (8, 3, "2"), (1, 2, "1")])

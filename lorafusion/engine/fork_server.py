@@ -91,10 +91,11 @@ launch = partial(launch_any, start=Forked)
 
 
 @contextmanager
-def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Within it this process's environment has these changes."""
+def _environment(whole: Mapping[str, str]) -> Iterator[None]:
+    """Within it this is the process's environment."""
     before = dict(os.environ)
-    os.environ.update(changes)
+    os.environ.clear()
+    os.environ.update(whole)
     try:
         yield
     finally:

@@ -34,6 +34,9 @@ RENDEZVOUS_PORT = 29400
 # addresses, so these meet in files.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# By these a launcher tells a process its place among others. Only our own launch places workers: what a shell or a
+# notebook has left over would have them wait for processes that nobody has started.
+PLACE = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+)")
 # In what gloo, NCCL and the store say when a process at the other end is gone.
 BROKEN_CONNECTION = re.compile("Connection|Broken pipe|Socket closed")
 
@@ -185,7 +188,7 @@ def worker_command(processes: int, nodes: int, environment: Mapping[str, str], s
 
 
 def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a node's workers: this process's, with its cores shared out among them.
+    """The environment of a node's workers: this process's without `PLACE`, with its cores shared out among them.
 
     A number of threads that is there already stands. More threads than free cores cost more than they bring, as they
     wait for each other spinning: the learning check took 20 s alone and 140 s beside another busy process.
@@ -194,7 +197,8 @@ def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[s
     # Baselines are importable from the checkout, whatever the working directory.
     python_path = os.pathsep.join(filter(None, [str(ROOT) if IS_CHECKOUT else "", environment.get("PYTHONPATH")]))
     ours = {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
-    return {"OMP_NUM_THREADS": str(threads)} | dict(environment) | ours
+    inherited = {name: value for name, value in environment.items() if not PLACE.fullmatch(name)}
+    return {"OMP_NUM_THREADS": str(threads)} | inherited | ours
 
 
 def end_with_parent(number: signal.Signals = signal.SIGTERM, parent: int | None = None) -> None:

@@ -257,6 +257,14 @@ def test_workers_share_the_cores_that_this_process_may_use(monkeypatch, cores, p
     assert worker_environment(processes, {"OMP_NUM_THREADS": "5"})["OMP_NUM_THREADS"] == "5"
 
 
+def test_workers_have_no_place_but_the_one_that_we_give_them():
+    """RANK and WORLD_SIZE left in the environment had a run of one process wait ten minutes for another."""
+    left_over = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME",
+                 "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"]  # fmt: skip
+    others = {"NAME", "SLURM_NODEID", "HOME", "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONUNBUFFERED"}
+    assert worker_environment(1, dict.fromkeys([*left_over, *others], "2")).keys() == others
+
+
 @pytest.mark.parametrize(
     ("failures", "code", "expected"),
     [

@@ -61,7 +61,14 @@ def _careful(function: Callable) -> Callable:
         inputs = [path for name in values.keys() - marks.keys() for path in _paths(values[name])]
         configuration = [path for path in CONFIGS.rglob("*") if path.is_file()]
         require_outputs(outputs, [*inputs, *configuration])
-        return function(**values)
+        try:
+            return function(**values)
+        except OSError as error:  # a disk that is full, a folder that nothing can be made in
+            if error.filename is None:
+                raise
+            raise UserError(
+                f"{error.filename}: {error.strerror}; expected a file that can be read or written"
+            ) from error
 
     return command
 

@@ -50,7 +50,7 @@ def main() -> None:
     try:
         sys.exit(app(prog_name="lorafusion", standalone_mode=False))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
     except typer.TyperException as error:  # of a command that is called wrongly
         print(_usage_error(error), file=sys.stderr)
     sys.exit(2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,83 +19,128 @@ from typing import Any
 
 import yaml
 
-from lorafusion.core.schema import FOUND, UserError, shortened
+from lorafusion.core.schema import UserError, shown
 
-# Values of a YAML file, its aliases written out. A dozen lines of aliases of aliases can stand for millions.
-MOST_VALUES = 100_000
+MOST_YAML = 2**22  # bytes of a file that people write
+MOST_JSON = 2**28  # bytes of one that programs write: twenty million samples
+MOST_VALUES = 200_000  # of a YAML file, its aliases written out: a dozen lines of them can stand for millions
+MOST_NESTED = 100  # lists and mappings in one another
+MOST_DIGITS = 4300  # of an integer, as Python reads and writes them
 MERGE = "tag:yaml.org,2002:merge"  # of `<<`, which stands for no value
+INTEGER = "tag:yaml.org,2002:int"
+TAGS = (None, INTEGER, "tag:yaml.org,2002:str", "tag:yaml.org,2002:float")  # that a file may write
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a file; `UserError` names one that is not there or no text."""
+def read_bytes(path: str | Path, kind: str = "text", most: int = MOST_JSON) -> bytes:
+    """The content of a file; `UserError` names one that is not there, no regular file, or longer than `most` bytes.
+    kind: of file, as `plan`."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device may never end
+            raise UserError(f"{path}: expected a {kind} file, found {_kind_of(status.st_mode)}")
+        if status.st_size > most:
+            raise UserError(f"{path}: {status.st_size} bytes, expected a {kind} file of {most} at most")
+        return Path(path).read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as text ({error.strerror})") from None
+        raise UserError(f"{path}: no such {kind} file") from None
+    except (OSError, ValueError) as error:  # of a path with a NUL
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be read as a {kind} file ({_reason(error)})") from None
+
+
+def read_text(path: str | Path, kind: str = "text", most: int = MOST_JSON) -> str:
+    """The text of a file in UTF-8; raises as `read_bytes` does, and for other encodings."""
+    data = read_bytes(path, kind, most)
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from None
+        wide = " (UTF-16 by its beginning)" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise UserError(f"{path}: expected a {kind} file in UTF-8, found other bytes at {error.start}{wide}") from None
 
 
 def read_yaml(path: str | Path) -> dict:
     """The mapping in a YAML file; `UserError` names the file and the line."""
-    loader = Loader(read_text(path))
+    text = read_text(path, "YAML", MOST_YAML)
+    loader = Loader(text)
     try:
+        _require_small(text, path)
         node = loader.get_single_node()
         if node is not None:
-            _Checker(loader, path).require(node)
+            _require_sound(node, loader, path)
         data = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not valid YAML: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     finally:
         loader.dispose()
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping, found {type(data).__name__}")
+        raise UserError(f"{path}: expected a mapping, found {shown(data)}")
     return data
 
 
-class _Checker:
-    """What a parsed YAML file must not have, and its parser does not mind."""
+def _require_small(text: str, path: str | Path) -> None:
+    """Raise `UserError` where a YAML text stands for too much. Its parser calls itself for what is nested, and would
+    end the process; so this looks at its events, one after the other."""
+    sizes: dict[str, int | None] = {}  # by anchor; none while it is counted
+    open_nodes = [(None, 0)]  # anchor and size, from the outside in
+    for event in yaml.parse(text, Loader):
+        line = f"{path}: line {event.start_mark.line + 1}"
+        size = 1
+        if getattr(event, "tag", None) not in TAGS:
+            raise UserError(f"{line}: not valid YAML: expected a plain value, found the tag {event.tag!r}")
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, 1))
+            sizes[event.anchor] = None
+            if len(open_nodes) > MOST_NESTED:
+                raise UserError(f"{line}: not valid YAML: nested too deeply, expected {MOST_NESTED} levels at most")
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+            sizes[anchor] = size
+        elif isinstance(event, yaml.AliasEvent):
+            size = sizes.get(event.anchor, 1)
+            if size is None:
+                raise UserError(f"{line}: an alias stands for what it is a part of")
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[event.anchor] = 1
+        else:
+            continue
+        anchor, outer = open_nodes[-1]
+        open_nodes[-1] = anchor, outer + size
+        if outer + size > MOST_VALUES:
+            raise UserError(f"{line}: {outer + size} values, aliases written out; expected {MOST_VALUES} at most")
 
-    def __init__(self, loader: yaml.SafeLoader, path: str | Path) -> None:
-        self.loader, self.path = loader, path
-        self.sizes: dict[int, int | None] = {}  # by node; none while it is counted
 
-    def require(self, root: yaml.Node) -> None:
-        written_out = self._size(root)
-        if written_out > max(MOST_VALUES, 2 * len(self.sizes)):
-            raise UserError(f"{self.path}: its aliases stand for {written_out} values, expected {MOST_VALUES} at most")
+def _require_sound(root: yaml.Node, loader: yaml.SafeLoader, path: str | Path) -> None:
+    """Raise `UserError` for a key that comes twice, and for an integer that Python cannot write."""
+    nodes, seen = [root], {id(root)}
+    for node in nodes:  # which grows
+        below: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            _require_distinct_keys(node, loader, path)
+            below = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            below = node.value
+        elif node.tag == INTEGER and len(node.value) > MOST_DIGITS:
+            line = f"{path}: line {node.start_mark.line + 1}"
+            raise UserError(f"{line}: not valid YAML: an integer of {len(node.value)} digits, expected {MOST_DIGITS}")
+        nodes += [part for part in below if id(part) not in seen]
+        seen.update(map(id, below))
 
-    def _size(self, node: yaml.Node) -> int:
-        if id(node) not in self.sizes:
-            self.sizes[id(node)] = None
-            below: list[yaml.Node] = []
-            if isinstance(node, yaml.MappingNode):
-                self._require_distinct_keys(node)
-                below = [part for pair in node.value for part in pair]
-            elif isinstance(node, yaml.SequenceNode):
-                below = node.value
-            self.sizes[id(node)] = 1 + sum(map(self._size, below))
-        size = self.sizes[id(node)]
-        if size is None:
-            raise UserError(f"{self.path}: line {node.start_mark.line + 1}: an alias stands for what it is a part of")
-        return size
 
-    def _require_distinct_keys(self, node: yaml.MappingNode) -> None:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            value = key.value if key.tag == MERGE else self.loader.construct_object(key)
-            if value in seen:
-                raise UserError(f"{self.path}: line {key.start_mark.line + 1}: key {value!r} comes twice in a mapping")
-            seen.add(value)
+def _require_distinct_keys(node: yaml.MappingNode, loader: yaml.SafeLoader, path: str | Path) -> None:
+    seen = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        value = key.value if key.tag == MERGE else loader.construct_object(key)
+        if value in seen:
+            raise UserError(f"{path}: line {key.start_mark.line + 1}: key {value!r} comes twice in a mapping")
+        seen.add(value)
 
 
 def parse_json(text: str | bytes, source: str | Path, kind: str = "JSON", finite: bool = True) -> Any:
@@ -110,15 +156,16 @@ def parse_json(text: str | bytes, source: str | Path, kind: str = "JSON", finite
 
 def read_json(path: str | Path, kind: str, finite: bool = True) -> dict:
     """The object in a JSON file. kind: what is expected in it, as `plan`; finite: as in `parse_json`."""
-    try:
-        text = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such {kind} file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as a {kind} file ({error.strerror})") from None
+    text = read_text(path, kind)
     data = parse_json(text, path, f"a {kind} file, as it is not JSON", finite)
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object with a {kind}, found a {type(data).__name__}")
+        raise UserError(f"{path}: expected a JSON object with a {kind}, found {shown(data)}")
+    if SURROGATE.search(text):
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise UserError(f"{path}: found {half}, half of a character (a lone surrogate); expected text") from None
     return data
 
 
@@ -143,21 +190,35 @@ def _finite(text: str) -> float:
     return number
 
 
+def _kind_of(mode: int) -> str:
+    return "a folder" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "a device or a pipe"
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path to write a file to, in one step to be the one at `path`, whose folder is made. On an error nothing is.
-    Raises `UserError` where a device, a pipe or a folder is at `path`: it would be gone."""
+    Raises `UserError` where a device, a pipe or a folder is at `path`, as it would be gone, and an `OSError` that names
+    `path` where the file system takes no file there."""
     require_replaceable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     short = path.name.encode()[:200].decode(errors="ignore")  # of 255 bytes that a name may have
     partial = path.with_name(f".{short}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())  # else a power cut may leave an empty file of this name
         partial.replace(path)
+    except OSError as error:
+        if error.filename in (None, partial, str(partial)):  # none where a disk is full
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write(path: Path, text: str) -> None:
@@ -193,8 +254,7 @@ def require_replaceable(path: Path) -> None:
     except OSError as error:  # a file as its folder, a name that is too long, links in a circle
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "a device or a pipe"
-        raise UserError(f"{path}: expected a file to write, found {kind}")
+        raise UserError(f"{path}: expected a file to write, found {_kind_of(mode)}")
     _require_folder(path)
 
 
@@ -212,8 +272,7 @@ def named_path(folder: Path, name: str | Path, where: str) -> Path:
         with suppress(FileNotFoundError, NotADirectoryError):
             path.lstat()
     except (OSError, ValueError, RuntimeError) as error:  # too long or not allowed, a NUL in it, nobody's home
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{where}: not a path ({reason}; found {shortened(repr(str(name)), FOUND)})") from None
+        raise UserError(f"{where}: not a path ({_reason(error)}; found {shown(str(name))})") from None
     return path
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 import re
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -18,16 +21,41 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Model = TypeVar("Model", bound=BaseModel)
 
 
-LONGEST = 300  # characters of a message
+LONGEST = 300 - len("error: ")  # characters of a mistake, which is printed after that word
 FOUND = 80  # characters of a value that was found
+MOST_MISTAKES = 20  # that are told of one file
 
 
 class UserError(ValueError):
-    """A mistake in the input. The command line prints it as one line, of at most `LONGEST` characters, and exits with
+    """Mistakes in the input, each a line of at most `LONGEST` characters. The command line prints them and exits with
     status 2."""
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(shortened(" ".join(message.split()), LONGEST))
+    def __init__(self, *mistakes: str) -> None:
+        self.mistakes = [shortened(" ".join(mistake.split()), LONGEST) for mistake in mistakes]
+        super().__init__(*self.mistakes)
+
+    def __str__(self) -> str:
+        more = len(self.mistakes) - MOST_MISTAKES
+        return "\n".join(self.mistakes[:MOST_MISTAKES] + ([f"and {more} more mistakes"] if more > 0 else []))
+
+
+class Mistakes:
+    """Gathers the mistakes of several parts of a file, so that all of them are told at once."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Takes the mistakes of a part; what is read after it goes on."""
+        try:
+            yield
+        except UserError as error:
+            self._lines += error.mistakes
+
+    def require_none(self) -> None:
+        if self._lines:
+            raise UserError(*self._lines)
 
 
 def shortened(text: str, most: int) -> str:
@@ -39,24 +67,66 @@ def shortened(text: str, most: int) -> str:
     return f"{text[: most - tail - 5]} ... {text[-tail:]}"
 
 
+def shown(value: object) -> str:
+    """A value that was found, in a few words."""
+    if isinstance(value, dict | BaseModel):
+        return "a mapping"
+    return "a list" if isinstance(value, list | tuple) else shortened(repr(value), FOUND)
+
+
 def validated(model: type[Model], data: object, source: str | Path) -> Model:
-    """`data` as an instance of `model`; a mistake becomes a `UserError` naming `source` and the key."""
+    """`data` as an instance of `model`; mistakes become a `UserError` naming `source` and the keys."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{source}: {describe(error)}") from None
+        raise UserError(*(f"{source}: {mistake}" for mistake in mistakes(error, model))) from None
 
 
-def describe(error: ValidationError) -> str:
-    """The first mistake of a pydantic error in one line, and how many more there are."""
-    mistakes = error.errors(include_url=False)
-    first = mistakes[0]
-    key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-    value = first["input"]
-    shown = "" if isinstance(value, dict | list | tuple | BaseModel) else f" (found {shortened(repr(value), FOUND)})"
-    message = first["msg"].removeprefix("Value error, ")
-    more = f"; and {len(mistakes) - 1} more" if len(mistakes) > 1 else ""
-    return f"{key}: {message[0].lower()}{message[1:]}{shown}{more}"
+def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """What is wrong with data for a model, a line a key. Unknown keys come first: a key that seems to be missing may be
+    misspelt."""
+    lines: dict[str, list[str]] = {}
+    every = error.errors(include_url=False)
+    for mistake in sorted(every, key=lambda mistake: mistake["type"] != UNKNOWN):
+        place = mistake["loc"]
+        if mistake["type"] == "too_short" and any(other["loc"][:-1][: len(place)] == place for other in every):
+            continue  # pydantic counts only the items that are right
+        key, names = _place(model, place, mistake["type"] == UNKNOWN)
+        lines.setdefault(key, []).append(_message(mistake, names))
+    return [f"{key}: {'; or '.join(dict.fromkeys(messages))}" for key, messages in lines.items()]
+
+
+def _message(mistake: Any, names: set[str]) -> str:
+    """names: the keys that may stand where the mistake is."""
+    kind, value, message = mistake["type"], mistake["input"], mistake["msg"].removeprefix("Value error, ")
+    if kind == UNKNOWN:
+        close = get_close_matches(str(mistake["loc"][-1]), names, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(names))}"
+        return f"unknown key (found {shown(value)}); {hint}"
+    if kind == "model_type":
+        return f"expected a mapping (found {shown(value)})"
+    whole = kind in ("missing", "value_error") and isinstance(value, dict | list | tuple | BaseModel)
+    return message[0].lower() + message[1:] + ("" if whole else f" (found {shown(value)})")
+
+
+def _place(model: type[BaseModel], location: tuple[int | str, ...], unknown: bool) -> tuple[str, set[str]]:
+    """A place in data as people write it, without the kinds that pydantic tried there; and the keys that may stand
+    there. unknown: the last part of it is none of them."""
+    kinds, parts, names = {model}, [], set()
+    for depth, part in enumerate(location, 1):
+        models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        fields = {name: field.annotation for kind in models for name, field in kind.model_fields.items()}
+        kind_names = {kind for kind in kinds if getattr(kind, "__name__", "") == part}
+        is_key = part in fields or isinstance(part, int) or (unknown and depth == len(location))
+        if not is_key and (kind_names or len(kinds - {types.NoneType}) > 1):
+            kinds = kind_names or kinds
+            continue
+        parts.append(str(part))
+        names = set(fields)
+        items = [get_args(kind)[1:] if get_origin(kind) is dict else get_args(kind) for kind in kinds]
+        inner = {item for arguments in items for item in arguments if item is not Ellipsis}
+        kinds = _kinds(fields[part]) if part in fields else set().union(*map(_kinds, inner))
+    return ".".join(parts) or "(top level)", names
 
 
 def one_of(kind: str, name: str, names: list[str] | set[str], source: str | Path) -> None:
@@ -86,6 +156,7 @@ MOST_DECAY = 100.0
 MOST_NORM = 1e9
 LEAST_SCALE, MOST_SCALE = 1e-2, 1e6  # what sample lengths are divided by
 
+UNKNOWN = "extra_forbidden"  # what pydantic calls a key that a model does not have
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 

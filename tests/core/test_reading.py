@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import pytest
@@ -32,11 +33,17 @@ def yaml_file(tmp_path):
         ("base: &base {a: 1}\nx: {<<: *base, b: 1, b: 2}\n", "line 2: key 'b' comes twice"),
         ("a: [1, 2\n", "not valid YAML"),
         ("a: &a [*a]\n", "line 1: an alias stands for what it is a part of"),
-        ("a: !!python/name:os.system\n", "not valid YAML"),
-        ("- 1\n", "expected a mapping, found list"),
-        ("", "expected a mapping, found NoneType"),
+        ("a: !!python/name:os.system\n", "line 1: not valid YAML: expected a plain value, found the tag"),
+        ("- 1\n", "expected a mapping, found a list"),
+        ("", "expected a mapping, found None"),
         ("a: 2024-13-45\n", "not valid YAML"),
         ("a: \x00\n", "not valid YAML"),
+        ("a: !!bool x\n", "line 1: not valid YAML: expected a plain value, found the tag"),
+        ("a: 1\nb: 0x" + "f" * 5000, "line 2: not valid YAML: an integer of 5002 digits, expected 4300"),
+        ("a: " + "[" * 100_000, "line 1: not valid YAML: nested too deeply, expected 100 levels at most"),
+        ("- " * 100_000, "line 1: not valid YAML: nested too deeply, expected 100 levels at most"),
+        ("a: " + "{a: " * 10_000, "line 1: not valid YAML: nested too deeply, expected 100 levels at most"),
+        ("a: [" + "x," * 200_001 + "]", "line 1: 200001 values, aliases written out; expected 200000 at most"),
     ],
 )
 def test_a_yaml_file_that_says_two_things_or_nothing_is_refused(yaml_file, text, message):
@@ -52,12 +59,40 @@ def test_what_a_mapping_takes_over_may_be_said_anew(yaml_file):
     assert data["y"] == [{"a": 1, "b": 1}] * 2
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: 1".encode("utf-16"), "expected a YAML file in UTF-8, found other bytes at 0 (UTF-16 by its beginning)"),
+        (b"a: \xe9", "expected a YAML file in UTF-8, found other bytes at 3"),
+        (b"#" * (2**22 + 1), "4194305 bytes, expected a YAML file of 4194304 at most"),
+    ],
+)
+def test_a_file_that_is_no_text_or_too_long_is_refused(tmp_path, content, message):
+    (tmp_path / "file.yaml").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_yaml(tmp_path / "file.yaml")
+    assert str(caught.value) == f"{tmp_path / 'file.yaml'}: {message}"
+
+
+@pytest.mark.parametrize("read", [read_yaml, lambda path: read_json(path, "plan")])
+def test_nothing_but_a_file_is_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "a device or a pipe"), (tmp_path, "a folder"), ("/dev/zero", "a device")):
+        with pytest.raises(UserError, match=f"expected a .* file, found {kind}"):
+            read(path)
+
+
+def test_the_mark_of_utf_8_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "file").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_yaml(tmp_path / "file") == read_json(tmp_path / "file", "plan") == {"a": 1}
+
+
 @pytest.mark.parametrize("levels", [6, 60])
 def test_aliases_that_blow_up_are_refused_at_once(yaml_file, levels):
     lines = ["l0: &l0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, levels)]
     begin = time.monotonic()
-    with pytest.raises(UserError, match="its aliases stand for [0-9]+ values, expected 100000 at most"):
+    with pytest.raises(UserError, match="[0-9]+ values, aliases written out; expected 200000 at most"):
         read_yaml(yaml_file("\n".join(lines)))
     assert time.monotonic() - begin < 5
 
@@ -76,9 +111,10 @@ def test_a_long_file_without_aliases_is_read(yaml_file):
         ('{"a": -Infinity}', "-Infinity is no number of JSON"),
         ('{"a": 1e999}', "expected a finite number, found 1e999"),
         ('{"a": 1', "Expecting"),
+        ('{"a": ["\\ud83d"]}', "found '\\ud83d', half of a character (a lone surrogate); expected text"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a": ' + "1" * 5000 + "}", "not a plan file"),
-        (b"\xff\xfe\x00", "not a plan file"),
+        (b"\xff\xfe\x00", "expected a plan file in UTF-8, found other bytes at 0 (UTF-16"),
         ("[1]", "expected a JSON object with a plan, found a list"),
     ],
 )
@@ -110,6 +146,11 @@ def test_a_message_is_shortened_in_its_middle(text, most):
     assert (short == text) == (len(text) <= most)
     assert short[:2] == text[:2]
     assert text.endswith(short[-most // 5 :])
+
+
+def test_pairs_of_surrogates_are_characters(tmp_path):
+    (tmp_path / "file").write_text('{"a": "\\ud83d\\ude00 \\\\ud83d"}')
+    assert read_json(tmp_path / "file", "plan") == {"a": "\U0001f600 \\ud83d"}
 
 
 def test_an_error_is_one_line_whatever_it_found():

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from lorafusion.core.config import CONFIGS, ModelConfig
 from lorafusion.core.plan import Plan
-from lorafusion.core.schema import Config, UserError, validated
+from lorafusion.core.schema import Config, Mistakes, UserError, validated
 from lorafusion.core.workload import Job, Workload
 from lorafusion.data.blocks import SyntheticSamples, TextData
 from lorafusion.data.lengths import AdapterConfig, LengthDistribution
@@ -122,6 +122,75 @@ class Words(Config):
 def test_a_word_stays_a_word():
     made = Words.model_validate({"word": "1e5", "either": "2e2", "count": "3e2"})
     assert (made.word, made.either, made.count) == ("1e5", "2e2", 300)
+
+
+class Inner(Config):
+    size: int = 1
+    pair: tuple[int, int] | dict[str, int] = (1, 1)
+
+
+class Outer(Config):
+    name: str
+    parts: list[Inner] = Field(default=[], min_length=1)
+    by_name: dict[str, Inner] = {}
+    either: Inner | float = 0.0
+
+
+MISTAKEN = {
+    "a misspelt key, before the missing one": (
+        {"nme": 1},
+        ["nme: unknown key (found 1); did you mean name?", "name: field required"],
+    ),
+    "a key like no other": (
+        {"name": "x", "zzz": [1]},
+        ["zzz: unknown key (found a list); known: by_name, either, name, parts"],
+    ),
+    "keys of a list's items": (
+        {"name": "x", "parts": [{"size": "y"}, {"sise": 2}, 3]},
+        ["parts.1.sise: unknown key (found 2); did you mean size?",
+         "parts.0.size: input should be a valid integer, unable to parse string as an integer (found 'y')",
+         "parts.2: expected a mapping (found 3)"],
+    ),
+    "a key of a dictionary's item": (
+        {"name": "x", "by_name": {"first": {"sizes": 2}}},
+        ["by_name.first.sizes: unknown key (found 2); did you mean size?"],
+    ),
+    "neither of two kinds": (
+        {"name": "x", "either": [1]},
+        ["either: expected a mapping (found a list); or input should be a valid number (found a list)"],
+    ),
+    "a long value": (
+        {"name": "x", "parts": "y" * 10**6},
+        [f"parts: input should be a valid list (found '{'y' * 34} ... {'y' * 39}')"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(MISTAKEN))
+def test_all_mistakes_are_told_a_line_each(name):
+    data, expected = MISTAKEN[name]
+    with pytest.raises(UserError) as caught:
+        validated(Outer, data, "x.yaml")
+    assert str(caught.value).splitlines() == [f"x.yaml: {line}" for line in expected]
+
+
+def test_twenty_mistakes_are_told_and_the_others_counted():
+    with pytest.raises(UserError) as caught:
+        validated(Outer, {"name": "x", "parts": list(range(1000))}, "x.yaml")
+    *lines, last = str(caught.value).splitlines()
+    assert (len(lines), last) == (20, "and 980 more mistakes")
+
+
+def test_mistakes_of_several_parts_are_told_together():
+    mistakes = Mistakes()
+    for part in ("a", "b"):
+        with mistakes.gathered():
+            validated(Inner, {"size": part}, f"x.yaml: {part}")
+    with mistakes.gathered():
+        validated(Inner, {}, "x.yaml: c")
+    with pytest.raises(UserError) as caught:
+        mistakes.require_none()
+    assert [line[:15] for line in str(caught.value).splitlines()] == ["x.yaml: a: size", "x.yaml: b: size"]
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_the_keys_of_a_job_keep_their_order(make_workload):
         ({"samples": []}, "jobs.0.samples"),
         ({"samples": [[0, 1]]}, "jobs.0.samples.0"),
         ({"name": "a.b"}, "jobs.0.name"),
-        ({"ranks": 4}, "jobs.0.ranks: extra inputs are not permitted (found 4)"),
+        ({"ranks": 4}, "jobs.0.ranks: unknown key (found 4)"),
     ],
 )
 def test_a_bad_job_is_named_with_file_and_key(make_workload, tmp_path, change, message):

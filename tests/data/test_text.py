@@ -183,7 +183,7 @@ BAD_TEMPLATES = {
     "no field": ({"prompt": "x", "completion": "y"}, "data: completion: no {field} in it nor in the prompt"),
     "a blank": ({"prompt": "{q}", "completion": " "}, "data: completion: blank, so that there is nothing to learn"),
     "no completion": ({"completion": None}, "completion: input should be a valid string"),
-    "another key": ({"answer": "{a}"}, "answer: extra inputs are not permitted"),
+    "another key": ({"answer": "{a}"}, "answer: unknown key"),
     "two kinds": ({"hub": "x/y"}, "expected a mapping with one of the keys jsonl, hub, text, synthetic, found"),
     "a missing file": ({"jsonl": "none.jsonl"}, ".jsonl: no such file"),
     "no files": ({"jsonl": []}, "jsonl: value should have at least 1 item"),

@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from lorafusion.core.files import read_json, whole
-from lorafusion.core.schema import describe
+from lorafusion.core.schema import mistakes
 from lorafusion.core.seals import require_own_seal, require_seal, seal
 from lorafusion.lab.table.result import ExpectedMetric, Result, ResultMetric
 from lorafusion.lab.table.statistics import fewest, interval, median
@@ -80,7 +80,7 @@ def rows_of_result(result: dict, path: str) -> list[dict]:
     try:
         parsed = Result.model_validate(result)
     except ValidationError as error:
-        raise MeasurementError(f"{path}: {describe(error)}") from None
+        raise MeasurementError(*(f"{path}: {mistake}" for mistake in mistakes(error, Result))) from None
     unknown = set(parsed.cell).union(*(metric.cell for metric in parsed.metrics)) - set(COLUMNS)
     if unknown:
         raise MeasurementError(f"{path}: cell: unknown column {min(unknown)!r}; known: {', '.join(COLUMNS)}")

@@ -39,7 +39,7 @@ GOOD = Verdict(check="lossless", passed=True, statement="it holds", figures={"lo
         ({"passed": None}, "passed: input should be a valid boolean"),
         ({"figures": {"error": "small"}}, "figures.error"),
         ({"origin": None}, "origin"),
-        ({"more": 1}, "more: extra inputs are not permitted"),
+        ({"more": 1}, "more: unknown key"),
     ],
 )
 def test_a_verdict_is_read_to_the_letter(tmp_path, change, message):

@@ -50,7 +50,7 @@ def small(tmp_path, monkeypatch):
         ({"implementations": ["fused"]}, "implementations must begin with frozen"),
         ({"adapters": [0]}, r"linears\.0\.adapters\.0: input should be greater than or equal to 1 \(found 0\)"),
         ({"shapes": [[64, 64], [64, 64]]}, "bench linear~64x64/rank~16/dropout~0.1 is in the suite twice"),
-        ({"token": [1]}, "token: extra inputs are not permitted"),
+        ({"token": [1]}, "token: unknown key"),
     ],
 )
 def test_a_bad_entry_is_named(small, change, message):

@@ -156,7 +156,7 @@ def test_a_result_that_contradicts_itself_is_refused(change, message):
         ("value", math.nan, "metrics.0.value: .*finite"),
         ("value", None, "metrics.0: .*number"),
         ("value", "OOM", "metrics.0.value: .*number"),
-        ("system", "x", "metrics.0.system: extra"),
+        ("system", "x", "metrics.0.system: unknown key"),
     ],
 )
 def test_a_wrong_metric_names_file_and_key(field, value, message):

@@ -270,7 +270,7 @@ def test_the_csv_of_contributions_is_paired_ratios_and_their_interval(story, win
 @pytest.fixture(scope="module")
 def parts_drawn(story):
     """The panels of the parts, by window."""
-    figure = contributions.draw(drawing.read_data(story.folder / "contributions.csv"))
+    figure = contributions.draw_contributions(drawing.read_data(story.folder / "contributions.csv"))
     with matplotlib.rc_context(style.PARAMETERS):
         FigureCanvasAgg(figure).draw()
     labels = [text.get_text() for text in figure.legends[0].get_texts()]

@@ -141,6 +141,7 @@ def figure(
     """Draw a suite's figures.
 
     With FILES: from another measurement table, or from the curves, profiles or tunings that the figure is made from.
+    Of a table of several suites the rows of SUITE are drawn.
     """
     from lorafusion.lab.commands import make_steps
     from lorafusion.lab.report.registry import FIGURES, draw
@@ -150,7 +151,7 @@ def figure(
     if files or out:
         if not (name and files and out):
             raise UserError("lab figure: FILES and --out: expected both or neither")
-        draw(name, files, out, model, checks)
+        draw(name, files, out, model, checks, suite)
         print(f"{out}.png, .pdf, .csv")
         return
     names = {name} if name else set(FIGURES)

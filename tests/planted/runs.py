@@ -341,17 +341,17 @@ def error_bars_are_a_tenth(original):
 
 
 @planted(
-    "lorafusion.lab.report.figures.end_to_end:_draw_bars",
+    "lorafusion.lab.report.figures.end_to_end:_draw_panel",
     caught_by=f"{KNOWN}::test_each_bar_is_as_high_as_its_systems_median[whole]",
 )
 def bars_of_two_systems_are_swapped(original):
     """Two systems have each other's bars."""
 
-    def draw_bars(ax, bars, *more):
-        swapped = bars["system"].replace({OURS: "peft-bf16", "peft-bf16": OURS})
-        original(ax, bars.assign(system=swapped), *more)
+    def draw_panel(ax, panel, *more):
+        swapped = panel["system"].replace({OURS: "peft-bf16", "peft-bf16": OURS})
+        original(ax, panel.assign(system=swapped), *more)
 
-    return draw_bars
+    return draw_panel
 
 
 @planted(

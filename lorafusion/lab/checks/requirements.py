@@ -32,10 +32,14 @@ def require_passed(path: Path, check: str, suite: str, code: str | None, dtype: 
     return verdict
 
 
-def checked_table(path: Path, folder: Path | None, needed: Sequence[str]) -> pd.DataFrame:
-    """A measurement table, once the checks that its figures need are there: in a folder, or in `checks` beside it."""
+def checked_table(path: Path, folder: Path | None, needed: Sequence[str], suite: str) -> pd.DataFrame:
+    """A measurement table, once the checks that its figures need are there: in a folder, or in `checks` beside it.
+    suite: a name or a path; of a table that has it beside others only its rows."""
     table = read(path)
-    require_checks(folder or path.parent / "checks", needed, table)
+    of_suite = table["suite"] == Path(suite).stem
+    table = table[of_suite] if of_suite.any() else table
+    if needed:
+        require_checks(folder or path.parent / "checks", needed, table)
     return table
 
 

@@ -164,10 +164,13 @@ def implementation_looks(rows: pd.DataFrame) -> dict[str, tuple[str, int]]:
     return dict(zip(names["variant"], zip(names["implementation"], levels, strict=True), strict=True))
 
 
-def adapter_look(implementation: str, level: int) -> Look:
-    """How an implementation's bars look; level: how many variants of it have fewer adapters."""
-    look = IMPLEMENTATIONS[implementation]
-    return look._replace(hatch=look.hatch or ADAPTER_HATCHES[level % len(ADAPTER_HATCHES)])
+def bar_looks(rows: pd.DataFrame) -> dict[str, Look]:
+    """How the bars of each variant look, in drawing order."""
+    looks = {}
+    for variant, (implementation, level) in implementation_looks(rows).items():
+        look = IMPLEMENTATIONS[implementation]
+        looks[variant] = look._replace(hatch=look.hatch or ADAPTER_HATCHES[level % len(ADAPTER_HATCHES)])
+    return looks
 
 
 ORDERS: dict[str, tuple[str, ...]] = {

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -47,15 +47,6 @@ USERS_OWN = {"WANDB_API_KEY", "WANDB_BASE_URL"}
 INIT_SECONDS, FINISH_SECONDS = 60, 120
 
 
-class PublishedCell(NamedTuple):
-    """What of a cell is handed to wandb."""
-
-    status: str
-    settings: dict[str, Any]
-    history: list[dict[str, Any]]
-    summary: dict[str, Any]
-
-
 @dataclass(frozen=True)
 class CellRuns:
     """A cell as it is published: its rows of the table, its repeats' result files, and the settings of its run."""
@@ -68,10 +59,6 @@ class CellRuns:
     @property
     def name(self) -> str:
         return self.singles["cell"].iloc[0]
-
-    @property
-    def published(self) -> PublishedCell:
-        return PublishedCell(self.status, self.settings, list(self.history), self.summary)
 
     @property
     def status(self) -> str:
@@ -164,33 +151,26 @@ def publish(
     the directory is as it was.
     """
     one_of("mode", mode, MODES, "wandb")
-    require_wandb()
+    if find_spec("wandb") is None:
+        raise UserError("publish: wandb is not installed; `pip install 'lorafusion[wandb]'`")
     images = _images(figures)
     sweep = _digest(csv_text(table))
-    cells = [cell.published for cell in _cells(table, results, sweep)]
-    comparison = _comparison(table, sweep)
     with replaced(Path(directory).resolve(), MANIFEST) as folder:
         runs = {}
         with _wandb(folder, mode) as start:
-            for cell in cells:
+            for cell in _cells(table, results, sweep):
                 run = start(project=project, entity=entity, **cell.settings)
                 _log_cell(run, cell)
-                entry = {"cell": cell.settings["name"], "status": cell.status, "job_type": "end_to_end"}
+                entry = {"cell": cell.name, "status": cell.status, "job_type": "end_to_end"}
                 runs[run.id] = entry | {"folder": _folder_of(run, folder)}
                 run.finish(exit_code=0 if cell.status == "ok" else 1)
-            run = start(project=project, entity=entity, **comparison)
+            run = start(project=project, entity=entity, **_comparison(table, sweep))
             _log_comparison(run, table, images)
             runs[run.id] = {"job_type": "compare", "folder": _folder_of(run, folder)}
             run.finish()
         head = {"sweep": sweep, "mode": mode, "project": project, "entity": entity}
         write_manifest(folder, MANIFEST, head | {"runs": runs})
     return list(runs)
-
-
-def require_wandb() -> None:
-    """Raise `UserError` where wandb, which is an extra, is not installed."""
-    if find_spec("wandb") is None:
-        raise UserError("publish: wandb is not installed; `pip install 'lorafusion[wandb]'`")
 
 
 def _cells(table: pd.DataFrame, results: list[dict], sweep: str) -> Iterator[CellRuns]:
@@ -201,7 +181,7 @@ def _cells(table: pd.DataFrame, results: list[dict], sweep: str) -> Iterator[Cel
         yield CellRuns(rows[single].sort_values("repeat"), rows[~single], cell_results, sweep)
 
 
-def _log_cell(run: Any, cell: PublishedCell) -> None:
+def _log_cell(run: Any, cell: CellRuns) -> None:
     for name in ("repeat", "status", "global_batch"):
         run.define_metric(name, summary="none")
     # Without summaries of their own, as the last repeat is not the cell's result.

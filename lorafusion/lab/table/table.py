@@ -8,7 +8,7 @@ Parquet (with types), which hold the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,23 @@ import pandas as pd
 from pydantic import ValidationError
 
 from lorafusion.core.files import read_json, whole
+from lorafusion.core.files import write as write_text
 from lorafusion.core.schema import mistakes
 from lorafusion.core.seals import require_own_seal, require_seal, seal
 from lorafusion.lab.table.result import ExpectedMetric, Result, ResultMetric
 from lorafusion.lab.table.statistics import fewest, interval, median
 from lorafusion.lab.table.store import is_store, read_store, require_store
-from lorafusion.lab.table.validation import GROUP, KEY, ORDER, MeasurementError, validate
+from lorafusion.lab.table.validation import (
+    GROUP,
+    KEY,
+    ORDER,
+    MeasurementError,
+    require_columns,
+    require_known,
+    validate,
+)
 from lorafusion.lab.table.vocabulary import COLUMNS, COSTS, METRICS, STATUSES, TYPE_NAMES, json_schema
 
-# Columns that tables did not always have, and what their cells' names said instead; others of them are empty.
-BY_NAME = {
-    "merged_qkv": lambda cells: cells.str.contains("/qkv~merged/").where(cells.str.contains("/system~")),
-    "samples": lambda cells: cells.str.extract(r"/samples~(\d+)")[0],
-    "bench": lambda cells: cells.str.extract(r"^bench~([^/]+)")[0],
-    "tree_hash": lambda _: pd.NA,
-}
 # Repeats that differ in the first are not repeats; where they differ in the second, the summary's note says so.
 MUST_AGREE = ("config_hash", "workload_hash", "plan_hash")
 SHOULD_AGREE = ("git_sha", "git_dirty", "gpu_name", "driver", "cuda", "torch", "triton")
@@ -81,9 +83,7 @@ def rows_of_result(result: dict, path: str) -> list[dict]:
         parsed = Result.model_validate(result)
     except ValidationError as error:
         raise MeasurementError(*(f"{path}: {mistake}" for mistake in mistakes(error, Result))) from None
-    unknown = set(parsed.cell).union(*(metric.cell for metric in parsed.metrics)) - set(COLUMNS)
-    if unknown:
-        raise MeasurementError(f"{path}: cell: unknown column {min(unknown)!r}; known: {', '.join(COLUMNS)}")
+    require_known(set(parsed.cell).union(*(metric.cell for metric in parsed.metrics)), f"{path}: cell")
     origin = {name: value for name, value in parsed.provenance.items() if name in COLUMNS}
     common = origin | parsed.cell | {"statistic": "single", "n": 1, "status": parsed.status, "result": path}
     if parsed.status == "ok":
@@ -97,9 +97,7 @@ def rows_of_result(result: dict, path: str) -> list[dict]:
 
 def frame(rows: list[dict], source: str | Path = "table") -> pd.DataFrame:
     """Rows as a table with every column and its type, absent fields empty; raises for an unknown or mistyped column."""
-    unknown = {name for row in rows for name in row} - set(COLUMNS)
-    if unknown:
-        raise MeasurementError(f"{source}: unknown column {min(unknown)!r}; known: {', '.join(COLUMNS)}")
+    require_known({name for row in rows for name in row}, source)
     return _typed(pd.DataFrame(rows, columns=list(COLUMNS), dtype=object), source)
 
 
@@ -135,8 +133,9 @@ def write(
     expected runs are missing (`gaps`); equal tables give equal bytes."""
     validate(table, csv_path)
     ordered = _typed(table[list(COLUMNS)], csv_path).sort_values(list(ORDER), ignore_index=True)
-    _write_whole(csv_path, lambda partial: partial.write_text(csv_text(ordered), newline=""))
-    _write_whole(parquet_path, lambda partial: ordered.to_parquet(partial, engine="pyarrow", index=False))
+    write_text(Path(csv_path), csv_text(ordered))
+    with whole(Path(parquet_path)) as partial:
+        ordered.to_parquet(partial, engine="pyarrow", index=False)
     for path in (csv_path, parquet_path):
         seal(Path(path), gaps(table, expected))
 
@@ -164,7 +163,7 @@ def read(path: str | Path) -> pd.DataFrame:
 
 
 def read_unsealed(path: str | Path) -> pd.DataFrame:
-    """A valid table of which nothing says that it is whole; those of older versions get the columns that they lack."""
+    """A valid table of which nothing says that it is whole."""
     path = Path(path)
     _require_form(path)
     if path.suffix == ".parquet":
@@ -172,9 +171,7 @@ def read_unsealed(path: str | Path) -> pd.DataFrame:
     else:
         # Only an empty field is empty: "nan" is a status.
         table = pd.read_csv(path, dtype="string", keep_default_na=False, na_values=[""])
-    lacking = [name for name in BY_NAME if name not in table.columns and "cell" in table.columns]
-    table = table.assign(**{name: BY_NAME[name](table["cell"]) for name in lacking})
-    validate(table.head(0), path)
+    require_columns(table.columns, path)
     table = _typed(table, path)
     validate(table, path)
     return table
@@ -195,18 +192,18 @@ def gaps(table: pd.DataFrame, expected: Mapping[str, int] | None = None) -> str:
     was expected to have. expected: the repeats of each cell of the suite, by name, where that is known.
     """
     runs = table[(table["statistic"] == "single") & table["repeat"].notna() & ~table["metric"].isin(COSTS)]
-    what, cell = ["suite", "kind", "metric", "window", "implementation", "pass"], ["suite", "kind", "cell"]
-    repeats = runs[["suite", "kind", "metric", "window", "repeat"]].drop_duplicates()
-    alike = runs[[*what, "cell"]].drop_duplicates().merge(repeats, on=["suite", "kind", "metric", "window"])
-    present = runs[[*what, "cell", "repeat"]].drop_duplicates().assign(present=True)
-    missing = alike.merge(present, how="left")
-    missing = missing[missing["present"].isna()][[*cell, "repeat"]].drop_duplicates()
-    failed = runs[runs["status"] != "ok"][[*cell, "repeat"]].drop_duplicates().assign(failed=True)
-    missing = missing.merge(failed, how="left")
-    missing = missing[missing["failed"].isna()][["cell", "repeat"]]
-    present = set(runs[["cell", "repeat"]].itertuples(index=False, name=None))
+    metric, run = ["suite", "kind", "metric", "window"], ["suite", "kind", "cell", "repeat"]
+    repeats = runs.groupby(metric)["repeat"].agg(set)
+    numbers = runs.groupby([*metric, "cell", "implementation", "pass"], dropna=False)["repeat"].agg(set)
+    failed = set(runs.loc[runs["status"] != "ok", run].itertuples(index=False, name=None))
+    missing = {
+        (cell, repeat)
+        for (suite, kind, *number, cell, _, _), present in numbers.items()
+        for repeat in repeats[suite, kind, *number] - present
+        if (suite, kind, cell, repeat) not in failed
+    }
     wanted = {(name, repeat) for name, count in (expected or {}).items() for repeat in range(1, count + 1)}
-    missing = sorted({*missing.itertuples(index=False, name=None), *(wanted - present)})
+    missing = sorted(missing | (wanted - set(runs[["cell", "repeat"]].itertuples(index=False, name=None))))
     if not missing:
         return ""
     (name, repeat), count = missing[0], len(missing)
@@ -216,7 +213,7 @@ def gaps(table: pd.DataFrame, expected: Mapping[str, int] | None = None) -> str:
 
 def write_json_schema(path: str | Path) -> None:
     """Write the JSON Schema (draft 2020-12) of a row, an empty field being null."""
-    _write_whole(path, lambda partial: partial.write_text(json.dumps(json_schema(), indent=1) + "\n"))
+    write_text(Path(path), json.dumps(json_schema(), indent=1) + "\n")
 
 
 def _require_expected(result: Result, path: str) -> None:
@@ -328,9 +325,3 @@ def _fits(value: Any, dtype: str) -> bool:
     except (TypeError, ValueError, OverflowError):
         return False
     return True
-
-
-def _write_whole(path: str | Path, writer: Callable[[Path], Any]) -> None:
-    """Let `writer` fill a temporary file beside `path` and put it in place once complete."""
-    with whole(Path(path)) as partial:
-        writer(partial)

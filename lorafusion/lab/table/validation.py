@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +25,23 @@ class MeasurementError(UserError):
     """A result file or a table that does not say what it must; names the file, the row, the column and the remedy."""
 
 
+def require_columns(names: Iterable[str], source: str | Path) -> None:
+    """Raise `MeasurementError` unless a table has all columns and no others."""
+    require_known(names, source)
+    for name in COLUMNS:
+        if name not in names:
+            raise MeasurementError(f"{source}: no column {name!r}")
+
+
+def require_known(names: Iterable[str], source: str | Path) -> None:
+    """Raise `MeasurementError` for a name that is no column."""
+    if unknown := sorted(set(names) - set(COLUMNS)):
+        raise MeasurementError(f"{source}: unknown column {unknown[0]!r}; known: {', '.join(COLUMNS)}")
+
+
 def validate(table: pd.DataFrame, source: str | Path = "table") -> None:
     """Raise `MeasurementError` at the first thing that a row says and must not, or must say and does not."""
-    for name in table.columns:
-        if name not in COLUMNS:
-            raise MeasurementError(f"{source}: unknown column {name!r}; known: {', '.join(COLUMNS)}")
-    for name in COLUMNS:
-        if name not in table.columns:
-            raise MeasurementError(f"{source}: no column {name!r}")
+    require_columns(table.columns, source)
     checked = _Checked(table, source)
     for name, column in COLUMNS.items():
         if column.required:

@@ -35,7 +35,7 @@ def whole_suite(measure, make_table):
 
 
 def drawn(table):
-    figure = figure_of.draw(figure_of.contributions_data(table, "tiny"))
+    figure = figure_of.draw_contributions(figure_of.contributions_data(table, "tiny"))
     with matplotlib.rc_context(style.PARAMETERS):
         FigureCanvasAgg(figure).draw()
     return figure, figure.axes
@@ -47,7 +47,7 @@ def texts(ax) -> list[str]:
 
 def test_the_csv_alone_redraws_the_figure_and_equal_tables_give_equal_bytes(whole_suite, tmp_path, passed_checks):
     pdf, png, csv = FIGURES["contributions"].draw(whole_suite, tmp_path / "figure", "tiny")
-    again = drawing.save(figure_of.draw(drawing.read_data(csv)), tmp_path / "again")
+    again = drawing.save(figure_of.draw_contributions(drawing.read_data(csv)), tmp_path / "again")
     assert [path.read_bytes() for path in again] == [pdf.read_bytes(), png.read_bytes()]
     assert pd.read_csv(csv).columns.tolist()[: len(COLUMNS)] == COLUMNS
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lorafusion.cli.main import app
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.seals import require_seal
 from lorafusion.lab.report.registry import FIGURES
@@ -50,6 +51,15 @@ def test_a_figures_csv_is_what_its_table_gives(tables, figure):
 @pytest.mark.parametrize("figure", sorted(DRAWN.keys() | WITHOUT_A_TABLE))
 def test_a_figures_csv_is_whole(figure):
     require_seal(REFERENCE / f"{figure}.csv")
+
+
+@pytest.mark.parametrize("suite", ["cpu", "configs/suites/cpu.yaml"])
+def test_the_command_draws_a_suite_of_a_table_of_several(suite, tmp_path):
+    command = ["lab", "figure", suite, "planner_bubble", str(REFERENCE / "cpu" / "planner.parquet")]
+    app([*command, "--out", str(tmp_path / "bubble")], standalone_mode=False)
+    for form in ("csv", "png"):
+        expected = (REFERENCE / "cpu" / f"planner_bubble.{form}").read_bytes()
+        assert (tmp_path / f"bubble.{form}").read_bytes() == expected
 
 
 def test_suites_do_not_share_a_bar(tables):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -22,7 +24,10 @@ CAPTIONS = CONFIGS.parent / "workflow" / "report"
 @pytest.mark.parametrize("name", FIGURES)
 def test_an_entry_is_whole(name):
     figure = FIGURES[name]
-    assert figure.help.endswith(".")
+    assert figure.name == name
+    module = import_module(f"lorafusion.lab.report.figures.{figure.module}")
+    assert callable(getattr(module, f"{name}_data"))
+    assert callable(getattr(module, f"draw_{name}"))
     assert figure.source in SOURCES
     assert (CAPTIONS / figure.caption).is_file()
     assert set(figure.shown) <= set(FORMATS)
@@ -49,16 +54,17 @@ def test_no_figure_loads_torch_or_the_launcher():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-def _dots(table: pd.DataFrame, model: str):
-    """A dot for each single run."""
+def _dots_data(table: pd.DataFrame, model: str) -> pd.DataFrame:
+    """A row for each single run."""
+    return table.loc[table["statistic"] == "single", ["system", "value"]]
+
+
+def _draw_dots(data: pd.DataFrame):
     from matplotlib.figure import Figure as Picture
 
-    def picture(data: pd.DataFrame) -> Picture:
-        figure = Picture()
-        figure.subplots().plot(data["system"], data["value"], "o")
-        return figure
-
-    return table.loc[table["statistic"] == "single", ["system", "value"]], picture
+    figure = Picture()
+    figure.subplots().plot(data["system"], data["value"], "o")
+    return figure
 
 
 @pytest.fixture
@@ -75,7 +81,10 @@ RUNS = needed_by("runs")
 
 @pytest.fixture
 def dots(monkeypatch):
-    figure = Figure(_dots, "table", "end_to_end", "dots of {model}", "end_to_end.rst", RUNS, per_model=True)
+    """A figure more: a module with two functions, and an entry."""
+    module = SimpleNamespace(dots_data=_dots_data, draw_dots=_draw_dots)
+    monkeypatch.setitem(sys.modules, "lorafusion.lab.report.figures.marks", module)
+    figure = Figure("dots", "marks", "table", "end_to_end", "end_to_end.rst", "dots of {model}", RUNS, per_model=True)
     monkeypatch.setitem(registry.FIGURES, "dots", figure)
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from lorafusion.cli.main import app
 from lorafusion.core.schema import UserError
 from lorafusion.lab.report import style
-from lorafusion.lab.report.figures.tunings import draw, tunings_data
+from lorafusion.lab.report.figures.tunings import draw_tunings, tunings_data
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table.table import MeasurementError
 from lorafusion.lab.tuned import Tuned
@@ -85,7 +85,9 @@ def frames(ax):
 
 
 def test_words_and_frames_are_drawn(tuned):
-    figure = draw(tunings_data([tuned("lorafusion", {64: FULL, 32: 12_340.0}), tuned("mlora", {64: FULL})], "tiny"))
+    figure = draw_tunings(
+        tunings_data([tuned("lorafusion", {64: FULL, 32: 12_340.0}), tuned("mlora", {64: FULL})], "tiny")
+    )
     (ax,) = figure.axes
     assert sorted(text.get_text() for text in ax.texts) == ["12.3", "OOM", "OOM"]
     assert frames(ax) == 1  # none around a size that was not run to its end
@@ -97,7 +99,9 @@ def test_numbers_have_room(tuned, sizes, lines):
     """Of five workloads and 15 systems, whatever the number of sizes."""
     rates = {512 * 2**place: 12_345.0 for place in range(sizes)}
     systems = list(style.SYSTEMS)[:15]
-    figure = draw(tunings_data([tuned(one, rates, name) for name in style.WORKLOADS for one in systems], "tiny"))
+    figure = draw_tunings(
+        tunings_data([tuned(one, rates, name) for name in style.WORKLOADS for one in systems], "tiny")
+    )
     figure.draw_without_rendering()
     shown = [ax for ax in figure.axes if ax.texts]
     assert len({round(ax.get_position().y0, 3) for ax in shown}) == lines

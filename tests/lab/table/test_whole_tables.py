@@ -181,22 +181,6 @@ def test_the_tables_of_record_are_whole_and_their_columns_tell_all_rows_apart(na
     assert not frame.duplicated(list(PLACE)).any()
 
 
-def test_a_table_of_an_older_version_gets_its_new_columns_from_the_names_of_its_cells(tmp_path):
-    names = {
-        "model~tiny/workload~xsum/gpus~1/batch~8/qkv~merged/system~mlora": (True, pd.NA, pd.NA),
-        "model~tiny/workload~xsum/gpus~1/batch~8/system~mlora": (False, pd.NA, pd.NA),
-        "workload~xsum/stages~1/samples~1000/batch~8/adapters~2/strategy~fast": (pd.NA, 1000, pd.NA),
-        "bench~tiny-middle/implementation~fused/adapters~1": (pd.NA, pd.NA, "tiny-middle"),
-    }
-    frame = build(*(result(cell=name, rank=rank) for rank, name in enumerate(names, 1)))
-    path = tmp_path / "old.csv"
-    path.write_text(table.csv_text(frame.drop(columns=["merged_qkv", "samples", "bench"])))
-    upgraded = table.read_unsealed(path).set_index("cell")[["merged_qkv", "samples", "bench"]]
-    for name, expected in names.items():
-        found = upgraded.loc[name].iloc[0].fillna("none").tolist()
-        assert found == pd.Series(expected, dtype=object).fillna("none").tolist(), name
-
-
 def test_the_page_of_measurements_shows_what_tells_its_rows_apart():
     name = "model~tiny/workload~xsum/gpus~2/qkv~merged/system~lorafusion"
     both = [*runs(("lorafusion",), merged_qkv=False), *runs(("lorafusion",), cell=name, merged_qkv=True)]

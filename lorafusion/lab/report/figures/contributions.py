@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import textwrap
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -88,98 +89,101 @@ def _origin(runs: pd.DataFrame) -> dict[str, str]:
     return {"device": device, "origin": style.origin(runs, device)}
 
 
+class Panel(NamedTuple):
+    """The rows of one number of GPUs and window: the parts, with q, k and v separate, and the corners."""
+
+    gpus: int
+    window: str
+    parts: pd.DataFrame
+    corners: pd.DataFrame  # of all workloads together, or of the only one; with `mark`
+    workloads: list[str]  # from top to bottom, all of them together last
+    height: float  # inches, so that neither the lanes nor the corners' bars are lower than their numbers
+
+
+def _panels(data: pd.DataFrame) -> Iterator[Panel]:
+    for (gpus, window), rows in data.groupby(["gpus", "window"], sort=False):
+        parts = rows[rows["qkv"] == "separate"]
+        workloads = list(dict.fromkeys(parts["workload"]))
+        corners = rows[rows["factor"].isin(CORNERS) & (rows["workload"] == workloads[-1])]
+        # A range where others have an interval: a cell lacks a repeat.
+        ranges = corners["bounds"].eq("range") & corners["bounds"].eq("interval").any()
+        corners = corners.assign(mark=ranges.map({True: RANGE, False: ""}))
+        lanes = len(workloads) * (len(LANES) + GAP), len(ORDERS) * (len(OPERATIONS) * rows["qkv"].nunique() + GAP)
+        yield Panel(gpus, window, parts, corners, workloads, LANE * max(lanes))
+
+
 @styled
-def draw(data: pd.DataFrame) -> Figure:
+def draw_contributions(data: pd.DataFrame) -> Figure:
     """The figure of `contributions_data`: for each number of GPUs and window the parts, and beside them the corners."""
-    panels = [(*place, panel) for place, panel in data.groupby(["gpus", "window"], sort=False)]
-    heights = [_height(panel) for _, _, panel in panels]
+    panels = list(_panels(data))
+    heights = [panel.height for panel in panels]
     on_cpu = "CPU" in data["device"][0]
     figure = Figure(figsize=(style.TEXT_WIDTH, 1.35 + sum(heights) + 0.2 * len(heights)), layout="constrained")
     grid = {"width_ratios": (LEFT, RIGHT), "height_ratios": heights}
     axes = figure.subplots(len(panels), 2, sharex="col", squeeze=False, gridspec_kw=grid)
-    title = None
-    for (parts, corners), (gpus, window, panel) in zip(axes, panels, strict=True):
-        workloads = _workloads(panel)
-        _draw_parts(parts, panel[panel["qkv"] == "separate"], workloads)
-        _draw_corners(corners, _corners(panel))
-        average = "geometric mean of the workloads" if workloads[-1] == ALL else workloads[-1]
+    title, reaches = None, [(1.0, 1.0, 4)]
+    for (parts, corners), panel in zip(axes, panels, strict=True):
+        reaches += _draw_parts(parts, panel)
+        _draw_corners(corners, panel.corners)
+        average = "geometric mean of the workloads" if panel.workloads[-1] == ALL else panel.workloads[-1]
         if average != title:
             corners.set_title(f"over {BASE},\n{average}")
             title = average
-        several = f", {device_count(gpus, on_cpu)}" if data["gpus"].nunique() > 1 else ""
-        write_beside(corners, WINDOW_TITLES[window] + several, 1.02)
+        several = f", {device_count(panel.gpus, on_cpu)}" if data["gpus"].nunique() > 1 else ""
+        write_beside(corners, WINDOW_TITLES[panel.window] + several, 1.02)
     axes[0][0].set(xscale="log", title=f"from {BASE} (1) to {SYSTEM}")
-    for ax, limits in zip(axes[-1], (_limits(data, LEFT), _corner_limits(data, RIGHT)), strict=True):
+    for ax, limits in zip(axes[-1], (_limits(reaches), _corner_limits(data)), strict=True):
         ax.set_xlim(limits)
         ax.xaxis.set_major_locator(FixedLocator(_ticks(*limits, logarithmic=ax is axes[-1][0])))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    title = f"{data['model'][0]}: what the parts of {SYSTEM} add"
-    finish(figure, _handles(_shows_merged(data)), title, _footer(data), 4, on_cpu)
+    title, merged = f"{data['model'][0]}: what the parts of {SYSTEM} add", _shows_merged(panels)
+    finish(figure, _handles(merged), title, _footer(data, panels, merged), 4, on_cpu)
     return figure
 
 
-def _workloads(panel: pd.DataFrame) -> list[str]:
-    """The workloads of a panel from top to bottom, all of them together last."""
-    return list(dict.fromkeys(panel.loc[panel["qkv"] == "separate", "workload"]))
-
-
-def _corners(panel: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a panel's corners: of all workloads together, or of its only one."""
-    return panel[panel["factor"].isin(CORNERS) & (panel["workload"] == _workloads(panel)[-1])]
-
-
-def _all_corners(data: pd.DataFrame) -> list[pd.DataFrame]:
-    """`_corners` of every panel."""
-    return [_corners(panel) for _, panel in data.groupby(["gpus", "window"])]
-
-
-def _ranges(corners: pd.DataFrame) -> pd.Series:
-    """Which corners have a range where others have an interval: those of which a cell lacks a repeat."""
-    return corners["bounds"].eq("range") & corners["bounds"].eq("interval").any()
-
-
-def _shows_merged(data: pd.DataFrame) -> bool:
+def _shows_merged(panels: list[Panel]) -> bool:
     """Is any bar one with merged q, k and v? Where only some workloads have such cells, there is none."""
-    return any("merged" in set(corners["qkv"]) for corners in _all_corners(data))
+    return any("merged" in set(panel.corners["qkv"]) for panel in panels)
 
 
-def _height(panel: pd.DataFrame) -> float:
-    """Inches of a panel, so that neither the lanes nor the corners' bars are lower than their numbers."""
-    corners = len(OPERATIONS) * panel["qkv"].nunique() + GAP
-    return LANE * max(len(_workloads(panel)) * (len(LANES) + GAP), len(ORDERS) * corners)
-
-
-def _draw_parts(ax: Axes, panel: pd.DataFrame, workloads: list[str]) -> None:
-    """For each workload the parts below each other, each from where the one above ends."""
+def _draw_parts(ax: Axes, panel: Panel) -> list[tuple[float, float, int]]:
+    """For each workload the parts below each other, each from where the one above ends; returns how far each reaches,
+    as `_draw_lanes` does."""
     step = len(LANES) + GAP
-    names = []
-    for index, workload in enumerate(workloads):
-        factors = panel[panel["workload"] == workload].set_index("factor")
-        _draw_lanes(ax, index * step, factors)
+    names, reaches = [], []
+    for index, workload in enumerate(panel.workloads):
+        factors = panel.parts[panel.parts["workload"] == workload].set_index("factor")
+        reaches += _draw_lanes(ax, index * step, factors)
         names.append(_name(workload, factors.loc["speedup", "over"]))
         if index:
             ax.axhline(index * step - (1 + GAP) / 2, color="0.8", linewidth=0.5)
     _finish_panel(ax, names, len(LANES), step, linespacing=1.1)
-    if workloads[-1] == ALL:
+    if panel.workloads[-1] == ALL:
         ax.get_yticklabels()[-1].set_fontweight("bold")
+    return reaches
 
 
-def _draw_lanes(ax: Axes, top: float, factors: pd.DataFrame) -> None:
-    """The parts of one workload."""
+def _draw_lanes(ax: Axes, top: float, factors: pd.DataFrame) -> list[tuple[float, float, int]]:
+    """The parts of one workload; returns for each its left end, its right end, and how many letters follow."""
+    reaches = []
     places, following = _places(factors["value"]), [*list(LANES)[1:3], None, None]
     for lane, ((factor, (begin, end)), after) in enumerate(zip(LANES.items(), following, strict=True)):
-        row, start = factors.loc[factor], places[begin]
-        text = _text(factor, row)
-        if pd.isna(row["value"]):
-            _write(ax, 1, top + lane, _short(row["note"]), color=style.FAILED)
-        elif pd.isna(start):
-            colour = LOOKS[factor].colour if factor == "speedup" else "black"
-            _write(ax, 1, top + lane, f"{text} {NO_START}", color=colour)
-        else:
-            _draw_bar(ax, top + lane, start, row, LOOKS[factor], text, bold=factor == "speedup")
-            if after and not pd.isna(factors.loc[after, "value"]):
-                ax.plot([places[end]] * 2, [top + lane, top + lane + 1], color="0.3", linewidth=0.5, zorder=1)
+        row, start, look, y = factors.loc[factor], places[begin], LOOKS[factor], top + lane
+        missing = pd.isna(row["value"])
+        text = _short(row["note"]) if missing else _text(factor, row)
+        if missing or pd.isna(start):
+            text += "" if missing else f" {NO_START}"
+            colour = style.FAILED if missing else look.colour if factor == "speedup" else "black"
+            _write(ax, 1, y, text, color=colour)
+            reaches.append((1.0, 1.0, len(text)))
+            continue
+        _draw_bar(ax, y, start, row, look, text, bold=factor == "speedup")
+        if after and not pd.isna(factors.loc[after, "value"]):
+            ax.plot([places[end]] * 2, [y, y + 1], color="0.3", linewidth=0.5, zorder=1)
+        ends = [start * reach for reach in (1, *row[["value", "low", "high"]].dropna())]
+        reaches.append((min(ends), max(ends), len(text) + 2))
+    return reaches
 
 
 def _finish_panel(ax: Axes, names: list[str], lanes: int, step: float, **text: Any) -> None:
@@ -224,7 +228,7 @@ def _draw_whisker(ax: Axes, y: float, low: float, high: float, **look: Any) -> f
 
 def _draw_corners(ax: Axes, panel: pd.DataFrame) -> None:
     """The orders below each other, each with its operations, separate and merged, as bars from zero."""
-    corners = panel.assign(mark=_ranges(panel).map({True: RANGE, False: ""})).set_index(["qkv", "factor"])
+    corners = panel.set_index(["qkv", "factor"])
     series = [(qkv, operation) for qkv in dict.fromkeys(panel["qkv"]) for operation in OPERATIONS]
     step = len(series) + GAP
     for index, order in enumerate(ORDERS):
@@ -275,32 +279,17 @@ def _name(workload: str, baseline: str) -> str:
     return "\n".join([workload, *textwrap.wrap(f"vs. {baseline}", 16)])
 
 
-def _limits(data: pd.DataFrame, inches: float) -> tuple[float, float]:
+def _limits(reaches: list[tuple[float, float, int]]) -> tuple[float, float]:
     """The ends of the logarithmic axis of the parts, with room for the numbers beside the bars."""
-    rows = data[data["qkv"] == "separate"]
-    low, reaches = 1.0, [(1.0, 4)]
-    for _, of_workload in rows.groupby(["gpus", "window", "workload"], sort=False):
-        factors = of_workload.set_index("factor")
-        places = _places(factors["value"])
-        for factor, (begin, _) in LANES.items():
-            start, row = places[begin], factors.loc[factor]
-            if pd.isna(row["value"]) or pd.isna(start):
-                instead = _short(row["note"]) if pd.isna(row["value"]) else f"{_text(factor, row)} {NO_START}"
-                reaches.append((1.0, len(instead)))
-                continue
-            ends = [start * end for end in (1, *row[["value", "low", "high"]].dropna())]
-            low = min(low, *ends)
-            reaches.append((max(ends), len(_text(factor, row)) + 2))
-    low /= 1.02
-    spans = [math.log(end / low) / max(0.2, 1 - letters * LETTER / inches) for end, letters in reaches]
+    low = min(low for low, _, _ in reaches) / 1.02
+    spans = [math.log(end / low) / max(0.2, 1 - letters * LETTER / LEFT) for _, end, letters in reaches]
     return low, low * math.exp(max(spans))
 
 
-def _corner_limits(data: pd.DataFrame, inches: float) -> tuple[float, float]:
+def _corner_limits(data: pd.DataFrame) -> tuple[float, float]:
     """The ends of the axis of the corners: from zero, with room for the numbers beside the bars."""
-    corners = data[data["factor"].isin(CORNERS)]
-    top = corners[["value", "high"]].max().max()
-    return 0.0, (1.0 if pd.isna(top) else top) / (1 - 6 * LETTER / inches)
+    top = data.loc[data["factor"].isin(CORNERS), ["value", "high"]].max().max()
+    return 0.0, (1.0 if pd.isna(top) else top) / (1 - 6 * LETTER / RIGHT)
 
 
 def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
@@ -326,7 +315,7 @@ def _handles(merged: bool) -> list[Patch]:
     return patches(looks)
 
 
-def _footer(data: pd.DataFrame) -> str:
+def _footer(data: pd.DataFrame, panels: list[Panel], merged: bool) -> str:
     bars = "bars: geometric mean of the repeats' ratios; whiskers: their range"
     if (data["bounds"] == "interval").any():
         bars += f"; of {ALL}, in [ ]: 95 % interval of the geometric mean"
@@ -335,8 +324,8 @@ def _footer(data: pd.DataFrame) -> str:
     marks = dict(mark for _, row in parts.iterrows() for mark in _marks(row))
     bars += "".join(f"\n{mark}: {meaning}" for mark, meaning in sorted(marks.items()))
     bars += f"\nleft: logarithmic; the bar of {SYSTEM} begins at the best baseline"
-    if _shows_merged(data):
+    if merged:
         bars += f"; right: with merged q, k, v, over {BASE} with them"
-    if any(_ranges(corners).any() for corners in _all_corners(data)):
+    if any(RANGE in set(panel.corners["mark"]) for panel in panels):
         bars += f"\n{RANGE}: range of all ratios, as a repeat is missing"
     return f"{data['origin'][0]}\n{bars}"

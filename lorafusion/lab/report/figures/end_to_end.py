@@ -115,13 +115,9 @@ def draw_end_to_end(data: pd.DataFrame) -> Figure:
 
 def _with_ratios(bars: pd.DataFrame) -> pd.DataFrame:
     """Add to each bar of lorafusion its value over that of the best baseline of its group and kind."""
-    group = ["window", "gpus", "group", "kind"]
     ours = bars["system"] == SYSTEM
-    best = bars[~ours].groupby(group, as_index=False).agg(best=("value", "max"))
-    ratios = bars.merge(best, on=group, how="left")
-    return bars.assign(ratio=(ratios["value"] / ratios["best"]).to_numpy()).assign(
-        ratio=lambda frame: frame["ratio"].where(ours)
-    )
+    others = bars.assign(value=bars["value"].where(~ours)).groupby(["window", "gpus", "group", "kind"])
+    return bars.assign(ratio=(bars["value"] / others["value"].transform("max")).where(ours))
 
 
 def _missing(bars: pd.DataFrame) -> Iterator[dict]:
@@ -148,18 +144,14 @@ def _panel_width(panel: pd.DataFrame) -> float:
 def _names_collide(panels: Iterable[pd.DataFrame], spaces: list[float]) -> bool:
     """Is a group's name longer than its share of its panel's `spaces`, in inches?"""
     letter = 0.62 * (style.FONT_SIZE - 1) / 72
-    for panel, space in zip(panels, spaces, strict=True):
-        names = panel["group"].unique()
-        if max(map(len, names)) * letter > space / len(names):
-            return True
-    return False
+    groups = [panel["group"].unique() for panel in panels]
+    return any(max(map(len, names)) * letter > space / len(names) for names, space in zip(groups, spaces, strict=True))
 
 
 def _draw_panel(ax: Axes, panel: pd.DataFrame, window: str, looks: dict[str, style.Look], group_inches: float) -> None:
     groups, series = list(panel["group"].unique()), _series(panel)
     data = panel[panel["window"] == window]
     places, width = slots(groups, series, GROUP_WIDTH)
-    _draw_bars(ax, data[data["element"] == "bar"], places, width, looks)
     margin = 0.05 + len(groups) / 2 * max(0, width * group_inches / WIDEST_BAR - 1)
     limits = (-0.5 - margin, len(groups) - 0.5 + margin)
     ax.set(xticks=range(len(groups)), xticklabels=groups, xlim=limits)
@@ -170,19 +162,12 @@ def _draw_panel(ax: Axes, panel: pd.DataFrame, window: str, looks: dict[str, sty
         elif row.element == "point":
             _draw_point(ax, x, row, width, width * group_inches)
         else:
+            ax.bar(x, row.value, width, **fill(looks[row.system], row.kind, linewidth=EDGE))
             draw_interval(ax, x, row, zorder=3)
         if not pd.isna(row.ratio):
             bars = data[(data["group"] == row.group) & (data["kind"] == row.kind)]
             top = bars[["value", "ci_high"]].max().max()
             _write_ratio(ax, x, top, row.ratio, width, width * group_inches)
-
-
-def _draw_bars(
-    ax: Axes, bars: pd.DataFrame, places: dict[tuple, float], width: float, looks: dict[str, style.Look]
-) -> None:
-    for bar in bars.itertuples():
-        look = fill(looks[bar.system], bar.kind, linewidth=EDGE)
-        ax.bar(places[bar.group, (bar.kind, bar.system)], bar.value, width, **look)
 
 
 def _draw_point(ax: Axes, x: float, row: Any, width: float, inches: float) -> None:

@@ -222,7 +222,7 @@ def draw_roofline(data: pd.DataFrame) -> Figure:
     ax.set(xscale="log", yscale="log", xlabel="FLOP per byte of DRAM traffic", ylabel="TFLOP/s")
     _draw_ceilings(ax, low, high, compute, bandwidth)
     shapes = {name: SHAPE_MARKERS[place % len(SHAPE_MARKERS)] for place, name in enumerate(points["shape"].unique())}
-    looks = _bar_looks(points)
+    looks = style.bar_looks(points)
     for point in points.itertuples():
         dot = {"marker": shapes[point.shape], "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.4}
         ax.plot(point.flop_per_byte, point.value, color=looks[point.variant].colour, zorder=3, **dot)
@@ -259,15 +259,10 @@ def _line_look(implementation: str, level: int) -> dict:
     return {"color": style.IMPLEMENTATIONS[implementation].colour, "linestyle": dash, "linewidth": 1.2, **mark}
 
 
-def _bar_looks(data: pd.DataFrame) -> dict[str, style.Look]:
-    """The look of each variant, in drawing order."""
-    return {name: style.adapter_look(*variant) for name, variant in style.implementation_looks(data).items()}
-
-
 def _draw_bars(ax: Axes, data: pd.DataFrame, groups: list, whole: pd.DataFrame, inches: float) -> None:
     """Bars of `data`'s groups on a panel that is `inches` wide, with numbers above them where they have the room.
     whole: the data of all panels, whose variants look the same in each."""
-    looks = _bar_looks(whole)
+    looks = style.bar_looks(whole)
     present = set(zip(data["variant"], data["kind"], strict=True))
     series = [(name, kind) for name in looks for kind in ("measured", "published") if (name, kind) in present]
     places, width = slots(groups, series)
@@ -282,7 +277,7 @@ def _draw_bars(ax: Axes, data: pd.DataFrame, groups: list, whole: pd.DataFrame, 
 
 def _bar_handles(data: pd.DataFrame) -> list[Patch]:
     measured = set(data["variant"][data["kind"] == "measured"])
-    handles = patches({name: look for name, look in _bar_looks(data).items() if name in measured})
+    handles = patches({name: look for name, look in style.bar_looks(data).items() if name in measured})
     if (data["kind"] == "published").any():
         handles.append(Patch(label="published", **fill(style.Look("0.3", ""), "published")))
     return handles

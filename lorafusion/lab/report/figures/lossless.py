@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -20,9 +21,10 @@ ALLOWED = style.PALETTE[5]
 LEAST = 1e-17  # what a difference of zero is drawn as
 
 
-def lossless_data(curves: str | Path) -> pd.DataFrame:
-    """The losses that the check lossless wrote: a column a job, and below each the relative
+def lossless_data(files: Sequence[str | Path]) -> pd.DataFrame:
+    """The losses, from the one file that the check lossless wrote: a column a job, and below each the relative
     difference from the job trained alone."""
+    [curves] = files
     data = read_data(curves)
     lacking = [name for name in COLUMNS if name not in data]
     if lacking:
@@ -33,7 +35,7 @@ def lossless_data(curves: str | Path) -> pd.DataFrame:
 
 
 @styled
-def draw(data: pd.DataFrame) -> Figure:
+def draw_lossless(data: pd.DataFrame) -> Figure:
     from lorafusion.lab.checks.comparison import LOSS_TOLERANCE
 
     jobs, looks = list(dict.fromkeys(data["job"])), _looks(data)

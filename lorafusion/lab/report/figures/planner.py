@@ -24,17 +24,17 @@ IDENTITY = ["suite", "workload", "stages", "global_batch", "adapters", "samples"
 DATA = [*IDENTITY, "value", "git_sha", "git_dirty", "model", "capacity"]
 
 
-def bubble_data(table: pd.DataFrame) -> pd.DataFrame:
+def planner_bubble_data(table: pd.DataFrame) -> pd.DataFrame:
     """Simulated idle share of the stages in the steady state, by workload and global batch."""
     return _of_bars(table, "bubble", "steady")
 
 
-def fill_data(table: pd.DataFrame) -> pd.DataFrame:
+def planner_fill_data(table: pd.DataFrame) -> pd.DataFrame:
     """Microbatches over their lower bound, by workload and global batch."""
     return _of_bars(table, "microbatch_ratio", "whole")
 
 
-def time_data(table: pd.DataFrame) -> pd.DataFrame:
+def planner_time_data(table: pd.DataFrame) -> pd.DataFrame:
     """Time that a plan takes, by the samples of all adapters."""
     return _medians(table, "solve_time", "whole")
 
@@ -62,11 +62,11 @@ def _of_bars(table: pd.DataFrame, metric: str, window: str) -> pd.DataFrame:
     return rows.reset_index(drop=True)
 
 
-def draw_bubble(data: pd.DataFrame) -> Figure:
+def draw_planner_bubble(data: pd.DataFrame) -> Figure:
     return _draw_bars(data, "bubble, steady state", "{:.0%}")
 
 
-def draw_fill(data: pd.DataFrame) -> Figure:
+def draw_planner_fill(data: pd.DataFrame) -> Figure:
     return _draw_bars(data, "microbatches over bound", "")
 
 
@@ -102,7 +102,7 @@ def _draw_panel(ax: Axes, data: pd.DataFrame) -> None:
 
 
 @styled
-def draw_times(data: pd.DataFrame) -> Figure:
+def draw_planner_time(data: pd.DataFrame) -> Figure:
     """A line for each strategy through the median over workloads, stages and global batches, and their range."""
     total = data.assign(total=data["samples"] * data["adapters"])
     figure = Figure(figsize=(style.TEXT_WIDTH * 0.62, 3.0), layout="constrained")

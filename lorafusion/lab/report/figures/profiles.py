@@ -18,7 +18,7 @@ SYSTEMS_BAR = ["suite", "workload", "qkv", "system", "git_sha"]
 LABELLED = 0.042  # of a panel's highest bar, from which on a part has its number in it
 
 
-def steps_data(profiles: Sequence[str | Path]) -> pd.DataFrame:
+def steps_profile_data(profiles: Sequence[str | Path]) -> pd.DataFrame:
     """The rows of all files of training steps in drawing order; where a bar is in several, as repeats are, their
     median."""
     medians = _medians(profiles, STEPS_BAR, "a step training_bench")
@@ -29,7 +29,7 @@ def steps_data(profiles: Sequence[str | Path]) -> pd.DataFrame:
     return medians.reset_index(drop=True)
 
 
-def systems_data(profiles: Sequence[str | Path]) -> pd.DataFrame:
+def system_profile_data(profiles: Sequence[str | Path]) -> pd.DataFrame:
     """The rows of all files of cells in drawing order; of a system that is in several their median."""
     medians = _medians(profiles, SYSTEMS_BAR, "a step profile")
     medians = medians.sort_values(["workload", "system", "qkv", "class"], key=style.rank)
@@ -62,12 +62,12 @@ def _require_same_settings(rows: pd.DataFrame) -> None:
                 )
 
 
-def draw_steps(data: pd.DataFrame) -> Figure:
+def draw_steps_profile(data: pd.DataFrame) -> Figure:
     """A panel for each bench, a bar for each implementation, its classes one above the other."""
     return _draw(data, "bench", "ms a microbatch", "What the GPU does in training steps")
 
 
-def draw_systems(data: pd.DataFrame) -> Figure:
+def draw_system_profile(data: pd.DataFrame) -> Figure:
     """A panel for each workload, a bar for each system, its classes one above the other."""
     return _draw(data, "workload", "ms for 1000 tokens", "What the GPU does with each system")
 

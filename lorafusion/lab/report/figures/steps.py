@@ -15,7 +15,7 @@ DATA = ["suite", "bench", "model", "implementation", "adapters", "variant", "met
         "status", "tokens", "gpu_name", "git_sha", "git_dirty"]  # fmt: skip
 
 
-def speed_data(table: pd.DataFrame) -> pd.DataFrame:
+def steps_speed_data(table: pd.DataFrame) -> pd.DataFrame:
     """The medians, in drawing order."""
     rows = table[(table["statistic"] == "median") & table["metric"].isin(SHOWN)]
     rows = rows[rows["cell"].str.startswith("bench~") & rows["implementation"].isin(style.IMPLEMENTATIONS)]
@@ -33,10 +33,10 @@ def speed_data(table: pd.DataFrame) -> pd.DataFrame:
 
 
 @styled
-def draw_speed(data: pd.DataFrame) -> Figure:
+def draw_steps_speed(data: pd.DataFrame) -> Figure:
     """A column of panels for each bench: speed above, and memory below where it was measured."""
     benches = list(dict.fromkeys(data["bench"]))
-    looks = {name: style.adapter_look(*variant) for name, variant in style.implementation_looks(data).items()}
+    looks = style.bar_looks(data)
     metrics = [metric for metric in SHOWN if metric in set(data["metric"])]
     figure = Figure(figsize=(style.TEXT_WIDTH, 0.9 + 1.7 * len(metrics)), layout="constrained")
     axes = figure.subplots(len(metrics), len(benches), squeeze=False)

@@ -59,7 +59,7 @@ def _require_one_each(tunings: list[tuple[str | Path, Tuned]]) -> None:
 
 
 @styled
-def draw(data: pd.DataFrame) -> Figure:
+def draw_tunings(data: pd.DataFrame) -> Figure:
     """A panel a workload: a row a system, a column a capacity, tokens a second of the first global batches."""
     panels = sorted(set(data["workload"]), key=lambda name: style.rank(pd.Series([name], name="workload"))[0])
     capacities, most_rows = sorted(data["capacity"].unique()), data.groupby("workload")["variant"].nunique().max()

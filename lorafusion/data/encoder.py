@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 from lorafusion.core.hub import HUB_ERRORS
 from lorafusion.core.schema import UserError
 
 PROBE = "a"  # a text to see what the tokenizer puts around it
+LONG = 1 << 16  # characters of a text that is tokenised as a whole, whatever is used of it
+MARGIN = 1 << 10  # characters before a cut, in which tokens may be others than without it
 
 
 class Tokenised(NamedTuple):
@@ -42,6 +46,25 @@ class Encoder:
             return []
         encoded = self._encode(list(texts), special=False)
         return [Tokenised(*pair) for pair in zip(encoded.input_ids, encoded.offset_mapping, strict=True)]
+
+    def beginnings(self, texts: Sequence[str], most: int) -> list[Tokenised]:
+        """As `tokenised`; but of a long text that has more than `most` tokens perhaps only the first of them, at least
+        one more than that. A row of megabytes takes no more time and memory than what is used of it."""
+        size = max(LONG, 8 * most)
+        return [
+            self._beginning(text, size, tokens, most) if len(text) > size else tokens
+            for text, tokens in zip(texts, self.tokenised([text[:size] for text in texts]), strict=True)
+        ]
+
+    def _beginning(self, text: str, size: int, tokens: Tokenised, most: int) -> Tokenised:
+        """tokens: of the first `size` characters."""
+        while size < len(text):
+            sure = bisect_right(tokens.offsets, size - MARGIN, key=itemgetter(1))
+            if sure > most:
+                return Tokenised(tokens.ids[:sure], tokens.offsets[:sure])
+            size *= 4
+            (tokens,) = self.tokenised([text[:size]])
+        return tokens
 
     def specials(self, add_bos: bool | None, add_eos: bool) -> Specials:
         """What goes around a text. add_bos: None for what the tokenizer itself puts before a text. Raises `UserError`

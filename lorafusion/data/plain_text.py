@@ -118,10 +118,10 @@ def _windows(path: Path) -> Iterator[Window]:
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    """Some lines at a time, line ends as they are."""
+    """Some lines at a time, or a part of a long one; line ends as they are."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            while lines := file.readlines(PIECE):
-                yield "".join(lines)
+            while piece := file.read(PIECE) + file.readline(PIECE):
+                yield piece
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None

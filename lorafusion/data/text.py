@@ -7,8 +7,9 @@ spans the border belongs to it. No special token stands twice, where a chat temp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -19,12 +20,14 @@ from lorafusion.core.progress import progress
 from lorafusion.core.schema import UserError
 from lorafusion.data.blocks import HubData, JsonlData, TextData, fill, is_blank
 from lorafusion.data.encoder import Encoder, Specials, begins_with, ends_with
-from lorafusion.data.plain_text import batches, token_runs
+from lorafusion.data.plain_text import token_runs
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-BATCH = 1000  # rows that are tokenised in parallel
+BATCH, BATCH_CHARACTERS = 1000, 1 << 24  # rows that are tokenised in parallel, and when fewer are enough
+MOST_LINE = 1 << 26  # bytes of a row
+PART = 1 << 20  # bytes that are read at once to count lines
 LARGE = 10_000  # rows from which on a progress bar is shown
 
 
@@ -33,6 +36,14 @@ class Row(NamedTuple):
 
     where: str
     fields: dict[str, object]
+
+
+class Text(NamedTuple):
+    """A row's prompt and completion as one text, and where in it the completion begins."""
+
+    where: str
+    whole: str
+    border: int
 
 
 class Encoded(NamedTuple):
@@ -70,12 +81,13 @@ class SampleRule:
     add_bos: bool | None = None
     add_eos: bool = True
 
-    def sample(self, row: Row, whole: Encoded, counts: Counts) -> Encoded | None:
-        """The sample of a row, or None where it is dropped."""
+    def sample(self, where: str, whole: Encoded, counts: Counts) -> Encoded | None:
+        """The sample of a row, or None where it is dropped. whole: its tokens, or more of them than a sample may have;
+        where: it stands."""
         ids = whole.ids
         if len(ids) > self.max_length:
             if self.too_long == "error":
-                raise UserError(f"{row.where}: {len(ids)} tokens, more than max_length {self.max_length}")
+                raise UserError(f"{where}: at least {len(ids)} tokens, more than max_length {self.max_length}")
             if self.too_long == "drop":
                 counts.too_long += 1
                 return None
@@ -111,27 +123,43 @@ def _rows(
     rows, total = _jsonl_rows(block) if isinstance(block, JsonlData) else _hub_rows(block)
     # The bar is opened where rows are used, so that it is gone before the message of a mistake in one.
     with progress(total >= LARGE) as bar:
-        for batch in batches(bar.track(rows, total=total, description=block.dataset), BATCH):
-            used = [row for row in batch if not is_blank(block.completion, row.fields)]
-            counts.blank += len(batch) - len(used)
-            texts = [
-                (fill(block.prompt, row.fields, row.where), fill(block.completion, row.fields, row.where))
-                for row in used
-            ]
-            for row, whole in zip(used, _joined(texts, encoder, specials), strict=True):
-                sample = rule.sample(row, whole, counts)
+        texts = _texts(block, bar.track(rows, total=total, description=block.dataset), counts)
+        for batch in _batches(texts):
+            for text, whole in zip(batch, _joined(batch, encoder, specials, rule.max_length), strict=True):
+                sample = rule.sample(text.where, whole, counts)
                 if sample:
                     yield sample
 
 
-def _joined(texts: list[tuple[str, str]], encoder: Encoder, specials: Specials) -> Iterator[Encoded]:
-    """Prompts with their completions, special tokens included."""
-    wholes = [prompt + completion for prompt, completion in texts]
-    for (prompt, _), whole, tokens in zip(texts, wholes, encoder.tokenised(wholes), strict=True):
+def _texts(block: JsonlData | HubData, rows: Iterable[Row], counts: Counts) -> Iterator[Text]:
+    """What the templates make of rows, but for those with nothing to learn."""
+    for where, fields in rows:
+        if is_blank(block.completion, fields):
+            counts.blank += 1
+            continue
+        prompt, completion = (fill(template, fields, where) for template in (block.prompt, block.completion))
+        yield Text(where, prompt + completion, len(prompt))
+
+
+def _batches(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    batch: list[Text] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text.whole)
+        if len(batch) == BATCH or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    yield batch
+
+
+def _joined(texts: list[Text], encoder: Encoder, specials: Specials, most: int) -> Iterator[Encoded]:
+    """Prompts with their completions, special tokens included; of a long one perhaps only more than `most` tokens."""
+    for text, tokens in zip(texts, encoder.beginnings([text.whole for text in texts], most), strict=True):
         before = [] if begins_with(specials, tokens.ids) else specials.before
-        after = [] if ends_with(specials, whole, tokens) else specials.after
+        after = [] if ends_with(specials, text.whole, tokens) else specials.after
         # Without a prompt all is learnt, also the token of a blank that is put before a text and has no characters.
-        given = sum(stop <= len(prompt) for _, stop in tokens.offsets) if prompt else 0
+        given = sum(stop <= text.border for _, stop in tokens.offsets) if text.border else 0
         yield Encoded([*before, *tokens.ids, *after], len(before) + given)
 
 
@@ -140,17 +168,20 @@ def _jsonl_rows(block: JsonlData) -> tuple[Iterator[Row], int]:
     total = 0
     for path in block.jsonl:
         with open(path, "rb") as file:
-            total += sum(1 for _ in file)
+            total += sum(part.count(b"\n") for part in iter(partial(file.read, PART), b""))
     return (row for path in block.jsonl for row in _file_rows(path)), total
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
     empty = True
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, MOST_LINE + 1), b""), 1):
+            where = f"{path}:{number}"
+            if len(line) > MOST_LINE:
+                raise UserError(f"{where}: expected a row of at most {MOST_LINE} bytes, found more")
             if line.strip():
                 empty = False
-                yield Row(f"{path}:{number}", _object(line, f"{path}:{number}"))
+                yield Row(where, _object(line, where))
     if empty:
         raise UserError(f"{path}: no rows; expected a JSON object a line")
 

@@ -165,7 +165,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path, encoder):
 
 
 def test_a_sample_that_must_not_be_too_long_is_named(tmp_path, encoder):
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: 10 tokens, more than max_length 9"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: at least 10 tokens, more than max_length 9"):
         encoded(jsonl(tmp_path, LONG), encoder, SampleRule(9, "error", False))
 
 

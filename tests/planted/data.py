@@ -20,11 +20,12 @@ ONCE = f"{JOINED}::test_what_a_chat_template_rendered_has_its_special_tokens_onc
 def prompt_and_completion_are_tokenised_apart(original):
     """Prompt and completion are tokenised each by itself."""
 
-    def joined(texts, encoder, specials):
+    def joined(texts, encoder, specials, most):
         from lorafusion.data.text import Encoded
 
-        for pair in texts:
-            prompt, completion = (tokens.ids for tokens in encoder.tokenised(list(pair)))
+        for text in texts:
+            parts = [text.whole[: text.border], text.whole[text.border :]]
+            prompt, completion = (tokens.ids for tokens in encoder.tokenised(parts))
             before = [*specials.before, *prompt]
             yield Encoded([*before, *completion, *specials.after], len(before))
 

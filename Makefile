@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 
-.PHONY: help setup reproduce test planted planted-table slurm-test browser-test lint lock clean distclean
+.PHONY: help setup reproduce test torture planted planted-table slurm-test browser-test lint lock clean distclean
 
 ACCEPTED := Specify a conda environment or container for each rule
 
@@ -19,6 +19,9 @@ reproduce: .venv/.installed  ## run a suite and print its verdicts: make reprodu
 # One thread a process: two workers on two cores, and sums that do not depend on how many threads there were.
 test: .venv/.installed  ## run the tests; more options: make test ARGS="-k plan"
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+torture: .venv/.installed  ## try the program with all that is hostile: make torture ARGS="--only NAME"
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m tests.torture $(ARGS)
 
 planted: .venv/.installed  ## put each planted error into the code and see that a test fails: make planted ARGS="-k NAME"
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "planted or not planted" $(ARGS) tests/planted

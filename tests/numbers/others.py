@@ -11,6 +11,7 @@ from lorafusion.lab.table.result import CLOCKS_AGREE
 from lorafusion.lab.trials import SLOWER
 from tests.numbers import end_to_end, sources
 from tests.numbers.quoted import number, percent
+from tests.torture.case import LONGEST_LINE, MOST_CPU, MOST_MEMORY, MOST_WALL, REFUSED
 
 
 def readme() -> list[str]:
@@ -41,6 +42,16 @@ def systems() -> list[str]:
         f"rounded up to {number(read_systems()['mlora'].options['row_multiple'])} (`row_multiple",
         f"slower than the fastest by {percent(1 - SLOWER)} or more",
         f"{number(of_adapter / 1e6, '.0f')} MB an adapter beside {number(of_model / 1e9, '.0f')} GB of Llama-3.1-8B",
+    ]
+
+
+def robustness() -> list[str]:
+    return [
+        f"| status | {number(*REFUSED)} |",
+        f"| a line of what it says | {number(LONGEST_LINE)} characters",
+        f"beyond the start of the interpreter | {number(MOST_CPU, 'g')} s |",
+        f"| time | {number(MOST_WALL, 'g')} s |",
+        f"| memory | {number(MOST_MEMORY // 2**20)} GiB |",
     ]
 
 

@@ -35,6 +35,7 @@ TIED: dict[str, Callable[[], list[str]]] = {
     "docs/reference/kernels.md": NOTHING,
     "docs/reference/measurements.md": others.measurements,
     "docs/reference/planner.md": planner.constants,
+    "docs/reference/robustness.md": others.robustness,
     "docs/reference/suites.md": NOTHING,
     "docs/reference/systems.md": others.systems,
     "docs/reference/words.md": NOTHING,

@@ -1,0 +1,85 @@
+"""The hostile inputs, and how they are run: several servers at once, each with its own cases."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.torture import calls, files, keys
+from tests.torture.case import LIBRARIES, Case, Server
+from tests.torture.case import run as run_case
+from tests.torture.server import Ended
+
+START = Case("version", "--version", statuses=frozenset({0}), fresh=True)
+
+
+@cache
+def cases() -> tuple[Case, ...]:
+    """All of them, in the order of their names."""
+    return tuple(sorted(_all(), key=lambda case: case.name))
+
+
+def _all() -> Iterator[Case]:
+    for part in (files, keys, calls):
+        yield from part.all_cases()
+
+
+def start_of(server: Server, place: Path) -> float:
+    """CPU seconds of a fresh interpreter that imports the command line: the most of three."""
+    return max(run_case(START, server, place / str(n), 0.0)[0].cpu for n in range(3))
+
+
+def run(chosen: Sequence[Case], servers: int = 2) -> dict[str, list[str]]:
+    """What did not hold of each case."""
+    waiting: queue.SimpleQueue[Case] = queue.SimpleQueue()
+    for case in chosen:
+        waiting.put(case)
+    outcomes: dict[str, tuple[Ended, list[str]]] = {}
+    with TemporaryDirectory(prefix="torture-") as folder:
+        caches = Path(folder) / "caches"
+        fonts = [sys.executable, "-c", "import matplotlib.font_manager"]  # else the first figure makes the list
+        subprocess.run(fonts, env=os.environ | {"MPLCONFIGDIR": str(caches)}, check=True)
+        threads = [threading.Thread(target=_work, args=(waiting, outcomes, Path(folder) / str(n), len(chosen)))
+                   for n in range(servers)]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return {case.name: outcomes[case.name][1] for case in chosen}
+
+
+def _work(waiting: queue.SimpleQueue, outcomes: dict, place: Path, total: int) -> None:
+    servers: dict[bool, Server] = {}
+    start = 0.0
+    place.mkdir()
+    try:
+        while True:
+            try:
+                case = waiting.get_nowait()
+            except queue.Empty:
+                return
+            if case.libraries not in servers:
+                servers[case.libraries] = Server(place, place.parent / "caches", LIBRARIES if case.libraries else ())
+            server = servers[case.libraries]
+            start = start or start_of(server, place)
+            outcomes[case.name] = run_case(case, server, place, start)
+            for line in outcomes[case.name][1]:
+                print(f"{case.name}: {line}", flush=True)
+            if len(outcomes) % 50 == 0:
+                print(
+                    f"{time.strftime('%H:%M:%S')} {len(outcomes)} of {total} inputs, "
+                    f"{sum(bool(wrong) for _, wrong in outcomes.values())} failed",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    finally:
+        for server in servers.values():
+            server.close()

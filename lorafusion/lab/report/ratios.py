@@ -188,7 +188,7 @@ def _ratios(
 def _row(place: tuple, factor: str, ratios: Ratios) -> dict:
     """A factor of one workload."""
     values = list(ratios.values.values())
-    row = _named(place, place[-1], factor, ratios.over, ratios.note, len(values))
+    row = _named(place, factor, ratios.over, ratios.note, len(values))
     if values:
         row["value"] = geometric_mean(values)
     if len(values) > 1:
@@ -215,8 +215,8 @@ def _mean_row(place: tuple, factor: str, parts: dict[str, Ratios]) -> dict:
     if reasons:
         same = len(reasons) == len(parts) and len(set(reasons.values())) == 1
         texts = reasons.values() if same else (f"{name}: {reason}" for name, reason in reasons.items())
-        return _named(place, ALL, factor, over, "; ".join(dict.fromkeys(texts)), 0)
-    row = _named(place, ALL, factor, over, "", sum(len(ratios.values) for ratios in parts.values()))
+        return _named(place, factor, over, "; ".join(dict.fromkeys(texts)), 0)
+    row = _named(place, factor, over, "", sum(len(ratios.values) for ratios in parts.values()))
     # Each workload counts once, however many repeats it has.
     row["value"] = geometric_mean(geometric_mean(ratios.values.values()) for ratios in parts.values())
     bounds, remark = _bounds([ratios.values for ratios in parts.values()])
@@ -243,10 +243,17 @@ def _bounds(ratios: list[dict[int, float]]) -> tuple[dict, str]:
     return whole, f"no 95 % interval from {len(means)} repeats, it takes {FEWEST_OF_MEAN}"
 
 
-def _named(place: tuple, workload: str, factor: str, over: str, note: str, count: int) -> dict:
-    row = dict(zip(PLACE[:-1], place, strict=False))
-    row |= {"workload": workload, "factor": factor, "over": over, "n": count, "note": note or None}
-    return row | {"value": math.nan, "low": math.nan, "high": math.nan, "bounds": None}
+def _named(place: tuple, factor: str, over: str, note: str, count: int) -> dict:
+    """A row without a number yet. place: the first of `COLUMNS`."""
+    row = dict(zip(COLUMNS, (*place, factor, over), strict=False))
+    return row | {
+        "value": math.nan,
+        "low": math.nan,
+        "high": math.nan,
+        "bounds": None,
+        "n": count,
+        "note": note or None,
+    }
 
 
 def _rank(column: pd.Series) -> pd.Series:

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from lorafusion.lab.report import style
-from lorafusion.lab.report.drawing import FILL, fill, finish, patches, styled, write_beside
+from lorafusion.lab.report import drawing, style
 from lorafusion.lab.report.ratios import (
     A_BASELINE,
     ALL,
@@ -112,7 +111,7 @@ def _panels(data: pd.DataFrame) -> Iterator[Panel]:
         yield Panel(gpus, window, parts, corners, workloads, LANE * max(lanes))
 
 
-@styled
+@drawing.styled
 def draw_contributions(data: pd.DataFrame) -> Figure:
     """The figure of `contributions_data`: for each number of GPUs and window the parts, and beside them the corners."""
     panels = list(_panels(data))
@@ -130,7 +129,7 @@ def draw_contributions(data: pd.DataFrame) -> Figure:
             corners.set_title(f"over {BASE},\n{average}")
             title = average
         several = f", {device_count(panel.gpus, on_cpu)}" if data["gpus"].nunique() > 1 else ""
-        write_beside(corners, WINDOW_TITLES[panel.window] + several, 1.02)
+        drawing.write_beside(corners, WINDOW_TITLES[panel.window] + several, 1.02)
     axes[0][0].set(xscale="log", title=f"from {BASE} (1) to {SYSTEM}")
     for ax, limits in zip(axes[-1], (_limits(reaches), _corner_limits(data)), strict=True):
         ax.set_xlim(limits)
@@ -138,7 +137,7 @@ def draw_contributions(data: pd.DataFrame) -> Figure:
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     title, merged = f"{data['model'][0]}: what the parts of {SYSTEM} add", _shows_merged(panels)
-    finish(figure, _handles(merged), title, _footer(data, panels, merged), 4, on_cpu)
+    drawing.finish(figure, _handles(merged), title, _footer(data, panels, merged), 4, on_cpu)
     return figure
 
 
@@ -213,7 +212,7 @@ def _draw_bar(
 ) -> None:
     """A factor from `start` on, its whisker, and its number to the right of both."""
     end = start * row["value"]
-    ax.barh(y, end - start, FILL, left=start, zorder=2, **fill(look))
+    ax.barh(y, end - start, drawing.FILL, left=start, zorder=2, **drawing.fill(look))
     right = max(start, end)
     if not pd.isna(row["low"]):
         right = max(right, _draw_whisker(ax, y, start * row["low"], start * row["high"], markeredgewidth=0.6))
@@ -239,7 +238,7 @@ def _draw_corners(ax: Axes, panel: pd.DataFrame) -> None:
                 _write(ax, 0, y, reason, color=style.FAILED)
                 continue
             look = style.Look(OPERATIONS[operation], MERGED_HATCH if qkv == "merged" else "")
-            ax.barh(y, row["value"], FILL, zorder=2, **fill(look))
+            ax.barh(y, row["value"], drawing.FILL, zorder=2, **drawing.fill(look))
             right = row["value"]
             if row["n"] > 1 and row["low"] < row["high"]:
                 right = max(right, _draw_whisker(ax, y, row["low"], row["high"]))
@@ -312,7 +311,7 @@ def _handles(merged: bool) -> list[Patch]:
     looks |= {f"{operation} LoRA": style.Look(colour, "") for operation, colour in OPERATIONS.items()}
     if merged:
         looks["with merged q, k, v"] = style.Look("0.45", MERGED_HATCH)
-    return patches(looks)
+    return drawing.patches(looks)
 
 
 def _footer(data: pd.DataFrame, panels: list[Panel], merged: bool) -> str:

@@ -11,18 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lorafusion.lab.report import style
-from lorafusion.lab.report.drawing import (
-    draw_interval,
-    fill,
-    finish,
-    line,
-    patches,
-    slots,
-    styled,
-    write_beside,
-    write_upright,
-)
+from lorafusion.lab.report import drawing, style
 from lorafusion.lab.report.throughput import (
     SYSTEM,
     WINDOW_TITLES,
@@ -82,7 +71,7 @@ def _bars(medians: pd.DataFrame) -> pd.DataFrame:
     return _with_ratios(medians.assign(element=elements, text=medians["status"].map(style.status_label).where(failed)))
 
 
-@styled
+@drawing.styled
 def draw_end_to_end(data: pd.DataFrame) -> Figure:
     """The figure of `end_to_end_data`: a column of panels per number of GPUs, a row per window."""
     windows = [window for window in WINDOWS if window in set(data["window"])]
@@ -100,7 +89,7 @@ def draw_end_to_end(data: pd.DataFrame) -> Figure:
         for ax, panel, space in zip(row, columns.values(), spaces, strict=True):
             _draw_panel(ax, panel, window, looks, space / panel["group"].nunique())
         row[0].set_ylabel("tokens/s")
-        write_beside(row[-1], WINDOW_TITLES[window])
+        drawing.write_beside(row[-1], WINDOW_TITLES[window])
     for ax, gpus in zip(axes[0], columns, strict=True):
         ax.set_title(device_count(gpus, cpu))
     if _names_collide(columns.values(), spaces):
@@ -109,7 +98,7 @@ def draw_end_to_end(data: pd.DataFrame) -> Figure:
             matplotlib.artist.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
     _scale(axes[0, 0], data)
     title = f"{data['model'][0]}: training throughput"
-    finish(figure, handles, title, _footer(data), legend_columns, cpu)
+    drawing.finish(figure, handles, title, _footer(data), legend_columns, cpu)
     return figure
 
 
@@ -151,19 +140,19 @@ def _names_collide(panels: Iterable[pd.DataFrame], spaces: list[float]) -> bool:
 def _draw_panel(ax: Axes, panel: pd.DataFrame, window: str, looks: dict[str, style.Look], group_inches: float) -> None:
     groups, series = list(panel["group"].unique()), _series(panel)
     data = panel[panel["window"] == window]
-    places, width = slots(groups, series, GROUP_WIDTH)
+    places, width = drawing.slots(groups, series, GROUP_WIDTH)
     margin = 0.05 + len(groups) / 2 * max(0, width * group_inches / WIDEST_BAR - 1)
     limits = (-0.5 - margin, len(groups) - 0.5 + margin)
     ax.set(xticks=range(len(groups)), xticklabels=groups, xlim=limits)
     for row in data.itertuples():
         x = places[row.group, (row.kind, row.system)]
         if row.element == "text":
-            write_upright(ax, x, row.text, "0.5" if row.text == MISSING else style.FAILED)
+            drawing.write_upright(ax, x, row.text, "0.5" if row.text == MISSING else style.FAILED)
         elif row.element == "point":
             _draw_point(ax, x, row, width, width * group_inches)
         else:
-            ax.bar(x, row.value, width, **fill(looks[row.system], row.kind, linewidth=EDGE))
-            draw_interval(ax, x, row, zorder=3)
+            ax.bar(x, row.value, width, **drawing.fill(looks[row.system], row.kind, linewidth=EDGE))
+            drawing.draw_interval(ax, x, row, zorder=3)
         if not pd.isna(row.ratio):
             bars = data[(data["group"] == row.group) & (data["kind"] == row.kind)]
             top = bars[["value", "ci_high"]].max().max()
@@ -196,12 +185,12 @@ def _scale(ax: Axes, data: pd.DataFrame) -> None:
 
 
 def _legend_handles(data: pd.DataFrame, looks: dict[str, style.Look]) -> list:
-    handles: list = patches(looks, EDGE)
+    handles: list = drawing.patches(looks, EDGE)
     for kind in style.KINDS:
         if kind in set(data["kind"]):
-            handles.append(Patch(label=kind, **fill(style.Look("0.3", ""), kind)))
+            handles.append(Patch(label=kind, **drawing.fill(style.Look("0.3", ""), kind)))
     if (data["element"] == "point").any():
-        handles.append(line("one repeat", marker="o", markersize=2.5, color="black", linestyle="none"))
+        handles.append(drawing.line("one repeat", marker="o", markersize=2.5, color="black", linestyle="none"))
     return handles
 
 

@@ -13,8 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
 from lorafusion.core.config import CONFIGS
-from lorafusion.lab.report import style
-from lorafusion.lab.report.drawing import draw_bar, fill, finish, line, patches, slots, styled, write_beside
+from lorafusion.lab.report import drawing, style
 from lorafusion.lab.table.table import MeasurementError
 
 RANK, DROPOUT = 16, 0.1
@@ -137,7 +136,7 @@ def _ordered(data: pd.DataFrame) -> pd.DataFrame:
     return data.assign(variant=style.implementation_variants(data))
 
 
-@styled
+@drawing.styled
 def draw_kernel_speed(data: pd.DataFrame) -> Figure:
     """A column of panels per shape, a row per pass."""
     shapes = data[["in_features", "out_features"]].drop_duplicates()
@@ -156,8 +155,8 @@ def draw_kernel_speed(data: pd.DataFrame) -> Figure:
         if data["value"].max() > 10:
             row[0].set_yscale("log")
             _plain_ticks(row[0].yaxis)
-        write_beside(row[-1], PASSES[name])
-    handles = [line("frozen", **FROZEN_LINE), *(line(name, **look) for name, look in looks.items())]
+        drawing.write_beside(row[-1], PASSES[name])
+    handles = [drawing.line("frozen", **FROZEN_LINE), *(drawing.line(name, **look) for name, look in looks.items())]
     # Long enough that a dash shows on either side of the marker: adapters differ by dashes alone.
     _finish(figure, data, f"LoRA linears, rank {RANK}", handles, handlelength=3.6)
     return figure
@@ -173,7 +172,7 @@ def _draw_lines(ax: Axes, data: pd.DataFrame, looks: dict[str, dict]) -> None:
         ax.errorbar(rows["tokens"], rows["value"], yerr=ends, elinewidth=0.6, markevery=every, **look)
 
 
-@styled
+@drawing.styled
 def draw_layer_speed(data: pd.DataFrame) -> Figure:
     """A column of panels per model: times over the frozen layer's above, memory below."""
     models = list(data[data["shown"] == SAVED].groupby("model")["value"].max().sort_values().index)  # by size
@@ -196,7 +195,7 @@ def draw_layer_speed(data: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
+@drawing.styled
 def draw_dram_traffic(data: pd.DataFrame) -> Figure:
     """A group of bars per shape, the published ones hatched."""
     data = data.assign(group=_shapes(data))
@@ -210,7 +209,7 @@ def draw_dram_traffic(data: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
+@drawing.styled
 def draw_roofline(data: pd.DataFrame) -> Figure:
     """Points under the bandwidth's slope and the matrix product's level, both axes logarithmic."""
     points, ceilings = data[data["shown"] == TFLOPS], data.set_index("shown")["value"]
@@ -232,7 +231,7 @@ def draw_roofline(data: pd.DataFrame) -> Figure:
     _plain_ticks(ax.yaxis)
     handles: list = [Patch(label=name, facecolor=look.colour) for name, look in looks.items()]
     blank = {"linestyle": "none", "markersize": 5, "color": "0.4"}
-    handles += [line(name, marker=marker, **blank) for name, marker in shapes.items()]
+    handles += [drawing.line(name, marker=marker, **blank) for name, marker in shapes.items()]
     _finish(figure, data, f"Roofline of LoRA linears, rank {RANK}, forward + backward", handles)
     return figure
 
@@ -265,21 +264,21 @@ def _draw_bars(ax: Axes, data: pd.DataFrame, groups: list, whole: pd.DataFrame, 
     looks = style.bar_looks(whole)
     present = set(zip(data["variant"], data["kind"], strict=True))
     series = [(name, kind) for name in looks for kind in ("measured", "published") if (name, kind) in present]
-    places, width = slots(groups, series)
+    places, width = drawing.slots(groups, series)
     bar_inches = width * inches / len(groups)
     numbers, size = bar_inches > NUMBER_WIDTH, min(style.SMALL, max(4.5, 72 * bar_inches))
     ax.margins(y=0.12 if numbers else 0.05)
     for row in data.itertuples():
         x = places[row.group, (row.variant, row.kind)]
-        draw_bar(ax, x, row, width, fill(looks[row.variant], row.kind), numbers, size)
+        drawing.draw_bar(ax, x, row, width, drawing.fill(looks[row.variant], row.kind), numbers, size)
     ax.set(xticks=range(len(groups)), xticklabels=groups, xlim=(-0.55, len(groups) - 0.45))
 
 
 def _bar_handles(data: pd.DataFrame) -> list[Patch]:
     measured = set(data["variant"][data["kind"] == "measured"])
-    handles = patches({name: look for name, look in style.bar_looks(data).items() if name in measured})
+    handles = drawing.patches({name: look for name, look in style.bar_looks(data).items() if name in measured})
     if (data["kind"] == "published").any():
-        handles.append(Patch(label="published", **fill(style.Look("0.3", ""), "published")))
+        handles.append(Patch(label="published", **drawing.fill(style.Look("0.3", ""), "published")))
     return handles
 
 
@@ -297,4 +296,4 @@ def _finish(figure: Figure, data: pd.DataFrame, title: str, handles: list, **leg
     footer += f"; {failed} failed {'points have' if failed > 1 else 'point has'} no value" if failed else ""
     footer += "; published: the paper's, Torch LoRA beside peft-bf16" if (data["kind"] == "published").any() else ""
     columns = len(handles) if len(handles) < 6 else math.ceil(len(handles) / 2)
-    finish(figure, handles, title, footer, columns, bool(measured["gpu_name"].isna().any()), **legend)
+    drawing.finish(figure, handles, title, footer, columns, bool(measured["gpu_name"].isna().any()), **legend)

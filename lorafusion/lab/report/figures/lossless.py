@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from lorafusion.core.schema import UserError
 from lorafusion.lab.checks.verdicts import PLAIN
-from lorafusion.lab.report import style
-from lorafusion.lab.report.drawing import line, read_data, styled, write_footer
+from lorafusion.lab.report import drawing, style
 
 COLUMNS = ("job", "trainer", "step", "loss")
 ALONE = "alone"
@@ -25,7 +24,7 @@ def lossless_data(files: Sequence[str | Path]) -> pd.DataFrame:
     """The losses, from the one file that the check lossless wrote: a column a job, and below each the relative
     difference from the job trained alone."""
     [curves] = files
-    data = read_data(curves)
+    data = drawing.read_data(curves)
     lacking = [name for name in COLUMNS if name not in data]
     if lacking:
         raise UserError(f"{curves}: no column {lacking[0]}; expected what the check lossless writes")
@@ -34,7 +33,7 @@ def lossless_data(files: Sequence[str | Path]) -> pd.DataFrame:
     return data.assign(difference=(data["loss"] - expected).abs() / expected.abs())
 
 
-@styled
+@drawing.styled
 def draw_lossless(data: pd.DataFrame) -> Figure:
     from lorafusion.lab.checks.comparison import LOSS_TOLERANCE
 
@@ -54,9 +53,9 @@ def draw_lossless(data: pd.DataFrame) -> Figure:
     axes[1][0].set_ylabel("relative difference\nfrom alone")
     text = {"textcoords": "offset points", "fontsize": style.SMALL, "color": ALLOWED}
     axes[1][0].annotate("allowed", (1, LOSS_TOLERANCE), (0, 2), **text)
-    handles = [line(_label(name), **look) for name, look in looks.items()]
+    handles = [drawing.line(_label(name), **look) for name, look in looks.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=4)
-    write_footer(figure, f"tiny model in float64; a difference of zero is drawn at {LEAST:g}")
+    drawing.write_footer(figure, f"tiny model in float64; a difference of zero is drawn at {LEAST:g}")
     return figure
 
 

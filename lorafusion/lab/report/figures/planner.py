@@ -6,8 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lorafusion.lab.report import style
-from lorafusion.lab.report.drawing import fill, finish, line, patches, slots, styled
+from lorafusion.lab.report import drawing, style
 from lorafusion.lab.table.table import MeasurementError
 
 STAGES, ADAPTERS = 4, 4  # of the bars; the issue of the paper: four adapters on a pipeline of four
@@ -70,7 +69,7 @@ def draw_planner_fill(data: pd.DataFrame) -> Figure:
     return _draw_bars(data, "microbatches over bound", "")
 
 
-@styled
+@drawing.styled
 def _draw_bars(data: pd.DataFrame, label: str, form: str) -> Figure:
     """A row of panels for each number of samples, a panel for each global batch, a group for each workload. form: of
     the numbers of the axis, if not matplotlib's."""
@@ -86,7 +85,7 @@ def _draw_bars(data: pd.DataFrame, label: str, form: str) -> Figure:
                 ax.yaxis.set_major_formatter(lambda value, _: form.format(value))
         row[0].set_ylabel(f"{label}\n{samples} samples an adapter")
     present = {name: look for name, look in STRATEGIES.items() if name in set(data["system"])}
-    _finish(figure, data, patches(present, 1.0), f"{STAGES} stages, {ADAPTERS} adapters, simulated")
+    _finish(figure, data, drawing.patches(present, 1.0), f"{STAGES} stages, {ADAPTERS} adapters, simulated")
     return figure
 
 
@@ -95,13 +94,13 @@ def _draw_panel(ax: Axes, data: pd.DataFrame) -> None:
         ax.set_axis_off()
         return
     groups = list(dict.fromkeys(data["workload"]))
-    places, width = slots(groups, [name for name in STRATEGIES if name in set(data["system"])])
+    places, width = drawing.slots(groups, [name for name in STRATEGIES if name in set(data["system"])])
     for row in data.itertuples():
-        ax.bar(places[row.workload, row.system], row.value, width, **fill(STRATEGIES[row.system]))
+        ax.bar(places[row.workload, row.system], row.value, width, **drawing.fill(STRATEGIES[row.system]))
     ax.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
 
 
-@styled
+@drawing.styled
 def draw_planner_time(data: pd.DataFrame) -> Figure:
     """A line for each strategy through the median over workloads, stages and global batches, and their range."""
     total = data.assign(total=data["samples"] * data["adapters"])
@@ -115,7 +114,7 @@ def draw_planner_time(data: pd.DataFrame) -> Figure:
         marked = {"color": look.colour, "marker": MARKERS[name], "markersize": 3.5, "linewidth": 1.2}
         ax.fill_between(times.index, times["min"], times["max"], color=look.colour, alpha=0.15, linewidth=0)
         ax.plot(times.index, times["median"], **marked)
-        handles.append(line(name, **marked))
+        handles.append(drawing.line(name, **marked))
     ax.set(xscale="log", yscale="log", xlabel="samples of all adapters", ylabel="time of a plan, s")
     _finish(figure, data, handles, "median and range")
     return figure
@@ -125,4 +124,4 @@ def _finish(figure: Figure, data: pd.DataFrame, handles: list, title: str) -> No
     costs = f"costs of {', '.join(sorted(data['model'].dropna().unique())) or 'equal stages'}"
     capacity = f"capacity {', '.join(str(int(value)) for value in sorted(data['capacity'].unique()))}"
     footer = f"suite {', '.join(sorted(data['suite'].unique()))} · {costs}, {capacity} · {style.commit(data)}"
-    finish(figure, handles, title, footer)
+    drawing.finish(figure, handles, title, footer)

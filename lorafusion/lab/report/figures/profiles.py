@@ -9,8 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lorafusion.lab.report import style
-from lorafusion.lab.report.drawing import fill, finish, patches, read_data, styled
+from lorafusion.lab.report import drawing, style
 from lorafusion.lab.table.table import MeasurementError
 
 STEPS_BAR = ["suite", "bench", "implementation", "adapters", "git_sha"]
@@ -39,7 +38,7 @@ def system_profile_data(profiles: Sequence[str | Path]) -> pd.DataFrame:
 def _medians(profiles: Sequence[str | Path], bar: list[str], writer: str) -> pd.DataFrame:
     """The classes of kernels of all files, for each bar and device the median where it is in several; writer: the
     command that writes such files."""
-    rows = pd.concat([read_data(path) for path in profiles])
+    rows = pd.concat([drawing.read_data(path) for path in profiles])
     missing = {*bar, "gpu_name", "class", "milliseconds", "kernels"} - set(rows.columns)
     if missing or rows.empty:
         what = f"column {min(missing)!r}" if missing else "row"
@@ -72,7 +71,7 @@ def draw_system_profile(data: pd.DataFrame) -> Figure:
     return _draw(data, "workload", "ms for 1000 tokens", "What the GPU does with each system")
 
 
-@styled
+@drawing.styled
 def _draw(data: pd.DataFrame, panel: str, unit: str, title: str) -> Figure:
     """A panel for each value of a column, in it a bar for each `variant`."""
     panels = dict(list(data.groupby(panel, sort=False)))
@@ -83,8 +82,8 @@ def _draw(data: pd.DataFrame, panel: str, unit: str, title: str) -> Figure:
         _draw_panel(ax, rows)
         ax.set_title(name)
     axes[0].set_ylabel(unit)
-    handles = patches({name: look for name, look in style.CLASSES.items() if name in set(data["class"])})
-    finish(figure, handles, title, style.origin(data), min(5, len(handles)))
+    handles = drawing.patches({name: look for name, look in style.CLASSES.items() if name in set(data["class"])})
+    drawing.finish(figure, handles, title, style.origin(data), min(5, len(handles)))
     return figure
 
 
@@ -94,7 +93,7 @@ def _draw_panel(ax: Axes, data: pd.DataFrame) -> None:
     middle = {"ha": "center", "va": "center", "fontsize": style.SMALL}
     for row in data.rename(columns={"class": "part"}).itertuples():
         x, below = names.index(row.variant), heights[row.variant]
-        ax.bar(x, row.milliseconds, 0.8, bottom=below, **fill(style.CLASSES[row.part]))
+        ax.bar(x, row.milliseconds, 0.8, bottom=below, **drawing.fill(style.CLASSES[row.part]))
         if row.milliseconds >= LABELLED * totals.max():
             frame = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
             ax.text(x, below + row.milliseconds / 2, f"{row.milliseconds:.0f}", bbox=frame, **middle)

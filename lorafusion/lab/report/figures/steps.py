@@ -6,8 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lorafusion.lab.report import style
-from lorafusion.lab.report.drawing import draw_bar, fill, finish, patches, slots, styled
+from lorafusion.lab.report import drawing, style
 from lorafusion.lab.table.table import MeasurementError
 
 SHOWN = {"throughput": ("tokens/s", 1.0), "peak_memory": ("peak memory, GiB", 2.0**-30)}
@@ -32,7 +31,7 @@ def steps_speed_data(table: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values(list(by), ascending=list(by.values()), key=style.rank)[DATA].reset_index(drop=True)
 
 
-@styled
+@drawing.styled
 def draw_steps_speed(data: pd.DataFrame) -> Figure:
     """A column of panels for each bench: speed above, and memory below where it was measured."""
     benches = list(dict.fromkeys(data["bench"]))
@@ -48,14 +47,14 @@ def draw_steps_speed(data: pd.DataFrame) -> Figure:
         ax.set_title(bench)
     tokens = ", ".join(str(int(count)) for count in sorted(data["tokens"].unique()))
     title, cpu = f"Training steps, microbatches of {tokens} tokens", bool(data["gpu_name"].isna().all())
-    finish(figure, patches(looks), title, style.origin(data), min(5, len(looks)), cpu)
+    drawing.finish(figure, drawing.patches(looks), title, style.origin(data), min(5, len(looks)), cpu)
     return figure
 
 
 def _draw_panel(ax: Axes, data: pd.DataFrame, looks: dict[str, style.Look]) -> None:
     names = [name for name in looks if name in set(data["variant"])]
-    places, width = slots(names, ["bar"])
+    places, width = drawing.slots(names, ["bar"])
     for row in data.itertuples():
-        draw_bar(ax, places[row.variant, "bar"], row, width, fill(looks[row.variant]), numbers=True)
+        drawing.draw_bar(ax, places[row.variant, "bar"], row, width, drawing.fill(looks[row.variant]), numbers=True)
     ax.margins(y=0.12)
     ax.set(xticks=[], xlim=(-0.6, max(len(names), 1) - 0.4))

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lorafusion.lab.keys import require_one_workload
-from lorafusion.lab.report import style
-from lorafusion.lab.report.drawing import styled, write_footer
+from lorafusion.lab.report import drawing, style
 from lorafusion.lab.table.table import MeasurementError
 from lorafusion.lab.tuned import Tuned
 
@@ -58,7 +57,7 @@ def _require_one_each(tunings: list[tuple[str | Path, Tuned]]) -> None:
             raise MeasurementError(f"{path}: a tuning of cell {tuned.cell}, of which {other} is one too")
 
 
-@styled
+@drawing.styled
 def draw_tunings(data: pd.DataFrame) -> Figure:
     """A panel a workload: a row a system, a column a capacity, tokens a second of the first global batches."""
     panels = sorted(set(data["workload"]), key=lambda name: style.rank(pd.Series([name], name="workload"))[0])
@@ -80,7 +79,7 @@ def draw_tunings(data: pd.DataFrame) -> Figure:
     figure.suptitle(title, fontsize=style.FONT_SIZE)
     device = style.CPU_WARNING if data["gpu_name"].isna().all() else ""
     blank = "tokens that a microbatch may hold; blank: the plan of a smaller one, or not tried"
-    write_footer(figure, f"{blank}\n{style.origin(data, device)}")
+    drawing.write_footer(figure, f"{blank}\n{style.origin(data, device)}")
     return figure
 
 

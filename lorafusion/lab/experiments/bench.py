@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lorafusion.core.config import read_entries
 from lorafusion.core.machine import provenance
 from lorafusion.core.schema import MOST_MINUTES, MOST_REPEATS, MOST_SEED, Config, one_of
-from lorafusion.core.workload import content_hash
+from lorafusion.core.workload import ALL_LINEAR, Job, content_hash
 from lorafusion.lab.experiments.experiment import (
     MARGIN,
     NO_INPUTS,
@@ -66,6 +66,13 @@ def variants(implementations: list[str], adapters: list[int]) -> list[Variant]:
         for name in implementations
         for count in (adapters if name == "fused-multi" else [0 if name == "frozen" else 1])
     ]
+
+
+def equal_jobs(count: int, **settings: Any) -> tuple[Job, ...]:
+    """Jobs that differ in their seeds alone, with adapters at all linears. settings: fields of `Job`."""
+    return tuple(
+        Job(name=f"adapter-{i}", dataset="random", target_modules=ALL_LINEAR, seed=i, **settings) for i in range(count)
+    )
 
 
 class BenchExperiment(Experiment):

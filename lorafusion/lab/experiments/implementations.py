@@ -1,4 +1,4 @@
-"""The implementations of a LoRA linear and of a decoder layer, ready to run on random data.
+"""The implementations of adapters, and a LoRA linear and a decoder layer in each of them, ready to run on random data.
 
 All share weights, adapters' sizes and inputs; B is random too, not zero as at the start of a training, because a GPU
 multiplies zeros faster than numbers.
@@ -7,9 +7,10 @@ multiplies zeros faster than numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,12 +18,43 @@ from torch import Tensor, nn
 
 from fused_lora import AdapterStack, LoRABatch, LoRALinear, LoRASegment, LoRASettings
 from lorafusion.core.config import read_model
-from lorafusion.core.workload import ALL_LINEAR, Job, Sample
+from lorafusion.core.workload import Job, Sample
 from lorafusion.data.packing import AdapterSegment, PackedBatch, SampleBorders
+from lorafusion.lab.experiments.bench import equal_jobs
 from lorafusion.lab.experiments.kernel_suite import KernelBench, KernelCase
 from lorafusion.model import lora
 from lorafusion.model.liger import use_liger
 from lorafusion.model.stage import Stage, build_stage
+
+
+class Implementation(NamedTuple):
+    """How a stage computes with adapters. kind: None where it has none. wide: adapters are in float32, and the model
+    runs under autocast."""
+
+    kind: lora.Kind | None
+    wide: bool = False
+
+    def inject(self, stage: Stage, jobs: Sequence[Job], dtype: torch.dtype) -> lora.ActiveBatch:
+        """Give a stage of a dtype the adapters of all jobs, or none."""
+        if self.kind is None:
+            return lora.ActiveBatch()
+        return lora.inject_adapters(stage, jobs, self.adapter_dtype(dtype), self.kind)
+
+    def adapter_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.wide else dtype
+
+    def autocasts_on(self, device: torch.device) -> bool:
+        return self.wide and device.type == "cuda"
+
+
+IMPLEMENTATIONS = {
+    "frozen": Implementation(None),
+    "peft": Implementation(lora.peft, wide=True),  # as shipped
+    "peft-bf16": Implementation(lora.peft),
+    "peft-compiled": Implementation(lora.peft),
+    "fused": Implementation(lora.fused),
+    "fused-multi": Implementation(lora.fused),
+}
 
 
 @dataclass(frozen=True)
@@ -63,91 +95,88 @@ class Builder:
         self.kept: dict = {}
 
     def build(self, case: KernelCase) -> Subject:
-        return (self._linear if self.bench.shape else self._layer)(case)
+        setting, tokens = self.setting, case.tokens
+        inputs, outputs = self.bench.shape or (read_model(self.bench.model).hidden_size,) * 2
+        rows, made_of = ((tokens,), self._linear) if self.bench.shape else ((1, tokens), self._layer)
+        x = self._once(("x", tokens), lambda: setting.random(*rows, inputs).requires_grad_())
+        dy = self._once(("dy", tokens), lambda: setting.random(*rows, outputs, stream=1))
+        call, module, stacks = made_of(case)
+        autocasts = IMPLEMENTATIONS[case.implementation].autocasts_on(setting.device)
 
-    def _linear(self, case: KernelCase) -> Subject:
-        inputs, outputs = self.bench.shape
-        x = self._once(("x", case.tokens), lambda: self._input(case.tokens, inputs)[0].detach().requires_grad_())
-        dy = self._once(("dy", case.tokens), lambda: self.setting.random(case.tokens, outputs, stream=1))
+        def forward() -> Tensor:
+            # Without autocast's cache, which a CUDA graph cannot hold.
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if autocasts else nullcontext():
+                return call(x)
+
+        # What factors are views of, where they are: autograd knows those alone.
+        factors = [factor for stack in stacks for factor in (stack.a, stack.b)] or _trainable(module)
+        weights = [weight for weight in module.parameters() if not weight.requires_grad]
+        return Subject(forward, [x, *factors], [*weights, *module.buffers()], dy)
+
+    def _linear(self, case: KernelCase) -> tuple[Callable, nn.Module, Sequence[AdapterStack]]:
         module = self._once((case.implementation, case.adapters), lambda: self._linear_module(case))
         call = module
         if isinstance(module, LoRALinear):
-            batch = LoRABatch.of(_shares(case), torch.arange(case.tokens, device=x.device))
-            call = partial(module, batch=batch)
-        return _subject(call, module, x, dy, _context(case, x.device))
+            call = partial(module, batch=LoRABatch.of(_shares(case), self._places(case.tokens)))
+        return call, module, ()
 
     def _linear_module(self, case: KernelCase) -> nn.Module:
-        inputs, outputs = self.bench.shape
-        weight = self._once("weight", lambda: self.setting.random(outputs, inputs, scale=inputs**-0.5, stream=2))
+        bench, setting, (inputs, outputs) = self.bench, self.setting, self.bench.shape
+        weight = self._once("weight", lambda: setting.random(outputs, inputs, scale=inputs**-0.5, stream=2))
         base = nn.Linear(inputs, outputs, bias=False, device="meta")
         base.weight = nn.Parameter(weight, requires_grad=False)
-        if case.implementation == "frozen":
+        implementation = IMPLEMENTATIONS[case.implementation]
+        if implementation.kind is None:
             return base
-        if case.implementation.startswith("fused"):
-            settings = [LoRASettings(self.bench.rank, self.bench.rank, self.bench.dropout, seed=i)
-                        for i in range(case.adapters)]  # fmt: skip
-            module = LoRALinear(base, settings)
+        if implementation.kind is lora.fused:
+            module = LoRALinear(base, [LoRASettings(bench.rank, bench.rank, bench.dropout, seed=i)
+                                       for i in range(case.adapters)])  # fmt: skip
         else:
-            config = LoraConfig(r=self.bench.rank, lora_alpha=self.bench.rank, lora_dropout=self.bench.dropout,
+            config = LoraConfig(r=bench.rank, lora_alpha=bench.rank, lora_dropout=bench.dropout,
                                 target_modules=["proj"])  # fmt: skip
             holder = inject_adapter_in_model(config, nn.ModuleDict({"proj": base}), "default")
-            module = holder["proj"].to(self.setting.device, _adapter_dtype(case, self.setting))
-            module.get_base_layer().to(self.setting.dtype)
+            module = holder["proj"].to(setting.device, implementation.adapter_dtype(setting.dtype))
+            module.get_base_layer().to(setting.dtype)
         self._randomise(module)
         return torch.compile(module, dynamic=False) if case.implementation == "peft-compiled" else module
 
-    def _layer(self, case: KernelCase) -> Subject:
+    def _layer(self, case: KernelCase) -> tuple[Callable, nn.Module, Sequence[AdapterStack]]:
         borders, position_ids = self._once(("samples", case.tokens), lambda: self._samples(case.tokens))
-        hidden = read_model(self.bench.model).hidden_size
-        x = self._once(("x", case.tokens), lambda: self._input(case.tokens, hidden).requires_grad_())
-        dy = self._once(("dy", case.tokens), lambda: self.setting.random(1, case.tokens, hidden, stream=1))
         stage, active = self._once((case.implementation, case.adapters), lambda: self._stage(case))
-        if active is not None:
-            active.batch = _packed(case, borders, position_ids)
-        batch = None if active is None else active.batch
+        # A microbatch as an executor makes it, of which a layer reads whose tokens are where.
+        none = position_ids.new_empty(0)
+        segments = tuple(AdapterSegment(share.start, share.stop, share.adapter, 0) for share in _shares(case))
+        batch = PackedBatch(none, position_ids, none, none.float(), self._places(case.tokens), borders, segments)
 
         def call(x: Tensor) -> Tensor:
-            if active is not None:
-                active.batch = batch
+            active.batch = batch
             return stage(x, position_ids, borders)
 
-        stacks = active.stacks if active is not None else ()
-        return _subject(call, stage, x, dy, _context(case, x.device), stacks)
+        return call, stage, active.stacks
 
-    def _stage(self, case: KernelCase) -> tuple[Stage, lora.ActiveBatch | None]:
-        config = read_model(self.bench.model)
-        setting = self.setting
-        stage = build_stage(
-            config, index=1, count=config.num_hidden_layers, device=setting.device, dtype=setting.dtype,
-            seed=setting.seed,
-        )  # fmt: skip
-        if self.bench.block.liger:
+    def _stage(self, case: KernelCase) -> tuple[Stage, lora.ActiveBatch]:
+        bench, setting, config = self.bench, self.setting, read_model(self.bench.model)
+        stage = build_stage(config, index=1, count=config.num_hidden_layers, device=setting.device,
+                            dtype=setting.dtype, seed=setting.seed)  # fmt: skip
+        if bench.block.liger:
             use_liger(stage)
-        if case.implementation == "frozen":
-            return stage, None
-        jobs = [
-            Job(name=f"job-{i}", dataset="none", rank=self.bench.rank, alpha=2 * self.bench.rank, epochs=1,
-                dropout=self.bench.dropout, target_modules=ALL_LINEAR, learning_rate=1e-4, seed=i, global_batch_size=1,
-                samples=(Sample(0, 2),))
-            for i in range(case.adapters)
-        ]  # fmt: skip
-        kind = lora.fused if case.implementation.startswith("fused") else lora.peft
-        active = lora.inject_adapters(stage, jobs, _adapter_dtype(case, setting), kind)
+        jobs = equal_jobs(case.adapters, samples=(Sample(0, 2),), global_batch_size=1, rank=bench.rank,
+                          alpha=2 * bench.rank, dropout=bench.dropout)  # fmt: skip
+        active = IMPLEMENTATIONS[case.implementation].inject(stage, jobs, setting.dtype)
         self._randomise(stage)
         return stage, active
 
     def _samples(self, tokens: int) -> tuple[SampleBorders, Tensor]:
         length = min(self.bench.block.sample_tokens, tokens)
         lengths = [min(length, tokens - first) for first in range(0, tokens, length)]
-        places = torch.arange(tokens) % length
-        return SampleBorders.of(lengths, self.setting.device), places[None].to(self.setting.device)
+        return SampleBorders.of(lengths, self.setting.device), self._places(tokens)[None] % length
 
-    def _input(self, tokens: int, columns: int) -> Tensor:
-        return self.setting.random(1, tokens, columns)
+    def _places(self, tokens: int) -> Tensor:
+        return torch.arange(tokens, device=self.setting.device)
 
     def _randomise(self, module: nn.Module) -> None:
         """Give every adapter's factors values of a trained one's size."""
-        for index, parameter in enumerate(factor for factor in module.parameters() if factor.requires_grad):
+        for index, parameter in enumerate(_trainable(module)):
             generator = torch.Generator(parameter.device).manual_seed(self.setting.seed + index)
             with torch.no_grad():
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
@@ -163,42 +192,11 @@ class Builder:
             self.kept.pop((name, tokens), None)
 
 
-def _adapter_dtype(case: KernelCase, setting: Setting) -> torch.dtype:
-    """PEFT as shipped turns adapters into float32; the others keep them in the model's dtype."""
-    return torch.float32 if case.implementation == "peft" else setting.dtype
-
-
-def _context(case: KernelCase, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """PEFT as shipped runs under autocast, as it is trained; without its cache, which a CUDA graph cannot hold."""
-    if case.implementation == "peft" and device.type == "cuda":
-        return partial(torch.autocast, "cuda", dtype=torch.bfloat16, cache_enabled=False)
-    return nullcontext
-
-
-def _subject(
-    call: Callable, module: nn.Module, x: Tensor, dy: Tensor, context: Callable, stacks: Sequence[AdapterStack] = ()
-) -> Subject:
-    """stacks: what the factors are views of, where they are."""
-
-    def forward() -> Tensor:
-        with context():
-            return call(x)
-
-    factors = [leaf for stack in stacks for leaf in (stack.a, stack.b)]
-    factors = factors or [factor for factor in module.parameters() if factor.requires_grad]
-    weights = [*(weight for weight in module.parameters() if not weight.requires_grad), *module.buffers()]
-    return Subject(forward, [x, *factors], weights, dy)
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _shares(case: KernelCase) -> list[LoRASegment]:
     """Equal shares of the tokens for each adapter."""
-    borders = [case.tokens * i // case.adapters for i in range(case.adapters + 1)]
-    return [LoRASegment(*span, i) for i, span in enumerate(zip(borders[:-1], borders[1:], strict=True))]
-
-
-def _packed(case: KernelCase, borders: SampleBorders, position_ids: Tensor) -> PackedBatch:
-    """A microbatch as an executor makes it, of which a layer reads whose tokens are where."""
-    none = position_ids.new_empty(0)
-    segments = tuple(AdapterSegment(share.start, share.stop, share.adapter, 0) for share in _shares(case))
-    positions = torch.arange(case.tokens, device=position_ids.device)
-    return PackedBatch(none, position_ids, none, none.float(), positions, borders, segments)
+    borders = [case.tokens * i // case.adapters for i in range(case.adapters + 1)] if case.adapters else []
+    return [LoRASegment(*span, i) for i, span in enumerate(zip(borders, borders[1:], strict=False))]

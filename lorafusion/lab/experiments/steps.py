@@ -47,6 +47,6 @@ class Steps(BenchExperiment):
         }  # fmt: skip
 
     def measure(self, point: Point, repeat: int, out: Path) -> Iterator[list[dict]]:
-        from lorafusion.lab.experiments.trainers import bench_rows
+        from lorafusion.lab.experiments.step_times import bench_rows
 
         return bench_rows(point, repeat, out.with_suffix(PROFILE))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TypeVar
@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 
 from fused_lora.tools.timing import ColdClock
+from lorafusion.core.clock import Meter, canary
+from lorafusion.lab.table.result import row
 
 Key = TypeVar("Key", bound=Hashable)
 WARM_UPS = 3
@@ -49,36 +51,49 @@ def _replay(graph: torch.cuda.CUDAGraph, _kept: Callable[[], object]) -> None:
     graph.replay()
 
 
+def shuffled_rounds(keys: Sequence[Key], rounds: int, seed: int) -> Iterator[list[Key]]:
+    """All keys in each of the rounds, each time in another order."""
+    order, shuffle = list(keys), random.Random(seed)
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        yield list(order)
+
+
 def seconds(
     functions: Mapping[Key, Callable[[], None]], device: torch.device, replays: int, seed: int = 0
 ) -> dict[Key, list[float]]:
     """The times of `replays` executions of each function, one round after another, each round in another order.
 
     Compare functions by the ratios of each round (`median_ratio`): a change of the clock is in both of its times."""
-    order, shuffle = list(functions), random.Random(seed)
+    meter, around = Meter(device), _around
+    if device.type == "cuda":
+        around, begin = ColdClock(device).around, time.perf_counter()
+        while time.perf_counter() - begin < WARM_SECONDS:
+            for function in functions.values():
+                around(function)
+            meter.synchronize()
+    rounds = shuffled_rounds(list(functions), replays, seed)
+    marks = [(key, *around(functions[key])) for order in rounds for key in order]
+    meter.synchronize()
     times: dict[Key, list[float]] = {key: [] for key in functions}
-    if device.type != "cuda":
-        for _ in range(replays):
-            shuffle.shuffle(order)
-            for key in order:
-                begin = time.perf_counter()
-                functions[key]()
-                times[key].append(time.perf_counter() - begin)
-        return times
-    clock, events = ColdClock(device), []
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < WARM_SECONDS:
-        for key in order:
-            clock.around(functions[key])
-        torch.cuda.synchronize(device)
-    for _ in range(replays):
-        shuffle.shuffle(order)
-        for key in order:
-            events.append((key, *clock.around(functions[key])))
-    torch.cuda.synchronize(device)
-    for key, begin, end in events:
-        times[key].append(begin.elapsed_time(end) / 1000.0)
+    for key, begin, end in marks:
+        times[key].append(meter.seconds(begin, end))
     return times
+
+
+def _around(function: Callable[[], None]) -> tuple[float, float]:
+    """A CPU's clock before and after a function."""
+    begin = time.perf_counter()
+    function()
+    return begin, time.perf_counter()
+
+
+def canary_rows(device: torch.device, cell: str) -> list[dict]:
+    """How fast the machine is now, as cells below one."""
+    return [
+        row("time", value, "steady", {"cell": f"{cell}/{name}"}, implementation=name)
+        for name, value in canary(device).items()
+    ]
 
 
 def median_ratio(times: Sequence[float], baseline: Sequence[float]) -> float:

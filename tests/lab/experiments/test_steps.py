@@ -19,10 +19,11 @@ from lorafusion.core.clock import Duration
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import seal
 from lorafusion.lab import profiler
-from lorafusion.lab.experiments import EXPERIMENTS, trainers
+from lorafusion.lab.experiments import EXPERIMENTS, implementations, step_times
 from lorafusion.lab.experiments.bench import Variant
+from lorafusion.lab.experiments.step_times import Arms, seconds
 from lorafusion.lab.experiments.steps_suite import StepsBench, workload_and_plan
-from lorafusion.lab.experiments.trainers import Arms, Shared, Trainer, seconds
+from lorafusion.lab.experiments.trainers import Shared, Trainer
 from lorafusion.lab.profiler import IDLE, Part, Span, at_full_speed, breakdown, busy_share, class_of
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table
@@ -141,15 +142,15 @@ def test_every_stage_trains_and_gradients_reach_a_frozen_ones_first_layer(suite,
 
 
 def test_an_arm_without_memory_is_rows_without_values(suite, tmp_path, monkeypatch):
-    inject = trainers.lora.inject_adapters
+    inject = implementations.lora.inject_adapters
 
     def injected(stage, jobs, dtype, kind):
-        if kind is trainers.lora.peft:
+        if kind is implementations.lora.peft:
             raise torch.OutOfMemoryError("too large")
         return inject(stage, jobs, dtype, kind)
 
-    monkeypatch.setattr(trainers.lora, "inject_adapters", injected)
-    arms, rows = trainers.measure(STEPS.point("small", "toy"), 1, Position(tmp_path, 0))
+    monkeypatch.setattr(implementations.lora, "inject_adapters", injected)
+    arms, rows = step_times.measure(STEPS.point("small", "toy"), 1, Position(tmp_path, 0))
     failed = [row for row in rows if row["status"] != "ok"]
     assert {row["metric"] for row in failed} == {"peak_memory", "time", "throughput", "overhead", "speedup"}
     assert all(row["status"] == "oom" and row["value"] is None and row["note"] == "too large" for row in failed)
@@ -169,7 +170,7 @@ def test_an_arm_that_does_not_train_is_rows_without_values(suite, tmp_path, monk
                 parameter.register_hook(lambda gradient: gradient * float("nan"))
 
     monkeypatch.setattr(Trainer, "__init__", spoiled)
-    arms, rows = trainers.measure(STEPS.point("small", "toy"), 1, Position(tmp_path, 0))
+    arms, rows = step_times.measure(STEPS.point("small", "toy"), 1, Position(tmp_path, 0))
     assert set(arms.trainers) == {FROZEN, MULTI}
     assert arms.lost[PEFT][0] == "nan"
     assert re.fullmatch(r"\S+ made 0 of \d+ steps: it was stopped by a gradient that is not finite", arms.lost[PEFT][1])

@@ -19,7 +19,8 @@ from lorafusion.core.config import CONFIGS
 from lorafusion.data.lengths import make_workload
 from lorafusion.engine import task
 from lorafusion.engine.process import Process
-from lorafusion.lab.experiments.end_to_end import run_cell
+from lorafusion.lab.experiments import EXPERIMENTS
+from lorafusion.lab.experiments.experiment import Inputs
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table.table import read
 from lorafusion.launch.heartbeat import Position
@@ -149,7 +150,8 @@ class Story:
         cell = f"model~tiny/workload~{run.workload}/gpus~1/batch~2/system~{run.system}"
         for repeat in REPEATS:
             out = self.folder / f"{run.system}-{run.workload}-{repeat}.result.json"
-            run_cell(self.suite, cell, workload, plan, out, repeat, 1, None, launch=train)
+            point = EXPERIMENTS["end_to_end"].point(str(self.suite), cell)
+            EXPERIMENTS["end_to_end"].run(point, repeat, out, None, Inputs(workload, plan, launch=train))
             self.results.append(out)
 
     def values(self, metric: str, window: str, statistic: str) -> dict[tuple, float]:

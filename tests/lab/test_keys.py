@@ -13,7 +13,9 @@ from lorafusion.core.config import CONFIGS
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import seal
-from lorafusion.lab.experiments.end_to_end import cell_files, run_cell
+from lorafusion.lab.experiments import EXPERIMENTS
+from lorafusion.lab.experiments.end_to_end import cell_files
+from lorafusion.lab.experiments.experiment import Inputs
 from lorafusion.lab.keys import OutOfDateError, cell_workload, first_difference
 from lorafusion.lab.suite import cells, read_suite
 from lorafusion.lab.table.result import write_result
@@ -60,7 +62,8 @@ class Made:
         """What a step says, once it has refused its inputs and left nothing."""
         tuned, out = self.tuned if self.tuned.exists() else None, self.folder / "out"
         tune = partial(tune_cell, self.suite, self.cell.name, self.workload, out)
-        run = partial(run_cell, self.suite, self.cell.name, self.workload, self.plan, out, 1, 1, None, tuned)
+        point = EXPERIMENTS["end_to_end"].point(str(self.suite), self.cell.name)
+        run = partial(EXPERIMENTS["end_to_end"].run, point, 1, out, None, Inputs(self.workload, self.plan, tuned))
         with pytest.raises(UserError) as refused:
             (tune if command == "tune" else run)()
         assert len(str(refused.value)) <= 300

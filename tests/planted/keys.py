@@ -108,7 +108,7 @@ def systems_are_compared_over_different_workloads(original):
 
 
 @planted(
-    "lorafusion.lab.experiments.end_to_end:step_command",
+    "lorafusion.lab.experiments.experiment:step_command",
     caught_by=f"{RUNNER}::test_each_run_has_a_log_and_a_command_of_its_own",
 )
 def a_run_records_the_command_of_the_whole_suite(original):

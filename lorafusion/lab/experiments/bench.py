@@ -6,16 +6,14 @@ A point's process makes rows in the words of the measurement table, and one resu
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorafusion.core.config import read_entries
-from lorafusion.core.machine import provenance
-from lorafusion.core.schema import MOST_MINUTES, MOST_REPEATS, MOST_SEED, Config, one_of
+from lorafusion.core.schema import MOST_MINUTES, MOST_REPEATS, MOST_SAMPLES, MOST_SEED, Config, UserError, one_of
 from lorafusion.core.workload import ALL_LINEAR, Job, content_hash
 from lorafusion.lab.experiments.experiment import (
     MARGIN,
@@ -27,8 +25,9 @@ from lorafusion.lab.experiments.experiment import (
     require_device,
     suite_name,
 )
-from lorafusion.lab.suite import step_command
 from lorafusion.lab.table.result import result_of_rows, write_result
+
+Count = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 
 
 class Entry(Config):
@@ -73,6 +72,16 @@ def equal_jobs(count: int, **settings: Any) -> tuple[Job, ...]:
     return tuple(
         Job(name=f"adapter-{i}", dataset="random", target_modules=ALL_LINEAR, seed=i, **settings) for i in range(count)
     )
+
+
+def by_name(benches: Iterable[tuple[str, Any]], source: str) -> dict[str, Any]:
+    """Benches by their names; `UserError` for a name that is there twice."""
+    named: dict[str, Any] = {}
+    for name, bench in benches:
+        if name in named:
+            raise UserError(f"{source}: bench {name} is in the suite twice")
+        named[name] = bench
+    return named
 
 
 class BenchExperiment(Experiment):
@@ -127,16 +136,8 @@ class BenchExperiment(Experiment):
         return Resources(entry.minutes + MARGIN, self.memory_mb, gpus=int(entry.device == "cuda"))
 
     def run(self, point: Point, repeat: int, out: Path, log: Path | None, inputs: Inputs = NO_INPUTS) -> str:
-        entry = point.settings
-        require_device(entry, self.config)
-        origin = provenance(entry.device) | {
-            "config_hash": self.key(point),
-            "seed": entry.seed,
-            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "log": str(log) if log else None,
-            "command": step_command(point.source, out),
-            "bench": (self.name, point.suite, point.name),
-        }
+        require_device(point.settings, self.config)
+        origin = self.origin(point, out, log) | {"bench": (self.name, point.suite, point.name)}
         cell = {"suite": point.suite, "kind": "measured", "gpus": 1, "repeat": repeat} | self.columns(point)
         rows: list[dict] = []
         for more in self.measure(point, repeat, out):

@@ -1,16 +1,13 @@
-"""Run one cell of a suite, once: from its settings to its result file."""
+"""The experiment `end_to_end`: whole trainings of every system of a suite."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 from lorafusion.core.config import SystemConfig, names_in
-from lorafusion.core.machine import provenance
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
@@ -25,7 +22,7 @@ from lorafusion.lab.experiments.experiment import (
     require_device,
 )
 from lorafusion.lab.keys import CellFiles, suite_files
-from lorafusion.lab.suite import Cell, Suite, step_command, suite_path
+from lorafusion.lab.suite import Cell, Suite, suite_path
 from lorafusion.lab.table.result import result_of, write_result
 from lorafusion.launch.launch import launch
 from lorafusion.launch.outcome import Outcome
@@ -64,57 +61,35 @@ class EndToEnd(Experiment):
         )
 
     def run(self, point: Point, repeat: int, out: Path, log: Path | None, inputs: Inputs = NO_INPUTS) -> str:
-        return run_cell(Path(point.source), point.name, inputs.workload, inputs.plan, out, repeat, inputs.nodes, log,
-                        inputs.tuned, inputs.launch or launch)  # fmt: skip
-
-
-def run_cell(
-    suite_path: Path,
-    name: str,
-    workload_path: Path,
-    plan_path: Path | None,
-    out: Path,
-    repeat: int,
-    nodes: int,
-    log: Path | None,
-    tuned_path: Path | None = None,
-    launch: Callable[..., Outcome] = launch,
-) -> str:
-    """Run a cell and write its result; returns the status. Raises `UserError` for input that no run can use, or that
-    was not made for this cell.
-
-    A cell that cannot be run by what is built (`unavailable`) needs no plan and has the status `skipped`.
-    """
-    files = cell_files(suite_path, name)
-    suite, cell, system = files.suite, files.cell, files.system
-    require_device(suite, suite_path)
-    workload, reason = files.workload(workload_path), unavailable(system)
-    plan = None if reason else files.plan(plan_path, files.tuned(tuned_path))
-    origin = provenance(suite.device) | {
-        "config_hash": files.configuration,
-        "workload_hash": workload.content_hash,
-        "plan_hash": plan.content_hash if plan else None,
-        "seed": suite.seed,
-        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "log": str(log) if log else None,
-        "command": step_command(suite_path, out),
-    }
-    if plan is None:
-        outcome = Outcome("skipped", reason)
-    else:
-        spec = spec_of(cell, suite, workload_path).model_copy(update={"plan": str(plan_path)})
-        spec = spec.model_copy(update={"task": TRAIN_WITH_COST}) if suite.cost else spec
-        # Named by the job, so that reports of a killed attempt are not taken for this one's.
-        job = os.environ.get("SLURM_JOB_ID", "local")
-        shared = out.with_name(f"{out.name}.reports-{job}") if nodes > 1 else None
-        outcome = launch(spec, cell.gpus, 60 * cell.grid.minutes, nodes, shared)
-        if int(os.environ.get("SLURM_NODEID", 0)) > 0:
+        """Returns the status. A cell that cannot be run by what is built (`unavailable`) needs no plan and has the
+        status `skipped`. Raises `UserError` for input that no run can use, or that was not made for this cell."""
+        files, suite = point.subject, point.settings
+        require_device(suite, point.source)
+        workload, reason = files.workload(inputs.workload), unavailable(files.system)
+        plan = None if reason else files.plan(inputs.plan, files.tuned(inputs.tuned))
+        origin = self.origin(point, out, log)
+        origin |= {"workload_hash": workload.content_hash, "plan_hash": plan.content_hash if plan else None}
+        outcome = launched(files, inputs, out) if plan else Outcome("skipped", reason)
+        if plan and int(os.environ.get("SLURM_NODEID", 0)) > 0:
             return f"{outcome.status}; the first node writes the result"
-        if shared:
-            shutil.rmtree(shared)
-    result = result_of(outcome, workload, plan, description(suite, cell, workload, system, plan, repeat), origin)
-    write_result(out, result)
-    return describe(result)
+        cell = description(suite, files.cell, workload, files.system, plan, repeat)
+        result = result_of(outcome, workload, plan, cell, origin)
+        write_result(out, result)
+        return f"{result['status']} ({result['note']})" if result["note"] else result["status"]
+
+
+def launched(files: CellFiles, inputs: Inputs, out: Path) -> Outcome:
+    """Train a cell by its plan, on as many nodes as there are."""
+    suite, cell = files.suite, files.cell
+    task = {"task": TRAIN_WITH_COST} if suite.cost else {}
+    spec = spec_of(cell, suite, inputs.workload).model_copy(update={"plan": str(inputs.plan)} | task)
+    # Named by the job, so that reports of a killed attempt are not taken for this one's.
+    job = os.environ.get("SLURM_JOB_ID", "local")
+    shared = out.with_name(f"{out.name}.reports-{job}") if inputs.nodes > 1 else None
+    outcome = (inputs.launch or launch)(spec, cell.gpus, 60 * cell.grid.minutes, inputs.nodes, shared)
+    if shared and int(os.environ.get("SLURM_NODEID", 0)) == 0:
+        shutil.rmtree(shared)
+    return outcome
 
 
 def spec_of(cell: Cell, suite: Suite, workload_path: Path) -> RunSpec:
@@ -140,10 +115,6 @@ def unavailable(system: SystemConfig) -> str:
     except ModuleNotFoundError:  # the package that it is a part of
         spec = None
     return "" if spec else f"the package {system.requires} is not installed"
-
-
-def describe(result: dict) -> str:
-    return f"{result['status']} ({result['note']})" if result["note"] else result["status"]
 
 
 def cell_files(suite_path: Path, name: str) -> CellFiles:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from lorafusion.core.machine import has_gpu
+from lorafusion.core.machine import has_gpu, provenance
 from lorafusion.core.schema import UserError, one_of
-from lorafusion.lab.suite import read_suite
+from lorafusion.lab.suite import read_suite, step_command
 
 MARGIN = 5  # minutes that a job may take beyond the time limit of what it runs
 
@@ -93,6 +94,16 @@ class Experiment(ABC):
     def more_outputs(self, point: Point) -> tuple[str, ...]:
         """Suffixes of the files that a run writes besides `out`, which they replace: ".profile.csv" for example."""
         return ()
+
+    def origin(self, point: Point, out: Path, log: Path | None) -> dict[str, Any]:
+        """Where the result in `out` comes from, whatever was measured."""
+        return provenance(point.settings.device) | {
+            "config_hash": self.key(point),
+            "seed": point.settings.seed,
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "log": str(log) if log else None,
+            "command": step_command(point.source, out),
+        }
 
     def point(self, suite: str, name: str) -> Point:
         """A point by its name; `UserError` where the suite has none of that name."""

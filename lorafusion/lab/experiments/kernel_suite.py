@@ -12,12 +12,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafusion.core.config import names_in
-from lorafusion.core.schema import MOST_SAMPLES, Config, UserError, one_of
-from lorafusion.lab.experiments.bench import DeviceEntry, Variant, variants
+from lorafusion.core.schema import Config, one_of
+from lorafusion.core.workload import Dropout, Rank
+from lorafusion.lab.experiments.bench import Count, DeviceEntry, Variant, by_name, variants
 
 TokenCount = Annotated[int, Field(ge=1, le=2**24)]
-Rank = Annotated[int, Field(ge=1, le=256)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
 Features = Annotated[int, Field(ge=1, le=2**24)]
 Implementation = Literal["frozen", "peft", "peft-bf16", "peft-compiled", "fused", "fused-multi"]
 
@@ -41,9 +40,7 @@ class Block(Config):
     ranks: list[Rank] = Field(default=[16], min_length=1)
     dropouts: list[Dropout] = Field(default=[0.1], min_length=1)
     implementations: list[Implementation] = Field(min_length=1)
-    adapters: list[Annotated[int, Field(ge=1, le=MOST_SAMPLES)]] = Field(
-        default=[4, 16], description="adapters of fused-multi"
-    )
+    adapters: list[Count] = Field(default=[4, 16], description="adapters of fused-multi")
 
     @property
     def token_counts(self) -> list[int]:
@@ -86,13 +83,13 @@ class Traffic(Config):
     shapes: list[tuple[Features, Features]] = Field(min_length=1)
     tokens: TokenCount
     implementations: list[Implementation] = Field(min_length=1)
-    adapters: int = Field(default=4, ge=1, le=MOST_SAMPLES)
+    adapters: Count = 4
 
 
 class KernelSuite(DeviceEntry):
     """An entry of configs/kernels.yaml."""
 
-    replays: int = Field(ge=1, le=MOST_SAMPLES, description="timed executions of each point in a process")
+    replays: Count = Field(description="timed executions of each point in a process")
     verify: Verification
     linears: list[LinearBlock] = []
     layers: list[LayerBlock] = []
@@ -153,14 +150,8 @@ def benches(suite: KernelSuite, source: str) -> dict[str, KernelBench]:
     for block in suite.layers:
         for model, rank, dropout in product(block.models, block.ranks, block.dropouts):
             one_of("model", model, names_in("models"), source)
-            subject = f"layer~{model}"
-            every.append(KernelBench(subject=subject, rank=rank, dropout=dropout, block=block, model=model))
-    by_name: dict[str, KernelBench] = {}
-    for bench in every:
-        if bench.name in by_name:
-            raise UserError(f"{source}: bench {bench.name} is in the suite twice")
-        by_name[bench.name] = bench
-    return by_name
+            every.append(KernelBench(subject=f"layer~{model}", rank=rank, dropout=dropout, block=block, model=model))
+    return by_name(((bench.name, bench) for bench in every), source)
 
 
 def traffic_benches(suite: KernelSuite) -> list[KernelBench]:

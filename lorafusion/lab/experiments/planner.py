@@ -10,24 +10,22 @@ import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field
 
 from lorafusion.core.config import CONFIGS, names_in
 from lorafusion.core.machine import largest_resident_set
-from lorafusion.core.plan import Plan
 from lorafusion.core.plugins import load
-from lorafusion.core.schema import MOST_SAMPLES, MOST_TOKENS, Config, UserError, one_of
+from lorafusion.core.schema import MOST_TOKENS, Config, one_of
 from lorafusion.core.workload import Workload
 from lorafusion.data.lengths import make_workload
-from lorafusion.lab.experiments.bench import BenchExperiment, Entry
+from lorafusion.lab.experiments.bench import BenchExperiment, Count, Entry, by_name
 from lorafusion.lab.experiments.experiment import Point
 from lorafusion.lab.table.result import row
 from lorafusion.planning import STRATEGIES, bounds, plan_workload
 from lorafusion.planning.simulator import CostModel, chosen_costs, costs_of, simulate
 
-Count = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 # mLoRA's own executor chooses as it goes, and needs no no-ops; the one that trains its plans here keeps their order.
 SCHEDULES = {"mlora": "greedy"}
 
@@ -64,6 +62,10 @@ class PlannerSubject(NamedTuple):
     workload: str
     stages: int
 
+    @property
+    def name(self) -> str:
+        return f"workload~{self.workload}/stages~{self.stages}/samples~{self.grid.samples}"
+
 
 class Planner(BenchExperiment):
     """Plans of every strategy over a grid of workloads."""
@@ -76,19 +78,15 @@ class Planner(BenchExperiment):
     def subjects(self, entry: PlannerSuite, source: str) -> dict[str, PlannerSubject]:
         if entry.model:
             one_of("model", entry.model, names_in("models"), f"{source}.model")
-        subjects = {}
+        subjects = []
         for index, grid in enumerate(entry.grids):
             where = f"{source}.grids.{index}"
             for workload in grid.workloads:
                 one_of("workload", workload, names_in("workloads"), where)
             for strategy in grid.strategies:
                 one_of("strategy", strategy, set(STRATEGIES), where)
-            for workload, stages in product(grid.workloads, grid.stages):
-                name = f"workload~{workload}/stages~{stages}/samples~{grid.samples}"
-                if name in subjects:
-                    raise UserError(f"{source}: two grids have the bench {name}")
-                subjects[name] = PlannerSubject(grid, workload, stages)
-        return subjects
+            subjects += [PlannerSubject(grid, *pair) for pair in product(grid.workloads, grid.stages)]
+        return by_name(((subject.name, subject) for subject in subjects), source)
 
     def depends_on(self, point: Point) -> dict:
         settings = point.settings.model_dump(mode="json", exclude={"grids", "minutes", "repeats"})
@@ -125,7 +123,7 @@ def repeated_workload(name: str, samples: int, global_batch: int, adapters: int,
 
 def plan_rows(point: Point, workload: Workload, strategy: str, global_batch: int, costs: CostModel) -> Iterator[dict]:
     """The rows of one plan: how long it took, how many microbatches it has, and what the simulator makes of them."""
-    stages, capacity, in_seconds = point.subject.stages, point.settings.capacity, bool(point.settings.model)
+    stages, capacity = point.subject.stages, point.settings.capacity
     load(STRATEGIES[strategy], "planner")  # what it imports is not its time
     begun = time.perf_counter()
     plan = plan_workload(workload, strategy, stages=stages, capacity=capacity, costs=costs)
@@ -138,20 +136,14 @@ def plan_rows(point: Point, workload: Workload, strategy: str, global_batch: int
     least = bounds.lower_bound(workload, 1 if plan.flush else stages, capacity)
     cell = {"system": strategy, "adapters": len(workload.jobs), "global_batch": global_batch}
     cell["cell"] = f"{point.name}/batch~{global_batch}/adapters~{len(workload.jobs)}/strategy~{strategy}"
-    for metric, window, value in (
-        ("microbatch_ratio", "whole", len(plan.microbatches) / least),
-        ("fill", "whole", plan.statistics.fill),
-        *(("bubble", window, timeline.bubble(window).mean()) for window in ("whole", "steady")),
-        *(("throughput", window, timeline.throughput(window)) for window in ("whole", "steady")),
-    ):
-        if metric == "throughput" and not in_seconds:
-            continue
-        yield row(metric, value, window, cell, note=_note(plan) if metric == "microbatch_ratio" else "")
+    note = f"{len(plan.microbatches)} microbatches, {plan.statistics.noops} of them no-ops; "
+    note += f"at most {max(microbatch.tokens for microbatch in plan.microbatches)} tokens"
+    yield row("microbatch_ratio", len(plan.microbatches) / least, "whole", cell, note=note)
+    yield row("fill", plan.statistics.fill, "whole", cell, note="")
+    for window in ("whole", "steady"):
+        yield row("bubble", timeline.bubble(window).mean(), window, cell, note="")
+        if point.settings.model:  # else times are not in seconds
+            yield row("throughput", timeline.throughput(window), window, cell, note="")
     of_machine = cell | {"kind": "measured"}
     yield row("solve_time", solve_time, "whole", of_machine)
     yield row("time", simulation_time, "whole", of_machine | {"implementation": "simulator"})
-
-
-def _note(plan: Plan) -> str:
-    most = max(microbatch.tokens for microbatch in plan.microbatches)
-    return f"{len(plan.microbatches)} microbatches, {plan.statistics.noops} of them no-ops; at most {most} tokens"

@@ -11,12 +11,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lorafusion.core.plan import Microbatch, Plan, Segment, make_plan
-from lorafusion.core.schema import MOST_ALPHA, MOST_SAMPLES, MOST_TOKENS, Config
-from lorafusion.core.workload import ALL_LINEAR, Job, Sample, Workload
-from lorafusion.lab.experiments.bench import DeviceEntry, Variant, variants
+from lorafusion.core.schema import MOST_SAMPLES, MOST_TOKENS, Config
+from lorafusion.core.workload import Alpha, Dropout, Rank, Sample, Workload
+from lorafusion.lab.experiments.bench import Count, DeviceEntry, Variant, equal_jobs, variants
 
 Implementation = Literal["frozen", "peft", "peft-bf16", "fused", "fused-multi"]
-Count = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 Stage = Annotated[int, Field(ge=0, le=10_000)]
 BenchName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -30,13 +29,11 @@ class StepsBench(Config):
     sample_tokens: int = Field(default=1024, ge=2, le=MOST_TOKENS, description="of each sample that is packed in it")
     microbatches: int = Field(default=4, ge=2, le=MOST_SAMPLES, description="that an implementation trains in its turn")
     checkpointing: float = Field(default=0.0, ge=0, le=1, description="share of the layers that are recomputed")
-    rank: int = Field(default=16, ge=1, le=256)
-    alpha: float = Field(default=32.0, gt=0, le=MOST_ALPHA)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
+    rank: Rank = 16
+    alpha: Alpha = 32.0
+    dropout: Dropout = 0.1
     implementations: list[Implementation] = Field(min_length=1)
-    adapters: list[Annotated[int, Field(ge=1, le=MOST_SAMPLES)]] = Field(
-        default=[4], description="adapters of fused-multi"
-    )
+    adapters: list[Count] = Field(default=[4], description="adapters of fused-multi")
 
     @model_validator(mode="after")
     def _possible(self) -> StepsBench:
@@ -73,14 +70,9 @@ def workload_and_plan(bench: StepsBench, arm: Variant) -> tuple[Workload, Plan]:
     share = bench.tokens // jobs
     size = share // bench.sample_tokens
     samples = tuple(Sample(i, bench.sample_tokens) for i in range(size * bench.microbatches))
-    workload = Workload(
-        name="steps",
-        jobs=tuple(
-            Job(name=f"adapter-{i}", dataset="random", rank=bench.rank, alpha=bench.alpha, dropout=bench.dropout,
-                target_modules=ALL_LINEAR, seed=i, global_batch_size=size, samples=samples)
-            for i in range(jobs)
-        ),
-    )  # fmt: skip
+    every_job = equal_jobs(jobs, rank=bench.rank, alpha=bench.alpha, dropout=bench.dropout, global_batch_size=size,
+                           samples=samples)  # fmt: skip
+    workload = Workload(name="steps", jobs=every_job)
     everyone = tuple(range(jobs))
     microbatches = []
     for k in range(bench.microbatches):

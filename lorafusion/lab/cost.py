@@ -7,16 +7,14 @@ operators are counted. Time is not what is measured here, so that the measuring 
 from __future__ import annotations
 
 import faulthandler
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from lorafusion.core.clock import Meter, Point
 from lorafusion.core.plan import Microbatch, Plan, statistics_of
-from lorafusion.core.workload import Workload
 from lorafusion.engine.executor import Executor
 from lorafusion.engine.process import Process, gathered
 from lorafusion.engine.task import train_plan
@@ -41,21 +39,20 @@ class Counts(NamedTuple):
     busy_ms: float | None = None
 
 
-@dataclass
 class Watched(Meter):
     """A meter that has something watch what is done between the start and the end of its clock."""
 
-    device: torch.device
-    watch: Callable[[], AbstractContextManager]
-    _watching: AbstractContextManager | None = field(default=None, init=False)
+    def __init__(self, device: torch.device, watcher: AbstractContextManager) -> None:
+        super().__init__(device)
+        self._watcher, self._runs = watcher, False
 
     def point(self) -> Point:
-        if self._watching is None:
-            self._watching = self.watch()
-            self._watching.__enter__()
+        if not self._runs:
+            self._runs = True
+            self._watcher.__enter__()
             return super().point()
         point = super().point()
-        self._watching.__exit__(None, None, None)
+        self._watcher.__exit__(None, None, None)
         return point
 
 
@@ -64,16 +61,12 @@ def train_with_cost(process: Process) -> dict:
     run, execute, report = train_plan(process)
     if report["finished"]:
         process.keep(report | {"pending": "cost"})
-        report["cost"] = cost_or_reason(run, execute)
+        try:
+            report["cost"] = cost_of(run, execute)
+        except RuntimeError as error:  # no memory, no profiler, another process that is gone
+            # The run ended well, and has its time all the same.
+            report["cost"] = {"unknown": " ".join(str(error).split())[:300]}
     return report
-
-
-def cost_or_reason(run: TrainingRun, execute: Executor) -> dict:
-    """`cost_of` a run, or why it is not known: a run that ended well has its time all the same."""
-    try:
-        return cost_of(run, execute)
-    except RuntimeError as error:  # no memory, no profiler, another process that is gone
-        return {"unknown": " ".join(str(error).split())[:300]}
 
 
 def cost_of(run: TrainingRun, execute: Executor) -> dict:
@@ -90,15 +83,12 @@ def cost_of(run: TrainingRun, execute: Executor) -> dict:
     with patience(PATIENCE):
         processes = gathered((first, measured(run, execute, part)))
     stages = [stage for stage, _ in processes[: run.pipeline.size]]
-    counted = [counts._asdict() for _, counts in processes]
-    extent = f"the first {len(part.microbatches)} of {len(run.plan.microbatches)} microbatches"
+    sums = [(name, [getattr(counts, name) for _, counts in processes]) for name in Counts._fields]
     return first | {
         **{name: sum(stage[name] for stage in stages) for name in ("layers", "recomputed_layers")},
-        "part": extent,
+        "part": f"the first {len(part.microbatches)} of {len(run.plan.microbatches)} microbatches",
         "tokens": part.statistics.tokens,
-        "counts": {
-            name: sum(counts[name] for counts in counted) for name in Counts._fields if counted[0][name] is not None
-        },
+        "counts": {name: sum(values) for name, values in sums if values[0] is not None},
     }
 
 
@@ -139,23 +129,24 @@ def beginning(plan: Plan, tokens: int) -> Plan:
         ended = any(microbatch.step_after for microbatch in slot)
         if ended and sum(microbatch.tokens for microbatch in taken) >= tokens:
             break
-    return plan.model_copy(
-        update={"microbatches": tuple(taken), "statistics": statistics_of(taken, plan.capacity)},
-    )
-
-
-def unchanging(workload: Workload) -> Workload:
-    """A workload that changes no adapter."""
-    return workload.model_copy(update={"jobs": tuple(job.model_copy(update=UNCHANGED) for job in workload.jobs)})
+    statistics = statistics_of(taken, plan.capacity)
+    return plan.model_copy(update={"microbatches": tuple(taken), "statistics": statistics})
 
 
 def measured(run: TrainingRun, execute: Executor, part: Plan) -> Counts:
     """What this process's device does for a part of a run's plan."""
-    if run.pipeline.device.type != "cuda":
-        operations: list[operators.Operation] = []
-        watched(run, execute, part, lambda: operators.Counting(operations.append))
-        return Counts(operators=len(operations))
-    return counts_of(profiled(run, execute, part))
+    again = repeated(run, part)
+    if run.pipeline.device.type == "cuda":
+        return counts_of(profiled(again, execute))
+    operations: list[operators.Operation] = []
+    watched(again, execute, operators.Counting(operations.append))
+    return Counts(operators=len(operations))
+
+
+def repeated(run: TrainingRun, part: Plan) -> TrainingRun:
+    """A part of a run's plan, on adapters that do not change."""
+    jobs = tuple(job.model_copy(update=UNCHANGED) for job in run.workload.jobs)
+    return run.again(run.workload.model_copy(update={"jobs": jobs}), part)
 
 
 def counts_of(spans: Sequence[profiler.Span]) -> Counts:
@@ -164,17 +155,16 @@ def counts_of(spans: Sequence[profiler.Span]) -> Counts:
     return Counts(kernels=len(spans), launches=len({span.launch for span in spans}), busy_ms=busy)
 
 
-def profiled(run: TrainingRun, execute: Executor, part: Plan) -> list[profiler.Span]:
-    """What the GPU does while the clock of a part of a run's plan runs."""
+def profiled(run: TrainingRun, execute: Executor) -> list[profiler.Span]:
+    """What the GPU does while the clock of a run on a warm stage runs."""
     profiler.start()
     tracer = profiler.Tracer()
-    watched(run, execute, part, lambda: tracer)
+    watched(run, execute, tracer)
     return tracer.spans
 
 
-def watched(run: TrainingRun, execute: Executor, part: Plan, watch: Callable[[], AbstractContextManager]) -> None:
-    """Train a part of a run's plan, on adapters that do not change, within what watches it."""
-    repeat = run.again(unchanging(run.workload), part)
-    repeat.record.meter = Watched(run.pipeline.device, watch)
-    with ready(repeat, execute) as train:
+def watched(run: TrainingRun, execute: Executor, watcher: AbstractContextManager) -> None:
+    """Train a run, and have something watch it while its clock runs."""
+    run.record.meter = Watched(run.pipeline.device, watcher)
+    with ready(run, execute) as train:
         train()

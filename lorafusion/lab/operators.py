@@ -7,8 +7,8 @@ Triton are none: `profiler` counts those.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -93,19 +93,19 @@ def class_of(function: torch._ops.OpOverload) -> str | None:
 
 def by_class(operations: Iterable[Operation]) -> dict[str, Part]:
     """Sums of each class, in the order of their names."""
-    sums: dict[str, Part] = defaultdict(lambda: Part(0, 0, 0))
+    classes: dict[str, list[Operation]] = defaultdict(list)
     for operation in operations:
-        kind, count, read, written = operation.kind, *sums[operation.kind]
-        sums[kind] = Part(count + 1, read + operation.read, written + operation.written)
-    return dict(sorted(sums.items()))
+        classes[operation.kind].append(operation)
+    return {
+        kind: Part(len(group), sum(item.read for item in group), sum(item.written for item in group))
+        for kind, group in sorted(classes.items())
+    }
 
 
-def product_dtypes(operations: Sequence[Operation]) -> dict[str, int]:
+def product_dtypes(operations: Iterable[Operation]) -> dict[str, int]:
     """How many matrix products have arguments of which dtypes."""
-    counts: dict[str, int] = defaultdict(int)
-    for operation in operations:
-        if operation.kind == PRODUCTS:
-            counts[" x ".join(sorted(set(operation.dtypes)))] += 1
+    products = (operation for operation in operations if operation.kind == PRODUCTS)
+    counts = Counter(" x ".join(sorted(set(operation.dtypes))) for operation in products)
     return dict(sorted(counts.items()))
 
 

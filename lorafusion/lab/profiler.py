@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -31,8 +29,6 @@ CLASSES = {
     "copies": re.compile("^Mem(cpy|set)"),
 }
 ORDER = ("GEMM", "attention", "elementwise", "LoRA", "loss", "optimizer", "copies", OTHER, IDLE)
-COLUMNS = ("suite", "bench", "implementation", "adapters", "class", "milliseconds", "kernels", "share", "gpu_name",
-           "git_sha")  # fmt: skip
 COMMUNICATION = re.compile("nccl", re.IGNORECASE)
 WAITING = re.compile("^(Context|Stream|Event) (Sync|Wait)")  # what the profiler lists of a stream beside its work
 
@@ -53,17 +49,15 @@ class Part(NamedTuple):
     kernels: int
 
 
-def trace(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> list[Span]:
-    """What a function has a GPU do. before: is called before it, outside of the trace. Both are called twice: the first
-    trace of a process starts the profiler itself.
+def trace(function: Callable[[], object]) -> list[Span]:
+    """What a function has a GPU do.
 
     The host's own operations are not recorded, which would slow it down and leave the GPU waiting for it. It is slowed
     down all the same, which does not matter where microbatches are large: see `at_full_speed`.
     """
-    for _ in range(2):
-        before()
-        with Tracer() as tracer:
-            function()
+    start()
+    with Tracer() as tracer:
+        function()
     return tracer.spans
 
 
@@ -165,12 +159,3 @@ def csv_rows(parts: dict[str, Part], **identity: object) -> list[dict[str, objec
     return [
         identity | {"class": name, **part._asdict(), "share": part.milliseconds / whole} for name, part in parts.items()
     ]
-
-
-def csv_text(rows: Sequence[dict[str, object]]) -> str:
-    """All rows of a bench as CSV."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()

@@ -7,18 +7,17 @@ reducer's buffers. The plan of the first global batches is timed.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 from lorafusion.core.clock import free_memory
 from lorafusion.core.plan import Plan, check
 from lorafusion.core.workload import Workload
 from lorafusion.engine.build import build_run, executor_of
 from lorafusion.engine.executor import Executor
 from lorafusion.engine.process import Process
-from lorafusion.engine.timed import ready, report_of, timed
+from lorafusion.engine.timed import report_of, timed
 from lorafusion.engine.training import TrainingRun
 from lorafusion.engine.warm_up import warm_up_executor
 from lorafusion.lab import profiler
+from lorafusion.lab.cost import profiled
 from lorafusion.lab.table.result import require_whole, whole_seconds
 from lorafusion.lab.tuned import TrialOptions
 
@@ -82,49 +81,15 @@ def profile(options: TrialOptions, run: TrainingRun, execute: Executor) -> list[
     plan = _read(options.trials[0].part, part)
     untraced = run.again(part, plan)
     timed(untraced, execute)
-    seconds = _seconds(untraced)
-    del untraced
-    with _Traced(run, part, plan, execute) as traced:
-        spans = traced.while_the_clock_ran(profiler.trace(traced, before=traced.prepare))
+    clock = untraced.record
+    seconds = clock.meter.duration(clock.begin, clock.end).device
+    del untraced  # with its optimizers' states, before there are others
+    spans = profiled(run.again(part, plan), execute)
     print(*profiler.unknown_kernels(spans), sep="\n", flush=True)
     scale = 1000 / part.tokens
     breakdown = profiler.at_full_speed(profiler.breakdown(spans, 1), 1e3 * seconds)
     parts = {name: profiler.Part(part.milliseconds * scale, part.kernels * scale) for name, part in breakdown.items()}
     return profiler.csv_rows(parts)
-
-
-class _Traced:
-    """Runs of a plan on a warm stage that are made and trained one after another. What their executor sets up is set up
-    while nothing is traced, and put back likewise."""
-
-    def __init__(self, run: TrainingRun, workload: Workload, plan: Plan, execute: Executor) -> None:
-        self._stage_of, self._workload, self._plan, self._execute = run, workload, plan, execute
-        self._stack = ExitStack()
-
-    def __enter__(self) -> _Traced:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def prepare(self) -> None:
-        self._stack.close()
-        self.run = self._train = None  # with its optimizers' states, before there are others
-        self.run = self._stage_of.again(self._workload, self._plan)
-        self._train = self._stack.enter_context(ready(self.run, self._execute))
-
-    def __call__(self) -> None:
-        self._train()
-
-    def while_the_clock_ran(self, spans: list[profiler.Span]) -> list[profiler.Span]:
-        """Those of the newest run's spans that came after the start of its clock, at whose end the last one ended."""
-        begin = max(span.end for span in spans) - 1e9 * _seconds(self.run)
-        return [span for span in spans if span.begin >= begin]
-
-
-def _seconds(run: TrainingRun) -> float:
-    """Of a run that is over, on this process's clock."""
-    return run.record.meter.duration(run.record.begin, run.record.end).device
 
 
 def _read(path: str, workload: Workload) -> Plan:

@@ -232,7 +232,7 @@ def test_a_gpu_is_profiled_while_the_clock_runs(over, monkeypatch):
 
     monkeypatch.setattr(cost.profiler, "Tracer", Tracer)
     monkeypatch.setattr(cost.profiler, "start", lambda: seen.append("first trace"))
-    spans = cost.profiled(run, noted, run.plan)
+    spans = cost.profiled(cost.repeated(run, run.plan), noted)
     assert seen == ["first trace", "traced", "trained", "over"]
     assert cost.counts_of(spans) == cost.Counts(kernels=4, launches=3, busy_ms=40 / 1e6)
 

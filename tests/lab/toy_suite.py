@@ -14,7 +14,7 @@ from lorafusion.lab.checks.catalog import needed_by
 from lorafusion.lab.checks.verdicts import Curve, Verdict, origin_of
 from lorafusion.lab.checks.verdicts import Outcome as CheckOutcome
 from lorafusion.lab.dag import Step, state
-from lorafusion.lab.experiments import end_to_end
+from lorafusion.lab.experiments import experiment
 from lorafusion.lab.runner import Share, dealt, measured, run_steps
 from lorafusion.lab.steps import dag_of
 from lorafusion.lab.suite import read_suite
@@ -85,8 +85,8 @@ def instant(spec, processes, timeout, nodes=1, reports=None, log=None) -> Outcom
 def origin(monkeypatch):
     """Where numbers come from is not asked again for each."""
 
-    same = end_to_end.provenance("cpu")
-    for module in (end_to_end, tuning):
+    same = experiment.provenance("cpu")
+    for module in (experiment, tuning):
         monkeypatch.setattr(module, "provenance", lambda device: dict(same))
 
 

@@ -25,6 +25,7 @@ from lorafusion.engine.process import Process
 from lorafusion.engine.task import train
 from lorafusion.engine.timed import timed
 from lorafusion.lab import cost, profiler
+from lorafusion.lab.experiments.timing import saved_bytes
 from lorafusion.lab.operators import COMMUNICATION, Counting, Operation, by_class, product_dtypes
 from lorafusion.launch.heartbeat import WAITING, Position
 from lorafusion.launch.spec import RunSpec
@@ -128,23 +129,13 @@ def totals(operations: list[PlacedOperation]) -> dict[str, str]:
 def stage_of(spec: RunSpec) -> dict:
     """What a run's stage is made of, and the bytes that the forward of the longest microbatch keeps for its backward
     pass beside the model's parameters."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         workload, plan = Workload.read(spec.workload), Plan.read(spec.plan)
         run = build_run(Process(spec, torch.device("cpu"), Position(Path(scratch), 0)), workload, plan)
         slot = max(range(len(plan.microbatches)), key=lambda index: plan.microbatches[index].length)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = run.forward(slot, None)  # which holds what was kept
-        for parameter in run.stage.parameters():
-            kept.pop(parameter.untyped_storage().data_ptr(), None)
-        del out
-    return cost.structure(run) | {"bytes kept by a forward": sum(kept.values())}
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in run.stage.parameters()}
+        kept = saved_bytes(lambda: run.forward(slot, None), parameters)
+    return cost.structure(run) | {"bytes kept by a forward": kept}
 
 
 def kernels_of_run(spec: RunSpec) -> dict:
@@ -158,8 +149,8 @@ def kernels_of_run(spec: RunSpec) -> dict:
         made_of = cost.structure(run)
         run.adapters.clear()
         waits: list[str] = []
-        cost.watched(run, execute, run.plan, lambda: _host_waits(waits))
-        spans = cost.profiled(run, execute, run.plan)
+        cost.watched(cost.repeated(run, run.plan), execute, _host_waits(waits))
+        spans = cost.profiled(cost.repeated(run, run.plan), execute)
     classes = Counter(profiler.class_of(span.name) for span in spans)
     return {
         "stage": made_of,

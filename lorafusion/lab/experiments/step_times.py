@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from lorafusion.core.clock import free_memory
@@ -34,6 +35,8 @@ WARM_UPS = 3  # microbatches of each arm before any is timed
 # Of all arms in turns on a GPU, as in `timing`: its power limit lowers the clock only after a while.
 WARM_SECONDS = 2.0
 PROFILED = 2  # microbatches
+PROFILE_COLUMNS = ("suite", "bench", "implementation", "adapters", "class", "milliseconds", "kernels", "share",
+                   "gpu_name", "git_sha")  # fmt: skip
 
 
 @dataclass
@@ -72,7 +75,7 @@ def bench_rows(point: Point, repeat: int, profile: Path) -> Iterator[list[dict]]
         yield rows + measured
         if device.type == "cuda":
             rows, shares = profiled(point, arms)
-            write(profile, profiler.csv_text(shares))
+            write(profile, pd.DataFrame(shares, columns=PROFILE_COLUMNS).to_csv(index=False, lineterminator="\n"))
             seal(profile)
             yield rows
 

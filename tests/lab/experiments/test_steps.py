@@ -287,7 +287,7 @@ def test_a_profile_is_drawn_by_implementation_and_before_and_after(suite, tmp_pa
             for one in profiler.csv_rows(parts, **identity, **arm.model_dump())
         ]
         paths.append(tmp_path / f"{commit[0]}.csv")
-        paths[-1].write_text(profiler.csv_text(rows))
+        pd.DataFrame(rows, columns=step_times.PROFILE_COLUMNS).to_csv(paths[-1], index=False)
         seal(paths[-1])
     one = pd.read_csv(FIGURES["steps_profile"].draw([paths[0], paths[0]], tmp_path / "one")[2])
     assert list(one["variant"].unique()) == ["frozen", "fused-multi, 4 adapters"]

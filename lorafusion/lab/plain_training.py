@@ -26,6 +26,7 @@ from lorafusion.model.stage import hf_config
 
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
 CPU = torch.device("cpu")
+SEED = 1  # of the base model's weights, as in the runs of checks
 Weights = dict[str, torch.Tensor]  # of an adapter, under the names of PEFT's file format
 
 
@@ -38,18 +39,18 @@ class PlainlyTrained(NamedTuple):
     evaluations: dict[int, float]
 
 
-def train_plainly(
-    job: Job,
-    model: ModelConfig,
-    dtype: torch.dtype,
-    seed: int = 1,
-    device: torch.device = CPU,
-    drawn: torch.dtype | None = None,
-) -> PlainlyTrained:
-    """Train a job alone on synthetic tokens, from its beginning whatever `job.start` says. seed: of the base model.
+class Base(NamedTuple):
+    """A base model: its shape, and the dtype and the device that its random weights are drawn in, as a run there draws
+    them."""
 
-    drawn: the dtype that weights are drawn in, on `device`, as a run there draws them; by default that of training."""
-    whole, place = build_model(job, model, drawn or dtype, seed, device)
+    model: ModelConfig
+    drawn: torch.dtype
+    device: torch.device = CPU
+
+
+def train_plainly(job: Job, base: Base, dtype: torch.dtype) -> PlainlyTrained:
+    """Train a job alone on synthetic tokens and in a dtype, from its beginning whatever `job.start` says."""
+    whole, place = build_model(job, base)
     convert(whole, dtype)
     parameters = [parameter for parameter in whole.parameters() if parameter.requires_grad]
     batches = definitions.global_batches(job)
@@ -68,19 +69,10 @@ def train_plainly(
     return PlainlyTrained(losses, adapter_weights(whole), evaluations)
 
 
-def gradients_plainly(
-    job: Job,
-    model: ModelConfig,
-    weights: Weights,
-    dtype: torch.dtype,
-    drawn: torch.dtype,
-    seed: int = 1,
-    device: torch.device = CPU,
-) -> Weights:
-    """The gradient of the first global batch after `job.start`, at given weights of the adapter, by their names.
-
-    drawn: the dtype that the base model's weights are drawn in; they are computed with in `dtype`."""
-    whole, place = build_model(job, model, drawn, seed, device)
+def gradients_plainly(job: Job, base: Base, weights: Weights, dtype: torch.dtype) -> Weights:
+    """The gradient, computed in a dtype, of the first global batch after `job.start`, at given weights of the adapter,
+    by their names."""
+    whole, place = build_model(job, base)
     convert(whole, dtype)
     set_peft_model_state_dict(whole, {name: value.to(dtype) for name, value in weights.items()}, ADAPTER)
     backward(whole, place, job, definitions.global_batches(job)[job.start])
@@ -153,20 +145,18 @@ class StatelessDropout(nn.Module):
         return x * mask.to(x.device) / (1 - self.job.dropout)
 
 
-def build_model(
-    job: Job, model: ModelConfig, dtype: torch.dtype, seed: int, device: torch.device = CPU
-) -> tuple[PeftModel, Place]:
+def build_model(job: Job, base: Base) -> tuple[PeftModel, Place]:
     """transformers' whole model with PEFT's adapter, both with the weights that training begins from; and where the
     model is told which sample it sees."""
-    place = Place()
+    place, (config, dtype, device) = Place(), base
     # PyTorch's attention: transformers' own rounds to float32.
     with torch.device(device):
-        base = AutoModelForCausalLM.from_config(hf_config(model), dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(hf_config(config), dtype=dtype, attn_implementation="sdpa")
     with torch.no_grad():
-        for name, parameter in base.named_parameters():
-            std = base.config.initializer_range
-            parameter.copy_(definitions.base_weight(name, parameter.shape, std, seed, dtype, device))
-    whole = get_peft_model(base, peft_config(job), ADAPTER, autocast_adapter_dtype=False)
+        for name, parameter in model.named_parameters():
+            std = model.config.initializer_range
+            parameter.copy_(definitions.base_weight(name, parameter.shape, std, SEED, dtype, device))
+    whole = get_peft_model(model, peft_config(job), ADAPTER, autocast_adapter_dtype=False)
     for name, layer in whole.named_modules():
         if isinstance(layer, Linear):
             name = name.removeprefix("base_model.model.")

@@ -13,7 +13,7 @@ from lorafusion.lab.checks import toy_runs
 from lorafusion.lab.checks.comparison import LOSS_TOLERANCE, WEIGHT_TOLERANCE
 from lorafusion.lab.checks.toy_runs import EXACT, TrainingResult, toy_jobs, train
 from lorafusion.lab.definitions import Text, synthetic_text
-from lorafusion.lab.plain_training import build_model, optimizer_of, summed_loss, train_plainly
+from lorafusion.lab.plain_training import Base, build_model, optimizer_of, summed_loss, train_plainly
 from lorafusion.lab.suite import Arrangement
 
 pytestmark = pytest.mark.usefixtures("forked_runs")
@@ -28,7 +28,7 @@ def jobs(**changes) -> tuple[Job, ...]:
 
 def assert_equal(workload: Workload, trained: TrainingResult, dtype: torch.dtype, loss: float, weight: float) -> None:
     for job in workload.jobs:
-        plain = train_plainly(job, TINY, dtype)
+        plain = train_plainly(job, Base(TINY, dtype), dtype)
         assert trained.losses[job.name] == pytest.approx(plain.losses, rel=loss)
         assert trained.weights[job.name].keys() == plain.weights.keys()
         for name, tensor in plain.weights.items():
@@ -79,7 +79,9 @@ def test_evaluations_are_those_of_plain_training(tmp_path, monkeypatch):
     for index, job in enumerate(workload.jobs):
         found = {event["step"]: event["evaluation"] for event in events if event["adapter"] == index}
         assert list(found) == [4, 6]
-        assert found == pytest.approx(train_plainly(job, TINY, torch.float64).evaluations, rel=LOSS_TOLERANCE)
+        assert found == pytest.approx(
+            train_plainly(job, Base(TINY, torch.float64), torch.float64).evaluations, rel=LOSS_TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -96,7 +98,7 @@ def test_learning_rates_are_those_of_transformers(schedule, warmup):
 @pytest.mark.parametrize("first_label", [1, 5])
 def test_the_loss_is_transformers_own_of_the_tokens_that_are_learnt(first_label):
     job = jobs(dropout=0.0)[0]
-    whole, _ = build_model(job, TINY, torch.float32, 1)
+    whole, _ = build_model(job, Base(TINY, torch.float32))
     ids = synthetic_text(job, Sample(0, 9), TINY.vocab_size).ids
     labels = ids.clone()
     labels[:first_label] = -100

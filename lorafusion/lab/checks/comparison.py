@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Job
 from lorafusion.lab.checks.toy_runs import Setup, TrainingResult, train_plainly
 from lorafusion.lab.checks.verdicts import Evidence
-
-if TYPE_CHECKING:
-    import torch
 
 # Packing changes the shapes of the matrix products and so the order of their sums, and Adam, which divides a gradient
 # by its own size, hands the relative rounding of one that nearly cancels on to the weight. In float32 one element in

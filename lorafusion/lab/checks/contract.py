@@ -119,21 +119,13 @@ def check_contracts(record: Path, device: str, replace: bool = False) -> str:
     replace: write it there. Systems that cannot run here are left as they are recorded."""
     systems = read_systems()
     names = [name for name, entry in systems.items() if not unavailable(entry)]
-    recorded = read_record(record) if record.exists() or not replace else {}
+    recorded = read_json(record, "record of what systems cost") if record.exists() or not replace else {}
     measured = contracts(names, device)
     expected = {name: recorded[name] for name in recorded if name not in systems or name in measured}
     if replace:
         kept = {name: contract for name, contract in recorded.items() if name in systems} | measured
-        write(record, text_of({name: kept[name] for name in systems if name in kept}))
+        write(record, json.dumps({name: kept[name] for name in systems if name in kept}, indent=1) + "\n")
     return difference(expected, measured)
-
-
-def read_record(path: Path) -> dict[str, dict]:
-    return read_json(path, "record of what systems cost")
-
-
-def text_of(contracts: dict[str, dict]) -> str:
-    return json.dumps(contracts, indent=1) + "\n"
 
 
 def difference(recorded: dict[str, dict], measured: dict[str, dict]) -> str:

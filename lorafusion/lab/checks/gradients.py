@@ -27,7 +27,7 @@ from lorafusion.core.schema import UserError, one_of
 from lorafusion.core.workload import MERGED, MERGED_PARTS, Job, Workload
 from lorafusion.lab import plain_training
 from lorafusion.lab.checks.systems import possible, systems_of
-from lorafusion.lab.checks.toy_runs import SINGLE, Setup, TrainingResult, setups_of, toy_jobs, train
+from lorafusion.lab.checks.toy_runs import SINGLE, Setup, Tensors, TrainingResult, setups_of, toy_jobs, train
 from lorafusion.lab.checks.verdicts import Curve, Evidence, Verdict, left_out
 from lorafusion.lab.experiments.end_to_end import unavailable
 from lorafusion.lab.suite import Arrangement, Suite
@@ -37,8 +37,6 @@ MOST_LENGTH_ERROR = 0.01
 CAPACITY = 88  # tokens of the toy jobs: two microbatches with samples of both
 TERM = 0.5  # size of the LoRA term, where the base linear's output has 1
 ONE_STEP = {"start": 1, "steps": 2}  # not the first: the job's stream is not at its beginning
-
-Tensors = dict[str, torch.Tensor]
 
 
 def check_suite(suite: Suite) -> tuple[Verdict, list[Curve]]:
@@ -78,18 +76,12 @@ class ExpectedGradients:
     def of(cls, setup: Setup, dropout: float, merged: bool = False) -> ExpectedGradients:
         """By plain libraries, in float64 and in the setup's dtype. merged: q, k and v are one linear in the runs;
         plain libraries have one A for the three, which is the same adapter if nothing is dropped."""
-        device, drawn = torch.device(setup.device), getattr(torch, setup.dtype)
         jobs = [job.model_copy(update=ONE_STEP) for job in toy_jobs(dropout=dropout, stretch=setup.stretch)]
         plain = [_apart(job) for job in jobs] if merged else jobs
         weights = {job.name: _initial(job, setup, merged) for job in plain}
         exact, rounded = (
-            {
-                job.name: plain_training.gradients_plainly(
-                    job, setup.config, weights[job.name], dtype, drawn, device=device
-                )
-                for job in plain
-            }
-            for dtype in (torch.float64, drawn)
+            {job.name: plain_training.gradients_plainly(job, setup.base, weights[job.name], dtype) for job in plain}
+            for dtype in (torch.float64, setup.base.drawn)
         )
         if not merged:
             return cls(tuple(jobs), weights, exact, rounded)
@@ -185,8 +177,7 @@ def _is_mixed(plan: Plan) -> bool:
 
 def _initial(job: Job, setup: Setup, tied: bool) -> Tensors:
     """An adapter with A as it is drawn, one for q, k and v where tied, and a B that makes the LoRA term TERM large."""
-    device, dtype = torch.device(setup.device), getattr(torch, setup.dtype)
-    weights = plain_training.adapter_weights(plain_training.build_model(job, setup.config, dtype, 1, device)[0])
+    weights = plain_training.adapter_weights(plain_training.build_model(job, setup.base)[0])
     generator = torch.Generator().manual_seed(job.seed)
     for name, tensor in weights.items():
         if "lora_B" in name:

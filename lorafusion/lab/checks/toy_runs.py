@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
+from lorafusion.core.clock import free_memory
 from lorafusion.core.config import ModelConfig, read_model
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import ALL_LINEAR, Job, Sample, Workload
+from lorafusion.engine.checkpoint import seal_initial
+from lorafusion.lab import plain_training
 from lorafusion.lab.forked import launch
 from lorafusion.lab.suite import Arrangement, Suite
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
 
-if TYPE_CHECKING:
-    import torch
-
 RUN_SECONDS = 300
+Tensors = dict[str, torch.Tensor]  # of an adapter, by their names
 SINGLE = Arrangement(1, 1, False)
 CAPACITY = 96  # of a microbatch, in tokens of the toy jobs
 
@@ -57,15 +59,15 @@ class Setup(NamedTuple):
         config = read_model(self.model)
         return config.model_copy(update={"num_hidden_layers": self.layers}) if self.layers else config
 
+    @property
+    def base(self) -> plain_training.Base:
+        return plain_training.Base(self.config, getattr(torch, self.dtype), torch.device(self.device))
+
     def has_room_for(self, arrangement: Arrangement) -> bool:
         """Has the model as many layers as stages, and this machine as many GPUs as processes?"""
         if arrangement.stages > self.config.num_hidden_layers:
             return False
-        if self.device == "cpu":
-            return True
-        import torch
-
-        return arrangement.stages * arrangement.replicas <= torch.cuda.device_count()
+        return self.device == "cpu" or arrangement.stages * arrangement.replicas <= torch.cuda.device_count()
 
 
 EXACT = Setup()
@@ -87,54 +89,27 @@ class TrainingResult:
     of each one's first step, where they were asked for; and the plan that was followed, if there was one."""
 
     losses: dict[str, list[float]]
-    weights: dict[str, dict]
-    gradients: dict[str, dict] = field(default_factory=dict)
+    weights: dict[str, Tensors]
+    gradients: dict[str, Tensors] = field(default_factory=dict)
     plan: Plan | None = None
-
-    @property
-    def is_finite(self) -> bool:
-        losses = [loss for losses in self.losses.values() for loss in losses]
-        tensors = [tensor for weights in self.weights.values() for tensor in weights.values()]
-        return all(map(math.isfinite, losses)) and all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def toy_jobs(learning_rate: float = 1e-2, dropout: float = 0.1, stretch: int = 1) -> tuple[Job, ...]:
     """Two adapters that differ in everything that must not leak from one to the other. No border between samples that
     are stretched is a multiple of anything."""
-    lengths = (
-        [19, 7, 33, 12, 26, 5, 14, 21, 9, 30, 17, 11],
-        [40, 8, 15, 23, 6, 31, 10, 18],
-    )
+    lengths = ([19, 7, 33, 12, 26, 5, 14, 21, 9, 30, 17, 11], [40, 8, 15, 23, 6, 31, 10, 18])
     shapes = ((4, 8.0, dropout, 4, ("q_proj", "v_proj", "down_proj")), (6, 6.0, 2 * dropout, 3, ALL_LINEAR))
     return tuple(
-        Job(
-            name=f"job-{index}",
-            dataset="toy",
-            rank=rank,
-            alpha=alpha,
-            dropout=probability,
-            target_modules=modules,
-            learning_rate=learning_rate,
-            seed=index + 1,
-            global_batch_size=batch,
-            epochs=2,
-            samples=tuple(Sample(i, stretch * (tokens - 1) + 1) for i, tokens in enumerate(lengths[index])),
-        )
+        Job(name=f"job-{index}", dataset="toy", rank=rank, alpha=alpha, dropout=probability, target_modules=modules,
+            learning_rate=learning_rate, seed=index + 1, global_batch_size=batch, epochs=2,
+            samples=tuple(Sample(i, stretch * (tokens - 1) + 1) for i, tokens in enumerate(lengths[index])))
         for index, (rank, alpha, probability, batch, modules) in enumerate(shapes)
-    )
+    )  # fmt: skip
 
 
 def train_plainly(jobs: Sequence[Job], setup: Setup, dtype: str) -> TrainingResult:
     """Each job by plain libraries, from the weights that runs of the setup begin with."""
-    import torch
-
-    from lorafusion.lab import plain_training
-
-    drawn, device = getattr(torch, setup.dtype), torch.device(setup.device)
-    results = {
-        job.name: plain_training.train_plainly(job, setup.config, getattr(torch, dtype), device=device, drawn=drawn)
-        for job in jobs
-    }
+    results = {job.name: plain_training.train_plainly(job, setup.base, getattr(torch, dtype)) for job in jobs}
     losses = {name: result.losses for name, result in results.items()}
     return TrainingResult(losses, {name: result.weights for name, result in results.items()})
 
@@ -145,7 +120,7 @@ def train(
     arrangement: Arrangement = SINGLE,
     capacity: int = CAPACITY,
     setup: Setup = EXACT,
-    initial: dict[str, dict[str, torch.Tensor]] | None = None,
+    initial: dict[str, Tensors] | None = None,
 ) -> TrainingResult:
     """Train a workload by a system and bring back losses and adapters.
 
@@ -161,17 +136,18 @@ def train(
             write_initial(workload.jobs, initial, folder / "initial")
             settings |= {"initial": str(folder / "initial"), "save_gradients": str(folder / "gradients")}
         spec = write_spec(folder, system, setup.config.model_dump(mode="json"), workload, plan, **settings)
-        _release(setup)
+        free_memory()  # of a GPU, which plain training had, for the run's processes
         outcome = launch(spec, stages * replicas, RUN_SECONDS)
         run = f"check: the run of {system} on {stages} stage(s)"
         if outcome.status != "ok":
             raise UserError(f"{run} ended as {outcome.status}: {outcome.note}")
         weights = {job.name: _read_all(folder / "adapters" / job.name) for job in workload.jobs}
         gradients = {name: _read_all(folder / "gradients" / name) for name in initial or ()}
-        result = TrainingResult(outcome.report["losses"], weights, gradients, plan)
-        if not result.is_finite:
+        losses = outcome.report["losses"]
+        tensors = [tensor for adapter in weights.values() for tensor in adapter.values()]
+        if not all(map(math.isfinite, sum(losses.values(), []))) or not all(map(_is_finite, tensors)):
             raise UserError(f"{run} gave a loss or a weight that is no number")
-        return result
+        return TrainingResult(losses, weights, gradients, plan)
 
 
 def write_spec(folder: Path, system: str, model: dict, workload: Workload, plan: Plan, **settings: object) -> RunSpec:
@@ -183,22 +159,8 @@ def write_spec(folder: Path, system: str, model: dict, workload: Workload, plan:
     return RunSpec(system=system, adapter_dtype=settings["dtype"], **paths, **settings)
 
 
-def _release(setup: Setup) -> None:
-    """Leave a GPU's memory, which plain training had, to the run's processes."""
-    if setup.device == "cuda":
-        import torch
-
-        gc.collect()  # a model of PEFT is in a cycle
-        torch.cuda.empty_cache()
-
-
-def write_initial(jobs: Sequence[Job], adapters: dict[str, dict[str, torch.Tensor]], folder: Path) -> None:
+def write_initial(jobs: Sequence[Job], adapters: dict[str, Tensors], folder: Path) -> None:
     """Adapters that are trained in part, as a run finds them: weights, and optimizers without memory."""
-    import torch
-    from safetensors.torch import save_file
-
-    from lorafusion.engine.checkpoint import seal_initial
-
     folder.mkdir()
     for job in jobs:
         state = {"stopped": torch.zeros(()), "optimizer_steps": torch.tensor(float(job.start))}
@@ -210,8 +172,10 @@ def write_initial(jobs: Sequence[Job], adapters: dict[str, dict[str, torch.Tenso
     seal_initial(folder, {job.name: job.start for job in jobs})
 
 
-def _read_all(folder: Path) -> dict[str, torch.Tensor]:
+def _read_all(folder: Path) -> Tensors:
     """The tensors of all stages."""
-    from safetensors.torch import load_file
-
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all())

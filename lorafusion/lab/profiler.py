@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,11 +99,17 @@ def without_communication(spans: Iterable[Span]) -> list[Span]:
 
 def busy_nanoseconds(spans: Iterable[Span]) -> int:
     """In which at least one of them is there."""
-    busy = reached = 0
+    return sum(time for _, _, time in _in_turn(spans))
+
+
+def _in_turn(spans: Iterable[Span]) -> Iterator[tuple[Span, int, int]]:
+    """Spans as they began, the nanoseconds without any before each, and those for which it went on alone: after all
+    that began before it had ended."""
+    reached = None
     for span in sorted(spans, key=lambda span: span.begin):
-        busy += max(0, span.end - max(span.begin, reached))
+        reached = span.begin if reached is None else reached
+        yield span, max(0, span.begin - reached), max(0, span.end - max(span.begin, reached))
         reached = max(reached, span.end)
-    return busy
 
 
 def class_of(name: str) -> str:
@@ -118,13 +124,11 @@ def breakdown(spans: Sequence[Span], microbatches: int) -> dict[str, Part]:
     """
     times: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
-    reached = min(span.begin for span in spans)
-    for span in sorted(spans, key=lambda span: span.begin):
-        times[IDLE] += max(0, span.begin - reached)
+    for span, idle, time in _in_turn(spans):
         kind = class_of(span.name)
-        times[kind] += max(0, span.end - max(span.begin, reached))
+        times[IDLE] += idle
+        times[kind] += time
         counts[kind] += 1
-        reached = max(reached, span.end)
     return {
         name: Part(times[name] / 1e6 / microbatches, counts[name] // microbatches) for name in ORDER if name in times
     }
@@ -143,13 +147,13 @@ def busy_share(parts: dict[str, Part]) -> float:
     return 1 - parts[IDLE].milliseconds / sum(part.milliseconds for part in parts.values())
 
 
-def unknown_kernels(spans: Sequence[Span], most: int = 5) -> list[str]:
-    """Lines about the largest kernels of no class."""
+def unknown_kernels(spans: Sequence[Span]) -> list[str]:
+    """Lines about the five largest kernels of no class."""
     times: dict[str, int] = defaultdict(int)
     for span in spans:
         if class_of(span.name) == OTHER:
             times[span.name] += span.end - span.begin
-    largest = sorted(times, key=times.__getitem__, reverse=True)[:most]
+    largest = sorted(times, key=times.__getitem__, reverse=True)[:5]
     return [f"no class: {times[name] / 1e6:.3f} ms of {name[:150]}" for name in largest]
 
 

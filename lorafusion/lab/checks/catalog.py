@@ -44,15 +44,15 @@ def _measured(suite: Suite, check: str):
 
 @dataclass(frozen=True)
 class Check:
-    """A check of a suite.
+    """A check of a suite. Its code is the function `check_suite` of the module of its name, which returns a verdict and
+    curves of losses.
 
-    code: a function of a `Suite` that returns a verdict and curves of losses. tables: the kinds of measurements whose
-    figures need it. by_system: its figures name each system that was compared. curves: it has losses to draw.
-    minutes: Slurm's limit. processes: the most that run at once. depends_on: the settings that its verdict depends on.
+    tables: the kinds of measurements whose figures need it. by_system: its figures name each system that was compared.
+    curves: it has losses to draw. minutes: Slurm's limit. processes: the most that run at once. depends_on: the
+    settings that its verdict depends on.
     """
 
     help: str
-    code: str
     tables: tuple[Literal["runs", "steps", "kernels"], ...]
     by_system: bool = False
     curves: bool = False
@@ -63,16 +63,14 @@ class Check:
 
 CHECKS = {
     "lossless": Check(
-        help="Adapters trained together equal each alone, and that plain PEFT.",
-        code="lorafusion.lab.checks.lossless:check_suite",
+        "Adapters trained together equal each alone, and that plain PEFT.",
         tables=("runs",),
         curves=True,
         processes=_processes,
         depends_on=_arrangements,
     ),
     "systems": Check(
-        help="Each system trains what plain PEFT trains.",
-        code="lorafusion.lab.checks.systems:check_suite",
+        "Each system trains what plain PEFT trains.",
         tables=("runs",),
         by_system=True,
         minutes=30,
@@ -80,26 +78,15 @@ CHECKS = {
         depends_on=_arrangements_and_systems,
     ),
     "gradients": Check(
-        help="One step's gradients of each system against float64.",
-        code="lorafusion.lab.checks.gradients:check_suite",
+        "One step's gradients of each system against float64.",
         tables=("runs", "steps"),
         by_system=True,
         minutes=30,
         processes=_processes,
         depends_on=_arrangements_and_systems,
     ),
-    "learning": Check(
-        help="Weights change and the loss falls.",
-        code="lorafusion.lab.checks.learning:check_suite",
-        tables=("runs", "steps"),
-        minutes=10,
-    ),
-    "kernels": Check(
-        help="LoRA linears against float64.",
-        code="lorafusion.lab.checks.kernels:check_suite",
-        tables=("kernels",),
-        depends_on=_kernel_settings,
-    ),
+    "learning": Check("Weights change and the loss falls.", tables=("runs", "steps"), minutes=10),
+    "kernels": Check("LoRA linears against float64.", tables=("kernels",), depends_on=_kernel_settings),
 }
 
 
@@ -128,5 +115,5 @@ def run_check(name: str, suite_path: Path) -> Outcome:
     suite = read_suite(suite_path) if Path(suite_path).exists() else SuiteName(str(suite_path))
     settings = _measured(suite, name)
     require_device(settings, suite_path)
-    verdict, curves = load(CHECKS[name].code, "check")(suite)
+    verdict, curves = load(f"lorafusion.lab.checks.{name}:check_suite", "check")(suite)
     return Outcome(verdict, origin_of(suite.name, settings.device, settings.dtype), curves)

@@ -34,6 +34,7 @@ from lorafusion.lab.suite import Arrangement, Suite
 
 MOST_ERROR = 2.5
 MOST_LENGTH_ERROR = 0.01
+MASKED = "lorafusion"  # its dropout is a function of a token's place
 CAPACITY = 88  # tokens of the toy jobs: two microbatches with samples of both
 TERM = 0.5  # size of the LoRA term, where the base linear's output has 1
 ONE_STEP = {"start": 1, "steps": 2}  # not the first: the job's stream is not at its beginning
@@ -77,7 +78,7 @@ class ExpectedGradients:
         """By plain libraries, in float64 and in the setup's dtype. merged: q, k and v are one linear in the runs;
         plain libraries have one A for the three, which is the same adapter if nothing is dropped."""
         jobs = [job.model_copy(update=ONE_STEP) for job in toy_jobs(dropout=dropout, stretch=setup.stretch)]
-        plain = [_apart(job) for job in jobs] if merged else jobs
+        plain = [_targeting(job, *MERGED_PARTS) for job in jobs] if merged else jobs
         weights = {job.name: _initial(job, setup, merged) for job in plain}
         exact, rounded = (
             {job.name: plain_training.gradients_plainly(job, setup.base, weights[job.name], dtype) for job in plain}
@@ -85,7 +86,7 @@ class ExpectedGradients:
         )
         if not merged:
             return cls(tuple(jobs), weights, exact, rounded)
-        together = tuple(job.model_copy(update={"target_modules": _merged_modules(job)}) for job in plain)
+        together = tuple(_targeting(job, MERGED) for job in plain)
         first = {name: _joined(tensors, lambda parts: parts[0]) for name, tensors in weights.items()}
         sums = [{name: _joined(tensors, sum) for name, tensors in side.items()} for side in (exact, rounded)]
         return cls(together, first, *sums)
@@ -119,23 +120,19 @@ class Case(NamedTuple):
 
 
 def gradients(
-    names: Sequence[str],
-    arrangements: Sequence[Arrangement],
-    setups: Sequence[Setup],
-    merged: Sequence[str] = (),
-    masked: Sequence[str] = ("lorafusion",),
+    names: Sequence[str], arrangements: Sequence[Arrangement], setups: Sequence[Setup], merged: Sequence[str] = ()
 ) -> Verdict:
-    """One step of each system, from adapters whose B is not zero, has the gradients of float64. masked: systems whose
-    dropout is a function of a token's place; they are compared with it, too, and in every arrangement that a setup has
-    room for. merged: those that are compared with q, k and v as one linear, too."""
+    """One step of each system, from adapters whose B is not zero, has the gradients of float64. That whose dropout is a
+    function of a token's place is compared with it, too, and in every arrangement that a setup has room for. merged:
+    those that are compared with q, k and v as one linear, too."""
     systems, evidence, plans = read_systems(), Evidence(), []
-    every = list(dict.fromkeys((*names, *merged, *masked)))
+    every = list(dict.fromkeys((*names, *merged, MASKED)))
     for name in every:
         one_of("system", name, set(systems), "check gradients")
     able = [name for name in every if not unavailable(systems[name])]
     for setup in setups:
         possible_here = [SINGLE, *(item for item in arrangements if setup.has_room_for(item))]
-        chosen = [[name for name in able if name in group] for group in (names, masked, merged)]
+        chosen = [[name for name in able if name in group] for group in (names, merged)]
         for case in _cases(setup, list(dict.fromkeys(possible_here)), *chosen):
             expected = ExpectedGradients.of(setup, case.dropout, case.merged) if case.runs else None
             for name, arrangement in case.runs:
@@ -144,7 +141,7 @@ def gradients(
                 label, (error, length) = f"{name} as {arrangement}, {case} ({setup})", expected.errors(result.gradients)
                 evidence.add(f"{label}: error over that of plain libraries", error, MOST_ERROR)
                 evidence.add(f"{label}: of the length", length, MOST_LENGTH_ERROR)
-    if masked and not any(map(_is_mixed, plans)):
+    if not any(map(_is_mixed, plans)):
         raise UserError(
             "check gradients: no run had two microbatches, one with both adapters; it proves nothing of them"
         )
@@ -153,14 +150,12 @@ def gradients(
     return evidence.verdict("gradients", statement + left_out("as their package is missing", missing))
 
 
-def _cases(
-    setup: Setup, arrangements: list[Arrangement], names: list[str], masked: list[str], merged: list[str]
-) -> list[Case]:
+def _cases(setup: Setup, arrangements: list[Arrangement], names: list[str], merged: list[str]) -> list[Case]:
     """Of a large model not all systems are compared, but one of each kind."""
     systems, compared = read_systems(), _distinct(names) if setup.layers else names
     return [
         Case(0.0, False, [(name, possible(arrangements[-1], systems[name])) for name in compared]),
-        Case(0.1, False, [(name, arrangement) for name in masked for arrangement in arrangements]),
+        Case(0.1, False, [(MASKED, arrangement) for arrangement in arrangements]),
         Case(0.0, True, [(name, SINGLE) for name in merged]),
     ]
 
@@ -189,14 +184,10 @@ def _initial(job: Job, setup: Setup, tied: bool) -> Tensors:
     return weights
 
 
-def _apart(job: Job) -> Job:
-    """A job with q, k and v, where it has one of them."""
+def _targeting(job: Job, *linears: str) -> Job:
+    """A job with these for q, k and v."""
     rest = tuple(module for module in job.target_modules if module not in MERGED_PARTS)
-    return job.model_copy(update={"target_modules": (*MERGED_PARTS, *rest)})
-
-
-def _merged_modules(job: Job) -> tuple[str, ...]:
-    return (MERGED, *(module for module in job.target_modules if module not in MERGED_PARTS))
+    return job.model_copy(update={"target_modules": (*linears, *rest)})
 
 
 def _joined(tensors: Tensors, of_a: Callable[[list[torch.Tensor]], torch.Tensor]) -> Tensors:

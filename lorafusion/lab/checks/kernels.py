@@ -20,7 +20,6 @@ from fused_lora.philox import unpack
 from lorafusion.lab.checks.verdicts import Curve, Evidence, Verdict
 from lorafusion.lab.definitions import keep_mask_of_key
 from lorafusion.lab.experiments import EXPERIMENTS
-from lorafusion.lab.experiments.experiment import require_device
 from lorafusion.lab.experiments.kernel_suite import KernelSuite
 from lorafusion.lab.suite import Suite
 
@@ -47,6 +46,21 @@ class Problem:
         tensors = {"x": self.x.to(dtype), "weight": self.weight.to(dtype), "dy": self.dy.to(dtype)}
         return replace(self, adapters=adapters, **tensors)
 
+    def leaves(self) -> Problem:
+        """The same with an input and factors that autograd gives gradients."""
+        adapters = [
+            replace(item, a=item.a.detach().requires_grad_(), b=item.b.detach().requires_grad_())
+            for item in self.adapters
+        ]
+        return replace(self, x=self.x.detach().requires_grad_(), adapters=adapters)
+
+    def results(self, y: Tensor) -> dict[str, Tensor]:
+        """y, dx, and da and db of each adapter with tokens, for a y that was computed from leaves."""
+        y.backward(self.dy)
+        used = sorted({segment.adapter for segment in self.segments if segment.start < segment.stop})
+        da, db = ([getattr(self.adapters[i], name).grad for i in used] for name in ("a", "b"))
+        return {"y": y.detach(), "dx": self.x.grad, "da": torch.cat(da), "db": torch.cat(db, dim=1)}
+
 
 def check_suite(suite: Suite) -> tuple[Verdict, list[Curve]]:
     """The check of the entry of configs/kernels.yaml that has the suite's name."""
@@ -55,7 +69,6 @@ def check_suite(suite: Suite) -> tuple[Verdict, list[Curve]]:
 
 def verify(suite: KernelSuite, name: str) -> Verdict:
     """All cases of a kernel suite's `verify`: one adapter, and five of mixed rank, dropout and length."""
-    require_device(suite, f"configs/kernels.yaml: {name}")
     device, dtype = torch.device(suite.device), getattr(torch, suite.dtype)
     worst: dict[str, float] = {}
     wrong = 0
@@ -123,29 +136,24 @@ def errors(problem: Problem) -> dict[str, float]:
 def reference(problem: Problem) -> dict[str, Tensor]:
     """y, dx, and da and db of each adapter with tokens: the plain formula in the problem's dtype, its gradients by
     autograd, with masks from `lorafusion.lab.definitions`. Nothing of it is the code that is verified."""
-    p = problem
-    x = p.x.detach().requires_grad_()
-    factors = [(item.a.detach().requires_grad_(), item.b.detach().requires_grad_()) for item in p.adapters]
-    y = x @ p.weight.T
+    p = problem.leaves()
+    y = p.x @ p.weight.T
     for segment, mask in zip(p.segments, masks(p), strict=True):
         tokens, adapter = slice(segment.start, segment.stop), p.adapters[segment.adapter]
-        a, b = factors[segment.adapter]
-        s = (x[tokens] * mask) @ a.T * (adapter.scaling / (1 - adapter.dropout))
-        y = torch.cat([y[: segment.start], y[tokens] + s @ b.T, y[segment.stop :]])
-    y.backward(p.dy)
-    return _named(p, y.detach(), x.grad, [a.grad for a, _ in factors], [b.grad for _, b in factors])
+        s = (p.x[tokens] * mask) @ adapter.a.T * (adapter.scaling / (1 - adapter.dropout))
+        y = torch.cat([y[: segment.start], y[tokens] + s @ adapter.b.T, y[segment.stop :]])
+    return p.results(y)
 
 
 def masks(problem: Problem) -> list[Tensor]:
     """Each segment's mask by its definition: bool [tokens, columns]."""
     first, columns = int(problem.positions[0]), problem.x.shape[1]
-
-    def mask_of(segment: LoRASegment) -> Tensor:
-        adapter, tokens = problem.adapters[segment.adapter], segment.stop - segment.start
-        mask = keep_mask_of_key(adapter.key, adapter.dropout, first + segment.start, tokens, columns)
-        return mask.to(problem.x.device)
-
-    return [mask_of(segment) for segment in problem.segments]
+    pairs = [(segment, problem.adapters[segment.adapter]) for segment in problem.segments]
+    return [
+        keep_mask_of_key(adapter.key, adapter.dropout, first + segment.start, segment.stop - segment.start, columns)
+        .to(problem.x.device)
+        for segment, adapter in pairs
+    ]  # fmt: skip
 
 
 def wrong_mask_elements(problem: Problem) -> int:
@@ -163,17 +171,7 @@ def wrong_mask_elements(problem: Problem) -> int:
 
 def kernels(problem: Problem) -> dict[str, Tensor]:
     """The same by `lora_linears`."""
-    p = problem
-    x = p.x.detach().requires_grad_()
-    adapters = [
-        replace(item, a=item.a.detach().requires_grad_(), b=item.b.detach().requires_grad_()) for item in p.adapters
-    ]
-    table, batch = AdapterTable.of([adapters], x.device), LoRABatch.of(p.segments, p.positions)
-    [y] = lora_linears(x, [p.weight], [None], [adapters], batch, table=table)
-    y.backward(p.dy)
-    return _named(p, y.detach(), x.grad, [item.a.grad for item in adapters], [item.b.grad for item in adapters])
-
-
-def _named(problem: Problem, y: Tensor, dx: Tensor, da: list[Tensor], db: list[Tensor]) -> dict[str, Tensor]:
-    used = sorted({segment.adapter for segment in problem.segments if segment.start < segment.stop})
-    return {"y": y, "dx": dx, "da": torch.cat([da[i] for i in used]), "db": torch.cat([db[i].T for i in used]).T}
+    p = problem.leaves()
+    table, batch = AdapterTable.of([p.adapters], p.x.device), LoRABatch.of(p.segments, p.positions)
+    [y] = lora_linears(p.x, [p.weight], [None], [p.adapters], batch, table=table)
+    return p.results(y)

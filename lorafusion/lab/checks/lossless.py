@@ -21,17 +21,14 @@ def check_suite(suite: Suite) -> tuple[Verdict, list[Curve]]:
 
 
 def lossless(
-    arrangements: list[Arrangement],
-    system: str = "lorafusion",
-    dropout: float = 0.1,
-    setups: Sequence[Setup] = (EXACT,),
+    arrangements: list[Arrangement], system: str = "lorafusion", setups: Sequence[Setup] = (EXACT,)
 ) -> tuple[Verdict, list[Curve]]:
     """Two adapters trained together, in each arrangement that a setup has room for, and each trained alone equal
     training with plain transformers, PEFT and torch, step for step. So do two whose global batches end in one
     microbatch, with gradients that are clipped. The curves are those of the first setup."""
     evidence, curves = Evidence(), []
     for setup in setups:
-        jobs = _jobs_for(setup, dropout)
+        jobs = _jobs_for(setup)
         runs = _runs(jobs, [item for item in arrangements if setup.has_room_for(item)], system, setup)
         plain = PlainReference.of(jobs, setup)
         for trainer, result in runs.items():
@@ -53,11 +50,12 @@ def lossless(
     return evidence.verdict("lossless", statement), curves
 
 
-def _jobs_for(setup: Setup, dropout: float) -> tuple[Job, ...]:
+def _jobs_for(setup: Setup) -> tuple[Job, ...]:
     """The toy jobs; of a large model for one epoch and without dropout: to draw its masks on the CPU takes a minute,
     and the gradients are checked with them."""
-    jobs = toy_jobs(dropout=0.0 if setup.layers else dropout, stretch=setup.stretch)
-    return tuple(job.model_copy(update={"epochs": 1}) for job in jobs) if setup.layers else jobs
+    if not setup.layers:
+        return toy_jobs(stretch=setup.stretch)
+    return tuple(job.model_copy(update={"epochs": 1}) for job in toy_jobs(dropout=0.0, stretch=setup.stretch))
 
 
 def _runs(

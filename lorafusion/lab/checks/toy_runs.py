@@ -73,10 +73,10 @@ class Setup(NamedTuple):
 EXACT = Setup()
 
 
-def setups_of(suite: Suite | None) -> list[Setup]:
+def setups_of(suite: Suite) -> list[Setup]:
     """What a suite's checks train on: exactly on the CPU, always; and the measured path on the suite's own device and
     in its dtype, on the tiny model and on two layers of each of the suite's."""
-    if suite is None or suite.device == "cpu":
+    if suite.device == "cpu":
         return [EXACT]
     models = dict.fromkeys(model for grid in suite.cells for model in grid.models if model != EXACT.model)
     tiny = Setup(device=suite.device, dtype=suite.dtype)

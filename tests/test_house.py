@@ -49,9 +49,7 @@ TO_BE_MENDED: dict[str, set[str]] = {
     "laboratory_imports": set(),
     "unittest_imports": set(),
     "vague_names": set(),
-    "wide_modules": {
-        "lorafusion.lab.experiments.trainers",
-    },
+    "wide_modules": set(),
 }
 
 

@@ -1,4 +1,5 @@
-"""What a piece of work costs in operators of PyTorch: how many of which class, and the bytes that they move.
+"""What a piece of work costs in operators of PyTorch: how many of which class, the bytes that they move, and
+those that they keep.
 
 It counts on any device and never depends on its speed. On a GPU an operator may be several kernels, and kernels of
 Triton are none: `profiler` counts those.
@@ -107,6 +108,25 @@ def product_dtypes(operations: Iterable[Operation]) -> dict[str, int]:
     products = (operation for operation in operations if operation.kind == PRODUCTS)
     counts = Counter(" x ".join(sorted(set(operation.dtypes))) for operation in products)
     return dict(sorted(counts.items()))
+
+
+def saved_bytes(forward: Callable[[], torch.Tensor], frozen: set[int]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, each storage once.
+
+    frozen: storages (`data_ptr`) that exist anyway and are not counted: weights, and the input.
+    """
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        held = forward()  # while the graph lives, no storage is given away and counted twice or not at all
+    del held
+    return sum(kept.values())
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

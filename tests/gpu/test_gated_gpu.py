@@ -13,7 +13,8 @@ from lorafusion.lab.checks.kernels import MOST_ERROR, random_problem
 from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.experiments.implementations import Builder, Setting, Subject
 from lorafusion.lab.experiments.kernel_times import existing
-from lorafusion.lab.experiments.timing import own_stream, prepared, saved_bytes
+from lorafusion.lab.experiments.timing import own_stream, prepared
+from lorafusion.lab.operators import saved_bytes
 
 GPU = torch.device("cuda")
 # in, out, tokens, rank. Never a single token of rank 1, whose one number is as wrong as luck has it.

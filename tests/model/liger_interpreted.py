@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 from lorafusion.lab.experiments import EXPERIMENTS, implementations
 from lorafusion.lab.experiments.kernel_suite import KernelBench, KernelCase
 from lorafusion.lab.experiments.kernel_times import existing
-from lorafusion.lab.experiments.timing import saved_bytes
+from lorafusion.lab.operators import saved_bytes
 from lorafusion.model import liger
 
 TOKENS = 40

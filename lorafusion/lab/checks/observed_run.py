@@ -25,8 +25,7 @@ from lorafusion.engine.process import Process
 from lorafusion.engine.task import train
 from lorafusion.engine.timed import timed
 from lorafusion.lab import cost, profiler
-from lorafusion.lab.experiments.timing import saved_bytes
-from lorafusion.lab.operators import COMMUNICATION, Counting, Operation, by_class, product_dtypes
+from lorafusion.lab.operators import COMMUNICATION, Counting, Operation, by_class, product_dtypes, saved_bytes
 from lorafusion.launch.heartbeat import WAITING, Position
 from lorafusion.launch.spec import RunSpec
 

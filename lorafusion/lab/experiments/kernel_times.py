@@ -11,7 +11,8 @@ from lorafusion.core.config import read_model
 from lorafusion.lab.experiments.experiment import Point
 from lorafusion.lab.experiments.implementations import Builder, Setting, Subject
 from lorafusion.lab.experiments.kernel_suite import KernelBench, KernelCase, KernelSuite
-from lorafusion.lab.experiments.timing import canary_rows, median_ratio, own_stream, prepared, saved_bytes, seconds
+from lorafusion.lab.experiments.timing import canary_rows, median_ratio, own_stream, prepared, seconds
+from lorafusion.lab.operators import saved_bytes
 from lorafusion.lab.table.result import row
 
 PASSES = ("forward", "both")  # of a `Subject`; forward too as in training, recorded by autograd

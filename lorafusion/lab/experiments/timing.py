@@ -99,22 +99,3 @@ def canary_rows(device: torch.device, cell: str) -> list[dict]:
 def median_ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
     """The median over the rounds of a function's time over another's."""
     return statistics.median(time / other for time, other in zip(times, baseline, strict=True))
-
-
-def saved_bytes(forward: Callable[[], torch.Tensor], frozen: set[int]) -> int:
-    """Bytes that a forward pass keeps for its backward pass, each storage once.
-
-    frozen: storages (`data_ptr`) that exist anyway and are not counted: weights, and the input.
-    """
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        held = forward()  # while the graph lives, no storage is given away and counted twice or not at all
-    del held
-    return sum(kept.values())

@@ -17,8 +17,9 @@ from lorafusion.lab.checks import kernels
 from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.experiments.implementations import Builder, Setting
 from lorafusion.lab.experiments.kernel_times import measured
-from lorafusion.lab.experiments.timing import median_ratio, saved_bytes, seconds
+from lorafusion.lab.experiments.timing import median_ratio, seconds
 from lorafusion.lab.experiments.traffic import summed_bytes
+from lorafusion.lab.operators import saved_bytes
 from lorafusion.lab.table import table
 
 CPU = torch.device("cpu")

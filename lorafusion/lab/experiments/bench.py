@@ -74,16 +74,6 @@ def equal_jobs(count: int, **settings: Any) -> tuple[Job, ...]:
     )
 
 
-def by_name(benches: Iterable[tuple[str, Any]], source: str) -> dict[str, Any]:
-    """Benches by their names; `UserError` for a name that is there twice."""
-    named: dict[str, Any] = {}
-    for name, bench in benches:
-        if name in named:
-            raise UserError(f"{source}: bench {name} is in the suite twice")
-        named[name] = bench
-    return named
-
-
 class BenchExperiment(Experiment):
     """config: the file with an entry for each suite; entry: what one holds."""
 
@@ -92,9 +82,8 @@ class BenchExperiment(Experiment):
     memory_mb: ClassVar[int] = 16_000
 
     @abstractmethod
-    def subjects(self, entry: Any, source: str) -> dict[str, Any]:
-        """What the points of an entry measure, by their names; `UserError` for an unknown name or one that is there
-        twice."""
+    def subjects(self, entry: Any, source: str) -> Iterable[tuple[str, Any]]:
+        """The names of an entry's points, and what each measures; `UserError` for something unknown."""
 
     @abstractmethod
     def depends_on(self, point: Point) -> object:
@@ -110,10 +99,10 @@ class BenchExperiment(Experiment):
         of the lists. What fails is a row that says so."""
 
     def entries(self) -> dict[str, Any]:
-        """All entries of the file; `UserError` names the key that is wrong."""
+        """All entries of the file; `UserError` names the key that is wrong, in whichever entry."""
         entries = read_entries(self.config, self.entry)
         for name, entry in entries.items():
-            self.subjects(entry, f"{self.config}: {name}")
+            self._points_of(name, entry)
         return entries
 
     def entry_of(self, suite: str) -> Any:
@@ -125,8 +114,15 @@ class BenchExperiment(Experiment):
     def points(self, suite: str) -> list[Point]:
         name = suite_name(suite)
         entry = self.entries().get(name)
-        subjects = self.subjects(entry, f"{self.config}: {name}") if entry else {}
-        return [Point(name, name, key, entry.repeats, entry, subject) for key, subject in subjects.items()]
+        return self._points_of(name, entry) if entry else []
+
+    def _points_of(self, suite: str, entry: Any) -> list[Point]:
+        points: dict[str, Point] = {}
+        for name, subject in self.subjects(entry, f"{self.config}: {suite}"):
+            if name in points:
+                raise UserError(f"{self.config}: {suite}: bench {name} is in the suite twice")
+            points[name] = Point(suite, suite, name, entry.repeats, entry, subject)
+        return list(points.values())
 
     def key(self, point: Point) -> str:
         return content_hash(self.depends_on(point))

@@ -6,6 +6,7 @@ not taken for a difference between them. Each point of it, an implementation at 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lorafusion.core.config import names_in
 from lorafusion.core.schema import Config, one_of
 from lorafusion.core.workload import Dropout, Rank
-from lorafusion.lab.experiments.bench import Count, DeviceEntry, Variant, by_name, variants
+from lorafusion.lab.experiments.bench import Count, DeviceEntry, Variant, variants
 
 TokenCount = Annotated[int, Field(ge=1, le=2**24)]
 Features = Annotated[int, Field(ge=1, le=2**24)]
@@ -140,18 +141,16 @@ class KernelCase(Variant):
         return f"{bench.name}/tokens~{self.tokens}/implementation~{self.implementation}/adapters~{self.adapters}"
 
 
-def benches(suite: KernelSuite, source: str) -> dict[str, KernelBench]:
-    """The suite's processes by name; raises `UserError` for an unknown model or a bench that is there twice."""
-    every: list[KernelBench] = []
+def benches(suite: KernelSuite, source: str) -> Iterator[KernelBench]:
+    """The suite's processes; raises `UserError` for an unknown model."""
     for block in suite.linears:
         for shape, rank, dropout in product(block.shapes, block.ranks, block.dropouts):
             subject = f"linear~{shape[0]}x{shape[1]}"
-            every.append(KernelBench(subject=subject, rank=rank, dropout=dropout, block=block, shape=shape))
+            yield KernelBench(subject=subject, rank=rank, dropout=dropout, block=block, shape=shape)
     for block in suite.layers:
         for model, rank, dropout in product(block.models, block.ranks, block.dropouts):
             one_of("model", model, names_in("models"), source)
-            every.append(KernelBench(subject=f"layer~{model}", rank=rank, dropout=dropout, block=block, model=model))
-    return by_name(((bench.name, bench) for bench in every), source)
+            yield KernelBench(subject=f"layer~{model}", rank=rank, dropout=dropout, block=block, model=model)
 
 
 def traffic_benches(suite: KernelSuite) -> list[KernelBench]:

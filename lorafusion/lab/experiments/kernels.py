@@ -22,8 +22,8 @@ class Kernels(BenchExperiment):
     config = CONFIGS / "kernels.yaml"
     entry = KernelSuite
 
-    def subjects(self, entry: KernelSuite, source: str) -> dict[str, KernelBench]:
-        return benches(entry, source)
+    def subjects(self, entry: KernelSuite, source: str) -> Iterator[tuple[str, KernelBench]]:
+        return ((bench.name, bench) for bench in benches(entry, source))
 
     def points(self, suite: str) -> list[Point]:
         points = super().points(suite)

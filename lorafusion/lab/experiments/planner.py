@@ -20,7 +20,7 @@ from lorafusion.core.plugins import load
 from lorafusion.core.schema import MOST_TOKENS, Config, one_of
 from lorafusion.core.workload import Workload
 from lorafusion.data.lengths import make_workload
-from lorafusion.lab.experiments.bench import BenchExperiment, Count, Entry, by_name
+from lorafusion.lab.experiments.bench import BenchExperiment, Count, Entry
 from lorafusion.lab.experiments.experiment import Point
 from lorafusion.lab.table.result import row
 from lorafusion.planning import STRATEGIES, bounds, plan_workload
@@ -62,10 +62,6 @@ class PlannerSubject(NamedTuple):
     workload: str
     stages: int
 
-    @property
-    def name(self) -> str:
-        return f"workload~{self.workload}/stages~{self.stages}/samples~{self.grid.samples}"
-
 
 class Planner(BenchExperiment):
     """Plans of every strategy over a grid of workloads."""
@@ -75,18 +71,18 @@ class Planner(BenchExperiment):
     entry = PlannerSuite
     memory_mb = 4000
 
-    def subjects(self, entry: PlannerSuite, source: str) -> dict[str, PlannerSubject]:
+    def subjects(self, entry: PlannerSuite, source: str) -> Iterator[tuple[str, PlannerSubject]]:
         if entry.model:
             one_of("model", entry.model, names_in("models"), f"{source}.model")
-        subjects = []
         for index, grid in enumerate(entry.grids):
             where = f"{source}.grids.{index}"
             for workload in grid.workloads:
                 one_of("workload", workload, names_in("workloads"), where)
             for strategy in grid.strategies:
                 one_of("strategy", strategy, set(STRATEGIES), where)
-            subjects += [PlannerSubject(grid, *pair) for pair in product(grid.workloads, grid.stages)]
-        return by_name(((subject.name, subject) for subject in subjects), source)
+            for workload, stages in product(grid.workloads, grid.stages):
+                name = f"workload~{workload}/stages~{stages}/samples~{grid.samples}"
+                yield name, PlannerSubject(grid, workload, stages)
 
     def depends_on(self, point: Point) -> dict:
         settings = point.settings.model_dump(mode="json", exclude={"grids", "minutes", "repeats"})

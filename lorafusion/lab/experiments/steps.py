@@ -22,14 +22,14 @@ class Steps(BenchExperiment):
     config = CONFIGS / "steps.yaml"
     entry = StepsSuite
 
-    def subjects(self, entry: StepsSuite, source: str) -> dict[str, StepsBench]:
+    def subjects(self, entry: StepsSuite, source: str) -> Iterator[tuple[str, StepsBench]]:
         for name, bench in entry.benches.items():
             where = f"{source}.benches.{name}"
             one_of("model", bench.model, names_in("models"), where)
             layers = read_model(bench.model).num_hidden_layers
             if bench.stage[1] > layers:
                 raise UserError(f"{where}: {bench.stage[1]} stages, but model {bench.model} has only {layers} layers")
-        return entry.benches
+            yield name, bench
 
     def depends_on(self, point: Point) -> list:
         settings = point.settings.model_dump(mode="json", include={"device", "dtype", "rounds", "seed"})

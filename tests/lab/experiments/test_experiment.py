@@ -30,7 +30,7 @@ class Sums(BenchExperiment):
     entry = SumEntry
 
     def subjects(self, entry, source):
-        return {f"size~{size}": size for size in entry.sizes}
+        return ((f"size~{size}", size) for size in entry.sizes)
 
     def depends_on(self, point):
         return [point.settings.dtype, point.subject]

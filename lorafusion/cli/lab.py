@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from lorafusion.cli.common import ChecksFolder, CommandLine, Written, figure_files
 from lorafusion.core.plugins import import_extra
-from lorafusion.core.schema import UserError, one_of
+from lorafusion.core.schema import MOST_MINUTES, UserError, one_of
 
 lab_app = CommandLine(help="The laboratory: measure a suite of configs/suites, check it, draw its figures.")
 
@@ -49,15 +50,15 @@ def run(
     share: Annotated[
         str, typer.Option(help="I/N: part I, from 0, of N that share the work, each with its GPU")
     ] = "0/1",
-    seconds: Annotated[float, typer.Option(min=0.0, help="begin nothing after so long")] = float("inf"),
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, max=60 * MOST_MINUTES, help="begin nothing after so long")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="a kind of steps, or a part of their paths")] = None,
     folder: Folder = None,
 ) -> None:
     """Run a suite: all of it under Snakemake, its measurements in this process (--here), or one step (--step)."""
-    if not here and (share != "0/1" or seconds != float("inf") or only or folder):
+    if not here and (share != "0/1" or seconds is not None or only or folder):
         raise UserError("--share, --seconds, --only, --folder: expected --here with them")
-    if seconds != seconds:
-        raise UserError("--seconds: expected a number, found nan")
     if here and step is not None:
         raise UserError("--here, --step: expected one of them at most, found both")
     if step is not None:
@@ -76,7 +77,7 @@ def run(
         raise typer.Exit(reproduce(suite))
     from lorafusion.lab.commands import run_here
 
-    _finish(*run_here(suite, share, seconds, only or [], folder))
+    _finish(*run_here(suite, share, math.inf if seconds is None else seconds, only or [], folder))
 
 
 def _finish(folder: Path, left: int) -> None:

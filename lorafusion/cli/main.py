@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
+import signal
 import sys
 from importlib.metadata import version as version_of
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from lorafusion.cli.common import CommandLine
 from lorafusion.cli.lab import lab_app, reproduce_app
@@ -16,7 +21,7 @@ from lorafusion.cli.plan import plan_app
 from lorafusion.cli.train import train_app
 from lorafusion.cli.workload import workload_app
 from lorafusion.core.log import start_logging
-from lorafusion.core.schema import UserError
+from lorafusion.core.schema import UserError, shown
 
 app = CommandLine(help=__doc__, add_completion=True)
 for group in (train_app, patch_app, workload_app, reproduce_app):
@@ -46,14 +51,27 @@ def options(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and status 2."""
+    """Entry point: a user's mistake is a line and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
+    status = 2
     try:
-        sys.exit(app(prog_name="lorafusion", standalone_mode=False))
+        status = app(prog_name="lorafusion", standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
     except typer.TyperException as error:  # of a command that is called wrongly
         print(_usage_error(error), file=sys.stderr)
-    sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        status = 128 + signal.SIGINT
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC) or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries to write at its end too
+        if error.errno == errno.ENOSPC:
+            print(f"error: standard output: {error.strerror}", file=sys.stderr)
+    sys.exit(status)
 
 
 def _usage_error(error: typer.TyperException) -> str:
@@ -62,7 +80,9 @@ def _usage_error(error: typer.TyperException) -> str:
     if message.startswith("Usage: "):
         return message
     more = f" (see {context.command_path} --help)" if context else ""
-    return f"error: {UserError(message.rstrip('.') + more)}"
+    cause = error.__cause__
+    value = f" (found {shown(cause.errors()[0]['input'])})" if isinstance(cause, ValidationError) else ""
+    return f"error: {UserError(message.rstrip('.') + value + more)}"
 
 
 if __name__ == "__main__":

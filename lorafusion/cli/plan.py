@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from lorafusion.cli.common import CommandLine, Out, Written
 from lorafusion.core.files import write
-from lorafusion.core.schema import MOST_PROCESSES, MOST_TOKENS, UserError, one_of
+from lorafusion.core.schema import MOST_PROCESSES, MOST_STAGES, MOST_STEPS, MOST_TOKENS, UserError, one_of
 
 if TYPE_CHECKING:
     from lorafusion.core.config import ModelConfig
@@ -45,7 +45,7 @@ def make(
     system: Annotated[str | None, typer.Option(help="a name of configs/systems.yaml; by default lorafusion")] = None,
     strategy: Annotated[str | None, typer.Option(help="a strategy of the planner instead: fast, paper, ...")] = None,
     stages: Annotated[
-        int | None, typer.Option(min=1, max=MOST_PROCESSES, help="pipeline stages; by default the jobs file's, or 1")
+        int | None, typer.Option(min=1, max=MOST_STAGES, help="pipeline stages; by default the jobs file's, or 1")
     ] = None,
     capacity: Annotated[
         int | None,
@@ -120,8 +120,8 @@ def show(
     model: Annotated[str | None, typer.Option(help="a name of configs/models, whose costs are simulated")] = None,
     costs: Annotated[Path | None, typer.Option(help="a cost model (YAML) instead")] = None,
     schedule: Annotated[str | None, typer.Option(help="stream, flush, gpipe, greedy, sharded")] = None,
-    first: Annotated[int, typer.Option(min=0, help="first microbatch of the chart")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="microbatches of the chart")] = 24,
+    first: Annotated[int, typer.Option(min=0, max=MOST_STEPS, help="first microbatch of the chart")] = 0,
+    count: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="microbatches of the chart")] = 24,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="write the chart: .png, .svg, .pdf or .html"), Written()
     ] = None,
@@ -153,12 +153,10 @@ def propose(
     workload: Annotated[Path, typer.Argument(help="a workload file")],
     model: Annotated[str, typer.Option(help="a name of configs/models")],
     gpus: Annotated[int, typer.Option(min=1, max=MOST_PROCESSES, help="GPUs to use, all of them")],
-    memory: Annotated[float, typer.Option(min=1, help="GiB of a GPU")] = 80.0,
+    memory: Annotated[float, typer.Option(min=1, max=MOST_GIBIBYTES, help="GiB of a GPU")] = 80.0,
     checkpointing: Annotated[bool, typer.Option(help="recompute activations in the backward pass")] = False,
 ) -> None:
     """Propose stages, replicas and capacity, with the throughput that the simulator predicts for each choice."""
-    if not 1 <= memory <= MOST_GIBIBYTES:
-        raise UserError(f"--memory: expected 1 to {MOST_GIBIBYTES} GiB, found {memory}")
     from rich.console import Console
     from rich.table import Table
 

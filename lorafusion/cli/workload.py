@@ -9,7 +9,7 @@ import typer
 from lorafusion.cli.common import CommandLine, Out
 from lorafusion.core.config import config_path
 from lorafusion.core.files import write
-from lorafusion.core.schema import LEAST_SCALE, MOST_SAMPLES, MOST_SCALE, MOST_SEED, UserError
+from lorafusion.core.schema import LEAST_SCALE, MOST_SAMPLES, MOST_SCALE, MOST_SEED
 
 workload_app = CommandLine()
 
@@ -20,17 +20,15 @@ def workload(
     out: Out,
     samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="samples of an adapter")] = 1000,
     global_batch: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="samples of one optimizer step")] = 8,
-    length_scale: Annotated[float, typer.Option(help="divides the sample lengths")] = 1.0,
+    length_scale: Annotated[
+        float, typer.Option(min=LEAST_SCALE, max=MOST_SCALE, help="divides the sample lengths")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="draws the lengths")] = 1,
     merged_qkv: Annotated[bool, typer.Option("--merged-qkv", help="one adapter for q, k and v as one linear")] = False,
 ) -> None:
     """Draw a workload: adapters, and the lengths of their samples as in the datasets of the paper."""
     from lorafusion.data.lengths import make_workload
 
-    if not LEAST_SCALE <= length_scale <= MOST_SCALE:
-        raise UserError(
-            f"--length-scale: expected a number from {LEAST_SCALE:g} to {MOST_SCALE:g}, found {length_scale}"
-        )
     drawn = make_workload(
         config_path("workload", config),
         samples=samples,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lorafusion.core.files import read_yaml
-from lorafusion.core.schema import MOST_PROCESSES, MOST_TOKENS, Config, UserError, one_of, validated
+from lorafusion.core.schema import MOST_LAYERS, MOST_PROCESSES, MOST_TOKENS, Config, UserError, one_of, validated
 from lorafusion.core.source_tree import IS_CHECKOUT, ROOT
 
 # The build copies the checkout's folder into the package (setup.py).
@@ -25,7 +25,7 @@ class ModelConfig(Config):
     architecture: Literal["llama", "qwen2"]
     hidden_size: Size
     intermediate_size: Size
-    num_hidden_layers: int = Field(ge=1, le=10_000)
+    num_hidden_layers: int = Field(ge=1, le=MOST_LAYERS)
     num_attention_heads: Size
     num_key_value_heads: Size
     vocab_size: int = Field(ge=2, le=2**24)
@@ -38,6 +38,13 @@ class ModelConfig(Config):
         default="random", description="`random`, a local folder with safetensors, or a repository on the hub"
     )
     revision: str | None = Field(default=None, description="commit or tag on the hub")
+
+    @model_validator(mode="after")
+    def _has_whole_heads(self) -> ModelConfig:
+        for key, of in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+            if getattr(self, key) % getattr(self, of):
+                raise ValueError(f"{of}: expected a divisor of {key} {getattr(self, key)}, found {getattr(self, of)}")
+        return self
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:

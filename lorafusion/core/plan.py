@@ -23,7 +23,7 @@ from typing import Final, Literal
 
 from pydantic import Field
 
-from lorafusion.core.schema import MOST_PROCESSES, MOST_TOKENS, Data, Float, Int, UserError, validated
+from lorafusion.core.schema import MOST_PROCESSES, MOST_STAGES, MOST_TOKENS, Data, Float, Int, UserError, validated
 from lorafusion.core.workload import Job, Workload, content_hash, read_versioned
 
 VERSION: Final = 1
@@ -86,7 +86,7 @@ class Plan(Data):
     version: Literal[1] = VERSION
     system: str
     workload_hash: str
-    stages: Int = Field(ge=1, le=MOST_PROCESSES)
+    stages: Int = Field(ge=1, le=MOST_STAGES)
     data_parallel: Int = Field(default=1, ge=1, le=MOST_PROCESSES)
     capacity: Int = Field(ge=1, le=MOST_TOKENS, description="tokens that a microbatch may hold")
     flush: bool = False

@@ -145,10 +145,13 @@ MOST_REPEATS = 1000
 MOST_SAMPLES = 1_000_000
 MOST_TOKENS = 2**31 - 1
 MOST_MINUTES = 43_200  # 30 days
-MOST_PROCESSES = 65_536
+MOST_PROCESSES = 4096
+MOST_STAGES = 128  # of a pipeline: each has a layer at least
+MOST_LAYERS = 1000
 MOST_SEED = 2**31 - 1  # adapter i draws with the seed + i, below 2**32
 MOST_EPOCHS = 10_000
 MOST_STEPS = 1_000_000_000
+MOST_STREAM = 10_000_000  # samples of all epochs: a plan of them takes minutes and gigabytes
 # Numbers of an optimizer, beyond which no training is one.
 MOST_RATE = 100.0
 MOST_ALPHA = 1e6

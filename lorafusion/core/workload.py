@@ -33,6 +33,7 @@ from lorafusion.core.schema import (
     MOST_RATE,
     MOST_SAMPLES,
     MOST_STEPS,
+    MOST_STREAM,
     MOST_TOKENS,
     Data,
     Float,
@@ -145,6 +146,9 @@ class Job(Hyperparameters, _Frozen):
 
     @model_validator(mode="after")
     def _has_something_to_do(self) -> Job:
+        stream = self.epochs * len(self.samples)
+        if min(stream, (self.steps or stream) * self.global_batch_size) > MOST_STREAM:
+            raise ValueError(f"epochs: {stream} samples of all of them, expected {MOST_STREAM} at most")
         if self.start >= len(self.batches):
             raise ValueError(f"start: {self.start} of {len(self.batches)} global batches are trained, nothing remains")
         if self.evaluate_every and not self.evaluation:

@@ -20,7 +20,7 @@ from lorafusion.core.plan import Plan, check
 from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
 from lorafusion.lab.suite import Grid, Suite
-from lorafusion.train.config import TrainConfig, TrainJob, read_train_config
+from lorafusion.train.config import JOB_KEYS, TrainConfig, read_train_config
 from tests.checkout import Checkout
 
 ROOT = CONFIGS.parent
@@ -107,7 +107,7 @@ def code_spans(document: str) -> list[str]:
 # A page of reference, the heading of a table of keys, and the class that has them, with keys of the file alone.
 KEYS = [
     ("jobs-file.md", "Keys of the file", {*TrainConfig.model_fields, "defaults"} - {"path"}),
-    ("jobs-file.md", "Keys of a job", set(TrainJob.model_fields)),
+    ("jobs-file.md", "Keys of a job", JOB_KEYS),
     ("suites.md", "Keys of a suite", set(Suite.model_fields)),
     ("suites.md", "Keys of a block", set(Grid.model_fields)),
 ]

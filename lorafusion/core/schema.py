@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -100,13 +100,18 @@ def _message(mistake: Any, names: set[str]) -> str:
     """names: the keys that may stand where the mistake is."""
     kind, value, message = mistake["type"], mistake["input"], mistake["msg"].removeprefix("Value error, ")
     if kind == UNKNOWN:
-        close = get_close_matches(str(mistake["loc"][-1]), names, 1)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(names))}"
-        return f"unknown key (found {shown(value)}); {hint}"
+        return unknown_key(mistake["loc"][-1], value, names)
     if kind == "model_type":
         return f"expected a mapping (found {shown(value)})"
     whole = kind in ("missing", "value_error") and isinstance(value, dict | list | tuple | BaseModel)
     return message[0].lower() + message[1:] + ("" if whole else f" (found {shown(value)})")
+
+
+def unknown_key(key: object, value: object, names: Iterable[str], others: Iterable[str] = ()) -> str:
+    """What is wrong with a key that is none of those that may stand there. others: that may too, but are not listed."""
+    close = get_close_matches(str(key), [*names, *others], 1)
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(names))}"
+    return f"unknown key (found {shown(value)}); {hint}"
 
 
 def _place(model: type[BaseModel], location: tuple[int | str, ...], unknown: bool) -> tuple[str, set[str]]:

@@ -7,20 +7,31 @@ The pydantic models are the schema. A block's kind is told by the one key that o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from string import Formatter
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from lorafusion.core.files import named_path
-from lorafusion.core.schema import LEAST_SCALE, MOST_SAMPLES, MOST_SCALE, MOST_TOKENS, Config, UserError, validated
+from lorafusion.core.files import named_path, parse_json
+from lorafusion.core.schema import (
+    LEAST_SCALE,
+    MOST_SAMPLES,
+    MOST_SCALE,
+    MOST_TOKENS,
+    Config,
+    Mistakes,
+    UserError,
+    shown,
+    validated,
+)
 from lorafusion.data.lengths import MIXED, read_table
 
 SYNTHETIC = "synthetic:"  # how the name of a dataset begins whose tokens are made up when they are needed
 SPEAKER_AND_TEXT = (("role", "content"), ("from", "value"))  # keys of a message of a chat, in both common forms
+MOST_LINE = 1 << 26  # bytes of a row
 Files = Annotated[
     tuple[Path, ...],
     BeforeValidator(
@@ -29,6 +40,13 @@ Files = Annotated[
     ),
     Field(min_length=1, description="one file, or a list of files"),
 ]
+
+
+class Row(NamedTuple):
+    """The fields of a row, and where it stands for the message of a mistake in it."""
+
+    where: str
+    fields: dict[str, object]
 
 
 class Rows(Config):
@@ -118,7 +136,7 @@ def data_block(value: object, source: str, folder: Path) -> Data:
     """The block that a mapping describes, its files found from `folder`; `UserError` names `source` and the key."""
     expected = f"expected a mapping with one of the keys {', '.join(KINDS)}"
     if not isinstance(value, dict):
-        raise UserError(f"{source}: {expected}, found {value!r}")
+        raise UserError(f"{source}: {expected}, found {shown(value)}")
     kinds = [kind for kind in KINDS if kind in value]
     if len(kinds) != 1:
         raise UserError(f"{source}: {expected}, found {', '.join(map(str, value)) or 'none'}")
@@ -127,10 +145,45 @@ def data_block(value: object, source: str, folder: Path) -> Data:
     if kind not in ("jsonl", "text"):
         return block
     files = tuple(named_path(folder, path, f"{source}.{kind}") for path in getattr(block, kind))
+    mistakes = Mistakes()
     for path in files:
-        if not path.is_file():
-            raise UserError(f"{source}.{kind}: no such file {path}")
+        with mistakes.gathered():
+            if not path.is_file():
+                problem = "expected a file, found something else at" if path.exists() else "no such file"
+                raise UserError(f"{source}.{kind}: {problem} {path}")
+            if isinstance(block, JsonlData):
+                _require_fields(block, path, source)
+    mistakes.require_none()
     return block.model_copy(update={kind: files})
+
+
+def _require_fields(block: JsonlData, path: Path, source: str) -> None:
+    """Raise `UserError` where the first row of a file is none, or has not all fields of the templates: a mistake in the
+    block, that is told before anything is loaded."""
+    try:
+        where, fields = next(file_rows(path))
+        for template in (block.prompt, block.completion):
+            _require_in(fields, template, where)
+    except UserError as error:
+        raise UserError(*(f"{source}: {mistake}" for mistake in error.mistakes)) from None
+
+
+def file_rows(path: Path) -> Iterator[Row]:
+    """The rows of a JSONL file, blank lines left out. Raises `UserError` for a line that is none, and for no rows."""
+    empty = True
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(partial(file.readline, MOST_LINE + 1), b""), 1):
+            where = f"{path}:{number}"
+            if len(line) > MOST_LINE:
+                raise UserError(f"{where}: expected a row of at most {MOST_LINE} bytes, found more")
+            if line.strip():
+                empty = False
+                fields = parse_json(line, where)
+                if not isinstance(fields, dict):
+                    raise UserError(f"{where}: expected a JSON object, found a {type(fields).__name__}")
+                yield Row(where, fields)
+    if empty:
+        raise UserError(f"{path}: no rows; expected a JSON object a line")
 
 
 @lru_cache
@@ -153,16 +206,22 @@ def fill(template: str, row: Mapping[str, object], where: str) -> str:
     """A template with a row's fields: text as it is, everything else as JSON has it. `UserError` names `where` and the
     field that cannot be put in."""
     out = []
+    _require_in(row, template, where)
     for text, field in pieces(template):
         out.append(text)
         if field is None:
             continue
-        if field not in row:
-            raise UserError(f"{where}: no field {field!r}; found {', '.join(row) or 'none'}")
         if row[field] is None:
             raise UserError(f"{where}: field {field!r} is null; expected a value to put into the template")
         out.append(_as_text(row[field], f"{where}: field {field!r}"))
     return "".join(out)
+
+
+def _require_in(row: Mapping[str, object], template: str, where: str) -> None:
+    """Raise `UserError` unless a row has all fields of a template."""
+    for _, field in pieces(template):
+        if field is not None and field not in row:
+            raise UserError(f"{where}: no field {field!r}; found {', '.join(row) or 'none'}")
 
 
 def is_blank(template: str, row: Mapping[str, object]) -> bool:

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from lorafusion.core.files import parse_json
 from lorafusion.core.hub import HUB_ERRORS
 from lorafusion.core.plugins import import_extra
 from lorafusion.core.progress import progress
 from lorafusion.core.schema import UserError
-from lorafusion.data.blocks import HubData, JsonlData, TextData, fill, is_blank
+from lorafusion.data.blocks import HubData, JsonlData, Row, TextData, file_rows, fill, is_blank
 from lorafusion.data.encoder import Encoder, Specials, begins_with, ends_with
 from lorafusion.data.plain_text import token_runs
 
@@ -26,16 +24,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BATCH, BATCH_CHARACTERS = 1000, 1 << 24  # rows that are tokenised in parallel, and when fewer are enough
-MOST_LINE = 1 << 26  # bytes of a row
 PART = 1 << 20  # bytes that are read at once to count lines
 LARGE = 10_000  # rows from which on a progress bar is shown
-
-
-class Row(NamedTuple):
-    """The fields of one row, and where it stands for the message of a mistake in it."""
-
-    where: str
-    fields: dict[str, object]
 
 
 class Text(NamedTuple):
@@ -169,28 +159,7 @@ def _jsonl_rows(block: JsonlData) -> tuple[Iterator[Row], int]:
     for path in block.jsonl:
         with open(path, "rb") as file:
             total += sum(part.count(b"\n") for part in iter(partial(file.read, PART), b""))
-    return (row for path in block.jsonl for row in _file_rows(path)), total
-
-
-def _file_rows(path: Path) -> Iterator[Row]:
-    empty = True
-    with open(path, "rb") as file:
-        for number, line in enumerate(iter(partial(file.readline, MOST_LINE + 1), b""), 1):
-            where = f"{path}:{number}"
-            if len(line) > MOST_LINE:
-                raise UserError(f"{where}: expected a row of at most {MOST_LINE} bytes, found more")
-            if line.strip():
-                empty = False
-                yield Row(where, _object(line, where))
-    if empty:
-        raise UserError(f"{path}: no rows; expected a JSON object a line")
-
-
-def _object(line: bytes, where: str) -> dict[str, object]:
-    value = parse_json(line, where)
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a JSON object, found a {type(value).__name__}")
-    return value
+    return (row for path in block.jsonl for row in file_rows(path)), total
 
 
 def hub_dataset(block: HubData) -> Dataset:

@@ -7,8 +7,9 @@ mean in `lorafusion.core.workload`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -23,8 +24,10 @@ from lorafusion.core.schema import (
     MOST_STEPS,
     MOST_TOKENS,
     Config,
+    Mistakes,
     UserError,
-    one_of,
+    meant,
+    shown,
     validated,
 )
 from lorafusion.core.workload import (
@@ -40,11 +43,15 @@ from lorafusion.core.workload import (
     Rank,
     Schedule,
 )
-from lorafusion.data.blocks import Data, SyntheticData, data_block
+from lorafusion.data.blocks import Data, SyntheticData, SyntheticSamples, data_block
 from lorafusion.launch.spec import DType
+from lorafusion.train.other_tools import BATCH, Stated, over, translated, with_global_batch
 
 DEFAULT_MAX_LENGTH = 4096
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+NOWHERE = "/"  # in the place of what cannot be
+
+Read = TypeVar("Read", bound=Config)
 
 
 class TrainJob(Hyperparameters, Config):
@@ -83,6 +90,19 @@ class TrainJob(Hyperparameters, Config):
     # Both as transformers' Trainer has them; in a workload each step depends on its own gradient alone.
     schedule: Schedule = "linear"
     max_grad_norm: GradientNorm = 1.0
+    warmup_ratio: float = Field(
+        default=0.0, ge=0, lt=1, description="the share of the steps that is warm-up; instead of warmup_steps"
+    )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _may_be_a_text(cls, value: object) -> object:
+        if value in ("all", "all-linear", ["all-linear"]):
+            return ALL_LINEAR
+        if not isinstance(value, str):
+            return value
+        names = [name.strip() for name in value.split(",")]
+        return names if {*names} <= {*ALL_LINEAR} else [value]
 
     @field_validator("evaluation", mode="before")
     @classmethod
@@ -93,10 +113,16 @@ class TrainJob(Hyperparameters, Config):
 
     @field_validator("target_modules")
     @classmethod
-    def _are_linears(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _are_linears_or_a_pattern(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name not in ALL_LINEAR:
+            if name in ALL_LINEAR:
+                continue
+            if len(value) > 1 or not re.search(r"\W", name):
                 raise ValueError(f"unknown linear {name!r}; known: {', '.join(ALL_LINEAR)}")
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(f"not a regular expression ({error})") from None
         return value
 
     @field_validator("evaluation")
@@ -181,15 +207,6 @@ class TrainConfig(Config):
             raise ValueError(f"{processes} processes cannot hold replicas of equal size")
         return value
 
-    @field_validator("jobs")
-    @classmethod
-    def _have_distinct_names(cls, value: tuple[TrainJob, ...]) -> tuple[TrainJob, ...]:
-        names = [job.name for job in value]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"two are named {repeated[0]!r}; adapters need distinct names")
-        return value
-
     @property
     def stages(self) -> int:
         return self.processes // self.data_parallel
@@ -210,68 +227,117 @@ class TrainConfig(Config):
         return self.model.endswith(".yaml") or self.model in names_in("models")
 
 
+FILE_KEYS = {*TrainConfig.model_fields, "defaults"} - {"path"}
+JOB_KEYS = {*TrainJob.model_fields, *BATCH}
+# In the place of what is wrong, so that the rest is read too.
+NO_JOB = TrainJob(name="none", data=SyntheticData(synthetic=SyntheticSamples()))
+
+
 def read_train_config(path: str | Path) -> TrainConfig:
-    """The jobs file at `path`. Every mistake is a `UserError` that names the file, the job and the key."""
-    path = Path(path)
-    data = read_yaml(path)
-    folder = path.absolute().parent
-    if "path" in data:
-        raise UserError(f"{path}: path: extra inputs are not permitted (found {data['path']!r})")
-    defaults = data.pop("defaults", None)
-    defaults = {} if defaults is None else _mapping(defaults, f"{path}: defaults")
-    for key in defaults:
-        one_of("key", key, set(TrainJob.model_fields) - {"name"}, f"{path}: defaults")
-    jobs = data.get("jobs")
-    if not isinstance(jobs, list) or not jobs:
-        raise UserError(f"{path}: jobs: expected a list of jobs, found {jobs!r}")
-    data["jobs"] = tuple(_read_job(path, folder, index, job, defaults) for index, job in enumerate(jobs))
-    config = validated(TrainConfig, data | {"path": path.absolute()}, path)
-    # Resolved, as `new/../mine` is the folder `mine` as soon as `new` has been made.
-    output = named_path(folder, config.output, f"{path}: output").resolve()
-    paths = {"model": _located_model(config.model, path, folder), "output": output}
-    if config.tokenizer:
-        paths["tokenizer"] = _located(config.tokenizer, "tokenizer", path, folder)
-    return config.model_copy(update=paths)
+    """The jobs file at `path`. All its mistakes are one `UserError`; each names the file, the job and the key."""
+    return _Reader(Path(path)).config()
 
 
-def _read_job(path: Path, folder: Path, index: int, job: object, defaults: dict) -> TrainJob:
-    """A job with the defaults under it; its data blocks are read first, so that a mistake in them is told by kind."""
-    keys = _mapping(job, f"{path}: jobs.{index}")
-    where = f"{path}: jobs.{keys['name'] if isinstance(keys.get('name'), str) else index}"
-    merged = defaults | keys
-    if "data" in merged:
-        merged["data"] = data_block(merged["data"], f"{where}.data", folder)
-    if isinstance(merged.get("evaluation"), dict):
-        merged["evaluation"] = data_block(merged["evaluation"], f"{where}.evaluation", folder)
-    return validated(TrainJob, merged, where)
+class _Reader:
+    """Reads a jobs file, and gathers the mistakes in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.folder, self.mistakes = path, path.absolute().parent, Mistakes()
+
+    def config(self) -> TrainConfig:
+        top = self._stated(read_yaml(self.path), FILE_KEYS, JOB_KEYS, "in a job or in defaults", str(self.path))
+        jobs, defaults = (top.pop(key, Stated(key, None)).value for key in ("jobs", "defaults"))
+        replicas = meant(top["data_parallel"].value, int) if "data_parallel" in top else 1
+        values = {"path": self.path.absolute(), "jobs": self._jobs(jobs, defaults, replicas)}
+        for key, located in (("model", _located_model), ("tokenizer", _located), ("output", _output)):
+            if key in top and isinstance(top[key].value, str):
+                values[key] = NOWHERE
+                with self.mistakes.gathered():
+                    values[key] = located(top[key].value, f"{self.path}: {top[key].key}", self.folder)
+        with self.mistakes.gathered():
+            config = _validated(TrainConfig, top, values, str(self.path))
+        self.mistakes.require_none()
+        return config
+
+    def _stated(self, mapping: object, keys: set[str], others: set[str], place: str, where: str) -> dict[str, Stated]:
+        """What a mapping states. others: keys that belong in another place."""
+        return translated(mapping, keys, dict.fromkeys(others, place), where, self.mistakes)
+
+    def _jobs(self, jobs: object, defaults: object, replicas: object) -> tuple[TrainJob, ...]:
+        """The jobs that are right; if there are none, one in their place."""
+        where, place = f"{self.path}: defaults", "at the top of the file"
+        under = self._stated({} if defaults is None else defaults, JOB_KEYS - {"name"}, FILE_KEYS, place, where)
+        right = []
+        with self.mistakes.gathered():
+            if not isinstance(jobs, list) or not jobs:
+                raise UserError(f"{self.path}: jobs: expected a list of jobs, found {shown(jobs)}")
+            names = [_name(job, index) for index, job in enumerate(jobs)]
+            for job, name in zip(jobs, names, strict=True):
+                where = f"{self.path}: jobs.{name}"
+                stated = over(under, self._stated(job, JOB_KEYS, FILE_KEYS, place, where))
+                if not isinstance(job, dict):
+                    continue
+                with self.mistakes.gathered():
+                    right.append(self._job(with_global_batch(stated, replicas, where), where))
+            for name in (name for name, count in Counter(names).items() if count > 1):
+                raise UserError(f"{self.path}: jobs: two are named {name!r}; adapters need distinct names")
+        return tuple(right) or (NO_JOB,)
+
+    def _job(self, stated: dict[str, Stated], where: str) -> TrainJob:
+        """A job, whose data blocks are read first, so that a mistake in them is told by kind."""
+        blocks: dict[str, object] = {}
+        keys = [key for key in ("data", "evaluation") if key in stated]
+        keys = [key for key in keys if key == "data" or isinstance(stated[key].value, dict)]
+        for key in keys:
+            with self.mistakes.gathered():
+                blocks[key] = data_block(stated[key].value, f"{where}.{stated[key].key}", self.folder)
+        if len(blocks) < len(keys):
+            blocks = {"data": NO_JOB.data, "evaluation": 0.1}
+        return _validated(TrainJob, stated, blocks, where)
 
 
-def _mapping(value: object, where: str) -> dict:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a mapping, found {value!r}")
-    return value
+def _name(job: object, index: int) -> str | int:
+    """What a job is called in messages."""
+    name = job.get("name") if isinstance(job, dict) else None
+    return name if isinstance(name, str) else index
 
 
-def _located_model(value: str, path: Path, folder: Path) -> str:
+def _validated(model: type[Read], stated: dict[str, Stated], values: dict[str, object], where: str) -> Read:
+    """What is stated as an instance of a model, some values of it already read. Mistakes have the keys of the file."""
+    try:
+        return validated(model, {key: value for key, (_, value) in stated.items()} | values, where)
+    except UserError as error:
+        mistakes = error.mistakes
+        for ours, (key, _) in stated.items():
+            start, written = f"{where}: {ours}:", f"{where}: {key}:"
+            mistakes = [line.replace(start, written, 1) if line.startswith(start) else line for line in mistakes]
+        raise UserError(*mistakes) from None
+
+
+def _located_model(value: str, where: str, folder: Path) -> str:
     if value in names_in("models"):
         return value
     if value.endswith(".yaml"):
-        file = named_path(folder, value, f"{path}: model")
+        file = named_path(folder, value, where)
         if not file.is_file():
-            raise UserError(f"{path}: model: no such file {file}")
+            raise UserError(f"{where}: no such file {file}")
         return str(file)
-    alternative = f"; or one of configs/models: {', '.join(sorted(names_in('models')))}"
-    return _located(value, "model", path, folder, alternative)
+    return _located(value, where, folder, f"; or one of configs/models: {', '.join(sorted(names_in('models')))}")
 
 
-def _located(value: str, key: str, path: Path, folder: Path, alternative: str = "") -> str:
+def _located(value: str, where: str, folder: Path, alternative: str = "") -> str:
     """A local folder as an absolute path, or else a name that the hub may know."""
-    local = named_path(folder, value, f"{path}: {key}")
+    local = named_path(folder, value, where)
     if local.is_dir():
         return str(local)
     if value.startswith((".", "/", "~")) or not REPOSITORY.fullmatch(value):
-        raise UserError(f"{path}: {key}: expected a folder or a repository owner/name{alternative} (found {value!r})")
+        raise UserError(f"{where}: expected a folder or a repository owner/name{alternative} (found {shown(value)})")
     return value
+
+
+def _output(value: str, where: str, folder: Path) -> Path:
+    """Resolved, as `new/../mine` is the folder `mine` as soon as `new` has been made."""
+    return named_path(folder, value, where).resolve()
 
 
 def _is_share(value: object, most: float) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 from lorafusion.train.config import TrainConfig
+from lorafusion.train.other_tools import BATCH, KEYS, VALUES
 
+JOB = "#/$defs/TrainJob"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -14,13 +16,27 @@ def jobs_schema() -> str:
     the reader adds."""
     schema = _without_titles(TrainConfig.model_json_schema())
     del schema["properties"]["path"]
-    schema["required"].remove("path")
     schema["description"] = "A jobs file of `lorafusion train`."
     job = schema["$defs"]["TrainJob"]
-    job["required"] = ["name"]  # the defaults may have the rest
+    job["properties"] |= {
+        key: {"description": "times the other one and data_parallel: global_batch_size"} for key in BATCH
+    }
+    linears = job["properties"]["target_modules"]
+    linears["anyOf"] = [{key: linears.pop(key) for key in ("type", "items", "minItems")}, {"type": "string"}]
+    linears["description"] = "names, all-linear, or a regular expression"
+    # A file may leave out what it has under another tool's key, and a job what the defaults have.
+    schema["required"], job["required"] = ["jobs"], ["name"]
+    for place, properties in (("#", schema["properties"]), (JOB, job["properties"])):
+        properties |= {
+            theirs: ({} if theirs in VALUES else {"$ref": f"{place}/properties/{ours}"})
+            | {"description": f"means {ours}"}
+            for ours, every in KEYS.items()
+            if ours in properties
+            for theirs in every
+        }
     schema["properties"]["defaults"] = {
         "type": ["object", "null"],
-        "properties": {name: field for name, field in job["properties"].items() if name != "name"},
+        "properties": {name: {"$ref": f"{JOB}/properties/{name}"} for name in job["properties"] if name != "name"},
         "additionalProperties": False,
         "description": "what holds for every job that does not say otherwise",
     }

@@ -8,8 +8,8 @@ import random
 import pytest
 
 from lorafusion.core.schema import UserError
+from lorafusion.data import blocks, text
 from lorafusion.data import encoder as encoding
-from lorafusion.data import text
 from lorafusion.data.blocks import JsonlData
 from lorafusion.data.encoder import LONG, Encoder, load_encoder
 from lorafusion.data.text import Counts, SampleRule, encode
@@ -96,7 +96,7 @@ def test_a_row_that_must_not_be_too_long_is_named(encoder, tmp_path):
 
 
 def test_a_line_has_an_end(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "MOST_LINE", 100)
+    monkeypatch.setattr(blocks, "MOST_LINE", 100)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"a": "x"}) + "\n" + json.dumps({"a": 93 * "x"}) + "\n")
     with pytest.raises(UserError, match=r"rows\.jsonl:2: expected a row of at most 100 bytes, found more$"):

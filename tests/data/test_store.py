@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 from hypothesis import given
@@ -77,7 +79,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     def full_disk(tensors, partial, metadata):
         partial.write_bytes(b"half")
-        raise OSError("no space")
+        raise OSError(errno.ENOSPC, "no space")
 
     monkeypatch.setattr("lorafusion.data.store.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):

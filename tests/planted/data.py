@@ -98,10 +98,15 @@ def parts_of_a_text_share_nothing(original):
     return windows
 
 
-@planted("lorafusion.train.prepare:_epochs", caught_by=f"{STEPS}::test_steps_are_made_as_asked_for_or_it_is_said")
+@planted("lorafusion.train.prepare:_duration", caught_by=f"{STEPS}::test_steps_are_made_as_asked_for_or_it_is_said")
 def steps_are_cut_by_one_epoch(original):
     """A job that asks for 500 steps and no epochs makes those of one epoch."""
-    return lambda job, samples: job.epochs or 1
+
+    def duration(config, job, samples):
+        epochs = job.epochs or 1
+        return epochs, original(config, job.model_copy(update={"epochs": epochs}), samples)[1]
+
+    return duration
 
 
 @planted(

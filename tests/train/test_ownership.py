@@ -108,7 +108,7 @@ def test_the_output_folder_itself_may_be_a_link(tmp_path):
 
 def test_what_is_read_is_not_kept_where_it_would_be_replaced(tmp_path):
     out = marked(tmp_path / "out")
-    (out / "rows.jsonl").write_text("{}")
+    (out / "rows.jsonl").write_text('{"x": "y"}')
     (out / "base").mkdir()
     rows = {"name": "a", "data": {"jsonl": "out/rows.jsonl", "completion": "{x}"}}
     refused(jobs_file(tmp_path, jobs=[rows]), "out holds .*rows.jsonl, which is read")

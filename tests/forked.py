@@ -36,10 +36,10 @@ def work(*arguments) -> None:
 
 def work_on(*arguments) -> None:
     """The worker that outlives its launcher, as one in a slow microbatch does, and has none of its files open."""
-    from lorafusion.engine import task, worker
+    from lorafusion.engine import worker
 
     os.closerange(3, 1000)
-    task.end_with_parent = worker.end_with_parent = lambda *_: None  # of this process alone
+    worker.end_with_parent = lambda *_: None  # of this process alone
     work(*arguments)
 
 

@@ -81,7 +81,7 @@ class Forked:
                 return None
             wait([process.sentinel for process in running], min(seconds, 0.05))
 
-    def end(self) -> None:
+    def end(self, at_once: bool = True) -> None:
         for process in self._workers:
             process.kill()
             process.join()

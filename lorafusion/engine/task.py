@@ -24,7 +24,6 @@ from lorafusion.engine.executor import Executor
 from lorafusion.engine.process import Process
 from lorafusion.engine.timed import report_of, timed
 from lorafusion.engine.training import TrainingRun
-from lorafusion.launch.launch import end_with_parent
 from lorafusion.model.lora import adapter_state, peft_config, save_adapter
 
 LOGGER = logging.getLogger(__name__)
@@ -87,7 +86,6 @@ def _checkpoints(process: Process, run: TrainingRun) -> checkpoint.Checkpoints:
         checkpoint.load(run, newest[0], rank)
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    end_with_parent(signal.SIGKILL)  # to which SIGTERM is a request now
     return checkpoint.Checkpoints(spec.saving, origin, rank, process.world, store, lambda: bool(asked))
 
 

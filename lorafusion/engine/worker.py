@@ -1,6 +1,6 @@
 """One process of a run, from its start to its report. Started by `lorafusion.launch.launch`.
 
-Usage: python -m lorafusion.engine.worker SPEC.json REPORT_DIRECTORY, alone or under torchrun. What it does is the
+Usage: python -m lorafusion.engine SPEC.json REPORT_DIRECTORY, alone or under torchrun. What it does is the
 spec's task (`lorafusion.engine.task`). Each process ends with a report in the directory: rank 0 the run's measurements
 (report.json), a process that failed its cause (failure-RANK.json).
 """
@@ -108,7 +108,3 @@ def describe(error: Exception, position: Position) -> str:
 
 def _write(path: Path, content: dict) -> None:
     write(path, json.dumps(content))
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -15,6 +15,7 @@ import psutil
 
 SIZE = 512
 NODE = platform.node()
+PAUSE = 5.0  # seconds; a launcher that has not looked for longer was stopped, perhaps with its processes
 START_UP = "start-up"
 ENDED = "ended"
 WAITING = "waiting for "
@@ -27,7 +28,8 @@ class Position:
         self.place, self.doing = f"rank {rank}", ""
         self._changes = 0
         with open(_path(directory, rank), "wb+") as file:
-            file.truncate(SIZE)
+            file.write(bytes(SIZE))  # on a full disk an error here, not a signal at a note
+            file.flush()
             self._memory = mmap.mmap(file.fileno(), SIZE)
         self.set(START_UP)
 
@@ -60,9 +62,14 @@ class Watch:
         self.directory, self.processes = directory, processes
         self.seen: dict[int, Seen] = {}
         self.died: Seen | None = None  # the first one that was gone without having ended
+        self._looked = time.monotonic()
 
     def look(self) -> None:
         now = time.monotonic()
+        if now - self._looked > PAUSE:
+            for process in self.seen.values():
+                process.since += now - self._looked
+        self._looked = now
         for rank in range(self.processes):
             current = _read(_path(self.directory, rank), now)
             if current is None:

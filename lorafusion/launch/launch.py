@@ -12,27 +12,32 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO
 
+import psutil
+
+from lorafusion.core.files import write
 from lorafusion.core.source_tree import IS_CHECKOUT, ROOT
 from lorafusion.launch.heartbeat import Watch
 from lorafusion.launch.outcome import Outcome
+from lorafusion.launch.scratch import scratch_folder
 from lorafusion.launch.spec import STOP_FILE, RunSpec
 
 LOGGER = logging.getLogger(__name__)
 GRACE_SECONDS = 10
+END_SECONDS = 10  # that a process may take to end once it is killed
 LOOK_SECONDS = 0.2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RENDEZVOUS_PORT = 29400
 # Of processes on one machine: what they listen on cannot be reached from another. The stores of torch listen on all
 # addresses, so these meet in files.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+LAUNCHER = "LORAFUSION_LAUNCHER"  # in the environment of workers: their launcher's process id
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # By these a launcher tells a process its place among others. Only our own launch places workers: what a shell or a
 # notebook has left over would have them wait for processes that nobody has started.
@@ -48,6 +53,7 @@ class Processes:
         command = worker_command(processes, nodes, os.environ, Path(arguments[0]).parent) + arguments
         print("+", shlex.join(command), flush=True, file=log)
         environment = worker_environment(processes // nodes, os.environ) | (LOOPBACK if nodes == 1 else {})
+        environment[LAUNCHER] = str(os.getpid())
         self._child = subprocess.Popen(
             command,
             env=environment,
@@ -64,14 +70,24 @@ class Processes:
         except subprocess.TimeoutExpired:
             return None
 
-    def end(self) -> None:
-        """End what is left of them: politely, then not."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self._child.pid, number)
-            except ProcessLookupError:
-                return
+    def end(self, at_once: bool = False) -> None:
+        """End what is left of them, wherever torchrun has put them: politely first, unless it is to be at once."""
+        if self._child.poll() is not None:
+            return
+        first = psutil.Process(self._child.pid)
+        tree = [first, *first.children(recursive=True)]
+        if not at_once:
+            _send([first], signal.SIGTERM)
             self.wait(GRACE_SECONDS)
+        _send(tree, signal.SIGKILL)
+        self.wait(END_SECONDS)
+        psutil.wait_procs(tree, END_SECONDS)
+
+
+def _send(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def launch(
@@ -92,16 +108,19 @@ def launch(
     the workers leave their reports, so that the first node knows why another failed. A run that saves checkpoints is
     asked to do so before it ends when this process gets SIGTERM, SIGINT or SIGHUP; the outcome is then "stopped".
     """
-    with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
-        reports = reports or Path(scratch)
+    with scratch_folder() as scratch:
+        reports = reports or scratch
         reports.mkdir(parents=True, exist_ok=True)
-        spec_path = Path(scratch) / "spec.json"
-        spec_path.write_text(spec.model_dump_json())
+        spec_path = scratch / "spec.json"
+        write(spec_path, spec.model_dump_json())
         watch = Watch(reports, processes)
         with _interrupts(spec) as interrupted:
             running = start(processes, nodes, [str(spec_path), str(reports)], log)
             try:
                 code = _wait(running, watch, timeout, stall, look)
+            except KeyboardInterrupt:
+                running.end(at_once=True)
+                raise
             finally:
                 running.end()
         LOGGER.debug(f"{processes} processes on {nodes} nodes ended: {code}")
@@ -144,34 +163,45 @@ def _wait(running: Processes, watch: Watch, timeout: float, stall: float, look: 
 @contextmanager
 def _interrupts(spec: RunSpec) -> Iterator[list[str]]:
     """Within it SIGTERM, SIGINT and SIGHUP ask a run with checkpoints to save and end; the names of those that came are
-    in the list. A second one, or the first for another run, interrupts this process."""
+    in the list. A second one, or the first for another run, interrupts this process, once."""
     came: list[str] = []
+    stop = Path(spec.saving.folder) / STOP_FILE if spec.saving else None
 
     def handle(number: int, _frame: object) -> None:
         came.append(signal.Signals(number).name)
-        if spec.saving is None or came[:-1] not in ([], ["SIGHUP"]):
+        if stop is None or came[:-1] not in ([], ["SIGHUP"]):
+            for other in SIGNALS:
+                signal.signal(other, signal.SIG_IGN)
             raise KeyboardInterrupt
-        folder = Path(spec.saving.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / STOP_FILE).touch()
+        stop.parent.mkdir(parents=True, exist_ok=True)
+        stop.touch()
+        if LOGGER.isEnabledFor(logging.INFO):
+            _tell(f"{came[-1]}: saving a checkpoint; once more ends at once, with what was saved before")
 
+    if stop:
+        stop.unlink(missing_ok=True)
     previous = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        if spec.saving:
-            (Path(spec.saving.folder) / STOP_FILE).unlink(missing_ok=True)
         yield came
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
+def _tell(text: str) -> None:
+    """Say something in a signal's handler, where a stream may be in the middle of a line of its own."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
 def worker_command(processes: int, nodes: int, environment: Mapping[str, str], scratch: Path) -> list[str]:
     """The command that starts the workers of this node: one process plainly, more under torchrun. scratch: a folder of
     this run, in which those of one node meet."""
-    worker = ["-m", "lorafusion.engine.worker"]
+    worker = ["-m", "lorafusion.engine"]
     if processes == 1:
         return [sys.executable, *worker]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes // nodes}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes // nodes}",
+                f"--log-dir={scratch / 'torchrun-logs'}"]  # fmt: skip
     if nodes == 1:
         meeting = [f"--rdzv-endpoint={scratch / 'torchrun'}", "--rdzv-conf=store_type=file"]
         return [*torchrun, "--rdzv-backend=c10d", *meeting, *worker]
@@ -201,12 +231,20 @@ def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[s
     return {"OMP_NUM_THREADS": str(threads)} | inherited | ours
 
 
-def end_with_parent(number: signal.Signals = signal.SIGTERM, parent: int | None = None) -> None:
-    """Ask Linux to end this process with its parent, so that a killed launcher leaves nothing running. parent: its id,
-    where it may be gone already."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+def end_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when its parent ends, so that a killed launcher leaves nothing running. parent:
+    its id, where it may be gone already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_launcher() -> None:
+    """As `end_with_parent`, of a worker that `Processes` has started: by its launcher, or by torchrun between them."""
+    end_with_parent()
+    parent = psutil.Process().parent()
+    if parent is None or int(os.environ[LAUNCHER]) not in (parent.pid, parent.ppid()):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def outcome(reports: Path, code: int, watch: Watch | None = None) -> Outcome:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -43,6 +44,11 @@ class Process(Config):
     def current(cls) -> Process:
         pid = os.getpid()
         return cls(**_here(), pid=pid, start=_start(pid))
+
+    @property
+    def place(self) -> str:
+        """Where its id means something, in eight letters: a kernel since its start, and a namespace of it."""
+        return hashlib.sha256(f"{self.boot} {self.namespace}".encode()).hexdigest()[:8]
 
     @property
     def is_near(self) -> bool:

@@ -162,7 +162,7 @@ def test_what_is_started_by_a_launcher_that_is_gone_ends():
         finally:
             os._exit(0)
     _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGTERM
+    assert os.WTERMSIG(status) == signal.SIGKILL
 
 
 @pytest.fixture
@@ -290,4 +290,4 @@ def test_the_cause_that_explains_most_is_told(tmp_path: Path, failures, code, ex
 def _children() -> list[psutil.Process]:
     """Workers of runs that are not forked; the server of those that are names the worker's module, too."""
     every = {child: " ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)}
-    return [child for child, command in every.items() if "worker" in command and "forkserver" not in command]
+    return [child for child, command in every.items() if "lorafusion.engine" in command and "forkserver" not in command]

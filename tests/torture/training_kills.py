@@ -41,7 +41,9 @@ class Failure(Exception):
 class Torture:
     """One training and what is done to it."""
 
-    def __init__(self, folder: Path, shape: tuple[int, int], seed: str, whole: Path, seconds: float, real: bool) -> None:
+    def __init__(
+        self, folder: Path, shape: tuple[int, int], seed: str, whole: Path, seconds: float, real: bool
+    ) -> None:
         self.path, self.whole, self.real = jobs_file(folder, shape), whole, real
         self.random = random.Random(seed)
         self.seconds = seconds  # that it takes when nothing is done to it

@@ -7,10 +7,12 @@ replaces something that is not a file of the kind that is written.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from lorafusion.core.schema import UserError, shown
 
@@ -30,6 +33,7 @@ MERGE = "tag:yaml.org,2002:merge"  # of `<<`, which stands for no value
 INTEGER = "tag:yaml.org,2002:int"
 TAGS = (None, INTEGER, "tag:yaml.org,2002:str", "tag:yaml.org,2002:float")  # that a file may write
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -207,18 +211,43 @@ def whole(path: Path) -> Iterator[Path]:
     short = path.name.encode()[:200].decode(errors="ignore")  # of 255 bytes that a name may have
     partial = path.with_name(f".{short}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())  # else a power cut may leave an empty file of this name
-        partial.replace(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())  # else a power cut may leave an empty file of this name
+            partial.replace(path)
     except OSError as error:
-        if error.filename in (None, partial, str(partial)):  # none where a disk is full
+        if error.filename in (partial, str(partial)):
             error.filename, error.filename2 = str(path), None
         raise
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+class FullDiskError(OSError):
+    """A file that could not be written for want of room; says how much there is."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it a file is written, or those of a folder. Errors of that name it; where a disk is full they are a
+    `FullDiskError`, that of the writer of tensors too, which knows no `OSError`."""
+    try:
+        yield
+    except FullDiskError:
+        raise
+    except (OSError, SafetensorError) as error:
+        match = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else match and int(match[1])
+        if number in FULL:
+            folder = next(parent for parent in path.absolute().parents if parent.exists())
+            free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free there"
+            raise FullDiskError(number, f"{os.strerror(number)}, {free}", str(path)) from error
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any, TextIO, cast
 
 LEVEL = "LORAFUSION_LOG_LEVEL"  # in the environment: from the command line to the processes that it starts
 DETAILED = "%(asctime)s %(name)s: %(message)s"
@@ -21,6 +22,34 @@ class _Lines(logging.Formatter):
         return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
 
 
+class Lasting:
+    """A stream that is there to the end: when a terminal was closed, or a disk is full, it goes on to nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._lose()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._lose()
+
+    def _lose(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
 class _StandardError(logging.Handler):
     """To what is standard error when something is said, not when logging began."""
 
@@ -30,7 +59,10 @@ class _StandardError(logging.Handler):
 
 def start_logging(level: int | None = None) -> None:
     """Send this package's messages of a level or above to standard error, and those of the processes that this one
-    starts; on DEBUG with time and logger. level: by default that of the process that started this one, or else INFO."""
+    starts; on DEBUG with time and logger. No closed terminal ends this process from then on. level: by default that of
+    the process that started this one, or else INFO."""
+    if not isinstance(sys.stderr, Lasting):
+        sys.stderr = cast(TextIO, Lasting(sys.stderr))
     level = level or int(os.environ.get(LEVEL, logging.INFO))
     os.environ[LEVEL] = str(level)
     handler = _StandardError()

@@ -32,6 +32,7 @@ from lorafusion.engine.training import TrainingRun
 from lorafusion.launch.spec import STOP_FILE, RunSpec, Saving
 
 VERSION = 2
+HASHED = ("plan", "model", "initial")  # of what a checkpoint's origin has a hash
 NEWEST = "newest.json"
 ASKED = "stop-asked"  # in the processes' store: somebody was asked to stop
 BEYOND = AHEAD + 1  # slots; messages of so many may be waited for already when a process learns where to stop
@@ -247,7 +248,9 @@ def opened(path: Path, origin: dict | None = None, log: Path | None = None) -> C
         for key, expected in (origin or {}).items():
             value = facts["origin"].get(key)
             if value != expected:
-                raise CheckpointError(f"{path}: of another run, its {key} is {value!r}, not {expected!r}")
+                # Of a plan, a model and initial states there are hashes.
+                which = "" if key in HASHED else f" ({value!r}, not {expected!r})"
+                raise CheckpointError(f"{path}: of another run, its {key} is not this one's{which}")
         if path.name != _slot_name(facts["slot"]):
             raise CheckpointError(f"{path}: it is the checkpoint of {_slot_name(facts['slot'])}; it was renamed")
         if log is not None:
@@ -328,14 +331,14 @@ def _require_fit(path: Path, adapter: AdapterTraining, state: dict[str, torch.Te
             raise UserError(f"{path}: not of the adapter {adapter.job.name!r}, the shape of {name} is {shapes}")
 
 
-def set_aside(folder: Path, checkpoint: Checkpoint | None) -> None:
-    """Rename what lies beyond the checkpoint that a run is resumed from: parts of a checkpoint that was never whole
+def drop_beyond(folder: Path, checkpoint: Checkpoint | None) -> None:
+    """Remove what lies beyond the checkpoint that a run is resumed from: parts of a checkpoint that was never whole
     must not be taken for those of the next one at its slot."""
     for path in _slots(folder):
         if checkpoint is None or path > checkpoint.path:
-            target = path.with_name(f"passed-over-{path.name}")
-            shutil.rmtree(target, ignore_errors=True)
-            path.rename(target)
+            path.rename(path.with_name(f"passed-over-{path.name}"))  # in one step
+    for path in folder.glob("passed-over-*"):
+        shutil.rmtree(path)
 
 
 def _hash(path: str | Path) -> str:

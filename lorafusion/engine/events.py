@@ -7,6 +7,7 @@ account, and a broken line before that place is an error.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from lorafusion.core.files import writing
 from lorafusion.core.manifest import DamagedError, Entry
 
 KINDS = ("loss", "norm", "evaluation", "stopped")
@@ -31,14 +33,15 @@ class EventLog:
         self.path = path
         self._hash, self._size = hashlib.sha256(path.read_bytes()), keep
         with ExitStack() as stack:
-            self._file = stack.enter_context(open(path, "ab"))
+            self._file = stack.enter_context(open(path, "ab", buffering=0))
             self._open = stack.pop_all()
 
     def write(self, event: dict) -> None:
         """Add a line, for a reader in another process to see."""
         line = (json.dumps(event) + "\n").encode()
-        self._file.write(line)
-        self._file.flush()
+        with writing(self.path):
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._hash.update(line)
         self._size += len(line)
 

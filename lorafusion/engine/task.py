@@ -75,7 +75,7 @@ def _checkpoints(process: Process, run: TrainingRun) -> checkpoint.Checkpoints:
     newest = [None]
     if rank == 0:
         newest[0], reasons = checkpoint.newest(folder, origin, Path(spec.events) if spec.events else None)
-        checkpoint.set_aside(folder, newest[0])
+        checkpoint.drop_beyond(folder, newest[0])
         for reason in reasons:
             LOGGER.warning(f"passed over a checkpoint: {reason}")
     store = None

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lorafusion.core.files import write
+from lorafusion.core.files import FullDiskError, write
 from lorafusion.core.log import start_logging
 from lorafusion.core.plugins import load
 from lorafusion.core.schema import UserError, validated
@@ -102,7 +102,9 @@ def status_of(error: Exception) -> str:
 def describe(error: Exception, position: Position) -> str:
     """One line: which process, doing what, and what went wrong."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    if isinstance(error, FullDiskError):
+        reason = f"{error.filename}: {error.strerror}"
+    prefix = "" if isinstance(error, UserError | FullDiskError) else f"{type(error).__name__}: "
     return f"{position.place}, {position.doing}: {prefix}{reason[:500]}"
 
 

@@ -14,14 +14,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 import psutil
 
-from lorafusion.core.files import write
+from lorafusion.core.files import write, writing
 from lorafusion.core.source_tree import IS_CHECKOUT, ROOT
 from lorafusion.launch.heartbeat import Watch
 from lorafusion.launch.outcome import Outcome
@@ -51,7 +52,8 @@ class Processes:
 
     def __init__(self, processes: int, nodes: int, arguments: list[str], log: IO[str] | None) -> None:
         command = worker_command(processes, nodes, os.environ, Path(arguments[0]).parent) + arguments
-        print("+", shlex.join(command), flush=True, file=log)
+        with writing(Path(log.name)) if log else nullcontext():
+            print("+", shlex.join(command), flush=True, file=log)
         environment = worker_environment(processes // nodes, os.environ) | (LOOPBACK if nodes == 1 else {})
         environment[LAUNCHER] = str(os.getpid())
         self._child = subprocess.Popen(
@@ -167,12 +169,15 @@ def _interrupts(spec: RunSpec) -> Iterator[list[str]]:
     came: list[str] = []
     stop = Path(spec.saving.folder) / STOP_FILE if spec.saving else None
 
-    def handle(number: int, _frame: object) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         came.append(signal.Signals(number).name)
+        before = previous[signal.Signals(number)]
+        if number == signal.SIGHUP and callable(before):
+            before(number, frame)
         if stop is None or came[:-1] not in ([], ["SIGHUP"]):
             for other in SIGNALS:
                 signal.signal(other, signal.SIG_IGN)
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(came[-1])
         stop.parent.mkdir(parents=True, exist_ok=True)
         stop.touch()
         if LOGGER.isEnabledFor(logging.INFO):
@@ -180,7 +185,9 @@ def _interrupts(spec: RunSpec) -> Iterator[list[str]]:
 
     if stop:
         stop.unlink(missing_ok=True)
-    previous = {number: signal.signal(number, handle) for number in SIGNALS}
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, handle)
     try:
         yield came
     finally:

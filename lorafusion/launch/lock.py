@@ -18,11 +18,12 @@ import secrets
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from lorafusion.core.files import writing
 from lorafusion.core.schema import Config, UserError
 
 LOGGER = logging.getLogger(__name__)
@@ -98,11 +99,13 @@ def locked(folder: Path) -> Iterator[Lock]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another training is using this folder") from None
+            raise UserError(f"{folder}: another training is using this folder{_launcher(path)}") from None
         _require_near(folder, _members(path))
         lock = Lock(path=str(path), token=secrets.token_hex(8))
         _add(lock, launches=True)
-        _end([member.process for member in _members(path) if member.token != lock.token], folder)
+        others = [member for member in _members(path) if member.token != lock.token]
+        _require_near(folder, others)  # again: a machine whose locks are not ours may have looked when we did
+        _end([member.process for member in others], folder)
         file.truncate(0)
         _add(lock, launches=True)
         try:
@@ -123,19 +126,30 @@ def join(lock: Lock) -> None:
 def _add(lock: Lock, launches: bool) -> None:
     """Append a line in one write, so that lines of several processes do not mix."""
     line = _Member(token=lock.token, launches=launches, process=Process.current()).model_dump_json() + "\n"
-    descriptor = os.open(lock.path, os.O_WRONLY | os.O_APPEND)
-    try:
-        if os.write(descriptor, line.encode()) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), lock.path)
-    finally:
-        os.close(descriptor)
+    before = Path(lock.path).read_bytes()
+    data = ("\n" * (before[-1:] not in (b"", b"\n")) + line).encode()
+    with writing(Path(lock.path)), open(lock.path, "ab", buffering=0) as file:
+        if file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _members(path: Path) -> list[_Member]:
+    """Those who put their names down. Of half a line, for want of room, whoever wrote it has touched nothing."""
     try:
-        return [_Member.model_validate(json.loads(line)) for line in path.read_bytes().splitlines()]
+        lines = path.read_bytes().splitlines()
+        whole = [line for line in lines if line.endswith(b"}") or not line.startswith(b'{"token"')]
+        return [_Member.model_validate(json.loads(line)) for line in whole]
     except (ValueError, ValidationError):
         raise UserError(f"{path}: damaged; if no training uses the folder, delete this file") from None
+
+
+def _launcher(path: Path) -> str:
+    """Who has a folder, as far as its lock can be read."""
+    with suppress(UserError, OSError):
+        for member in _members(path):
+            if member.launches:
+                return f": process {member.process.pid} on {member.process.host}"
+    return ""
 
 
 def _require_near(folder: Path, members: list[_Member]) -> None:

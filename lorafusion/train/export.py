@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lorafusion.core.config import ModelConfig
-from lorafusion.core.files import write
+from lorafusion.core.files import write, writing
 from lorafusion.core.manifest import DamagedError, entries, facts_of
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Job, Workload
@@ -124,8 +124,9 @@ class Exporter:
             if path.is_symlink():
                 raise UserError(f"{path}: a link, expected a folder of the training's own")
         shutil.rmtree(partial, ignore_errors=True)
-        export(job, self.model, weights, rows, stopped=stopped is not None, others=len(self.workload.jobs) - 1,
-               folder=partial)  # fmt: skip
+        with writing(folder):
+            export(job, self.model, weights, rows, stopped=stopped is not None, others=len(self.workload.jobs) - 1,
+                   folder=partial)  # fmt: skip
         files = entries(partial, EXACT)
         _put(partial, folder)
         exported = self.output.progress.exported | {job.name: Exported(steps=steps, files=files)}

@@ -16,16 +16,15 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lorafusion.core import manifest
-from lorafusion.core.files import whole, write
+from lorafusion.core.files import read_yaml, whole, write
 from lorafusion.core.manifest import MANIFEST, DamagedError, Entry, read_sealed, write_sealed
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import Config, UserError, validated
@@ -34,6 +33,7 @@ from lorafusion.engine import events
 from lorafusion.engine.checkpoint import Checkpoint, adapter_states, seal_initial
 
 PROGRESS = "progress.json"
+MODEL = "model.yaml"
 HASH_LETTERS = 16  # of a state's hash in its name
 DECORATION = 32  # bytes that the longest file name has besides the job's name: a hash, endings, a process id
 RESERVING = torch.nn.ModuleDict()  # PEFT keeps adapters in it by their names
@@ -110,7 +110,8 @@ class Run:
 class OutputFolder:
     """A training's output folder. Raises `UserError` where what is in it belongs to another model, or is damaged."""
 
-    def __init__(self, path: Path, settings: dict) -> None:
+    def __init__(self, path: Path, settings: dict, model: dict | None = None) -> None:
+        """model: what the settings have a hash of."""
         self.path = path
         self.progress = Progress(settings=settings)
         if (path / PROGRESS).exists():
@@ -120,9 +121,21 @@ class OutputFolder:
         for key, value in settings.items():
             before = self.progress.settings.get(key)
             if before != value:
-                raise UserError(f"{path}: begun with {key} {before!r}, now it is {value!r}; take another output folder")
+                change = (
+                    self._change_of_model(model or {}) if key == "model" else f"{key} {before!r}, now it is {value!r}"
+                )
+                raise UserError(f"{path}: begun with {change}; take another output folder")
         for run in self.runs():
             self._require_run(run)
+
+    def _change_of_model(self, model: dict) -> str:
+        """What tells the model that a training was begun with from the one that it is to go on with."""
+        with suppress(UserError):
+            before = read_yaml(self.path / MODEL)
+            for key in sorted(before.keys() | model.keys()):
+                if before.get(key) != model.get(key):
+                    return f"a model whose {key} is {before.get(key)!r}, now it is {model.get(key)!r}"
+        return "another model"
 
     def adapter(self, job: str) -> Path:
         return self.path / "adapters" / job
@@ -151,9 +164,7 @@ class OutputFolder:
         """Plan a run, which is in hand then."""
         run = self._run(f"{len(self.progress.runs):03}")
         if run.folder.exists():  # it was being planned when the command was killed
-            aside = run.folder.with_name(f"passed-over-{run.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            run.folder.rename(aside)
+            shutil.rmtree(run.folder)
         write(run.workload, workload.to_json())
         write(run.plan, plan.to_json())
         names = [run.workload.name, run.plan.name]
@@ -196,10 +207,7 @@ class OutputFolder:
         """Write an adapter's state to a file that is named by its hash, so that it never replaces another one."""
         path = self.path / "state" / f"{job}.safetensors"
         with whole(path) as partial:
-            try:
-                save_file(state, partial)
-            except SafetensorError as error:
-                raise UserError(f"{path}: could not be written ({error})") from None
+            save_file(state, partial)
             entry = Entry.of(partial)
         path.rename(_state_path(self.path, job, entry))
         return entry
@@ -221,19 +229,27 @@ class OutputFolder:
             if done is None or done.steps == 0:
                 jobs.append(job)
                 continue
-            self._require_the_same(job, done)
+            self._require_the_same(job, done.steps, done.described)
             if done.stopped is None and done.steps < len(job.batches):
                 jobs.append(job.model_copy(update={"start": done.steps}))
         return workload.model_copy(update={"jobs": tuple(jobs)}) if jobs else None
 
-    def _require_the_same(self, job: Job, done: JobProgress) -> None:
+    def require_continued(self, workload: Workload, run: Run, checkpoint: Checkpoint | None) -> None:
+        """As `remaining`, of jobs that have made steps in the run in hand."""
+        begun = {job.name: described(job) for job in Workload.read(run.workload).jobs}
+        for job in workload.jobs:
+            steps = checkpoint.steps.get(job.name, 0) if checkpoint else 0
+            if steps:
+                self._require_the_same(job, steps, begun[job.name])
+
+    def _require_the_same(self, job: Job, steps: int, before: dict) -> None:
         now = described(job)
-        for key, value in done.described.items():
+        for key, value in before.items():
             if now.get(key) != value:
-                raise UserError(
-                    f"job {job.name!r}: {key} is {now.get(key)!r}, but its {done.steps} steps in {self.path} were made "
-                    f"with {value!r}; change it back, or give the job another name"
-                )
+                change = f"{key} is {now.get(key)!r}, but its {steps} steps in {self.path} were made with {value!r}"
+                if key == "samples":
+                    change = f"its samples are not those that its {steps} steps in {self.path} were made with"
+                raise UserError(f"job {job.name!r}: {change}; change it back, or give the job another name")
 
 
 def read_progress(folder: Path) -> Progress:
@@ -257,11 +273,14 @@ def write_progress(folder: Path, progress: Progress) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what killed processes had begun to write in a locked folder; nobody reads it."""
-    for place in ("", "data", "state", "runs"):
+    """Remove what killed processes had begun to write in a locked folder, and what no earlier version needs either;
+    nobody reads it."""
+    for place in ("", "data", "state", "runs", "adapters"):
         for path in (folder / place).glob("**/.*" if place == "runs" else ".*"):
             if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
                 path.unlink()
+    for path in [*folder.glob("adapters/.*.partial"), *folder.glob("runs/**/passed-over-*")]:
+        shutil.rmtree(path)
 
 
 def trim_events(run: Run, kept: dict[str, Entry]) -> None:

@@ -18,13 +18,13 @@ from lorafusion.launch.spec import PROBE_MEMORY, RunSpec, Saving
 from lorafusion.planning import plan_system
 from lorafusion.planning.simulator import model_costs
 from lorafusion.train.config import TrainConfig
-from lorafusion.train.folder import OutputFolder, Run
+from lorafusion.train.folder import MODEL, OutputFolder, Run
 from lorafusion.train.prepare import DATA
 
 LOGGER = logging.getLogger(__name__)
 SYSTEM = "lorafusion"
 CPU_CAPACITY = 2048  # tokens, where nothing is probed
-LOG, MODEL = "log.txt", "model.yaml"  # in the output folder
+LOG = "log.txt"  # in the output folder
 
 
 class Planner:

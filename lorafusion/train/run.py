@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
+import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
 from lorafusion.core.config import ModelConfig
 from lorafusion.core.files import write
 from lorafusion.core.plan import Plan
-from lorafusion.core.schema import UserError
+from lorafusion.core.schema import LONGEST, UserError
 from lorafusion.core.workload import Job, Workload
 from lorafusion.engine.checkpoint import Checkpoint, identity, newest
 from lorafusion.launch.launch import launch
@@ -25,55 +29,112 @@ from lorafusion.launch.lock import Lock, locked
 from lorafusion.launch.outcome import Outcome
 from lorafusion.train.config import TrainConfig, read_train_config
 from lorafusion.train.export import Exporter
-from lorafusion.train.folder import OutputFolder, Run, remove_partial, require_names, trim_events
+from lorafusion.train.folder import MODEL, OutputFolder, Run, remove_partial, require_names, trim_events
 from lorafusion.train.metrics import EventReader, History
 from lorafusion.train.ownership import claim, is_own, require_own
-from lorafusion.train.planner import LOG, MODEL, Planner
+from lorafusion.train.planner import LOG, Planner
 from lorafusion.train.prepare import base_model, prepare
 from lorafusion.train.progress import Display, WandbLog
-from lorafusion.train.status import RUNNING, STATUS, Status, output_named_in, refuse, running
+from lorafusion.train.status import RUNNING, STATUS, Status, digest_of, output_named_in, refuse, running
 
 LOGGER = logging.getLogger(__name__)
 DONE, FAILED, STOPPED = 0, 1, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again
-RELOAD = "SIGHUP"
+RELOAD = signal.SIGHUP.name
+BROKEN = ("crash", "oom", "timeout")  # outcomes of a run that did not come to its end
 METRICS = "metrics.jsonl"
 METRICS_SECONDS = 5  # between two writings of the metrics, all of them each time
 
 
+class RefusedError(UserError):
+    """A jobs file that cannot be taken; of it nothing has been trained."""
+
+
+class JobsFile(NamedTuple):
+    """A jobs file as it was read, its `digest_of`, and why a later one was not taken in its place."""
+
+    config: TrainConfig
+    digest: str
+    remark: str = ""
+
+
 def train(path: Path) -> int:
     """Train the jobs of a file; the exit status. SIGTERM and SIGINT save and end; SIGHUP saves, reads the file again
-    and goes on."""
-    before = None
-    while True:
-        config = _read(path, before)
-        before = config.output
-        try:
-            outcome = _train_once(config)
-        except OSError as error:
-            where = f"{error.filename or config.output}: {error.strerror or error}"
-            raise UserError(f"{where}; nothing is lost, the same command goes on") from None
-        if outcome.status != "stopped" or RELOAD not in outcome.note:
-            break
-        LOGGER.info(f"{path}: reading it again")
+    and goes on, with the jobs as they were if there is a mistake in it."""
+    again = f"`lorafusion train {shlex.quote(str(path))}` goes on"
+    try:
+        with _hang_ups() as hang_ups:
+            outcome, log = _train_all(path, hang_ups)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror or error}; nothing is lost, {again}") from None
+    except KeyboardInterrupt as error:
+        LOGGER.warning(f"interrupted, what was saved is kept; {again}")
+        if signal.SIGTERM.name in error.args:
+            return STOPPED
+        raise
     if outcome.status == "ok":
         return DONE
     if outcome.status == "stopped":
-        LOGGER.info(f"stopped {outcome.note}; the same command goes on")
+        LOGGER.info(f"stopped {outcome.note}; {again}")
         return STOPPED
-    LOGGER.error(f"{outcome.status}: {outcome.note}; its log: {config.output / LOG}")
+    LOGGER.error(f"{outcome.status}: {outcome.note}; its log: {log}" + f"; {again}" * (outcome.status in BROKEN))
     return FAILED
 
 
-def _read(path: Path, before: Path | None) -> TrainConfig:
+def _train_all(path: Path, hang_ups: list[int]) -> tuple[Outcome, Path]:
+    """How the training of a file ended, whatever it became meanwhile, and its log. hang_ups: the SIGHUPs that came."""
+    file, before = _read(path, None), None
+    while True:
+        hang_ups.clear()
+        try:
+            outcome = _train_once(file, hang_ups)
+        except RefusedError as error:
+            if before is None:
+                raise
+            file, before = _as_it_was(before, error), None
+            continue
+        reload = RELOAD in outcome.note or (hang_ups and outcome.status not in ("stopped", *BROKEN))
+        if not reload:
+            return outcome, file.config.output / LOG
+        LOGGER.info(f"{path}: reading it again")
+        before = file
+        try:
+            file = _read(path, before.config.output)
+        except UserError as error:
+            file, before = _as_it_was(before, error), None
+
+
+def _as_it_was(file: JobsFile, error: UserError) -> JobsFile:
+    LOGGER.error(f"{error}; going on with the jobs as they were")
+    return file._replace(remark=f"with the jobs as they were: {error}"[:LONGEST])
+
+
+@contextmanager
+def _hang_ups() -> Iterator[list[int]]:
+    """Within it SIGHUP, as of a terminal that is closed, ends nothing and is noted in the list; SIGTERM is a SIGINT."""
+    came: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    handlers = {signal.SIGHUP: lambda number, _frame: came.append(number), signal.SIGTERM: interrupt}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _read(path: Path, before: Path | None) -> JobsFile:
     """The jobs file; one that cannot be taken is told to those who watch the folder. before: the folder that it named
     when it was read before."""
-    folder = before or output_named_in(path)
+    folder, digest = before or output_named_in(path), digest_of(path)
     try:
         config = read_train_config(path)
         folder = config.output
         require_own(config)
         require_names(folder, [job.name for job in config.jobs], path)
-        return config
+        return JobsFile(config, digest)
     except UserError as error:
         if folder is not None and is_own(folder) and (folder / STATUS).is_file():
             with suppress(UserError, OSError), locked(folder):  # unless another training is at work there
@@ -81,12 +142,17 @@ def _read(path: Path, before: Path | None) -> TrainConfig:
         raise
 
 
-def _train_once(config: TrainConfig) -> Outcome:
+def _train_once(file: JobsFile, hang_ups: list[int]) -> Outcome:
+    config = file.config
     with locked(config.output) as lock:
         claim(config.output)
         remove_partial(config.output)
-        with running(config.output, config.path) as status:
-            training = Training(config, lock, status)
+        with running(Status(config.output, config.path, file.digest, file.remark)) as status:
+            try:
+                training = Training(config, lock, status, hang_ups)
+                training.plan()
+            except UserError as error:
+                raise RefusedError(str(error)) from None
             outcome = training.run()
             status.jobs = training.states()
             status.write(outcome.status, outcome.note)
@@ -96,34 +162,44 @@ def _train_once(config: TrainConfig) -> Outcome:
 class Training:
     """One invocation of the command, with the jobs file as it is now."""
 
-    def __init__(self, config: TrainConfig, lock: Lock, status: Status) -> None:
-        self.config, self.status = config, status
+    def __init__(self, config: TrainConfig, lock: Lock, status: Status, hang_ups: list[int]) -> None:
+        self.config, self.status, self.hang_ups = config, status, hang_ups
         self.model: ModelConfig = base_model(config)
-        text = yaml.safe_dump(self.model.model_dump(mode="json"))
+        described = self.model.model_dump(mode="json")
+        text = yaml.safe_dump(described)
         settings = {"model": hashlib.sha256(text.encode()).hexdigest()[:16], "dtype": config.chosen_dtype,
                     "adapter_dtype": config.adapter_dtype, "seed": config.seed}  # fmt: skip
-        self.output = OutputFolder(config.output, settings)
+        self.output = OutputFolder(config.output, settings, described)
         self.planner = Planner(config, self.model, self.output, lock)
         self._model_text = text
         self.history = History()
         self._readers: dict[Run, EventReader] = {}
+        self._run: Run | None = None  # the one to go on with, and the jobs that remain for it
+        self._remaining: Workload | None = None
         self._checkpoint_before: Checkpoint | None = None  # of the run in hand, when the command began
 
-    def run(self) -> Outcome:
-        """Plan what remains and run it; the outcome is "nan" where an adapter was stopped, "failed" where one could not
-        be exported."""
+    def plan(self) -> None:
+        """Find out what remains, and plan it where it is not planned yet."""
         write(self.output.path / MODEL, self._model_text)
         self.workload = prepare(self.config, self.model, self.output.path)
         self._read_history()
         self.exporter = Exporter(self.output, self.model, self.workload, self.history)
-        run, remaining = self._in_hand()
+        self._run, self._remaining = self._in_hand()
+        if self._remaining is not None and self._run is None:
+            self._run = self.output.new_run(self._remaining, self.planner.plan(self._remaining))
+
+    def run(self) -> Outcome:
+        """Run what remains; the outcome is "nan" where an adapter was stopped, "failed" where one could not be
+        exported."""
         self.exporter.finish()
         self._tell()
         outcome = Outcome("ok")
-        if remaining is not None:
-            outcome = self._execute(run or self.output.new_run(remaining, self.planner.plan(remaining)), remaining)
-        else:
+        if self._run is None or self._remaining is None:
             LOGGER.info(f"{self.output.path}: all jobs are trained")
+        elif self.hang_ups:
+            outcome = Outcome("stopped", f"by {RELOAD}, before it was begun")
+        else:
+            outcome = self._execute(self._run, self._remaining)
         self.history.write(self.output.path / METRICS)
         self.exporter.finish()
         return self._judged() if outcome.status == "ok" else outcome
@@ -157,6 +233,7 @@ class Training:
             wanted = (remaining.content_hash, self.config.stages, self.config.data_parallel, capacity)
             if wanted == (plan.workload_hash, plan.stages, plan.data_parallel, plan.capacity):
                 return run, remaining
+        self.output.require_continued(self.workload, run, self._checkpoint_before)
         self.output.take_over(run, self._checkpoint_before)
         return None, self.output.remaining(self.workload)
 

@@ -30,24 +30,25 @@ STATUS, RUNNING = "status.json", "running"
 class Status:
     """The file, written anew at every change."""
 
-    def __init__(self, folder: Path, jobs_file: Path) -> None:
-        self.path = folder / STATUS
+    def __init__(self, folder: Path, jobs_file: Path, digest: str | None = None, remark: str = "") -> None:
+        """digest: `digest_of` the jobs file when it was read. remark: the note while the command is at work."""
+        self.path, self.remark = folder / STATUS, remark
         self.status = ""
         self.jobs: dict[str, dict] = {}
-        digest = hashlib.sha256(jobs_file.read_bytes() if jobs_file.is_file() else b"").hexdigest()
+        digest = digest_of(jobs_file) if digest is None else digest
         self._known = {"jobs_file": {"path": str(jobs_file.absolute()), "sha256": digest},
                        "process": Process.current().model_dump(), "began": _now()}  # fmt: skip
 
     def write(self, status: str, note: str = "") -> None:
         self.status = status
+        note = note or (self.remark if status == RUNNING else "")
         content = {"status": status, "note": note, **self._known, "changed": _now(), "jobs": self.jobs}
         write(self.path, json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager
-def running(folder: Path, jobs_file: Path) -> Iterator[Status]:
+def running(status: Status) -> Iterator[Status]:
     """Within it a command is at work; who ends in order says how by `Status.write`, else the error does."""
-    status = Status(folder, jobs_file)
     status.write(RUNNING)
     try:
         yield status
@@ -56,12 +57,18 @@ def running(folder: Path, jobs_file: Path) -> Iterator[Status]:
             status.write("failed", _line(error))
         raise
     except KeyboardInterrupt:
-        status.write("interrupted", "at once, what was done since the last checkpoint is lost")
+        with suppress(OSError):
+            status.write("interrupted", "at once, what was done since the last checkpoint is lost")
         raise
     finally:
         if status.status == RUNNING:
             with suppress(OSError):
                 status.write("crash", "an error of the program, it said more on standard error")
+
+
+def digest_of(jobs_file: Path) -> str:
+    """A hash of what stands in a jobs file, if there is one."""
+    return hashlib.sha256(jobs_file.read_bytes() if jobs_file.is_file() else b"").hexdigest()
 
 
 def refuse(folder: Path, jobs_file: Path, error: UserError) -> None:

@@ -18,7 +18,7 @@ from lorafusion.core import manifest
 from lorafusion.core.manifest import MANIFEST
 from lorafusion.core.plan import Plan
 from lorafusion.core.workload import Workload
-from lorafusion.engine.checkpoint import CheckpointError, Checkpoints, identity, newest, opened, set_aside
+from lorafusion.engine.checkpoint import CheckpointError, Checkpoints, drop_beyond, identity, newest, opened
 from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.launch.spec import STOP_FILE, RunSpec, Saving
 from lorafusion.planning import fast
@@ -163,9 +163,12 @@ DAMAGES = {
         lambda last: described(last, slot=999),
         "it is the checkpoint of slot-000000999; it was renamed",
     ),
-    "another plan": (lambda last: described(last, plan="00"), "of another run, its plan is '00', not '"),
-    "another dtype": (lambda last: described(last, dtype="float16"), "its dtype is 'float16', not 'float32'"),
-    "another version": (lambda last: described(last, version=0), "its version is 0, not 2"),
+    "another plan": (lambda last: described(last, plan="00"), "of another run, its plan is not this one's"),
+    "another dtype": (
+        lambda last: described(last, dtype="float16"),
+        "its dtype is not this one's ('float16', not 'float32')",
+    ),
+    "another version": (lambda last: described(last, version=0), "its version is not this one's (0, not 2)"),
 }
 
 
@@ -238,12 +241,12 @@ def test_a_damaged_old_checkpoint_hinders_no_new_one(saved, copied):
     assert sorted(copied.glob("slot-*")) == [last]
 
 
-def test_what_lies_beyond_the_one_gone_on_from_is_put_aside(saved, copied):
+def test_what_lies_beyond_the_one_gone_on_from_is_removed(saved, copied):
     """Else a part that an interrupted process left would complete the next attempt's checkpoint of that slot."""
     before, last = sorted(copied.glob("slot-*"))
     (last / MANIFEST).unlink()
     found, _ = newest(copied, of(saved))
-    set_aside(copied, found)
-    assert sorted(path.name for path in copied.glob("*slot*")) == [f"passed-over-{last.name}", before.name]
-    set_aside(copied, None)
-    assert sorted(copied.glob("slot-*")) == []
+    drop_beyond(copied, found)
+    assert sorted(path.name for path in copied.glob("*slot*")) == [before.name]
+    drop_beyond(copied, None)
+    assert sorted(copied.glob("*slot*")) == []

@@ -69,7 +69,10 @@ def test_the_file_says_who_has_the_folder(tmp_path):
 def test_a_launcher_at_work_is_not_disturbed(tmp_path):
     with locked(tmp_path):
         before = (tmp_path / LOCK).read_text()
-        with pytest.raises(UserError, match="another training is using this folder"), locked(tmp_path):
+        with (
+            pytest.raises(UserError, match=f"another training is using this folder: process {os.getpid()} on "),
+            locked(tmp_path),
+        ):
             pass
         assert (tmp_path / LOCK).read_text() == before
 
@@ -131,12 +134,13 @@ def test_a_worker_that_comes_between_is_seen(tmp_path, monkeypatch):
     def come(folder, members):
         near(folder, members)
         first.append(len(members))
-        join(Lock(path=str(tmp_path / LOCK), token="old"))
+        if len(first) == 1:
+            join(Lock(path=str(tmp_path / LOCK), token="old"))
 
     monkeypatch.setattr(locks, "_require_near", come)
     monkeypatch.setattr(locks, "_end", lambda processes, folder: ended.extend(processes))
     with locked(tmp_path):
-        assert first == [1]
+        assert first == [1, 2]
         assert Process.current() in ended
 
 
@@ -176,6 +180,31 @@ def test_who_cannot_be_ended_is_refused_in_time(tmp_path, monkeypatch, forked):
 def test_a_damaged_lock_is_one_line(tmp_path):
     (tmp_path / LOCK).write_text("{")
     with pytest.raises(UserError, match="damaged; if no training uses the folder, delete this file"), locked(tmp_path):
+        pass
+
+
+def test_half_a_line_for_want_of_room_hinders_nobody(tmp_path):
+    with locked(tmp_path) as old:
+        whole = (tmp_path / LOCK).read_text()
+    (tmp_path / LOCK).write_text(whole[:100])
+    with locked(tmp_path) as new:
+        assert len(lines(tmp_path)) == 1
+        (tmp_path / LOCK).write_text((tmp_path / LOCK).read_text() + whole[:50])
+        join(new)
+        with pytest.raises(UserError, match="another launcher"):
+            join(old)
+
+
+def test_two_machines_that_look_at_once_refuse_each_other(tmp_path, monkeypatch):
+    """Each has a lock of its own, as on a file system without locks."""
+    add = locks._add
+
+    def both(lock, launches):
+        add(lock, launches)
+        note(tmp_path, token="other", launches=True, host="other", boot="b")
+
+    monkeypatch.setattr(locks, "_add", both)
+    with pytest.raises(UserError, match=r"on other was training here and did not end in order"), locked(tmp_path):
         pass
 
 

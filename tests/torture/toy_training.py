@@ -16,19 +16,23 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401
 import psutil
 import yaml
 
 from lorafusion.cli import main as command_line
 from lorafusion.core.source_tree import ROOT
-from lorafusion.engine import fork_server, worker
+from lorafusion.engine import fork_server
 from lorafusion.launch.launch import SIGNALS, launch
 from lorafusion.train import run as training
+
+# So that each command and each worker need not.
+for module in ("lorafusion.engine.worker", "lorafusion.engine.stream", "matplotlib.pyplot"):
+    import_module(module)
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 SHAPES = {(1, 1): 1, (2, 1): 2, (2, 2): 4}  # stages and replicas: processes
@@ -107,17 +111,22 @@ class _Forked(fork_server.Forked):
 
 
 def _fork(path: Path, temporary: Path, log: Path, most_bytes: int | None) -> int:
+    ready = os.pipe()
     pid = os.fork()
     if pid:
+        os.close(ready[1])
+        os.read(ready[0], 1)
+        os.close(ready[0])
         return pid
     code = 70
     try:
         os.setsid()
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         with open(log, "ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        sys.stdout = open(1, "w", buffering=1, closefd=False)
-        sys.stderr = open(2, "w", buffering=1, closefd=False)
+        sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
         os.environ["TMPDIR"] = str(temporary)
         import tempfile
 
@@ -126,6 +135,14 @@ def _fork(path: Path, temporary: Path, log: Path, most_bytes: int | None) -> int
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
         fork_server.FORKSERVER = get_context("fork")
         training.launch = lambda *arguments, **options: launch(*arguments, start=_Forked, **options)
+        train_all = training._train_all
+
+        def train_from_here(*arguments):
+            os.close(ready[1])
+            return train_all(*arguments)
+
+        training._train_all = train_from_here
+        os.close(ready[0])
         sys.argv = ["lorafusion", "train", str(path)]
         command_line.main()
     except SystemExit as end:
@@ -135,10 +152,8 @@ def _fork(path: Path, temporary: Path, log: Path, most_bytes: int | None) -> int
         code = 71
     finally:
         for stream in (sys.stdout, sys.stderr):
-            try:
+            with suppress(OSError):
                 stream.flush()
-            except OSError:
-                pass
         os._exit(code or 0)
 
 
@@ -163,21 +178,17 @@ def adopting() -> Iterator[None]:
     finally:
         for child in set(psutil.Process().children()) - before:
             child.kill()
-            try:
+            with suppress(ChildProcessError):
                 os.waitpid(child.pid, 0)
-            except ChildProcessError:
-                pass
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 
 def reap() -> None:
     """Those that were adopted and have ended."""
     for child in psutil.Process().children():
-        try:
+        with suppress(ChildProcessError, psutil.NoSuchProcess):
             if child.status() == psutil.STATUS_ZOMBIE:
                 os.waitpid(child.pid, os.WNOHANG)
-        except (ChildProcessError, psutil.NoSuchProcess):
-            pass
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -34,7 +35,7 @@ FAULTS = ("kill launcher", "kill launcher", "kill launcher", "kill worker", "kil
           "stop all", "full disk", "full disk")  # fmt: skip
 
 
-class Failure(Exception):
+class FailureError(Exception):
     """What was expected and not so."""
 
 
@@ -51,13 +52,13 @@ class Torture:
         self.history: list[str] = []
 
     def run(self, faults: int) -> None:
-        """Raise `Failure` unless the training ends as if nothing had been done to it."""
+        """Raise `FailureError` unless the training ends as if nothing had been done to it."""
         for _ in range(faults):
             self._suffer(self.random.choice(FAULTS))
         command = self._start()
         code = command.wait(MOST_SECONDS)
         if code != DONE:
-            raise Failure(f"the last command ended with {code}: {command.output[-400:]}")
+            raise FailureError(f"the last command ended with {code}: {command.output[-400:]}")
         self._compare()
 
     def _start(self, **options) -> Command:
@@ -73,9 +74,9 @@ class Torture:
             code = command.wait(MOST_SECONDS)
             lines = command.output.splitlines()
             if code not in (0, 1, 2) or code and not lines[-1].startswith("error: "):
-                raise Failure(f"full disk: {code}, {command.output[-400:]}")
+                raise FailureError(f"full disk: {code}, {command.output[-400:]}")
             if code and "free" not in lines[-1]:
-                raise Failure(f"full disk: nothing of what is free in {lines[-1]!r}")
+                raise FailureError(f"full disk: nothing of what is free in {lines[-1]!r}")
             return
         if command.wait(max(0, begin + moment - time.monotonic())) is not None:
             return self._wait(command, DONE)  # it had ended
@@ -95,17 +96,15 @@ class Torture:
 
     def _send(self, processes: list[psutil.Process], number: signal.Signals) -> None:
         for process in processes:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
-            except psutil.NoSuchProcess:
-                pass
 
     def _wait(self, command: Command, *codes: int) -> None:
         code = command.wait(MOST_SECONDS)
         if code is None:
-            raise Failure(f"still at work after {MOST_SECONDS} s")
+            raise FailureError(f"still at work after {MOST_SECONDS} s")
         if code not in codes:
-            raise Failure(f"ended with {code}, not one of {codes}: {command.output[-400:]}")
+            raise FailureError(f"ended with {code}, not one of {codes}: {command.output[-400:]}")
 
     def _kill(self, command: Command, processes: list[psutil.Process]) -> None:
         self._send(processes, signal.SIGKILL)
@@ -115,14 +114,12 @@ class Torture:
         self._send(processes, signal.SIGTERM)
         self._wait(command, DONE, STOPPED, 1)
 
-    def _int(self, command: Command, processes: list[psutil.Process]) -> None:
-        try:
+    def _int(self, command: Command, _: list[psutil.Process]) -> None:
+        with suppress(ProcessLookupError):
             os.killpg(command.process.pid, signal.SIGINT)
-            if processes == [command.process] and "twice" in self.history[-1]:
+            if "twice" in self.history[-1]:
                 time.sleep(0.05)
                 os.killpg(command.process.pid, signal.SIGINT)
-        except ProcessLookupError:
-            pass
         self._wait(command, DONE, STOPPED, 130)
 
     def _hup(self, command: Command, processes: list[psutil.Process]) -> None:
@@ -139,14 +136,14 @@ class Torture:
         ours, theirs = results(self.path.parent), results(self.whole)
         different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if different:
-            raise Failure(f"not as without faults: {different}")
+            raise FailureError(f"not as without faults: {different}")
         reap()
         running = [child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in str(child)]
         if running:
-            raise Failure(f"still running: {running}")
+            raise FailureError(f"still running: {running}")
         left = left_behind(self.path.parent)
         if left:
-            raise Failure(f"left behind: {left}")
+            raise FailureError(f"left behind: {left}")
 
 
 def run(count: int, seed: int, folder: Path) -> list[str]:
@@ -168,7 +165,7 @@ def run(count: int, seed: int, folder: Path) -> list[str]:
             try:
                 torture.run(min(FAULTS_OF_A_TRAINING, count - begun))
                 shutil.rmtree(place)
-            except Failure as failure:
+            except FailureError as failure:
                 failures.append(f"{place.name} {shape}: {', '.join(torture.history)}: {' '.join(str(failure).split())}")
     return failures
 

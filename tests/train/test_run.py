@@ -130,7 +130,9 @@ def test_stopped_and_started_it_is_as_if_nothing_had_been(whole, tmp_path, monke
     path = jobs_file(tmp_path, "alice bob carol")
     interrupted(monkeypatch, signal.SIGTERM, 4)
     assert train(path) == STOPPED
-    assert "stopped by SIGTERM, after saving a checkpoint; the same command goes on" in capsys.readouterr().err
+    assert (
+        f"stopped by SIGTERM, after saving a checkpoint; `lorafusion train {path}` goes on" in capsys.readouterr().err
+    )
     monkeypatch.setattr(training, "launch", forked.launch)
     assert train(path) == DONE
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 1

@@ -99,17 +99,46 @@ def test_a_broken_jobs_file_leaves_no_ok_behind(finished, change):
     assert status(finished)["jobs_file"]["sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_one_that_was_broken_before_the_signal_to_read_it_again_is_told(played, tmp_path, monkeypatch):
+BROKEN_LATE = {
+    "a typo": ("capacity: 64", "capacity: none", "capacity"),
+    "another rank": ("rank: 2", "rank: 3", "job 'short': rank is 3, but its 2 steps in"),
+    "no such model": ("model: tiny", "model: tinny", "tinny"),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "reason"), BROKEN_LATE.values(), ids=BROKEN_LATE.keys())
+def test_with_a_mistake_at_the_signal_to_read_it_again_it_goes_on_as_it_was(
+    recorded, tmp_path, monkeypatch, capsys, before, after, reason
+):
     path = jobs_file(tmp_path)
+    text, seen = path.read_text(), []
 
-    def stopped(*_, **__) -> Outcome:
-        path.write_text("jobs: [}")
-        return Outcome("stopped", "by SIGHUP, after saving a checkpoint")
+    def look(slot: int) -> None:
+        seen.append(status(tmp_path))
+        if len(list((tmp_path / "out/runs/000/checkpoints").glob("slot-*"))) == 2 and before in path.read_text():
+            path.write_text(text.replace(before, after))
+            raise TimeoutError
 
-    monkeypatch.setattr(training, "launch", stopped)
-    with pytest.raises(UserError):
-        train(path)
-    assert status(tmp_path)["status"] == "refused"
+    with playback.played(recorded, look):
+        launch = training.launch
+
+        def stopped_once(*arguments, **options) -> Outcome:
+            try:
+                return launch(*arguments, **options)
+            except TimeoutError:
+                return Outcome("stopped", "by SIGHUP, after saving a checkpoint")
+
+        monkeypatch.setattr(training, "launch", stopped_once)
+        assert train(path) == DONE
+    assert playback.files(tmp_path) == playback.files(recorded)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "going on with the jobs as they were" in line]
+    assert line.startswith("error: ")
+    assert reason in line
+    assert seen[-1]["status"] == "running"
+    assert reason in seen[-1]["note"]
+    assert seen[-1]["note"].startswith("with the jobs as they were: ")
+    assert seen[-1]["jobs_file"]["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert status(tmp_path)["status"] == "ok"
 
 
 def test_a_refused_second_command_says_nothing_of_the_first(finished):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from lorafusion.core.config import read_systems
+from lorafusion.core.files import read_json
 from lorafusion.core.schema import UserError, one_of
 from lorafusion.lab.checks.catalog import run_check
 from lorafusion.lab.checks.verdicts import Outcome, origin_of
@@ -77,14 +79,16 @@ def chosen_check(suite: str, name: str, systems: Sequence[str], arrangements: Se
     """A check of some systems or arrangements on this CPU, whatever suites say; without them, one of a suite."""
     if not (systems or arrangements):
         return run_check(name, suite_path(suite))
-    from lorafusion.lab.checks.gradients import gradient_setups_of, gradients
-    from lorafusion.lab.checks.lossless import lossless
-    from lorafusion.lab.checks.systems import systems as check_systems
-
     one_of("check", name, {"lossless", "systems", "gradients"}, "--system, --arrangement")
     chosen, losses = [Arrangement.read(text) for text in arrangements or ["1x1"]], []
     if (name == "lossless") == bool(systems):
         raise UserError(f"--system: expected {'none with lossless' if systems else f'the systems to check {name} of'}")
+    for system in systems:
+        one_of("system", system, set(read_systems()), "--system")
+    from lorafusion.lab.checks.gradients import gradient_setups_of, gradients
+    from lorafusion.lab.checks.lossless import lossless
+    from lorafusion.lab.checks.systems import systems as check_systems
+
     if name == "lossless":
         verdict, losses = lossless(chosen)
     elif name == "systems":
@@ -92,3 +96,13 @@ def chosen_check(suite: str, name: str, systems: Sequence[str], arrangements: Se
     else:
         verdict = gradients(list(systems), chosen, gradient_setups_of(None))
     return Outcome(verdict, origin_of(None, "cpu", "float64"), losses)
+
+
+def changed_contracts(record: Path, device: str, write: bool) -> str:
+    """How what systems cost differs from what a file records, which is looked at before torch is imported; write: write
+    it there."""
+    if record.exists() or not write:
+        read_json(record, "record of what systems cost")
+    from lorafusion.lab.checks.contract import check_contracts
+
+    return check_contracts(record, device, write)

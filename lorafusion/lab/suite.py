@@ -89,7 +89,7 @@ class Arrangement(NamedTuple):
 
     @classmethod
     def read(cls, text: str) -> Arrangement:
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(\+recompute)?", text)
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})(\+recompute)?", text)
         if not match:
             raise UserError(f"arrangement: expected stages x replicas such as 2x1 or 2x1+recompute, found {text!r}")
         return cls(int(match[1]), int(match[2]), bool(match[3]))

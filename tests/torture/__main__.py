@@ -36,6 +36,9 @@ class Outcome(NamedTuple):
 def main() -> int:
     arguments = _arguments()
     chosen = [case for case in inputs.cases() if fnmatch(case.name, arguments.only or "*")]
+    if not chosen:
+        print(f"no hostile input is named {arguments.only}; --list lists them", file=sys.stderr)
+        return 2
     if arguments.list:
         print(*(case.name for case in chosen), sep="\n")
         return 0

@@ -53,12 +53,12 @@ OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run seconds": ("lab run suite.yaml --here --seconds {}", ("", "word", "nan", "-1", "-inf")),
     "run only": ("lab run suite.yaml --here --only {}", ("", "torture", "[")),
     "measure suite": ("lab measure {}", CHOICES),
-    "measure table": ("lab measure suite.yaml {}", CHOICES),
+    "measure table": ("lab measure suite.yaml {}", CHOICES[1:]),
     "figure suite": ("lab figure {}", CHOICES),
-    "figure name": ("lab figure suite.yaml {}", CHOICES),
+    "figure name": ("lab figure suite.yaml {}", CHOICES[1:]),
     "figure model": ("lab figure smoke end_to_end t.csv --out f --model {}", CHOICES),
     "check suite": ("lab check {}", CHOICES),
-    "check name": ("lab check suite.yaml {}", CHOICES),
+    "check name": ("lab check suite.yaml {}", CHOICES[1:]),
     "check system": ("lab check suite.yaml systems --out out.json --system {}", CHOICES),
     "check arrangement": ("lab check suite.yaml lossless --out out.json --arrangement {}",
                           ("", "word", "1", "0x1", "1x0", "-1x1", "1x1+torture", "1000000x1", "9" * 5000 + "x1")),
@@ -116,9 +116,10 @@ WRITERS = {
     "lab check curves": "lab check suite.yaml lossless --out o.json --curves {}",
     "lab measure": "lab measure smoke end_to_end r.json --any-suite --incomplete --out {}",
     "lab figure": "lab figure smoke lossless c.csv --out {}",
-    "lab publish": "lab publish smoke t.csv --directory {}",
+    "lab publish": "lab publish smoke t.parquet --directory {}",
     "lab run": "lab run suite.yaml --step {}",
 }
+NAMES_WITHOUT_SUFFIX = ("a-folder", "a-link", "a-link-to-nothing", "a-circle", "a-pipe", "full", "null", "zero")
 ANY_FOLDER = ("a-folder", "here", "above", "nothing", "too-long")  # what may be fine where a folder is written
 COMMANDS = ("lab tree-hash", "lab check", "lab contract", "lab figure", "lab list", "lab measure", "lab publish",
             "lab report", "lab run", "plan make", "plan show", "plan propose", "patch", "reproduce", "train",
@@ -147,7 +148,7 @@ def _options() -> Iterator[Case]:
     table = valid.sealed_files("t.csv", valid.csv())
     for name, (line, values) in OPTIONS.items():
         for index, value in enumerate(values):
-            light = not line.startswith(("patch", "lab contract", "train", "lab check"))
+            light = not line.startswith("patch")
             yield of_line(f"options/{name.replace(' ', '-')}/{index}-{label(value)}", line, value,
                           files=FILES | table, light=light)  # fmt: skip
 
@@ -170,7 +171,7 @@ def _places(folder: Path) -> None:
 
 def _outputs() -> Iterator[Case]:
     files = FILES | valid.sealed_files("t.csv", valid.csv()) | valid.sealed_files("c.csv", valid.CURVES)
-    files |= {"r.json": valid.text(valid.result())}
+    files |= {"r.json": valid.text(valid.result())} | valid.sealed_files("t.parquet", valid.end_to_end())
     for writer, line in WRITERS.items():
         whole_folder = writer in ("lab measure", "lab publish")
         for name, place in OUTPUTS.items():
@@ -178,10 +179,10 @@ def _outputs() -> Iterator[Case]:
                 continue
             if whole_folder and name in ANY_FOLDER:
                 continue
-            if writer == "lab figure" and name in ("a-folder", "a-link", "a-link-to-nothing", "a-circle", "a-pipe"):
-                continue  # a figure's name is without a suffix
+            if writer == "lab figure" and name in NAMES_WITHOUT_SUFFIX:
+                continue  # a figure's files have other names
             case = of_line(f"outputs/{writer.replace(' ', '-')}/{name}", line, place, files=files, before=_places,
-                           light=not writer.startswith("lab check"))  # fmt: skip
+                           light=True)  # fmt: skip
             yield case
         if writer not in ("lab check", "lab check curves", "lab run"):
             yield of_line(f"outputs/{writer.replace(' ', '-')}/full-disk", line,

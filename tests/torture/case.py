@@ -27,6 +27,7 @@ MOST_WALL = 30.0  # seconds; what is not over then hangs
 MOST_MEMORY = 2**20  # KiB
 LIBRARIES = ("tests.torture.server:import_libraries",)
 REFUSED = frozenset({2})
+SHOWN = 4  # changes of a folder
 
 Make = Callable[[Path], None]  # puts an input where the path says
 
@@ -40,6 +41,7 @@ class Case:
     has to name. libraries: the command needs those of models, whose import is not counted. light: the mistake is to be
     told before torch is imported. fresh: in a process of its own, as the environment counts at its start. gone: the
     folder in which it is called has been removed. before: what is done to that folder when the files lie there.
+    owns: what it may make in it all the same.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Case:
     cpu: float = MOST_CPU
     wall: float = MOST_WALL
     may_write: bool = False
+    owns: tuple[str, ...] = ()
     gone: bool = False
     before: Make | None = None
 
@@ -91,7 +94,7 @@ class Server:
         filled = {key: _filled(value, fill) for key, value in environment.items() if value is not None}
         request = {
             "words": [_filled(word, fill) for word in case.line], "folder": str(box / "work"), "environment": filled,
-            "stdin": case.stdin, "stdout": case.stdout, "limits": dict(case.limits), "seconds": case.wall,
+            "stdin": case.stdin, "stdout": case.stdout, "limits": dict(case.limits), "seconds": case.wall * busy(),
             "fresh": case.fresh, "gone": case.gone, "caches": str(self.caches),
         }  # fmt: skip
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -103,6 +106,11 @@ class Server:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(timeout=30)
+
+
+def busy() -> float:
+    """How much longer everything takes than on an idle machine."""
+    return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:
@@ -150,7 +158,10 @@ def run(case: Case, server: Server, place: Path, start: float) -> tuple[Ended, l
         ended = server.call(case, box)
         wrong = mistakes(case, ended, start if case.fresh else 0.0)
         if not case.may_write:
-            wrong += changes(before, state(box))
+            after = {
+                name: content for name, content in state(box).items() if name.removeprefix("work/") not in case.owns
+            }
+            wrong += changes(before, after)
         return ended, wrong
     finally:
         _remove(box)
@@ -159,7 +170,8 @@ def run(case: Case, server: Server, place: Path, start: float) -> tuple[Ended, l
 def changes(before: dict[str, tuple], after: dict[str, tuple]) -> list[str]:
     wrong = [f"written: {name!r}" for name in after if name not in before]
     wrong += [f"removed: {name!r}" for name in before if name not in after]
-    return wrong + [f"changed: {name!r}" for name in before if name in after and before[name] != after[name]]
+    wrong += [f"changed: {name!r}" for name in before if name in after and before[name] != after[name]]
+    return wrong[:SHOWN] + ([f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else [])
 
 
 def mistakes(case: Case, ended: Ended, start: float) -> list[str]:

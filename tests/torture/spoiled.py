@@ -135,7 +135,10 @@ def yaml_text(valid: bytes, seed: int = SEED) -> Mutations:
 def json_text(valid: bytes, seed: int = SEED) -> Mutations:
     """A JSON object, damaged."""
     start = valid.rstrip().removesuffix(b"}") + b", "
-    return any_text(valid, seed) | {
+    text = any_text(valid, seed)
+    for name in ("utf-16", "utf-32"):
+        text.pop(name)  # JSON may be written so
+    return text | {
         "cut": valid[: len(valid) * 2 // 3],
         "without-the-last-brace": valid.rstrip()[:-1],
         "with-more": valid + b"{}",

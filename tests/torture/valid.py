@@ -133,6 +133,12 @@ def parquet() -> bytes:
 
 
 @cache
+def end_to_end() -> bytes:
+    """A measurement table of systems."""
+    return (ROOT / "results/reference/nvidia-h200/end_to_end.parquet").read_bytes()
+
+
+@cache
 def csv() -> bytes:
     """Some rows of the same table."""
     import io

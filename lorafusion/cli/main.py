@@ -55,8 +55,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
+    os.environ["MPLBACKEND"] = "agg"  # figures are drawn to files
     status = 2
     try:
+        if not os.access(os.curdir, os.F_OK):
+            raise UserError("the folder in which this is called has been removed")
         status = app(prog_name="lorafusion", standalone_mode=False)
         sys.stdout.flush()
     except UserError as error:

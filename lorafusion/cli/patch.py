@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from lorafusion.cli.common import CommandLine
-from lorafusion.core.hub import HUB_ERRORS
 from lorafusion.core.schema import UserError
 
 patch_app = CommandLine()
@@ -29,6 +28,7 @@ def patch(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from fused_lora import patch
+    from lorafusion.core.hub import HUB_ERRORS
 
     if not Path(adapter).exists() and "/" not in adapter:
         raise UserError(f"{adapter}: expected the folder of an adapter, or a repository OWNER/NAME")

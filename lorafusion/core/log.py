@@ -10,16 +10,19 @@ import os
 import sys
 from typing import Any, TextIO, cast
 
+from lorafusion.core.schema import LONGEST_LINE, shortened
+
 LEVEL = "LORAFUSION_LOG_LEVEL"  # in the environment: from the command line to the processes that it starts
 DETAILED = "%(asctime)s %(name)s: %(message)s"
 
 
 class _Lines(logging.Formatter):
-    """A message as it is; a warning or an error with that word before it."""
+    """A message in short lines; a warning or an error with that word before it."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+        text = text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+        return text if record.exc_info else "\n".join(shortened(line, LONGEST_LINE) for line in text.split("\n"))
 
 
 class Lasting:
@@ -63,7 +66,8 @@ def start_logging(level: int | None = None) -> None:
     the process that started this one, or else INFO."""
     if not isinstance(sys.stderr, Lasting):
         sys.stderr = cast(TextIO, Lasting(sys.stderr))
-    level = level or int(os.environ.get(LEVEL, logging.INFO))
+    inherited = os.environ.get(LEVEL, "")
+    level = level or (int(inherited) if inherited.isdecimal() else logging.INFO)
     os.environ[LEVEL] = str(level)
     handler = _StandardError()
     handler.setFormatter(_Lines(DETAILED if level <= logging.DEBUG else None))

@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Model = TypeVar("Model", bound=BaseModel)
 
 
-LONGEST = 300 - len("error: ")  # characters of a mistake, which is printed after that word
+LONGEST_LINE = 300  # characters, of all that is said
+LONGEST = LONGEST_LINE - len("error: ")  # of a mistake, which is printed after that word
 FOUND = 80  # characters of a value that was found
 MOST_MISTAKES = 20  # that are told of one file
 
@@ -31,7 +32,7 @@ class UserError(ValueError):
     status 2."""
 
     def __init__(self, *mistakes: str) -> None:
-        self.mistakes = [shortened(" ".join(mistake.split()), LONGEST) for mistake in mistakes]
+        self.mistakes = [shortened(printable(mistake), LONGEST) for mistake in mistakes]
         super().__init__(*self.mistakes)
 
     def __str__(self) -> str:
@@ -56,6 +57,12 @@ class Mistakes:
     def require_none(self) -> None:
         if self._lines:
             raise UserError(*self._lines)
+
+
+def printable(text: str) -> str:
+    """A text as one line that a terminal shows as it is."""
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def shortened(text: str, most: int) -> str:

@@ -54,7 +54,8 @@ def work(place: dict[str, str], threads: int, log: str | None, spec_path: str, r
 
 
 class Forked:
-    """`lorafusion.launch.launch.Processes` on one node; the first to fail decides, as under torchrun."""
+    """`lorafusion.launch.launch.Processes` on one node; the first to fail decides, as under torchrun, and first of all
+    one that was ended by a signal."""
 
     work = staticmethod(work)  # tests have one that waits for them
 
@@ -76,7 +77,7 @@ class Forked:
             codes = [process.exitcode for process in self._workers]
             running = [process for process, code in zip(self._workers, codes, strict=True) if code is None]
             if any(codes) or not running:
-                return next((code for code in codes if code), 0)
+                return min((code for code in codes if code), default=0)
             if time.monotonic() > end:
                 return None
             wait([process.sentinel for process in running], min(seconds, 0.05))

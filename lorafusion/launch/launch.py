@@ -25,6 +25,7 @@ import psutil
 from lorafusion.core.files import write, writing
 from lorafusion.core.source_tree import IS_CHECKOUT, ROOT
 from lorafusion.launch.heartbeat import Watch
+from lorafusion.launch.lock import inherited
 from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.scratch import scratch_folder
 from lorafusion.launch.spec import STOP_FILE, RunSpec
@@ -110,6 +111,7 @@ def launch(
     the workers leave their reports, so that the first node knows why another failed. A run that saves checkpoints is
     asked to do so before it ends when this process gets SIGTERM, SIGINT or SIGHUP; the outcome is then "stopped".
     """
+    spec = spec if spec.lock else spec.model_copy(update={"lock": inherited()})
     with scratch_folder() as scratch:
         reports = reports or scratch
         reports.mkdir(parents=True, exist_ok=True)
@@ -207,7 +209,7 @@ def worker_command(processes: int, nodes: int, environment: Mapping[str, str], s
     worker = ["-m", "lorafusion.engine"]
     if processes == 1:
         return [sys.executable, *worker]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes // nodes}",
+    torchrun = [sys.executable, "-m", "lorafusion.engine.agent", f"--nproc-per-node={processes // nodes}",
                 f"--log-dir={scratch / 'torchrun-logs'}"]  # fmt: skip
     if nodes == 1:
         meeting = [f"--rdzv-endpoint={scratch / 'torchrun'}", "--rdzv-conf=store_type=file"]
@@ -260,17 +262,18 @@ def outcome(reports: Path, code: int, watch: Watch | None = None) -> Outcome:
     # An exhausted memory explains the others' broken connections, as does a process that was killed.
     failures.sort(key=lambda failure: failure["status"] != "oom")
     causes = [failure for failure in failures if not BROKEN_CONNECTION.search(failure["message"])]
-    if causes:
+    killed = code == -signal.SIGKILL
+    if causes and not killed:
         return Outcome(causes[0]["status"], causes[0]["message"])
     name = signal.Signals(-code).name if code < 0 else ""
     hint = ", often the host's out-of-memory killer" if name in ("", "SIGKILL") else ""
     if watch is not None and watch.died:
         end = f"ended by {name}" if name else "ended without a word, as by SIGKILL"
-        return Outcome("crash", f"{watch.died.place}, {watch.died.doing}: {end}{hint}")
-    if failures:
+        return Outcome("crash", f"{watch.died.place}, {watch.died.doing}: {end}{hint}", killed=killed)
+    if failures and not killed:
         return Outcome(failures[0]["status"], failures[0]["message"])
     if name:
-        return Outcome("crash", f"ended by {name}{hint}")
+        return Outcome("crash", f"ended by {name}{hint}", killed=killed)
     report = reports / "report.json"
     if code or not report.exists():
         return Outcome("crash", f"ended with status {code} and left no report; its log says more")

@@ -1,4 +1,4 @@
-"""Who uses an output folder: one launcher and its workers, by process id and start time, in the file that is locked.
+"""Who uses a folder: one launcher and its workers, by process id and start time, in the file that is locked.
 
 The operating system lets go of a killed launcher's lock at once, while its workers may go on for minutes. So the next
 launcher puts its own name below theirs and then ends all who stand there. A worker puts its name down before it touches
@@ -19,8 +19,10 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
+import psutil
 from pydantic import ValidationError
 
 from lorafusion.core.files import writing
@@ -28,6 +30,7 @@ from lorafusion.core.schema import Config, UserError
 
 LOGGER = logging.getLogger(__name__)
 LOCK = ".lock"
+VARIABLE = "LORAFUSION_LOCK"  # of the environment: the lock of those who started this process
 END_SECONDS = 10
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -82,50 +85,84 @@ class Lock(Config):
 
 
 class _Member(Config):
-    """A line of the file."""
+    """A line of the file. what: a launcher is doing, for those whom it keeps out."""
 
     token: str
     launches: bool
     process: Process
+    what: str = ""
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[Lock]:
+def locked(folder: Path, name: str = LOCK, what: str = "training") -> Iterator[Lock]:
     """Within it no other launcher uses the folder, which is made, and nothing of an earlier one is left running. Raises
-    `UserError` where that cannot be had."""
+    `UserError` where that cannot be had. name: of the file; what: the launcher does."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
+    path = folder / name
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another training is using this folder{_launcher(path)}") from None
+            raise UserError(f"{folder}: {_holder(path, what)}") from None
         _require_near(folder, _members(path))
-        lock = Lock(path=str(path), token=secrets.token_hex(8))
-        _add(lock, launches=True)
+        lock = Lock(path=str(path.absolute()), token=secrets.token_hex(8))
+        _add(lock, what)
         others = [member for member in _members(path) if member.token != lock.token]
         _require_near(folder, others)  # again: a machine whose locks are not ours may have looked when we did
         _end([member.process for member in others], folder)
         file.truncate(0)
-        _add(lock, launches=True)
+        _add(lock, what)
         try:
             yield lock
         finally:
             file.truncate(0)
 
 
+def _holder(path: Path, what: str) -> str:
+    """Who has a lock, as far as its file says: nothing yet where the launcher has just come."""
+    launchers, since = [], ""
+    with suppress(UserError, OSError):
+        launchers = [member for member in _members(path) if member.launches]
+    if not launchers:
+        return f"another {what} is using this folder"
+    process = launchers[0].process
+    with suppress(psutil.Error):
+        started = psutil.Process(process.pid).create_time() if process.is_near else 0
+        since = f", since {datetime.fromtimestamp(started):%d %b %H:%M:%S}" if started else ""
+    return f"another {launchers[0].what or what} is using this folder: process {process.pid} on {process.host}{since}"
+
+
 def join(lock: Lock) -> None:
     """Put this process, a worker, down as one of its launcher's. Raises `UserError` where that is no longer the one
     that has the folder; nothing in it may be touched then."""
-    _add(lock, launches=False)
-    launchers = [member.token for member in _members(Path(lock.path)) if member.launches]
-    if launchers[-1:] != [lock.token]:
+    _add(lock)
+    launcher_of(lock)
+
+
+def launcher_of(lock: Lock) -> Process:
+    """The process that has a lock; raises `UserError` where another one has the folder by now, or none."""
+    launchers = [member for member in _members(Path(lock.path)) if member.launches]
+    if not launchers or launchers[-1].token != lock.token:
         raise UserError(f"{lock.path}: another launcher has the folder by now")
+    return launchers[-1].process
 
 
-def _add(lock: Lock, launches: bool) -> None:
-    """Append a line in one write, so that lines of several processes do not mix."""
-    line = _Member(token=lock.token, launches=launches, process=Process.current()).model_dump_json() + "\n"
+def inherited() -> Lock | None:
+    """The lock of those who started this process; None where there is none, or none of this machine."""
+    text = os.environ.get(VARIABLE)
+    return Lock.model_validate_json(text) if text else None
+
+
+def end_others(lock: Lock) -> None:
+    """End all that stand in a lock's file but this process."""
+    path, me = Path(lock.path), Process.current()
+    _end([member.process for member in _members(path) if member.process != me], path.parent)
+
+
+def _add(lock: Lock, launches: str = "") -> None:
+    """Append a line in one write, so that lines of several processes do not mix. launches: what a launcher does."""
+    member = _Member(token=lock.token, launches=bool(launches), process=Process.current(), what=launches)
+    line = member.model_dump_json() + "\n"
     before = Path(lock.path).read_bytes()
     data = ("\n" * (before[-1:] not in (b"", b"\n")) + line).encode()
     with writing(Path(lock.path)), open(lock.path, "ab", buffering=0) as file:
@@ -141,15 +178,6 @@ def _members(path: Path) -> list[_Member]:
         return [_Member.model_validate(json.loads(line)) for line in whole]
     except (ValueError, ValidationError):
         raise UserError(f"{path}: damaged; if no training uses the folder, delete this file") from None
-
-
-def _launcher(path: Path) -> str:
-    """Who has a folder, as far as its lock can be read."""
-    with suppress(UserError, OSError):
-        for member in _members(path):
-            if member.launches:
-                return f": process {member.process.pid} on {member.process.host}"
-    return ""
 
 
 def _require_near(folder: Path, members: list[_Member]) -> None:

@@ -9,11 +9,13 @@ from lorafusion.core.schema import UserError
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: a status of the measurement table, why, and the report of rank 0 where there is one."""
+    """How a run ended: a status of the measurement table, why, and the report of rank 0 where there is one. killed: by
+    SIGKILL from outside, which says nothing of the run."""
 
     status: str
     note: str = ""
     report: dict = field(default_factory=dict)
+    killed: bool = False
 
 
 class FaultyRunError(UserError):

@@ -131,8 +131,24 @@ def test_a_run_that_takes_too_long_is_ended(spec):
 
 def test_a_killed_worker_is_a_crash(spec):
     done = launch(spec(), 1, timeout=120, look=lambda: [child.kill() for child in _children()])
-    assert done.status == "crash"
+    assert (done.status, done.killed) == ("crash", True)
     assert "SIGKILL" in done.note
+
+
+@pytest.mark.parametrize(("number", "killed"), [(signal.SIGKILL, True), (signal.SIGSEGV, False)])
+def test_a_worker_that_is_killed_is_told_from_one_that_crashes(spec, tmp_path, number, killed):
+    """Under torchrun, which by itself ends with status 1 in both cases."""
+    watch = Watch(tmp_path / "reports", 2)
+
+    def look() -> None:
+        watch.look()
+        if 1 in watch.seen:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(watch.seen[1].pid, number)
+
+    done = launch(spec(stages=2), 2, timeout=120, reports=tmp_path / "reports", look=look)
+    assert (done.status, done.killed) == ("crash", killed)
+    assert done.note.startswith("rank 1")
 
 
 def test_a_launcher_that_is_killed_leaves_nothing_running(spec, tmp_path):
@@ -210,7 +226,7 @@ def stopped_at_work(process: psutil.Process, doing) -> bool:
 def test_a_process_that_dies_is_named(long_run):
     begin = time.monotonic()
     done = long_run(killed)
-    assert done.status == "crash"
+    assert (done.status, done.killed) == ("crash", True)
     where, _, reason = done.note.rpartition(": ")
     assert reason == "ended by SIGKILL, often the host's out-of-memory killer"
     assert re.fullmatch(r"rank 1 \(stage 1 of 2\), .*microbatch \d+.*", where)

@@ -12,7 +12,7 @@ import pytest
 
 from lorafusion.core.schema import UserError
 from lorafusion.launch import lock as locks
-from lorafusion.launch.lock import LOCK, Lock, Process, join, locked
+from lorafusion.launch.lock import LOCK, VARIABLE, Lock, Process, inherited, join, locked
 
 
 @pytest.fixture
@@ -69,12 +69,30 @@ def test_the_file_says_who_has_the_folder(tmp_path):
 def test_a_launcher_at_work_is_not_disturbed(tmp_path):
     with locked(tmp_path):
         before = (tmp_path / LOCK).read_text()
-        with (
-            pytest.raises(UserError, match=f"another training is using this folder: process {os.getpid()} on "),
-            locked(tmp_path),
-        ):
+        is_using = rf"another training is using this folder: process {os.getpid()} on .*, since \d\d \w+ \d\d:\d\d:\d\d$"
+        with pytest.raises(UserError, match=is_using), locked(tmp_path):
             pass
         assert (tmp_path / LOCK).read_text() == before
+
+
+def test_who_is_kept_out_hears_what_the_other_does(tmp_path):
+    with (
+        locked(tmp_path, "a", "sweep of suite smoke"),
+        pytest.raises(UserError, match="another sweep of suite smoke is using this folder: process"),
+        locked(tmp_path, "a", "workflow"),
+    ):
+        pass
+    with locked(tmp_path, "a"), locked(tmp_path, "b"):
+        pass
+
+
+def test_the_lock_of_those_who_started_a_process_is_in_its_environment(tmp_path, monkeypatch):
+    assert inherited() is None
+    with locked(tmp_path) as own:
+        monkeypatch.setenv(VARIABLE, own.model_dump_json())
+        assert inherited() == own
+    monkeypatch.setenv(VARIABLE, "")
+    assert inherited() is None
 
 
 def test_the_workers_of_a_killed_launcher_are_ended(tmp_path, forked):

@@ -7,8 +7,8 @@
 # for each kind of steps and for each target. A rule makes one step, by its main output.
 import os
 import re
-import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -16,7 +16,8 @@ from snakemake.utils import min_version
 
 from lorafusion.core.machine import has_gpu
 from lorafusion.core.schema import UserError
-from lorafusion.lab.reproduce import report_command
+from lorafusion.lab.driver import driving, is_driven, join_driver
+from lorafusion.lab.reproduce import failures_of, write_report
 from lorafusion.lab.steps import dag_of
 
 min_version("9.25")
@@ -31,13 +32,14 @@ include: "workflow/common.smk"
 # The workflow's own Python, also where the environment was not activated and inside Slurm jobs.
 shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH; ")
 
-for target, steps in SUITE.targets.items():
+for target in SUITE.targets:
 
     rule:
         name:
             target
+        # All that it is made from, too: Snakemake would not miss the result of a run whose table is there.
         input:
-            [path for step in steps for path in step.outputs],
+            [path for step in SUITE.of_target(target) for path in step.files],
         localrule: True
 
 

@@ -1,9 +1,15 @@
 # Which suite, and what its steps are in Snakemake's words.
 def dag_of_config():
-    unknown = sorted(set(config) - {"suite", "suite_name"})
+    unknown = sorted(set(config) - {"suite", "folder", "suite_name"})
     if unknown:  # a misspelt --config key would otherwise be ignored
-        raise UserError(f"--config: unknown key {unknown[0]!r}; known: suite")
-    dag = dag_of(config.get("suite") or os.environ.get("LORAFUSION_SUITE"))
+        raise UserError(f"--config: unknown key {unknown[0]!r}; known: suite, folder")
+    if is_driven():
+        join_driver()
+    folder = config.get("folder")
+    dag = dag_of(
+        config.get("suite") or os.environ.get("LORAFUSION_SUITE"),
+        Path(str(folder)) if folder else None,
+    )
     config["suite_name"] = dag.name  # for the captions of the report
     return dag
 
@@ -78,6 +84,9 @@ def resources_of(kind):
     return {name: of_step(kind, asked[name]) for name in names}
 
 
+DRIVER = ExitStack()
+
+
 onstart:
     # Jobs that Slurm places need no GPU here, and nor does a dry run.
     cuda = any(step.resources.gpus for step in SUITE.of_target("all"))
@@ -85,15 +94,25 @@ onstart:
         raise WorkflowError(
             f"error: {SUITE.suite}: a suite for GPUs, but nvidia-smi finds none; try suite=smoke or Slurm"
         )
+    try:
+        DRIVER.enter_context(
+            driving(SUITE.folder, f"workflow of suite {SUITE.name}")
+        )
+    except UserError as error:
+        raise WorkflowError(f"error: {error}") from None
 
 
 # The report needs the finished run, so it is no rule. Where nothing was to be done, it is there already. A target such
 # as `kernels` can succeed before the rest of the suite was run: then there is no report yet.
 onsuccess:
     if all(path.exists() for step in SUITE.targets["all"] for path in step.outputs):
-        shell(
-            shlex.join(
-                report_command(SUITE.suite, SUITE.folder, workflow.main_snakefile)
-            )
-        )
-        print(f"report: {SUITE.folder}/report.html")
+        if write_report(SUITE, workflow.main_snakefile):
+            print(f"report: {SUITE.folder}/report.html")
+    DRIVER.close()
+    failed = failures_of(SUITE)
+    if failed and not is_driven():  # who drives this says it itself
+        raise WorkflowError(f"error: {UserError(failed)}")
+
+
+onerror:
+    DRIVER.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ def require_extra() -> None:
 Suite = Annotated[
     str, typer.Argument(metavar="SUITE", help="a name, as smoke, or the path of a file of configs/suites")
 ]
+Again = Annotated[bool, typer.Option("--again", help="make the runs that failed anew")]
 Folder = Annotated[Path | None, typer.Option(help="of the suite's results; by default results/NAME")]
 Files = Annotated[list[Path] | None, typer.Argument(help="files elsewhere, in place of the suite's own")]
 
@@ -55,34 +57,51 @@ def run(
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="a kind of steps, or a part of their paths")] = None,
     folder: Folder = None,
+    again: Again = False,
 ) -> None:
-    """Run a suite: all of it under Snakemake, its measurements in this process (--here), or one step (--step)."""
-    if not here and (share != "0/1" or seconds is not None or only or folder):
-        raise UserError("--share, --seconds, --only, --folder: expected --here with them")
-    if here and step is not None:
-        raise UserError("--here, --step: expected one of them at most, found both")
-    if step is not None:
-        from lorafusion.lab.checks.verdicts import CheckError
-        from lorafusion.lab.commands import run_step
+    """Run a suite: all of it under Snakemake, its measurements in this process (--here), or one step (--step).
 
-        try:
-            print(run_step(suite, step))
-        except CheckError as error:
-            print(error)
-            raise typer.Exit(1) from None
+    Ends with status 1 where runs failed.
+    """
+    if not here and (share != "0/1" or seconds is not None or only):
+        raise UserError("--share, --seconds, --only: expected --here with them")
+    if step is not None and (here or again or folder):
+        raise UserError("--here, --again, --folder: expected no --step, which makes a file anew where it says")
+    if step is not None:
+        _run_step(suite, step)
         return
     if not here:
         from lorafusion.lab.reproduce import reproduce
 
-        raise typer.Exit(reproduce(suite))
+        raise typer.Exit(reproduce(suite, folder, again))
     from lorafusion.lab.commands import run_here
 
-    _finish(*run_here(suite, share, math.inf if seconds is None else seconds, only or [], folder))
+    _finish(*run_here(suite, share, math.inf if seconds is None else seconds, only or [], folder, again))
 
 
-def _finish(folder: Path, left: int) -> None:
+def _run_step(suite: str, step: Path) -> None:
+    from lorafusion.lab.checks.verdicts import CheckError
+    from lorafusion.lab.commands import run_step
+
+    try:
+        done, failed = run_step(suite, step)
+    except CheckError as error:
+        print(error)
+        raise typer.Exit(1) from None
+    print(done)
+    _fail(failed)
+
+
+def _finish(folder: Path, left: int, failed: str = "") -> None:
     print(f"{folder}: {left} left" if left else f"{folder}: all done")
+    _fail(failed)
     if left:
+        raise typer.Exit(1)
+
+
+def _fail(reason: str) -> None:
+    if reason:
+        print(f"error: {UserError(reason)}", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -218,12 +237,11 @@ def contract(
 
 
 @lab_app.command(example="lorafusion lab report smoke")
-def report(suite: Suite) -> None:
+def report(suite: Suite, folder: Folder = None) -> None:
     """Write report.html from a finished workflow, and print the results as a short table."""
-    from lorafusion.lab.reproduce import make_report, show_summary
+    from lorafusion.lab.reproduce import make_report
 
-    make_report(suite)
-    show_summary(suite)
+    make_report(suite, folder)
 
 
 @lab_app.command(example="lorafusion lab publish smoke --mode online --project lorafusion")
@@ -265,8 +283,13 @@ def show_tree_hash(
 @reproduce_app.command(example="lorafusion reproduce --suite smoke")
 def reproduce(
     suite: Annotated[str | None, typer.Option(help="a name or a path; by default the suite for this machine")] = None,
+    folder: Folder = None,
+    again: Again = False,
 ) -> None:
-    """Run the whole workflow of a suite on this machine, make its report, and show the results."""
+    """Run the whole workflow of a suite on this machine, make its report, and show the results.
+
+    Ends with status 1 where runs failed.
+    """
     from lorafusion.lab.reproduce import reproduce
 
-    raise typer.Exit(reproduce(suite))
+    raise typer.Exit(reproduce(suite, folder, again))

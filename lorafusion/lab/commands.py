@@ -11,6 +11,8 @@ from lorafusion.core.schema import UserError, one_of
 from lorafusion.lab.checks.catalog import run_check
 from lorafusion.lab.checks.verdicts import Outcome, origin_of
 from lorafusion.lab.dag import Step, make_step, state
+from lorafusion.lab.driver import driving, is_driven
+from lorafusion.lab.failures import failures, forget, statement
 from lorafusion.lab.gather import gather
 from lorafusion.lab.runner import Share, dealt, measured, run_steps
 from lorafusion.lab.steps import SuiteSteps, dag_of, step_at
@@ -19,38 +21,55 @@ from lorafusion.launch.launch import launch
 
 
 def step_states(suite: str, pattern: str, folder: Path | None) -> Iterator[str]:
-    """A line for each step that fits a pattern: up to date, missing, or why it is out of date."""
-    seen: dict[Step, str] = {}
-    for step in dag_of(suite, folder).select([pattern]):
+    """A line for each step that fits a pattern: up to date (and whether it failed), missing, or why it is out of
+    date."""
+    dag, seen = dag_of(suite, folder), {}
+    for step in dag.select([pattern]):
         reason = state(step, seen) or "up to date"
+        failed = failures({step} & dag.runs) if reason == "up to date" else {}
         plain = reason in ("missing", "up to date") or reason.startswith("after ")
+        reason += "".join(f", failed ({status})" for status in failed.values())
         yield f"{step.kind.name}: {step.relative}: {reason if plain else f'out of date: {reason}'}"
 
 
-def run_step(suite: str, path: Path) -> str:
-    """Make the step that writes a file; returns a line about it."""
-    return f"{path}: {make_step(step_at(suite, path), launch)}"
+def run_step(suite: str, path: Path) -> tuple[str, str]:
+    """Make the step that writes a file; returns a line about it, and what to say if it failed. For who drives this step
+    a run that failed is a result as others are."""
+    dag, step = step_at(suite, path)
+    with driving(dag.folder, f"step of suite {dag.name}"):
+        done = f"{path}: {make_step(step, launch)}"
+    return done, statement({} if is_driven() else failures({step} & dag.runs), step.command)
 
 
-def run_here(suite: str, share: str, seconds: float, only: Sequence[str], folder: Path | None) -> tuple[Path, int]:
+def run_here(
+    suite: str, share: str, seconds: float, only: Sequence[str], folder: Path | None, again: bool
+) -> tuple[Path, int, str]:
     """Make a share of what needs the machine, or of the steps that fit a pattern and what those need; returns the
-    suite's folder and how many steps are left."""
+    suite's folder, how many steps are left, and what to say of runs that failed. again: make those anew."""
     from lorafusion.lab.forked import launch
 
     dag, part = dag_of(suite, folder), Share.read(share)
     chosen = dag.select(only) if only else []
     wanted = {*chosen, *measured(chosen if only else dag.of_target("all"))}
     mine = dealt([step for step in dag.steps if step in wanted], part)
-    return dag.folder, run_steps(mine, launch, seconds, part.count)
+    runs = [step for step in mine if step in dag.runs]
+    with driving(dag.folder, f"run of suite {dag.name}", part):
+        if again:
+            forget(failures(runs))
+        left = run_steps(mine, launch, seconds, part.count)
+    return dag.folder, left, statement(failures(runs), f"lorafusion lab run {suite} --here --again")
 
 
 def make_steps(suite: str, folder: Path | None, choose: Callable[[Step], bool], what: str) -> tuple[Path, int]:
-    """Make the steps that `choose` takes, once what they need is measured; returns as `run_here`."""
+    """Make the steps that `choose` takes, once what they need is measured; returns the suite's folder and how many are
+    left."""
     dag = dag_of(suite, folder)
     steps = [step for step in dag.steps if choose(step)]
     if not steps:
         raise UserError(f"{suite}: {what}: the suite has none of that name")
-    left, seen = run_steps(steps, launch), {}
+    with driving(dag.folder, f"command on suite {dag.name}"):
+        left = run_steps(steps, launch)
+    seen: dict[Step, str] = {}
     for step in steps:
         reason = state(step, seen)
         if reason:

@@ -10,11 +10,12 @@ too, where they say what they were made from (`lorafusion.lab.keys`).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from lorafusion.core.schema import UserError
 from lorafusion.core.workload import content_hash
 from lorafusion.lab.experiments.experiment import Resources
 from lorafusion.lab.keys import OutOfDateError
+from lorafusion.launch.outcome import Outcome
+from lorafusion.launch.spec import RunSpec
 
 KEY_SUFFIX = ".key"
 
@@ -98,6 +101,10 @@ class Step:
         return [self._at(pattern) for pattern in self.kind.outputs]
 
     @property
+    def files(self) -> list[Path]:
+        return [*self.outputs, self.key_path]
+
+    @property
     def path(self) -> Path:
         return self.outputs[0]
 
@@ -115,10 +122,13 @@ class Step:
         return content_hash([self.kind.name, self.name, self.settings(), [step.key for step in self.inputs]])
 
     @property
+    def key_path(self) -> Path:
+        return self._at(self.kind.key)
+
+    @property
     def written_key(self) -> str | None:
         """Of what the outputs were made from; None where it is not known."""
-        path = self._at(self.kind.key)
-        return path.read_text(errors="replace").strip() if path.is_file() else None
+        return self.key_path.read_text(errors="replace").strip() if self.key_path.is_file() else None
 
     @property
     def is_stale(self) -> bool:
@@ -126,10 +136,10 @@ class Step:
         return self.written_key not in (None, self.key)
 
     def write_key(self) -> None:
-        write(self._at(self.kind.key), f"{self.key}\n")
+        write(self.key_path, f"{self.key}\n")
 
     def forget_key(self) -> None:
-        self._at(self.kind.key).unlink(missing_ok=True)
+        self.key_path.unlink(missing_ok=True)
 
     def require_current(self) -> None:
         """Raise `OutOfDateError` unless the outputs have the key of what they would be made from now."""
@@ -179,21 +189,36 @@ def make_step(step: Step, launch: Callable) -> str:
     for source in step.inputs:
         source.require_current()
     step.forget_key()
-    statement = step.make(step, launch)
+    statement = step.make(step, partial(launch_again, launch))
     if int(os.environ.get("SLURM_NODEID", 0)) == 0:  # of a run on several nodes the first writes the result
         step.write_key()
     return statement
 
 
+def launch_again(
+    launch: Callable, spec: RunSpec, processes: int, timeout: float = math.inf, nodes: int = 1, *reports: Path | None
+) -> Outcome:
+    """Launch a run on one node once more if a process of it was killed from outside, as by a host that is short of
+    memory. Never after a failure of its own, which says something about the run."""
+    first = launch(spec, processes, timeout, nodes, *reports)
+    if not first.killed or nodes > 1:
+        return first
+    print(f"killed from outside, tried once more: {first.note}", flush=True)
+    second = launch(spec, processes, timeout, nodes, *reports)
+    reason = f"the second try, as a process of the first was killed: {first.note}"
+    return replace(second, note="; ".join(filter(None, [second.note, reason])))
+
+
 @dataclass(frozen=True)
 class Dag:
-    """The steps of a suite, in the order in which one process makes them. targets: what can be asked for by name;
-    `all` is what the workflow makes unless asked for something else."""
+    """The steps of a suite, in the order in which one process makes them. runs: those that write a result. targets:
+    what can be asked for by name; `all` is what the workflow makes unless asked for something else."""
 
     suite: str
     name: str
     folder: Path
     steps: tuple[Step, ...]
+    runs: frozenset[Step]
     targets: dict[str, list[Step]]
 
     @property

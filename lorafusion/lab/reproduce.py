@@ -5,41 +5,54 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-
-import psutil
 
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.plugins import import_extra
 from lorafusion.core.schema import UserError
 from lorafusion.core.source_tree import IS_CHECKOUT
-from lorafusion.lab.suite import read_suite, suite_path
+from lorafusion.lab.dag import Dag
+from lorafusion.lab.driver import driving
+from lorafusion.lab.failures import failures, forget, statement
+from lorafusion.lab.steps import dag_of
+from lorafusion.launch.launch import end_with_parent
 
 ROOT = CONFIGS.parent
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
+SNAKEFILE = ROOT / "Snakefile"
 
 
-def reproduce(suite: str | None) -> int:
-    """Run the workflow where anything is to be done, show the summary; returns the exit status."""
+def reproduce(suite: str | None, folder: Path | None = None, again: bool = False) -> int:
+    """Run the workflow where anything is to be done, show the summary; returns the exit status. again: make the runs
+    that failed anew."""
     require_workflow()
-    path = suite_path(suite)
-    name = read_suite(path).name
-    results = ROOT / "results" / name
-    snakemake = [*SNAKEMAKE, "--profile", str(ROOT / "workflow" / "profiles" / "local"), "--config", f"suite={path}"]
-    report = results / "report.html"
-    clear_interrupted_run(snakemake)
-    if report.exists() and _up_to_date(snakemake):
-        print(f"Nothing to do: the results of suite {name} are up to date.")
-    else:
-        status = subprocess.run(snakemake, cwd=ROOT, check=False).returncode
-        if status:
-            print(
-                f"error: the workflow of suite {name} did not finish; run the same command again to resume",
-                file=sys.stderr,
-            )
-            return status
-    show_summary(suite)
-    return 0
+    dag = dag_of(suite, folder)
+    workflow = [*SNAKEMAKE, "--snakefile", str(SNAKEFILE), "--profile", str(ROOT / "workflow" / "profiles" / "local"),
+                *_config(dag)]  # fmt: skip
+    with driving(dag.folder, f"workflow of suite {dag.name}"):
+        if again:
+            forget(failures(dag.runs))
+        if _up_to_date(workflow):
+            print(f"Nothing to do: the results of suite {dag.name} are up to date.")
+        elif _run(workflow):
+            message = f"the workflow of suite {dag.name} did not finish; run the same command again to resume"
+            print(f"error: {message}", file=sys.stderr)
+            return 1
+        if not _report_is_current(dag) and not write_report(dag, SNAKEFILE):
+            raise UserError(f"{dag.folder}: the report could not be made")
+    show_summary(dag)
+    failed = failures_of(dag)
+    if failed:
+        print(f"error: {UserError(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def failures_of(dag: Dag) -> str:
+    """A line about the runs of a suite that failed; empty where none did."""
+    runs = [step for step in dag.of_target("all") if step in dag.runs]
+    return statement(failures(runs), f"lorafusion lab run {dag.suite} --again")
 
 
 def require_workflow() -> None:
@@ -49,67 +62,63 @@ def require_workflow() -> None:
     import_extra("snakemake", "lab", "the workflow")
 
 
-def clear_interrupted_run(snakemake: list[str]) -> None:
-    """End what a killed workflow left running here and take its lock away; a living workflow is an error."""
-    here = [process for process in psutil.process_iter(["cmdline", "ppid"]) if _works_here(process)]
-    if any("snakemake" in " ".join(process.info["cmdline"]) for process in here):
-        raise UserError(f"{ROOT}: a workflow is running here already; wait for it, or stop it")
-    orphans = [process for process in here if "lorafusion" in " ".join(process.info["cmdline"])]
-    for process in orphans:
-        print(f"Ending process {process.pid}, left by an interrupted run.")
-        process.terminate()
-    psutil.wait_procs(orphans, timeout=30)
-    if any((ROOT / ".snakemake" / "locks").glob("*")):
-        subprocess.run([*snakemake, "--unlock"], cwd=ROOT, capture_output=True, check=True)
-
-
-def _works_here(process: psutil.Process) -> bool:
-    """Does a process other than this one and its ancestors belong to a workflow of this checkout?
-
-    `lab run --here` does not: a workflow starts `lab run --step`."""
-    mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    command = " ".join(process.info["cmdline"] or [])
-    is_step = "lorafusion lab run" in command and "--step" in command
-    if process.pid in mine or not ("snakemake" in command or is_step):
-        return False
-    try:
-        return Path(process.cwd()) == ROOT
-    except psutil.Error:
-        return False
-
-
-def make_report(suite: str | None) -> None:
-    """Write the report of a suite whose workflow has run."""
+def make_report(suite: str | None, folder: Path | None) -> None:
+    """Write the report of a suite whose workflow has run, and print its summary."""
     require_workflow()
-    name = read_suite(suite_path(suite)).name
-    command = report_command(suite_path(suite), Path("results") / name, ROOT / "Snakefile")
-    if subprocess.run(command, cwd=ROOT, check=False).returncode:
-        raise UserError(
-            f"results/{name}: the report could not be made; run `lorafusion reproduce --suite {name}` first"
-        )
-    print(f"results/{name}/report.html")
+    dag = dag_of(suite, folder)
+    missing = [path for path in _shown(dag) if not path.exists()]
+    if missing:
+        raise UserError(f"{missing[0]}: the report needs it; run `lorafusion lab run {dag.suite}` first")
+    with driving(dag.folder, f"report of suite {dag.name}"):
+        if not write_report(dag, SNAKEFILE):
+            raise UserError(f"{dag.folder}: the report could not be made")
+    print(dag.folder / "report.html")
+    show_summary(dag)
 
 
-def report_command(suite: str | Path, folder: Path, snakefile: str | Path) -> list[str]:
-    """The words that have Snakemake write report.html to the folder of a suite's results."""
-    return [*SNAKEMAKE, "--snakefile", str(snakefile), "--cores", "1", "--nolock", "--quiet", "all",
-            "--config", f"suite={suite}", "--report", f"{folder}/report.html",
-            "--report-stylesheet", str(Path(snakefile).parent / "workflow" / "report" / "phone.css")]  # fmt: skip
+def write_report(dag: Dag, snakefile: str | Path) -> bool:
+    """Have Snakemake write the report to the folder of a suite's results, whole or not at all."""
+    partial = dag.folder / "report.part.html"  # Snakemake asks for the suffix
+    command = [*SNAKEMAKE, "--snakefile", str(snakefile), "--cores", "1", "--nolock", "--quiet", "all", *_config(dag),
+               "--report", str(partial),
+               "--report-stylesheet", str(Path(snakefile).parent / "workflow" / "report" / "phone.css")]  # fmt: skip
+    if _run(command):
+        return False
+    partial.replace(dag.folder / "report.html")
+    return True
 
 
-def show_summary(suite: str | None) -> None:
+def _report_is_current(dag: Dag) -> bool:
+    """Is the report there, and newer than all that it shows?"""
+    report = dag.folder / "report.html"
+    return report.exists() and report.stat().st_mtime_ns >= max(path.stat().st_mtime_ns for path in _shown(dag))
+
+
+def _shown(dag: Dag) -> list[Path]:
+    return [path for step in dag.of_target("all") for path in step.outputs]
+
+
+def _config(dag: Dag) -> list[str]:
+    return ["--config", f"suite={dag.suite}", f"folder={dag.folder}"]
+
+
+def show_summary(dag: Dag) -> None:
     """Print a suite's results; raises `UserError` where there are none yet."""
     from lorafusion.lab.report.summary import print_summary
     from lorafusion.lab.table.table import read
 
-    folder = Path("results") / read_suite(suite_path(suite)).name
-    table = ROOT / folder / "measurements.csv"
+    table = dag.folder / "measurements.csv"
     if not table.exists():
         raise UserError(f"{table}: no results yet; run `make reproduce`")
-    print_summary(read(table), folder / "report.html")
+    print_summary(read(table), dag.folder / "report.html")
 
 
-def _up_to_date(snakemake: list[str]) -> bool:
+def _up_to_date(workflow: Sequence[str]) -> bool:
     """Would the workflow have nothing to do?"""
-    dry = subprocess.run([*snakemake, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    dry = subprocess.run([*workflow, "--dry-run"], capture_output=True, text=True, check=False)
     return dry.returncode == 0 and "Nothing to be done" in dry.stdout + dry.stderr
+
+
+def _run(command: Sequence[str]) -> int:
+    """The exit status of a command that ends with this process."""
+    return subprocess.run(command, check=False, preexec_fn=partial(end_with_parent, parent=os.getpid())).returncode

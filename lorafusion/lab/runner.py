@@ -19,6 +19,7 @@ from typing import IO, NamedTuple
 
 from lorafusion.core.schema import UserError
 from lorafusion.lab.dag import Step, ancestors, make_step, state, with_ancestors
+from lorafusion.launch.launch import end_with_parent
 
 LOOK_SECONDS = 1.0
 
@@ -134,7 +135,7 @@ def _make(step: Step, launch: Callable) -> str:
 
 def _make_in_a_process(step: Step, log: IO[str]) -> str:
     words = [sys.executable, "-m", "lorafusion.cli.main", *shlex.split(step.command)[1:]]
-    done = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, check=False)
+    done = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, check=False, preexec_fn=end_with_parent)
     lines = step.log.read_text().splitlines() or [""]
     if done.returncode:
         raise UserError(f"{lines[-1].removeprefix('error: ')} ({step.log})")

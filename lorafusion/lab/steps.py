@@ -22,6 +22,7 @@ from lorafusion.lab.experiments.experiment import Resources
 from lorafusion.lab.gather import TABLE_SUFFIXES, gather
 from lorafusion.lab.measured_steps import MeasuredSteps
 from lorafusion.lab.report.registry import FIGURES, FORMATS, Figure, draw
+from lorafusion.launch.launch import end_with_parent
 
 BUILD, TUNE = "fused_lora.tools.build", "fused_lora.tools.tune"  # modules that are run
 
@@ -32,15 +33,19 @@ def dag_of(suite: str | Path | None = None, folder: Path | None = None) -> Dag:
     return SuiteSteps(suite, folder).dag()
 
 
-def step_at(suite: str | Path, path: Path) -> Step:
-    """The step of a suite that writes a file, in whichever folder that is."""
-    outputs = [(step, output) for step in dag_of(suite, Path(".")).steps for output in step.outputs]
-    matches = [(step, output) for step, output in outputs if path.parts[-len(output.parts) :] == output.parts]
+def step_at(suite: str | Path, path: Path) -> tuple[Dag, Step]:
+    """The step of a suite that writes a file, in whichever folder that is, and all steps there."""
+    dag = dag_of(suite)
+    outputs = [(step, output.relative_to(dag.folder).parts) for step in dag.steps for output in step.outputs]
+    matches = [(step, parts) for step, parts in outputs if path.parts[-len(parts) :] == parts]
     if not matches:
         raise UserError(f"--step: {path}: no step of {suite} writes it; `lorafusion lab list {suite}` lists them")
-    step, output = max(matches, key=lambda pair: len(pair[1].parts))
-    folder = Path(*path.parts[: -len(output.parts)])
-    return next(other for other in dag_of(suite, folder).steps if other.relative == step.relative)
+    step, parts = max(matches, key=lambda pair: len(pair[1]))
+    folder = Path(*path.parts[: -len(parts)])
+    if folder != dag.folder:
+        dag = dag_of(suite, folder)
+        step = next(other for other in dag.steps if other.relative == step.relative)
+    return dag, step
 
 
 class SuiteSteps(MeasuredSteps):
@@ -48,9 +53,10 @@ class SuiteSteps(MeasuredSteps):
 
     def dag(self) -> Dag:
         steps = [*self.checks.values(), *self.workloads.values(), *self.tunings.values(), *self.plans.values()]
-        steps += [*self.profiles.values(), *(run for runs in self.runs.values() for run in runs)]
+        runs = [run for runs in self.runs.values() for run in runs]
+        steps += [*self.profiles.values(), *runs]
         steps += [*self.tables.values(), *self.pages, *self.figures.values(), *self.published, *self.tools.values()]
-        return Dag(self.source, self.name, self.folder, tuple(steps), self._targets())
+        return Dag(self.source, self.name, self.folder, tuple(steps), frozenset(runs), self._targets())
 
     def _targets(self) -> dict[str, list[Step]]:
         of = {
@@ -223,6 +229,6 @@ def _publish(step: Step, launch: Callable) -> str:
 
 def _run_tool(module: str, step: Step, launch: Callable) -> str:
     words = [sys.executable, "-m", module, "--jobs", str(step.resources.cpus), "--out", str(step.path)]
-    if subprocess.run(words, check=False).returncode:
+    if subprocess.run(words, check=False, preexec_fn=end_with_parent).returncode:
         raise UserError(f"{step.path}: {module} failed; its output says why")
     return "done"

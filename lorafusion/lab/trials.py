@@ -59,7 +59,7 @@ def try_plans(options: TrialOptions, run: TrainingRun, execute: Executor, rank: 
         del whole
         throughputs.append(_throughput(run.again(part, _read(trial.part, part)), execute))
         if rank == 0:
-            with open(options.throughputs, "a") as file:
+            with open(options.throughputs, "a" if throughputs[1:] else "w") as file:  # of a first try that was killed
                 file.write(f"{throughputs[-1]}\n")
         free_memory()
         if throughputs[-1] < SLOWER * max(throughputs):

@@ -97,9 +97,13 @@ class _Member(Config):
 def locked(folder: Path, name: str = LOCK, what: str = "training") -> Iterator[Lock]:
     """Within it no other launcher uses the folder, which is made, and nothing of an earlier one is left running. Raises
     `UserError` where that cannot be had. name: of the file; what: the launcher does."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    with open(descriptor, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -158,7 +158,7 @@ MISTAKES = {
     "no such figure": (["lab", "figure", "smoke", "bars"], "lab figure: unknown figure 'bars'; known: contributions"),
     "no such check": (["lab", "check", "smoke", "plan"], "lab check: unknown check 'plan'; known: gradients"),
     "files without an output": (["lab", "measure", "smoke", "end_to_end", "x"], "FILES and --out: expected both"),
-    "no results": (["lab", "report", "paper"], "results/paper: the report could not be made"),
+    "no results": (["lab", "report", "paper"], ": the report needs it; run `lorafusion lab run configs"),
 }
 
 

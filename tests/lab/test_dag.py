@@ -9,17 +9,15 @@ from collections import Counter
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from lorafusion.core.config import CONFIGS
-from lorafusion.lab import reproduce
 from lorafusion.lab.dag import make_step
 from lorafusion.lab.keys import OutOfDateError
 from lorafusion.lab.runner import Share
-from lorafusion.lab.steps import BUILD, TUNE, dag_of
+from lorafusion.lab.steps import BUILD, TUNE, SuiteSteps, dag_of, step_at
 from tests.lab.toy_suite import files, instant, run
 
 pytestmark = pytest.mark.usefixtures("checked")
@@ -108,14 +106,20 @@ def test_the_tools_that_steps_run_are_there(module):
     assert find_spec(module)
 
 
-def test_a_workflow_ends_steps_of_its_own_alone():
-    """A run in the user's own process, as on a rented machine, is none that an interrupted workflow left."""
+@pytest.mark.parametrize("folder", [None, Path("elsewhere/results")])
+def test_the_step_of_a_file_is_that_of_its_folder(suite, folder):
+    dag = dag_of(suite, folder)
+    for step in (dag.steps[0], *sorted(dag.runs, key=lambda run: run.relative)):
+        for path in step.outputs:
+            same, found = step_at(suite, path)
+            assert (same.folder, found.path, found.key) == (dag.folder, step.path, step.key)
 
-    def process(command: str) -> SimpleNamespace:
-        return SimpleNamespace(pid=0, info={"cmdline": command.split()}, cwd=lambda: str(reproduce.ROOT))
 
-    assert reproduce._works_here(process("python bin/lorafusion lab run smoke --step results/smoke/a.json"))
-    assert not reproduce._works_here(process("python bin/lorafusion lab run smoke --here"))
+def test_the_steps_are_built_once_for_the_step_of_a_file(suite, monkeypatch):
+    built, dag = [], SuiteSteps.dag
+    monkeypatch.setattr(SuiteSteps, "dag", lambda steps: built.append(steps) or dag(steps))
+    step_at(suite, dag_of(suite).steps[-1].path)
+    assert len(built) == 1 + 1
 
 
 def test_a_kind_of_steps_is_no_part_of_a_path():

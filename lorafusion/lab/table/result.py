@@ -104,7 +104,7 @@ def result_of(outcome: Outcome, workload: Workload, plan: Plan | None, cell: dic
             status, note = fault.status, str(fault)
     cost = report.get("cost", {})
     if status == "ok" and "unknown" in cost:
-        note = f"the cost is unknown: {cost['unknown']}"
+        note = "; ".join(filter(None, [note, f"the cost is unknown: {cost['unknown']}"]))
     return {
         "version": VERSION,
         "status": status,

@@ -14,7 +14,7 @@ setup: .venv/.installed  ## install everything into .venv
 	@PYTHON="$(PYTHON)" GPU="$(GPU)" TORCH_INDEX="$(TORCH_INDEX)" tools/install.sh
 
 reproduce: .venv/.installed  ## run a suite and print its verdicts: make reproduce SUITE=smoke
-	@$(BIN)/lorafusion reproduce $(if $(SUITE),--suite $(SUITE))
+	@$(BIN)/lorafusion reproduce $(SUITE)
 
 # One thread a process: two workers on two cores, and sums that do not depend on how many threads there were.
 test: .venv/.installed  ## run the tests; more options: make test ARGS="-k plan"

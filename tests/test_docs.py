@@ -139,7 +139,7 @@ def test_the_jobs_files_of_the_documents_are_valid(page, tmp_path):
     (text,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "jobs.yaml").write_text(text)
     for name in ("support.jsonl", "letters.txt", "essays.txt"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text('{"question": "why?", "answer": "so"}\n')
     assert read_train_config(tmp_path / "jobs.yaml").output == tmp_path / "adapters"
 
 

@@ -249,7 +249,11 @@ def publish(
     suite: Suite,
     files: Annotated[list[Path] | None, typer.Argument(help="another table and its result files")] = None,
     figure: Annotated[list[Path] | None, typer.Option(help="a figure to show beside the table of FILES")] = None,
-    directory: Annotated[Path | None, typer.Option(help="for what wandb writes of FILES: new, or of wandb")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="the folder for what wandb writes of FILES: new, or of wandb"),
+        Written(lambda folder: []),  # the publisher looks at it
+    ] = None,
     mode: Annotated[str, typer.Option(help="offline, or online to send it to your wandb server")] = "offline",
     project: Annotated[str, typer.Option(help="of wandb")] = "lorafusion",
     entity: Annotated[str | None, typer.Option(help="of wandb")] = None,
@@ -259,10 +263,10 @@ def publish(
     from lorafusion.lab.steps import SuiteSteps, publish_files, published_files
 
     options = {"mode": mode, "project": project, "entity": entity}
-    if files or figure or directory:
-        if not (files and directory):
-            raise UserError("lab publish: FILES and --directory: expected both or neither")
-        print(publish_files(files[0], files[1:], figure or [], directory, **options))
+    if files or figure or out:
+        if not (files and out):
+            raise UserError("lab publish: FILES and --out: expected both or neither")
+        print(publish_files(files[0], files[1:], figure or [], out, **options))
         return
     for step in SuiteSteps(suite, folder).published:
         for source in step.inputs:
@@ -280,9 +284,9 @@ def show_tree_hash(
     print(commit_tree_hash(commit) if commit else tree_hash())
 
 
-@reproduce_app.command(example="lorafusion reproduce --suite smoke")
+@reproduce_app.command(example="lorafusion reproduce smoke")
 def reproduce(
-    suite: Annotated[str | None, typer.Option(help="a name or a path; by default the suite for this machine")] = None,
+    suite: Annotated[str | None, typer.Argument(metavar="SUITE", help="by default the one for this machine")] = None,
     folder: Folder = None,
     again: Again = False,
 ) -> None:

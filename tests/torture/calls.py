@@ -66,11 +66,11 @@ OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "contract device": ("lab contract plan.json --device {}", ("", "torture", "cuda:0", "CPU")),
     "report suite": ("lab report {}", CHOICES),
     "publish suite": ("lab publish {}", CHOICES),
-    "publish mode": ("lab publish smoke t.csv --directory d --mode {}", ("", "torture", "ONLINE")),
+    "publish mode": ("lab publish smoke t.csv --out d --mode {}", ("", "torture", "ONLINE")),
     "tree-hash commit": ("lab tree-hash {}", ("", "torture", "-x", "--all", "--output=PWNED", "$(touch PWNED)",
                                               "HEAD:", "a b",
                                               "\x1b[31m", LONG, "HEAD~100000")),
-    "reproduce suite": ("reproduce --suite {}", (*CHOICES, "x$(touch PWNED).yaml")),
+    "reproduce suite": ("reproduce {}", (*CHOICES, "x$(touch PWNED).yaml")),
     "patch adapter": ("patch {}", ("", "nowhere", ".", "/dev/null", "plan.json", "../..", "\x1b[31m", "x" * 300)),
     "train jobs": ("train {}", ("", "nowhere.yaml", ".", "/", "/dev/null", "x" * 300, "plan.json", "\x1b[31m")),
     "plan file": ("plan {} -o out.json", ("", "nowhere.json", ".", "/dev/null", "x" * 300, "\x1b[31m.json")),
@@ -94,8 +94,8 @@ LINES = (
     "lab figure smoke planner_bubble plan.json --out f --checks d", "lab check suite.yaml systems --curves c.csv",
     "lab check suite.yaml systems --out o.json", "lab check suite.yaml lossless --system peft --out o.json",
     "lab contract",
-    "lab publish suite.yaml plan.json", "lab publish suite.yaml --directory d", "lab report", "lab report a b",
-    "reproduce torture", "lab tree-hash a b",
+    "lab publish suite.yaml plan.json", "lab publish suite.yaml --out d", "lab report", "lab report a b",
+    "reproduce a b", "lab tree-hash a b",
 )  # fmt: skip
 OUTPUTS = {
     "proc": "/proc/out.json", "proc-self": "/proc/self/out.json", "sys": "/sys/out.json", "full": "/dev/full",
@@ -116,7 +116,7 @@ WRITERS = {
     "lab check curves": "lab check suite.yaml lossless --out o.json --curves {}",
     "lab measure": "lab measure smoke end_to_end r.json --any-suite --incomplete --out {}",
     "lab figure": "lab figure smoke lossless c.csv --out {}",
-    "lab publish": "lab publish smoke t.parquet --directory {}",
+    "lab publish": "lab publish smoke t.parquet --out {}",
     "lab run": "lab run suite.yaml --step {}",
 }
 NAMES_WITHOUT_SUFFIX = ("a-folder", "a-link", "a-link-to-nothing", "a-circle", "a-pipe", "full", "null", "zero")
@@ -267,7 +267,7 @@ def _environments() -> Iterator[Case]:
         yield of_line(f"environment/hub-{name}/train", "train hub.yaml", files=files, environment=environment,
                       fresh=True, cpu=9.0)  # fmt: skip
     for line in ("lab tree-hash", "plan show plan.json", "train jobs.yaml", "lab list smoke", "--version",
-                 "workload xsum --samples 4 --out w.json", "reproduce --suite torture", "patch x"):  # fmt: skip
+                 "workload xsum --samples 4 --out w.json", "reproduce torture", "patch x"):  # fmt: skip
         yield of_line(
             f"environment/folder-gone/{label(line)}", line, gone=True, statuses=EITHER, may_write=True, cpu=6.0
         )

@@ -14,7 +14,7 @@ from tests.torture.spoiled import Mutations
 FEW = ("missing", "a-folder", "a-pipe", "empty", "binary", "utf-16", "cut", "a-list", "unknown-key", "deep-lists")
 SUITES = {
     "lab list": (), "lab run": (), "lab run --here": (), "lab measure": (), "lab figure": (), "lab check": (),
-    "lab report": (), "lab publish": (), "reproduce --suite": (),
+    "lab report": (), "lab publish": (), "reproduce": (),
 }  # fmt: skip
 # A training that has looked at its jobs file and its model owns its output, and says there what became of it.
 OWNED = ("out", "out/.lock", "out/model.yaml", "out/progress.json", "out/status.json")
@@ -115,9 +115,9 @@ def _tables() -> Iterator[Case]:
     yield from placed("figure/profile", "lab figure", "smoke steps_profile p.csv --out f",
                       nothing | spoiled.csv_text(valid.PROFILE),
                       lambda content: valid.sealed_files("p.csv", content), light=True)  # fmt: skip
-    yield from placed("publish/table", "lab publish", "smoke t.csv --directory d", nothing | spoiled.csv_text(csv),
+    yield from placed("publish/table", "lab publish", "smoke t.csv --out d", nothing | spoiled.csv_text(csv),
                       lambda content: valid.sealed_files("t.csv", content), light=True)  # fmt: skip
-    yield from placed("publish/parquet", "lab publish", "smoke t.parquet --directory d", spoiled.binary(parquet),
+    yield from placed("publish/parquet", "lab publish", "smoke t.parquet --out d", spoiled.binary(parquet),
                       lambda content: valid.sealed_files("t.parquet", content), light=True)  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def _results() -> Iterator[Case]:
     line = "smoke end_to_end r.json --any-suite --incomplete --out d"
     yield from placed("measure/result", "lab measure", line, mutations | values, lambda content: {"r.json": content},
                       light=True)  # fmt: skip
-    yield from placed("publish/result", "lab publish", "smoke t.csv r.json --directory d", few(mutations),
+    yield from placed("publish/result", "lab publish", "smoke t.csv r.json --out d", few(mutations),
                       lambda content: valid.sealed_files("t.csv", valid.csv()) | {"r.json": content},
                       light=True)  # fmt: skip
     yield from placed("figure/tuning", "lab figure", "smoke tunings r.json --model tiny --out f", few(mutations),

@@ -150,7 +150,7 @@ def test_the_command_reads_everything_before_it_touches_the_folder(tmp_path):
     before = tree(tmp_path)
     done = lorafusion(
         "lab", "publish", "smoke", tmp_path / "table.csv", tmp_path / "r.json", "--figure", tmp_path / "f.png",
-        "--directory", tmp_path / "d",
+        "--out", tmp_path / "d",
     )  # fmt: skip
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "r.json: not a result file, as it is not JSON" in done.stderr

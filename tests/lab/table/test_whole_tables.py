@@ -59,7 +59,7 @@ def test_a_table_that_was_cut_is_neither_drawn_nor_published_nor_read(written, t
         str(run),
         "--figure",
         str(drawn),
-        "--directory",
+        "--out",
         str(tmp_path / "wandb"),
     ]
     for command in (figure, publish):

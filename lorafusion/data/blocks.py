@@ -158,12 +158,13 @@ def data_block(value: object, source: str, folder: Path) -> Data:
 
 
 def _require_fields(block: JsonlData, path: Path, source: str) -> None:
-    """Raise `UserError` where the first row of a file is none, or has not all fields of the templates: a mistake in the
-    block, that is told before anything is loaded."""
+    """Raise `UserError` where the templates cannot be filled from the first row of a file: a mistake in the block, that
+    is told before anything is loaded."""
     try:
         where, fields = next(file_rows(path))
-        for template in (block.prompt, block.completion):
-            _require_in(fields, template, where)
+        if not is_blank(block.completion, fields):
+            for template in (block.prompt, block.completion):
+                fill(template, fields, where)
     except UserError as error:
         raise UserError(*(f"{source}: {mistake}" for mistake in error.mistakes)) from None
 
@@ -206,22 +207,16 @@ def fill(template: str, row: Mapping[str, object], where: str) -> str:
     """A template with a row's fields: text as it is, everything else as JSON has it. `UserError` names `where` and the
     field that cannot be put in."""
     out = []
-    _require_in(row, template, where)
     for text, field in pieces(template):
         out.append(text)
         if field is None:
             continue
+        if field not in row:
+            raise UserError(f"{where}: no field {field!r}; found {', '.join(row) or 'none'}")
         if row[field] is None:
             raise UserError(f"{where}: field {field!r} is null; expected a value to put into the template")
         out.append(_as_text(row[field], f"{where}: field {field!r}"))
     return "".join(out)
-
-
-def _require_in(row: Mapping[str, object], template: str, where: str) -> None:
-    """Raise `UserError` unless a row has all fields of a template."""
-    for _, field in pieces(template):
-        if field is not None and field not in row:
-            raise UserError(f"{where}: no field {field!r}; found {', '.join(row) or 'none'}")
 
 
 def is_blank(template: str, row: Mapping[str, object]) -> bool:

@@ -31,6 +31,9 @@ def train(
     """Train many adapters of one base model together; run again, it goes on where it was interrupted.
 
     The exit status is 0 when all jobs are trained, 1 when the training failed, and 75 when it was stopped."""
+    from lorafusion.train.jobs_file import read_jobs
+
+    file = read_jobs(jobs)  # before the next line imports torch, which takes seconds
     from lorafusion.train.run import train
 
-    raise typer.Exit(train(jobs))
+    raise typer.Exit(train(jobs, file))

@@ -12,7 +12,6 @@ changed is an error. What it names is written before it, and what it no longer n
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -31,12 +30,10 @@ from lorafusion.core.schema import Config, UserError, validated
 from lorafusion.core.workload import Job, Workload, content_hash
 from lorafusion.engine import events
 from lorafusion.engine.checkpoint import Checkpoint, adapter_states, seal_initial
+from lorafusion.train.ownership import PROGRESS
 
-PROGRESS = "progress.json"
 MODEL = "model.yaml"
 HASH_LETTERS = 16  # of a state's hash in its name
-DECORATION = 32  # bytes that the longest file name has besides the job's name: a hash, endings, a process id
-RESERVING = torch.nn.ModuleDict()  # PEFT keeps adapters in it by their names
 
 
 class JobProgress(Config):
@@ -268,6 +265,12 @@ def _advice() -> Iterator[None]:
         raise DamagedError(f"{error}; put it back as it was, or take another output folder") from None
 
 
+def claim(folder: Path) -> None:
+    """Mark a folder, which must be locked, as a training's."""
+    if not (folder / PROGRESS).exists():
+        write_progress(folder, Progress(settings={}))
+
+
 def write_progress(folder: Path, progress: Progress) -> None:
     write_sealed(folder / PROGRESS, progress.model_dump(mode="json"))
 
@@ -287,26 +290,6 @@ def trim_events(run: Run, kept: dict[str, Entry]) -> None:
     """Drop the events of a run that are beyond what is kept of it."""
     for path in run.events.glob("*.jsonl"):
         events.trim(path, kept[path.name].size if path.name in kept else 0)
-
-
-def require_names(folder: Path, names: list[str], source: Path) -> None:
-    """Raise `UserError` where the files of a job cannot have its name in this folder: it is too long for the file
-    system, is another's but for its case (adapters are copied to file systems that ignore it), or is one that torch has
-    a use for."""
-    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    most = os.pathconf(nearest, "PC_NAME_MAX") - DECORATION
-    spellings: dict[str, str] = {}
-    for name in names:
-        where = f"{source}: jobs.{name[:40]}{'...' * (len(name) > 40)}: name"
-        if len(os.fsencode(name)) > most:
-            raise UserError(
-                f"{where}: it has {len(os.fsencode(name))} bytes, the most is {most}: files are named by it"
-            )
-        if name.lower() in spellings:
-            raise UserError(f"{where}: it differs from {spellings[name.lower()][:40]!r} only in case")
-        if hasattr(RESERVING, name):
-            raise UserError(f"{where}: torch's modules have an attribute of this name; choose another")
-        spellings[name.lower()] = name
 
 
 def _state_path(folder: Path, job: str, entry: Entry) -> Path:

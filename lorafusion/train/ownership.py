@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,17 @@ from lorafusion.core.manifest import MANIFEST
 from lorafusion.core.schema import UserError
 from lorafusion.launch.lock import LOCK
 from lorafusion.train.config import TrainConfig
-from lorafusion.train.folder import PROGRESS, Progress, write_progress
 
+PROGRESS = "progress.json"  # the mark, and what is done
+DECORATION = 32  # bytes that the longest file name has besides the job's name: a hash, endings, a process id
+# Attributes of torch's modules: PEFT keeps adapters in one by their names.
+RESERVED = re.compile(
+    "T_destination|add_module|apply|bfloat16|buffers|call_super_init|children|clear|compile|cpu|cuda|double|"
+    "dump_patches|eval|extra_repr|float|forward|get_(buffer|extra_state|parameter|submodule)|half|ipu|items|keys|"
+    "load_state_dict|modules|mtia|named_(buffers|children|modules|parameters)|parameters|pop|"
+    r"register_(buffer|module|parameter|\w+_hook)|requires_grad_|set_(extra_state|submodule)|share_memory|state_dict|to|"
+    "to_empty|train|training|type|update|values|xpu|zero_grad"
+)
 WANDBS = "wandb"  # has links of its own making
 
 
@@ -38,12 +48,6 @@ def require_own(config: TrainConfig) -> None:
     for path in _inputs(config):
         if inside in path.resolve().parents or path.resolve() == inside:
             raise UserError(f"{where}: {folder} holds {path}, which is read; keep what is read in another folder")
-
-
-def claim(folder: Path) -> None:
-    """Mark a folder, which must be locked, as a training's."""
-    if not (folder / PROGRESS).exists():
-        write_progress(folder, Progress(settings={}))
 
 
 def is_own(folder: Path) -> bool:
@@ -76,3 +80,23 @@ def _inputs(config: TrainConfig) -> Iterator[Path]:
         for block in (job.data, job.evaluation_data):
             yield from (*getattr(block, "jsonl", ()), *getattr(block, "text", ()))
     yield from (Path(name) for name in (config.model, config.tokenizer) if name and Path(name).is_absolute())
+
+
+def require_names(folder: Path, names: list[str], source: Path) -> None:
+    """Raise `UserError` where the files of a job cannot have its name in this folder: it is too long for the file
+    system, is another's but for its case (adapters are copied to file systems that ignore it), or is one that torch has
+    a use for."""
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    most = os.pathconf(nearest, "PC_NAME_MAX") - DECORATION
+    spellings: dict[str, str] = {}
+    for name in names:
+        where = f"{source}: jobs.{name[:40]}{'...' * (len(name) > 40)}: name"
+        if len(os.fsencode(name)) > most:
+            raise UserError(
+                f"{where}: it has {len(os.fsencode(name))} bytes, the most is {most}: files are named by it"
+            )
+        if name.lower() in spellings:
+            raise UserError(f"{where}: it differs from {spellings[name.lower()][:40]!r} only in case")
+        if RESERVED.fullmatch(name):
+            raise UserError(f"{where}: torch's modules have an attribute of this name; choose another")
+        spellings[name.lower()] = name

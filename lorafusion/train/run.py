@@ -12,9 +12,8 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 
@@ -27,15 +26,15 @@ from lorafusion.engine.checkpoint import Checkpoint, identity, newest
 from lorafusion.launch.launch import launch
 from lorafusion.launch.lock import Lock, locked
 from lorafusion.launch.outcome import Outcome
-from lorafusion.train.config import TrainConfig, read_train_config
+from lorafusion.train.config import TrainConfig
 from lorafusion.train.export import Exporter
-from lorafusion.train.folder import MODEL, OutputFolder, Run, remove_partial, require_names, trim_events
+from lorafusion.train.folder import MODEL, OutputFolder, Run, claim, remove_partial, trim_events
+from lorafusion.train.jobs_file import JobsFile, read_jobs
 from lorafusion.train.metrics import EventReader, History
-from lorafusion.train.ownership import claim, is_own, require_own
 from lorafusion.train.planner import LOG, Planner
 from lorafusion.train.prepare import base_model, prepare
 from lorafusion.train.progress import Display, WandbLog
-from lorafusion.train.status import RUNNING, STATUS, Status, digest_of, output_named_in, refuse, running
+from lorafusion.train.status import RUNNING, Status, running
 
 LOGGER = logging.getLogger(__name__)
 DONE, FAILED, STOPPED = 0, 1, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again
@@ -49,21 +48,13 @@ class RefusedError(UserError):
     """A jobs file that cannot be taken; of it nothing has been trained."""
 
 
-class JobsFile(NamedTuple):
-    """A jobs file as it was read, its `digest_of`, and why a later one was not taken in its place."""
-
-    config: TrainConfig
-    digest: str
-    remark: str = ""
-
-
-def train(path: Path) -> int:
+def train(path: Path, file: JobsFile | None = None) -> int:
     """Train the jobs of a file; the exit status. SIGTERM and SIGINT save and end; SIGHUP saves, reads the file again
-    and goes on, with the jobs as they were if there is a mistake in it."""
+    and goes on, with the jobs as they were if there is a mistake in it. file: what is read already."""
     again = f"`lorafusion train {shlex.quote(str(path))}` goes on"
     try:
         with _hang_ups() as hang_ups:
-            outcome, log = _train_all(path, hang_ups)
+            outcome, log = _train_all(path, file or read_jobs(path), hang_ups)
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror or error}; nothing is lost, {again}") from None
     except KeyboardInterrupt as error:
@@ -80,9 +71,9 @@ def train(path: Path) -> int:
     return FAILED
 
 
-def _train_all(path: Path, hang_ups: list[int]) -> tuple[Outcome, Path]:
+def _train_all(path: Path, file: JobsFile, hang_ups: list[int]) -> tuple[Outcome, Path]:
     """How the training of a file ended, whatever it became meanwhile, and its log. hang_ups: the SIGHUPs that came."""
-    file, before = _read(path, None), None
+    before = None
     while True:
         hang_ups.clear()
         try:
@@ -98,7 +89,7 @@ def _train_all(path: Path, hang_ups: list[int]) -> tuple[Outcome, Path]:
         LOGGER.info(f"{path}: reading it again")
         before = file
         try:
-            file = _read(path, before.config.output)
+            file = read_jobs(path, before.config.output)
         except UserError as error:
             file, before = _as_it_was(before, error), None
 
@@ -123,23 +114,6 @@ def _hang_ups() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _read(path: Path, before: Path | None) -> JobsFile:
-    """The jobs file; one that cannot be taken is told to those who watch the folder. before: the folder that it named
-    when it was read before."""
-    folder, digest = before or output_named_in(path), digest_of(path)
-    try:
-        config = read_train_config(path)
-        folder = config.output
-        require_own(config)
-        require_names(folder, [job.name for job in config.jobs], path)
-        return JobsFile(config, digest)
-    except UserError as error:
-        if folder is not None and is_own(folder) and (folder / STATUS).is_file():
-            with suppress(UserError, OSError), locked(folder):  # unless another training is at work there
-                refuse(folder, path, error)
-        raise
 
 
 def _train_once(file: JobsFile, hang_ups: list[int]) -> Outcome:

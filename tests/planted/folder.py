@@ -290,7 +290,7 @@ def one_failed_export_ends_all(original):
 
 
 @planted(
-    "lorafusion.train.folder:require_names",
+    "lorafusion.train.ownership:require_names",
     caught_by="tests/train/test_names.py::test_a_name_that_no_file_can_have_is_refused_at_the_start",
 )
 def any_name_will_do(original):

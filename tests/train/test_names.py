@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
+import torch
 
 from lorafusion.core.schema import UserError
 from lorafusion.train import run as training
-from lorafusion.train.folder import DECORATION, require_names
+from lorafusion.train.ownership import DECORATION, RESERVED, require_names
 from lorafusion.train.run import DONE, train
 from tests import forked
 from tests.train.playback import jobs_file
+
+JOB_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def named(tmp_path, *names: str):
@@ -35,6 +39,13 @@ def test_a_name_that_no_file_can_have_is_refused_at_the_start(tmp_path, names, m
     assert str(caught.value).startswith(f"{path}: jobs.")
     assert len(str(caught.value)) <= 300
     assert not (tmp_path / "out").exists()
+
+
+def test_the_names_that_torch_has_are_known():
+    """They are written down, as torch takes seconds to import."""
+    names = [name for name in dir(torch.nn.ModuleDict()) if JOB_NAME.fullmatch(name)]
+    assert len(names) > 50
+    assert [name for name in names if not RESERVED.fullmatch(name)] == []
 
 
 def test_the_longest_name_trains_to_the_end(tmp_path, monkeypatch):

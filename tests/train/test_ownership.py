@@ -14,8 +14,8 @@ from lorafusion.launch.lock import locked
 from lorafusion.planning import fast
 from lorafusion.train import run as training
 from lorafusion.train.config import read_train_config
-from lorafusion.train.folder import OutputFolder
-from lorafusion.train.ownership import claim, require_own
+from lorafusion.train.folder import OutputFolder, claim
+from lorafusion.train.ownership import require_own
 from lorafusion.train.run import train
 
 # What a training writes at the top, and a folder and a file of a user's.

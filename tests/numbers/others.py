@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorafusion.core.config import read_model, read_systems
+from lorafusion.data.blocks import MOST_LINE
 from lorafusion.lab.checks.comparison import LOSS_TOLERANCE, MOST_LOSS_ERROR, MOST_WEIGHT_ERROR, WEIGHT_TOLERANCE
 from lorafusion.lab.checks.gradients import MOST_ERROR, MOST_LENGTH_ERROR
 from lorafusion.lab.checks.verdicts import read_verdict
@@ -29,6 +30,10 @@ def reproduce() -> list[str]:
         count = len(cells(suite, suite_path(name)))
         passages.append(f"| {number(count)} × {number(suite.repeats)} |")
     return passages
+
+
+def jobs_file() -> list[str]:
+    return [f"a line of more than {number(MOST_LINE >> 20)} MiB is an error"]
 
 
 def systems() -> list[str]:

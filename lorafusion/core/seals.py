@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from lorafusion.core.files import write
+from lorafusion.core.files import read_bytes, write
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import content_hash
 
@@ -47,7 +48,7 @@ def require_seal(path: Path) -> Seal:
     sidecar = seal_path(path)
     if not sidecar.is_file():
         raise UserError(f"{path}: expected its seal {sidecar.name} beside it, as what wrote it makes one; found none")
-    parsed = FORM.fullmatch(sidecar.read_text(errors="replace"))
+    parsed = FORM.fullmatch(read_bytes(sidecar, "seal").decode(errors="replace"))
     if parsed is None or parsed[4] != path.name:
         raise UserError(
             f"{sidecar}: expected the number of rows, a SHA-256 and the name {path.name}, found another text"
@@ -77,12 +78,15 @@ def require_own_seal(data: dict, source: str | Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(read_bytes(path, "table")).hexdigest()
 
 
 def _rows(path: Path) -> int:
     """The records of a CSV without its header, the last one also where it was cut; 0 for another file."""
     if path.suffix != ".csv":
         return 0
-    with path.open(newline="", errors="replace") as file:
-        return max(0, sum(1 for _ in csv.reader(file)) - 1)
+    text = read_bytes(path, "table").decode(errors="replace")
+    try:
+        return max(0, sum(1 for _ in csv.reader(io.StringIO(text, newline=""))) - 1)
+    except csv.Error:  # a field that is longer than any of a table
+        return text.count("\n")

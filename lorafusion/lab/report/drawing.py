@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 from lorafusion.core.files import whole, write
 from lorafusion.core.seals import require_seal, seal
 from lorafusion.lab.report import style
+from lorafusion.lab.table.reading import read_frame
 
 FILL = 0.86  # of the distance between two groups, which their bars take
 
@@ -37,7 +38,7 @@ def written(data: pd.DataFrame, draw: Callable[[pd.DataFrame], Figure], stem: st
 def read_data(path: str | Path) -> pd.DataFrame:
     """A sealed CSV, as a figure's drawing takes it; only an empty field is empty. Raises `UserError` if it is cut."""
     require_seal(Path(path))
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    return read_frame(path)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

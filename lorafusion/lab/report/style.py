@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from lorafusion.core.schema import one_of
 from lorafusion.lab.table import vocabulary
 
 TEXT_WIDTH = 7.0  # inches, both columns of a conference paper; figures are drawn at their final size
@@ -190,7 +191,11 @@ def rank(column: pd.Series) -> pd.Series:
         return pd.Series(list(zip(places, column.str.len(), column, strict=True)), index=column.index)
     if column.name == "system":
         return column.map(list(looks(column)).index)
-    return column.map(ORDERS[column.name].index) if column.name in ORDERS else column
+    if column.name not in ORDERS:
+        return column
+    for name in column.unique():
+        one_of(str(column.name), name, set(ORDERS[column.name]), "figure")
+    return column.map(ORDERS[column.name].index)
 
 
 def _place_of_workload(name: str) -> int:

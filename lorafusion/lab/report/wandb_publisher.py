@@ -153,6 +153,7 @@ def publish(
     one_of("mode", mode, MODES, "wandb")
     if find_spec("wandb") is None:
         raise UserError("publish: wandb is not installed; `pip install 'lorafusion[wandb]'`")
+    _require_runs(table)
     images = _images(figures)
     sweep = _digest(csv_text(table))
     with replaced(Path(directory).resolve(), MANIFEST) as folder:
@@ -171,6 +172,15 @@ def publish(
         head = {"sweep": sweep, "mode": mode, "project": project, "entity": entity}
         write_manifest(folder, MANIFEST, head | {"runs": runs})
     return list(runs)
+
+
+def _require_runs(table: pd.DataFrame) -> None:
+    """Raise `UserError` unless there is a row of a run for each cell: of summaries alone nothing can be shown."""
+    runs = table[table["statistic"] == "single"]
+    measured, named = (set(rows[CELL].itertuples(index=False, name=None)) for rows in (runs, table))
+    if runs.empty or named - measured:
+        lonely = sorted(map(str, named - measured)) or ["any cell"]
+        raise UserError(f"publish: the table: expected rows of the runs of each cell, found none of {lonely[0]}")
 
 
 def _cells(table: pd.DataFrame, results: list[dict], sweep: str) -> Iterator[CellRuns]:

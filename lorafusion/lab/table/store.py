@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from pathlib import Path
 
 import pandas as pd
 
-from lorafusion.core.files import parse_json, whole
+from lorafusion.core.files import MOST_JSON, parse_json, read_bytes, whole
 from lorafusion.core.schema import UserError
 
 SUFFIX = ".results.jsonl.gz"
@@ -63,21 +64,27 @@ def require_store(path: Path, table: pd.DataFrame) -> None:
 
 
 def _lines(path: Path) -> list[dict]:
+    content = read_bytes(path, "store of results")
     try:
-        text = gzip.decompress(path.read_bytes()).decode()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        with gzip.open(io.BytesIO(content)) as file:
+            data = file.read(MOST_JSON + 1)
+        if len(data) > MOST_JSON:
+            raise OSError(f"more than {MOST_JSON} bytes of text")
+        text = data.decode()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected a whole store of results ({error}); write it again") from None
     lines = text.split("\n")[:-1]
     head, *entries = [parse_json(line, f"{path}: line {n}") for n, line in enumerate(lines, 1)] or [None]
-    if not _has(head, "table", "sha256") or not all(_has(entry, "result", "content") for entry in entries):
+    if not _has(head, table=str, sha256=str) or not all(_has(entry, result=str, content=dict) for entry in entries):
         raise UserError(f"{path}: expected a table's name and hash and then its results, found other lines")
     return [head, *entries]
 
 
-def _has(line: object, *keys: str) -> bool:
-    return isinstance(line, dict) and set(line) == set(keys)
+def _has(line: object, **kinds: type) -> bool:
+    """Is a line an object with these keys, and values of these kinds?"""
+    if not isinstance(line, dict) or line.keys() != kinds.keys():
+        return False
+    return all(isinstance(line[key], kind) for key, kind in kinds.items())
 
 
 def _digest(path: Path) -> str:

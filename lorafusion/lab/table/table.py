@@ -19,6 +19,7 @@ from lorafusion.core.files import read_json, whole
 from lorafusion.core.files import write as write_text
 from lorafusion.core.schema import mistakes
 from lorafusion.core.seals import require_own_seal, require_seal, seal
+from lorafusion.lab.table.reading import read_frame
 from lorafusion.lab.table.result import ExpectedMetric, Result, ResultMetric
 from lorafusion.lab.table.statistics import fewest, interval, median
 from lorafusion.lab.table.store import is_store, read_store, require_store
@@ -166,11 +167,7 @@ def read_unsealed(path: str | Path) -> pd.DataFrame:
     """A valid table of which nothing says that it is whole."""
     path = Path(path)
     _require_form(path)
-    if path.suffix == ".parquet":
-        table = pd.read_parquet(path, engine="pyarrow")
-    else:
-        # Only an empty field is empty: "nan" is a status.
-        table = pd.read_csv(path, dtype="string", keep_default_na=False, na_values=[""])
+    table = read_frame(path, "string")
     require_columns(table.columns, path)
     table = _typed(table, path)
     validate(table, path)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from lorafusion.core.schema import UserError
 from lorafusion.lab.checks.verdicts import PLAIN
 from lorafusion.lab.report import drawing, style
+from lorafusion.lab.table.reading import require_numbers
 
 COLUMNS = ("job", "trainer", "step", "loss")
 ALONE = "alone"
@@ -26,10 +27,18 @@ def lossless_data(files: Sequence[str | Path]) -> pd.DataFrame:
     [curves] = files
     data = drawing.read_data(curves)
     lacking = [name for name in COLUMNS if name not in data]
+    if lacking or data.empty:
+        what = f"column {lacking[0]}" if lacking else "row"
+        raise UserError(f"{curves}: no {what}; expected what the check lossless writes")
+    require_numbers(data, ("step", "loss"), curves)
+    places = list(zip(data["job"], data["step"], strict=True))
+    alone = {place: loss for place, trainer, loss in zip(places, data["trainer"], data["loss"], strict=True)
+             if trainer == ALONE}  # fmt: skip
+    lacking = [place for place in places if place not in alone]
     if lacking:
-        raise UserError(f"{curves}: no column {lacking[0]}; expected what the check lossless writes")
-    alone = data[data["trainer"] == ALONE].set_index(["job", "step"])["loss"]
-    expected = pd.Series([alone[job, step] for job, step in zip(data["job"], data["step"], strict=True)])
+        job, step = lacking[0]
+        raise UserError(f"{curves}: job {job!r}, step {step}: expected a loss with the trainer {ALONE}, found none")
+    expected = pd.Series([alone[place] for place in places], dtype=float)
     return data.assign(difference=(data["loss"] - expected).abs() / expected.abs())
 
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lorafusion.lab.report import drawing, style
+from lorafusion.lab.table.reading import require_numbers
 from lorafusion.lab.table.table import MeasurementError
 
 STEPS_BAR = ["suite", "bench", "implementation", "adapters", "git_sha"]
@@ -43,6 +44,7 @@ def _medians(profiles: Sequence[str | Path], bar: list[str], writer: str) -> pd.
     if missing or rows.empty:
         what = f"column {min(missing)!r}" if missing else "row"
         raise MeasurementError(f"{', '.join(map(str, profiles))}: no {what}; {writer} writes them")
+    require_numbers(rows, ("milliseconds", "kernels"), ", ".join(map(str, profiles)))
     _require_same_settings(rows)
     rows[["gpu_name", "git_sha"]] = rows[["gpu_name", "git_sha"]].astype(object).fillna("unknown")
     medians = rows.groupby([*bar, "gpu_name", "class"], sort=False)[["milliseconds", "kernels"]].median().reset_index()

@@ -7,6 +7,7 @@
 # for each kind of steps and for each target. A rule makes one step, by its main output.
 import os
 import re
+import shlex
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,7 +31,10 @@ include: "workflow/common.smk"
 
 
 # The workflow's own Python, also where the environment was not activated and inside Slurm jobs.
-shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH; ")
+# Snakemake fills in what stands in braces.
+PROGRAMS = shlex.quote(str(Path(sys.executable).parent))
+PROGRAMS = PROGRAMS.replace("{", "{{").replace("}", "}}")
+shell.prefix(f"set -euo pipefail; export PATH={PROGRAMS}:$PATH; ")
 
 for target in SUITE.targets:
 

@@ -13,7 +13,7 @@ from lorafusion.core.source_tree import IS_CHECKOUT, ROOT
 
 # The build copies the checkout's folder into the package (setup.py).
 CONFIGS = (ROOT if IS_CHECKOUT else ROOT / "lorafusion") / "configs"
-Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)  # a part of a file's
 Size = Annotated[int, Field(ge=1, le=2**24)]  # of a model
 Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 Entry = TypeVar("Entry", bound=Config)

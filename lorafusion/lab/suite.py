@@ -37,6 +37,8 @@ from lorafusion.core.schema import (
     validated,
 )
 
+COMMITTED = ("paper", "reference")  # folders of results that no suite may write to
+
 
 class Grid(Config):
     """A block of a suite: the product of models, GPU counts, workloads and systems under the same settings."""
@@ -130,6 +132,13 @@ class Suite(Config):
     cost: bool = Field(default=True, description="say in each result what the run costs besides time")
     profiled: list[str] = Field(default=[], description="workloads whose cells are profiled, on a GPU")
     cells: list[Grid] = Field(min_length=1)
+
+    @field_validator("name")
+    @classmethod
+    def _has_a_folder_of_its_own(cls, value: str) -> str:
+        if value.lower() in COMMITTED:
+            raise ValueError(f"results/{value} is committed and no suite's, choose another name")
+        return value
 
 
 class Cell(Config):

@@ -62,7 +62,9 @@ def test_the_h200_suite_has_all_systems_and_the_ablations_merged_too():
 
 
 def test_the_papers_suite_has_the_papers_grid():
-    found = {(cell.system, cell.model, cell.workload, cell.gpus) for cell in cells(read_suite(suite_path("paper")))}
+    found = {
+        (cell.system, cell.model, cell.workload, cell.gpus) for cell in cells(read_suite(suite_path("paper-grid")))
+    }
     assert ("lorafusion", "llama-3.1-8b", "heterogeneous", 1) in found
     assert ("megatron-fsdp", "qwen2.5-32b", "xsum", 2) in found
     assert ("mlora", "llama-3.1-70b", "wikisum", 4) in found
@@ -122,8 +124,16 @@ def test_a_file_that_is_no_suite_says_so(tmp_path, text, message):
         read_suite(path)
 
 
+@pytest.mark.parametrize("name", ["paper", "Reference", "a/b", "..", ".a", "-a", "", "a b", "x" * 101, "a\n"])
+def test_a_suite_has_a_name_that_a_folder_of_its_own_can_have(tmp_path, name):
+    data = yaml.safe_load(SMOKE.read_text()) | {"name": name}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(UserError, match="suite.yaml: name: "):
+        read_suite(tmp_path / "suite.yaml")
+
+
 def test_an_unknown_suite_is_named_with_the_known_ones():
-    with pytest.raises(UserError, match="known suites: h200, paper, smoke"):
+    with pytest.raises(UserError, match="known suites: h200, paper-grid, smoke"):
         suite_path("nope")
 
 

@@ -25,7 +25,7 @@ def readme() -> list[str]:
 
 def reproduce() -> list[str]:
     passages = []
-    for name in ("smoke", "h200", "paper"):
+    for name in ("smoke", "h200", "paper-grid"):
         suite = read_suite(suite_path(name))
         count = len(cells(suite, suite_path(name)))
         passages.append(f"| {number(count)} × {number(suite.repeats)} |")

@@ -13,6 +13,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 CLUSTER = HERE / "cluster.sh"
+SUITE = "$(touch PWNED).yaml"
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
@@ -52,7 +53,8 @@ def jobs() -> dict[str, tuple[str, str]]:
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what git would commit, with no results and no .snakemake."""
+    """A copy of what git would commit, with no results and no .snakemake. Its name and that of its suite have what a
+    shell takes apart."""
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=REPOSITORY,
@@ -60,11 +62,12 @@ def checkout(tmp_path):
         text=True,
         capture_output=True,
     ).stdout.split("\0")
-    copy = tmp_path / "checkout"
+    copy = tmp_path / "check out"
     for name in filter(None, names):
         if (REPOSITORY / name).is_file():  # a file that was deleted, but not yet in the index, is listed too
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, copy / name)
+    (copy / "tests/slurm/suite.yaml").rename(copy / SUITE)
     return copy
 
 
@@ -95,7 +98,7 @@ def test_the_workflow_runs_through_the_slurm_profile(cluster, checkout):
         "LORAFUSION_SLURM_POLL": "5",
     }
     before = jobs()
-    command = ["snakemake", "--cores", "all", "--profile", "slurm", "--config", "suite=tests/slurm/suite.yaml"]
+    command = ["snakemake", "--cores", "all", "--profile", "slurm", "--config", f"suite={SUITE}"]
     run = subprocess.run(command, cwd=checkout, env=environment, text=True, capture_output=True, timeout=1100)
     assert run.returncode == 0, (run.stdout + run.stderr)[-8000:]
 
@@ -112,3 +115,4 @@ def test_the_workflow_runs_through_the_slurm_profile(cluster, checkout):
     assert any(float(row["gpus"] or 0) == 2 for row in rows), "no cell ran with two processes"
     assert any(float(row["gpus"] or 0) == 4 for row in rows), "no cell ran on two nodes"
     assert (table.parent / "report.html").stat().st_size > 0
+    assert not list(checkout.rglob("PWNED"))

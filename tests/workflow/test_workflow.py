@@ -33,11 +33,14 @@ def planned_jobs(output: str) -> dict[str, int]:
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The workflow's own files in a folder of their own, so that results and .snakemake are its own."""
+    """The workflow's own files in a folder of their own, so that results and .snakemake are its own. Its name and those
+    of suites have what a shell takes apart."""
+    folder = tmp_path / "a b's"
+    folder.mkdir()
     for name in ("Snakefile", "workflow", "configs", "environment.yml"):
         source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    return tmp_path
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    return folder
 
 
 def small_suite(checkout: Path) -> Path:
@@ -46,14 +49,14 @@ def small_suite(checkout: Path) -> Path:
     block = data["cells"][0] | {"workloads": ["xsum"], "systems": ["lorafusion", "mlora"], "gpus": [1], "samples": 8}
     checks = {"lossless": ["1x1"]}
     suite = data | {"name": "small", "repeats": 2, "cells": [block], "checks": checks}
-    path = checkout / "small.yaml"
+    path = checkout / "small; $(touch PWNED).yaml"
     path.write_text(yaml.safe_dump(suite))
     return path
 
 
 def test_the_papers_grid_passes_a_dry_run_without_slurm_and_without_a_gpu(checkout):
     done = snakemake(
-        "--dry-run", "--cores", "all", "--profile", "slurm", "--config", "suite=paper",
+        "--dry-run", "--cores", "all", "--profile", "slurm", "--config", "suite=paper-grid",
         cwd=_with_slurm_profile(checkout),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -84,7 +87,7 @@ def test_a_suite_with_kernels_measures_each_bench_in_each_repeat(checkout):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("suite=nope", "unknown|no file configs/suites/nope.yaml|known suites: h200, paper, smoke"),
+        ("suite=nope", "unknown|no file configs/suites/nope.yaml|known suites: h200, paper-grid, smoke"),
         ("suit=smoke", "error: --config: unknown key 'suit'; known: suite"),
     ],
 )
@@ -143,6 +146,8 @@ def test_a_killed_workflow_resumes_without_redoing_finished_cells(checkout):
     for name in ("report.html", "figures/end_to_end~tiny.png", "checks.html", "wandb/runs.json"):
         assert (results / name).stat().st_size > 0, name
     _assert_traceable(table, checkout)
+
+    assert not list(checkout.rglob("*PWNED"))
 
     again = snakemake(*LOCAL, "--config", f"suite={suite}", "--dry-run", cwd=checkout)
     assert "Nothing to be done" in again.stdout + again.stderr

@@ -60,7 +60,7 @@ def measured(suite, tmp_path):
 
 
 def test_the_suites_that_come_with_the_project_are_sound():
-    assert {"smoke", "cpu", "paper"} <= set(PLANNER.entries())
+    assert {"smoke", "cpu", "paper-grid"} <= set(PLANNER.entries())
     names = [point.name for point in PLANNER.points("cpu")]
     assert "workload~xsum/stages~8/samples~1000" in names
     assert len(names) == len(set(names)) == 40

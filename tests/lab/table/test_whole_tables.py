@@ -165,7 +165,7 @@ def test_cells_that_only_their_names_tell_apart_are_refused():
         table.validate(same)
 
 
-@pytest.mark.parametrize("name", ["smoke", "h200", "paper"])
+@pytest.mark.parametrize("name", ["smoke", "h200", "paper-grid"])
 def test_the_columns_of_a_suites_cells_tell_them_apart(make_workload, name):
     suite, systems = read_suite(suite_path(name)), read_systems()
     places = {}

@@ -204,17 +204,22 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path to write a file to, in one step to be the one at `path`, whose folder is made. On an error nothing is.
-    Raises `UserError` where a device, a pipe or a folder is at `path`, as it would be gone, and an `OSError` that names
-    `path` where the file system takes no file there."""
+    """A path to write a file to, in one step to be the one at `path`, whose folder is made. Who may read it is as the
+    umask says: safetensors would let nobody else. On an error nothing is written. Raises `UserError` where a device, a
+    pipe or a folder is at `path`, as it would be gone, and an `OSError` that names `path` where the file system takes
+    no file there."""
     require_replaceable(path)
     short = path.name.encode()[:200].decode(errors="ignore")  # of 255 bytes that a name may have
     partial = path.with_name(f".{short}.{os.getpid()}")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            partial.unlink(missing_ok=True)
+            partial.touch()
+            mode = stat.S_IMODE(partial.stat().st_mode)
             yield partial
             with open(partial, "rb+") as file:
+                os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())  # else a power cut may leave an empty file of this name
             partial.replace(path)
     except OSError as error:

@@ -5,7 +5,6 @@ decides how linears compute with them. A kind is a function `kind(linears, activ
 from __future__ import annotations
 
 import math
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from fused_lora import AdapterStack, LoRAAdapter, lora_gated_linear, lora_linears, mask_key
 from fused_lora.modules import SHARED_INPUTS, SharedInput
+from lorafusion.core.files import whole
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Job
 from lorafusion.data.packing import PackedBatch
@@ -138,12 +138,10 @@ def adapter_state(stage: Stage, job: Job) -> dict[str, torch.Tensor]:
 
 def save_adapter(config: LoraConfig, state: dict[str, torch.Tensor], folder: Path) -> None:
     """Write an adapter to a folder in PEFT's format; state: its tensors under the names of that format."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "adapter_model.safetensors"
-    save_file(state, weights, metadata={"format": "pt"})
+    with whole(folder / "adapter_model.safetensors") as partial:
+        save_file(state, partial, metadata={"format": "pt"})
     config.target_modules = sorted(config.target_modules)  # PEFT's set has another order in each process
     config.save_pretrained(folder)
-    shutil.copymode(folder / "adapter_config.json", weights)  # safetensors lets nobody else read it
 
 
 def fused(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:

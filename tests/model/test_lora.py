@@ -4,6 +4,8 @@ adapters of the kind `fused` are views of stacks."""
 from __future__ import annotations
 
 import json
+import os
+import stat
 from dataclasses import replace
 
 import pytest
@@ -191,9 +193,12 @@ def test_the_state_of_an_adapter_is_a_copy_of_what_it_is_now():
         assert all(value.untyped_storage().nbytes() == value.nbytes for value in state.values())
 
 
-def test_a_saved_adapter_is_the_same_from_each_process_and_for_all_to_read(tmp_path):
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_a_saved_adapter_is_the_same_from_each_process_and_for_those_to_read_that_may(tmp_path, mask):
     """A set of strings has another order in each process; safetensors makes files that only their owner can read."""
+    before = os.umask(mask)
     lora.save_adapter(lora.peft_config(job()), {"x": torch.zeros(1)}, tmp_path)
+    os.umask(before)
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     assert json.loads(config.read_text())["target_modules"] == sorted(ALL_LINEAR)
-    assert weights.stat().st_mode == config.stat().st_mode
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (config, weights)] == [0o666 & ~mask] * 2

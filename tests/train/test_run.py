@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,13 @@ def whole(tmp_path_factory):
         patch.setattr(training, "launch", forked.launch)
         assert train(jobs_file(folder, "alice bob carol")) == DONE
     return folder
+
+
+def test_what_is_written_is_for_those_to_read_whom_the_umask_lets(whole):
+    os.umask(mask := os.umask(0))
+    written = [path for path in (whole / "out").rglob("*") if path.is_file()]
+    assert len(written) > 20
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o666 & ~mask}
 
 
 def test_what_comes_out(whole):

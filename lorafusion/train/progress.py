@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from lorafusion.core.plugins import import_extra
+from lorafusion.core.wandb_runs import private_wandb
 from lorafusion.core.workload import Workload
 from lorafusion.train.metrics import EventReader, History
 
@@ -87,9 +89,12 @@ class WandbLog:
     """The same numbers for wandb, a line for each step of each job; offline unless told otherwise."""
 
     def __init__(self, mode: str, project: str, name: str, folder: Path, workload: Workload) -> None:
-        wandb = import_extra("wandb", "wandb", f"wandb: {mode}")
-        self.run = wandb.init(project=project, name=name, dir=folder, mode=mode, config=workload.model_dump(
-            mode="json", exclude={"jobs": {"__all__": {"samples", "evaluation"}}}))  # fmt: skip
+        import_extra("wandb", "wandb", f"wandb: {mode}")
+        config = workload.model_dump(mode="json", exclude={"jobs": {"__all__": {"samples", "evaluation"}}})
+        with ExitStack() as stack:
+            start = stack.enter_context(private_wandb(folder, mode))
+            self.run = start(project=project, name=name, config=config)
+            self._stack = stack.pop_all()
         self._logged: dict[tuple[str, int], dict] = {}
         for job in workload.jobs:
             self.run.define_metric(f"{job.name}/*", step_metric=f"{job.name}/step")
@@ -101,4 +106,5 @@ class WandbLog:
             self.run.log({f"{job}/{key}": value for key, value in row.values.items()} | {f"{job}/step": step + 1})
 
     def finish(self) -> None:
-        self.run.finish()
+        with self._stack:
+            self.run.finish()

@@ -8,10 +8,8 @@ was written, as wandb keeps the absolute paths of the tables in it.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -21,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from lorafusion.core.schema import UserError, one_of
+from lorafusion.core.wandb_runs import private_wandb
 from lorafusion.lab.report.published import replaced, write_manifest
 from lorafusion.lab.table.table import csv_text
 from lorafusion.lab.table.vocabulary import COLUMNS
@@ -43,8 +42,6 @@ OF_A_NUMBER = {
     "note",
 }
 MOST_ROWS = 10_000  # of a wandb table, which drops those above
-USERS_OWN = {"WANDB_API_KEY", "WANDB_BASE_URL"}
-INIT_SECONDS, FINISH_SECONDS = 60, 120
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ def publish(
     sweep = _digest(csv_text(table))
     with replaced(Path(directory).resolve(), MANIFEST) as folder:
         runs = {}
-        with _wandb(folder, mode) as start:
+        with private_wandb(folder, mode) as start:
             for cell in _cells(table, results, sweep):
                 run = start(project=project, entity=entity, **cell.settings)
                 _log_cell(run, cell)
@@ -228,58 +225,6 @@ def _log_comparison(run: Any, table: pd.DataFrame, images: dict[str, Path]) -> N
             line[key] = wandb.Table(columns=list(rows.columns), data=data[start : start + MOST_ROWS])
     line |= {f"figures/{name}": wandb.Image(str(path)) for name, path in images.items()}
     run.log(line)
-
-
-@contextmanager
-def _wandb(folder: Path, mode: str) -> Iterator[Callable[..., Any]]:
-    """A function that starts a run, while wandb keeps everything in `folder`, says nothing and looks at nothing."""
-    with environment(folder, mode):
-        import wandb
-
-        # The state of the machine now is not that of the measurement, which is in the table.
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            disable_git=True,
-            disable_code=True,
-            save_code=False,
-            x_disable_stats=True,
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            x_save_requirements=False,
-            init_timeout=INIT_SECONDS,
-            finish_timeout=FINISH_SECONDS,
-            finish_timeout_raises=True,
-        )
-
-        def start(**arguments: Any) -> Any:
-            return wandb.init(mode=mode, dir=folder, reinit="finish_previous", settings=settings, **arguments)
-
-        try:
-            yield start
-        except (wandb.Error, TimeoutError) as error:
-            raise UserError(f"wandb: {' '.join(str(error).split())}") from error
-        finally:
-            wandb.teardown()
-
-
-@contextmanager
-def environment(folder: Path, mode: str) -> Iterator[None]:
-    """None of the user's settings of wandb, but for key and server online, and all of its files in `folder`."""
-    before = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
-    kept = USERS_OWN if mode == "online" else set()
-    places = {"DIR": "", "DATA_DIR": "data", "CACHE_DIR": "cache", "CONFIG_DIR": "config", "ARTIFACT_DIR": "artifacts"}
-    ours = {f"WANDB_{name}": str(folder / place) for name, place in places.items()}
-    ours |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_MODE": mode}
-    try:
-        for name in before.keys() - kept:
-            del os.environ[name]
-        os.environ.update(ours)
-        yield
-    finally:
-        for name in before.keys() | ours.keys():
-            os.environ.pop(name, None)
-        os.environ.update(before)
 
 
 def _images(figures: list[Path]) -> dict[str, Path]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from lorafusion.core.files import read_json
 from lorafusion.core.schema import UserError
-from lorafusion.lab.report.wandb_publisher import MANIFEST, environment
+from lorafusion.core.wandb_runs import environment
+from lorafusion.lab.report.wandb_publisher import MANIFEST
 
 
 def read_back(directory: Path) -> dict[str, dict[str, Any]]:

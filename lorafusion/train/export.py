@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -25,11 +27,7 @@ from lorafusion.train.metrics import History, Step
 LOGGER = logging.getLogger(__name__)
 STOPPED = "\n**Stopped at step {step}: its gradient was not finite. These are the weights before.**\n"
 CARD = """---
-library_name: peft
-{base_model}tags:
-- lora
-- lorafusion
----
+{front_matter}---
 # {name}
 
 A LoRA adapter of {base}, trained with LoRAFusion beside {others} other(s), exactly as it would have been trained alone.
@@ -42,7 +40,7 @@ A LoRA adapter of {base}, trained with LoRAFusion beside {others} other(s), exac
 
 ```python
 from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "{name}")
+model = PeftModel.from_pretrained(base_model, "{folder}")
 ```
 """
 
@@ -189,17 +187,28 @@ def _card(job: Job, model: ModelConfig, steps: dict[int, Step], stopped: bool, o
         "evaluation loss": f"{evaluations[-1]:.4f} ({len(job.evaluation)} samples)" if evaluations else "not measured",
         "seed": job.seed,
     }
-    has_checkpoint = model.weights != "random"
-    revision = f", revision {model.revision}" if model.revision else ""
+    base, front_matter = f"a {model.architecture} with random weights", {"library_name": "peft"}
+    if model.weights != "random":
+        base = f"{model.weights}{f', revision {model.revision}' if model.revision else ''}"
+        if Path(model.weights).is_dir():
+            base = f"the model in a folder {Path(model.weights).resolve().name}"  # where it lies is nobody's business
+        else:
+            front_matter["base_model"] = model.weights
     return CARD.format(
-        name=job.name,
-        base=f"{model.weights}{revision}" if has_checkpoint else f"a {model.architecture} with random weights",
-        base_model=f"base_model: {model.weights}\n" if has_checkpoint else "",
+        name=_escaped(job.name),
+        folder=job.name,
+        base=_escaped(base),
+        front_matter=yaml.safe_dump(front_matter | {"tags": ["lora", "lorafusion"]}, sort_keys=False),
         others=others,
         picture=picture,
         stopped=STOPPED.format(step=len(steps) + 1) if stopped else "",
-        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        rows="\n".join(f"| {key} | {_escaped(str(value))} |" for key, value in rows.items()),
     )
+
+
+def _escaped(text: str) -> str:
+    """A text in which Markdown and HTML see no marks of theirs."""
+    return re.sub(r"([\\`*\[\]<>|~&$#]|\b_|_\b)", r"\\\1", " ".join(text.split()))
 
 
 def _draw(job: Job, steps: dict[int, Step], path: Path) -> None:

@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+from lorafusion.core.config import read_model
 from lorafusion.core.schema import UserError
 from lorafusion.train import export as exporting
 from lorafusion.train.run import DONE, FAILED, train
@@ -186,3 +188,17 @@ def test_a_job_without_all_its_rows_is_not_taken_for_done(recorded, played, tmp_
     assert "short: 1 of 2 steps have no row in its events, the first is 1" in capsys.readouterr().err
     assert train(path) == DONE
     assert json.loads((adapter(tmp_path, "short") / "training.json").read_text())["steps"][0]["step"] == 1
+
+
+def test_a_card_shows_names_as_they_are(make_job, tmp_path):
+    """None of them is Markdown, HTML or YAML to its readers."""
+    model = read_model("tiny").model_copy(update={"weights": "acme/a_#b", "revision": "yes: [no]"})
+    job = make_job(dataset="jsonl:<img src=x>|`a`*b*.jsonl", target_modules=("q_proj",))
+    exporting.export(job, model, {}, {}, stopped=False, others=0, folder=tmp_path / "a")
+    card = (tmp_path / "a" / "README.md").read_text()
+    _, front_matter, text = card.split("---\n", 2)
+    expected = {"library_name": "peft", "base_model": "acme/a_#b", "tags": ["lora", "lorafusion"]}
+    assert yaml.safe_load(front_matter) == expected
+    assert r"A LoRA adapter of acme/a\_\#b, revision yes: \[no\], trained" in text
+    assert r"| dataset | jsonl:\<img src=x\>\|\`a\`\*b\*.jsonl, " in text
+    assert "| target modules | q_proj |" in text

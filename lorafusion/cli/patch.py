@@ -28,7 +28,7 @@ def patch(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from fused_lora import patch
-    from lorafusion.core.hub import HUB_ERRORS
+    from lorafusion.core.hub import HUB_ERRORS, read_settings
 
     if not Path(adapter).exists() and "/" not in adapter:
         raise UserError(f"{adapter}: expected the folder of an adapter, or a repository OWNER/NAME")
@@ -37,11 +37,12 @@ def patch(
         name = base or config.base_model_name_or_path
         if not isinstance(config, LoraConfig) or not name:
             raise UserError(f"{adapter}: expected a LoRA adapter that names its base model; or give --base")
-        settings = AutoConfig.from_pretrained(name)
+        read_settings(name, "config.json")
+        settings = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (*HUB_ERRORS, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{adapter}: cannot be read as an adapter with its base model: {error}") from None
     with torch.device("meta"):
-        model = get_peft_model(AutoModelForCausalLM.from_config(settings), config)
+        model = get_peft_model(AutoModelForCausalLM.from_config(settings, trust_remote_code=False), config)
     print(patch(model))

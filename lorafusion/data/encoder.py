@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
-from lorafusion.core.hub import HUB_ERRORS
+from lorafusion.core.hub import HUB_ERRORS, read_settings, require_no_links
 from lorafusion.core.schema import UserError
 
 PROBE = "a"  # a text to see what the tokenizer puts around it
@@ -103,8 +103,10 @@ def load_encoder(source: str, revision: str | None = None) -> Encoder:
     """The tokenizer in a local folder or a repository of the hub."""
     from transformers import AutoTokenizer
 
+    require_no_links(source)
+    read_settings(source, "tokenizer_config.json", revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (*HUB_ERRORS, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -22,9 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lorafusion.core import manifest
+from lorafusion.core.config import read_model
 from lorafusion.core.files import whole
 from lorafusion.core.manifest import MANIFEST, DamagedError, Entry, UnfinishedError
 from lorafusion.core.schema import UserError
+from lorafusion.core.workload import content_hash
 from lorafusion.engine import events
 from lorafusion.engine.adapters import AdapterTraining
 from lorafusion.engine.pipeline import AHEAD
@@ -92,7 +94,9 @@ class Part:
 
 def identity(spec: RunSpec, plan_hash: str) -> dict:
     """What a run must have in common with a checkpoint to be resumed from it exactly."""
-    model = _hash(spec.model) if spec.model.endswith(".yaml") else spec.model
+    model = spec.model
+    if model.endswith(".yaml"):  # wherever its weights lie
+        model = content_hash(read_model(model).model_dump(mode="json", exclude={"weights", "revision"}))
     initial = _hash(Path(spec.initial) / MANIFEST) if spec.initial else None
     keys = {"system", "dtype", "adapter_dtype", "seed"}
     return {"version": VERSION, "plan": plan_hash, "model": model, "initial": initial, **spec.model_dump(include=keys)}

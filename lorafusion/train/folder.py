@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorafusion.core import manifest
-from lorafusion.core.files import read_yaml, whole, write
+from lorafusion.core.files import whole, write
 from lorafusion.core.manifest import MANIFEST, DamagedError, Entry, read_sealed, write_sealed
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import Config, UserError, validated
@@ -107,8 +107,7 @@ class Run:
 class OutputFolder:
     """A training's output folder. Raises `UserError` where what is in it belongs to another model, or is damaged."""
 
-    def __init__(self, path: Path, settings: dict, model: dict | None = None) -> None:
-        """model: what the settings have a hash of."""
+    def __init__(self, path: Path, settings: dict) -> None:
         self.path = path
         self.progress = Progress(settings=settings)
         if (path / PROGRESS).exists():
@@ -118,21 +117,12 @@ class OutputFolder:
         for key, value in settings.items():
             before = self.progress.settings.get(key)
             if before != value:
-                change = (
-                    self._change_of_model(model or {}) if key == "model" else f"{key} {before!r}, now it is {value!r}"
-                )
+                change = f"{key} {before!r}, now it is {value!r}"
+                if key == "model.weights" and before and "random" not in (before, value):
+                    change = "a model whose weights have other values"
                 raise UserError(f"{path}: begun with {change}; take another output folder")
         for run in self.runs():
             self._require_run(run)
-
-    def _change_of_model(self, model: dict) -> str:
-        """What tells the model that a training was begun with from the one that it is to go on with."""
-        with suppress(UserError):
-            before = read_yaml(self.path / MODEL)
-            for key in sorted(before.keys() | model.keys()):
-                if before.get(key) != model.get(key):
-                    return f"a model whose {key} is {before.get(key)!r}, now it is {model.get(key)!r}"
-        return "another model"
 
     def adapter(self, job: str) -> Path:
         return self.path / "adapters" / job

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from lorafusion.core.config import read_model
 from lorafusion.core.schema import Mistakes, UserError
 from lorafusion.launch.lock import locked
 from lorafusion.train.config import TrainConfig, read_train_config
@@ -54,4 +55,18 @@ def _require_possible(config: TrainConfig) -> None:
             raise UserError(
                 f"{config.path}: processes: {config.processes} on this machine, expected {MOST_PROCESSES} at most"
             )
+    with mistakes.gathered():
+        _require_model(config)
     mistakes.require_none()
+
+
+def _require_model(config: TrainConfig) -> None:
+    """Raise `UserError` where the base model's files are damaged, or are of a model that cannot be trained."""
+    from lorafusion.model.pretrained import look_at, require_weights  # the hub's library, which a mistake needs not
+
+    if not config.is_described:
+        look_at(config.model, config.revision, weights=config.weights is None)
+        return
+    model = read_model(config.model)
+    if "random" not in (model.weights, config.weights):
+        require_weights(model.model_copy(update={"revision": config.revision or model.revision}))

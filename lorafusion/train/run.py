@@ -6,7 +6,6 @@ processes, from each adapter's last step in a new plan. So a job is added or wit
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shlex
 import signal
@@ -26,6 +25,7 @@ from lorafusion.engine.checkpoint import Checkpoint, identity, newest
 from lorafusion.launch.launch import launch
 from lorafusion.launch.lock import Lock, locked
 from lorafusion.launch.outcome import Outcome
+from lorafusion.model.pretrained import identity as identity_of
 from lorafusion.train.config import TrainConfig
 from lorafusion.train.export import Exporter
 from lorafusion.train.folder import MODEL, OutputFolder, Run, claim, remove_partial, trim_events
@@ -139,13 +139,10 @@ class Training:
     def __init__(self, config: TrainConfig, lock: Lock, status: Status, hang_ups: list[int]) -> None:
         self.config, self.status, self.hang_ups = config, status, hang_ups
         self.model: ModelConfig = base_model(config)
-        described = self.model.model_dump(mode="json")
-        text = yaml.safe_dump(described)
-        settings = {"model": hashlib.sha256(text.encode()).hexdigest()[:16], "dtype": config.chosen_dtype,
-                    "adapter_dtype": config.adapter_dtype, "seed": config.seed}  # fmt: skip
-        self.output = OutputFolder(config.output, settings, described)
+        settings = {f"model.{key}": value for key, value in identity_of(self.model).items()}
+        settings |= {"dtype": config.chosen_dtype, "adapter_dtype": config.adapter_dtype, "seed": config.seed}
+        self.output = OutputFolder(config.output, settings)
         self.planner = Planner(config, self.model, self.output, lock)
-        self._model_text = text
         self.history = History()
         self._readers: dict[Run, EventReader] = {}
         self._run: Run | None = None  # the one to go on with, and the jobs that remain for it
@@ -154,7 +151,7 @@ class Training:
 
     def plan(self) -> None:
         """Find out what remains, and plan it where it is not planned yet."""
-        write(self.output.path / MODEL, self._model_text)
+        write(self.output.path / MODEL, yaml.safe_dump(self.model.model_dump(mode="json")))
         self.workload = prepare(self.config, self.model, self.output.path)
         self._read_history()
         self.exporter = Exporter(self.output, self.model, self.workload, self.history)

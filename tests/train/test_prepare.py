@@ -322,13 +322,13 @@ def test_an_older_checkpoints_rope_is_understood(model):
 
 UNSUPPORTED = {
     "another family": ({"model_type": "gpt2"}, "architecture 'gpt2' is not supported; supported: llama, qwen2"),
-    "no family": ({"model_type": "nope"}, "no description to be had from its config.json (The checkpoint you are"),
+    "no family": ({"model_type": "nope"}, "architecture 'nope' is not supported"),
     "biases": ({"attention_bias": True}, "attention_bias is True, supported for llama is False"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported for llama is 'silu'"),
     "wider heads": ({"head_dim": 32}, "head_dim is 32, supported is 16"),
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config is {"),
-    "a bad number": ({"vocab_size": "many"}, "no description to be had from its config.json (Validation error"),
-    "heads that do not divide": ({"num_attention_heads": 3}, "The hidden size (64) is not a multiple"),
+    "a bad number": ({"vocab_size": "many"}, "vocab_size: input should be a valid integer"),
+    "heads that do not divide": ({"num_attention_heads": 3}, "num_attention_heads: 64 cannot be divided by 3"),
 }
 
 

@@ -82,7 +82,7 @@ def test_a_whole_checkpoint_passes(saved, kind):
     ("changes", "parts"),
     [
         ({"num_attention_heads": 0}, ("num_attention_heads", "(found 0)")),
-        ({"num_attention_heads": 3}, ("num_attention_heads", "64 cannot be divided by 3")),
+        ({"num_attention_heads": 3}, ("num_attention_heads", "a divisor of hidden_size 64, found 3")),
         ({"num_hidden_layers": 0}, ("num_hidden_layers", "(found 0)")),
         ({"num_hidden_layers": 10**9}, ("num_hidden_layers", "1000000000")),
         ({"hidden_size": 10**30}, ("hidden_size",)),

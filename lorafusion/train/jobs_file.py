@@ -55,9 +55,8 @@ def _require_possible(config: TrainConfig) -> None:
             raise UserError(
                 f"{config.path}: processes: {config.processes} on this machine, expected {MOST_PROCESSES} at most"
             )
-    with mistakes.gathered():
-        _require_model(config)
     mistakes.require_none()
+    _require_model(config)
 
 
 def _require_model(config: TrainConfig) -> None:

@@ -69,8 +69,8 @@ def _flat(operands: Operands, settings: Settings, *others: Any) -> tuple:
 
 
 def _kernel(operator: CustomOpDef, x: Tensor) -> Callable | None:
-    """What computes an operator for x, where nothing but eager mode wants to see it: no compiler, and no mode or
-    tensors of another kind, such as fake ones."""
+    """What computes an operator for x in eager mode. None where the operator itself has to be called: under a compiler,
+    in a dispatch mode, and for tensors of another kind, such as fake ones."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, torch.nn.Parameter):
         return None
     return KERNELS.get((operator, x.device.type))
@@ -94,17 +94,17 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 # Triton launches on the current device, which need not be the tensors'.
 def _linear_on_gpu(operands, *arguments):
-    from fused_lora.gpu.host import launch
+    from fused_lora.gpu.host.linear import forward
 
     with torch.cuda.device_of(operands.a):
-        return launch.forward(operands, *arguments)
+        return forward(operands, *arguments)
 
 
 def _linear_backward_on_gpu(operands, *arguments):
-    from fused_lora.gpu.host import launch
+    from fused_lora.gpu.host.linear import backward
 
     with torch.cuda.device_of(operands.a):
-        return launch.backward(operands, *arguments)
+        return backward(operands, *arguments)
 
 
 linear = _operator(
@@ -175,6 +175,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dys, _s, _bits):
+    # What PyTorch says of each argument is laid out as the arguments are.
     operands, settings, inputs, weights, biases, _ = _packed(ctx.needs_input_grad)
     dinputs, da, db = _gradients(ctx, dys, any(inputs), operands.a or operands.b)
     others = ([None] * len(weights), [None] * len(biases), None)

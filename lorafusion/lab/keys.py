@@ -44,11 +44,11 @@ def require(path: str | Path, pairs: list[tuple[str, object, object]]) -> None:
 def configuration_hash(suite: Suite, cell: Cell, system: SystemConfig) -> str:
     """Changes with anything in the configuration that a run of the cell depends on."""
     settings = suite.model_dump(mode="json", include={"device", "dtype", "adapter_dtype", "seed"})
-    parts_of_it = {"samples", "global_batch", "length_scale", "checkpointing", "data_parallel", "merged_qkv", "tuned"}
-    grid = cell.grid.model_dump(mode="json", include=parts_of_it)
-    parts = system.model_dump(mode="json", exclude={"description"})
+    grid_keys = {"samples", "global_batch", "length_scale", "checkpointing", "data_parallel", "merged_qkv", "tuned"}
+    grid = cell.grid.model_dump(mode="json", include=grid_keys)
+    system_settings = system.model_dump(mode="json", exclude={"description"})
     model = read_model(cell.model).model_dump(mode="json")
-    return content_hash([cell.name, settings, grid, cell.grid.capacity_of(cell.workload), parts, model])
+    return content_hash([cell.name, settings, grid, cell.grid.capacity_of(cell.workload), system_settings, model])
 
 
 def cell_workload(suite: Suite, cell: Cell) -> Workload:

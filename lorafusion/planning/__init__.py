@@ -62,8 +62,8 @@ def plan_workload(
     costs: CostModel | None = None,
 ) -> Plan:
     """A checked plan by the strategy of that name. system: the plan's name for it, by default the strategy's. costs: of
-    the stages, which `fast` judges by and the others do not look at. Raises `UserError` for a strategy or sizes that
-    cannot be."""
+    the stages, which only `fast` uses. Raises `UserError` for an unknown strategy, for sizes below 1, and as its
+    planner does."""
     one_of("strategy", strategy, set(STRATEGIES), "plan")
     for name, value in (("stages", stages), ("capacity", capacity), ("data_parallel", data_parallel)):
         if value < 1:

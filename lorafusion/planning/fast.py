@@ -49,7 +49,8 @@ def plan(
     data_parallel: int = 1,
     costs: CostModel | None = None,
 ) -> Plan:
-    """A plan of little waiting; costs: of the stages, by default of equal ones."""
+    """The plan that the simulator finds fastest. costs: of the stages, by default equal. Raises `UserError` for a
+    sample above the capacity."""
     require_samples_fit(workload, capacity)
     trials = Trials(workload.jobs, stages, capacity, data_parallel)
     best = trials.fastest(costs or even_costs(stages))
@@ -128,8 +129,9 @@ class Way(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What the simulator predicts for a way to pack: tokens a second, the bubble, and what of it stages of equal size
-    would have too; in the steady state, or of the whole run where it was simulated to its end."""
+    """What the simulator predicts for a way to pack, in the steady state, or for the whole run where it was simulated
+    to its end. throughput: tokens a second. bubble: the idle share. waiting: the part of it that stages of equal size
+    would have too."""
 
     way: Way
     throughput: float
@@ -146,8 +148,8 @@ class Trials:
         self._remembered: dict[tuple[int, int], list[Item]] = {}
 
     def slots(self, way: Way, samples: int | None = None) -> Iterator[Slot]:
-        """The slots of the jobs, empty ones included. samples: not many more, as large a part of each job, but at least
-        TRIED_BATCHES global batches."""
+        """The slots of the jobs, empty ones included. samples: pack only about so many, the same share of each job, but
+        at least TRIED_BATCHES global batches of each; by default all."""
         items = items_of if samples is None else self._items
         packer = Packer(self.stages, self.capacity, self.data_parallel, items=items, **way._asdict())
         part = 1 if samples is None else samples / self.samples

@@ -78,12 +78,12 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **settin
 
 
 def cdiv(size: int, part: int) -> int:
-    """Parts that it takes for a size. Triton's own is one for kernels, too, and takes the host ten times as long."""
+    """size / part, rounded up. Triton's cdiv is made for kernels too, and takes the host ten times as long."""
     return -(-size // part)
 
 
 def power_of_2(size: int) -> int:
-    """The smallest that is no less."""
+    """The smallest power of two that is at least `size`, which is at least 1."""
     return 1 << (size - 1).bit_length()
 
 
@@ -100,7 +100,12 @@ def overlap_of(target: Target) -> dict:
 
 
 class Call:
-    """The arguments that every kernel of one call shares, and sizes derived from them."""
+    """The arguments that every kernel of one call shares, and sizes derived from them.
+
+    x [M, K]: M is `tokens`, K `columns`. weights: of P linears (`linears`), [N_p, K] each. A *group* is a slice of the
+    linears that one kernel takes. The tensors that the launches pass on are s and ds [P, M, width], in x's dtype, and
+    the mask bits, int32 [P, M, words].
+    """
 
     def __init__(self, operands: Operands, settings: Settings, x: Tensor, weights: Sequence[Tensor]) -> None:
         self.operands, self.x, self.weights = operands, aligned(x), weights
@@ -135,12 +140,12 @@ class Call:
         }
 
     def summed_rows(self) -> tuple[int, int]:
-        """Width and rows of the tiles whose partial sums one program adds."""
+        """Columns and rows of the tile whose partial sums one program adds."""
         width = power_of_2(self.width)
         return width, max(4, SUMMED_TILE // width)
 
     def tiles(self, rows: int) -> int:
-        """No fewer than the tiles of `rows` rows laid over each segment apart."""
+        """An upper bound of the tiles of `rows` rows, if each segment begins with a tile of its own."""
         if self.segments == 1:
             return cdiv(self.tokens, rows)
         return min(self.tokens, self.tokens // rows + self.segments)

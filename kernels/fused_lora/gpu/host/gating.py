@@ -13,13 +13,13 @@ WARPS = 8  # of a program: 16 bytes a thread, of elements of 16 bits
 
 
 def gate(gate: Tensor, up: Tensor, h: Tensor) -> Tensor:
-    """Fill h, which is contiguous."""
+    """Fill h, which is contiguous; all are [M, K]."""
     _run(gating.gate_kernel, gate.contiguous(), up.contiguous(), h)
     return h
 
 
 def gate_backward(gate: Tensor, up: Tensor, dh: Tensor, dgate: Tensor, dup: Tensor) -> None:
-    """Fill dgate and dup, and the memory of dh with h; these are contiguous."""
+    """Fill dgate and dup, and the memory of dh with h; these three are contiguous, and all are [M, K]."""
     _run(gating.gate_backward_kernel, gate.contiguous(), up.contiguous(), dh, dgate, dup)
 
 

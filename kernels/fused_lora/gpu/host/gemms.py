@@ -19,7 +19,7 @@ RANK_CHUNK = 32  # ranks that our GEMM takes at a time: half a slot, and few ste
 
 
 def output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
-    """Fill y of one linear; s of all linears."""
+    """Fill y [M, N] of one linear: x wᵀ + bias + s bᵀ. s: of all linears; bias: [N], or empty."""
     weight = call.weights[linear]
     columns = weight.shape[0]
     choice = call.choice("output", columns, call.columns)
@@ -41,7 +41,8 @@ def output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
 def input_product(
     call: Call, group: slice, dys: Sequence[Tensor], ds: Tensor, bits: Tensor, dx: Tensor, next_may_begin: bool = False
 ) -> bool:
-    """Fill dx with the sum over a group of linears, or add it where an earlier group has filled it.
+    """Fill dx [M, K] with the sum over a group of linears, or add to what an earlier group has filled. dys: [M, N_p] of
+    all linears.
 
     next_may_begin: let the next kernel begin while this one runs, if it is ours. Returns whether it may."""
     weights, dys, first_group = call.weights[group], dys[group], group.start == 0
@@ -88,7 +89,7 @@ def _own_input_product(
 
 
 def expand_output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -> None:
-    """Fill y of one linear with what is not the base's product."""
+    """Fill y of one linear with all but the product of the base: bias + s bᵀ."""
     columns = call.weights[linear].shape[0]
     lora, choice = call.operands, call.choice("expand_output", columns)
     grid = (cdiv(call.tokens, choice["rows"]), cdiv(columns, choice["columns"]))
@@ -102,7 +103,7 @@ def expand_output(call: Call, linear: int, s: Tensor, bias: Tensor, y: Tensor) -
 
 
 def expand_input(call: Call, group: slice, ds: Tensor, bits: Tensor, dx: Tensor) -> None:
-    """Fill dx with what is not the bases' products, of a group of linears."""
+    """Fill dx with all but the products of the bases, of a group of linears: the masked ds a."""
     linears = group.stop - group.start
     lora, choice = call.operands, call.choice("expand_input", call.columns, linears=linears)
     grid = (cdiv(call.tokens, choice["rows"]), cdiv(call.columns, choice["columns"]))

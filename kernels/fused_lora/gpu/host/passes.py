@@ -74,7 +74,7 @@ def project_masked(call: Call, group: slice, bits: Tensor, s: Tensor) -> None:
 def _project(
     call: Call, group: slice, bits: Tensor, s: Tensor, tiles: tuple[int, int, int], splits: int, run: Callable
 ) -> None:
-    """What both have in common: how the columns are split, and the sums of the splits.
+    """What both projections have in common: how the columns are split, and the sums of the splits.
 
     tiles: row tiles, ranks of a tile and columns of a step. run: launches the kernel."""
     row_tiles, ranks, columns = tiles
@@ -102,7 +102,7 @@ def _project(
 
 
 def output_pass(call: Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor, db: Tensor) -> None:
-    """Fill ds of one linear and, unless it is empty, the linear's part of db."""
+    """Fill ds of one linear from its dy [M, N] and, unless db is empty, its part of db."""
     columns = call.weights[linear].shape[0]
     choice = call.choice("output_pass", columns)
     ranks = rank_block(call.max_rank, 128)
@@ -128,7 +128,7 @@ def output_pass(call: Call, linear: int, dy: Tensor, s: Tensor, ds: Tensor, db: 
 
 
 def input_parts(call: Call, group: slice) -> Tensor:
-    """Memory for `input_pass`'s partial sums."""
+    """Memory for the partial sums of `input_pass`, float32 [linears of the group, tiles, width, K]."""
     linears = group.stop - group.start
     tiles = call.tiles(call.choice("input_pass", call.columns, linears=linears)["chunk"])
     return call.x.new_empty(linears, tiles, call.width, call.columns, dtype=torch.float32)

@@ -11,7 +11,7 @@ import yaml
 
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.plan import Plan
-from lorafusion.core.schema import UserError
+from lorafusion.core.schema import LONGEST, UserError
 from lorafusion.core.seals import seal
 from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.experiments.end_to_end import cell_files
@@ -237,6 +237,6 @@ def test_the_first_difference(found, expected, difference):
 def test_an_error_says_what_was_found_and_expected_however_long_the_path_is():
     path = "results/" + "a-long-folder/" * 15 + "workload.json"
     text = str(OutOfDateError(path, "config_hash", "0" * 16, "1" * 16))
-    assert len(text) == 300
+    assert len(text) == LONGEST
     assert text.startswith("results/a-long-folder")
-    assert "/workload.json: config_hash: found 0000000000000000, expected 1111111111111111; it was made for" in text
+    assert ".json: config_hash: found 0000000000000000, expected 1111111111111111; it was made for" in text

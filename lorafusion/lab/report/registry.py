@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorafusion.core.config import names_in
 from lorafusion.core.schema import UserError, one_of
 from lorafusion.lab.checks.catalog import needed_by
 
@@ -100,7 +101,8 @@ def draw(
     one_of("figure", name, set(FIGURES), "figure")
     figure = FIGURES[name]
     if figure.per_model != (model is not None):
-        raise UserError(f"figure {name}: --model: {'expected a model' if figure.per_model else 'it takes none'}")
+        models = f"expected a model, as {', '.join(sorted(names_in('models')))}"
+        raise UserError(f"figure {name}: --model: {models if figure.per_model else 'it takes none'}")
     if checks and not figure.checks:
         raise UserError(f"figure {name}: --checks: it rests on none")
     if figure.source in ("table", "curves") and len(files) != 1:
@@ -110,7 +112,12 @@ def draw(
         from lorafusion.lab.checks.requirements import checked_table
 
         source = checked_table(files[0], checks, figure.checks, suite)
-    return figure.draw(source, stem, model)
+    try:
+        return figure.draw(source, stem, model)
+    except UserError as error:
+        names = ", ".join(map(str, files))
+        lines = [line if line.startswith(tuple(map(str, files))) else f"{names}: {line}" for line in error.mistakes]
+        raise UserError(*lines) from None
 
 
 def _contributions_lack(systems: Iterable[str]) -> list[str]:

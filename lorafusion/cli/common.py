@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
-from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -56,12 +55,10 @@ def _careful(function: Callable) -> Callable:
         if isinstance(mark, Written)
     }
 
-    defaults = {name: parameter.default for name, parameter in signature(function).parameters.items()}
-
     @wraps(function)
     def command(**values: Any) -> Any:
         for name, value in values.items():
-            if "" in (value if isinstance(value, list) else [value]) and defaults[name] != "":
+            if "" in (value if isinstance(value, list) else [value]):
                 raise UserError(f"{name.replace('_', '-')}: expected a value, found ''")
         outputs = [file for name, mark in marks.items() for value in _paths(values[name]) for file in mark.files(value)]
         inputs = [path for name in values.keys() - marks.keys() for path in _paths(values[name])]

@@ -114,7 +114,7 @@ def _table_files(folder: Path) -> list[Path]:
 @lab_app.command(example="lorafusion lab measure smoke end_to_end")
 def measure(
     suite: Suite,
-    table: Annotated[str, typer.Argument(help="one table: end_to_end, kernels, steps or planner")] = "",
+    table: Annotated[str | None, typer.Argument(help="one table: end_to_end, kernels, steps or planner")] = None,
     files: Files = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="the folder for the table of FILES"), Written(_table_files)
@@ -138,16 +138,16 @@ def measure(
         print(gather_files(suite if table == "end_to_end" and not any_suite else "", files, out, incomplete))
         return
     if incomplete:
-        gather_incomplete(suite, folder, table)
+        gather_incomplete(suite, folder, table or "")
         return
     names = {f"{EXPERIMENTS[name].folder}_measurements".lstrip("_") for name in ([table] if table else EXPERIMENTS)}
-    _finish(*make_steps(suite, folder, lambda step: step.kind.name in names, table))
+    _finish(*make_steps(suite, folder, lambda step: step.kind.name in names, table or ""))
 
 
 @lab_app.command(example="lorafusion lab figure smoke end_to_end --model tiny")
 def figure(
     suite: Suite,
-    name: Annotated[str, typer.Argument(help="one figure, as end_to_end")] = "",
+    name: Annotated[str | None, typer.Argument(help="one figure, as end_to_end")] = None,
     files: Files = None,
     out: Annotated[
         Path | None,
@@ -174,14 +174,18 @@ def figure(
         draw(name, files, out, model, checks, suite)
         print(f"{out}.png, .pdf, .csv")
         return
+    if checks:
+        raise UserError("lab figure: --checks: expected FILES and --out with it")
     names = {name} if name else set(FIGURES)
-    _finish(*make_steps(suite, folder, lambda step: step.kind.name in names and model in (None, step.name), name))
+    _finish(*make_steps(suite, folder, lambda step: step.kind.name in names and model in (None, step.name), name or ""))
 
 
 @lab_app.command(example="lorafusion lab check smoke systems --system peft --system lorafusion --out systems.json")
 def check(
     suite: Suite,
-    name: Annotated[str, typer.Argument(help="one check: lossless, systems, gradients, learning, kernels, plans")] = "",
+    name: Annotated[
+        str | None, typer.Argument(help="one check: lossless, systems, gradients, learning, kernels, plans")
+    ] = None,
     system: Annotated[list[str] | None, typer.Option(help="check these systems, in place of the suite's")] = None,
     arrangement: Annotated[list[str] | None, typer.Option(help="stages x replicas, as 2x1 or 2x1+recompute")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write one check's verdict there"), Written()] = None,
@@ -198,13 +202,14 @@ def check(
     if name:
         one_of("check", name, {*CHECKS, "plans"}, "lab check")
     if out:
-        one_of("check", name, set(CHECKS), "lab check --out")
+        if name not in CHECKS:
+            raise UserError(f"lab check --out: expected one check of {', '.join(CHECKS)}; found {name or 'none'}")
         _write_outcome(chosen_check(suite, name, system or [], arrangement or []), out, curves)
         return
     if system or arrangement or curves:
         raise UserError("--system, --arrangement, --curves: expected NAME and --out with them")
     names = {f"check_{name}"} if name else {f"check_{name}" for name in (*CHECKS, "plans")}
-    _finish(*make_steps(suite, folder, lambda step: step.kind.name in names, name))
+    _finish(*make_steps(suite, folder, lambda step: step.kind.name in names, name or ""))
 
 
 def _write_outcome(outcome, out: Path, curves: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -39,10 +40,20 @@ def patch(
             raise UserError(f"{adapter}: expected a LoRA adapter that names its base model; or give --base")
         read_settings(name, "config.json")
         settings = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (*HUB_ERRORS, ValueError) as error:
+        with torch.device("meta"):
+            model = get_peft_model(AutoModelForCausalLM.from_config(settings, trust_remote_code=False), config)
+    except (
+        *HUB_ERRORS,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        re.error,
+    ) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{adapter}: cannot be read as an adapter with its base model: {error}") from None
-    with torch.device("meta"):
-        model = get_peft_model(AutoModelForCausalLM.from_config(settings, trust_remote_code=False), config)
+        reason = str(error).partition("\n")[0]  # of torch, the frames of its stack follow
+        raise UserError(f"{adapter}: cannot be read as an adapter with its base model: {reason}") from None
     print(patch(model))

@@ -310,6 +310,18 @@ def named_path(folder: Path, name: str | Path, where: str) -> Path:
     return path
 
 
+def require_folder(path: Path) -> None:
+    """Raise `UserError` unless `path` is a folder, or one can be made there."""
+    try:
+        nearest = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
+        mode = nearest.stat().st_mode
+    except OSError as error:
+        raise UserError(f"{path}: cannot be a folder ({_reason(error)})") from None
+    if not stat.S_ISDIR(mode):
+        what = "a file" if stat.S_ISREG(mode) else _kind_of(mode)
+        raise UserError(f"{path}: expected a folder, found {what} at {nearest}")
+
+
 def _require_folder(path: Path) -> None:
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):

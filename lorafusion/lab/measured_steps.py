@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from lorafusion.core.config import names_in
-from lorafusion.core.files import write
+from lorafusion.core.files import require_folder, write
 from lorafusion.core.source_tree import tree_hash
 from lorafusion.lab.checks.catalog import CHECKS, SuiteName, files_of, needed_by, run_check
 from lorafusion.lab.checks.requirements import require_passed
@@ -45,6 +45,7 @@ class MeasuredSteps:
             self.suite = read_suite(self.source)
             self.name = self.suite.name
         self.folder = folder if folder is not None else Path("results") / self.name
+        require_folder(self.folder)
         self.points = {name: experiment.points(self.source) for name, experiment in EXPERIMENTS.items()}
         self.cells: dict[str, CellFiles] = suite_files(Path(self.source)) if self.suite else {}
         self.kinds: dict[str, Kind] = {}

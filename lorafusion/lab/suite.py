@@ -30,14 +30,17 @@ from lorafusion.core.schema import (
     MOST_SAMPLES,
     MOST_SCALE,
     MOST_SEED,
+    MOST_STAGES,
     MOST_TOKENS,
     Config,
     UserError,
     one_of,
+    shown,
     validated,
 )
 
 COMMITTED = ("paper", "reference")  # folders of results that no suite may write to
+MOST_RUNS = 10_000  # of a suite: each is a process, and a step of the workflow
 
 
 class Grid(Config):
@@ -93,7 +96,12 @@ class Arrangement(NamedTuple):
     def read(cls, text: str) -> Arrangement:
         match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})(\+recompute)?", text)
         if not match:
-            raise UserError(f"arrangement: expected stages x replicas such as 2x1 or 2x1+recompute, found {text!r}")
+            raise UserError(
+                f"arrangement: expected stages x replicas such as 2x1 or 2x1+recompute, found {shown(text)}"
+            )
+        for count, most in ((match[1], MOST_STAGES), (match[2], MOST_PROCESSES)):
+            if len(count) > len(str(most)) or int(count) > most:
+                raise UserError(f"arrangement: expected {most} at most, found {shown(text)}")
         return cls(int(match[1]), int(match[2]), bool(match[3]))
 
     def __str__(self) -> str:
@@ -179,7 +187,9 @@ def suite_path(name: str | None) -> Path:
 def read_suite(path: str | Path) -> Suite:
     """A suite whose every name is known and whose cells can exist."""
     suite = validated(Suite, read_yaml(path), path)
-    cells(suite, source=path)
+    runs = len(cells(suite, source=path)) * suite.repeats
+    if runs > MOST_RUNS:
+        raise UserError(f"{path}: repeats: {runs} runs of all cells, expected {MOST_RUNS} at most")
     return suite
 
 

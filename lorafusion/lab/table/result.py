@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafusion.core.files import write
 from lorafusion.core.plan import Plan, statistics_of
+from lorafusion.core.schema import Int
 from lorafusion.core.seals import sealed
 from lorafusion.core.workload import Workload
 from lorafusion.lab.table.vocabulary import METRICS, STATUSES, WINDOWS
@@ -69,7 +70,7 @@ class ResultMetric(ExpectedMetric):
 class Result(BaseModel):
     """The content of a run's result file, all that the table reads of it."""
 
-    version: Literal[VERSION]
+    version: Int = Field(ge=VERSION, le=VERSION)
     status: Literal[STATUSES]
     note: str = ""
     cell: dict[str, Any]

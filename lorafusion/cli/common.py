@@ -57,9 +57,6 @@ def _careful(function: Callable) -> Callable:
 
     @wraps(function)
     def command(**values: Any) -> Any:
-        for name, value in values.items():
-            if "" in (value if isinstance(value, list) else [value]):
-                raise UserError(f"{name.replace('_', '-')}: expected a value, found ''")
         outputs = [file for name, mark in marks.items() for value in _paths(values[name]) for file in mark.files(value)]
         inputs = [path for name in values.keys() - marks.keys() for path in _paths(values[name])]
         configuration = [path for path in CONFIGS.rglob("*") if path.is_file()]

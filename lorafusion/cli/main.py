@@ -60,6 +60,8 @@ def main() -> None:
     try:
         if not os.access(os.curdir, os.F_OK):
             raise UserError("the folder in which this is called has been removed")
+        if "" in sys.argv[1:]:  # which typer takes for this folder where a path belongs
+            raise UserError(f"{sys.argv[sys.argv.index('', 1) - 1]}: expected a value after it, found an empty word")
         status = app(prog_name="lorafusion", standalone_mode=False)
         sys.stdout.flush()
     except UserError as error:

@@ -44,7 +44,7 @@ def parameters() -> list[Parameter]:
 
 PARAMETERS = parameters()
 NUMBERS = [parameter for parameter in PARAMETERS if parameter.kinds & {int, float}]
-WORDS = [p for p in PARAMETERS if not p.kinds & {int, float, bool} and p.default != ""]
+WORDS = [parameter for parameter in PARAMETERS if bool not in parameter.kinds]
 
 
 def call(parameter: Parameter, value: str):
@@ -58,7 +58,7 @@ def call(parameter: Parameter, value: str):
 
 
 @pytest.mark.parametrize("parameter", NUMBERS, ids=lambda parameter: f"{parameter.command} {parameter.name}")
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "0", "1e30", "1" + "0" * 30, "9" * 5000, "", "x"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "0", "1e30", "1" + "0" * 30, "9" * 5000, "x"])
 def test_a_number_is_in_its_range(parameter, value):
     assert parameter.info.min is not None
     assert parameter.info.max is not None

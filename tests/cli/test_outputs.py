@@ -77,7 +77,7 @@ REFUSED = {
     "standard output": ("{place}/stdout", "found a link"),
     "a pipe": ("{place}/pipe", "found a device or a pipe"),
     "a folder": ("{place}/folder", "found a folder"),
-    "nothing": ("", "found a folder"),
+    "nothing": ("", "found an empty word"),
     "under a file": ("{place}/pages.html/x.json", "cannot be written (Not a directory)"),
     "too long": ("{place}/" + 300 * "x", "cannot be written (File name too long)"),
     "its input": ("{place}/in.csv", "it is read too"),
@@ -119,7 +119,7 @@ def test_a_figure_does_not_replace_the_curves_it_is_drawn_from(place):
     assert (place / "in.csv").read_text() == "adapter,run,step,loss\n"
 
 
-@pytest.mark.parametrize("stem", ["", ".", "..", "/"])
+@pytest.mark.parametrize("stem", [".", "..", "/"])
 def test_a_figure_needs_a_name(place, stem):
     done = lorafusion("lab", "figure", "smoke", "lossless", place / "in.csv", "--out", stem)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)

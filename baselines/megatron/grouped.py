@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 
 from lorafusion.core.workload import Job
-from lorafusion.model.lora import ActiveBatch, LoRALinear, each
+from lorafusion.model.lora import ActiveBatch, StageLinear, each
 
 # Rows must begin at multiples of 16 bytes: 8 numbers of bfloat16.
 ALIGNMENT = 8
 
 
 @each
-def grouped(linear: LoRALinear, active: ActiveBatch) -> None:
+def grouped(linear: StageLinear, active: ActiveBatch) -> None:
     """The LoRA kind: any number of adapters in a microbatch, in two grouped products."""
     layer = linear.layer
 
@@ -69,7 +69,7 @@ def _grouped_product(x: torch.Tensor, weights: torch.Tensor, lengths: list[int],
     return torch.cat([rows @ weight for rows, weight in zip(x.split(lengths), weights, strict=True)])
 
 
-def _stacked(linear: LoRALinear, jobs: list[Job]) -> tuple[torch.Tensor, torch.Tensor]:
+def _stacked(linear: StageLinear, jobs: list[Job]) -> tuple[torch.Tensor, torch.Tensor]:
     """a [G, R, K] and the scaled b [G, N, R], zeros where an adapter has a lower rank or no factors on the linear; R is
     the largest rank, rounded up to the alignment. Autograd takes their gradients apart again."""
     layer, weight = linear.layer, linear.layer.get_base_layer().weight

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lorafusion.model.lora import ActiveBatch, LoRALinear, each
+from lorafusion.model.lora import ActiveBatch, StageLinear, each
 
 
 class _Part(NamedTuple):
@@ -27,7 +27,7 @@ class _Part(NamedTuple):
 
 
 @each
-def looped(linear: LoRALinear, active: ActiveBatch) -> None:
+def looped(linear: StageLinear, active: ActiveBatch) -> None:
     """The LoRA kind: any number of adapters in a microbatch, one after another."""
     layer = linear.layer
 

@@ -25,13 +25,13 @@ import torch
 
 from fused_lora.modules import SharedInput
 from lorafusion.core.workload import MERGED_PARTS, Job
-from lorafusion.model.lora import ActiveBatch, LoRALinear, peft
+from lorafusion.model.lora import ActiveBatch, StageLinear, peft
 from lorafusion.model.stage import is_gated_mlp
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-def fast(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:
+def fast(linears: Sequence[StageLinear], active: ActiveBatch) -> None:
     """The LoRA kind: Unsloth's functions where it would use them itself, PEFT's forward elsewhere."""
     from unsloth.kernels import fast_lora  # patches much of the process, so only where it is wanted
 
@@ -43,7 +43,7 @@ def fast(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:
             stacklevel=2,
         )
     peft(linears, active)
-    families: dict[str, dict[str, LoRALinear]] = {}
+    families: dict[str, dict[str, StageLinear]] = {}
     for linear in linears:
         parent, _, name = linear.name.rpartition(".")
         families.setdefault(parent, {})[name] = linear
@@ -61,7 +61,7 @@ def fast(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:
 class _Group:
     """Linears of one module that one of Unsloth's functions computes; it takes that module and x [1, T, K]."""
 
-    def __init__(self, linears: list[LoRALinear], active: ActiveBatch) -> None:
+    def __init__(self, linears: list[StageLinear], active: ActiveBatch) -> None:
         self.layers, self.parent = [linear.layer for linear in linears], linears[0].parent
         self.jobs, self.active = linears[0].jobs, active
 

@@ -49,7 +49,7 @@ class Row(NamedTuple):
     fields: dict[str, object]
 
 
-class Rows(Config):
+class TemplatedRows(Config):
     """Rows with named fields, of which templates make the two parts of a sample."""
 
     prompt: str = Field(default="", description="template with {fields}; what comes before the text to learn")
@@ -66,7 +66,7 @@ class Rows(Config):
         return value
 
 
-class JsonlData(Rows):
+class JsonlData(TemplatedRows):
     """Files with one JSON object a line."""
 
     jsonl: Files
@@ -76,7 +76,7 @@ class JsonlData(Rows):
         return f"jsonl:{_names(self.jsonl)}"
 
 
-class HubData(Rows):
+class HubData(TemplatedRows):
     """A dataset of the Hugging Face hub, read by the `datasets` library."""
 
     hub: str = Field(min_length=1, description="repository on the hub")

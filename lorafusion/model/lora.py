@@ -39,7 +39,7 @@ class ActiveBatch:
 
 
 @dataclass(frozen=True)
-class LoRALinear:
+class StageLinear:
     """A linear of the model with PEFT's adapters in it, and where it stands."""
 
     layer: PeftLinear
@@ -57,7 +57,7 @@ class LoRALinear:
         return self.name.split(".", 3)[3]
 
 
-Kind = Callable[[Sequence[LoRALinear], ActiveBatch], None]
+Kind = Callable[[Sequence[StageLinear], ActiveBatch], None]
 
 
 def inject_adapters(
@@ -80,7 +80,7 @@ def inject_adapters(
             raise UserError(f"job {job.name!r}: target_modules {list(job.target_modules)}: {error}") from None
     active = ActiveBatch()
     layers = [(name, layer) for name, layer in stage.named_modules() if isinstance(layer, PeftLinear)]
-    linears = [LoRALinear(layer, name, jobs, stage.get_submodule(name.rpartition(".")[0])) for name, layer in layers]
+    linears = [StageLinear(layer, name, jobs, stage.get_submodule(name.rpartition(".")[0])) for name, layer in layers]
     for linear in linears:
         _initialise(linear, dtype, device or next(stage.parameters()).device)
     kind(linears, active)
@@ -99,7 +99,7 @@ def peft_config(job: Job) -> LoraConfig:
     )
 
 
-def _initialise(linear: LoRALinear, dtype: torch.dtype, device: torch.device) -> None:
+def _initialise(linear: StageLinear, dtype: torch.dtype, device: torch.device) -> None:
     for job in linear.jobs:
         if job.name not in linear.layer.lora_A:
             continue
@@ -144,11 +144,11 @@ def save_adapter(config: LoraConfig, state: dict[str, torch.Tensor], folder: Pat
     config.save_pretrained(folder)
 
 
-def fused(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:
+def fused(linears: Sequence[StageLinear], active: ActiveBatch) -> None:
     """All adapters of the microbatch in one operation, linears that share their input together, and a gated MLP's down
     projection with the gate before it: `fused_lora`'s kernels on a GPU, their reference in PyTorch on a CPU. Dropout
     masks are stateless. The parameters become views of stacks: `fused_lora.AdapterStack` tells what that forbids."""
-    siblings: dict[tuple[str, int], list[LoRALinear]] = {}
+    siblings: dict[tuple[str, int], list[StageLinear]] = {}
     for linear in linears:
         parent, _, name = linear.name.rpartition(".")
         place = next((index for index, names in enumerate(SHARED_INPUTS) if name in names), None)
@@ -160,7 +160,7 @@ def fused(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:
 class _FusedGroup:
     """Linears that share their input, computed together."""
 
-    def __init__(self, linears: list[LoRALinear], active: ActiveBatch) -> None:
+    def __init__(self, linears: list[StageLinear], active: ActiveBatch) -> None:
         self.linears, self.active = linears, active
         self.bases = [linear.layer.get_base_layer() for linear in linears]
         self.stack = AdapterStack([[_adapter(linear, job) for job in linear.jobs] for linear in linears])
@@ -186,7 +186,7 @@ class _FusedGroup:
         return self.linears[0].layer.training
 
 
-def _adapter(linear: LoRALinear, job: Job) -> LoRAAdapter | None:
+def _adapter(linear: StageLinear, job: Job) -> LoRAAdapter | None:
     """A job's adapter on a linear, None where it has no factors."""
     if job.name not in linear.layer.lora_A:
         return None
@@ -194,11 +194,11 @@ def _adapter(linear: LoRALinear, job: Job) -> LoRAAdapter | None:
     return LoRAAdapter(a, b, job.scaling, job.dropout, mask_key(job.seed, linear.layer_index, linear.module))
 
 
-def each(kind: Callable[[LoRALinear, ActiveBatch], None]) -> Kind:
+def each(kind: Callable[[StageLinear, ActiveBatch], None]) -> Kind:
     """A kind from one that sees each linear alone."""
 
     @wraps(kind)
-    def installed(linears: Sequence[LoRALinear], active: ActiveBatch) -> None:
+    def installed(linears: Sequence[StageLinear], active: ActiveBatch) -> None:
         for linear in linears:
             kind(linear, active)
 
@@ -206,7 +206,7 @@ def each(kind: Callable[[LoRALinear, ActiveBatch], None]) -> Kind:
 
 
 @each
-def peft(linear: LoRALinear, active: ActiveBatch) -> None:
+def peft(linear: StageLinear, active: ActiveBatch) -> None:
     """PEFT's own forward, with the one adapter of the microbatch active."""
     layer = linear.layer
     original = layer.forward

@@ -128,7 +128,7 @@ class Way(NamedTuple):
     slack: int
 
 
-class Trial(NamedTuple):
+class Prediction(NamedTuple):
     """What the simulator predicts for a way to pack, in the steady state, or for the whole run where it was simulated
     to its end. throughput: tokens a second. bubble: the idle share. waiting: the part of it that stages of equal size
     would have too."""
@@ -165,7 +165,7 @@ class Trials:
             self._remembered[adapter, batch] = items_of(adapter, job, batch)
         return self._remembered[adapter, batch]
 
-    def fastest(self, model: CostModel) -> Trial:
+    def fastest(self, model: CostModel) -> Prediction:
         """The way in which the jobs train at the highest simulated throughput, of those that are tried."""
         full = self.trial(model, Way(self.capacity, USUAL, self.capacity // EXACT), TRIED_SAMPLES)
         if full.waiting <= GOOD_BUBBLE:
@@ -181,7 +181,7 @@ class Trials:
         compared = [self.trial(model, way, COMPARED_SAMPLES) for way in dict.fromkeys(near)]
         return max(compared, key=lambda trial: trial.throughput)
 
-    def _best_target(self, model: CostModel, full: Trial) -> Trial:
+    def _best_target(self, model: CostModel, full: Prediction) -> Prediction:
         """The fastest target in the usual order; of those within GAIN of it the one with the most tokens."""
         trials = [full]
         for fraction in FRACTIONS:
@@ -198,23 +198,23 @@ class Trials:
             (trial for trial in trials if trial.throughput >= most * (1 - GAIN)), key=lambda trial: trial.way.target
         )
 
-    def _at(self, model: CostModel, fraction: float) -> Trial:
+    def _at(self, model: CostModel, fraction: float) -> Prediction:
         """The trial of a part of the capacity, in the usual order."""
         target = max(1, int(self.capacity * fraction))
         return self.trial(model, Way(target, USUAL, target // LOOSE), TRIED_SAMPLES)
 
-    def _faster(self, model: CostModel, best: Trial, ways: list[Way]) -> Trial:
+    def _faster(self, model: CostModel, best: Prediction, ways: list[Way]) -> Prediction:
         """The fastest of a trial and of those of some other ways."""
         return max([best, *(self.trial(model, way, TRIED_SAMPLES) for way in ways)], key=lambda trial: trial.throughput)
 
-    def trial(self, model: CostModel, way: Way, samples: int) -> Trial:
+    def trial(self, model: CostModel, way: Way, samples: int) -> Prediction:
         slots = list(self.slots(way, samples))
         costs, tokens = _costs(slots, self.data_parallel, model)
         timeline = simulate_stream(costs, tokens, [bool(ended) for _, ended in slots], self.data_parallel)
         # The first of many samples stand for the middle of the run; all of a few have a beginning and an end as well.
         window = "steady" if samples < self.samples else "whole"
         bubble = float(timeline.bubble(window).mean())
-        return Trial(way, timeline.throughput(window), bubble, bubble - _uneven(costs))
+        return Prediction(way, timeline.throughput(window), bubble, bubble - _uneven(costs))
 
 
 def _uneven(costs: Costs) -> float:

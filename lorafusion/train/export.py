@@ -22,7 +22,7 @@ from lorafusion.core.workload import Job, Workload
 from lorafusion.engine.checkpoint import adapter_state, last_written, opened
 from lorafusion.model.lora import peft_config, save_adapter
 from lorafusion.train.folder import Exported, OutputFolder, Run
-from lorafusion.train.metrics import History, Step
+from lorafusion.train.metrics import History, StepMetrics
 
 LOGGER = logging.getLogger(__name__)
 STOPPED = "\n**Stopped at step {step}: its gradient was not finite. These are the weights before.**\n"
@@ -146,7 +146,7 @@ def export(
     job: Job,
     model: ModelConfig,
     weights: dict[str, torch.Tensor],
-    steps: dict[int, Step],
+    steps: dict[int, StepMetrics],
     *,
     stopped: bool,
     others: int,
@@ -173,7 +173,7 @@ def export(
     write(folder / "README.md", _card(job, model, steps, stopped, others, picture))
 
 
-def _card(job: Job, model: ModelConfig, steps: dict[int, Step], stopped: bool, others: int, picture: str) -> str:
+def _card(job: Job, model: ModelConfig, steps: dict[int, StepMetrics], stopped: bool, others: int, picture: str) -> str:
     losses = [row.loss for row in steps.values()]
     evaluations = [row.evaluation for row in steps.values() if row.evaluation is not None]
     rows = {
@@ -211,7 +211,7 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|~&$#]|\b_|_\b)", r"\\\1", " ".join(text.split()))
 
 
-def _draw(job: Job, steps: dict[int, Step], path: Path) -> None:
+def _draw(job: Job, steps: dict[int, StepMetrics], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -19,7 +19,7 @@ from lorafusion.engine.events import parse
 
 
 @dataclass
-class Step:
+class StepMetrics:
     """One optimizer step of one job, and the mean loss of its global batch before it.
 
     missing: tokens of the batch whose losses have not come in yet."""
@@ -46,10 +46,10 @@ class Step:
 class History:
     """The steps of each job, and the step at which it was stopped."""
 
-    steps: dict[str, dict[int, Step]] = field(default_factory=dict)
+    steps: dict[str, dict[int, StepMetrics]] = field(default_factory=dict)
     stopped: dict[str, int] = field(default_factory=dict)
 
-    def complete(self, job: str) -> dict[int, Step]:
+    def complete(self, job: str) -> dict[int, StepMetrics]:
         """The steps of a job that are done, in order."""
         done = {step: row for step, row in self.steps.get(job, {}).items() if row.is_complete}
         return dict(sorted(done.items()))
@@ -64,7 +64,7 @@ class History:
             )
 
     def write(self, path: Path) -> None:
-        """All steps that are done, a line of JSON each: job, step (from 1), and what is known of a `Step`."""
+        """All steps that are done, a line of JSON each: job, step (from 1), and what is known of a `StepMetrics`."""
         lines = []
         for job in self.steps:
             for step, row in self.complete(job).items():
@@ -121,6 +121,6 @@ class EventReader:
             row.norm, row.learning_rate = event["norm"], event["learning_rate"]
         return job.name, step
 
-    def _row(self, job: Job, step: int) -> Step:
+    def _row(self, job: Job, step: int) -> StepMetrics:
         rows = self.history.steps.setdefault(job.name, {})
-        return rows.setdefault(step, Step(job.batch_tokens(step)))
+        return rows.setdefault(step, StepMetrics(job.batch_tokens(step)))

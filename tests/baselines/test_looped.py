@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from baselines.mlora.lora import _BatchLoRA, _Part, looped
 from lorafusion.core.workload import Job, Sample
 from lorafusion.data.packing import AdapterSegment
-from lorafusion.model.lora import ActiveBatch, LoRALinear, peft_config
+from lorafusion.model.lora import ActiveBatch, StageLinear, peft_config
 
 TOKENS, INPUTS, OUTPUTS = 21, 10, 7
 NAME = "model.layers.0.self_attn.q_proj"
@@ -65,7 +65,7 @@ def linear_of(kind=looped, bias=True):
         nn.init.normal_(parameter)
     assert list(layer.lora_A) == ["job-0", "job-1", "job-2"]
     active = ActiveBatch()
-    kind([LoRALinear(layer, NAME, JOBS, attention)], active)
+    kind([StageLinear(layer, NAME, JOBS, attention)], active)
     return layer.train(), active
 
 

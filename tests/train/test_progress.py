@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from lorafusion.train.metrics import History, Step
+from lorafusion.train.metrics import History, StepMetrics
 from lorafusion.train.progress import WandbLog
 
 pytest.importorskip("wandb")
@@ -26,7 +26,7 @@ def test_wandb_keeps_what_it_is_given_and_nothing_of_the_machine(make_workload, 
     monkeypatch.setenv("WANDB_NOTES", "secret-notes")
     monkeypatch.setenv("OF_MINE", "secret-variable")
     log = WandbLog("offline", "a-project", "a-name", folder, make_workload())
-    log.log("a", 0, History({"a": {0: Step(0, loss=2.5, tokens=8, norm=1.0, learning_rate=0.25)}}))
+    log.log("a", 0, History({"a": {0: StepMetrics(0, loss=2.5, tokens=8, norm=1.0, learning_rate=0.25)}}))
     log.finish()
     assert os.environ["WANDB_NOTES"] == "secret-notes"
 

@@ -165,6 +165,8 @@ def _require_fields(block: JsonlData, path: Path, source: str) -> None:
         if not is_blank(block.completion, fields):
             for template in (block.prompt, block.completion):
                 fill(template, fields, where)
+    except OSError as error:
+        raise UserError(f"{source}: {path}: cannot be read ({error.strerror})") from None
     except UserError as error:
         raise UserError(*(f"{source}: {mistake}" for mistake in error.mistakes)) from None
 

@@ -60,11 +60,13 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def _file_runs(path: Path, encoder: Encoder, specials: Specials) -> Iterator[list[int]]:
     held: list[Token] = []  # of the window before: what this one has too, and may know better
     closed = begun = False
+    blank = True
     for some in batches(_windows(path), WINDOWS):
         for window, tokens in zip(some, encoder.tokenised([window.text for window in some]), strict=True):
             if not begun and not begins_with(specials, tokens.ids):
                 yield specials.before
             begun, closed = True, ends_with(specials, window.text, tokens)
+            blank = blank and window.text.isspace()
             # While a window begins with the file, nothing of the one before was told yet.
             kept, first = _joint(held, window, tokens) if window.start and held else (0, 0)
             if first is None:
@@ -77,7 +79,7 @@ def _file_runs(path: Path, encoder: Encoder, specials: Specials) -> Iterator[lis
             yield tokens.ids[first:last]
             late = [token for token in held[:kept] if token.start >= window.shared]
             held = late + _placed(tokens, max(first, last), window.start)
-    if not begun:
+    if blank:
         raise UserError(f"{path}: no text in the file")
     yield [token.id for token in held]
     if not closed:

@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from lorafusion.core.config import read_model
+from lorafusion.core.config import ModelConfig, read_model
 from lorafusion.core.schema import Mistakes, UserError
 from lorafusion.launch.lock import locked
 from lorafusion.train.config import TrainConfig, read_train_config
+from lorafusion.train.fit import fitted, require_warm_ups
 from lorafusion.train.ownership import is_own, require_names, require_own
 from lorafusion.train.status import STATUS, digest_of, output_named_in, refuse
 
@@ -55,17 +56,21 @@ def _require_possible(config: TrainConfig) -> None:
             raise UserError(
                 f"{config.path}: processes: {config.processes} on this machine, expected {MOST_PROCESSES} at most"
             )
+    with mistakes.gathered():
+        require_warm_ups(config)
+    model = read_model(config.model) if config.is_described else None
+    if model:
+        with mistakes.gathered():
+            fitted(config, model)
     mistakes.require_none()
-    _require_model(config)
+    _require_model(config, model)
 
 
-def _require_model(config: TrainConfig) -> None:
+def _require_model(config: TrainConfig, model: ModelConfig | None) -> None:
     """Raise `UserError` where the base model's files are damaged, or are of a model that cannot be trained."""
     from lorafusion.model.pretrained import look_at, require_weights  # the hub's library, which a mistake needs not
 
-    if not config.is_described:
+    if model is None:
         look_at(config.model, config.revision, weights=config.weights is None)
-        return
-    model = read_model(config.model)
-    if "random" not in (model.weights, config.weights):
+    elif "random" not in (model.weights, config.weights):
         require_weights(model.model_copy(update={"revision": config.revision or model.revision}))

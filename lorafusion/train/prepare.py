@@ -10,7 +10,6 @@ import hashlib
 import logging
 import math
 import os
-import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -20,20 +19,20 @@ import numpy as np
 
 from lorafusion.core.config import ModelConfig, read_model
 from lorafusion.core.files import write
-from lorafusion.core.schema import MOST_EPOCHS, Mistakes, UserError, shown, validated
-from lorafusion.core.workload import ALL_LINEAR, Job, Sample, Workload, content_hash
+from lorafusion.core.schema import MOST_EPOCHS, UserError, validated
+from lorafusion.core.workload import Job, Sample, Workload, content_hash
 from lorafusion.data.blocks import HubData, JsonlData, SyntheticData, TextData
 from lorafusion.data.encoder import Encoder, load_encoder
 from lorafusion.data.lengths import draw_lengths
 from lorafusion.data.store import StoreFile, StoreWriter, store_path, stored_dataset
 from lorafusion.data.text import Counts, SampleRule, encode, hub_dataset
 from lorafusion.model.description import huggingface_model
-from lorafusion.train.config import DEFAULT_MAX_LENGTH, TrainConfig, TrainJob
+from lorafusion.train.config import TrainConfig, TrainJob
+from lorafusion.train.fit import fitted, steps_of, warm_up, where
 
 LOGGER = logging.getLogger(__name__)
 VERSION = 2  # of what is made of a row: another one makes other tokens of the same text
 StoredData = JsonlData | HubData | TextData
-IN_MLP = ("gate_proj", "up_proj", "down_proj")
 DATA = "data"  # the folder of the stores, beside workload.json
 
 
@@ -55,35 +54,16 @@ def base_model(config: TrainConfig) -> ModelConfig:
 def prepare(config: TrainConfig, model: ModelConfig, folder: Path) -> Workload:
     """The workload of a jobs file; model: its `base_model`. Writes `folder`/workload.json and, for each job that is not
     synthetic, a token store in `folder`/data; says on standard error what became of the samples of each data block."""
-    config, rules = _fitted(config, model)
+    config = fitted(config, model)
     stores = _Stores(config, model, folder / DATA)
     jobs = []
-    for job, rule in zip(config.jobs, rules, strict=True):
+    for job in config.jobs:
+        rule = SampleRule(job.max_length, job.too_long, job.learn_prompt, job.add_bos, job.add_eos)
         rows = _synthetic_rows(config, job, rule) if job.is_synthetic else stores.rows(job, rule)
         jobs.append(_job(config, job, rows))
     workload = Workload(name=config.path.stem, jobs=tuple(jobs))
     write(folder / "workload.json", workload.to_json())
     return workload
-
-
-def _fitted(config: TrainConfig, model: ModelConfig) -> tuple[TrainConfig, list[SampleRule]]:
-    """A jobs file whose jobs name the model's linears, and the rule of each job's samples. Raises `UserError` with all
-    that does not fit the model, before anything is tokenised."""
-    mistakes, jobs, rules = Mistakes(), [], []
-    with mistakes.gathered():
-        if config.stages > model.num_hidden_layers:
-            raise UserError(
-                f"{config.path}: processes: {config.stages} stages, but the model has {model.num_hidden_layers} layers"
-            )
-    for job in config.jobs:
-        with mistakes.gathered():
-            linears = _linears(config, job, model.num_hidden_layers)
-            jobs.append(job.model_copy(update={"target_modules": linears}))
-        with mistakes.gathered():
-            length = _max_length(config, job, model)
-            rules.append(SampleRule(length, job.too_long, job.learn_prompt, job.add_bos, job.add_eos))
-    mistakes.require_none()
-    return config.model_copy(update={"jobs": tuple(jobs)}), rules
 
 
 class Rows(NamedTuple):
@@ -105,18 +85,18 @@ class _Stores:
 
     def rows(self, job: TrainJob, rule: SampleRule) -> Rows:
         """The samples of a job's store, which is made first if there is none or something has changed."""
-        where = _where(self.config, job)
+        place = where(self.config, job)
         encoder = self.encoder = self.encoder or self._load_encoder(job)
         blocks = [block for block in (job.data, job.evaluation_data) if isinstance(block, StoredData)]
         try:
             fingerprint = self._fingerprint(encoder, blocks, rule)
             store = self._fresh(job, fingerprint) or self._make(encoder, job, blocks, rule, fingerprint)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(*(f"{place}: {mistake}" for mistake in error.mistakes)) from None
         self.written.setdefault(fingerprint, store.path)
         if store.notes.largest_id >= self.model.vocab_size:
             raise UserError(
-                f"{where}: the tokenizer gives token {store.notes.largest_id}, but the model's vocabulary has "
+                f"{place}: the tokenizer gives token {store.notes.largest_id}, but the model's vocabulary has "
                 f"{self.model.vocab_size}; choose the model's own tokenizer"
             )
         for block, counts in zip(blocks, store.notes.counts, strict=True):
@@ -201,11 +181,11 @@ def _synthetic_lengths(config: TrainConfig, job: TrainJob, block: SyntheticData,
     lengths = draw_lengths(drawn.dataset, drawn.samples, job.seed, drawn.scale)
     limit, longest = rule.max_length, max(lengths)
     if longest > limit and rule.too_long == "error":
-        raise UserError(f"{_where(config, job)}: {block.dataset}: {longest} tokens, more than max_length {limit}")
+        raise UserError(f"{where(config, job)}: {block.dataset}: {longest} tokens, more than max_length {limit}")
     if rule.too_long == "drop":
         lengths = [tokens for tokens in lengths if tokens <= limit]
         if not lengths:
-            raise UserError(f"{_where(config, job)}: {block.dataset}: every sample is longer than max_length {limit}")
+            raise UserError(f"{where(config, job)}: {block.dataset}: every sample is longer than max_length {limit}")
     return [min(tokens, limit) for tokens in lengths]
 
 
@@ -218,39 +198,29 @@ def _job(config: TrainConfig, job: TrainJob, rows: Rows) -> Job:
         training = [training[index] for index in _permutation(len(training), f"shuffle/{job.seed}")]
     samples = {"dataset": dataset, "samples": tuple(training), "evaluation": tuple(evaluation)}
     epochs, steps = _duration(config, job, len(training))
-    warmup_steps = job.warmup_steps or math.ceil(job.warmup_ratio * steps)  # rounded as transformers does
-    if warmup_steps >= steps:
-        stated = "warmup_steps:" if job.warmup_steps else f"warmup_ratio: {job.warmup_ratio} means"
-        raise UserError(
-            f"{_where(config, job)}: {stated} {warmup_steps}, but the job has {steps} step(s), so that its learning "
-            "rate would never be reached; expected fewer"
-        )
-    settings = job.hyper_parameters | {"epochs": epochs, "warmup_steps": warmup_steps}
-    return validated(Job, settings | samples, _where(config, job))
+    settings = job.hyper_parameters | {"epochs": epochs, "warmup_steps": warm_up(config, job, steps)}
+    return validated(Job, settings | samples, where(config, job))
 
 
 def _duration(config: TrainConfig, job: TrainJob, samples: int) -> tuple[int, int]:
     """How often a job's samples are gone through, and its steps; says so where both its epochs and its steps would end
     it."""
-    of_an_epoch = math.ceil(samples / job.global_batch_size)
+    of_an_epoch, steps = math.ceil(samples / job.global_batch_size), steps_of(job, samples)
     if job.steps is None:
-        return job.epochs or 1, (job.epochs or 1) * of_an_epoch
+        return job.epochs or 1, steps
     needed = math.ceil(job.steps / of_an_epoch)
-    if job.epochs is None:
-        if needed > MOST_EPOCHS:
-            raise UserError(
-                f"{_where(config, job)}: steps: {job.steps} need {needed} epochs of {samples} samples, expected "
-                f"{MOST_EPOCHS} at most"
-            )
-        return needed, job.steps
-    steps = min(job.steps, job.epochs * of_an_epoch)
-    if job.steps != job.epochs * of_an_epoch:
+    if job.epochs is None and needed > MOST_EPOCHS:
+        raise UserError(
+            f"{where(config, job)}: steps: {job.steps} need {needed} epochs of {samples} samples, expected "
+            f"{MOST_EPOCHS} at most"
+        )
+    if job.epochs and job.steps != job.epochs * of_an_epoch:
         ends = "epochs" if job.epochs < needed else "steps"
         LOGGER.info(
             f"{job.name}: {job.epochs} epoch(s) have {job.epochs * of_an_epoch} steps, steps is {job.steps}: "
             f"{ends} end(s) the job"
         )
-    return job.epochs, steps
+    return job.epochs or needed, steps
 
 
 def _split(
@@ -260,7 +230,7 @@ def _split(
     which, so that jobs on the same data are measured on the same samples."""
     count = max(1, round(share * len(samples)))
     if count >= len(samples):
-        raise UserError(f"{_where(config, job)}: evaluation: no sample is left to train, there are {len(samples)}")
+        raise UserError(f"{where(config, job)}: evaluation: no sample is left to train, there are {len(samples)}")
     held_out = set(_permutation(len(samples), "evaluation")[:count])
     return (
         [sample for index, sample in enumerate(samples) if index not in held_out],
@@ -272,38 +242,6 @@ def _permutation(count: int, key: str) -> list[int]:
     """An order of `count` things drawn by a key: raw Philox numbers, which are the same in every version of NumPy."""
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
     return np.argsort(np.random.Philox(key=seed).random_raw(count), kind="stable").tolist()
-
-
-def _linears(config: TrainConfig, job: TrainJob, layers: int) -> tuple[str, ...]:
-    """The linears that have the job's adapter. A regular expression means, as in PEFT, those whose whole name it
-    matches; here an adapter is on a linear of all layers."""
-    if {*job.target_modules} <= {*ALL_LINEAR}:
-        return job.target_modules
-    (pattern,) = job.target_modules
-    where = f"{_where(config, job)}: target_modules: {shown(pattern)} matches"
-    places = {name: "mlp" if name in IN_MLP else "self_attn" for name in ALL_LINEAR}
-    counts = {
-        name: sum(bool(re.fullmatch(pattern, f"model.layers.{layer}.{place}.{name}")) for layer in range(layers))
-        for name, place in places.items()
-    }
-    if not any(counts.values()):
-        raise UserError(f"{where} no linear; the model has {', '.join(ALL_LINEAR)}, as model.layers.0.self_attn.q_proj")
-    for name, count in counts.items():
-        if 0 < count < layers:
-            raise UserError(f"{where} {name} of {count} layers; expected all {layers} or none")
-    return tuple(name for name, count in counts.items() if count)
-
-
-def _max_length(config: TrainConfig, job: TrainJob, model: ModelConfig) -> int:
-    """Tokens that a sample of the job may have."""
-    positions = model.max_position_embeddings
-    limit = job.max_length or min(DEFAULT_MAX_LENGTH, positions)
-    if limit > positions:
-        raise UserError(f"{_where(config, job)}: max_length: {limit} tokens, but the model has {positions} positions")
-    for key, block in (("data", job.data), ("evaluation", job.evaluation_data)):
-        if isinstance(block, TextData) and block.block > limit:
-            raise UserError(f"{_where(config, job)}: {key}.block: {block.block} tokens, more than max_length {limit}")
-    return limit
 
 
 def _digest(path: Path) -> str:
@@ -319,7 +257,3 @@ def _link(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, partial)
     partial.replace(target)
-
-
-def _where(config: TrainConfig, job: TrainJob) -> str:
-    return f"{config.path}: jobs.{job.name}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from lorafusion.train.export import Exporter
 from lorafusion.train.folder import MODEL, OutputFolder, Run, claim, remove_partial, trim_events
 from lorafusion.train.jobs_file import JobsFile, read_jobs
 from lorafusion.train.metrics import EventReader, History
+from lorafusion.train.ownership import is_own
 from lorafusion.train.planner import LOG, Planner
 from lorafusion.train.prepare import base_model, prepare
 from lorafusion.train.progress import Display, WandbLog
@@ -118,19 +120,27 @@ def _hang_ups() -> Iterator[list[int]]:
 
 def _train_once(file: JobsFile, hang_ups: list[int]) -> Outcome:
     config = file.config
+    is_there, is_begun = config.output.is_dir(), is_own(config.output)
     with locked(config.output) as lock:
         claim(config.output)
         remove_partial(config.output)
-        with running(Status(config.output, config.path, file.digest, file.remark)) as status:
-            try:
-                training = Training(config, lock, status, hang_ups)
-                training.plan()
-            except UserError as error:
-                raise RefusedError(str(error)) from None
-            outcome = training.run()
-            status.jobs = training.states()
-            status.write(outcome.status, outcome.note)
-            return outcome
+        try:
+            with running(Status(config.output, config.path, file.digest, file.remark)) as status:
+                try:
+                    training = Training(config, lock, status, hang_ups)
+                    training.plan()
+                except UserError as error:
+                    raise RefusedError(*error.mistakes) from None
+                outcome = training.run()
+                status.jobs = training.states()
+                status.write(outcome.status, outcome.note)
+                return outcome
+        except RefusedError:
+            if not is_begun:  # what is there by now is ours, and of no use
+                shutil.rmtree(config.output)
+                if is_there:
+                    config.output.mkdir()
+            raise
 
 
 class Training:

@@ -24,6 +24,15 @@ MISTAKES = {
     "a folder of a user's": (FILE | {"output": "."}, "holds files, but not those of a training"),
     "a name": (FILE | {"jobs": [JOB | {"name": "training"}]}, "name: torch's modules have an attribute of this name"),
     "processes": (FILE | {"processes": 4000, "data_parallel": 1000}, "processes: 4000 on this machine, expected"),
+    "stages": (FILE | {"processes": 5}, "processes: 5 stages, but the model has 4 layers"),
+    "a length": (FILE | {"jobs": [JOB | {"cutoff_len": 5000}]}, "max_length: 5000 tokens, but the model has 4096"),
+    "an expression": (FILE | {"jobs": [JOB | {"lora_target": "(q|v)"}]}, "target_modules: '(q|v)' matches no linear"),
+    "a warm-up": (FILE | {"jobs": [JOB | {"warmup_steps": 100}]}, "warmup_steps: 100, but the job has 1 step(s)"),
+    "a warm-up of rows": (FILE | {"jobs": [JOB | {"data": ROWS, "warmup_steps": 2}]}, "warmup_steps: 2, but the job"),
+    "a chat": (
+        FILE | {"jobs": [JOB | {"data": {"jsonl": "chat.jsonl", "completion": "{x}"}}]},
+        "chat.jsonl:1: field 'x' is a list of chat messages",
+    ),
     "no file at all": (None, "jobs.yaml: no such YAML file"),
 }
 SAY = """
@@ -56,6 +65,7 @@ def start() -> float:
 def test_a_mistake_is_told_before_torch_is_imported(tmp_path, start, name):
     content, message = MISTAKES[name]
     (tmp_path / "rows.jsonl").write_text('{"x": "y"}\n')
+    (tmp_path / "chat.jsonl").write_text('{"x": [{"role": "user", "content": "y"}]}\n')
     if content is not None:
         (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(content))
     before = sorted(tmp_path.rglob("*"))

@@ -17,6 +17,7 @@ from lorafusion.model.weights import checkpoint_weights
 from lorafusion.train import export as exporting
 from lorafusion.train.config import read_train_config
 from lorafusion.train.prepare import base_model, prepare
+from lorafusion.train.run import train
 from tests.tiny_tokenizer import save_tokenizer
 
 
@@ -133,12 +134,46 @@ def test_random_weights_are_of_no_revision(hub, tmp_path, exported, make_job):
 def test_weights_that_the_cache_has_not_are_one_line(hub, tmp_path):
     model = base_model(cached(tmp_path, revision="v2"))
     (hub / "models--acme--tiny" / "snapshots" / COMMITS["v2"] / "model.safetensors").unlink()
-    with pytest.raises(
-        UserError, match="weights 'acme/tiny' of revision 'v2': neither a local folder nor to be had from the hub"
-    ):
+    with pytest.raises(UserError, match="'acme/tiny': neither a local folder nor to be had from the hub"):
         checkpoint_weights(model)
-    with pytest.raises(UserError, match="model 'acme/tiny': no description to be had"):
+    with pytest.raises(UserError, match="model 'acme/tiny': neither a local folder nor to be had"):
         base_model(cached(tmp_path, revision="v3"))
     shutil.rmtree(hub / "models--acme--tiny")
-    with pytest.raises(UserError, match="model 'acme/tiny': no description to be had"):
+    with pytest.raises(UserError, match="model 'acme/tiny': neither a local folder nor to be had"):
         base_model(cached(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"epochs": 10**9}, "epochs: input should be less than or equal to 10000"),
+        ({"epochs": 10**30}, "epochs: input should be less than or equal to 10000"),
+        ({"steps": 10**9}, "steps: 1000000000 need 333333334 epochs of 5 samples, expected 10000 at most"),
+        ({"steps": 10**30}, "steps: input should be less than or equal to 1000000000"),
+        ({"rank": 10**9}, "rank: input should be less than or equal to 256"),
+        ({"global_batch_size": 10**12}, "global_batch_size: input should be less than or equal to 1000000"),
+        ({"data": {"synthetic": {"samples": 10**9}}}, "samples: input should be less than or equal to 1000000"),
+        ({"data": {"synthetic": {"samples": 2000}}, "epochs": 10_000}, "20000000 samples of all of them, expected 1"),
+    ],
+)
+def test_counts_that_nobody_can_wait_for_are_refused_with_the_number(job, keys, message):
+    with pytest.raises(UserError) as caught:
+        job(**keys)
+    assert message in str(caught.value)
+
+
+def test_what_is_refused_late_leaves_nothing_behind(tmp_path):
+    """A row that cannot be used, of which nobody can know before it is read."""
+    save_tokenizer(tmp_path / "tokenizer")
+    path = tmp_path / "jobs.yaml"
+    data = {"jsonl": "rows.jsonl", "completion": "{x}"}
+    top = {"model": "tiny", "tokenizer": "tokenizer", "output": "out", "jobs": [{"name": "a", "data": data}]}
+    path.write_text(yaml.safe_dump(top))
+    (tmp_path / "rows.jsonl").write_text('{"x": "one"}\n{"y": "two"}\n')
+    for is_there in (False, True):
+        if is_there:
+            (tmp_path / "out").mkdir()
+        with pytest.raises(UserError, match=r"rows\.jsonl:2: no field 'x'; found y"):
+            train(path)
+        assert (tmp_path / "out").is_dir() == is_there
+        assert list((tmp_path / "out").glob("*")) == []

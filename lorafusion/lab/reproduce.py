@@ -78,13 +78,14 @@ def make_report(suite: str | None, folder: Path | None) -> None:
 
 def write_report(dag: Dag, snakefile: str | Path) -> bool:
     """Have Snakemake write the report to the folder of a suite's results, whole or not at all."""
-    partial = dag.folder / "report.part.html"  # Snakemake asks for the suffix
-    command = [*SNAKEMAKE, "--snakefile", str(snakefile), "--cores", "1", "--nolock", "--quiet", "all", *_config(dag),
-               "--report", str(partial),
+    draft = dag.folder / "report.part.html"  # Snakemake asks for the suffix
+    # It takes files for incomplete that a killed Snakemake has marked; with that option it shows them all the same.
+    command = [*SNAKEMAKE, "--snakefile", str(snakefile), "--cores", "1", "--nolock", "--rerun-incomplete",
+               "--quiet", "all", *_config(dag), "--report", str(draft),
                "--report-stylesheet", str(Path(snakefile).parent / "workflow" / "report" / "phone.css")]  # fmt: skip
     if _run(command):
         return False
-    partial.replace(dag.folder / "report.html")
+    draft.replace(dag.folder / "report.html")
     return True
 
 

@@ -89,7 +89,7 @@ def read_yaml(path: str | Path) -> dict:
 def _require_small(text: str, path: str | Path) -> None:
     """Raise `UserError` where a YAML text stands for too much. Its parser calls itself for what is nested, and would
     end the process; so this looks at its events, one after the other."""
-    sizes: dict[str, int | None] = {}  # by anchor; none while it is counted
+    sizes: dict[str | None, int | None] = {}  # by anchor; none while it is counted
     open_nodes = [(None, 0)]  # anchor and size, from the outside in
     for event in yaml.parse(text, Loader):
         line = f"{path}: line {event.start_mark.line + 1}"
@@ -106,9 +106,9 @@ def _require_small(text: str, path: str | Path) -> None:
             anchor, size = open_nodes.pop()
             sizes[anchor] = size
         elif isinstance(event, yaml.AliasEvent):
-            size = sizes.get(event.anchor, 1)
-            if size is None:
+            if (inner := sizes.get(event.anchor, 1)) is None:
                 raise UserError(f"{line}: an alias stands for what it is a part of")
+            size = inner
         elif isinstance(event, yaml.ScalarEvent):
             sizes[event.anchor] = 1
         else:

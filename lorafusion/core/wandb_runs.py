@@ -16,7 +16,7 @@ INIT_SECONDS, FINISH_SECONDS = 60, 120
 
 
 @contextmanager
-def private_wandb(folder: Path, mode: str) -> Iterator[Callable[..., Any]]:
+def private_wandb(folder: Path, mode: Any) -> Iterator[Callable[..., Any]]:
     """A function that starts a run, as `wandb.init` does, while wandb keeps everything in `folder`/wandb, says nothing
     and looks at nothing. Raises `UserError` where a run cannot be begun or sent."""
     with environment(folder, mode):

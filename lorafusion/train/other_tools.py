@@ -105,7 +105,7 @@ def translated(mapping: object, keys: set[str], elsewhere: dict[str, str], where
             raise UserError(f"{where}: expected a mapping, found {shown(mapping)}")
         for key, value in mapping.items():
             with mistakes.gathered():
-                ours = OURS.get(key, key)
+                ours: Any = OURS.get(key, key)
                 value = _value(key, value, where)
                 if value is not UNSTATED:
                     _require_known(key, value, keys, elsewhere, where)
@@ -120,7 +120,7 @@ def translated(mapping: object, keys: set[str], elsewhere: dict[str, str], where
     return out
 
 
-def _require_known(key: object, value: object, keys: set[str], elsewhere: dict[str, str], where: str) -> None:
+def _require_known(key: Any, value: object, keys: set[str], elsewhere: dict[str, str], where: str) -> None:
     ours = OURS.get(key, key)
     if ours in keys:
         return
@@ -160,7 +160,7 @@ def with_global_batch(job: dict[str, Stated], replicas: object, where: str) -> d
         return job
     if PER_DEVICE not in parts:
         raise UserError(f"{where}: {ACCUMULATION}: needs {PER_DEVICE}; or state global_batch_size")
-    size = replicas
+    size: Any = replicas
     for key, value in parts.values():
         number = meant(value, int)
         if type(number) is not int or number < 1:

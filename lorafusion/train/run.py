@@ -20,7 +20,7 @@ import yaml
 from lorafusion.core.config import ModelConfig
 from lorafusion.core.files import write
 from lorafusion.core.plan import Plan
-from lorafusion.core.schema import LONGEST, UserError
+from lorafusion.core.schema import LONGEST, UserError, shortened
 from lorafusion.core.workload import Job, Workload
 from lorafusion.engine.checkpoint import Checkpoint, identity, newest
 from lorafusion.launch.launch import launch
@@ -97,8 +97,9 @@ def _train_all(path: Path, file: JobsFile, hang_ups: list[int]) -> tuple[Outcome
 
 
 def _as_it_was(file: JobsFile, error: UserError) -> JobsFile:
-    LOGGER.error(f"{error}; going on with the jobs as they were")
-    return file._replace(remark=f"with the jobs as they were: {error}"[:LONGEST])
+    reason = shortened("; ".join(error.mistakes), LONGEST - 50)
+    LOGGER.error(f"{reason}; going on with the jobs as they were")
+    return file._replace(remark=f"with the jobs as they were: {reason}")
 
 
 @contextmanager

@@ -39,7 +39,7 @@ SHAPES = {(1, 1): 1, (2, 1): 2, (2, 2): 4}  # stages and replicas: processes
 SETTINGS = {
     "model": "tiny", "output": "out", "capacity": 64, "save_every": 3, "device": "cpu",
     "defaults": {"data": {"synthetic": {"samples": 16, "dataset": "xsum", "scale": 32}}, "global_batch_size": 4,
-                 "rank": 2, "target_modules": ["q_proj"], "epochs": 3},
+                 "rank": 2, "target_modules": ["q_proj"], "epochs": 4},
     "jobs": [{"name": "short", "steps": 3, "seed": 1}, {"name": "long", "seed": 2}],
 }  # fmt: skip
 EXACT = ("adapter_model.safetensors", "adapter_config.json", "training.json")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from lorafusion.core.files import whole
 from lorafusion.core.schema import Config, UserError
@@ -87,7 +87,7 @@ class StoreWriter:
         notes = StoreNotes(fingerprint=fingerprint, training=training, largest_id=largest, counts=counts)
         notes = notes.model_copy(update={"content": notes.hash_of(tensors)})
         with whole(path) as partial:
-            save_file(tensors, partial, metadata={NOTES: notes.model_dump_json()})
+            partial.write_bytes(save(tensors, metadata={NOTES: notes.model_dump_json()}))
 
 
 class StoreFile:

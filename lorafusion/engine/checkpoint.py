@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from lorafusion.core import manifest
 from lorafusion.core.config import read_model
@@ -151,7 +151,8 @@ class Checkpoints:
                 stopped[adapter.job.name] = adapter.steps_made()
         path = folder / _part_name(self.rank)
         with whole(path) as partial:
-            save_file({name: value.detach().to("cpu").contiguous() for name, value in state.items()}, partial)
+            # Not `save_file`: a disk that is full ends a process that writes to mapped memory with SIGBUS.
+            partial.write_bytes(save({name: value.detach().to("cpu").contiguous() for name, value in state.items()}))
             entry = Entry.of(partial)
         log = run.record.events
         return Part(path.name, entry, steps, stopped, {log.path.name: log.entry()} if log else {})

@@ -23,10 +23,10 @@ import torch.distributed as dist
 from lorafusion.core.files import FullDiskError, write
 from lorafusion.core.log import start_logging
 from lorafusion.core.plugins import load
-from lorafusion.core.schema import UserError, validated
+from lorafusion.core.schema import LONGEST, UserError, shortened, validated
 from lorafusion.engine.build import import_system
 from lorafusion.engine.process import Process
-from lorafusion.launch.heartbeat import ENDED, Position
+from lorafusion.launch.heartbeat import ENDED, FAILED, Position
 from lorafusion.launch.launch import end_with_parent
 from lorafusion.launch.lock import join
 from lorafusion.launch.outcome import FaultyRunError
@@ -53,8 +53,11 @@ def main(spec_path: str, report_directory: str) -> int:
     except Exception as error:  # the border of the process: every failure becomes a report
         traceback.print_exc()
         failure = {"status": status_of(error), "message": describe(error, position)}
-        _write(reports / f"failure-{rank}.json", failure)
-        position.set(ENDED)
+        try:
+            _write(reports / f"failure-{rank}.json", failure)
+            position.set(ENDED)
+        except OSError:  # a full disk; the position has its place already
+            position.set(FAILED + shortened(failure["message"], LONGEST))
         # No orderly shutdown: the other stages wait for this one in a collective that will never come.
         sys.stderr.flush()
         os._exit(1)

@@ -18,6 +18,7 @@ NODE = platform.node()
 PAUSE = 5.0  # seconds; a launcher that has not looked for longer was stopped, perhaps with its processes
 START_UP = "start-up"
 ENDED = "ended"
+FAILED = "failed: "  # for want of room for a report
 WAITING = "waiting for "
 
 

@@ -24,7 +24,7 @@ import psutil
 
 from lorafusion.core.files import write, writing
 from lorafusion.core.source_tree import IS_CHECKOUT, ROOT
-from lorafusion.launch.heartbeat import Watch
+from lorafusion.launch.heartbeat import FAILED, Watch
 from lorafusion.launch.lock import inherited
 from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.scratch import scratch_folder
@@ -268,6 +268,8 @@ def outcome(reports: Path, code: int, watch: Watch | None = None) -> Outcome:
     name = signal.Signals(-code).name if code < 0 else ""
     hint = ", often the host's out-of-memory killer" if name in ("", "SIGKILL") else ""
     if watch is not None and watch.died:
+        if watch.died.doing.startswith(FAILED):
+            return Outcome("crash", watch.died.doing.removeprefix(FAILED))
         end = f"ended by {name}" if name else "ended without a word, as by SIGKILL"
         return Outcome("crash", f"{watch.died.place}, {watch.died.doing}: {end}{hint}", killed=killed)
     if failures and not killed:

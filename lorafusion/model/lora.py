@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -139,7 +139,8 @@ def adapter_state(stage: Stage, job: Job) -> dict[str, torch.Tensor]:
 def save_adapter(config: LoraConfig, state: dict[str, torch.Tensor], folder: Path) -> None:
     """Write an adapter to a folder in PEFT's format; state: its tensors under the names of that format."""
     with whole(folder / "adapter_model.safetensors") as partial:
-        save_file(state, partial, metadata={"format": "pt"})
+        # A file that is mapped, as `save_file` writes it, ends the process with SIGBUS where a disk is full.
+        partial.write_bytes(save(state, metadata={"format": "pt"}))
     config.target_modules = sorted(config.target_modules)  # PEFT's set has another order in each process
     config.save_pretrained(folder)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from lorafusion.core import manifest
 from lorafusion.core.files import whole, write
@@ -194,7 +194,7 @@ class OutputFolder:
         """Write an adapter's state to a file that is named by its hash, so that it never replaces another one."""
         path = self.path / "state" / f"{job}.safetensors"
         with whole(path) as partial:
-            save_file(state, partial)
+            partial.write_bytes(save(state))
             entry = Entry.of(partial)
         path.rename(_state_path(self.path, job, entry))
         return entry

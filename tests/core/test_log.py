@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 
-from lorafusion.core.log import LEVEL, start_logging
+from lorafusion.core.log import LEVEL, Lasting, start_logging
 
 LOGGER = logging.getLogger("lorafusion.train.run")
 
@@ -48,3 +49,14 @@ def test_a_process_that_is_started_has_the_same_level():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == "error: broken\n"
+
+
+def test_a_stream_whose_reader_is_gone_ends_nothing():
+    outer, inner = os.pipe()
+    stream = Lasting(os.fdopen(inner, "w", buffering=1))
+    os.close(outer)
+    for _ in range(3):
+        assert stream.write("a line\n") == 7
+        stream.flush()
+    assert not stream.isatty()
+    stream.close()

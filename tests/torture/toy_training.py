@@ -68,10 +68,15 @@ def left_behind(folder: Path) -> list[str]:
 class Command:
     """`lorafusion train` in a process of its own, with its workers as in the product: each in a session of its own."""
 
-    def __init__(self, path: Path, real: bool = False, most_bytes: int | None = None) -> None:
-        """real: as a user starts it. most_bytes: that a file may have, as on a disk that is full."""
+    def __init__(
+        self, path: Path, real: bool = False, most_bytes: int | None = None, terminal: str | None = None
+    ) -> None:
+        """real: as a user starts it. most_bytes: that a file may have, as on a disk that is full. terminal: for its
+        output, in place of a file."""
         self.folder = path.parent
         self.log = self.folder / f"command-{time.monotonic_ns()}.log"
+        if terminal:
+            self.log = Path(terminal)
         temporary = self.folder / "tmp"
         temporary.mkdir(exist_ok=True)
         self.process = psutil.Process((_start_real if real else _fork)(path, temporary, self.log, most_bytes))
@@ -98,7 +103,7 @@ class Command:
 
     @property
     def output(self) -> str:
-        return self.log.read_text(errors="replace")
+        return self.log.read_text(errors="replace") if self.log.is_file() else ""
 
 
 class _Forked(fork_server.Forked):

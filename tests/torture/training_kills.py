@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import shutil
 import signal
 import sys
@@ -32,7 +33,7 @@ DONE, STOPPED = 0, 75
 FAULTS_OF_A_TRAINING = 4
 FAULTS = ("kill launcher", "kill launcher", "kill launcher", "kill worker", "kill worker", "kill all", "term launcher",
           "int group", "int twice", "hup launcher", "term worker", "hup worker", "stop launcher", "stop worker",
-          "stop all", "full disk", "full disk")  # fmt: skip
+          "stop all", "full disk", "full disk", "close terminal")  # fmt: skip
 
 
 class FailureError(Exception):
@@ -65,17 +66,18 @@ class Torture:
         return Command(self.path, real=self.real, **options)
 
     def _suffer(self, fault: str) -> None:
-        begin = time.monotonic()
         most_bytes = self.random.choice(self.largest) - 1 if fault == "full disk" else None
-        command = self._start(most_bytes=most_bytes)
         moment = self.random.uniform(0, self.seconds)
+        if fault == "close terminal":
+            return self._close_terminal(moment)
         self.history.append(f"{fault} {most_bytes or f'{moment:.2f}'}")
+        command, begin = self._start(most_bytes=most_bytes), time.monotonic()
         if fault == "full disk":
             code = command.wait(MOST_SECONDS)
             lines = command.output.splitlines()
             if code not in (0, 1, 2) or code and not lines[-1].startswith("error: "):
                 raise FailureError(f"full disk: {code}, {command.output[-400:]}")
-            if code and "free" not in lines[-1]:
+            if code and "free" not in lines[-1] and "Store" not in lines[-1]:  # torch's own file says less
                 raise FailureError(f"full disk: nothing of what is free in {lines[-1]!r}")
             return
         if command.wait(max(0, begin + moment - time.monotonic())) is not None:
@@ -115,16 +117,34 @@ class Torture:
         self._wait(command, DONE, STOPPED, 1)
 
     def _int(self, command: Command, _: list[psutil.Process]) -> None:
+        """As Ctrl-C does; it is answered at once."""
         with suppress(ProcessLookupError):
             os.killpg(command.process.pid, signal.SIGINT)
             if "twice" in self.history[-1]:
                 time.sleep(0.05)
                 os.killpg(command.process.pid, signal.SIGINT)
         self._wait(command, DONE, STOPPED, 130)
+        if command.code == STOPPED and "SIGINT: saving a checkpoint" not in command.output:
+            raise FailureError(f"Ctrl-C was not answered: {command.output[-400:]}")
 
     def _hup(self, command: Command, processes: list[psutil.Process]) -> None:
         self._send(processes, signal.SIGHUP)
         self._wait(command, DONE, 1, STOPPED)
+
+    def _close_terminal(self, moment: float) -> None:
+        """The command, whose session it is the terminal of, gets SIGHUP and goes on."""
+        outer, inner = os.openpty()
+        command = self._start(terminal=os.ttyname(inner))
+        os.close(inner)
+        end = time.monotonic() + moment
+        while time.monotonic() < end and command.code is None:
+            if select.select([outer], [], [], 0.01)[0]:
+                with suppress(OSError):  # it has ended
+                    os.read(outer, 4096)
+            command.wait(0)
+        self.history.append(f"close terminal {moment:.2f}")
+        os.close(outer)
+        self._wait(command, DONE)
 
     def _stop(self, command: Command, processes: list[psutil.Process]) -> None:
         self._send(processes, signal.SIGSTOP)

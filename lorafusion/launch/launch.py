@@ -80,17 +80,13 @@ class Processes:
         first = psutil.Process(self._child.pid)
         tree = [first, *first.children(recursive=True)]
         if not at_once:
-            _send([first], signal.SIGTERM)
+            self._child.terminate()
             self.wait(GRACE_SECONDS)
-        _send(tree, signal.SIGKILL)
+        for process in tree:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.wait(END_SECONDS)
         psutil.wait_procs(tree, END_SECONDS)
-
-
-def _send(processes: list[psutil.Process], number: signal.Signals) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
 
 
 def launch(

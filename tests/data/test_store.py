@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lorafusion.core.files import FullDiskError
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Sample
 from lorafusion.data.packing import BatchBuilder
@@ -77,12 +79,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = store(tmp_path / "a")
     before = path.read_bytes()
 
-    def full_disk(tensors, partial, metadata):
-        partial.write_bytes(b"half")
+    def full_disk(partial, data):
+        partial.write_text("half")
         raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr("lorafusion.data.store.save_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(FullDiskError, match="No space left on device"):
         store(path, SAMPLES[:1])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -10,7 +10,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 setup: .venv/.installed  ## install everything into .venv
-.venv/.installed: requirements.lock pyproject.toml kernels/pyproject.toml tools/install.sh
+.venv/.installed: requirements.lock requirements.in pyproject.toml kernels/pyproject.toml tools/install.sh
 	@PYTHON="$(PYTHON)" GPU="$(GPU)" TORCH_INDEX="$(TORCH_INDEX)" tools/install.sh
 
 reproduce: .venv/.installed  ## run a suite and print its verdicts: make reproduce SUITE=smoke

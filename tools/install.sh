@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Put into .venv what requirements.lock pins, with the build of torch that fits this machine, and lorafusion and
+# Put into .venv what requirements.lock pins, by its hashes, the build of torch that fits this machine, and lorafusion and
 # fused_lora as editable installs. Called by make; may be called at any time and by several at once.
 #
 #   PYTHON       the Python to use (the first of python3.12, python3.11, python3 that works)
@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
-torch=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements.lock)
+torch=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements.in)
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 started=$SECONDS
 
@@ -34,11 +34,11 @@ find_python() {
 
 install_torch() {
     if [ "$build" = cuda ]; then
-        echo "[1/3] torch $torch, CUDA build (gigabytes: this can take minutes)"
-        pip install --constraint requirements.lock "torch==$torch"
+        echo "[2/3] torch $torch, CUDA build (gigabytes: this can take minutes)"
+        pip install "torch==$torch" # what it needs besides CUDA is there by now
         return
     fi
-    echo "[1/3] torch $torch, CPU build (nvidia-smi lists no GPU)"
+    echo "[2/3] torch $torch, CPU build (nvidia-smi lists no GPU)"
     # "+cpu" can be met by no CUDA build. pip's own configuration (an index, find-links) is asked first, so that a
     # machine that does not reach PyTorch's index need not wait for it.
     local log=.venv/torch.log
@@ -75,7 +75,7 @@ case ${GPU:-} in
 *) if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then build=cuda; else build=cpu; fi ;;
 esac
 place="$build $PWD"
-state="$place $(cat requirements.lock pyproject.toml kernels/pyproject.toml "$0" | sha256sum | cut -c1-16)"
+state="$place $(cat requirements.lock requirements.in pyproject.toml kernels/pyproject.toml "$0" | sha256sum | cut -c1-16)"
 
 # One install at a time; the lock goes when this process does.
 if command -v flock >/dev/null; then
@@ -108,9 +108,9 @@ rm -f .venv/.installed
 echo "$place" >.venv/.place
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 
+echo "[1/3] $(grep -c == requirements.lock) packages of requirements.lock"
+pip install --require-hashes --no-deps --requirement requirements.lock
 install_torch
-echo "[2/3] $(grep -c == requirements.lock) packages of requirements.lock"
-pip install --no-deps --requirement requirements.lock
 echo "[3/3] lorafusion and fused_lora, editable"
 pip install --no-deps --no-build-isolation --editable kernels --editable .
 verify

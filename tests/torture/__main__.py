@@ -20,7 +20,7 @@ from typing import NamedTuple
 from tests.torture import inputs
 
 # Modules with a function `run(count, seed, folder)` that returns a line for each failure; and how often they are tried.
-PARTS: dict[str, int] = {"training_kills": 60, "training_damage": 100}
+PARTS: dict[str, int] = {"training_kills": 60, "training_damage": 100, "workflow_kills": 30}
 INPUTS = "hostile inputs"
 SEED = 25
 

@@ -24,6 +24,8 @@ def patch(
     No weights are read. In your own training write, after the model has its adapter:
 
     from fused_lora import patch; print(patch(model))"""
+    if not Path(adapter).exists() and "/" not in adapter:
+        raise UserError(f"{adapter}: expected the folder of an adapter, or a repository OWNER/NAME")
     import torch
     from peft import LoraConfig, PeftConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,8 +33,6 @@ def patch(
     from fused_lora import patch
     from lorafusion.core.hub import HUB_ERRORS, read_settings
 
-    if not Path(adapter).exists() and "/" not in adapter:
-        raise UserError(f"{adapter}: expected the folder of an adapter, or a repository OWNER/NAME")
     try:
         config = PeftConfig.from_pretrained(adapter)
         name = base or config.base_model_name_or_path

@@ -89,9 +89,10 @@ def _jobs_of(path: Path) -> tuple[Workload, dict[str, int], ModelConfig | None]:
     if path.suffix not in (".yaml", ".yml"):
         return Workload.read(path), sizes, None
     from lorafusion.train.config import read_train_config
+
+    config = read_train_config(path)  # before torch is imported, which takes seconds
     from lorafusion.train.prepare import base_model, prepare
 
-    config = read_train_config(path)
     sizes |= {"stages": config.stages, "data_parallel": config.data_parallel}
     if config.capacity:
         sizes["capacity"] = config.capacity

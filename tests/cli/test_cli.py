@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -235,6 +236,30 @@ def test_it_is_a_program(tmp_path):
     done = subprocess.run(command, text=True, capture_output=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path}/none.json: no such workload file\n"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "--help",
+        "plan jobs.yaml -o x",
+        "train jobs.yaml",
+        "lab list jobs.yaml",
+        "workload jobs.yaml -o x",
+        "plan jobs.yaml --stages 0 -o x",
+        "patch none",
+    ],
+)
+def test_a_mistake_is_told_before_torch_is_imported(tmp_path, call):
+    (tmp_path / "jobs.yaml").write_text("modle: tiny\n")
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+        "from lorafusion.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", code, *call.split()]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0 if call == "--help" else 2, "False")
 
 
 def test_planning_needs_no_torch(planned):

@@ -75,7 +75,11 @@ def _lines(path: Path) -> list[dict]:
         raise UserError(f"{path}: expected a whole store of results ({error}); write it again") from None
     lines = text.split("\n")[:-1]
     head, *entries = [parse_json(line, f"{path}: line {n}") for n, line in enumerate(lines, 1)] or [None]
-    if not _has(head, table=str, sha256=str) or not all(_has(entry, result=str, content=dict) for entry in entries):
+    if (
+        not entries
+        or not _has(head, table=str, sha256=str)
+        or not all(_has(entry, result=str, content=dict) for entry in entries)
+    ):
         raise UserError(f"{path}: expected a table's name and hash and then its results, found other lines")
     return [head, *entries]
 

@@ -70,7 +70,10 @@ def _require_model(config: TrainConfig, model: ModelConfig | None) -> None:
     """Raise `UserError` where the base model's files are damaged, or are of a model that cannot be trained."""
     from lorafusion.model.pretrained import look_at, require_weights  # the hub's library, which a mistake needs not
 
-    if model is None:
-        look_at(config.model, config.revision, weights=config.weights is None)
-    elif "random" not in (model.weights, config.weights):
-        require_weights(model.model_copy(update={"revision": config.revision or model.revision}))
+    try:
+        if model is None:
+            look_at(config.model, config.revision, weights=config.weights is None)
+        elif "random" not in (model.weights, config.weights):
+            require_weights(model.model_copy(update={"revision": config.revision or model.revision}))
+    except UserError as error:
+        raise UserError(*(f"{config.path}: {mistake}" for mistake in error.mistakes)) from None

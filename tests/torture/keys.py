@@ -24,7 +24,7 @@ FILE_KEYS = {
     "tokenizer": (*PATH, "nowhere", "/dev/null", "rows.jsonl"),
     "output": (*PATH, "jobs.yaml", "jobs.yaml/out", "/proc/out", "/dev/null", "/sys/out", ".", "rows.jsonl"),
     "device": (*WORD, "gpu", "cuda:0"),
-    "dtype": (*WORD, "fp16", "int8"),
+    "dtype": (*WORD, "fp8", "int8"),
     "adapter_dtype": WORD,
     "processes": COUNT,
     "data_parallel": COUNT,
@@ -36,7 +36,7 @@ FILE_KEYS = {
     "wandb": (*WORD, "yes"),
     "wandb_project": ("[]", "{a: b}", "17", "''"),
     "seed": (*NUMBER, "0.5", "4294967296"),
-    "defaults": ("[]", "17", "word", "{name: x}", "{torture: 1}", "{rank: word}", "{data: 1}"),
+    "defaults": ("[]", "17", "word", "{name: x}", "{torture: 1}", "{alpha: word}", "{dropout: 2}"),
     "jobs": (*LIST, "null", "[null]", "[{}]", "[{name: a}]", "[{data: {}}]"),
 }
 JOB_KEYS = {

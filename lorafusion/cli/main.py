@@ -63,7 +63,8 @@ def main() -> None:
         if "" in sys.argv[1:]:  # which typer takes for this folder where a path belongs
             raise UserError(f"{sys.argv[sys.argv.index('', 1) - 1]}: expected a value after it, found an empty word")
         status = app(prog_name="lorafusion", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout:  # none where it was closed
+            sys.stdout.flush()
     except UserError as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
     except typer.TyperException as error:  # of a command that is called wrongly
@@ -75,6 +76,7 @@ def main() -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries to write at its end too
         if error.errno == errno.ENOSPC:
+            status = 2
             print(f"error: standard output: {error.strerror}", file=sys.stderr)
     sys.exit(status)
 

@@ -92,7 +92,7 @@ LINES = (
     "lab figure suite.yaml lossless plan.json", "lab figure smoke lossless a.csv b.csv --out f",
     "lab check suite.yaml --out x",
     "lab figure smoke planner_bubble plan.json --out f --checks d", "lab check suite.yaml systems --curves c.csv",
-    "lab check suite.yaml systems --out o.json", "lab check suite.yaml lossless --system peft --out o.json",
+    "lab check suite.yaml lossless --system peft --out o.json",
     "lab contract",
     "lab publish suite.yaml plan.json", "lab publish suite.yaml --out d", "lab report", "lab report a b",
     "reproduce a b", "lab tree-hash a b",
@@ -187,7 +187,7 @@ def _outputs() -> Iterator[Case]:
         if writer not in ("lab check", "lab check curves", "lab run"):
             yield of_line(f"outputs/{writer.replace(' ', '-')}/full-disk", line,
                           "d" if whole_folder else "f.html" if writer == "plan show" else "f", files=files,
-                          limits={"RLIMIT_FSIZE": 0}, cpu=4.0)  # fmt: skip
+                          limits={"RLIMIT_FSIZE": 0}, cpu=4.0, owns=("d",))  # fmt: skip
     for name, place in OUTPUTS.items():
         if name in ("a-folder", "nothing", "too-long"):
             continue  # a folder is what it writes

@@ -67,3 +67,10 @@ def test_a_good_plan_is_shown(tmp_path):
     good = replace(SHOW, files={"plan.json": valid.text(valid.plan())}, statuses=frozenset({0}))
     assert run(good, server, tmp_path / "place", 0.0)[1] == []
     server.close()
+
+
+def test_a_sample_of_the_hostile_inputs_is_refused():
+    """`make torture` tries all of them."""
+    sample = inputs.sample()
+    assert len(sample) >= 40
+    assert {name: wrong for name, wrong in inputs.run(sample, servers=1).items() if wrong} == {}

@@ -148,9 +148,9 @@ def _options() -> Iterator[Case]:
     table = valid.sealed_files("t.csv", valid.csv())
     for name, (line, values) in OPTIONS.items():
         for index, value in enumerate(values):
-            light = not line.startswith("patch")
+            adapters = line.startswith("patch")
             yield of_line(f"options/{name.replace(' ', '-')}/{index}-{label(value)}", line, value,
-                          files=FILES | table, light=light)  # fmt: skip
+                          files=FILES | table, light=not adapters, libraries=adapters)  # fmt: skip
 
 
 def _lines() -> Iterator[Case]:

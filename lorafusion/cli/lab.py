@@ -28,7 +28,7 @@ Suite = Annotated[
     str, typer.Argument(metavar="SUITE", help="a name, as smoke, or the path of a file of configs/suites")
 ]
 Again = Annotated[bool, typer.Option("--again", help="make the runs that failed anew")]
-Folder = Annotated[Path | None, typer.Option(help="of the suite's results; by default results/NAME")]
+Folder = Annotated[Path | None, typer.Option(help="of the suite's results; by default results/NAME", file_okay=False)]
 Files = Annotated[list[Path] | None, typer.Argument(help="files elsewhere, in place of the suite's own")]
 
 

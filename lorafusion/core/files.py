@@ -295,7 +295,10 @@ def require_replaceable(path: Path) -> None:
 def _place(path: Path) -> Path:
     """Where a file will be when the folders of its path have been made: `new/../x` is `x`, though there is no `new`
     yet."""
-    return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+    try:
+        return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+    except RuntimeError:
+        raise UserError(f"{path}: cannot be written (links of its path lead in a circle)") from None
 
 
 def named_path(folder: Path, name: str | Path, where: str) -> Path:

@@ -8,6 +8,7 @@ a share runs whole groups, so that the systems that are compared run on one GPU,
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -32,10 +33,10 @@ class Share(NamedTuple):
 
     @classmethod
     def read(cls, text: str) -> Share:
-        parts = text.split("/")
-        if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) >= int(parts[1]):
+        match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+        if not match or int(match[1]) >= int(match[2]):
             raise UserError(f"--share: expected I/N with I from 0 to N - 1, found {text!r}")
-        return cls(int(parts[0]), int(parts[1]))
+        return cls(int(match[1]), int(match[2]))
 
 
 def spread(costs: dict[str, int], shares: int) -> dict[str, int]:

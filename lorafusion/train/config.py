@@ -328,7 +328,7 @@ def _located_model(value: str, where: str, folder: Path) -> str:
 def _located(value: str, where: str, folder: Path, alternative: str = "") -> str:
     """A local folder as an absolute path, or else a name that the hub may know."""
     local = named_path(folder, value, where)
-    if local.is_dir():
+    if value and local.is_dir():
         return str(local)
     if value.startswith((".", "/", "~")) or not REPOSITORY.fullmatch(value):
         raise UserError(f"{where}: expected a folder or a repository owner/name{alternative} (found {shown(value)})")
@@ -337,7 +337,10 @@ def _located(value: str, where: str, folder: Path, alternative: str = "") -> str
 
 def _output(value: str, where: str, folder: Path) -> Path:
     """Resolved, as `new/../mine` is the folder `mine` as soon as `new` has been made."""
-    return named_path(folder, value, where).resolve()
+    try:
+        return named_path(folder, value, where).resolve()
+    except RuntimeError:
+        raise UserError(f"{where}: expected a folder, found links in a circle ({value})") from None
 
 
 def _is_share(value: object, most: float) -> bool:

@@ -27,6 +27,7 @@ def patch(
     if not Path(adapter).exists() and "/" not in adapter:
         raise UserError(f"{adapter}: expected the folder of an adapter, or a repository OWNER/NAME")
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from peft import LoraConfig, PeftConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -44,6 +45,7 @@ def patch(
             model = get_peft_model(AutoModelForCausalLM.from_config(settings, trust_remote_code=False), config)
     except (
         *HUB_ERRORS,
+        StrictDataclassError,
         ValueError,
         TypeError,
         KeyError,

@@ -12,6 +12,8 @@ from lorafusion.lab.table.result import CLOCKS_AGREE
 from lorafusion.lab.trials import SLOWER
 from tests.numbers import end_to_end, sources
 from tests.numbers.quoted import number, percent
+from tests.torture import inputs
+from tests.torture.__main__ import PARTS
 from tests.torture.case import LONGEST_LINE, MOST_CPU, MOST_MEMORY, MOST_WALL, REFUSED
 
 
@@ -57,6 +59,10 @@ def robustness() -> list[str]:
         f"beyond the start of the interpreter | {number(MOST_CPU, 'g')} s |",
         f"| time | {number(MOST_WALL, 'g')} s |",
         f"| memory | {number(MOST_MEMORY // 2**20)} GiB |",
+        f"| faults of a training | {number(PARTS['training_kills'])} |",
+        f"| damages to its folder | {number(PARTS['training_damage'])} |",
+        f"| kills of a workflow | {number(PARTS['workflow_kills'])} |",
+        f"| hostile inputs, over every command | {number(len(inputs.cases()))} |",
     ]
 
 

@@ -285,8 +285,8 @@ def require_replaceable(path: Path) -> None:
     except FileNotFoundError:
         _require_folder(path)
         return
-    except OSError as error:  # a file as its folder, a name that is too long, links in a circle
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    except (OSError, RuntimeError) as error:  # a file as its folder, a name that is too long, links in a circle
+        raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
     if not stat.S_ISREG(mode):
         raise UserError(f"{path}: expected a file to write, found {_kind_of(mode)}")
     _require_folder(path)

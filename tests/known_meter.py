@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lorafusion.core.clock import Meter, Point
+from lorafusion.core.clock import Meter, TimePoint
 from lorafusion.model.stage import Stage
 
 
@@ -27,8 +27,8 @@ class KnownMeter(Meter):
     def mark(self) -> float:
         return self.now
 
-    def point(self) -> Point:
-        return Point(self.now, self.host * self.now)
+    def point(self) -> TimePoint:
+        return TimePoint(self.now, self.host * self.now)
 
     def reset_peak_memory(self) -> None:
         self.peak = 0

@@ -18,7 +18,7 @@ from lorafusion.cli.main import app
 from lorafusion.core.config import CONFIGS
 from lorafusion.data.lengths import make_workload
 from lorafusion.engine import task
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.experiments.experiment import Inputs
 from lorafusion.lab.report.registry import FIGURES
@@ -140,7 +140,7 @@ class Story:
                 with meter.watching():
                     position = Position(self.folder, 0)
                     reports.append(
-                        task.train(Process(spec, torch.device("cpu"), position, world=processes, meter=meter))
+                        task.train(WorkerProcess(spec, torch.device("cpu"), position, world=processes, meter=meter))
                     )
             factor = run.seconds(repeat) / sum(length + EACH for _, length in run.sizes)
             times = {"seconds": [[slot, factor * time] for slot, time in reports[0]["seconds"]],

@@ -12,7 +12,7 @@ import torch
 from fused_lora import LoRABatch, ops
 from lorafusion.core.workload import Job
 from lorafusion.data.packing import PackedBatch, SampleBorders
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.engine.task import train
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.outcome import Outcome
@@ -27,7 +27,7 @@ def launched_here(spec: RunSpec, processes: int, *_: object, folder: Path, **__:
     """`lorafusion.launch.launch.launch` for one process: this one."""
     assert processes == 1
     device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
-    report = train(Process(spec, device, Position(folder, 0)))
+    report = train(WorkerProcess(spec, device, Position(folder, 0)))
     return Outcome("ok", report=report)
 
 

@@ -13,7 +13,7 @@ from lorafusion.core.machine import largest_resident_set
 Mark = float | torch.cuda.Event
 
 
-class Point(NamedTuple):
+class TimePoint(NamedTuple):
     """A point in a run on the device's clock and on the host's, which is read in seconds."""
 
     mark: Mark
@@ -45,11 +45,11 @@ class Meter:
         event.record()
         return event
 
-    def point(self) -> Point:
+    def point(self) -> TimePoint:
         """A mark, and what the host's clock says when the device has come to it. On a CPU the two are one reading."""
         mark = self.mark()
         self.synchronize()
-        return Point(mark, mark if isinstance(mark, float) else time.perf_counter())
+        return TimePoint(mark, mark if isinstance(mark, float) else time.perf_counter())
 
     def seconds(self, begin: Mark, end: Mark) -> float:
         """Seconds between two marks; call `synchronize` before."""
@@ -57,7 +57,7 @@ class Meter:
             return cast(float, end) - begin  # both are marks of this clock
         return begin.elapsed_time(cast(torch.cuda.Event, end)) / 1000.0
 
-    def duration(self, begin: Point, end: Point) -> Duration:
+    def duration(self, begin: TimePoint, end: TimePoint) -> Duration:
         return Duration(self.seconds(begin.mark, end.mark), end.host - begin.host)
 
     def synchronize(self) -> None:

@@ -27,14 +27,14 @@ class UnfinishedError(UserError):
     """A folder without a manifest: whoever wrote it did not come to the end."""
 
 
-class Entry(Config):
+class FileEntry(Config):
     """A file, or the beginning of one: its length in bytes and the SHA-256 of them."""
 
     size: int = Field(ge=0)
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> Entry:
+    def of(cls, path: Path) -> FileEntry:
         with open(path, "rb") as file:
             return cls(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
@@ -44,7 +44,7 @@ class Entry(Config):
             raise DamagedError(f"{path}: missing")
         if path.stat().st_size != self.size:
             raise DamagedError(f"{path}: damaged, it has {path.stat().st_size} bytes, not {self.size}")
-        if Entry.of(path) != self:
+        if FileEntry.of(path) != self:
             raise DamagedError(f"{path}: damaged, its hash is not the one that was noted")
 
 
@@ -75,11 +75,11 @@ def _sealed(data: dict) -> str:
     return json.dumps(data | {SEAL: hashlib.sha256(text.encode()).hexdigest()}, sort_keys=True, indent=1) + "\n"
 
 
-def entries(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
-    return {name: Entry.of(folder / name) for name in names}
+def entries(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    return {name: FileEntry.of(folder / name) for name in names}
 
 
-def seal(folder: Path, files: dict[str, Entry], facts: dict) -> None:
+def seal(folder: Path, files: dict[str, FileEntry], facts: dict) -> None:
     """Write the manifest of a folder: its files by their names in it, and what else is to be known."""
     described = {name: entry.model_dump() for name, entry in files.items()}
     write_sealed(folder / MANIFEST, {"files": described, "facts": facts})
@@ -103,12 +103,12 @@ def verified(folder: Path) -> dict:
     return facts
 
 
-def _manifest(folder: Path) -> tuple[dict[str, Entry], dict]:
+def _manifest(folder: Path) -> tuple[dict[str, FileEntry], dict]:
     path = folder / MANIFEST
     if not path.exists():
         raise UnfinishedError(f"{folder}: not finished, it has no {MANIFEST}")
     data = read_sealed(path)
     try:
-        return {name: Entry.model_validate(entry) for name, entry in data["files"].items()}, data["facts"]
+        return {name: FileEntry.model_validate(entry) for name, entry in data["files"].items()}, data["facts"]
     except (KeyError, AttributeError, ValidationError):
         raise DamagedError(f"{path}: not a manifest") from None

@@ -44,7 +44,7 @@ class Encoded(NamedTuple):
 
 
 @dataclass
-class Counts:
+class SampleCounts:
     """What became of the samples of a dataset; the truncated ones are among those that are kept."""
 
     kept: int = 0
@@ -71,7 +71,7 @@ class SampleRule:
     add_bos: bool | None = None
     add_eos: bool = True
 
-    def sample(self, where: str, whole: Encoded, counts: Counts) -> Encoded | None:
+    def sample(self, where: str, whole: Encoded, counts: SampleCounts) -> Encoded | None:
         """The sample of a row, or None where it is dropped. whole: its tokens, or more of them than a sample may have;
         where: it stands."""
         ids = whole.ids
@@ -92,7 +92,7 @@ class SampleRule:
 
 
 def encode(
-    block: JsonlData | HubData | TextData, encoder: Encoder, rule: SampleRule, counts: Counts
+    block: JsonlData | HubData | TextData, encoder: Encoder, rule: SampleRule, counts: SampleCounts
 ) -> Iterator[Encoded]:
     """The samples of a data block, in its order; `counts` tells afterwards what was dropped.
 
@@ -108,7 +108,7 @@ def encode(
 
 
 def _rows(
-    block: JsonlData | HubData, encoder: Encoder, specials: Specials, rule: SampleRule, counts: Counts
+    block: JsonlData | HubData, encoder: Encoder, specials: Specials, rule: SampleRule, counts: SampleCounts
 ) -> Iterator[Encoded]:
     rows, total = _jsonl_rows(block) if isinstance(block, JsonlData) else _hub_rows(block)
     # The bar is opened where rows are used, so that it is gone before the message of a mistake in one.
@@ -121,7 +121,7 @@ def _rows(
                     yield sample
 
 
-def _texts(block: JsonlData | HubData, rows: Iterable[Row], counts: Counts) -> Iterator[Text]:
+def _texts(block: JsonlData | HubData, rows: Iterable[Row], counts: SampleCounts) -> Iterator[Text]:
     """What the templates make of rows, but for those with nothing to learn."""
     for where, fields in rows:
         if is_blank(block.completion, fields):
@@ -177,7 +177,7 @@ def _hub_rows(block: HubData) -> tuple[Iterator[Row], int]:
     return (Row(f"{block.dataset}: row {number}", fields) for number, fields in enumerate(dataset)), len(dataset)
 
 
-def _blocks(block: TextData, encoder: Encoder, specials: Specials, counts: Counts) -> Iterator[Encoded]:
+def _blocks(block: TextData, encoder: Encoder, specials: Specials, counts: SampleCounts) -> Iterator[Encoded]:
     """All files end to end, cut anew every `block` tokens."""
     ids: list[int] = []
     for more in token_runs(block, encoder, specials):

@@ -12,7 +12,7 @@ from lorafusion.data.packing import BatchBuilder
 from lorafusion.data.store import token_source
 from lorafusion.engine.executor import Executor
 from lorafusion.engine.pipeline import Pipeline
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.engine.training import TrainingRun
 from lorafusion.model.liger import is_installed, use_liger
 from lorafusion.model.lora import inject_adapters
@@ -20,7 +20,7 @@ from lorafusion.model.merged import merge_qkv
 from lorafusion.model.stage import Stage, fill_weights
 
 
-def build_run(process: Process, workload: Workload, plan: Plan) -> TrainingRun:
+def build_run(process: WorkerProcess, workload: Workload, plan: Plan) -> TrainingRun:
     """The stage of this process with its adapters, and the microbatches of its plan."""
     spec, device = process.spec, process.device
     system, config = read_system(spec.system), read_model(spec.model)

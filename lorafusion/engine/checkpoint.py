@@ -24,7 +24,7 @@ from safetensors.torch import save
 from lorafusion.core import manifest
 from lorafusion.core.config import read_model
 from lorafusion.core.files import whole
-from lorafusion.core.manifest import MANIFEST, DamagedError, Entry, UnfinishedError
+from lorafusion.core.manifest import MANIFEST, DamagedError, FileEntry, UnfinishedError
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import content_hash
 from lorafusion.engine import events
@@ -59,7 +59,7 @@ class Checkpoint:
     processes: int
     steps: dict[str, int]
     stopped: dict[str, int]
-    events: dict[str, Entry] = field(default_factory=dict)
+    events: dict[str, FileEntry] = field(default_factory=dict)
 
     def part(self, rank: int) -> Path:
         """The tensors of one process."""
@@ -72,24 +72,24 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckpointPart:
     """What one process has written of a checkpoint."""
 
     name: str
-    entry: Entry
+    entry: FileEntry
     steps: dict[str, int]
     stopped: dict[str, int]
-    events: dict[str, Entry]
+    events: dict[str, FileEntry]
 
     def to_json(self) -> str:
         noted = {name: entry.model_dump() for name, entry in self.events.items()}
         return json.dumps(vars(self) | {"entry": self.entry.model_dump(), "events": noted})
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Part:
+    def from_json(cls, text: str | bytes) -> CheckpointPart:
         values = json.loads(text)
-        noted = {name: Entry(**entry) for name, entry in values["events"].items()}
-        return cls(**values | {"entry": Entry(**values["entry"]), "events": noted})
+        noted = {name: FileEntry(**entry) for name, entry in values["events"].items()}
+        return cls(**values | {"entry": FileEntry(**values["entry"]), "events": noted})
 
 
 def identity(spec: RunSpec, plan_hash: str) -> dict:
@@ -142,7 +142,7 @@ class Checkpoints:
         self._seal(folder, slot, parts)
         self._clear()
 
-    def _write(self, run: TrainingRun, folder: Path) -> Part:
+    def _write(self, run: TrainingRun, folder: Path) -> CheckpointPart:
         state, steps, stopped = {}, {}, {}
         for adapter in run.adapters:
             state |= {f"{adapter.job.name}/{name}": value for name, value in adapter.state().items()}
@@ -153,19 +153,19 @@ class Checkpoints:
         with whole(path) as partial:
             # Not `save_file`: a disk that is full ends a process that writes to mapped memory with SIGBUS.
             partial.write_bytes(save({name: value.detach().to("cpu").contiguous() for name, value in state.items()}))
-            entry = Entry.of(partial)
+            entry = FileEntry.of(partial)
         log = run.record.events
-        return Part(path.name, entry, steps, stopped, {log.path.name: log.entry()} if log else {})
+        return CheckpointPart(path.name, entry, steps, stopped, {log.path.name: log.entry()} if log else {})
 
-    def _others(self, slot: int) -> list[Part]:
+    def _others(self, slot: int) -> list[CheckpointPart]:
         keys = [_part_key(slot, rank) for rank in range(1, self.processes)]
         self.store.wait(keys)
-        parts = [Part.from_json(self.store.get(key)) for key in keys]
+        parts = [CheckpointPart.from_json(self.store.get(key)) for key in keys]
         for key in keys:
             self.store.delete_key(key)
         return parts
 
-    def _seal(self, folder: Path, slot: int, parts: list[Part]) -> None:
+    def _seal(self, folder: Path, slot: int, parts: list[CheckpointPart]) -> None:
         first = parts[0]
         if any((part.steps, part.stopped) != (first.steps, first.stopped) for part in parts):
             raise RuntimeError(f"processes disagree on the steps made after {slot} microbatches")
@@ -249,7 +249,7 @@ def opened(path: Path, origin: dict | None = None, log: Path | None = None) -> C
     `CheckpointError` naming the file and what is wrong."""
     try:
         facts = manifest.verified(path)
-        noted = {name: Entry(**entry) for name, entry in facts["events"].items()}
+        noted = {name: FileEntry(**entry) for name, entry in facts["events"].items()}
         for key, expected in (origin or {}).items():
             value = facts["origin"].get(key)
             if value != expected:

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lorafusion.core.files import writing
-from lorafusion.core.manifest import DamagedError, Entry
+from lorafusion.core.manifest import DamagedError, FileEntry
 
 KINDS = ("loss", "norm", "evaluation", "stopped")
 
@@ -48,10 +48,10 @@ class EventLog:
     def close(self) -> None:
         self._open.close()
 
-    def entry(self) -> Entry:
+    def entry(self) -> FileEntry:
         """All lines so far, which are on the disk then."""
         os.fsync(self._file.fileno())
-        return Entry(size=self._size, sha256=self._hash.hexdigest())
+        return FileEntry(size=self._size, sha256=self._hash.hexdigest())
 
 
 def trim(path: Path, keep: int) -> None:
@@ -60,7 +60,7 @@ def trim(path: Path, keep: int) -> None:
         os.truncate(path, keep)
 
 
-def require(folder: Path, kept: dict[str, Entry]) -> None:
+def require(folder: Path, kept: dict[str, FileEntry]) -> None:
     """Raise `DamagedError` unless the files of a folder begin with what was noted of them; it names the first line
     that is broken."""
     for name, entry in kept.items():

@@ -17,7 +17,7 @@ from lorafusion.core.plan import Microbatch, Plan, Segment, make_plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Sample, Workload
 from lorafusion.engine.build import build_run
-from lorafusion.engine.process import Process, gathered
+from lorafusion.engine.process import WorkerProcess, gathered
 from lorafusion.engine.training import TrainingRun
 from lorafusion.planning.capacity import USABLE, rounded_down
 
@@ -75,7 +75,7 @@ def probe_workload(workload: Workload) -> tuple[Workload, Plan]:
     return synthetic, plan
 
 
-def probe(process: Process) -> dict:
+def probe(process: WorkerProcess) -> dict:
     """The task that measures what microbatches take on every stage of the model, for `capacity_of`."""
     if process.device.type != "cuda":
         raise UserError("capacity: it can be probed on a GPU only; state it")

@@ -17,7 +17,7 @@ from lorafusion.launch.spec import RunSpec
 
 
 @dataclass
-class Process:
+class WorkerProcess:
     """meter: by default the device's. keep: is given a report that is to
     stand even if the process ends before its task does; the report's `pending` then names the part that is missing."""
 

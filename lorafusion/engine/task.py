@@ -1,7 +1,7 @@
 """What the processes of a run do: a task, named in the run's spec by its import path, and the task `train`.
 
-A task is a function of a `Process`; all processes of a run call it, and what it returns is the run's report. Other
-tasks are `memory_probe.probe` and those of the laboratory.
+A task is a function of a `WorkerProcess`. All processes of a run call it; what it returns is the report of the run. The
+other tasks are `memory_probe.probe` and those of the laboratory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorafusion.core.workload import Workload
 from lorafusion.engine import checkpoint
 from lorafusion.engine.build import build_run, executor_of
 from lorafusion.engine.executor import Executor
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.engine.timed import report_of, timed
 from lorafusion.engine.training import TrainingRun
 from lorafusion.model.lora import adapter_state, peft_config, save_adapter
@@ -29,12 +29,12 @@ from lorafusion.model.lora import adapter_state, peft_config, save_adapter
 LOGGER = logging.getLogger(__name__)
 
 
-def train(process: Process) -> dict:
+def train(process: WorkerProcess) -> dict:
     """The task that runs the spec's plan, from where a checkpoint is; the report of all processes."""
     return train_plan(process)[2]
 
 
-def train_plan(process: Process) -> tuple[TrainingRun, Executor, dict]:
+def train_plan(process: WorkerProcess) -> tuple[TrainingRun, Executor, dict]:
     """As `train`, with the run, for tasks that have more to do with it."""
     spec = process.spec
     if spec.plan is None:
@@ -52,7 +52,7 @@ def train_plan(process: Process) -> tuple[TrainingRun, Executor, dict]:
     return run, execute, report
 
 
-def _placed(process: Process, run: TrainingRun) -> list[checkpoint.Checkpoints]:
+def _placed(process: WorkerProcess, run: TrainingRun) -> list[checkpoint.Checkpoints]:
     """Put a run where it is to begin; what its executor takes besides it."""
     spec = process.spec
     torch.manual_seed(spec.seed)  # PEFT's own dropout draws from torch's generator
@@ -68,7 +68,7 @@ def _placed(process: Process, run: TrainingRun) -> list[checkpoint.Checkpoints]:
     return arguments
 
 
-def _checkpoints(process: Process, run: TrainingRun) -> checkpoint.Checkpoints:
+def _checkpoints(process: WorkerProcess, run: TrainingRun) -> checkpoint.Checkpoints:
     """The run's checkpoints; the run is put where the newest one is."""
     spec, rank = process.spec, process.rank
     folder, origin = Path(spec.saving.folder), checkpoint.identity(spec, run.plan.content_hash)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from safetensors.torch import save_file
 
-from lorafusion.core.clock import Mark, Meter, Point
+from lorafusion.core.clock import Mark, Meter, TimePoint
 from lorafusion.core.plan import Microbatch, Plan
 from lorafusion.core.workload import Workload
 from lorafusion.data.packing import BatchBuilder, PackedBatch
@@ -40,8 +40,8 @@ class Record:
     """
 
     meter: Meter
-    begin: Point | None = None
-    end: Point | None = None
+    begin: TimePoint | None = None
+    end: TimePoint | None = None
     steps_before: list[int] = field(default_factory=list)
     done: list[tuple[int, Mark]] = field(default_factory=list)
     losses: list[tuple[int, int, float]] = field(default_factory=list)

@@ -25,7 +25,7 @@ from lorafusion.core.log import start_logging
 from lorafusion.core.plugins import load
 from lorafusion.core.schema import LONGEST, UserError, shortened, validated
 from lorafusion.engine.build import import_system
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.launch.heartbeat import ENDED, FAILED, Position
 from lorafusion.launch.launch import end_with_parent
 from lorafusion.launch.lock import join
@@ -49,7 +49,7 @@ def main(spec_path: str, report_directory: str) -> int:
         if world > 1:
             _meet(device, rank, world, Path(spec_path).with_name("workers"))
         keep = partial(_write, reports / "report.json") if rank == 0 else lambda _: None
-        keep(task(Process(spec, device, position, rank, world, keep=keep)))
+        keep(task(WorkerProcess(spec, device, position, rank, world, keep=keep)))
     except Exception as error:  # the border of the process: every failure becomes a report
         traceback.print_exc()
         failure = {"status": status_of(error), "message": describe(error, position)}
@@ -75,7 +75,7 @@ def _meet(device: torch.device, rank: int, world: int, file: Path) -> None:
     dist.init_process_group(backend, timeout=RENDEZVOUS_TIMEOUT, **place)
 
 
-def _imported(spec: RunSpec) -> Callable[[Process], dict]:
+def _imported(spec: RunSpec) -> Callable[[WorkerProcess], dict]:
     """A spec's task, once all that it needs is imported. No collection of garbage looks at that from here on: at half a
     million objects, which stay, it held runs of 2 to 10 s on an H200 up for 0.4 to 0.5 s."""
     task = load(spec.task, "task")

@@ -9,7 +9,7 @@ from lorafusion.core.config import read_systems
 from lorafusion.core.files import read_json
 from lorafusion.core.schema import UserError, one_of
 from lorafusion.lab.checks.catalog import run_check
-from lorafusion.lab.checks.verdicts import Outcome, origin_of
+from lorafusion.lab.checks.verdicts import CheckOutcome, origin_of
 from lorafusion.lab.dag import Step, make_step, state
 from lorafusion.lab.driver import driving, is_driven
 from lorafusion.lab.failures import failures, forget, statement
@@ -94,7 +94,7 @@ def gather_files(suite: str, files: Sequence[Path], out: Path, incomplete: bool)
     return gather(out, files, suite_path(suite) if suite else None, incomplete)
 
 
-def chosen_check(suite: str, name: str, systems: Sequence[str], arrangements: Sequence[str]) -> Outcome:
+def chosen_check(suite: str, name: str, systems: Sequence[str], arrangements: Sequence[str]) -> CheckOutcome:
     """A check of some systems or arrangements on this CPU, whatever suites say; without them, one of a suite."""
     if not (systems or arrangements):
         return run_check(name, suite_path(suite))
@@ -114,7 +114,7 @@ def chosen_check(suite: str, name: str, systems: Sequence[str], arrangements: Se
         verdict = check_systems(list(systems), Arrangement.read((arrangements or ["2x1"])[0]))
     else:
         verdict = gradients(list(systems), chosen, gradient_setups_of(None))
-    return Outcome(verdict, origin_of(None, "cpu", "float64"), losses)
+    return CheckOutcome(verdict, origin_of(None, "cpu", "float64"), losses)
 
 
 def changed_contracts(record: Path, device: str, write: bool) -> str:

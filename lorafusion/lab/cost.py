@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from lorafusion.core.clock import Meter, Point
+from lorafusion.core.clock import Meter, TimePoint
 from lorafusion.core.plan import Microbatch, Plan, statistics_of
 from lorafusion.engine.executor import Executor
-from lorafusion.engine.process import Process, gathered
+from lorafusion.engine.process import WorkerProcess, gathered
 from lorafusion.engine.task import train_plan
 from lorafusion.engine.timed import ready
 from lorafusion.engine.training import TrainingRun
@@ -30,7 +30,7 @@ PATIENCE = 120.0  # seconds
 UNCHANGED = {"learning_rate": 0.0, "evaluation": (), "evaluate_every": None}
 
 
-class Counts(NamedTuple):
+class DeviceCounts(NamedTuple):
     """What one process's device did. busy_ms: not counted where it waits for another device; None on a CPU."""
 
     operators: int | None = None
@@ -46,7 +46,7 @@ class Watched(Meter):
         super().__init__(device)
         self._watcher, self._runs = watcher, False
 
-    def point(self) -> Point:
+    def point(self) -> TimePoint:
         if not self._runs:
             self._runs = True
             self._watcher.__enter__()
@@ -56,7 +56,7 @@ class Watched(Meter):
         return point
 
 
-def train_with_cost(process: Process) -> dict:
+def train_with_cost(process: WorkerProcess) -> dict:
     """The task that trains as `train` does, and then says what that costs besides time."""
     run, execute, report = train_plan(process)
     if report["finished"]:
@@ -83,7 +83,7 @@ def cost_of(run: TrainingRun, execute: Executor) -> dict:
     with patience(PATIENCE):
         processes = gathered((first, measured(run, execute, part)))
     stages = [stage for stage, _ in processes[: run.pipeline.size]]
-    sums = [(name, [getattr(counts, name) for _, counts in processes]) for name in Counts._fields]
+    sums = [(name, [getattr(counts, name) for _, counts in processes]) for name in DeviceCounts._fields]
     return first | {
         **{name: sum(stage[name] for stage in stages) for name in ("layers", "recomputed_layers")},
         "part": f"the first {len(part.microbatches)} of {len(run.plan.microbatches)} microbatches",
@@ -133,14 +133,14 @@ def beginning(plan: Plan, tokens: int) -> Plan:
     return plan.model_copy(update={"microbatches": tuple(taken), "statistics": statistics})
 
 
-def measured(run: TrainingRun, execute: Executor, part: Plan) -> Counts:
+def measured(run: TrainingRun, execute: Executor, part: Plan) -> DeviceCounts:
     """What this process's device does for a part of a run's plan."""
     again = repeated(run, part)
     if run.pipeline.device.type == "cuda":
         return counts_of(profiled(again, execute))
     operations: list[operators.Operation] = []
     watched(again, execute, operators.Counting(operations.append))
-    return Counts(operators=len(operations))
+    return DeviceCounts(operators=len(operations))
 
 
 def repeated(run: TrainingRun, part: Plan) -> TrainingRun:
@@ -149,10 +149,10 @@ def repeated(run: TrainingRun, part: Plan) -> TrainingRun:
     return run.again(run.workload.model_copy(update={"jobs": jobs}), part)
 
 
-def counts_of(spans: Sequence[profiler.Span]) -> Counts:
+def counts_of(spans: Sequence[profiler.Span]) -> DeviceCounts:
     """Of what a GPU did."""
     busy = profiler.busy_nanoseconds(profiler.without_communication(spans)) / 1e6
-    return Counts(kernels=len(spans), launches=len({span.launch for span in spans}), busy_ms=busy)
+    return DeviceCounts(kernels=len(spans), launches=len({span.launch for span in spans}), busy_ms=busy)
 
 
 def profiled(run: TrainingRun, execute: Executor) -> list[profiler.Span]:

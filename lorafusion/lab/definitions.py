@@ -30,7 +30,7 @@ class Placed(NamedTuple):
     offset: int
 
 
-class Text(NamedTuple):
+class LabelledText(NamedTuple):
     """Ids int64 [n] of a sample, of which those from `first_label` on are learnt."""
 
     ids: torch.Tensor
@@ -55,12 +55,12 @@ def global_batches(job: Job) -> list[list[Placed]]:
     return batches[: job.steps]
 
 
-def synthetic_text(job: Job, sample: Sample, vocabulary: int) -> Text:
+def synthetic_text(job: Job, sample: Sample, vocabulary: int) -> LabelledText:
     """A language of WORDS words in a fixed cycle, drawn by the job's seed; a sample enters it where its id says."""
     cycle = torch.randperm(vocabulary, generator=_generator(f"({job.seed},)"))[:WORDS].tolist()
     count = len(cycle)
     first = int(torch.randint(count, (), generator=_generator(f"({job.seed}, {sample.id})")))
-    return Text(torch.tensor([cycle[(first + place) % count] for place in range(sample.tokens)]), 1)
+    return LabelledText(torch.tensor([cycle[(first + place) % count] for place in range(sample.tokens)]), 1)
 
 
 def base_weight(name: str, shape: torch.Size, std: float, seed: int, dtype: torch.dtype, device: torch.device):

@@ -50,7 +50,7 @@ class Operation(NamedTuple):
     dtypes: tuple[str, ...]
 
 
-class Part(NamedTuple):
+class OperatorTotals(NamedTuple):
     """What the operators of a class come to."""
 
     operators: int
@@ -92,13 +92,13 @@ def class_of(function: torch._ops.OpOverload) -> str | None:
     return named or (ELEMENTWISE if torch.Tag.pointwise in tags else f"other: {name}")
 
 
-def by_class(operations: Iterable[Operation]) -> dict[str, Part]:
+def by_class(operations: Iterable[Operation]) -> dict[str, OperatorTotals]:
     """Sums of each class, in the order of their names."""
     classes: dict[str, list[Operation]] = defaultdict(list)
     for operation in operations:
         classes[operation.kind].append(operation)
     return {
-        kind: Part(len(group), sum(item.read for item in group), sum(item.written for item in group))
+        kind: OperatorTotals(len(group), sum(item.read for item in group), sum(item.written for item in group))
         for kind, group in sorted(classes.items())
     }
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from lorafusion.core.config import ModelConfig
 from lorafusion.core.workload import Job
 from lorafusion.lab import definitions
-from lorafusion.lab.definitions import Placed, Text
+from lorafusion.lab.definitions import LabelledText, Placed
 from lorafusion.model.stage import hf_config
 
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
@@ -102,7 +102,7 @@ def optimizer_of(
     return optimizer, get_scheduler(name, optimizer, job.warmup_steps, steps)
 
 
-def summed_loss(whole: PeftModel, text: Text) -> torch.Tensor:
+def summed_loss(whole: PeftModel, text: LabelledText) -> torch.Tensor:
     """The losses of a sample's label tokens, added up, in at least float32."""
     ids = text.ids.to(whole.device)
     logits = whole(input_ids=ids[None]).logits[0, text.first_label - 1 : -1]
@@ -110,7 +110,7 @@ def summed_loss(whole: PeftModel, text: Text) -> torch.Tensor:
     return F.cross_entropy(logits, ids[text.first_label :], reduction="sum")
 
 
-def label_tokens(texts: list[Text]) -> int:
+def label_tokens(texts: list[LabelledText]) -> int:
     return sum(len(text.ids) - text.first_label for text in texts)
 
 

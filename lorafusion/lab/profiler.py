@@ -42,7 +42,7 @@ class Span(NamedTuple):
     launch: int = 0
 
 
-class Part(NamedTuple):
+class KernelTotals(NamedTuple):
     """A class's time, and how many kernels it had."""
 
     milliseconds: float
@@ -117,7 +117,7 @@ def class_of(name: str) -> str:
     return next((kind for kind, pattern in CLASSES.items() if pattern.search(name)), OTHER)
 
 
-def breakdown(spans: Sequence[Span], microbatches: int) -> dict[str, Part]:
+def breakdown(spans: Sequence[Span], microbatches: int) -> dict[str, KernelTotals]:
     """Each class's part of a microbatch's time from the first kernel's begin to the last one's end; they add up to it.
 
     While kernels overlap, the time is that of the one that began first: the next begins early to wait for it.
@@ -130,19 +130,21 @@ def breakdown(spans: Sequence[Span], microbatches: int) -> dict[str, Part]:
         times[kind] += time
         counts[kind] += 1
     return {
-        name: Part(times[name] / 1e6 / microbatches, counts[name] // microbatches) for name in ORDER if name in times
+        name: KernelTotals(times[name] / 1e6 / microbatches, counts[name] // microbatches)
+        for name in ORDER
+        if name in times
     }
 
 
-def at_full_speed(parts: dict[str, Part], milliseconds: float) -> dict[str, Part]:
+def at_full_speed(parts: dict[str, KernelTotals], milliseconds: float) -> dict[str, KernelTotals]:
     """The parts of work that took so long without the profiler. Kernels take as long with it; what is left is idle, of
     which there is more with it where kernels are many and small, as the host needs longer for each."""
     busy = {name: part for name, part in parts.items() if name != IDLE}
     idle = milliseconds - sum(part.milliseconds for part in busy.values())
-    return busy | {IDLE: Part(max(0.0, idle), 0)}
+    return busy | {IDLE: KernelTotals(max(0.0, idle), 0)}
 
 
-def busy_share(parts: dict[str, Part]) -> float:
+def busy_share(parts: dict[str, KernelTotals]) -> float:
     """The share of the time in which the device computes or copies."""
     return 1 - parts[IDLE].milliseconds / sum(part.milliseconds for part in parts.values())
 
@@ -157,7 +159,7 @@ def unknown_kernels(spans: Sequence[Span]) -> list[str]:
     return [f"no class: {times[name] / 1e6:.3f} ms of {name[:150]}" for name in largest]
 
 
-def csv_rows(parts: dict[str, Part], **identity: object) -> list[dict[str, object]]:
+def csv_rows(parts: dict[str, KernelTotals], **identity: object) -> list[dict[str, object]]:
     """The rows of an implementation: milliseconds and kernels a microbatch, and the class's share of its time."""
     whole = sum(part.milliseconds for part in parts.values())
     return [

@@ -15,7 +15,7 @@ from pathlib import Path
 from lorafusion.core.files import write
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import require_seal
-from lorafusion.lab.checks.verdicts import Outcome, origin_of
+from lorafusion.lab.checks.verdicts import CheckOutcome, origin_of
 from lorafusion.lab.dag import Dag, Kind, Step
 from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.experiments.experiment import Resources
@@ -112,7 +112,7 @@ class SuiteSteps(MeasuredSteps):
         plans, workloads = ([source.path for source in step.inputs if source.kind.name == kind]
                             for kind in ("plan", "workload"))  # fmt: skip
         verdict = check_plans(plans, workloads)
-        Outcome(verdict, origin_of(self.name, self.suite.device, self.suite.dtype)).write(step.path)
+        CheckOutcome(verdict, origin_of(self.name, self.suite.device, self.suite.dtype)).write(step.path)
         return verdict.statement
 
     @cached_property

@@ -12,7 +12,7 @@ from lorafusion.core.plan import Plan, check
 from lorafusion.core.workload import Workload
 from lorafusion.engine.build import build_run, executor_of
 from lorafusion.engine.executor import Executor
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.engine.timed import report_of, timed
 from lorafusion.engine.training import TrainingRun
 from lorafusion.engine.warm_up import warm_up_executor
@@ -26,20 +26,20 @@ from lorafusion.lab.tuned import TrialOptions
 SLOWER = 0.95
 
 
-def try_capacities(process: Process) -> dict:
+def try_capacities(process: WorkerProcess) -> dict:
     """The task that tries plans in turn; what they gave is in the file of throughputs."""
     options = TrialOptions.of(process.spec)
     try_plans(options, *_built(process, options), process.rank)
     return {}
 
 
-def profile_trial(process: Process) -> dict:
+def profile_trial(process: WorkerProcess) -> dict:
     """The task that says where the time goes in the first trial."""
     options = TrialOptions.of(process.spec)
     return {"profile": profile(options, *_built(process, options))}
 
 
-def _built(process: Process, options: TrialOptions) -> tuple[TrainingRun, Executor]:
+def _built(process: WorkerProcess, options: TrialOptions) -> tuple[TrainingRun, Executor]:
     """A run of the first trial, and its executor."""
     source = options.trials[0].plan
     workload, plan = Workload.read(process.spec.workload), Plan.read(source)
@@ -88,7 +88,9 @@ def profile(options: TrialOptions, run: TrainingRun, execute: Executor) -> list[
     print(*profiler.unknown_kernels(spans), sep="\n", flush=True)
     scale = 1000 / part.tokens
     breakdown = profiler.at_full_speed(profiler.breakdown(spans, 1), 1e3 * seconds)
-    parts = {name: profiler.Part(part.milliseconds * scale, part.kernels * scale) for name, part in breakdown.items()}
+    parts = {
+        name: profiler.KernelTotals(part.milliseconds * scale, part.kernels * scale) for name, part in breakdown.items()
+    }
     return profiler.csv_rows(parts)
 
 

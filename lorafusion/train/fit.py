@@ -26,11 +26,11 @@ def fitted(config: TrainConfig, model: ModelConfig) -> TrainConfig:
                 f"{config.path}: processes: {config.stages} stages, but the model has {model.num_hidden_layers} layers"
             )
     for job in config.jobs:
-        fit = {}
+        fit: dict[str, object] = {}
         with mistakes.gathered():
             fit["target_modules"] = _linears(config, job, model.num_hidden_layers)
         with mistakes.gathered():
-            fit["max_length"] = _max_length(config, job, model)
+            fit["max_length"] = max_length_of(config, job, model)
         jobs.append(job.model_copy(update=fit))
     mistakes.require_none()
     return config.model_copy(update={"jobs": tuple(jobs)})
@@ -105,7 +105,7 @@ def _linears(config: TrainConfig, job: TrainJob, layers: int) -> tuple[str, ...]
     return tuple(name for name, count in counts.items() if count)
 
 
-def _max_length(config: TrainConfig, job: TrainJob, model: ModelConfig) -> int:
+def max_length_of(config: TrainConfig, job: TrainJob, model: ModelConfig) -> int:
     """Tokens that a sample of the job may have."""
     positions = model.max_position_embeddings
     limit = job.max_length or min(DEFAULT_MAX_LENGTH, positions)

@@ -24,7 +24,7 @@ from safetensors.torch import save
 
 from lorafusion.core import manifest
 from lorafusion.core.files import whole, write
-from lorafusion.core.manifest import MANIFEST, DamagedError, Entry, read_sealed, write_sealed
+from lorafusion.core.manifest import MANIFEST, DamagedError, FileEntry, read_sealed, write_sealed
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import Config, UserError, validated
 from lorafusion.core.workload import Job, Workload, content_hash
@@ -43,22 +43,22 @@ class JobProgress(Config):
     steps: int
     stopped: int | None = None
     described: dict
-    state: Entry
+    state: FileEntry
 
 
 class RunProgress(Config):
     """manifest: of the run's folder. events: how far its files of events went when it was left for good, null while it
     may be resumed."""
 
-    manifest: Entry
-    events: dict[str, Entry] | None = None
+    manifest: FileEntry
+    events: dict[str, FileEntry] | None = None
 
 
 class Exported(Config):
     """An adapter that was written after so many steps, and its files."""
 
     steps: int
-    files: dict[str, Entry]
+    files: dict[str, FileEntry]
 
 
 class Progress(Config):
@@ -163,7 +163,7 @@ class OutputFolder:
             seal_initial(run.initial, begun)
             names.append(f"{run.initial.name}/{MANIFEST}")
         manifest.seal(run.folder, manifest.entries(run.folder, names), {"run": run.name})
-        entry = RunProgress(manifest=Entry.of(run.folder / MANIFEST))
+        entry = RunProgress(manifest=FileEntry.of(run.folder / MANIFEST))
         self.update(runs=self.progress.runs | {run.name: entry})
         return run
 
@@ -190,12 +190,12 @@ class OutputFolder:
             if path not in named:
                 path.unlink()
 
-    def _keep(self, job: str, state: dict[str, torch.Tensor]) -> Entry:
+    def _keep(self, job: str, state: dict[str, torch.Tensor]) -> FileEntry:
         """Write an adapter's state to a file that is named by its hash, so that it never replaces another one."""
         path = self.path / "state" / f"{job}.safetensors"
         with whole(path) as partial:
             partial.write_bytes(save(state))
-            entry = Entry.of(partial)
+            entry = FileEntry.of(partial)
         path.rename(_state_path(self.path, job, entry))
         return entry
 
@@ -276,13 +276,13 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def trim_events(run: Run, kept: dict[str, Entry]) -> None:
+def trim_events(run: Run, kept: dict[str, FileEntry]) -> None:
     """Drop the events of a run that are beyond what is kept of it."""
     for path in run.events.glob("*.jsonl"):
         events.trim(path, kept[path.name].size if path.name in kept else 0)
 
 
-def _state_path(folder: Path, job: str, entry: Entry) -> Path:
+def _state_path(folder: Path, job: str, entry: FileEntry) -> Path:
     return folder / "state" / f"{job}.{entry.sha256[:HASH_LETTERS]}.safetensors"
 
 

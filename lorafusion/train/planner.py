@@ -27,7 +27,7 @@ CPU_CAPACITY = 2048  # tokens, where nothing is probed
 LOG = "log.txt"  # in the output folder
 
 
-class Planner:
+class RunPlanner:
     """Plans the runs of one invocation of the command."""
 
     def __init__(self, config: TrainConfig, model: ModelConfig, output: OutputFolder, lock: Lock) -> None:

@@ -25,10 +25,10 @@ from lorafusion.data.blocks import HubData, JsonlData, SyntheticData, TextData
 from lorafusion.data.encoder import Encoder, load_encoder
 from lorafusion.data.lengths import draw_lengths
 from lorafusion.data.store import StoreFile, StoreWriter, store_path, stored_dataset
-from lorafusion.data.text import Counts, SampleRule, encode, hub_dataset
+from lorafusion.data.text import SampleCounts, SampleRule, encode, hub_dataset
 from lorafusion.model.description import huggingface_model
 from lorafusion.train.config import TrainConfig, TrainJob
-from lorafusion.train.fit import fitted, steps_of, warm_up, where
+from lorafusion.train.fit import fitted, max_length_of, steps_of, warm_up, where
 
 LOGGER = logging.getLogger(__name__)
 VERSION = 2  # of what is made of a row: another one makes other tokens of the same text
@@ -58,7 +58,8 @@ def prepare(config: TrainConfig, model: ModelConfig, folder: Path) -> Workload:
     stores = _Stores(config, model, folder / DATA)
     jobs = []
     for job in config.jobs:
-        rule = SampleRule(job.max_length, job.too_long, job.learn_prompt, job.add_bos, job.add_eos)
+        longest = max_length_of(config, job, model)
+        rule = SampleRule(longest, job.too_long, job.learn_prompt, job.add_bos, job.add_eos)
         rows = _synthetic_rows(config, job, rule) if job.is_synthetic else stores.rows(job, rule)
         jobs.append(_job(config, job, rows))
     workload = Workload(name=config.path.stem, jobs=tuple(jobs))
@@ -156,7 +157,7 @@ class _Stores:
     def _make(
         self, encoder: Encoder, job: TrainJob, blocks: list[StoredData], rule: SampleRule, fingerprint: str
     ) -> StoreFile:
-        writer, sizes, counts = StoreWriter(), [], [Counts() for _ in blocks]
+        writer, sizes, counts = StoreWriter(), [], [SampleCounts() for _ in blocks]
         for block, count in zip(blocks, counts, strict=True):
             writer.extend(encode(block, encoder, rule, count))
             sizes.append(len(writer))
@@ -205,7 +206,7 @@ def _job(config: TrainConfig, job: TrainJob, rows: Rows) -> Job:
 def _duration(config: TrainConfig, job: TrainJob, samples: int) -> tuple[int, int]:
     """How often a job's samples are gone through, and its steps; says so where both its epochs and its steps would end
     it."""
-    of_an_epoch, steps = math.ceil(samples / job.global_batch_size), steps_of(job, samples)
+    of_an_epoch, steps = math.ceil(samples / job.global_batch_size), int(steps_of(job, samples))
     if job.steps is None:
         return job.epochs or 1, steps
     needed = math.ceil(job.steps / of_an_epoch)

@@ -33,7 +33,7 @@ from lorafusion.train.folder import MODEL, OutputFolder, Run, claim, remove_part
 from lorafusion.train.jobs_file import JobsFile, read_jobs
 from lorafusion.train.metrics import EventReader, History
 from lorafusion.train.ownership import is_own
-from lorafusion.train.planner import LOG, Planner
+from lorafusion.train.planner import LOG, RunPlanner
 from lorafusion.train.prepare import base_model, prepare
 from lorafusion.train.progress import Display, WandbLog
 from lorafusion.train.status import RUNNING, Status, running
@@ -153,7 +153,7 @@ class Training:
         settings = {f"model.{key}": value for key, value in identity_of(self.model).items()}
         settings |= {"dtype": config.chosen_dtype, "adapter_dtype": config.adapter_dtype, "seed": config.seed}
         self.output = OutputFolder(config.output, settings)
-        self.planner = Planner(config, self.model, self.output, lock)
+        self.planner = RunPlanner(config, self.model, self.output, lock)
         self.history = History()
         self._readers: dict[Run, EventReader] = {}
         self._run: Run | None = None  # the one to go on with, and the jobs that remain for it

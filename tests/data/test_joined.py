@@ -12,7 +12,7 @@ from lorafusion.core.schema import UserError
 from lorafusion.data import plain_text
 from lorafusion.data.blocks import JsonlData, TextData
 from lorafusion.data.encoder import Encoder, load_encoder
-from lorafusion.data.text import Counts, SampleRule, encode
+from lorafusion.data.text import SampleCounts, SampleRule, encode
 from tests.tiny_tokenizer import CORPUS, save_trained
 
 LEARNT = SampleRule(1000, "error", learn_prompt=False)
@@ -29,7 +29,7 @@ def samples(folder, encoder, *rows, rule=LEARNT, **templates):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     block = JsonlData(**({"prompt": "{q}", "completion": "{a}"} | templates), jsonl=path)
-    counts = Counts()
+    counts = SampleCounts()
     return list(encode(block, encoder, rule, counts)), counts
 
 
@@ -124,10 +124,10 @@ def test_each_special_token_has_a_key(tmp_path, add_bos, add_eos, around, expect
     (sample,), _ = samples(tmp_path, encoder, {"q": "a", "a": "b"}, rule=rule)
     assert encoder.tokenizer.decode(sample.ids) == expected
     (tmp_path / "a.txt").write_text("ab")
-    (sample,) = encode(TextData(text=tmp_path / "a.txt"), encoder, rule, Counts())
+    (sample,) = encode(TextData(text=tmp_path / "a.txt"), encoder, rule, SampleCounts())
     assert encoder.tokenizer.decode(sample.ids) == expected
     (tmp_path / "a.txt").write_text(f"{expected}\n")
-    (sample,) = encode(TextData(text=tmp_path / "a.txt"), encoder, rule, Counts())
+    (sample,) = encode(TextData(text=tmp_path / "a.txt"), encoder, rule, SampleCounts())
     assert encoder.tokenizer.decode(sample.ids) == f"{expected}\n"
 
 
@@ -156,7 +156,7 @@ def test_a_long_text_is_tokenised_as_a_whole(encoders, folder, words, kind, piec
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plain_text, "PIECE", piece)
         patch.setattr(plain_text, "SHARED", 96)
-        encoder, counts = encoders[kind], Counts()
+        encoder, counts = encoders[kind], SampleCounts()
         cut = list(encode(TextData(text=folder / "a.txt", block=16), encoder, LEARNT, counts))
     ids = [token for sample in cut for token in sample.ids]
     expected = encoder.tokenizer(content).input_ids + [encoder.tokenizer.eos_token_id]
@@ -169,5 +169,5 @@ def test_a_word_longer_than_what_parts_share_loses_no_character(encoders, folder
     content = "=" * 50 + "\n" + "seven" * 30 + "\n" + "=-" * 40
     (folder / "a.txt").write_text(content)
     for encoder in encoders.values():
-        (sample,) = encode(TextData(text=folder / "a.txt", block=1000), encoder, LEARNT, Counts())
+        (sample,) = encode(TextData(text=folder / "a.txt", block=1000), encoder, LEARNT, SampleCounts())
         assert encoder.tokenizer.decode(sample.ids[1:-1]).replace(" ", "") == content

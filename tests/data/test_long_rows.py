@@ -12,7 +12,7 @@ from lorafusion.data import blocks, text
 from lorafusion.data import encoder as encoding
 from lorafusion.data.blocks import JsonlData
 from lorafusion.data.encoder import LONG, Encoder, load_encoder
-from lorafusion.data.text import Counts, SampleRule, encode
+from lorafusion.data.text import SampleCounts, SampleRule, encode
 from tests.tiny_tokenizer import CORPUS, save_trained
 
 DRAW = random.Random(0)
@@ -71,7 +71,7 @@ def test_samples_are_the_same_however_much_is_tokenised_at_once(encoder, monkeyp
     for long, characters in ((LONG, text.BATCH_CHARACTERS), (2048, 10)):
         monkeypatch.setattr(encoding, "LONG", long)
         monkeypatch.setattr(text, "BATCH_CHARACTERS", characters)
-        counts = Counts()
+        counts = SampleCounts()
         results.append((list(encode(block, encoder, SampleRule(100, too_long, False), counts)), counts))
     assert results[0] == results[1]
 
@@ -92,7 +92,7 @@ def test_a_row_that_must_not_be_too_long_is_named(encoder, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"a": TEXTS["prose"] * 150}) + "\n")
     with pytest.raises(UserError, match=r"rows\.jsonl:1: at least \d+ tokens, more than max_length 100$"):
-        list(encode(JsonlData(jsonl=path, completion="{a}"), encoder, SampleRule(100, "error", False), Counts()))
+        list(encode(JsonlData(jsonl=path, completion="{a}"), encoder, SampleRule(100, "error", False), SampleCounts()))
 
 
 def test_a_line_has_an_end(encoder, tmp_path, monkeypatch):
@@ -100,6 +100,8 @@ def test_a_line_has_an_end(encoder, tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"a": "x"}) + "\n" + json.dumps({"a": 93 * "x"}) + "\n")
     with pytest.raises(UserError, match=r"rows\.jsonl:2: expected a row of at most 100 bytes, found more$"):
-        list(encode(JsonlData(jsonl=path, completion="{a}"), encoder, SampleRule(100, "drop", False), Counts()))
+        list(encode(JsonlData(jsonl=path, completion="{a}"), encoder, SampleRule(100, "drop", False), SampleCounts()))
     path.write_text(json.dumps({"a": 90 * "x"}))
-    assert list(encode(JsonlData(jsonl=path, completion="{a}"), encoder, SampleRule(100, "drop", False), Counts()))
+    assert list(
+        encode(JsonlData(jsonl=path, completion="{a}"), encoder, SampleRule(100, "drop", False), SampleCounts())
+    )

@@ -12,7 +12,7 @@ from lorafusion.core.schema import UserError
 from lorafusion.data import plain_text, text
 from lorafusion.data.blocks import HubData, JsonlData, TextData, data_block, fill
 from lorafusion.data.encoder import load_encoder
-from lorafusion.data.text import Counts, Encoded, SampleRule, encode
+from lorafusion.data.text import Encoded, SampleCounts, SampleRule, encode
 from tests.tiny_tokenizer import BOS, EOS, save_tokenizer
 
 RULE = SampleRule(max_length=1000, too_long="truncate", learn_prompt=False)
@@ -31,7 +31,7 @@ def jsonl(folder, *rows, **templates):
 
 
 def encoded(block, encoder, rule=RULE):
-    counts = Counts()
+    counts = SampleCounts()
     return list(encode(block, encoder, rule, counts)), counts
 
 
@@ -43,7 +43,7 @@ def test_a_sample_is_a_prompt_with_its_completion(tmp_path, encoder):
     block = jsonl(tmp_path, {"q": "ab", "a": "xyz"}, prompt="<{q}>", completion=" {a}")
     samples, counts = encoded(block, encoder)
     assert samples == [Encoded([BOS, *ids(encoder, "<ab>"), *ids(encoder, " xyz"), EOS], 5)]
-    assert counts == Counts(kept=1)
+    assert counts == SampleCounts(kept=1)
 
 
 def test_a_sample_without_a_prompt_is_learnt_from_its_second_token_on(tmp_path, encoder):
@@ -90,12 +90,12 @@ LONG = {"q": "12345", "a": "678"}  # 10 tokens, of which the last 4 are learnt
 @pytest.mark.parametrize(
     ("rule", "length", "expected"),
     [
-        ("truncate", 10, Counts(kept=2)),
-        ("truncate", 9, Counts(kept=2, truncated=1)),
-        ("truncate", 7, Counts(kept=2, truncated=1)),
-        ("truncate", 6, Counts(kept=1, empty=1)),
-        ("drop", 9, Counts(kept=1, too_long=1)),
-        ("error", 10, Counts(kept=2)),
+        ("truncate", 10, SampleCounts(kept=2)),
+        ("truncate", 9, SampleCounts(kept=2, truncated=1)),
+        ("truncate", 7, SampleCounts(kept=2, truncated=1)),
+        ("truncate", 6, SampleCounts(kept=1, empty=1)),
+        ("drop", 9, SampleCounts(kept=1, too_long=1)),
+        ("error", 10, SampleCounts(kept=2)),
     ],
 )
 def test_what_is_too_long_is_cut_or_dropped_and_counted(tmp_path, encoder, rule, length, expected):
@@ -213,7 +213,7 @@ def test_plain_text_is_cut_into_blocks_with_nothing_lost(tmp_path, encoder, monk
     assert [token for sample in samples for token in sample.ids] == whole
     assert [len(sample.ids) for sample in samples[:-1]] == [8] * (len(samples) - 1)
     assert {sample.first_label for sample in samples} == {1}
-    assert counts == Counts(kept=len(samples))
+    assert counts == SampleCounts(kept=len(samples))
 
 
 def test_a_last_block_of_one_token_is_dropped(tmp_path, encoder):
@@ -221,7 +221,7 @@ def test_a_last_block_of_one_token_is_dropped(tmp_path, encoder):
     path.write_text("1234567")
     samples, counts = encoded(TextData(text=path, block=4), encoder)
     assert [len(sample.ids) for sample in samples] == [4, 4]
-    assert counts == Counts(kept=2, empty=1)
+    assert counts == SampleCounts(kept=2, empty=1)
 
 
 def test_a_file_without_text_is_named(tmp_path, encoder):

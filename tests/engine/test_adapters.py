@@ -11,7 +11,7 @@ import torch
 from lorafusion.core.workload import Workload
 from lorafusion.engine.adapters import AdapterTraining
 from lorafusion.engine.build import build_run
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.spec import RunSpec
@@ -24,7 +24,7 @@ def build(folder: Path, dtype: str, device: str = "cpu", **changes) -> AdapterTr
     jobs = Workload(name="toy", jobs=(job,))
     spec = RunSpec(system="peft-bf16", model="tiny", workload="", device=device, dtype=dtype, adapter_dtype=dtype)
     plan = plan_system(jobs, "peft-bf16", stages=1, capacity=96)
-    run = build_run(Process(spec, torch.device(device), Position(folder, 0)), jobs, plan)
+    run = build_run(WorkerProcess(spec, torch.device(device), Position(folder, 0)), jobs, plan)
     (one,) = run.adapters
     generator = torch.Generator().manual_seed(0)
     for gradient in one.gradients:

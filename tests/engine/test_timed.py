@@ -18,7 +18,7 @@ from lorafusion.core.workload import Workload
 from lorafusion.engine import fork_server, timed, worker
 from lorafusion.engine.adapters import AdapterTraining
 from lorafusion.engine.build import build_run
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.engine.training import TrainingRun
 from lorafusion.lab import trials
 from lorafusion.lab.checks.toy_runs import toy_jobs
@@ -53,7 +53,7 @@ def build(
     jobs = Workload(name="toy", jobs=tuple(job.model_copy(update={"epochs": 1}) for job in toy_jobs(dropout=0.0)))
     spec = RunSpec(system=system, model="tiny", workload="", device="cpu", dtype="float32", adapter_dtype="float32")
     plan = plan_system(jobs, system, stages=stages, capacity=96, data_parallel=replicas)
-    return build_run(Process(spec, torch.device("cpu"), Position(folder, rank), rank, meter=meter), jobs, plan)
+    return build_run(WorkerProcess(spec, torch.device("cpu"), Position(folder, rank), rank, meter=meter), jobs, plan)
 
 
 def result(run: TrainingRun) -> dict:

@@ -17,7 +17,7 @@ from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
 from lorafusion.engine import fork_server
 from lorafusion.engine.build import build_run
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.engine.training import TrainingRun, of_each_size
 from lorafusion.engine.warm_up import of_a_step, warm_up_executor
 from lorafusion.lab.checks.toy_runs import toy_jobs
@@ -119,7 +119,7 @@ def build(folder: Path, system: str, stages: int, rank: int) -> TrainingRun:
     jobs = Workload(name="toy", jobs=toy_jobs(dropout=0.0))
     spec = RunSpec(system=system, model="tiny", workload="", device="cpu", dtype="float32", adapter_dtype="float32")
     plan = plan_system(jobs, system, stages=stages, capacity=96)
-    return build_run(Process(spec, torch.device("cpu"), Position(folder, rank), rank), jobs, plan)
+    return build_run(WorkerProcess(spec, torch.device("cpu"), Position(folder, rank), rank), jobs, plan)
 
 
 def state(run: TrainingRun) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from lorafusion.core.plugins import load
 from lorafusion.data.lengths import make_workload
 from lorafusion.engine.build import build_run
 from lorafusion.engine.fork_server import FORKSERVER
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.engine.training import TrainingRun
 from lorafusion.engine.warm_up import warm_up_executor
 from lorafusion.lab.profiler import trace
@@ -42,7 +42,7 @@ def make_large(folder: Path, system: str) -> TrainingRun:
     plan = plan_system(jobs, system, stages=1, capacity=8192)
     spec = RunSpec(system=system, model=str(folder / "model.yaml"), workload="", device="cuda", dtype="bfloat16",
                    adapter_dtype="bfloat16")  # fmt: skip
-    run = build_run(Process(spec, torch.device("cuda", 0), Position(folder, 0)), jobs, plan)
+    run = build_run(WorkerProcess(spec, torch.device("cuda", 0), Position(folder, 0)), jobs, plan)
     warm_up_executor(run, executor(system))
     run.warm_up()
     return run

@@ -14,7 +14,7 @@ from lorafusion.core.workload import Workload
 from lorafusion.engine import timed
 from lorafusion.engine.build import build_run
 from lorafusion.engine.executor import prepared_by
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.lab.table.result import result_of
 from lorafusion.launch.heartbeat import Position
@@ -33,7 +33,7 @@ def run(tmp_path):
     jobs = Workload(name="toy", jobs=toy_jobs(dropout=0.0))
     spec = RunSpec(system=SYSTEM, model="tiny", workload="", device="cuda", dtype="bfloat16", adapter_dtype="bfloat16")
     plan = plan_system(jobs, SYSTEM, stages=1, capacity=96)
-    return build_run(Process(spec, torch.device("cuda", 0), Position(tmp_path, 0)), jobs, plan)
+    return build_run(WorkerProcess(spec, torch.device("cuda", 0), Position(tmp_path, 0)), jobs, plan)
 
 
 def execute(run):

@@ -17,7 +17,7 @@ from lorafusion.core.plan import Plan
 from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
 from lorafusion.engine.build import build_run
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.engine.timed import losses_by_job, report_of, timed
 from lorafusion.lab import cost, profiler
 from lorafusion.lab.checks.toy_runs import toy_jobs
@@ -46,7 +46,7 @@ def spec_of(folder: Path, system: str = "lorafusion", stages: int = 1, **changes
 def over(tmp_path):
     """A run that is over, and its executor."""
     spec = spec_of(tmp_path)
-    run = build_run(Process(spec, torch.device("cpu"), Position(tmp_path, 0)), TOY, Plan.read(spec.plan))
+    run = build_run(WorkerProcess(spec, torch.device("cpu"), Position(tmp_path, 0)), TOY, Plan.read(spec.plan))
     execute = load(read_systems()["lorafusion"].executor, "executor")
     timed(run, execute)
     return run, execute
@@ -137,7 +137,7 @@ def test_an_extra_copy_shows(over, monkeypatch):
 def test_a_cost_that_cannot_be_known_does_not_take_the_time_with_it(tmp_path, monkeypatch):
     spec = spec_of(tmp_path)
     monkeypatch.setattr(cost, "measured", raising(torch.OutOfMemoryError("CUDA out of memory.\nTried 3 GiB")))
-    report = cost.train_with_cost(Process(spec, torch.device("cpu"), Position(tmp_path, 0)))
+    report = cost.train_with_cost(WorkerProcess(spec, torch.device("cpu"), Position(tmp_path, 0)))
     assert report["cost"] == {"unknown": "CUDA out of memory. Tried 3 GiB"}
     result = result_of(SimpleNamespace(status="ok", note="", report=report), TOY, Plan.read(spec.plan), {}, {})
     assert result["status"] == "ok"
@@ -234,7 +234,7 @@ def test_a_gpu_is_profiled_while_the_clock_runs(over, monkeypatch):
     monkeypatch.setattr(cost.profiler, "start", lambda: seen.append("first trace"))
     spans = cost.profiled(cost.repeated(run, run.plan), noted)
     assert seen == ["first trace", "traced", "trained", "over"]
-    assert cost.counts_of(spans) == cost.Counts(kernels=4, launches=3, busy_ms=40 / 1e6)
+    assert cost.counts_of(spans) == cost.DeviceCounts(kernels=4, launches=3, busy_ms=40 / 1e6)
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=8))

@@ -12,7 +12,7 @@ from lorafusion.core.workload import Job, Sample, Workload
 from lorafusion.lab.checks import toy_runs
 from lorafusion.lab.checks.comparison import LOSS_TOLERANCE, WEIGHT_TOLERANCE
 from lorafusion.lab.checks.toy_runs import EXACT, TrainingResult, toy_jobs, train
-from lorafusion.lab.definitions import Text, synthetic_text
+from lorafusion.lab.definitions import LabelledText, synthetic_text
 from lorafusion.lab.plain_training import Base, build_model, optimizer_of, summed_loss, train_plainly
 from lorafusion.lab.suite import Arrangement
 
@@ -103,4 +103,6 @@ def test_the_loss_is_transformers_own_of_the_tokens_that_are_learnt(first_label)
     labels = ids.clone()
     labels[:first_label] = -100
     expected = whole(input_ids=ids[None], labels=labels[None]).loss
-    assert summed_loss(whole, Text(ids, first_label)).item() == pytest.approx(expected.item() * (9 - first_label))
+    assert summed_loss(whole, LabelledText(ids, first_label)).item() == pytest.approx(
+        expected.item() * (9 - first_label)
+    )

@@ -13,7 +13,7 @@ from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
 from lorafusion.engine.build import build_run
 from lorafusion.engine.executor import prepared_by
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.lab import trials
 from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.lab.profiler import IDLE, Span
@@ -32,7 +32,7 @@ def test_a_profile_has_the_kernels_while_the_clock_runs_and_the_time_of_a_run_wi
     (tmp_path / "plan.json").write_text(plan.to_json())
     spec = RunSpec(system="lorafusion", model="tiny", workload="", device="cpu", dtype="float32")
     meter = KnownMeter(seconds=0.125)
-    run = build_run(Process(spec, torch.device("cpu"), Position(tmp_path, 0), meter=meter), jobs, plan)
+    run = build_run(WorkerProcess(spec, torch.device("cpu"), Position(tmp_path, 0), meter=meter), jobs, plan)
     execute, executed = load(read_systems()["lorafusion"].executor, "executor"), []
     ms, tracing = 10**6, []
     took = 125 * plan.statistics.tokens * ms
@@ -87,7 +87,7 @@ def test_trials_end_with_one_that_is_clearly_slower_than_the_fastest(tmp_path, s
     )
     spec = RunSpec(system="lorafusion", model="tiny", workload="")
     meter = KnownMeter(seconds=1.0)
-    run = build_run(Process(spec, torch.device("cpu"), Position(tmp_path, 0), meter=meter), jobs, plan)
+    run = build_run(WorkerProcess(spec, torch.device("cpu"), Position(tmp_path, 0), meter=meter), jobs, plan)
     execute, each = load(read_systems()["lorafusion"].executor, "executor"), iter(seconds)
 
     def paced(one):

@@ -11,8 +11,7 @@ import yaml
 from lorafusion.core.config import CONFIGS
 from lorafusion.lab import tuning
 from lorafusion.lab.checks.catalog import needed_by
-from lorafusion.lab.checks.verdicts import Curve, Verdict, origin_of
-from lorafusion.lab.checks.verdicts import Outcome as CheckOutcome
+from lorafusion.lab.checks.verdicts import CheckOutcome, Curve, Verdict, origin_of
 from lorafusion.lab.dag import Step, state
 from lorafusion.lab.experiments import experiment
 from lorafusion.lab.runner import Share, dealt, measured, run_steps

@@ -24,7 +24,7 @@ from lorafusion.core.plan import Plan
 from lorafusion.core.workload import Workload
 from lorafusion.engine import worker
 from lorafusion.engine.build import executor_of
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.lab.table.result import result_of
 from lorafusion.launch.heartbeat import WAITING, Watch
 from lorafusion.launch.launch import end_with_parent, launch, outcome, worker_command, worker_environment
@@ -77,7 +77,7 @@ def test_no_collection_of_garbage_looks_at_what_was_imported(spec, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["tracked"] < 10_000
 
 
-def count_tracked_objects(process: Process) -> dict:
+def count_tracked_objects(process: WorkerProcess) -> dict:
     executor_of(process.spec.system)
     return {"tracked": len(gc.get_objects())}
 

@@ -232,7 +232,7 @@ def figures_ask_for_no_check(original):
 
 
 @planted(
-    "lorafusion.lab.checks.verdicts:Outcome.write",
+    "lorafusion.lab.checks.verdicts:CheckOutcome.write",
     f"{CHECKING}test_a_check_that_fails_ends_with_status_1_and_leaves_no_verdict",
 )
 def a_failed_check_is_written_as_any_other(original):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafusion.core.manifest import DamagedError, Entry
+from lorafusion.core.manifest import DamagedError, FileEntry
 from lorafusion.core.schema import UserError
 from lorafusion.engine.events import EventLog, require, trim
 from lorafusion.train.metrics import EventReader, History
@@ -65,7 +65,7 @@ def test_what_is_run_again_is_dropped_first(told):
     """Other digits, as on a GPU, have other lengths: a reader that had seen the old ones would begin in mid-line."""
     reader, history, write, folder = told
     write(loss(0, 0, 8, 2.0), step(0, 0))
-    kept = Entry.of(folder / "replica-0.jsonl")
+    kept = FileEntry.of(folder / "replica-0.jsonl")
     write(loss(1, 1, 8, 1.123456789), step(1, 1), end='\n{"slot": 2, "ada')
     trim(folder / "replica-0.jsonl", kept.size)
     require(folder, {"replica-0.jsonl": kept})
@@ -138,7 +138,7 @@ def test_a_log_that_is_gone_on_with_knows_all_of_itself(tmp_path):
     first.write(step(1, 1))
     second = EventLog(path, kept.size)
     second.write(step(1, 1, norm=2.0))
-    assert second.entry() == Entry.of(path)
+    assert second.entry() == FileEntry.of(path)
     assert [json.loads(line)["norm"] for line in path.read_text().splitlines()] == [1.0, 2.0]
 
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from lorafusion.core.config import read_systems
 from lorafusion.core.plugins import load
 from lorafusion.core.schema import one_of
-from lorafusion.lab.checks.verdicts import Outcome, origin_of
+from lorafusion.lab.checks.verdicts import CheckOutcome, origin_of
 from lorafusion.lab.suite import Arrangement, Suite, read_suite
 
 
@@ -107,7 +107,7 @@ class SuiteName(NamedTuple):
     name: str
 
 
-def run_check(name: str, suite_path: Path) -> Outcome:
+def run_check(name: str, suite_path: Path) -> CheckOutcome:
     """Make a check of a suite here and now; raises `UserError` where the suite's device is missing."""
     from lorafusion.lab.experiments.experiment import require_device
 
@@ -116,4 +116,4 @@ def run_check(name: str, suite_path: Path) -> Outcome:
     settings = _measured(suite, name)
     require_device(settings, suite_path)
     verdict, curves = load(f"lorafusion.lab.checks.{name}:check_suite", "check")(suite)
-    return Outcome(verdict, origin_of(suite.name, settings.device, settings.dtype), curves)
+    return CheckOutcome(verdict, origin_of(suite.name, settings.device, settings.dtype), curves)

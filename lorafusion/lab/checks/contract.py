@@ -38,7 +38,7 @@ TUNED = {"models": ["tiny"], "gpus": [1], "workloads": ["xsum"], "samples": 16, 
 LAYERS = 2  # the first has no gradient for its input, all others have
 
 
-class Setting(NamedTuple):
+class ContractSetting(NamedTuple):
     """What is trained to see what systems cost on a device: a model's first layers, and how long the samples are."""
 
     model: str
@@ -46,7 +46,7 @@ class Setting(NamedTuple):
     capacity: int
 
 
-SETTINGS = {"cpu": Setting("tiny", 32, 128), "cuda": Setting("llama-3.1-8b", 1, 8192)}
+SETTINGS = {"cpu": ContractSetting("tiny", 32, 128), "cuda": ContractSetting("llama-3.1-8b", 1, 8192)}
 
 
 def contracts(names: list[str], device: str) -> dict[str, dict]:

@@ -108,7 +108,7 @@ class ExpectedGradients:
         return largest, math.nan if any(map(math.isnan, means)) else max(means)
 
 
-class Case(NamedTuple):
+class GradientCase(NamedTuple):
     """What is trained by whom: dropout, q, k and v as one linear or not, and systems in arrangements."""
 
     dropout: float
@@ -150,13 +150,13 @@ def gradients(
     return evidence.verdict("gradients", statement + left_out("as their package is missing", missing))
 
 
-def _cases(setup: Setup, arrangements: list[Arrangement], names: list[str], merged: list[str]) -> list[Case]:
+def _cases(setup: Setup, arrangements: list[Arrangement], names: list[str], merged: list[str]) -> list[GradientCase]:
     """Of a large model not all systems are compared, but one of each kind."""
     systems, compared = read_systems(), _distinct(names) if setup.layers else names
     return [
-        Case(0.0, False, [(name, possible(arrangements[-1], systems[name])) for name in compared]),
-        Case(0.1, False, [(MASKED, arrangement) for arrangement in arrangements]),
-        Case(0.0, True, [(name, SINGLE) for name in merged]),
+        GradientCase(0.0, False, [(name, possible(arrangements[-1], systems[name])) for name in compared]),
+        GradientCase(0.1, False, [(MASKED, arrangement) for arrangement in arrangements]),
+        GradientCase(0.0, True, [(name, SINGLE) for name in merged]),
     ]
 
 

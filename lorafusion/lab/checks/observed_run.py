@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 
-from lorafusion.core.clock import Meter, Point
+from lorafusion.core.clock import Meter, TimePoint
 from lorafusion.core.plan import Plan
 from lorafusion.core.workload import Workload
 from lorafusion.engine.build import build_run, executor_of
-from lorafusion.engine.process import Process
+from lorafusion.engine.process import WorkerProcess
 from lorafusion.engine.task import train
 from lorafusion.engine.timed import timed
 from lorafusion.lab import cost, profiler
@@ -77,7 +77,7 @@ class _Clock(Meter):
         super().__init__(device)
         self._observer = observer
 
-    def point(self) -> Point:
+    def point(self) -> TimePoint:
         self._observer.part, self._observer.within = CLOCK, "between"
         # Whatever it waits for, the thread gives its core away then.
         self._observer.waits.append(resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw)
@@ -114,7 +114,7 @@ def run_and_watch(spec: RunSpec) -> Observer:
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         observer, device = Observer(Path(scratch)), torch.device("cpu")
         with Counting(observer.note):
-            train(Process(spec, device, observer, meter=_Clock(device, observer)))
+            train(WorkerProcess(spec, device, observer, meter=_Clock(device, observer)))
     return observer
 
 
@@ -130,7 +130,7 @@ def stage_of(spec: RunSpec) -> dict:
     pass beside the model's parameters."""
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         workload, plan = Workload.read(spec.workload), Plan.read(spec.plan)
-        run = build_run(Process(spec, torch.device("cpu"), Position(Path(scratch), 0)), workload, plan)
+        run = build_run(WorkerProcess(spec, torch.device("cpu"), Position(Path(scratch), 0)), workload, plan)
         slot = max(range(len(plan.microbatches)), key=lambda index: plan.microbatches[index].length)
         parameters = {parameter.untyped_storage().data_ptr() for parameter in run.stage.parameters()}
         kept = saved_bytes(lambda: run.forward(slot, None), parameters)
@@ -142,7 +142,7 @@ def kernels_of_run(spec: RunSpec) -> dict:
     device = torch.device("cuda", 0)
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         position = Position(Path(scratch), 0)
-        run = build_run(Process(spec, device, position), Workload.read(spec.workload), Plan.read(spec.plan))
+        run = build_run(WorkerProcess(spec, device, position), Workload.read(spec.workload), Plan.read(spec.plan))
         execute = executor_of(spec.system)
         timed(run, execute)
         made_of = cost.structure(run)

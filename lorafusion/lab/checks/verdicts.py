@@ -114,7 +114,7 @@ def left_out(why: str, names: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckOutcome:
     """A check that was made: its verdict, what it is about, and the losses that were compared, where it has some."""
 
     verdict: Verdict

@@ -30,7 +30,7 @@ from lorafusion.lab.table.result import result_of_rows, write_result
 Count = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 
 
-class Entry(Config):
+class BenchEntry(Config):
     """What the entries of all these files say."""
 
     repeats: int = Field(default=1, ge=1, le=MOST_REPEATS, description="fresh processes a bench")
@@ -38,7 +38,7 @@ class Entry(Config):
     minutes: int = Field(default=10, ge=1, le=MOST_MINUTES, description="time limit of a process")
 
 
-class DeviceEntry(Entry):
+class DeviceEntry(BenchEntry):
     """Of experiments that compute on a device."""
 
     device: Literal["cpu", "cuda"]
@@ -78,7 +78,7 @@ class BenchExperiment(Experiment):
     """config: the file with an entry for each suite; entry: what one holds."""
 
     config: Path
-    entry: ClassVar[type[Entry]]
+    entry: ClassVar[type[BenchEntry]]
     memory_mb: ClassVar[int] = 16_000
 
     @abstractmethod

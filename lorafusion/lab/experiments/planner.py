@@ -20,7 +20,7 @@ from lorafusion.core.plugins import load
 from lorafusion.core.schema import MOST_TOKENS, Config, one_of
 from lorafusion.core.workload import Workload
 from lorafusion.data.lengths import make_workload
-from lorafusion.lab.experiments.bench import BenchExperiment, Count, Entry
+from lorafusion.lab.experiments.bench import BenchEntry, BenchExperiment, Count
 from lorafusion.lab.experiments.experiment import Point
 from lorafusion.lab.table.result import row
 from lorafusion.planning import STRATEGIES, bounds, plan_workload
@@ -41,7 +41,7 @@ class PlannerGrid(Config):
     strategies: list[str] = Field(min_length=1)
 
 
-class PlannerSuite(Entry):
+class PlannerSuite(BenchEntry):
     """An entry of configs/planner.yaml."""
 
     model: str | None = Field(

@@ -12,7 +12,7 @@ from lorafusion.core.config import CONFIGS
 from lorafusion.core.plugins import load
 from lorafusion.core.schema import UserError
 from lorafusion.lab.checks.catalog import CHECKS, files_of, needed_by, run_check
-from lorafusion.lab.checks.verdicts import CheckError, Curve, Evidence, Origin, Outcome
+from lorafusion.lab.checks.verdicts import CheckError, CheckOutcome, Curve, Evidence, Origin
 from lorafusion.lab.suite import read_suite
 
 SMOKE = CONFIGS / "suites" / "smoke.yaml"
@@ -49,7 +49,7 @@ def test_an_outcome_writes_what_the_table_says(tmp_path, value):
     evidence = Evidence()
     evidence.add("error", value, 1.0)
     curves = [Curve("job-0", "alone", [1.0, 0.5])]
-    outcome = Outcome(
+    outcome = CheckOutcome(
         evidence.verdict("lossless", "it holds"), Origin(suite=None, device="cpu", dtype="float64"), curves
     )
     if value == 0.5:

@@ -24,7 +24,7 @@ from lorafusion.lab.experiments.bench import Variant
 from lorafusion.lab.experiments.step_times import Arms, seconds
 from lorafusion.lab.experiments.steps_suite import StepsBench, workload_and_plan
 from lorafusion.lab.experiments.trainers import Shared, Trainer
-from lorafusion.lab.profiler import IDLE, Part, Span, at_full_speed, breakdown, busy_share, class_of
+from lorafusion.lab.profiler import IDLE, KernelTotals, Span, at_full_speed, breakdown, busy_share, class_of
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table
 from lorafusion.lab.table.table import MeasurementError
@@ -254,9 +254,9 @@ def test_parts_add_up_to_the_time_from_the_first_kernel_to_the_last():
 
 @pytest.mark.parametrize(("milliseconds", "idle"), [(9.0, 4.0), (5.0, 0.0), (4.9, 0.0)])
 def test_what_is_idle_is_told_by_the_time_without_the_profiler(milliseconds, idle):
-    parts = {"GEMM": Part(3.0, 7), IDLE: Part(8.0, 0), "LoRA": Part(2.0, 1)}
-    assert at_full_speed(parts, milliseconds) == parts | {IDLE: Part(idle, 0)}
-    assert at_full_speed({"GEMM": Part(5.0, 7)}, milliseconds)[IDLE] == Part(idle, 0)
+    parts = {"GEMM": KernelTotals(3.0, 7), IDLE: KernelTotals(8.0, 0), "LoRA": KernelTotals(2.0, 1)}
+    assert at_full_speed(parts, milliseconds) == parts | {IDLE: KernelTotals(idle, 0)}
+    assert at_full_speed({"GEMM": KernelTotals(5.0, 7)}, milliseconds)[IDLE] == KernelTotals(idle, 0)
 
 
 def test_only_the_devices_work_is_taken_from_a_trace():

@@ -94,14 +94,14 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 # Triton launches on the current device, which need not be the tensors'.
 def _linear_on_gpu(operands, *arguments):
-    from fused_lora.gpu.host.linear import forward
+    from fused_lora.gpu.host.launch import forward
 
     with torch.cuda.device_of(operands.a):
         return forward(operands, *arguments)
 
 
 def _linear_backward_on_gpu(operands, *arguments):
-    from fused_lora.gpu.host.linear import backward
+    from fused_lora.gpu.host.launch import backward
 
     with torch.cuda.device_of(operands.a):
         return backward(operands, *arguments)

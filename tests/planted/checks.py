@@ -145,7 +145,7 @@ def attention_sees_all_samples_as_one_on_a_gpu(original):
     return varlen
 
 
-@planted("fused_lora.gpu.host.linear:project", f"{ON_GPU}[1x1-tiny]", gpu=True)
+@planted("fused_lora.gpu.host.launch:project", f"{ON_GPU}[1x1-tiny]", gpu=True)
 def s_is_two_percent_up_on_a_gpu(original):
     """The projection's result is multiplied by 1.02."""
 

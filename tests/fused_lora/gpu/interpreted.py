@@ -152,7 +152,7 @@ def rows_of(case: Case, owners: Iterable[int]) -> torch.Tensor:
 def isolation(case: Case) -> Iterator[str]:
     """What of an adapter changes, if only by a bit, when its neighbours' rows are no numbers: zero times infinity is
     none either, so that other rows must not be multiplied away."""
-    from fused_lora.gpu.host.linear import backward, forward
+    from fused_lora.gpu.host.launch import backward, forward
 
     clean = run(forward, backward, case, case.dtype)
     owners = list(dict.fromkeys(owner for length, owner in case.segments if length))

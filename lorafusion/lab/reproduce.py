@@ -16,7 +16,6 @@ from lorafusion.core.source_tree import IS_CHECKOUT
 from lorafusion.lab.dag import Dag
 from lorafusion.lab.driver import driving
 from lorafusion.lab.failures import failures, forget, statement
-from lorafusion.lab.steps import dag_of
 from lorafusion.launch.launch import end_with_parent
 
 ROOT = CONFIGS.parent
@@ -28,6 +27,8 @@ def reproduce(suite: str | None, folder: Path | None = None, again: bool = False
     """Run the workflow where anything is to be done, show the summary; returns the exit status. again: make the runs
     that failed anew."""
     require_workflow()
+    from lorafusion.lab.steps import dag_of  # which needs pandas
+
     dag = dag_of(suite, folder)
     workflow = [*SNAKEMAKE, "--snakefile", str(SNAKEFILE), "--profile", str(ROOT / "workflow" / "profiles" / "local"),
                 *_config(dag)]  # fmt: skip
@@ -65,6 +66,8 @@ def require_workflow() -> None:
 def make_report(suite: str | None, folder: Path | None) -> None:
     """Write the report of a suite whose workflow has run, and print its summary."""
     require_workflow()
+    from lorafusion.lab.steps import dag_of
+
     dag = dag_of(suite, folder)
     missing = [path for path in _shown(dag) if not path.exists()]
     if missing:

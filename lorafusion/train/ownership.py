@@ -21,7 +21,7 @@ RESERVED = re.compile(
     "T_destination|add_module|apply|bfloat16|buffers|call_super_init|children|clear|compile|cpu|cuda|double|"
     "dump_patches|eval|extra_repr|float|forward|get_(buffer|extra_state|parameter|submodule)|half|ipu|items|keys|"
     "load_state_dict|modules|mtia|named_(buffers|children|modules|parameters)|parameters|pop|"
-    r"register_(buffer|module|parameter|\w+_hook)|requires_grad_|set_(extra_state|submodule)|share_memory|state_dict|to|"
+    r"register_(buffer|module|parameter|\w+_hook)|requires_grad_|set_(extra_state|submodule)|share_memory|smart_apply|state_dict|to|"
     "to_empty|train|training|type|update|values|xpu|zero_grad"
 )
 WANDBS = "wandb"  # has links of its own making

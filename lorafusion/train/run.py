@@ -69,7 +69,8 @@ def train(path: Path, file: JobsFile | None = None) -> int:
     if outcome.status == "stopped":
         LOGGER.info(f"stopped {outcome.note}; {again}")
         return STOPPED
-    LOGGER.error(f"{outcome.status}: {outcome.note}; its log: {log}" + f"; {again}" * (outcome.status in BROKEN))
+    LOGGER.info(f"{log} has what came before" + f"; {again}" * (outcome.status in BROKEN))
+    LOGGER.error(f"{outcome.status}: {outcome.note}")
     return FAILED
 
 

@@ -111,9 +111,9 @@ def test_what_is_read_is_not_kept_where_it_would_be_replaced(tmp_path):
     (out / "rows.jsonl").write_text('{"x": "y"}')
     (out / "base").mkdir()
     rows = {"name": "a", "data": {"jsonl": "out/rows.jsonl", "completion": "{x}"}}
-    refused(jobs_file(tmp_path, jobs=[rows]), "out holds .*rows.jsonl, which is read")
+    refused(jobs_file(tmp_path, jobs=[rows]), "holds .*rows.jsonl, which is read")
     data = {"data": {"text": "jobs.yaml"}, "evaluation": {"text": "out/rows.jsonl"}}
-    refused(jobs_file(tmp_path, jobs=[rows | data]), "out holds .*rows.jsonl, which is read")
+    refused(jobs_file(tmp_path, jobs=[rows | data]), "holds .*rows.jsonl, which is read")
     refused(jobs_file(tmp_path, model="out/base"), "out holds .*base, which is read")
     refused(jobs_file(tmp_path, tokenizer="out/base"), "out holds .*base, which is read")
     refused(jobs_file(out, ".", "model.yaml"), "holds .*model.yaml, which is read")

@@ -188,9 +188,10 @@ def test_a_process_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(training, "launch", damaged)
     assert train(path) == FAILED
-    error = capsys.readouterr().err.splitlines()[-1]
+    *_, before, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: crash: rank 0 (stage 0 of 1), ")
     assert "a.safetensors: not a whole safetensors file" in error
+    assert before.endswith(f"log.txt has what came before; `lorafusion train {path}` goes on")
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,7 @@ def test_plain_training_takes_nothing_from_what_it_judges():
         plain_training: {
             "lorafusion.lab": {"definitions"},
             "lorafusion.core.config": {"ModelConfig"},
-            "lorafusion.lab.definitions": {"Placed", "Text"},
+            "lorafusion.lab.definitions": {"Placed", "LabelledText"},
             "lorafusion.model.stage": {"hf_config"},
             "lorafusion.core.workload": {"Job"},
         },

@@ -137,7 +137,7 @@ def test_read_results_does_not_depend_on_the_order_of_the_files(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "x.json: version: input should be 1"),
+        ({"version": 2}, "x.json: version: input should be less than or equal to 1"),
         ({"status": "fine"}, "x.json: status: .*'oom'"),
         ({"metrics": []}, "x.json: metrics: expected throughput in window whole"),
         ({"status": "crash"}, "x.json: metrics: expected none with status 'crash', found 2"),

@@ -14,6 +14,11 @@ settings.load_profile("suite")
 start_logging()  # as the command line does
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests first, so that none is left to one process at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def job(name="a", lengths=(5, 3, 8, 2, 6), **changes) -> Job:
     """A job with the given sample lengths; any field can be changed."""
     fields = {

@@ -9,9 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from lorafusion.launch.heartbeat import FIRST
 
 AT_ONCE = 5  # seconds; those that torchrun itself kills have had 30 to end
 
@@ -21,6 +25,9 @@ def main() -> None:
         run.main()
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
+        rank, _ = error.get_first_failure()
+        with suppress(OSError):  # of a full disk, say
+            (Path(sys.argv[-1]) / FIRST).write_text(str(rank))  # the last argument is the folder of reports
         end_as(error)
 
 

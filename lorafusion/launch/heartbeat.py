@@ -8,6 +8,7 @@ import mmap
 import os
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ NODE = platform.node()
 PAUSE = 5.0  # seconds; a launcher that has not looked for longer was stopped, perhaps with its processes
 START_UP = "start-up"
 ENDED = "ended"
+FIRST = "first-failure"  # a file: the rank that failed first, where torchrun has told
 FAILED = "failed: "  # for want of room for a report
 WAITING = "waiting for "
 
@@ -80,6 +82,13 @@ class Watch:
             if self.died is None and current.node == NODE and not _lives(current.pid):
                 last = _read(_path(self.directory, rank), now)  # it may have ended since it was read
                 self.died = last if last is not None and last.doing != ENDED else None
+
+    def first_dead(self) -> Seen | None:
+        """Who died first. torchrun ends the others at once, so between two looks all may be gone; it knows."""
+        if self.died is not None:
+            with suppress(OSError, ValueError):
+                return self.seen.get(int((self.directory / FIRST).read_text()), self.died)
+        return self.died
 
     def stalled(self, seconds: float) -> str:
         """Who keeps the run from going on, if nobody has moved for so long; else nothing. Start-up has no limit here:

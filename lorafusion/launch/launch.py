@@ -263,11 +263,12 @@ def outcome(reports: Path, code: int, watch: Watch | None = None) -> Outcome:
         return Outcome(causes[0]["status"], causes[0]["message"])
     name = signal.Signals(-code).name if code < 0 else ""
     hint = ", often the host's out-of-memory killer" if name in ("", "SIGKILL") else ""
-    if watch is not None and watch.died:
-        if watch.died.doing.startswith(FAILED):
-            return Outcome("crash", watch.died.doing.removeprefix(FAILED))
+    died = watch.first_dead() if watch is not None else None
+    if died:
+        if died.doing.startswith(FAILED):
+            return Outcome("crash", died.doing.removeprefix(FAILED))
         end = f"ended by {name}" if name else "ended without a word, as by SIGKILL"
-        return Outcome("crash", f"{watch.died.place}, {watch.died.doing}: {end}{hint}", killed=killed)
+        return Outcome("crash", f"{died.place}, {died.doing}: {end}{hint}", killed=killed)
     if failures and not killed:
         return Outcome(failures[0]["status"], failures[0]["message"])
     if name:

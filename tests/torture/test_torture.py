@@ -69,6 +69,7 @@ def test_a_good_plan_is_shown(tmp_path):
     server.close()
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_hostile_inputs_is_refused():
     """`make torture` tries all of them."""
     sample = inputs.sample()

@@ -7,6 +7,7 @@ import pytest
 from tests.torture import workflow_kills
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_workflow_that_is_killed_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it is left for the workflow's folder

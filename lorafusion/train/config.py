@@ -264,7 +264,7 @@ class _Reader:
         return translated(mapping, keys, dict.fromkeys(others, place), where, self.mistakes)
 
     def _jobs(self, jobs: object, defaults: object, replicas: object) -> tuple[TrainJob, ...]:
-        """The jobs that are right; if there are none, one in their place."""
+        """The jobs that are right. Without any, a stand-in, so that the file's other mistakes are told too."""
         where, place = f"{self.path}: defaults", "at the top of the file"
         under = self._stated({} if defaults is None else defaults, JOB_KEYS - {"name"}, FILE_KEYS, place, where)
         right = []

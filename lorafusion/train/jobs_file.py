@@ -68,7 +68,7 @@ def _require_possible(config: TrainConfig) -> None:
 
 def _require_model(config: TrainConfig, model: ModelConfig | None) -> None:
     """Raise `UserError` where the base model's files are damaged, or are of a model that cannot be trained."""
-    from lorafusion.model.pretrained import look_at, require_weights  # the hub's library, which a mistake needs not
+    from lorafusion.model.pretrained import look_at, require_weights  # imports the hub's library, so only now
 
     try:
         if model is None:

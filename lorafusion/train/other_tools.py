@@ -84,7 +84,7 @@ HINTS = {
     "bias": "delete it, biases are not trained",
     "task_type": "delete it, models are causal language models",
 }
-# What may be stated in two ways; where a job states it in one, defaults in the other don't count.
+# Settings that two ways of keys can state. A job that uses one way overrides defaults in the other way.
 WAYS = ((("global_batch_size",), BATCH), (("warmup_steps",), ("warmup_ratio",)))
 
 

@@ -89,7 +89,7 @@ def _around(function: Callable[[], None]) -> tuple[float, float]:
 
 
 def canary_rows(device: torch.device, cell: str) -> list[dict]:
-    """How fast the machine is now, as cells below one."""
+    """Times that show how fast the machine is now, as rows of cells below `cell`."""
     return [
         row("time", value, "steady", {"cell": f"{cell}/{name}"}, implementation=name)
         for name, value in canary(device).items()

@@ -58,8 +58,7 @@ def main() -> None:
     os.environ["MPLBACKEND"] = "agg"  # figures are drawn to files
     status = 2
     try:
-        if not os.access(os.curdir, os.F_OK):
-            raise UserError("the folder in which this is called has been removed")
+        _check_folder()
         if "" in sys.argv[1:]:  # which typer takes for this folder where a path belongs
             raise UserError(f"{sys.argv[sys.argv.index('', 1) - 1]}: expected a value after it, found an empty word")
         status = app(prog_name="lorafusion", standalone_mode=False)
@@ -79,6 +78,14 @@ def main() -> None:
             status = 2
             print(f"error: standard output: {error.strerror}", file=sys.stderr)
     sys.exit(status)
+
+
+def _check_folder() -> None:
+    """The folder that paths start from: whoever calls may stand in one that is gone."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the folder in which this is called has been removed") from None
 
 
 def _usage_error(error: typer.TyperException) -> str:

@@ -31,10 +31,10 @@ include: "workflow/common.smk"
 
 
 # The workflow's own Python, also where the environment was not activated and inside Slurm jobs.
-# Snakemake fills in what stands in braces.
+# Snakemake fills in what stands in braces. A job that Slurm requeues is another attempt (lorafusion/launch/rendezvous.py).
 PROGRAMS = shlex.quote(str(Path(sys.executable).parent))
 PROGRAMS = PROGRAMS.replace("{", "{{").replace("}", "}}")
-shell.prefix(f"set -euo pipefail; export PATH={PROGRAMS}:$PATH; ")
+shell.prefix(f"set -euo pipefail; export PATH={PROGRAMS}:$PATH LORAFUSION_ATTEMPT=$(date +%s%N); ")
 
 for target in SUITE.targets:
 

@@ -76,8 +76,11 @@ def resources_of(kind):
         ),
         "nodes": lambda step: step.resources.nodes,
         "tasks": lambda step: step.resources.nodes,
-        # What starts a run: nothing on one node, one launcher a node on more.
-        "mpi": lambda step: "srun" if step.resources.nodes > 1 else "",
+        # What starts a run: nothing on one node, one launcher a node on more. A node whose launcher cannot start ends
+        # the others'.
+        "mpi": lambda step: (
+            "srun --kill-on-bad-exit=1" if step.resources.nodes > 1 else ""
+        ),
         "device": lambda step: int(step.resources.exclusive),
     }
     names = ["mpi"] if kind.quick else asked

@@ -6,29 +6,46 @@ outside or crashed.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+import torch.distributed as dist
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
+from lorafusion.core.files import write
 from lorafusion.launch.heartbeat import FIRST
+from lorafusion.launch.rendezvous import failure_at
 
 AT_ONCE = 5  # seconds; those that torchrun itself kills have had 30 to end
 
 
 def main() -> None:
+    reports = Path(sys.argv[-1])
     try:
         run.main()
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
         rank, _ = error.get_first_failure()
-        with suppress(OSError):  # of a full disk, say
-            (Path(sys.argv[-1]) / FIRST).write_text(str(rank))  # the last argument is the folder of reports
+        with suppress(OSError), open(reports / FIRST, "x") as file:  # OSError: a full disk, or another node was first
+            file.write(str(rank))
         end_as(error)
+    except (dist.DistError, RendezvousError) as error:
+        report_no_rendezvous(error, sys.argv, reports)
+        raise
+
+
+def report_no_rendezvous(error: Exception, arguments: list[str], reports: Path) -> None:
+    """Leave a report of why no worker was started, with the place at which the nodes were to meet."""
+    options = dict(argument.split("=", 1) for argument in arguments if re.match("--[a-z-]+=", argument))
+    failure = {"status": "crash", "message": failure_at(options["--rdzv-endpoint"], error)}
+    write(reports / f"failure-node-{options.get('--node-rank', 0)}.json", json.dumps(failure))
 
 
 def end_as(error: ChildFailedError) -> None:

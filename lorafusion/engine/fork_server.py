@@ -59,8 +59,7 @@ class Forked:
 
     work = staticmethod(work)  # tests have one that waits for them
 
-    def __init__(self, processes: int, nodes: int, arguments: list[str], log: IO[str] | None) -> None:
-        assert nodes == 1
+    def __init__(self, processes: int, meeting: None, arguments: list[str], log: IO[str] | None) -> None:
         places = [place_of(rank, processes) for rank in range(processes)] if processes > 1 else [{}]
         environment = worker_environment(processes, os.environ)
         threads = int(environment["OMP_NUM_THREADS"])

@@ -30,6 +30,7 @@ from lorafusion.launch.heartbeat import ENDED, FAILED, Position
 from lorafusion.launch.launch import end_with_parent
 from lorafusion.launch.lock import join
 from lorafusion.launch.outcome import FaultyRunError
+from lorafusion.launch.rendezvous import failure_at
 from lorafusion.launch.spec import RunSpec
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
@@ -72,7 +73,12 @@ def _meet(device: torch.device, rank: int, world: int, file: Path) -> None:
     is_near = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
     place = {"init_method": f"file://{file}", "rank": rank, "world_size": world} if is_near else {}
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=RENDEZVOUS_TIMEOUT, **place)
+    try:
+        dist.init_process_group(backend, timeout=RENDEZVOUS_TIMEOUT, **place)
+    except RuntimeError as error:
+        if is_near:
+            raise
+        raise UserError(failure_at("{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ), error)) from error
 
 
 def _imported(spec: RunSpec) -> Callable[[WorkerProcess], dict]:

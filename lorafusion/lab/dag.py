@@ -25,6 +25,7 @@ from lorafusion.core.workload import content_hash
 from lorafusion.lab.experiments.experiment import Resources
 from lorafusion.lab.keys import OutOfDateError
 from lorafusion.launch.outcome import Outcome
+from lorafusion.launch.rendezvous import node_rank
 from lorafusion.launch.spec import RunSpec
 
 KEY_SUFFIX = ".key"
@@ -188,9 +189,11 @@ def make_step(step: Step, launch: Callable) -> str:
     """Make one step whose inputs are up to date; returns what it says."""
     for source in step.inputs:
         source.require_current()
-    step.forget_key()
+    is_first = node_rank(os.environ) == 0  # of a run on several nodes the first writes the result
+    if is_first:
+        step.forget_key()
     statement = step.make(step, partial(launch_again, launch))
-    if int(os.environ.get("SLURM_NODEID", 0)) == 0:  # of a run on several nodes the first writes the result
+    if is_first:
         step.write_key()
     return statement
 

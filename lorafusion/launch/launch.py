@@ -26,7 +26,8 @@ from lorafusion.core.files import write, writing
 from lorafusion.core.source_tree import IS_CHECKOUT, ROOT
 from lorafusion.launch.heartbeat import FAILED, Watch
 from lorafusion.launch.lock import inherited
-from lorafusion.launch.outcome import Outcome
+from lorafusion.launch.outcome import FaultyRunError, Outcome
+from lorafusion.launch.rendezvous import WAIT_SECONDS, Meeting, meet
 from lorafusion.launch.scratch import scratch_folder
 from lorafusion.launch.spec import STOP_FILE, RunSpec
 
@@ -35,7 +36,6 @@ GRACE_SECONDS = 10
 END_SECONDS = 10  # that a process may take to end once it is killed
 LOOK_SECONDS = 0.2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-RENDEZVOUS_PORT = 29400
 # Of processes on one machine: what they listen on cannot be reached from another. The stores of torch listen on all
 # addresses, so these meet in files.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -51,11 +51,12 @@ BROKEN_CONNECTION = re.compile("Connection|Broken pipe|Socket closed")
 class Processes:
     """The processes of a run on this node, in a session of their own so that the whole tree can be ended."""
 
-    def __init__(self, processes: int, nodes: int, arguments: list[str], log: IO[str] | None) -> None:
-        command = worker_command(processes, nodes, os.environ, Path(arguments[0]).parent) + arguments
+    def __init__(self, processes: int, meeting: Meeting | None, arguments: list[str], log: IO[str] | None) -> None:
+        command = worker_command(processes, meeting, Path(arguments[0]).parent) + arguments
         with writing(Path(log.name)) if log else nullcontext():
             print("+", shlex.join(command), flush=True, file=log)
-        environment = worker_environment(processes // nodes, os.environ) | (LOOPBACK if nodes == 1 else {})
+        here = processes // meeting.nodes if meeting else processes
+        environment = worker_environment(here, os.environ) | ({} if meeting else LOOPBACK)
         environment[LAUNCHER] = str(os.getpid())
         self._child = subprocess.Popen(
             command,
@@ -98,13 +99,14 @@ def launch(
     stall: float = math.inf,
     look: Callable[[], None] = lambda: None,
     log: IO[str] | None = None,
-    start: Callable[[int, int, list[str], IO[str] | None], Processes] = Processes,
+    start: Callable[[int, Meeting | None, list[str], IO[str] | None], Processes] = Processes,
 ) -> Outcome:
     """Run a spec on `processes` processes; output goes to this process's, or to a log; at most `timeout` seconds pass,
     and at most `stall` in which no process gets on. `look` is called a few times a second.
 
-    With several nodes one launcher runs on each (`srun`); `reports` is then a folder that all of them see, in which
-    the workers leave their reports, so that the first node knows why another failed. A run that saves checkpoints is
+    With several nodes one launcher runs on each (`srun`); `reports` is then the folder of this attempt, which all of
+    them see (`rendezvous.shared_folder`). There they meet, and the workers leave their reports, so that the first node
+    knows why another failed; only its outcome says how the run ended. A run that saves checkpoints is
     asked to do so before it ends when this process gets SIGTERM, SIGINT or SIGHUP; the outcome is then "stopped".
     """
     spec = spec if spec.lock else spec.model_copy(update={"lock": inherited()})
@@ -115,7 +117,11 @@ def launch(
         write(spec_path, spec.model_dump_json())
         watch = Watch(reports, processes)
         with _interrupts(spec) as interrupted:
-            running = start(processes, nodes, [str(spec_path), str(reports)], log)
+            try:
+                meeting = meet(reports, nodes, os.environ) if nodes > 1 else None
+            except FaultyRunError as fault:
+                return Outcome(fault.status, str(fault))
+            running = start(processes, meeting, [str(spec_path), str(reports)], log)
             try:
                 code = _wait(running, watch, timeout, stall, look)
             except KeyboardInterrupt:
@@ -199,27 +205,22 @@ def _tell(text: str) -> None:
         os.write(2, f"{text}\n".encode())
 
 
-def worker_command(processes: int, nodes: int, environment: Mapping[str, str], scratch: Path) -> list[str]:
-    """The command that starts the workers of this node: one process plainly, more under torchrun. scratch: a folder of
-    this run, in which those of one node meet."""
+def worker_command(processes: int, meeting: Meeting | None, scratch: Path) -> list[str]:
+    """The command that starts the workers of this node: one process plainly, more under torchrun. meeting: where there
+    are several nodes; scratch: a folder of this run, in which the processes of a single one meet."""
     worker = ["-m", "lorafusion.engine"]
     if processes == 1:
         return [sys.executable, *worker]
-    torchrun = [sys.executable, "-m", "lorafusion.engine.agent", f"--nproc-per-node={processes // nodes}",
+    here = processes // meeting.nodes if meeting else processes
+    torchrun = [sys.executable, "-m", "lorafusion.engine.agent", f"--nproc-per-node={here}",
                 f"--log-dir={scratch / 'torchrun-logs'}"]  # fmt: skip
-    if nodes == 1:
-        meeting = [f"--rdzv-endpoint={scratch / 'torchrun'}", "--rdzv-conf=store_type=file"]
-        return [*torchrun, "--rdzv-backend=c10d", *meeting, *worker]
-    return [
-        *torchrun,
-        f"--nnodes={nodes}",
-        f"--node-rank={environment['SLURM_NODEID']}",
-        f"--rdzv-id={environment['SLURM_JOB_ID']}",
-        "--rdzv-backend=c10d",
-        # Where srun was called: the job's first node.
-        f"--rdzv-endpoint={environment['SLURM_LAUNCH_NODE_IPADDR']}:{RENDEZVOUS_PORT}",
-        *worker,
-    ]
+    if meeting is None:
+        place = [f"--rdzv-endpoint={scratch / 'torchrun'}", "--rdzv-conf=store_type=file"]
+        return [*torchrun, "--rdzv-backend=c10d", *place, *worker]
+    # Static: ranks in the order of the nodes, and the first node itself listens, or fails.
+    return [*torchrun, f"--nnodes={meeting.nodes}", f"--node-rank={meeting.rank}", f"--rdzv-id={meeting.attempt}",
+            "--rdzv-backend=static", f"--rdzv-endpoint={meeting.endpoint}", f"--rdzv-conf=timeout={WAIT_SECONDS}",
+            *worker]  # fmt: skip
 
 
 def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[str, str]:

@@ -126,3 +126,14 @@ def test_a_kind_of_steps_is_no_part_of_a_path():
     steps = dag_of("smoke").select(["workload"])
     assert {step.kind.name for step in steps} == {"workload"}
     assert {step.kind.name for step in dag_of("smoke").select(["workload~xsum*"])} > {"workload", "run"}
+
+
+def test_only_the_first_node_of_a_run_says_that_it_is_made(suite, origin, tmp_path, monkeypatch):
+    """A node that comes late takes no key away."""
+    folder = tmp_path / "results"
+    assert run(suite, folder, Share(), instant, float("inf")) == 0
+    step = next(step for step in dag_of(suite, folder).steps if step.kind.name == "run")
+    before = step.key_path.stat().st_mtime_ns, step.path.stat().st_mtime_ns
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    assert make_step(step, instant) == "node 1: its processes have ended; the first node judges"
+    assert (step.key_path.stat().st_mtime_ns, step.path.stat().st_mtime_ns) == before

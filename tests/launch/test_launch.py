@@ -29,6 +29,7 @@ from lorafusion.lab.table.result import result_of
 from lorafusion.launch.heartbeat import WAITING, Watch
 from lorafusion.launch.launch import end_with_parent, launch, outcome, worker_command, worker_environment
 from lorafusion.launch.outcome import Outcome
+from lorafusion.launch.rendezvous import Meeting
 from lorafusion.launch.spec import RunSpec
 from lorafusion.model.stage import build_stage
 from lorafusion.planning import first_fit
@@ -243,13 +244,11 @@ def test_a_process_that_hangs_is_named(long_run):
 
 
 def test_nodes_meet_at_the_first():
-    environment = {"SLURM_NODEID": "1", "SLURM_JOB_ID": "77", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
-    command = worker_command(16, 2, environment, Path("scratch"))
-    assert "--nproc-per-node=8" in command
-    assert "--node-rank=1" in command
-    assert "--rdzv-endpoint=10.0.0.7:29400" in command
-    assert "--rdzv-endpoint=scratch/torchrun" in worker_command(4, 1, {}, Path("scratch"))
-    assert "torch.distributed.run" not in worker_command(1, 1, {}, Path("scratch"))
+    command = worker_command(16, Meeting("77.0-1a", "10.0.0.7:20123", rank=1, nodes=2), Path("scratch"))
+    expected = {"--nproc-per-node=8", "--node-rank=1", "--rdzv-id=77.0-1a", "--rdzv-endpoint=10.0.0.7:20123"}
+    assert expected < set(command)
+    assert "--rdzv-endpoint=scratch/torchrun" in worker_command(4, None, Path("scratch"))
+    assert "torch.distributed.run" not in worker_command(1, None, Path("scratch"))
 
 
 @pytest.mark.parametrize("launched", [launch, forked.launch], ids=["torchrun", "forked"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from pathlib import Path
 
 from lorafusion.core.config import SystemConfig, names_in
@@ -26,6 +25,7 @@ from lorafusion.lab.suite import Cell, Suite, suite_path
 from lorafusion.lab.table.result import result_of, write_result
 from lorafusion.launch.launch import launch
 from lorafusion.launch.outcome import Outcome
+from lorafusion.launch.rendezvous import leave, node_rank, shared_folder
 from lorafusion.launch.spec import RunSpec
 
 TRAIN_WITH_COST = "lorafusion.lab.cost:train_with_cost"
@@ -70,8 +70,8 @@ class EndToEnd(Experiment):
         origin = self.origin(point, out, log)
         origin |= {"workload_hash": workload.content_hash, "plan_hash": plan.content_hash if plan else None}
         outcome = launched(files, inputs, out) if plan else Outcome("skipped", reason)
-        if plan and int(os.environ.get("SLURM_NODEID", 0)) > 0:
-            return f"{outcome.status}; the first node writes the result"
+        if plan and (node := node_rank(os.environ)):
+            return f"node {node}: its processes have ended; the first node judges"
         cell = description(suite, files.cell, workload, files.system, plan, repeat)
         result = result_of(outcome, workload, plan, cell, origin)
         write_result(out, result)
@@ -83,12 +83,13 @@ def launched(files: CellFiles, inputs: Inputs, out: Path) -> Outcome:
     suite, cell = files.suite, files.cell
     task = {"task": TRAIN_WITH_COST} if suite.cost else {}
     spec = spec_of(cell, suite, inputs.workload).model_copy(update={"plan": str(inputs.plan)} | task)
-    # Named by the job, so that reports of a killed attempt are not taken for this one's.
-    job = os.environ.get("SLURM_JOB_ID", "local")
-    shared = out.with_name(f"{out.name}.reports-{job}") if inputs.nodes > 1 else None
-    outcome = (inputs.launch or launch)(spec, cell.gpus, 60 * cell.grid.minutes, inputs.nodes, shared)
-    if shared and int(os.environ.get("SLURM_NODEID", 0)) == 0:
-        shutil.rmtree(shared)
+    shared = shared_folder(out, os.environ)
+    run = inputs.launch or launch
+    if inputs.nodes == 1:
+        return run(spec, cell.gpus, 60 * cell.grid.minutes)
+    outcome = run(spec, cell.gpus, 60 * cell.grid.minutes, inputs.nodes, shared)
+    if node_rank(os.environ) == 0:
+        leave(shared)
     return outcome
 
 

@@ -1,0 +1,166 @@
+"""How the launchers of a run on several nodes, one on each (`srun`), come together at a port of the first node.
+
+They share a folder that only this attempt has: each leaves its name there, and once all are there the first writes at
+which of its ports their processes meet. So a node that does not come is named, and no attempt meets another.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from lorafusion.core.files import write
+from lorafusion.core.schema import shortened
+from lorafusion.launch.outcome import FaultyRunError
+
+# What all nodes of an attempt know, and what changes when a job is requeued or calls `srun` again. Slurm numbers the
+# steps of a requeued job from 0 again; Snakemake's plugin hides the number of restarts; Slurm before 23.02 tells no
+# start; and the port is the same again where SrunPortRange is narrow. So the Snakefile names each attempt, too.
+ATTEMPT = ("LORAFUSION_ATTEMPT", "SLURM_RESTART_COUNT", "SLURM_JOB_START_TIME", "SLURM_SRUN_COMM_PORT")
+WAIT_SECONDS = 120  # in which all nodes have to come, and then to reach the port
+LOOK_SECONDS = 0.2
+PORTS = range(20_000, 32_000)  # below those that Linux gives to whoever asks for any
+TRIES = 20
+MEETING = "rendezvous"  # a file: where the processes meet
+NONE = "none"  # in it: the first node waits no longer
+ADVICE = "can the nodes reach it? GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the processes of an attempt meet: at `endpoint`, a host and a port of it. rank: this node's."""
+
+    attempt: str
+    endpoint: str
+    rank: int
+    nodes: int
+
+
+def node_rank(environment: Mapping[str, str]) -> int:
+    """Which node of its run this is; the first, 0, alone judges how the run ended, and writes it down."""
+    return int(environment.get("SLURM_NODEID", 0))
+
+
+def attempt_of(environment: Mapping[str, str]) -> str:
+    """The name of this attempt: the same on all nodes, and another one after a requeue."""
+    life = hashlib.sha256(repr([environment.get(name) for name in ATTEMPT]).encode()).hexdigest()[:8]
+    return f"{environment.get('SLURM_JOB_ID', 'local')}.{environment.get('SLURM_STEP_ID', 0)}-{life}"
+
+
+def shared_folder(out: Path, environment: Mapping[str, str]) -> Path:
+    """The folder of this attempt at a result file, in which its nodes meet and their processes report. What earlier
+    attempts left is removed."""
+    folder = out.with_name(f"{out.name}.reports-{attempt_of(environment)}")
+    if node_rank(environment) == 0:
+        for path in out.parent.glob(f"{glob.escape(out.name)}.reports-*"):
+            if path != folder:
+                shutil.rmtree(path, ignore_errors=True)
+    return folder
+
+
+def meet(folder: Path, nodes: int, environment: Mapping[str, str], seconds: float = WAIT_SECONDS) -> Meeting:
+    """Wait for the other nodes. Raises `FaultyRunError` where one of them does not come in time, or where the first has
+    no free port."""
+    attempt, rank = attempt_of(environment), node_rank(environment)
+    write(folder / f"node-{rank}", environment.get("SLURMD_NODENAME") or platform.node())
+    if rank == 0:
+        try:
+            _require_all(folder, nodes, environment, seconds)
+            endpoint = f"{address_of(environment)}:{free_port(attempt)}"
+        except FaultyRunError:
+            write(folder / MEETING, NONE)
+            raise
+        write(folder / MEETING, endpoint)
+    # The first may have come last, and waits for others after that.
+    elif _wait_for(folder, {MEETING}, 2 * seconds) or (folder / MEETING).read_text() == NONE:
+        raise FaultyRunError("crash", f"{node_name(0, environment)}, the first node, called no rendezvous")
+    return Meeting(attempt, (folder / MEETING).read_text(), rank, nodes)
+
+
+def leave(folder: Path) -> None:
+    """Remove the folder of an attempt that has ended. That there was no rendezvous stays there for a node that comes
+    late, until the next attempt."""
+    meeting = folder / MEETING
+    if not meeting.exists() or meeting.read_text() != NONE:
+        shutil.rmtree(folder, ignore_errors=True)  # NFS keeps what another node has open
+
+
+def _require_all(folder: Path, nodes: int, environment: Mapping[str, str], seconds: float) -> None:
+    missing = _wait_for(folder, {f"node-{node}" for node in range(nodes)}, seconds)
+    if missing:
+        names = ", ".join(node_name(int(name.removeprefix("node-")), environment) for name in sorted(missing))
+        raise FaultyRunError("crash", f"{len(missing)} of {nodes} nodes did not come to the rendezvous in {seconds:g} "
+                                      f"s: {names}; does lorafusion start there, and see the results?")  # fmt: skip
+
+
+def _wait_for(folder: Path, names: set[str], seconds: float) -> set[str]:
+    """Wait until files of other nodes are in a folder; returns the names of those that are not. They show by listing
+    the folder: NFS remembers for a minute that a name was not there."""
+    end = time.monotonic() + seconds
+    while missing := names.difference(os.listdir(folder) if folder.exists() else []):
+        if time.monotonic() > end:
+            break
+        time.sleep(LOOK_SECONDS)
+    return missing
+
+
+def node_name(rank: int, environment: Mapping[str, str]) -> str:
+    """A node as Slurm calls it, where that is known here."""
+    listed = environment.get("SLURM_STEP_NODELIST", "")
+    if listed and shutil.which("scontrol"):
+        done = subprocess.run(["scontrol", "show", "hostnames", listed], capture_output=True, text=True, check=False)
+        names = done.stdout.split()
+        if rank < len(names):
+            return names[rank]
+    return f"node {rank} of {listed}" if listed else f"node {rank}"
+
+
+def address_of(environment: Mapping[str, str]) -> str:
+    """This node's address: of the interface that gloo or NCCL is to use, else the one from which Slurm starts steps if
+    that is here, else the node's name."""
+    addresses = {
+        name: [address.address for address in every if address.family == socket.AF_INET]
+        for name, every in psutil.net_if_addrs().items()
+    }
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        interface = environment.get(variable, "").partition(",")[0].removeprefix("=")
+        if addresses.get(interface):
+            return addresses[interface][0]
+    slurm = environment.get("SLURM_LAUNCH_NODE_IPADDR", "")
+    return slurm if any(slurm in every for every in addresses.values()) else platform.node()
+
+
+def ports_of(attempt: str) -> list[int]:
+    """The ports at which an attempt may meet, in the order in which they are tried; others try others first."""
+    first = int.from_bytes(hashlib.sha256(attempt.encode()).digest()[:4], "big")
+    return [PORTS[(first + 997 * number) % len(PORTS)] for number in range(TRIES)]
+
+
+def free_port(attempt: str) -> int:
+    """The first of an attempt's ports that nobody on this node has."""
+    for port in ports_of(attempt):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    tried = ", ".join(map(str, ports_of(attempt)[:3]))
+    raise FaultyRunError("crash", f"rendezvous: none of {TRIES} ports ({tried}, ...) of {platform.node()} is free")
+
+
+def failure_at(endpoint: str, error: Exception) -> str:
+    """Why processes could not meet, in a line that says where they tried."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"the rendezvous at {endpoint} failed: {shortened(reason, 120)}; {ADVICE}"

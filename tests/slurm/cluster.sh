@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
-# A toy Slurm cluster on this one machine, for tests.
+# A toy Slurm cluster on this one machine, for tests, set up as clusters are: accounts are kept (slurmdbd, MariaDB), and
+# one must be given; a job that lost a node is put back into the queue; the default partition is short.
 #
-#   cluster.sh start    bring it up; what is up stays up
-#   cluster.sh stop     end the daemons that `start` recorded, and nothing else
-#   cluster.sh status   print its nodes and jobs; exit 0 when every node answers
+#   cluster.sh start        bring it up; what is up stays up
+#   cluster.sh stop         end the daemons that `start` recorded, and nothing else
+#   cluster.sh status       print its nodes and jobs; exit 0 when every node answers
+#   cluster.sh lose NODE    end a node with all that runs on it, as a power cut does
+#   cluster.sh return NODE  start a lost node again
 #
-# NODES (2), GPUS (0, fake), CPUS (8) and MEM_MB (16000) describe a node. CPUs and memory are what Slurm is
-# told, not what the machine has, and nothing is enforced. All state is under SLURM_TOY_ROOT, its munge is its own,
-# and a machine with a Slurm configuration of its own is refused, so that no real Slurm is disturbed.
+# NODES (2, named toy1, toy2), GPUS (0, fake), CPUS (8) and MEM_MB (16000) describe a node. CPUs and memory are what
+# Slurm is told, not what the machine has, and nothing is enforced. Partitions: short (the default, 10 minutes), long (a
+# day), cpu (an hour). Accounts: lab; whoever names none gets one that may not submit. Ports are free ones. All state is
+# under SLURM_TOY_ROOT, its munge is its own, and a machine with a Slurm configuration of its own is refused, so that no
+# real Slurm is disturbed.
 set -euo pipefail
 
 root=${SLURM_TOY_ROOT:-${TMPDIR:-/tmp}/lorafusion-slurm}
 nodes=${NODES:-2} gpus=${GPUS:-0} cpus=${CPUS:-8} mem_mb=${MEM_MB:-16000}
-port=${SLURM_TOY_PORT:-26817} # the controller's; node i listens at port + i
-packages=(slurmctld slurmd slurm-client munge)
+packages=(slurmctld slurmd slurm-client slurmdbd munge mariadb-server)
 export SLURM_CONF=$root/slurm.conf
+export MYSQL_UNIX_PORT=$root/db.socket # how slurmdbd finds the database
 # Where every other client looks. SLURM_CONF would not do: Snakemake's plugin drops it inside of a job.
 link=/etc/slurm/slurm.conf
 PATH=$PATH:/usr/sbin:/sbin # where Debian keeps the daemons
@@ -32,21 +37,21 @@ alive() {
             $1 == "State:" { exit !(same && $2 != "Z") }' "/proc/$pid/status" 2>/dev/null
 }
 
-# Each recorded daemon, in the order in which they have to end, which is the alphabet's from behind.
-recorded() { ls -r "$root/pids" 2>/dev/null || true; }
+# Each recorded daemon, in the order in which they have to end: the last that came first.
+recorded() { ls -t "$root/pids" 2>/dev/null || true; }
 
-answering() { timeout 5 sinfo -h -N -o %T 2>/dev/null | grep -cxE 'idle|mixed|allocated' || true; }
+answering() { timeout 5 sinfo -h -N -p short -o %T 2>/dev/null | grep -cxE 'idle|mixed|allocated' || true; }
 
 # Every daemon of NODES nodes lives (slurmctld takes minutes to miss one), and every node answers.
 healthy() {
     local name
-    [ "$(recorded | wc -l)" = $((nodes + 2)) ] || return
+    [ "$(recorded | wc -l)" = $((nodes + 4)) ] || return
     for name in $(recorded); do alive "$name" || return; done
     [ "$(answering)" = "$nodes" ]
 }
 
 install_packages() {
-    command -v slurmctld slurmd sbatch munged >/dev/null && return
+    command -v slurmctld slurmd sbatch slurmdbd munged mariadbd >/dev/null && return
     command -v apt-get >/dev/null || fail "Slurm is not installed, and there is no apt-get to install it with"
     echo "installing ${packages[*]}"
     apt-get update -qq
@@ -61,14 +66,43 @@ install_packages() {
     [ $status = 0 ] || fail "apt-get could not install ${packages[*]}"
 }
 
+# The first of `count` free ports, below those that the system hands out itself.
+free_ports() {
+    local count=$1 first port
+    while first=$((20000 + RANDOM % 10000)); do
+        for port in $(seq "$first" $((first + count - 1))); do
+            if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then continue 2; fi
+        done
+        echo "$first"
+        return
+    done
+}
+
 write_config() {
+    local port
+    port=$(free_ports $((nodes + 2))) # node i listens at port + i
+    cat >"$root/slurmdbd.conf" <<CONF
+DbdHost=localhost
+DbdPort=$((port + nodes + 1))
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket=$root/munge.socket
+PidFile=$root/pids/slurmdbd
+LogFile=$root/log/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm
+CONF
+    chmod 600 "$root/slurmdbd.conf"
     cat >"$root/slurm.conf" <<CONF
 ClusterName=toy
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$port
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$root/munge.socket
+# A job that is put back into the queue waits until its old credential has expired.
+AuthInfo=socket=$root/munge.socket,cred_expire=10
 CredType=cred/munge
 StateSaveLocation=$root/state
 SlurmdSpoolDir=$root/spool.%n
@@ -79,18 +113,22 @@ SlurmdLogFile=$root/log/slurmd.%n.log
 # A container has no cgroups to manage, and the nodes have no CPUs of their own to bind to.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/linux
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=localhost
+AccountingStoragePort=$((port + nodes + 1))
+AccountingStoragePass=$root/munge.socket
+AccountingStorageEnforce=associations,limits
+AccountingStoreFlags=job_comment
 MpiDefault=none
 MailProg=/bin/true
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 SlurmdParameters=config_overrides
-# Without accounting, squeue is the only witness of a job's end: it must not forget between two polls.
+# The tests ask squeue how a job ended: it must not forget.
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 ReturnToService=2
-JobRequeue=0
 KillWait=5
 CONF
     : >"$root/gres.conf"
@@ -109,9 +147,57 @@ CONF
         echo "NodeName=toy$n NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((port + n))" \
             "CPUs=$cpus RealMemory=$mem_mb $gres State=UNKNOWN" >>"$root/slurm.conf"
     done
-    echo "PartitionName=toy Nodes=toy[1-$nodes] Default=YES MaxTime=01:00:00 State=UP" >>"$root/slurm.conf"
+    cat >>"$root/slurm.conf" <<CONF
+PartitionName=short Nodes=toy[1-$nodes] Default=YES MaxTime=00:10:00
+PartitionName=long Nodes=toy[1-$nodes] MaxTime=1-00:00:00
+PartitionName=cpu Nodes=toy[1-$nodes] MaxTime=01:00:00
+CONF
     echo "CgroupPlugin=cgroup/v1" >"$root/cgroup.conf" # else slurmd looks for a version to use, and may find none
 }
+
+# until_succeeds SECONDS COMMAND...: wait until a command succeeds.
+until_succeeds() {
+    local tries=$(($1 * 5))
+    shift
+    for _ in $(seq "$tries"); do
+        if "$@" >/dev/null 2>&1; then return; fi
+        sleep 0.2
+    done
+    return 1
+}
+
+start_munge() {
+    (umask 077 && head -c 1024 /dev/urandom >"$root/munge.key")
+    # --force: munged would rather not keep its socket below a directory that all may write to, such as /tmp.
+    munged --force --key-file="$root/munge.key" --socket="$root/munge.socket" --pid-file="$root/pids/munged" \
+        --log-file="$root/log/munged.log" --seed-file="$root/munge.seed" 2>>"$root/log/munged.log" ||
+        fail "munged did not start: see $root/log/munged.log"
+}
+
+start_database() {
+    local log=$root/log/mariadbd.log
+    mariadb-install-db --no-defaults --user=root --datadir="$root/db" --auth-root-authentication-method=normal \
+        --skip-test-db --skip-name-resolve >"$log" 2>&1 || fail "no database: see $log"
+    # It is thrown away: what a power cut would lose need not be on the disk.
+    setsid mariadbd --no-defaults --user=root --datadir="$root/db" --socket="$MYSQL_UNIX_PORT" --skip-networking \
+        --pid-file="$root/pids/mariadbd" --innodb-flush-log-at-trx-commit=0 --skip-log-bin \
+        </dev/null >>"$log" 2>&1 &
+    until_succeeds 30 [ -S "$MYSQL_UNIX_PORT" ] || fail "mariadbd did not start: see $log"
+}
+
+# The user's default account is one that may not submit: so clusters are set up where an account must be given.
+start_accounting() {
+    slurmdbd
+    until_succeeds 30 sacctmgr -n show cluster || fail "slurmdbd did not start: see $root/log/slurmdbd.log"
+    {
+        sacctmgr -i add cluster toy
+        sacctmgr -i add account none,lab
+        sacctmgr -i modify account none set MaxSubmitJobs=0
+        sacctmgr -i add user "$(id -un)" account=none,lab defaultaccount=none
+    } >>"$root/log/sacctmgr.log" || fail "no accounts: see $root/log/sacctmgr.log"
+}
+
+start_node() { slurmd -N "$1" -f "$SLURM_CONF"; }
 
 start() {
     [ "$(uname -s)" = Linux ] || fail "needs Linux"
@@ -127,21 +213,19 @@ start() {
         stop # half up, or of another shape
     fi
     rm -rf "$root"
-    mkdir -p "$root"/{pids,log,state}
+    mkdir -p "$root"/{pids,log,state,db}
     chmod 755 "$root"
     echo "$settings" >"$root/settings"
     write_config
     ln -sfn "$SLURM_CONF" $link
 
-    (umask 077 && head -c 1024 /dev/urandom >"$root/munge.key")
-    # --force: munged would rather not keep its socket below a directory that all may write to, such as /tmp.
-    munged --force --key-file="$root/munge.key" --socket="$root/munge.socket" --pid-file="$root/pids/munged" \
-        --log-file="$root/log/munged.log" --seed-file="$root/munge.seed" 2>>"$root/log/munged.log" ||
-        fail "munged did not start: see $root/log/munged.log"
+    start_munge
+    start_database
+    start_accounting
     slurmctld -f "$SLURM_CONF"
     local n
     for n in $(seq "$nodes"); do
-        slurmd -N "toy$n" -f "$SLURM_CONF"
+        start_node "toy$n"
     done
     for _ in $(seq 60); do
         healthy && break
@@ -182,12 +266,38 @@ status() {
     local up
     up=$(answering)
     [ "$up" -gt 0 ] || fail "down (logs, if any: $root/log)"
-    sinfo -N -o '%N %T %c CPUs %m MB %G'
+    sinfo -N -p short -o '%N %T %c CPUs %m MB %G'
     squeue -h -o '%i %T %j %k'
-    [ "$up" = "$(sinfo -h -N | wc -l)" ] || fail "only $up nodes answer: see $root/log"
+    [ "$up" = "$(sinfo -h -N -p short | wc -l)" ] || fail "only $up nodes answer: see $root/log"
 }
 
-case ${1:-} in
-start | stop | status) "$1" ;;
-*) fail "usage: cluster.sh start|stop|status" ;;
+# All that a node runs: its slurmd, the steps that slurmd started (they write to its log), and what these started.
+processes_of() {
+    local found next
+    found=$(find /proc/[0-9]*/fd -lname "$root/log/slurmd.$1.log" 2>/dev/null | cut -d/ -f3 | sort -u)
+    while [ -n "$found" ]; do
+        echo "$found"
+        next=$(pgrep -P "$(echo "$found" | paste -sd,)") || true
+        found=$next
+    done
+}
+
+lose() {
+    alive "slurmd.$1" || fail "$1 is not up"
+    processes_of "$1" | xargs kill -KILL 2>/dev/null || true
+    scontrol update nodename="$1" state=down reason=lost
+}
+
+return_node() {
+    alive "slurmd.$1" || start_node "$1"
+    until_succeeds 20 is_idle "$1" || fail "$1 did not return: see $root/log/slurmd.$1.log"
+}
+
+is_idle() { [ "$(sinfo -h -N -n "$1" -p short -o %T)" = idle ]; }
+
+case ${1:-}:${2:-} in
+start: | stop: | status:) "$1" ;;
+lose:?*) lose "$2" ;;
+return:?*) return_node "$2" ;;
+*) fail "usage: cluster.sh start|stop|status|lose NODE|return NODE" ;;
 esac

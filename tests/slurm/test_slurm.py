@@ -74,7 +74,7 @@ def checkout(tmp_path):
 def test_a_job_of_two_processes_runs_on_two_nodes(cluster, tmp_path):
     output = tmp_path / "out.txt"
     submitted = subprocess.run(
-        ["sbatch", "--parsable", "--wait", "--nodes=2", "--ntasks=2", f"--output={output}"],
+        ["sbatch", "--account=lab", "--parsable", "--wait", "--nodes=2", "--ntasks=2", f"--output={output}"],
         input="#!/bin/sh\nsrun --label sh -c 'echo rank $SLURM_PROCID of $SLURM_NTASKS on $SLURMD_NODENAME'\n",
         cwd=tmp_path,
         check=True,
@@ -95,6 +95,8 @@ def test_the_workflow_runs_through_the_slurm_profile(cluster, checkout):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "LORAFUSION_SLURM_ACCOUNT": "lab",
+        "LORAFUSION_SLURM_PARTITION": "long",
         "LORAFUSION_SLURM_POLL": "5",
     }
     before = jobs()

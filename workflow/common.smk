@@ -1,8 +1,11 @@
 # Which suite, and what its steps are in Snakemake's words.
 def dag_of_config():
-    unknown = sorted(set(config) - {"suite", "folder", "suite_name"})
+    unknown = sorted(set(config) - {"suite", "folder", "again", "suite_name"})
     if unknown:  # a misspelt --config key would otherwise be ignored
-        raise UserError(f"--config: unknown key {unknown[0]!r}; known: suite, folder")
+        raise UserError(f"--config: unknown key {unknown[0]!r}; known: suite, folder, again")
+    again = config.get("again", False)
+    if not isinstance(again, bool):
+        raise UserError(f"--config: again: expected true or false, found {again!r}")
     if is_driven():
         join_driver()
     folder = config.get("folder")
@@ -14,10 +17,19 @@ def dag_of_config():
     return dag
 
 
-try:
+@contextmanager
+def reported():
+    """A user's mistakes within it are told without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise WorkflowError(f"error: {error}") from None
+
+
+with reported():
     SUITE = dag_of_config()
-except UserError as error:
-    raise WorkflowError(f"error: {error}") from None
+    FAILED = {} if is_driven() else failures_of(SUITE)
+AGAIN = accidents(FAILED) if config.get("again") else []
 
 
 def names_of(kind):
@@ -32,10 +44,11 @@ def of_step(kind, get):
 
 
 def inputs_of(kind):
-    """The inputs. A step that another driver made from other settings, of which Snakemake has no record, is forced."""
+    """The inputs. A step that another driver made from other settings, of which Snakemake has no record, is forced, and
+    so is one that is to be tried again."""
 
     def inputs(step):
-        if step.is_stale:
+        if step.is_stale or step in AGAIN:
             workflow.dag.forcefiles.add(str(step.path))
         return [str(source.path) for source in step.inputs]
 
@@ -93,16 +106,24 @@ DRIVER = ExitStack()
 onstart:
     # Jobs that Slurm places need no GPU here, and nor does a dry run.
     cuda = any(step.resources.gpus for step in SUITE.of_target("all"))
-    if cuda and "slurm" not in sys.argv and not has_gpu():
+    if cuda and workflow.local_exec and not has_gpu():
         raise WorkflowError(
             f"error: {SUITE.suite}: a suite for GPUs, but nvidia-smi finds none; try suite=smoke or Slurm"
         )
-    try:
-        DRIVER.enter_context(
-            driving(SUITE.folder, f"workflow of suite {SUITE.name}")
-        )
-    except UserError as error:
-        raise WorkflowError(f"error: {error}") from None
+    # The name of all jobs that the executor will submit; of what runs here there is none.
+    slurm_run = getattr(workflow.scheduler._executor, "run_uuid", "")
+    driver = driving(
+        SUITE.folder, f"workflow of suite {SUITE.name}", slurm_run=slurm_run
+    )
+    atexit.register(DRIVER.close)  # some errors call no handler
+    with reported():
+        changed = DRIVER.enter_context(driver)
+    if changed:  # the jobs that had to end took files with them: what is to be done is not what was planned
+        DRIVER.close()
+        print("starting anew", flush=True)
+        os.execv(sys.executable, sys.orig_argv)
+    if getattr(workflow.executor_settings, "efficiency_report", False):
+        workflow.executor_settings.efficiency_report_path = SUITE.folder
 
 
 # The report needs the finished run, so it is no rule. Where nothing was to be done, it is there already. A target such
@@ -111,11 +132,14 @@ onsuccess:
     if all(path.exists() for step in SUITE.targets["all"] for path in step.outputs):
         if write_report(SUITE, workflow.main_snakefile):
             print(f"report: {SUITE.folder}/report.html")
-    DRIVER.close()
-    failed = failures_of(SUITE)
+    with reported():
+        DRIVER.close()
+    again = again_command(SUITE, slurm=not workflow.local_exec)
+    failed = statement(failures_of(SUITE), again)
     if failed and not is_driven():  # who drives this says it itself
         raise WorkflowError(f"error: {UserError(failed)}")
 
 
 onerror:
-    DRIVER.close()
+    with reported():
+        DRIVER.close()

@@ -27,7 +27,7 @@ def require_extra() -> None:
 Suite = Annotated[
     str, typer.Argument(metavar="SUITE", help="a name, as smoke, or the path of a file of configs/suites")
 ]
-Again = Annotated[bool, typer.Option("--again", help="make the runs that failed anew")]
+Again = Annotated[bool, typer.Option("--again", help="make the runs anew that crashed or ran out of time")]
 Folder = Annotated[Path | None, typer.Option(help="of the suite's results; by default results/NAME", file_okay=False)]
 Files = Annotated[list[Path] | None, typer.Argument(help="files elsewhere, in place of the suite's own")]
 

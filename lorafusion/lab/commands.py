@@ -55,7 +55,7 @@ def run_here(
     runs = [step for step in mine if step in dag.runs]
     with driving(dag.folder, f"run of suite {dag.name}", part):
         if again:
-            forget(failures(runs))
+            forget(runs)
         left = run_steps(mine, launch, seconds, part.count)
     return dag.folder, left, statement(failures(runs), f"lorafusion lab run {suite} --here --again")
 

@@ -11,32 +11,40 @@ from lorafusion.lab.dag import Step
 from lorafusion.lab.table.vocabulary import STATUSES
 
 FAILED = set(STATUSES) - {"ok", "skipped"}
+# By an accident, maybe. Memory that does not suffice and losses that are no numbers are findings, and stay.
+ACCIDENTS = {"crash", "timeout"}
 NAMED = 2  # in a line
 
 
 def failures(runs: Iterable[Step]) -> dict[Step, str]:
-    """The runs whose results say that they, or some of their numbers, failed; and as what."""
+    """The runs whose results say that they, or some of their numbers, failed; and as what: an accident before all."""
     failed = {}
     for step in runs:
         with suppress(UserError):  # missing or damaged: the step is to be made
             result = read_json(step.path, "result")
             statuses = [result.get("status"), *(row.get("status") for row in result.get("metrics", []))]
             bad = [status for status in statuses if status in FAILED]
-            failed |= {step: bad[0]} if bad else {}
+            failed |= {step: min(bad, key=lambda status: status not in ACCIDENTS)} if bad else {}
     return failed
 
 
+def accidents(failed: dict[Step, str]) -> list[Step]:
+    """Of runs that failed, those that are worth another try."""
+    return [step for step, status in failed.items() if status in ACCIDENTS]
+
+
 def forget(runs: Iterable[Step]) -> None:
-    """Take the results of runs away, so that they are made again."""
-    for step in runs:
+    """Take the results away of those runs that another try may mend, so that they are made again."""
+    for step in accidents(failures(runs)):
         step.forget_key()
         step.path.unlink(missing_ok=True)
 
 
 def statement(failed: dict[Step, str], command: str) -> str:
-    """A line about runs that failed; empty where none did. command: that tries them again."""
+    """A line about runs that failed; empty where none did. command: that tries again those that it may mend."""
     if not failed:
         return ""
     names = [f"{step.relative} ({status})" for step, status in failed.items()]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"failed: {', '.join(names[:NAMED])}{more}; to try again: {command}"
+    again = f"; to try again: {command}" if accidents(failed) else ""
+    return f"failed: {', '.join(names[:NAMED])}{more}{again}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from lorafusion.core.config import CONFIGS
 from lorafusion.core.plugins import import_extra
 from lorafusion.core.schema import UserError
 from lorafusion.core.source_tree import IS_CHECKOUT
-from lorafusion.lab.dag import Dag
+from lorafusion.lab.dag import Dag, Step
 from lorafusion.lab.driver import driving
 from lorafusion.lab.failures import failures, forget, statement
 from lorafusion.launch.launch import end_with_parent
@@ -25,7 +26,7 @@ SNAKEFILE = ROOT / "Snakefile"
 
 def reproduce(suite: str | None, folder: Path | None = None, again: bool = False) -> int:
     """Run the workflow where anything is to be done, show the summary; returns the exit status. again: make the runs
-    that failed anew."""
+    that crashed or ran out of time anew."""
     require_workflow()
     from lorafusion.lab.steps import dag_of  # which needs pandas
 
@@ -34,7 +35,7 @@ def reproduce(suite: str | None, folder: Path | None = None, again: bool = False
                 *_config(dag)]  # fmt: skip
     with driving(dag.folder, f"workflow of suite {dag.name}"):
         if again:
-            forget(failures(dag.runs))
+            forget(dag.runs)
         if _up_to_date(workflow):
             print(f"Nothing to do: the results of suite {dag.name} are up to date.")
         elif _run(workflow):
@@ -44,16 +45,26 @@ def reproduce(suite: str | None, folder: Path | None = None, again: bool = False
         if not _report_is_current(dag) and not write_report(dag, SNAKEFILE):
             raise UserError(f"{dag.folder}: the report could not be made")
     show_summary(dag)
-    failed = failures_of(dag)
+    failed = statement(failures_of(dag), again_command(dag))
     if failed:
         print(f"error: {UserError(failed)}", file=sys.stderr)
     return int(bool(failed))
 
 
-def failures_of(dag: Dag) -> str:
-    """A line about the runs of a suite that failed; empty where none did."""
-    runs = [step for step in dag.of_target("all") if step in dag.runs]
-    return statement(failures(runs), f"lorafusion lab run {dag.suite} --again")
+def failures_of(dag: Dag) -> dict[Step, str]:
+    """The runs of a suite that failed, and as what."""
+    return failures(step for step in dag.of_target("all") if step in dag.runs)
+
+
+def again_command(dag: Dag, slurm: bool = False) -> str:
+    """What to type to try again the runs that another try may mend."""
+    folder = [] if dag.folder == Path("results") / dag.name else [str(dag.folder)]
+    if slurm:
+        words = ["snakemake", "--cores", "all", "--profile", "slurm", "--config", f"suite={dag.suite}",
+                 *[f"folder={path}" for path in folder], "again=true"]  # fmt: skip
+    else:
+        words = ["lorafusion", "lab", "run", dag.suite, *[f"--folder={path}" for path in folder], "--again"]
+    return shlex.join(words)
 
 
 def require_workflow() -> None:

@@ -130,6 +130,28 @@ def test_failed_runs_are_told_with_the_command_that_tries_them_again(here, suite
     assert [line.endswith(": up to date, failed (crash)") for line in listed].count(True) == 6
 
 
+def test_what_a_run_showed_is_not_tried_again(here, suite, tmp_path, monkeypatch):
+    """Memory that does not suffice and losses that are no numbers are findings."""
+    ends = ["nan", "oom", "timeout", "crash", "oom", "nan"]
+
+    def launch(*arguments, **options) -> Outcome:
+        done = instant(*arguments, **options)
+        return done if done.status == "ok" else Outcome(ends.pop(), "why")
+
+    monkeypatch.setattr("lorafusion.lab.forked.launch", launch)
+    here()
+    statuses = {path: json.loads(path.read_text())["status"] for path in (tmp_path / "results/runs").rglob("*.json")}
+    before = files(tmp_path / "results")
+    ends[:] = ["oom", "nan"]
+    done = here("--again")
+    changed = {name for name, time in files(tmp_path / "results").items() if time != before[name]}
+    again = {str(path.relative_to(tmp_path / "results")) for path in statuses if statuses[path] in ("crash", "timeout")}
+    assert len(again) == 2
+    assert {name for name in changed if name.startswith("runs/") and name.endswith(".json")} == again
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)  # they are told, but no command would mend them
+    assert "to try again" not in done.stderr
+
+
 def test_one_step_that_fails_ends_with_status_1(here, suite, tmp_path, monkeypatch):
     here()
     path = next(path for path in (tmp_path / "results").rglob("system~peft-bf16/repeat~1.json"))

@@ -1,0 +1,1 @@
+"""Slurm: what a cluster is, what it is asked for, and what runs there."""

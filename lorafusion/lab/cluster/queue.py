@@ -1,0 +1,85 @@
+"""All that is asked of Slurm's own commands. They are given a time-out, as a controller that is down answers late or
+not at all, and no answer is never taken for an empty queue."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lorafusion.core.schema import UserError
+
+SECONDS = 60.0  # that a command of Slurm may take
+# A job's fields, the comment last: it may contain what parts them. %A is the same for all of an array.
+FIELDS = "%A|%T|%N|%r|%k"
+# A job that is none of these has ended, on all its nodes.
+ACTIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED,STOPPED,REQUEUED,RESIZING,SIGNALING,STAGE_OUT,COMPLETING"
+
+
+class Job(NamedTuple):
+    """A job that has not ended. nodes: where it runs; reason: why it waits; comment: what its submitter says of it."""
+
+    id: str
+    state: str
+    nodes: str
+    reason: str
+    comment: str
+
+    @property
+    def waits(self) -> bool:
+        return self.state == "PENDING"
+
+    @property
+    def statement(self) -> str:
+        """Its id and, of a step of Snakemake, which one it makes."""
+        step = self.comment.removeprefix("rule_").replace("_wildcards_", " ")
+        return f"{self.id} ({step})" if step else self.id
+
+
+def jobs_named(names: Sequence[str]) -> list[Job]:
+    """This user's jobs of some names that have not ended."""
+    if not names:
+        return []
+    return read_jobs(
+        slurm(
+            "squeue",
+            f"--user={os.getuid()}",
+            f"--name={','.join(names)}",
+            "--noheader",
+            f"--format={FIELDS}",
+            f"--states={ACTIVE}",
+        )  # fmt: skip
+    )
+
+
+def read_jobs(text: str) -> list[Job]:
+    """The jobs in an answer of squeue, each once."""
+    lines = (line.strip().split("|", len(Job._fields) - 1) for line in text.splitlines())
+    jobs = (Job(*fields) for fields in lines if len(fields) == len(Job._fields))
+    return list({job.id: job._replace(comment=job.comment.replace("(null)", "")) for job in jobs}.values())
+
+
+def cancel(jobs: Sequence[Job]) -> None:
+    """Have jobs end; those that have done so meanwhile are no mistake."""
+    if jobs:
+        slurm("scancel", "--quiet", *[job.id for job in jobs])
+
+
+def slurm(*words: str, text: str = "", seconds: float = SECONDS) -> str:
+    """What a command of Slurm answers; raises `UserError` where it is missing, does not answer, or refuses. text: for
+    its standard input."""
+    # What a user has set for the eye, such as SQUEUE_FORMAT, would change the answer.
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SCANCEL_"))}
+    try:
+        done = subprocess.run(
+            words, input=text, capture_output=True, text=True, timeout=seconds, env=plain, check=False
+        )
+    except OSError as error:
+        raise UserError(f"{words[0]}: cannot be run ({error.strerror}); expected Slurm's commands here") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{words[0]}: no answer in {seconds:.0f} s; is its controller up (`scontrol ping`)?") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise UserError(f"{words[0]}: {lines[0].removeprefix(f'{words[0]}: ').removeprefix('error: ')}")
+    return done.stdout

@@ -18,6 +18,8 @@ from snakemake.utils import min_version
 
 from lorafusion.core.machine import has_gpu
 from lorafusion.core.schema import UserError
+from lorafusion.lab.cluster.request import request_of
+from lorafusion.lab.cluster.site import read_site
 from lorafusion.lab.driver import driving, is_driven, join_driver
 from lorafusion.lab.failures import accidents, statement
 from lorafusion.lab.reproduce import again_command, failures_of, write_report
@@ -33,10 +35,11 @@ include: "workflow/common.smk"
 
 
 # The workflow's own Python, also where the environment was not activated and inside Slurm jobs.
-# Snakemake fills in what stands in braces. A job that Slurm requeues is another attempt (lorafusion/launch/rendezvous.py).
+# A job that Slurm requeues is another attempt (lorafusion/launch/rendezvous.py).
 PROGRAMS = shlex.quote(str(Path(sys.executable).parent))
-PROGRAMS = PROGRAMS.replace("{", "{{").replace("}", "}}")
-shell.prefix(f"set -euo pipefail; export PATH={PROGRAMS}:$PATH LORAFUSION_ATTEMPT=$(date +%s%N); ")
+BEFORE = SITE.shell if "SLURM_JOB_ID" in os.environ else ""
+PATHS = f"export PATH={PROGRAMS}:$PATH LORAFUSION_ATTEMPT=$(date +%s%N)"
+shell.prefix(braced(f"{BEFORE}set -euo pipefail; {PATHS}; "))
 
 for target in SUITE.targets:
 

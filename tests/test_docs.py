@@ -19,6 +19,7 @@ from lorafusion.core.config import CONFIGS, SystemConfig, read_systems
 from lorafusion.core.plan import Plan, check
 from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
+from lorafusion.lab.cluster.site import Site
 from lorafusion.lab.suite import Grid, Suite
 from lorafusion.train.config import JOB_KEYS, TrainConfig, read_train_config
 from tests.checkout import Checkout
@@ -110,6 +111,7 @@ KEYS = [
     ("jobs-file.md", "Keys of a job", JOB_KEYS),
     ("suites.md", "Keys of a suite", set(Suite.model_fields)),
     ("suites.md", "Keys of a block", set(Grid.model_fields)),
+    ("slurm-site.md", "Keys of a site", set(Site.model_fields)),
 ]
 
 

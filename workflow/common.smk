@@ -27,9 +27,15 @@ def reported():
 
 
 with reported():
+    SITE = read_site()
     SUITE = dag_of_config()
     FAILED = {} if is_driven() else failures_of(SUITE)
 AGAIN = accidents(FAILED) if config.get("again") else []
+
+
+def braced(text):
+    """A text as it stands: Snakemake fills in what stands in braces."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def names_of(kind):
@@ -78,26 +84,22 @@ def threads_of(kind):
 
 
 def resources_of(kind):
-    """What Slurm is asked for. `device` is one on each machine (profiles), so that nothing disturbs a run's clock."""
-    asked = {
-        "runtime": lambda step: step.resources.minutes,
-        "mem_mb": lambda step: step.resources.memory_mb,
-        "cpus_per_task": lambda step: step.resources.cpus,
-        "tasks_per_gpu": lambda step: 0,
-        "gres": lambda step: (
-            f"gpu:{step.resources.gpus}" if step.resources.gpus else ""
-        ),
-        "nodes": lambda step: step.resources.nodes,
-        "tasks": lambda step: step.resources.nodes,
-        # What starts a run: nothing on one node, one launcher a node on more. A node whose launcher cannot start ends
-        # the others'.
-        "mpi": lambda step: (
-            "srun --kill-on-bad-exit=1" if step.resources.nodes > 1 else ""
-        ),
-        "device": lambda step: int(step.resources.exclusive),
+    """What Slurm is asked for. Each rule asks itself: `--default-resources` of a command line would replace all of the
+    profile's. `device` is one on each machine (profiles), so that nothing disturbs a run's clock."""
+    if kind.quick:
+        return {"mpi": ""}
+    requests = {
+        name: request_of(step.resources, SITE)
+        for name, step in SUITE.kinds[kind].items()
     }
-    names = ["mpi"] if kind.quick else asked
-    return {name: of_step(kind, asked[name]) for name in names}
+    first = next(iter(requests.values()))
+    asked = [
+        key for key in first if any(asks[key] is not None for asks in requests.values())
+    ]
+    return {
+        key: lambda wildcards, key=key: requests[wildcards.get("name", "")][key]
+        for key in asked
+    } | {"device": of_step(kind, lambda step: int(step.resources.exclusive))}
 
 
 DRIVER = ExitStack()

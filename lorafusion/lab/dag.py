@@ -22,7 +22,7 @@ from typing import NamedTuple
 from lorafusion.core.files import write
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import content_hash
-from lorafusion.lab.experiments.experiment import Resources
+from lorafusion.lab.cluster.request import Resources
 from lorafusion.lab.keys import OutOfDateError
 from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.rendezvous import node_rank

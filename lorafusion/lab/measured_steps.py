@@ -13,10 +13,11 @@ from lorafusion.core.files import require_folder, write
 from lorafusion.core.source_tree import tree_hash
 from lorafusion.lab.checks.catalog import CHECKS, SuiteName, files_of, needed_by, run_check
 from lorafusion.lab.checks.requirements import require_passed
+from lorafusion.lab.cluster.request import Resources
 from lorafusion.lab.dag import Kind, Step, Turn
 from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.experiments.end_to_end import unavailable
-from lorafusion.lab.experiments.experiment import Experiment, Inputs, Point, Resources, is_path
+from lorafusion.lab.experiments.experiment import Experiment, Inputs, Point, is_path
 from lorafusion.lab.keys import CellFiles, require_result_of, suite_files
 from lorafusion.lab.suite import Suite, read_suite, step_command, suite_path
 
@@ -223,12 +224,13 @@ class MeasuredSteps:
                                                       entry.dtype))  # fmt: skip
 
     def _check_resources(self, name: str) -> Resources:
-        """All GPUs of a node that the suite uses; kernels are checked on one."""
+        """A GPU for each process, as far as a node has them and the suite uses them; kernels are checked on one."""
         minutes = CHECKS[name].minutes
         if name == "kernels":
             return Resources(minutes, 16_000, gpus=int(self.points["kernels"][0].settings.device == "cuda"))
         processes = CHECKS[name].processes(self.suite)
-        gpus = min(self.suite.gpus_per_node, max(files.cell.gpus for files in self.cells.values()))
+        most = max(files.cell.gpus for files in self.cells.values())
+        gpus = min(self.suite.gpus_per_node, most, processes)
         return Resources(minutes, 2000 * processes, processes, gpus if self.suite.device == "cuda" else 0)
 
     def _make_check(self, name: str, step: Step, launch: Callable) -> str:

@@ -16,9 +16,9 @@ from lorafusion.core.files import write
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import require_seal
 from lorafusion.lab.checks.verdicts import CheckOutcome, origin_of
+from lorafusion.lab.cluster.request import Resources
 from lorafusion.lab.dag import Dag, Kind, Step
 from lorafusion.lab.experiments import EXPERIMENTS
-from lorafusion.lab.experiments.experiment import Resources
 from lorafusion.lab.gather import TABLE_SUFFIXES, gather
 from lorafusion.lab.measured_steps import MeasuredSteps
 from lorafusion.lab.report.registry import FIGURES, FORMATS, Figure, draw

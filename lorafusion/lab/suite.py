@@ -38,6 +38,7 @@ from lorafusion.core.schema import (
     shown,
     validated,
 )
+from lorafusion.lab.cluster.site import read_site
 
 COMMITTED = ("paper", "reference")  # folders of results that no suite may write to
 MOST_RUNS = 10_000  # of a suite: each is a process, and a step of the workflow
@@ -135,7 +136,9 @@ class Suite(Config):
     adapter_dtype: Literal["float32", "bfloat16", "float16"]
     repeats: int = Field(ge=1, le=MOST_REPEATS, description="fresh processes a cell")
     seed: int = Field(default=1, ge=0, le=MOST_SEED)
-    gpus_per_node: int = Field(default=8, ge=1, le=MOST_PROCESSES)
+    gpus_per_node: int = Field(
+        default=8, ge=1, le=MOST_PROCESSES, description="larger cells run on several nodes; a site's number comes first"
+    )
     checks: Checks = Checks()
     cost: bool = Field(default=True, description="say in each result what the run costs besides time")
     profiled: list[str] = Field(default=[], description="workloads whose cells are profiled, on a GPU")
@@ -185,8 +188,11 @@ def suite_path(name: str | None) -> Path:
 
 
 def read_suite(path: str | Path) -> Suite:
-    """A suite whose every name is known and whose cells can exist."""
+    """A suite whose every name is known and whose cells can exist, with the nodes of the site, if that says them."""
     suite = validated(Suite, read_yaml(path), path)
+    gpus_per_node = read_site().gpus_per_node
+    if gpus_per_node:
+        suite = suite.model_copy(update={"gpus_per_node": gpus_per_node})
     runs = len(cells(suite, source=path)) * suite.repeats
     if runs > MOST_RUNS:
         raise UserError(f"{path}: repeats: {runs} runs of all cells, expected {MOST_RUNS} at most")

@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from lorafusion.core.config import read_entries
 from lorafusion.core.schema import MOST_MINUTES, MOST_REPEATS, MOST_SAMPLES, MOST_SEED, Config, UserError, one_of
 from lorafusion.core.workload import ALL_LINEAR, Job, content_hash
+from lorafusion.lab.cluster.request import Resources
 from lorafusion.lab.experiments.experiment import (
     MARGIN,
     NO_INPUTS,
     Experiment,
     Inputs,
     Point,
-    Resources,
     require_device,
     suite_name,
 )

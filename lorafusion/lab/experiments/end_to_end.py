@@ -10,13 +10,13 @@ from lorafusion.core.config import SystemConfig, names_in
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
+from lorafusion.lab.cluster.request import Resources, nodes_for
 from lorafusion.lab.experiments.experiment import (
     MARGIN,
     NO_INPUTS,
     Experiment,
     Inputs,
     Point,
-    Resources,
     is_path,
     require_device,
 )
@@ -51,13 +51,14 @@ class EndToEnd(Experiment):
 
     def resources(self, point: Point) -> Resources:
         cell, suite = point.subject.cell, point.settings
-        here = min(cell.gpus, suite.gpus_per_node)
+        nodes = nodes_for(cell.gpus, suite.gpus_per_node)
+        here = cell.gpus // nodes
         return Resources(
             minutes=cell.grid.minutes + MARGIN,
-            memory_mb=1000 * cell.grid.memory_gb,
+            memory_mb=-(-1000 * cell.grid.memory_gb // nodes),
             cpus=here,
             gpus=here if suite.device == "cuda" else 0,
-            nodes=-(-cell.gpus // suite.gpus_per_node),
+            nodes=nodes,
         )
 
     def run(self, point: Point, repeat: int, out: Path, log: Path | None, inputs: Inputs = NO_INPUTS) -> str:

@@ -15,21 +15,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from lorafusion.core.machine import has_gpu, provenance
 from lorafusion.core.schema import UserError, one_of
+from lorafusion.lab.cluster.request import Resources
 from lorafusion.lab.suite import read_suite, step_command
 
 MARGIN = 5  # minutes that a job may take beyond the time limit of what it runs
-
-
-class Resources(NamedTuple):
-    """What a job needs that runs a point. gpus and cpus: of each node; exclusive: nothing else may run on the machine
-    meanwhile, as it would disturb the clock."""
-
-    minutes: int
-    memory_mb: int
-    cpus: int = 1
-    gpus: int = 0
-    nodes: int = 1
-    exclusive: bool = True
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorafusion.core.config import CONFIGS, read_model
+from lorafusion.lab.cluster.request import Resources
 from lorafusion.lab.experiments.bench import BenchExperiment
-from lorafusion.lab.experiments.experiment import MARGIN, Point, Resources
+from lorafusion.lab.experiments.experiment import MARGIN, Point
 from lorafusion.lab.experiments.kernel_suite import KernelBench, KernelSuite, benches, traffic_benches
 
 TRAFFIC = "traffic"  # the point whose subject is a list of benches

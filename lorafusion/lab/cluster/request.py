@@ -1,0 +1,52 @@
+"""What a job needs, and what Slurm is asked for it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lorafusion.lab.cluster.site import Site
+
+
+class Resources(NamedTuple):
+    """What a job needs. memory_mb, cpus and gpus: of each node; exclusive: nothing else may disturb its clock."""
+
+    minutes: int
+    memory_mb: int
+    cpus: int = 1
+    gpus: int = 0
+    nodes: int = 1
+    exclusive: bool = True
+
+
+def nodes_for(processes: int, per_node: int) -> int:
+    """The fewest nodes on which so many processes find room, the same number on each."""
+    return next(nodes for nodes in range(-(-processes // per_node), processes + 1) if processes % nodes == 0)
+
+
+def request_of(needs: Resources, site: Site) -> dict[str, int | str | None]:
+    """The resources of a job as Snakemake's Slurm plugin knows them; what is None is not asked for.
+
+    A timed job has its GPUs and their cores for itself, or whole nodes where the site says so or it takes all GPUs.
+    """
+    at_gpus = bool(needs.gpus) or site.cpu_partition is None
+    whole_nodes = needs.exclusive and (site.exclusive or needs.gpus == site.gpus_per_node)
+    extra = ["--exclusive"] if whole_nodes else []
+    if site.reservation and at_gpus:
+        extra.append(f"--reservation={site.reservation}")
+    kind = f"gpu:{site.gpu_type}" if site.gpu_type else "gpu"
+    return {
+        "runtime": needs.minutes,
+        "mem_mb": needs.memory_mb,
+        "cpus_per_task": max(needs.cpus, needs.gpus * site.cpus_per_gpu),
+        "tasks_per_gpu": 0,
+        "gres": f"{kind}:{needs.gpus}" if needs.gpus else None,
+        "nodes": needs.nodes,
+        "tasks": needs.nodes,
+        # What starts a run: nothing on one node, one launcher a node on more; one that cannot start ends the others.
+        "mpi": "srun --kill-on-bad-exit=1" if needs.nodes > 1 else "",
+        "slurm_account": site.account,
+        "slurm_partition": site.partition if at_gpus else site.cpu_partition,
+        "qos": site.qos,
+        "constraint": site.constraint if at_gpus else None,
+        "slurm_extra": " ".join(extra) or None,
+    }

@@ -1,0 +1,83 @@
+"""The site: what a cluster's nodes are, and what it wants to be told with each job.
+
+One YAML file says it, so that suites need not: the file that LORAFUSION_SLURM_SITE names, else slurm/site.yaml if it is
+there. LORAFUSION_SLURM_PARTITION and so on replace single keys.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from lorafusion.core.config import CONFIGS
+from lorafusion.core.files import read_yaml
+from lorafusion.core.schema import MOST_PROCESSES, Config, Mistakes, UserError, validated
+
+PREFIX = "LORAFUSION_SLURM_"
+SITE = f"{PREFIX}SITE"  # empty: no file, also where slurm/site.yaml is
+DEFAULT = CONFIGS.parent / "slurm" / "site.yaml"
+WORD = r"^[^\s'\"]+$"  # what sbatch takes for a name
+TYPE = r"^[A-Za-z0-9_.]+$"  # what Snakemake's plugin takes for a GPU's
+
+
+class Site(Config):
+    """A cluster. Where a key has no value, the suite's holds, or the cluster's own default."""
+
+    gpus_per_node: int | None = Field(
+        default=None, ge=1, le=MOST_PROCESSES, description="GPUs of a node, or processes of a suite for CPUs"
+    )
+    cpus_per_gpu: int = Field(default=4, ge=1, le=1024, description="cores that come with a GPU")
+    memory_gb: int | None = Field(default=None, ge=1, le=1_000_000, description="memory of a node that jobs may have")
+    gpu_type: str | None = Field(default=None, pattern=TYPE, description="as in `--gres=gpu:TYPE:8`")
+    constraint: str | None = Field(default=None, pattern=WORD, description="features of the nodes with GPUs")
+    partition: str | None = Field(default=None, pattern=WORD)
+    cpu_partition: str | None = Field(
+        default=None,
+        pattern=WORD,
+        description="for jobs without GPUs, which ask for no constraint or reservation",
+    )
+    account: str | None = Field(default=None, pattern=WORD)
+    qos: str | None = Field(default=None, pattern=WORD, description="quality of service")
+    reservation: str | None = Field(default=None, pattern=WORD)
+    exclusive: bool = Field(default=False, description="timed jobs get whole nodes, and not their share alone")
+    jobs: int = Field(default=16, ge=1, le=100_000, description="in the queue at once")
+    poll: int = Field(default=40, ge=1, le=3600, description="seconds to the first look at a job's state")
+    status: Literal["squeue", "sacct"] = Field(default="squeue", description="sacct where the cluster keeps accounts")
+    interface: str | None = Field(default=None, pattern=WORD, description="network between nodes, as ib0")
+    before: list[str] = Field(default=[], description="shell lines before each job, as `module load cuda`")
+
+    @property
+    def shell(self) -> str:
+        """What a job's shell does first; a line that fails ends it."""
+        names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if self.interface else ()
+        exports = [f"export {name}={shlex.quote(self.interface or '')}" for name in names]
+        return "".join(f"{line}\n" for line in ["set -e", *self.before, *exports])
+
+
+def read_site(environment: Mapping[str, str] = os.environ) -> Site:
+    """The site of this machine; `UserError` names the file or the variable, and the key that is wrong."""
+    path = environment.get(SITE, str(DEFAULT) if DEFAULT.exists() else "")
+    site = validated(Site, read_yaml(path), path) if path else Site()
+    mistakes, changes = Mistakes(), {}
+    for name in sorted(environment):
+        if name.startswith(PREFIX) and name != SITE and environment[name]:
+            key = name.removeprefix(PREFIX).lower()
+            value = environment[name].splitlines() if key == "before" else environment[name]
+            with mistakes.gathered():
+                changes[key] = getattr(validated(Site, {key: value}, name), key)
+    mistakes.require_none()
+    return site.model_copy(update=changes)
+
+
+def site_or_exit() -> Site:
+    """The site for Snakemake's profile, which would show a mistake as a failure of its own."""
+    try:
+        return read_site()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
-import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import psutil
 
 from lorafusion.core.source_tree import state
 
@@ -19,6 +21,7 @@ GPU_FIELDS = {
     "clock_mhz": "clocks.sm",
     "power_w": "power.draw",
 }
+ANSWER_SECONDS = 30  # that nvidia-smi or squeue may take
 
 
 def provenance(device: str) -> dict[str, str | float | bool | None]:
@@ -43,18 +46,47 @@ def provenance(device: str) -> dict[str, str | float | bool | None]:
 def gpu_state() -> dict[str, str | float | None]:
     """Name, identity, driver, clock (MHz) and power (W) of the first GPU that this process may use, as nvidia-smi says;
     None where it cannot."""
-    empty = dict.fromkeys(GPU_FIELDS)
-    if shutil.which("nvidia-smi") is None:
-        return empty
     query = ",".join(GPU_FIELDS.values())
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={first}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    values = [value.strip() for value in done.stdout.strip().split(",")]
-    if done.returncode or len(values) != len(GPU_FIELDS):
-        return empty
+    lines = _lines("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={first}") or [""]
+    values = [value.strip() for value in lines[0].split(",")]
+    if len(values) != len(GPU_FIELDS):
+        return dict.fromkeys(GPU_FIELDS)
     state = dict(zip(GPU_FIELDS, values, strict=True))
     return {key: _number(value) if key in ("clock_mhz", "power_w") else value for key, value in state.items()}
+
+
+def neighbours() -> dict[str, str | float | None]:
+    """What else may disturb a run that starts now: the host's load (processes, over a minute), Slurm's other jobs on
+    all of the run's nodes, and others' processes on this node's GPUs; None where that cannot be asked."""
+    job, nodes = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_NODELIST")
+    squeue = ("squeue", "--noheader", "--states=running", f"--nodelist={nodes}", "--format=%A of %u: %C CPUs, %b")
+    smi = ("nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader")
+    return {
+        "host_load": os.getloadavg()[0],
+        "other_jobs": _others(_lines(*squeue) if job and nodes else None, {job}),
+        "other_gpu_processes": _others(_lines(*smi), {str(process.pid) for process in _family()}),
+    }
+
+
+def _others(lines: list[str] | None, ours: set[str | None]) -> str | None:
+    """Lines that do not begin with a number of ours."""
+    return None if lines is None else "; ".join(line for line in lines if re.split(r"\W", line)[0] not in ours)
+
+
+def _family() -> list[psutil.Process]:
+    """This process, those that it comes from, and those that come from it."""
+    process = psutil.Process()
+    return [process, *process.parents(), *process.children(recursive=True)]
+
+
+def _lines(*command: str) -> list[str] | None:
+    """What a program says, without empty lines; None where it is not here or does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 def has_gpu() -> bool:

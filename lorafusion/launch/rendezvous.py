@@ -162,5 +162,5 @@ def free_port(attempt: str) -> int:
 
 def failure_at(endpoint: str, error: Exception) -> str:
     """Why processes could not meet, in a line that says where they tried."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return f"the rendezvous at {endpoint} failed: {shortened(reason, 120)}; {ADVICE}"

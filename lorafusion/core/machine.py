@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import resource
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -57,21 +56,15 @@ def gpu_state() -> dict[str, str | float | None]:
 
 
 def neighbours() -> dict[str, str | float | None]:
-    """What else may disturb a run that starts now: the host's load (processes, over a minute), Slurm's other jobs on
-    all of the run's nodes, and others' processes on this node's GPUs; None where that cannot be asked."""
-    job, nodes = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_NODELIST")
-    squeue = ("squeue", "--noheader", "--states=running", f"--nodelist={nodes}", "--format=%A of %u: %C CPUs, %b")
-    smi = ("nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader")
+    """What else may disturb a run that starts on this node now: the host's load (processes, over a minute), and others'
+    processes on its GPUs, None where nvidia-smi does not say."""
+    processes = _lines("nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader")
+    ours = {str(process.pid) for process in _family()}
+    others = processes and [line for line in processes if line.partition(",")[0] not in ours]
     return {
         "host_load": os.getloadavg()[0],
-        "other_jobs": _others(_lines(*squeue) if job and nodes else None, {job}),
-        "other_gpu_processes": _others(_lines(*smi), {str(process.pid) for process in _family()}),
+        "other_gpu_processes": None if others is None else "; ".join(others),
     }
-
-
-def _others(lines: list[str] | None, ours: set[str | None]) -> str | None:
-    """Lines that do not begin with a number of ours."""
-    return None if lines is None else "; ".join(line for line in lines if re.split(r"\W", line)[0] not in ours)
 
 
 def _family() -> list[psutil.Process]:

@@ -8,8 +8,6 @@ import pytest
 
 from lorafusion.core.machine import gpu_state, neighbours
 
-JOBS = "77 of me: 8 CPUs, gres/gpu:8\n78 of alice: 4 CPUs, gres/gpu:1\n79 of bob: 1 CPUs, N/A\n"
-OTHERS = "78 of alice: 4 CPUs, gres/gpu:1; 79 of bob: 1 CPUs, N/A"
 PROCESSES = f"{os.getpid()}, python, 900 MiB\n4242, /usr/bin/other, 1024 MiB\n"
 
 
@@ -17,30 +15,12 @@ PROCESSES = f"{os.getpid()}, python, 900 MiB\n4242, /usr/bin/other, 1024 MiB\n"
 def programs(tmp_path, monkeypatch):
     """A function that puts a program in the place of all others."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
     def put(name: str, output: str, status: int = 0) -> None:
         (tmp_path / name).write_text(f"#!/bin/sh\nprintf '%s' '{output}'\nexit {status}\n")
         (tmp_path / name).chmod(0o755)
 
     return put
-
-
-def in_a_job(monkeypatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "toy[1-2]")
-
-
-@pytest.mark.parametrize(
-    ("output", "status", "expected"),
-    [(JOBS, 0, OTHERS), (JOBS.splitlines()[0], 0, ""), ("slurm_load_jobs error", 1, None)],
-    ids=["others", "alone", "no answer"],
-)
-def test_a_run_knows_slurm_s_other_jobs_on_its_nodes(programs, monkeypatch, output, status, expected):
-    programs("squeue", output, status)
-    assert neighbours()["other_jobs"] is None, "outside of a job nobody is asked"
-    in_a_job(monkeypatch)
-    assert neighbours()["other_jobs"] == expected
 
 
 def test_a_run_knows_others_processes_on_the_gpus(programs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lorafusion.core.schema import UserError
@@ -58,6 +58,21 @@ def read_jobs(text: str) -> list[Job]:
     lines = (line.strip().split("|", len(Job._fields) - 1) for line in text.splitlines())
     jobs = (Job(*fields) for fields in lines if len(fields) == len(Job._fields))
     return list({job.id: job._replace(comment=job.comment.replace("(null)", "")) for job in jobs}.values())
+
+
+def jobs_here(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The jobs of others, and others of this user's, that run on this job's nodes now; None outside of a job, or where
+    Slurm does not answer."""
+    job, nodes = environment.get("SLURM_JOB_ID"), environment.get("SLURM_JOB_NODELIST")
+    if not job or not nodes:
+        return None
+    form = "--format=%A of %u: %C CPUs, %b"
+    try:
+        answer = slurm("squeue", "--noheader", "--states=RUNNING", f"--nodelist={nodes}", form)
+    except UserError:
+        return None
+    lines = [line.strip() for line in answer.splitlines() if line.strip()]
+    return "; ".join(line for line in lines if line.split()[0] != job)
 
 
 def cancel(jobs: Sequence[Job]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from lorafusion.core.schema import UserError
 from lorafusion.lab.cluster import queue
-from lorafusion.lab.cluster.queue import Job, cancel, jobs_named, read_jobs
+from lorafusion.lab.cluster.queue import Job, cancel, jobs_here, jobs_named, read_jobs
 
 ANSWER = """\
 8|PENDING||(Resources)|rule_run_wildcards_model~tiny_gpus~4_system~lorafusion_repeat~1
@@ -69,3 +69,20 @@ def test_a_machine_without_slurm_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"squeue: cannot be run \(No such file or directory\); expected Slurm's comm"):
         jobs_named(["a"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("echo '7 of me: 8 CPUs, gres/gpu:8'; echo '78 of alice: 1 CPUs, N/A'", "78 of alice: 1 CPUs, N/A"),
+        ("echo '7 of me: 8 CPUs, gres/gpu:8'", ""),
+        ("exit 1", None),
+    ],
+    ids=["beside another", "alone", "no answer"],
+)
+def test_a_run_knows_what_other_jobs_are_on_its_nodes(slurm, answer, expected):
+    slurm.program("squeue", answer)
+    assert jobs_here({}) is None
+    assert slurm.calls("squeue") == [], "outside of a job nobody is asked"
+    assert jobs_here({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "toy[1-2]"}) == expected
+    assert "--nodelist=toy[1-2]" in slurm.calls("squeue")[0]

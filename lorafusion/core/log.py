@@ -69,8 +69,11 @@ def start_logging(level: int | None = None) -> None:
     inherited = os.environ.get(LEVEL, "")
     level = level or (int(inherited) if inherited.isdecimal() else logging.INFO)
     os.environ[LEVEL] = str(level)
-    handler = _StandardError()
-    handler.setFormatter(_Lines(DETAILED if level <= logging.DEBUG else None))
+    lines = _Lines(DETAILED if level <= logging.DEBUG else None)
+    handler, of_libraries = _StandardError(), _StandardError(logging.WARNING)
+    for each in (handler, of_libraries):
+        each.setFormatter(lines)
     logger = logging.getLogger("lorafusion")
     logger.setLevel(level)
     logger.handlers = [handler]
+    logging.lastResort = of_libraries  # of a library that has no handler of its own

@@ -67,6 +67,13 @@ class ResultMetric(ExpectedMetric):
         return self
 
 
+class Provenance(BaseModel, extra="allow"):
+    """Where a result comes from: what no result is without, and what else `Experiment.origin` says."""
+
+    git_sha: str | None
+    config_hash: str
+
+
 class Result(BaseModel):
     """The content of a run's result file, all that the table reads of it."""
 
@@ -77,7 +84,7 @@ class Result(BaseModel):
     expected: list[ExpectedMetric]
     metrics: list[ResultMetric]
     losses: dict[str, list[float | None]] = {}
-    provenance: dict[str, Any]
+    provenance: Provenance
 
 
 def row(metric: str, value: float | None, window: str, cell: dict, *, status: str = "ok", **more: object) -> dict:

@@ -85,7 +85,7 @@ def rows_of_result(result: dict, path: str) -> list[dict]:
     except ValidationError as error:
         raise MeasurementError(*(f"{path}: {mistake}" for mistake in mistakes(error, Result))) from None
     require_known(set(parsed.cell).union(*(metric.cell for metric in parsed.metrics)), f"{path}: cell")
-    origin = {name: value for name, value in parsed.provenance.items() if name in COLUMNS}
+    origin = {name: value for name, value in parsed.provenance.model_dump().items() if name in COLUMNS}
     common = origin | parsed.cell | {"statistic": "single", "n": 1, "status": parsed.status, "result": path}
     if parsed.status == "ok":
         _require_expected(parsed, path)

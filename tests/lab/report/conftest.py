@@ -46,6 +46,7 @@ def run(system="lorafusion", workload="xsum", gpus=1, repeat=1, status="ok", gpu
         "provenance": {
             "git_sha": "0123456789abcdef",
             "git_dirty": False,
+            "config_hash": "0123456789abcdef",
             "gpu_name": gpu,
             "started_at": f"2025-01-01T00:00:0{repeat}",
             "python": "3.11.2",

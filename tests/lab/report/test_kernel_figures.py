@@ -67,7 +67,8 @@ def tabulate(groups: list[tuple[dict, list[dict]]], gpu: str | None = "NVIDIA H2
             cell = {"suite": "h200", "kind": "measured", "cell": "x", "gpus": 1, "rank": 16, "dropout": 0.1}
             result = {
                 "version": 1, "status": "ok", "cell": cell | fields | {"repeat": repeat}, "expected": [],
-                "metrics": metrics, "provenance": {"git_sha": "0123456789abcdef", "git_dirty": False, "gpu_name": gpu},
+                "metrics": metrics, "provenance": {"git_sha": "0123456789abcdef", "git_dirty": False,
+                                                   "config_hash": "c", "gpu_name": gpu},
             }  # fmt: skip
             rows += measurements.rows_of_result(result, f"{fields}-{repeat}.json")
     return measurements.summarise(measurements.frame(rows))

@@ -138,6 +138,10 @@ def show(
     jobs = Workload.read(workload) if workload else None
     if jobs is not None:
         check(plan, jobs, path)
+    if first and first >= len(plan.microbatches):
+        raise UserError(
+            f"--first: expected one of {path}'s {len(plan.microbatches)} microbatches, from 0; found {first}"
+        )
     timeline, unit = simulate_plan(plan, jobs, model, costs, schedule)
     window = gantt.window_of(timeline, first, count)
     gantt.print_plan(plan, timeline, unit, window, [job.name for job in jobs.jobs] if jobs else None)

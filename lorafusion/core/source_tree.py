@@ -52,7 +52,7 @@ def tree_hash(root: Path = ROOT) -> str:
 
 def commit_tree_hash(commit: str, root: Path = ROOT) -> str:
     """The hash of the source files of a commit of the repository at `root`."""
-    listed = _git(root, "ls-tree", "-r", "-z", commit, "--", *SOURCES)
+    listed = _git(root, "ls-tree", "-r", "-z", f"{commit}^{{commit}}", "--", *SOURCES)
     if listed is None:
         raise UserError(f"{root}: git finds no commit {commit!r} there")
     blobs = {}

@@ -338,7 +338,11 @@ def _located(value: str, where: str, folder: Path, alternative: str = "") -> str
 def _output(value: str, where: str, folder: Path) -> Path:
     """Resolved, as `new/../mine` is the folder `mine` as soon as `new` has been made."""
     try:
-        return named_path(folder, value, where).resolve()
+        path = named_path(folder, value, where)
+        for place in (path, *path.parents):
+            if place.is_symlink() and not place.exists():
+                raise UserError(f"{where}: {place} is a link to nothing, expected a folder or a new name")
+        return path.resolve()
     except RuntimeError:
         raise UserError(f"{where}: expected a folder, found links in a circle ({value})") from None
 

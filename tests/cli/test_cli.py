@@ -134,7 +134,7 @@ MISTAKES = {
     "no file": (["train"], "Missing argument 'jobs' (see lorafusion train --help)"),
     "an unknown workload": (["workload", "c4", "-o", "{folder}/x"], "unknown workload 'c4'; known: cnn_dailymail"),
     "loud and quiet": (["--verbose", "--quiet", "train", "{folder}/none.yaml"], "found both"),
-    "no adapter": (["patch", "{folder}"], "cannot be read as an adapter with its base model: Can't find"),
+    "no adapter": (["patch", "{folder}"], "no adapter_config.json"),
     **{
         f"a scale of {value}": (
             ["workload", XSUM, "--length-scale", value, "-o", "{folder}/x"],

@@ -120,7 +120,7 @@ WRITERS = {
     "lab run": "lab run suite.yaml --step {}",
 }
 NAMES_WITHOUT_SUFFIX = ("a-folder", "a-link", "a-link-to-nothing", "a-circle", "a-pipe", "full", "null", "zero")
-ANY_FOLDER = ("a-folder", "here", "above", "nothing", "too-long")  # what may be fine where a folder is written
+ANY_FOLDER = ("a-folder", "here", "above", "nothing", "too-long", "root")  # what may be fine where a folder is written
 COMMANDS = ("lab tree-hash", "lab check", "lab contract", "lab figure", "lab list", "lab measure", "lab publish",
             "lab report", "lab run", "plan make", "plan show", "plan propose", "patch", "reproduce", "train",
             "workload")  # fmt: skip
@@ -276,7 +276,7 @@ def _environments() -> Iterator[Case]:
 def _large() -> Iterator[Case]:
     """Sizes that are real, and must work."""
     yield of_line("large/a-million-samples", "workload xsum --samples 1000000 --out w.json", statuses=DONE,
-                  may_write=True, cpu=60.0, wall=120.0)  # fmt: skip
+                  may_write=True, cpu=60.0, wall=120.0, memory=2**21)  # fmt: skip # for each of 4 adapters
     jobs = SYNTHETIC.replace(b"samples: 8", b"samples: 1000000").replace(b"model: tiny", b"model: nowhere/../x")
     yield of_line("large/a-million-samples-in-jobs", "train jobs.yaml", files={"jobs.yaml": jobs}, light=True)
     aliases = b"x: &a " + b"a" * 1000 + b"\n" + b"".join(b"k%d: *a\n" % number for number in range(2000))

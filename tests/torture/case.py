@@ -59,6 +59,7 @@ class Case:
     statuses: frozenset[int] = REFUSED
     cpu: float = MOST_CPU
     wall: float = MOST_WALL
+    memory: int = MOST_MEMORY
     may_write: bool = False
     owns: tuple[str, ...] = ()
     gone: bool = False
@@ -195,7 +196,7 @@ def mistakes(case: Case, ended: Ended, start: float) -> list[str]:
     cpu = ended.cpu - start
     if cpu > case.cpu:
         wrong.append(f"{cpu:.1f} s of CPU")
-    if ended.memory > MOST_MEMORY:
+    if ended.memory > case.memory:
         wrong.append(f"{ended.memory / 2**20:.1f} GiB of memory")
     if ended.left:
         wrong.append(f"left processes: {', '.join(ended.left)}")

@@ -20,6 +20,8 @@ SUITES = {
 OWNED = ("out", "out/.lock", "out/model.yaml", "out/progress.json", "out/status.json")
 TABLE = "lab figure smoke planner_bubble"
 Files = Callable[[Any], Mapping[str, Any]]
+# Damages of a base model on which nothing that `patch` says depends.
+UNREAD = ("architecture", "quantization", "torch_dtype", "key-heads-that-do-not-divide", "no-words")
 
 
 def placed(prefix: str, command: str, words: str, mutations: Mutations, files: Files, **options: Any) -> Iterator[Case]:
@@ -192,8 +194,8 @@ def _adapters() -> Iterator[Case]:
     config = few(spoiled.no_file() | spoiled.json_text(valid.text(valid.MODEL))) | spoiled.model_values(valid.MODEL)
     for name in ("unknown-key", "deep-lists"):
         config.pop(name)
-    for name in [name for name in config if name.startswith(("architecture", "quantization", "torch_dtype"))]:
-        config.pop(name)  # nothing that a patch depends on
+    for name in [name for name in config if name.startswith(UNREAD)]:
+        config.pop(name)
     yield from placed("patch/base", "patch", "adapter", config,
                       lambda content: valid.model() | {"adapter/adapter_config.json": adapter,
                                                        "model/config.json": content}, libraries=True)  # fmt: skip

@@ -30,7 +30,7 @@ WRITES = {
     "os.mkdir": 0, "os.remove": 0, "os.rmdir": 0, "os.rename": 1, "os.link": 1, "os.symlink": 1, "os.truncate": 0,
     "os.chmod": 0, "os.chown": 0, "shutil.rmtree": 0,
 }  # fmt: skip # events of the interpreter that change the path of that argument
-DEVICES = ("/dev/", "/proc/")  # what is opened there is no file
+DEVICES = ("/dev/", "/proc", "/sys/")  # what is opened there is no file, and none can be made
 
 
 class Ended(NamedTuple):

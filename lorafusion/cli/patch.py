@@ -77,8 +77,9 @@ def _required(source: str, name: str) -> dict:
 
 def _require_size(settings: dict, source: str) -> None:
     """Each layer is built, if without its weights."""
-    for part in (settings, settings.get("text_config")):
-        for key in LAYERS if isinstance(part, dict) else ():
-            layers = part.get(key, 0)
-            if isinstance(layers, int) and layers > MOST_LAYERS:
-                raise UserError(f"{source}/config.json: {key}: expected at most {MOST_LAYERS}, found {shown(layers)}")
+    text = settings.get("text_config")
+    values = settings | text if isinstance(text, dict) else settings
+    for key in LAYERS:
+        layers = values.get(key, 0)
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise UserError(f"{source}/config.json: {key}: expected at most {MOST_LAYERS}, found {shown(layers)}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from functools import partial
+
+import regex
 
 from lorafusion.core.config import ModelConfig
 from lorafusion.core.schema import Mistakes, UserError, shown
@@ -13,6 +14,7 @@ from lorafusion.data.blocks import Data, JsonlData, SyntheticData, TextData
 from lorafusion.train.config import DEFAULT_MAX_LENGTH, TrainConfig, TrainJob
 
 IN_MLP = ("gate_proj", "up_proj", "down_proj")
+MOST_SECONDS = 0.5  # that a regular expression may take for a name: some take for ever
 PART = 1 << 20  # bytes that are read at once to count lines
 
 
@@ -93,10 +95,16 @@ def _linears(config: TrainConfig, job: TrainJob, layers: int) -> tuple[str, ...]
     (pattern,) = job.target_modules
     place = f"{where(config, job)}: target_modules: {shown(pattern)} matches"
     blocks = {name: "mlp" if name in IN_MLP else "self_attn" for name in ALL_LINEAR}
-    counts = {
-        name: sum(bool(re.fullmatch(pattern, f"model.layers.{layer}.{block}.{name}")) for layer in range(layers))
-        for name, block in blocks.items()
-    }
+    try:
+        counts = {
+            name: sum(
+                bool(regex.fullmatch(pattern, f"model.layers.{layer}.{block}.{name}", timeout=MOST_SECONDS))
+                for layer in range(layers)
+            )
+            for name, block in blocks.items()
+        }
+    except TimeoutError:
+        raise UserError(f"{place} nothing within {MOST_SECONDS} s; expected a simpler regular expression") from None
     if not any(counts.values()):
         raise UserError(f"{place} no linear; the model has {', '.join(ALL_LINEAR)}, as model.layers.0.self_attn.q_proj")
     for name, count in counts.items():

@@ -280,6 +280,7 @@ def test_an_expression_means_the_linears_that_it_matches(read, tmp_path, pattern
         ("(q|v)_proj", "target_modules: '(q|v)_proj' matches no linear; the model has q_proj, k_proj, v_proj, o_proj"),
         ("q_proj, q", "target_modules: 'q_proj, q' matches no linear; the model has q_proj"),
         (r".*\.[01]\..*_proj", r"matches q_proj of 2 layers; expected all 4 or none"),
+        (r"(?:(?:.|\w)+)+[^\w.]", "matches nothing within 0.5 s; expected a simpler regular expression"),
     ],
 )
 def test_an_expression_that_fits_no_linears_is_refused(read, tmp_path, pattern, message):

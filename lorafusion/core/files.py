@@ -283,13 +283,13 @@ def require_replaceable(path: Path) -> None:
     try:
         mode = _place(path).lstat().st_mode
     except FileNotFoundError:
-        _require_folder(path)
+        require_writable(path)
         return
     except (OSError, RuntimeError) as error:  # a file as its folder, a name that is too long, links in a circle
         raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
     if not stat.S_ISREG(mode):
         raise UserError(f"{path}: expected a file to write, found {_kind_of(mode)}")
-    _require_folder(path)
+    require_writable(path)
 
 
 def _place(path: Path) -> Path:
@@ -325,7 +325,13 @@ def require_folder(path: Path) -> None:
         raise UserError(f"{path}: expected a folder, found {what} at {nearest}")
 
 
-def _require_folder(path: Path) -> None:
+def require_writable(path: Path) -> None:
+    """Raise `UserError` unless a file or folder can be made at `path`, as far as that shows without making one."""
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{path}: cannot be written (no permission in {nearest})")
+    system = os.statvfs(nearest)
+    if system.f_flag & os.ST_RDONLY:
+        raise UserError(f"{path}: cannot be written ({nearest} is mounted read-only)")
+    if not system.f_blocks and not system.f_files:  # proc and sysfs, which let root try
+        raise UserError(f"{path}: cannot be written ({nearest} keeps no files)")

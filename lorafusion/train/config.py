@@ -160,7 +160,7 @@ class TrainConfig(Config):
 
     path: Path = Field(description="the file itself")
     model: str = Field(description="a name of configs/models, such a file, a Hugging Face folder or a repository")
-    revision: str | None = Field(default=None, description="commit or tag of the model on the hub")
+    revision: str | None = Field(default=None, min_length=1, description="commit or tag of the model on the hub")
     weights: Literal["random"] | None = Field(default=None, description="null: the model's own")
     tokenizer: str | None = Field(default=None, description="folder or repository; null: the model's own")
     output: Path = Field(description="folder for the adapters, checkpoints and logs")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from lorafusion.core.files import require_writable
 from lorafusion.core.manifest import MANIFEST
 from lorafusion.core.schema import UserError
 from lorafusion.launch.lock import LOCK
@@ -35,6 +36,10 @@ def require_own(config: TrainConfig) -> None:
         names = set(os.listdir(folder))
     except FileNotFoundError:
         names = set()
+        try:
+            require_writable(folder)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     except OSError as error:  # a file, or under one
         raise UserError(f"{where}: {folder} is no folder to write to ({error.strerror})") from None
     if not (_is_new(names) or is_own(folder)):

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lorafusion.core.files import named_path, write
+from lorafusion.core.files import MOST_YAML, named_path, read_bytes, read_text, write
 from lorafusion.core.schema import UserError
 from lorafusion.launch.lock import Process
 
@@ -68,7 +68,11 @@ def running(status: Status) -> Iterator[Status]:
 
 def digest_of(jobs_file: Path) -> str:
     """A hash of what stands in a jobs file, if there is one."""
-    return hashlib.sha256(jobs_file.read_bytes() if jobs_file.is_file() else b"").hexdigest()
+    try:
+        content = read_bytes(jobs_file, most=MOST_YAML)
+    except UserError:
+        content = b""
+    return hashlib.sha256(content).hexdigest()
 
 
 def refuse(folder: Path, jobs_file: Path, error: UserError) -> None:
@@ -79,9 +83,9 @@ def refuse(folder: Path, jobs_file: Path, error: UserError) -> None:
 def output_named_in(jobs_file: Path) -> Path | None:
     """The output folder that a jobs file names, however broken the rest of it is."""
     try:
-        match = re.search(r"^output:[ \t]*([^#\n]+)", jobs_file.read_text(), re.MULTILINE)
+        match = re.search(r"^output:[ \t]*([^#\n]+)", read_text(jobs_file, most=MOST_YAML), re.MULTILINE)
         return named_path(jobs_file.absolute().parent, match[1].strip().strip("'\""), "output") if match else None
-    except (OSError, UnicodeDecodeError, UserError):
+    except UserError:
         return None
 
 

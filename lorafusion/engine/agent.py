@@ -7,6 +7,7 @@ outside or crashed.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -23,11 +24,14 @@ from lorafusion.core.files import write
 from lorafusion.launch.heartbeat import FIRST
 from lorafusion.launch.rendezvous import failure_at
 
+AGENT_LOG = logging.getLogger("torch.distributed.elastic.agent.server.api")
 AT_ONCE = 5  # seconds; those that torchrun itself kills have had 30 to end
 
 
 def main() -> None:
     reports = Path(sys.argv[-1])
+    # The first node's store, at which nodes wait for each other at the end, may be gone by then: that is no error.
+    AGENT_LOG.addFilter(lambda record: "exit barrier" not in str(record.msg))
     try:
         run.main()
     except ChildFailedError as error:

@@ -1,0 +1,88 @@
+"""What happens to jobs on a real cluster: Snakemake is killed, a job is put back into the queue, a node is lost."""
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import pytest
+
+from tests.slurm.toy import Job, Workflow, answer, cluster, lives, queue, wait_until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.usefixtures("two_nodes")]
+
+
+class Survived(NamedTuple):
+    """A workflow of two cells that both take both nodes. lives: of its jobs, without what the preflight asked."""
+
+    workflow: Workflow
+    status: int
+    said: str
+    lives: list[Job]
+
+
+@pytest.fixture(scope="module")
+def survived(two_nodes, tmp_path_factory):
+    """Both cells train when Snakemake is killed. It is started again; both train again when one cell's job is put back
+    into the queue, and then a node is lost with the other's."""
+    workflow, before = Workflow(tmp_path_factory.mktemp("survived"), "two-nodes"), len(lives())
+    table = "results/two-nodes/measurements.csv"
+    first = workflow.start(table)
+    first_attempts = two_train(workflow)
+    first.kill()
+    second = workflow.start(table)
+    two_train(workflow, but=first_attempts)
+    requeued, lost = sorted(queue())[-2:]
+    answer("scontrol", "requeue", requeued)
+    wait_until(lambda: queue()[requeued] == "PENDING", 30, f"job {requeued} waits again")
+    assert queue()[lost] == "RUNNING"
+    cluster("lose", "toy2")
+    cluster("return", "toy2")
+    status, said = second.end(300)
+    return Survived(workflow, status, said, [job for job in lives()[before:] if "rule_run" in job.what])
+
+
+def two_train(workflow, but=frozenset()):
+    """Wait until the processes of two cells have met; returns the folders of their attempts."""
+    met = set()
+
+    def look():
+        met.update(path.parent for path in workflow.results.rglob("*.reports-*/rendezvous") if path.parent not in but)
+        return len(met) == 2
+
+    wait_until(look, 120, "two cells have begun to train")
+    return met
+
+
+def test_both_cells_end_well(survived):
+    assert survived.status == 0, survived.said[-8000:]
+    rows = survived.workflow.rows()
+    assert len({row["cell"] for row in rows}) == 2
+    assert {row["status"] for row in rows} == {"ok"}, rows
+    assert not list(survived.workflow.results.rglob("*.reports-*")), "folders of attempts were left"
+    assert not queue()
+
+
+def test_a_resume_leaves_no_job_of_the_snakemake_that_was_killed(survived):
+    # A job also ends itself, as soon as it sees that its Snakemake has gone.
+    assert {job.state.split()[0] for job in survived.lives[:2]} <= {"CANCELLED", "FAILED"}, survived.lives
+    assert "2 Slurm jobs of an earlier workflow" in survived.said
+
+
+def test_a_job_put_back_and_one_that_lost_its_node_run_again(survived):
+    states = [job.state for job in survived.lives]
+    assert sorted(states[2:4]) == ["NODE_FAIL", "REQUEUED"], survived.lives
+    assert states[4:] == ["COMPLETED"] * 2, survived.lives
+
+
+def test_no_cell_runs_twice_at_once(survived):
+    cells = defaultdict(list)
+    for job in survived.lives:
+        cells[job.what].append((job.start, job.end))
+    assert len(cells) == 2
+    for spans in cells.values():
+        spans.sort()
+        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)), spans
+
+
+def test_the_cells_ran_on_the_same_nodes_at_once(survived):
+    begin, end = max(job.start for job in survived.lives[-2:]), min(job.end for job in survived.lives[-2:])
+    assert begin < end

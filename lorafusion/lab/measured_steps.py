@@ -88,8 +88,7 @@ class MeasuredSteps:
     def _tune(self, files: CellFiles, step: Step, launch: Callable) -> str:
         from lorafusion.lab.tuning import tune_cell
 
-        tuned = tune_cell(self.source, step.name, step.inputs[0].path, step.path, launch=launch)
-        return ", ".join(map(str, tuned.trials))
+        return tune_cell(self.source, step.name, step.inputs[0].path, step.path, launch, step.resources.nodes)
 
     @cached_property
     def plans(self) -> dict[str, Step]:
@@ -153,8 +152,8 @@ class MeasuredSteps:
         from lorafusion.lab.tuning import profile_cell
 
         workload, plan = step.inputs[0].path, step.inputs[1].path
-        rows = profile_cell(self.source, step.name, workload, plan, step.path, self._tuned_path(step.name), launch)
-        return f"{len(rows)} classes of kernels"
+        tuned, nodes = self._tuned_path(step.name), step.resources.nodes
+        return profile_cell(self.source, step.name, workload, plan, step.path, tuned, launch, nodes)
 
     # The points of the experiments, each in fresh processes, repeat after repeat.
 

@@ -34,6 +34,7 @@ PORTS = range(20_000, 32_000)  # below those that Linux gives to whoever asks fo
 TRIES = 20
 MEETING = "rendezvous"  # a file: where the processes meet
 NONE = "none"  # in it: the first node waits no longer
+OTHER_NODE = "its processes have ended; the first node judges"
 ADVICE = "can the nodes reach it? the site's `interface` (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) says by which network"
 
 
@@ -88,11 +89,19 @@ def meet(folder: Path, nodes: int, environment: Mapping[str, str], seconds: floa
     return Meeting(attempt, (folder / MEETING).read_text(), rank, nodes)
 
 
+def decided(folder: Path, name: str, value: str, environment: Mapping[str, str], seconds: float) -> str:
+    """What the first node of an attempt decides, on all its nodes: `value`, which is that of the first. Empty on the
+    others once it has left the folder, or says nothing for so long."""
+    if node_rank(environment) == 0:
+        write(folder / name, value)
+        return value
+    return "" if _wait_for(folder, {name}, seconds, leaves=True) else (folder / name).read_text()
+
+
 def leave(folder: Path) -> None:
     """Remove the folder of an attempt that has ended. That there was no rendezvous stays there for a node that comes
     late, until the next attempt."""
-    meeting = folder / MEETING
-    if not meeting.exists() or meeting.read_text() != NONE:
+    if all(meeting.read_text() != NONE for meeting in folder.rglob(MEETING)):
         shutil.rmtree(folder, ignore_errors=True)  # NFS keeps what another node has open
 
 
@@ -104,15 +113,22 @@ def _require_all(folder: Path, nodes: int, environment: Mapping[str, str], secon
                                       f"s: {names}; does lorafusion start there, and see the results?")  # fmt: skip
 
 
-def _wait_for(folder: Path, names: set[str], seconds: float) -> set[str]:
+def _wait_for(folder: Path, names: set[str], seconds: float, leaves: bool = False) -> set[str]:
     """Wait until files of other nodes are in a folder; returns the names of those that are not. They show by listing
-    the folder: NFS remembers for a minute that a name was not there."""
+    the folder: NFS remembers for a minute that a name was not there. leaves: not once the folder is gone."""
     end = time.monotonic() + seconds
-    while missing := names.difference(os.listdir(folder) if folder.exists() else []):
-        if time.monotonic() > end:
+    while missing := names.difference(_names_in(folder)):
+        if time.monotonic() > end or (leaves and not folder.exists()):
             break
         time.sleep(LOOK_SECONDS)
     return missing
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:  # it is not there yet, or not any more
+        return []
 
 
 def node_name(rank: int, environment: Mapping[str, str]) -> str:

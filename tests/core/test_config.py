@@ -87,10 +87,6 @@ CHANGES = {
         {"systems": ["megatron-fsdp"], "gpus": [2]},
         "system megatron-fsdp has 1 stages at most, found 2; replicas are its data_parallel",
     ),
-    "tuned on several nodes": (
-        {"gpus": [4], "tuned": True, "capacity": 9},
-        "4 gpus are more than one node's, on which alone a cell can be tuned",
-    ),
     "a cell twice": ({"gpus": [1, 1]}, "is in the suite twice"),
 }
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,6 +197,49 @@ def test_a_real_cell_is_tuned(suite, tmp_path, system, gpus):
     # It ended with the last capacity, or with the first that was clearly slower.
     assert len(rates) == len(every) or rates[-1] < SLOWER * max(rates)
     assert all(rate >= SLOWER * max(rates[: index + 1]) for index, rate in enumerate(rates[:-1]))
+
+
+TWO_NODES = """
+import os, sys, time
+from pathlib import Path
+from lorafusion.lab.tuning import TrialOptions, tune_cell
+from lorafusion.launch.outcome import Outcome
+from lorafusion.launch.rendezvous import meet
+name, suite, cell, workload, out, *ends = sys.argv[1:]
+def launch(spec, processes, seconds, nodes, reports):
+    reports.mkdir(parents=True, exist_ok=True)
+    if meet(reports, nodes, os.environ).rank == 0:
+        time.sleep(1)  # in which the other comes: its processes would be missed
+    options = TrialOptions.of(spec)
+    print(processes, nodes, reports.name, *[trial.capacity for trial in options.trials])
+    status = ends.pop(0)
+    if status == "ok":
+        Path(options.throughputs).write_text("5.0\\n")
+    return Outcome(status)
+print(tune_cell(Path(suite), cell, Path(workload), Path(out), launch, 2))
+"""
+
+
+def test_of_two_nodes_the_first_decides_what_is_tried_and_writes_it(suite, tmp_path):
+    """The second sees broken connections where the first sees a memory that does not suffice, and ends with it."""
+    made = suite(system="lorafusion", gpus=2, capacity=256)
+    first, second, *others = [plan.capacity for plan in candidates(made.workload, made.cell)]
+    ends = {"0": ["oom", "ok"], "1": ["crash", "crash"]}
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_NODES, node, made.path, made.cell.name, made.workload_path,
+             tmp_path / "tuned.json", *ends[node]],
+            env=os.environ | {"SLURM_NODEID": node}, text=True, stdout=subprocess.PIPE,
+        )
+        for node in ends
+    ]  # fmt: skip
+    lines = [node.communicate(timeout=60)[0].splitlines() for node in nodes]
+    runs = [f"2 2 run-{number} {' '.join(map(str, left))}" for number, left in
+            enumerate(([first, second, *others], [second, *others]))]  # fmt: skip
+    assert lines[0] == [*runs, f"{first}: oom, {second}: 5 tok/s"]
+    assert lines[1] == [*runs, "its processes have ended; the first node judges"]
+    assert Tuned.read(tmp_path / "tuned.json").capacity == second
+    assert not list(tmp_path.glob("*.reports-*"))
 
 
 def test_a_file_that_is_no_tuning_says_so(tmp_path):

@@ -54,10 +54,11 @@ def small_suite(checkout: Path) -> Path:
     return path
 
 
-def test_the_papers_grid_passes_a_dry_run_without_slurm_and_without_a_gpu(checkout):
+@pytest.mark.parametrize("gpus_per_node", ["4", "8"])
+def test_the_papers_grid_passes_a_dry_run_without_slurm_and_without_a_gpu(checkout, gpus_per_node):
     done = snakemake(
         "--dry-run", "--cores", "all", "--profile", "slurm", "--config", "suite=paper-grid",
-        cwd=_with_slurm_profile(checkout),
+        cwd=_with_slurm_profile(checkout), env=os.environ | {"LORAFUSION_SLURM_GPUS_PER_NODE": gpus_per_node},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     jobs = planned_jobs(done.stdout + done.stderr)

@@ -27,7 +27,7 @@ from lorafusion.lab.checks.toy_runs import write_spec
 from lorafusion.lab.experiments.end_to_end import unavailable
 from lorafusion.lab.forked import FORKSERVER
 from lorafusion.lab.suite import cells, read_suite
-from lorafusion.lab.tuning import TrialOptions, tune_cell
+from lorafusion.lab.tuning import TrialOptions, Tuned, tune_cell
 from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
@@ -109,7 +109,8 @@ def tuning_of(name: str, folder: Path) -> dict:
         Path(options.throughputs).write_text("".join(f"{rate}\n" for rate in rates))
         return Outcome("ok")
 
-    tuned = tune_cell(folder / "suite.yaml", cell.name, folder / "tuned.json", folder / "out.json", launch)
+    tune_cell(folder / "suite.yaml", cell.name, folder / "tuned.json", folder / "out.json", launch)
+    tuned = Tuned.read(folder / "out.json")
     tried = [trial.capacity for trial in tuned.trials]
     return {"tuning": {"tried": " ".join(map(str, tried)), "chosen": tuned.capacity}}
 

@@ -25,7 +25,7 @@ from lorafusion.lab.suite import Cell, Suite, suite_path
 from lorafusion.lab.table.result import result_of, write_result
 from lorafusion.launch.launch import launch
 from lorafusion.launch.outcome import Outcome
-from lorafusion.launch.rendezvous import leave, node_rank, shared_folder
+from lorafusion.launch.rendezvous import OTHER_NODE, leave, node_rank, shared_folder
 from lorafusion.launch.spec import RunSpec
 
 TRAIN_WITH_COST = "lorafusion.lab.cost:train_with_cost"
@@ -72,7 +72,7 @@ class EndToEnd(Experiment):
         origin |= {"workload_hash": workload.content_hash, "plan_hash": plan.content_hash if plan else None}
         outcome = launched(files, inputs, out) if plan else Outcome("skipped", reason)
         if plan and (node := node_rank(os.environ)):
-            return f"node {node}: its processes have ended; the first node judges"
+            return f"node {node}: {OTHER_NODE}"
         cell = description(suite, files.cell, workload, files.system, plan, repeat)
         result = result_of(outcome, workload, plan, cell, origin)
         write_result(out, result)

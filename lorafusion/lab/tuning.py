@@ -10,13 +10,9 @@ as many as fit in those tokens (`planning.common.largest_microbatch`), so that t
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -32,9 +28,8 @@ from lorafusion.lab.experiments.experiment import require_device
 from lorafusion.lab.keys import CellFiles
 from lorafusion.lab.suite import Cell, Suite
 from lorafusion.lab.tuned import PROFILE_TRIAL, TRY_CAPACITIES, Trial, TrialOptions, Tried, Tuned
-from lorafusion.launch.launch import launch
+from lorafusion.launch.attempt import Attempt, attempt_at, other_node
 from lorafusion.launch.outcome import Outcome
-from lorafusion.launch.rendezvous import OTHER_NODE, decided, leave, node_rank, shared_folder
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
 
@@ -44,17 +39,22 @@ PROFILE_COLUMNS = ("suite", "cell", "workload", "qkv", "system", "gpu_name", "gi
 
 
 def tune_cell(
-    suite_path: Path, name: str, workload_path: Path, out: Path, launch: Callable[..., Outcome] = launch, nodes: int = 1
+    suite_path: Path,
+    name: str,
+    workload_path: Path,
+    out: Path,
+    launch: Callable[..., Outcome] | None = None,
+    nodes: int = 1,
 ) -> str:
     """Tune a cell of a suite and write the outcome, also where nothing fits; returns it in a line. Of several nodes the
     first decides what is tried next, and writes."""
     files, workload = _read(suite_path, name, workload_path)
     suite, cell = files.suite, files.cell
-    with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch, _attempt(out, nodes) as attempt:
+    with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch, attempt_at(out, nodes, launch) as attempt:
         spec = trials_of(cell, suite, workload, workload_path, candidates(workload, cell), Path(scratch))
-        tried = _try_all(spec, partial(attempt.run, launch, cell.gpus), 60 * cell.grid.minutes, attempt.decided)
-    if node_rank(os.environ):
-        return OTHER_NODE
+        tried = _try_all(spec, cell.gpus, 60 * cell.grid.minutes, attempt)
+    if other_node():
+        return other_node()
     origin = provenance(suite.device)
     tuned = Tuned(suite=suite.name, cell=name, system=cell.system, stages=cell.stages,
                   data_parallel=cell.grid.data_parallel, config_hash=files.configuration,
@@ -62,36 +62,6 @@ def tune_cell(
                   **{key: origin[key] for key in ("gpu_name", "git_sha", "git_dirty", "tree_hash")})  # fmt: skip
     write(out, tuned.to_json())
     return ", ".join(map(str, tuned.trials))
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """Runs one after another on some nodes, which share a folder where they are several."""
-
-    nodes: int
-    folder: Path
-
-    def run(
-        self, launch: Callable[..., Outcome], processes: int, spec: RunSpec, seconds: float, number: int = 0
-    ) -> Outcome:
-        if self.nodes == 1:
-            return launch(spec, processes=processes, timeout=seconds)
-        return launch(spec, processes, seconds, self.nodes, self.folder / f"run-{number}")
-
-    def decided(self, number: int, left: int, seconds: float) -> int:
-        """How many trials are left after a run: as many as the first node says."""
-        if self.nodes == 1:
-            return left
-        return int(decided(self.folder, f"left-{number}", str(left), os.environ, seconds) or 0)
-
-
-@contextmanager
-def _attempt(out: Path, nodes: int) -> Iterator[_Attempt]:
-    """For the runs that make a file; their folder is removed at the end."""
-    attempt = _Attempt(nodes, shared_folder(out, os.environ))
-    yield attempt
-    if node_rank(os.environ) == 0:
-        leave(attempt.folder)
 
 
 def _read(suite_path: Path, name: str, workload_path: Path) -> tuple[CellFiles, Workload]:
@@ -168,11 +138,9 @@ def plan_cell(workload: Workload, cell: Cell, capacity: int) -> Plan:
     )
 
 
-def _try_all(
-    spec: RunSpec, run: Callable[..., Outcome], seconds: float, decided: Callable[[int, int, float], int]
-) -> list[Tried]:
+def _try_all(spec: RunSpec, processes: int, seconds: float, attempt: Attempt) -> list[Tried]:
     """What each capacity gave, in `seconds` for all. Memory that does not suffice ends the processes, and new ones go
-    on with the next; whatever else ends them ends it all. decided: how many are left, on whichever node this is."""
+    on with the next; whatever else ends them ends it all."""
     tried: list[Tried] = []
     options, end = TrialOptions.of(spec), time.monotonic() + seconds
     trials = options.trials
@@ -180,7 +148,7 @@ def _try_all(
         finished = Path(options.throughputs)
         finished.unlink(missing_ok=True)
         part = with_trials(spec, options.model_copy(update={"trials": trials}))
-        outcome = run(part, max(1.0, end - time.monotonic()), number)
+        outcome = attempt.launch(part, processes, max(1.0, end - time.monotonic()), number)
         rates = [json.loads(line) for line in finished.read_text().splitlines()] if finished.exists() else []
         tried += [Tried(capacity=trial.capacity, throughput=rate) for trial, rate in zip(trials, rates, strict=False)]
         if outcome.status != "ok":
@@ -188,7 +156,7 @@ def _try_all(
             tried.append(Tried(capacity=failed.capacity, status=outcome.status, note=outcome.note))
         # Not where a smaller capacity does not fit and a larger one did.
         left = len(trials) - 1 if outcome.status == "oom" and not rates else 0
-        left = decided(number, left, max(1.0, end - time.monotonic()))
+        left = attempt.decided(number, left, max(1.0, end - time.monotonic()))
         if not left:
             break
         trials = trials[-left:]
@@ -202,7 +170,7 @@ def profile_cell(
     plan_path: Path,
     out: Path,
     tuned_path: Path | None = None,
-    launch: Callable[..., Outcome] = launch,
+    launch: Callable[..., Outcome] | None = None,
     nodes: int = 1,
 ) -> str:
     """Where the GPU's time goes in the first global batches of a cell, planned with the capacity of its plan; written
@@ -212,12 +180,12 @@ def profile_cell(
     if suite.device == "cpu":
         raise UserError(f"{suite_path}: a suite for a CPU; only a GPU's kernels can be told apart")
     plan = files.plan(plan_path, files.tuned(tuned_path))
-    with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch, _attempt(out, nodes) as attempt:
+    with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch, attempt_at(out, nodes, launch) as attempt:
         spec = trials_of(cell, suite, workload, workload_path, [plan], Path(scratch))
         task = spec.model_copy(update={"task": PROFILE_TRIAL})
-        outcome = attempt.run(launch, cell.gpus, task, 60 * cell.grid.minutes)
-    if node_rank(os.environ):
-        return OTHER_NODE
+        outcome = attempt.launch(task, cell.gpus, 60 * cell.grid.minutes)
+    if other_node():
+        return other_node()
     if outcome.status != "ok":
         raise UserError(f"profile: the run of {name} ended as {outcome.status}: {outcome.note}")
     identity = {

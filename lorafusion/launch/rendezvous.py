@@ -34,7 +34,6 @@ PORTS = range(20_000, 32_000)  # below those that Linux gives to whoever asks fo
 TRIES = 20
 MEETING = "rendezvous"  # a file: where the processes meet
 NONE = "none"  # in it: the first node waits no longer
-OTHER_NODE = "its processes have ended; the first node judges"
 ADVICE = "can the nodes reach it? the site's `interface` (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) says by which network"
 
 

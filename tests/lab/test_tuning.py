@@ -237,7 +237,7 @@ def test_of_two_nodes_the_first_decides_what_is_tried_and_writes_it(suite, tmp_p
     runs = [f"2 2 run-{number} {' '.join(map(str, left))}" for number, left in
             enumerate(([first, second, *others], [second, *others]))]  # fmt: skip
     assert lines[0] == [*runs, f"{first}: oom, {second}: 5 tok/s"]
-    assert lines[1] == [*runs, "its processes have ended; the first node judges"]
+    assert lines[1] == [*runs, "node 1: its processes have ended; the first node judges"]
     assert Tuned.read(tmp_path / "tuned.json").capacity == second
     assert not list(tmp_path.glob("*.reports-*"))
 

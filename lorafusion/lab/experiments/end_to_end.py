@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 from lorafusion.core.config import SystemConfig, names_in
@@ -23,9 +22,8 @@ from lorafusion.lab.experiments.experiment import (
 from lorafusion.lab.keys import CellFiles, suite_files
 from lorafusion.lab.suite import Cell, Suite, suite_path
 from lorafusion.lab.table.result import result_of, write_result
-from lorafusion.launch.launch import launch
+from lorafusion.launch.attempt import attempt_at, other_node
 from lorafusion.launch.outcome import Outcome
-from lorafusion.launch.rendezvous import OTHER_NODE, leave, node_rank, shared_folder
 from lorafusion.launch.spec import RunSpec
 
 TRAIN_WITH_COST = "lorafusion.lab.cost:train_with_cost"
@@ -71,8 +69,8 @@ class EndToEnd(Experiment):
         origin = self.origin(point, out, log)
         origin |= {"workload_hash": workload.content_hash, "plan_hash": plan.content_hash if plan else None}
         outcome = launched(files, inputs, out) if plan else Outcome("skipped", reason)
-        if plan and (node := node_rank(os.environ)):
-            return f"node {node}: {OTHER_NODE}"
+        if plan and other_node():
+            return other_node()
         cell = description(suite, files.cell, workload, files.system, plan, repeat)
         result = result_of(outcome, workload, plan, cell, origin)
         write_result(out, result)
@@ -84,14 +82,8 @@ def launched(files: CellFiles, inputs: Inputs, out: Path) -> Outcome:
     suite, cell = files.suite, files.cell
     task = {"task": TRAIN_WITH_COST} if suite.cost else {}
     spec = spec_of(cell, suite, inputs.workload).model_copy(update={"plan": str(inputs.plan)} | task)
-    shared = shared_folder(out, os.environ)
-    run = inputs.launch or launch
-    if inputs.nodes == 1:
-        return run(spec, cell.gpus, 60 * cell.grid.minutes)
-    outcome = run(spec, cell.gpus, 60 * cell.grid.minutes, inputs.nodes, shared)
-    if node_rank(os.environ) == 0:
-        leave(shared)
-    return outcome
+    with attempt_at(out, inputs.nodes, inputs.launch) as attempt:
+        return attempt.launch(spec, cell.gpus, 60 * cell.grid.minutes)
 
 
 def spec_of(cell: Cell, suite: Suite, workload_path: Path) -> RunSpec:

@@ -10,9 +10,9 @@
 #
 # NODES (2, named toy1, toy2), GPUS (0, fake), CPUS (8) and MEM_MB (16000) describe a node. CPUs and memory are what
 # Slurm is told, not what the machine has, and nothing is enforced. Partitions: short (the default, 10 minutes), long (a
-# day), cpu (an hour). Accounts: lab; whoever names none gets one that may not submit. Ports are free ones. All state is
-# under SLURM_TOY_ROOT, its munge is its own, and a machine with a Slurm configuration of its own is refused, so that no
-# real Slurm is disturbed.
+# day), cpu (two hours). Accounts: lab; whoever names none gets one that may not submit. Ports are free ones. All state
+# is under SLURM_TOY_ROOT, its munge is its own, and a machine with a Slurm configuration of its own is refused, so that
+# no real Slurm is disturbed.
 set -euo pipefail
 
 root=${SLURM_TOY_ROOT:-${TMPDIR:-/tmp}/lorafusion-slurm}
@@ -150,7 +150,7 @@ CONF
     cat >>"$root/slurm.conf" <<CONF
 PartitionName=short Nodes=toy[1-$nodes] Default=YES MaxTime=00:10:00
 PartitionName=long Nodes=toy[1-$nodes] MaxTime=1-00:00:00
-PartitionName=cpu Nodes=toy[1-$nodes] MaxTime=01:00:00
+PartitionName=cpu Nodes=toy[1-$nodes] MaxTime=02:00:00
 CONF
     echo "CgroupPlugin=cgroup/v1" >"$root/cgroup.conf" # else slurmd looks for a version to use, and may find none
 }

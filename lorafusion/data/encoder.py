@@ -10,6 +10,8 @@ from typing import NamedTuple
 from lorafusion.core.hub import HUB_ERRORS, read_settings, require_no_links
 from lorafusion.core.schema import UserError
 
+# What transformers reads as if nothing could be wrong with it.
+FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 PROBE = "a"  # a text to see what the tokenizer puts around it
 LONG = 1 << 16  # characters of a text that is tokenised as a whole, whatever is used of it
 MARGIN = 1 << 10  # characters before a cut, in which tokens may be others than without it
@@ -104,10 +106,11 @@ def load_encoder(source: str, revision: str | None = None) -> Encoder:
     from transformers import AutoTokenizer
 
     require_no_links(source)
-    read_settings(source, "tokenizer_config.json", revision)
+    for name in FILES:
+        read_settings(source, name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (*HUB_ERRORS, ValueError) as error:
+    except (*HUB_ERRORS, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"tokenizer {source!r}: neither in a local folder nor to be had from the hub ({reason})"

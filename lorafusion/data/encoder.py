@@ -110,11 +110,14 @@ def load_encoder(source: str, revision: str | None = None) -> Encoder:
         read_settings(source, name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (*HUB_ERRORS, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (*HUB_ERRORS, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"tokenizer {source!r}: neither in a local folder nor to be had from the hub ({reason})"
         ) from None
+    except Exception as error:  # of whatever kind: the tokenizers library, in Rust, raises bare ones
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"tokenizer {source!r}: its files are damaged or unknown to transformers ({reason})") from None
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer {source!r}: expected a fast one with a tokenizer.json, found {type(tokenizer).__name__}"

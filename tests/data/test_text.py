@@ -284,6 +284,18 @@ def test_a_tokenizer_that_cannot_be_had_is_one_line(tmp_path):
         load_encoder(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "part",
+    [{"version": 17}, {"model": {}}, {"model": 17}, {"added_tokens": {}}, {"added_tokens": 17}, {"decoder": []},
+     {"post_processor": {}}, {"truncation": {}}],
+)  # fmt: skip
+def test_a_damaged_tokenizer_is_one_line(tmp_path, part):
+    path = save_tokenizer(tmp_path / "tokenizer") / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | part))
+    with pytest.raises(UserError, match=r"^tokenizer '.*': its files are damaged or unknown to transformers \(.*\)$"):
+        load_encoder(str(path.parent))
+
+
 def test_a_tokenizer_needs_an_end(tmp_path):
     encoder = load_encoder(str(save_tokenizer(tmp_path / "tokenizer", eos=None)))
     block = jsonl(tmp_path, {"q": "ab", "a": "x"})

@@ -157,6 +157,7 @@ def _data() -> Iterator[Case]:
                       lambda content: valid.jobs_folder(text, content), libraries=True, owns=OWNED)  # fmt: skip
     tokenizer = few(spoiled.no_file() | spoiled.json_text(valid.tokenizer()["tokenizer.json"]))
     tokenizer.pop("unknown-key")
+    tokenizer |= spoiled.tokenizer_values(valid.json_of(valid.tokenizer()["tokenizer.json"]))
     yield from placed("train/tokenizer", "train", "jobs.yaml", tokenizer,
                       lambda content: valid.jobs_folder() | {"tokenizer/tokenizer.json": content},
                       libraries=True, owns=OWNED)  # fmt: skip

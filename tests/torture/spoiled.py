@@ -351,3 +351,16 @@ def adapter_values(valid: dict) -> Mutations:
         "an-unknown-task": {"task_type": "TORTURE"},
     }  # fmt: skip
     return {name: json.dumps(valid | change).encode() for name, change in changes.items()}
+
+
+def tokenizer_values(valid: dict) -> Mutations:
+    """A tokenizer with a part that is missing or is none."""
+    changes: dict[str, dict] = {
+        "a-negative-id": {"model": valid["model"] | {"vocab": {"a": -1}}},
+        "an-id-without-end": {"added_tokens": [{"id": HUGE, "content": "x"}]},
+        "an-unknown-model": {"model": valid["model"] | {"type": "torture"}},
+        "an-unknown-version": {"version": 17}, "no-normalizer-at-all": {"normalizer": {}},
+    }  # fmt: skip
+    changes |= {f"{key}-{name}": {key: value} for key in ("added_tokens", "model", "decoder", "post_processor")
+                for name, value in (("a-number", 17), ("an-object", {}))}  # fmt: skip
+    return {name: json.dumps(valid | change).encode() for name, change in changes.items()}

@@ -4,8 +4,9 @@ def dag_of_config():
     if unknown:  # a misspelt --config key would otherwise be ignored
         raise UserError(f"--config: unknown key {unknown[0]!r}; known: suite, folder, again")
     again = config.get("again", False)
-    if not isinstance(again, bool):
+    if str(again).lower() not in ("true", "false"):  # Snakemake takes `true` for a word
         raise UserError(f"--config: again: expected true or false, found {again!r}")
+    config["again"] = str(again).lower() == "true"
     if is_driven():
         join_driver()
     folder = config.get("folder")
@@ -30,7 +31,7 @@ with reported():
     SITE = read_site()
     SUITE = dag_of_config()
     FAILED = {} if is_driven() else failures_of(SUITE)
-AGAIN = accidents(FAILED) if config.get("again") else []
+AGAIN = accidents(FAILED) if config["again"] else []
 
 
 def braced(text):
@@ -124,6 +125,9 @@ onstart:
         DRIVER.close()
         print("starting anew", flush=True)
         os.execv(sys.executable, sys.orig_argv)
+    if slurm_run:
+        with reported():
+            check_nodes_first(SUITE.folder, SUITE.of_target("all"), slurm_run)
     if getattr(workflow.executor_settings, "efficiency_report", False):
         workflow.executor_settings.efficiency_report_path = SUITE.folder
 

@@ -241,6 +241,17 @@ def contract(
         raise typer.Exit(1)
 
 
+@lab_app.command(example="lorafusion lab preflight paper-grid")
+def preflight(suite: Suite, folder: Folder = None) -> None:
+    """Find out with a small Slurm job whether the nodes can run a suite: Python, GPUs, shared folder, network, clock.
+
+    The workflow does so itself before it submits the jobs of a suite for GPUs or for several nodes.
+    """
+    from lorafusion.lab.cluster.preflight import check_nodes
+
+    print(check_nodes(suite, folder))
+
+
 @lab_app.command(example="lorafusion lab report smoke")
 def report(suite: Suite, folder: Folder = None) -> None:
     """Write report.html from a finished workflow, and print the results as a short table."""

@@ -6,20 +6,19 @@ name and has them end before it makes anything. A copy of a folder has another i
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from lorafusion.core.files import read_json, write
-from lorafusion.core.schema import Config, UserError, one_of, validated
+from lorafusion.core.schema import Config, UserError, validated
 from lorafusion.lab.cluster.queue import Job, cancel, jobs_named
+from lorafusion.lab.cluster.site import read_site
 
 RECORD = ".slurm-jobs"
 END_SECONDS = 300.0  # that a cancelled job may take: Slurm's KillWait and an epilog
 LOOK_SECONDS = 1.0
 NAMED = 3  # in a line
-MODE = "LORAFUSION_SLURM_LEFT_JOBS"  # of the environment: cancel or wait
 
 
 class Record(Config):
@@ -37,9 +36,9 @@ def record_run(folder: Path, run: str) -> None:
 def end_left_jobs(folder: Path) -> bool:
     """End the jobs that a folder's last driver has left, wait until they have ended, and say which; returns whether
     there were any, as files may have changed then. Raises `UserError` where that cannot be had, as without Slurm's
-    commands. With LORAFUSION_SLURM_LEFT_JOBS=wait those that run already go on to their end."""
+    commands. Where the site says `left_jobs: wait`, those that run already go on to their end."""
     left = _left(folder)
-    waits = _mode() == "wait"
+    waits = bool(left) and read_site().left_jobs == "wait"
     kept = [job for job in left if waits and not job.waits]
     cancelled = [job for job in left if job not in kept]
     begin = time.monotonic()
@@ -53,12 +52,6 @@ def end_left_jobs(folder: Path) -> bool:
         _say(f"cancelled in {time.monotonic() - begin:.0f} s", cancelled)
     (folder / RECORD).unlink(missing_ok=True)
     return bool(left)
-
-
-def _mode() -> str:
-    mode = os.environ.get(MODE, "cancel")
-    one_of(MODE, mode, {"cancel", "wait"}, "environment")
-    return mode
 
 
 def _left(folder: Path) -> list[Job]:

@@ -4,9 +4,13 @@ not at all, and no answer is never taken for an empty queue."""
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from lorafusion.core.schema import UserError
 
@@ -79,6 +83,73 @@ def cancel(jobs: Sequence[Job]) -> None:
     """Have jobs end; those that have done so meanwhile are no mistake."""
     if jobs:
         slurm("scancel", "--quiet", *[job.id for job in jobs])
+
+
+class JobState(NamedTuple):
+    """How a job stands. reason: why it waits, or why it ended; nodes: of which it runs or ran."""
+
+    id: str
+    state: str
+    reason: str
+    nodes: str
+
+    @property
+    def waits(self) -> bool:
+        return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD")
+
+    @property
+    def has_ended(self) -> bool:
+        return not self.waits and self.state not in ACTIVE.split(",")
+
+
+def job_state(job: str) -> JobState:
+    """How a job stands, for minutes after its end too; a job that Slurm has forgotten has ended."""
+    try:
+        return read_job_state(slurm("scontrol", "--oneliner", "show", "job", job))
+    except UserError as error:
+        if "Invalid job id" in str(error):
+            return JobState(job, "UNKNOWN", "", "")
+        raise
+
+
+def read_job_state(text: str) -> JobState:
+    """Of an answer of `scontrol --oneliner show job`."""
+    names = {"JobId": "", "JobState": "UNKNOWN", "Reason": "", "NodeList": ""}
+    for name in names:
+        match = re.search(rf"(?:^|\s){name}=(\S*)", text)
+        names[name] = match[1].replace("(null)", "") if match else names[name]
+    return JobState(*names.values())
+
+
+def submit(resources: Mapping[str, Any], name: str, log: Path, script: str) -> str:
+    """Submit a job as Snakemake would one with these resources; returns its id."""
+    from snakemake_executor_plugin_slurm.submit_string import get_submit_command
+    from snakemake_executor_plugin_slurm.utils import set_gres_string
+
+    asked = _Resources({key: value for key, value in resources.items() if value is not None})
+    job = SimpleNamespace(resources=asked, threads=1)
+    account, partition = resources.get("slurm_account"), resources.get("slurm_partition")
+    parameters = {
+        "run_uuid": name,
+        "slurm_logfile": log,
+        "comment_str": "preflight",
+        "account": f"-A {shlex.quote(account)}" if account else "",
+        "partition": f"-p {shlex.quote(partition)}" if partition else "",
+        "workdir": Path.cwd(),
+    }
+    words = shlex.split(get_submit_command(job, parameters) + set_gres_string(job))
+    return slurm(*words, text=script).strip().partition(";")[0]
+
+
+class _Resources(dict):
+    """As the plugin asks a job for them, by key and by attribute."""
+
+    __getattr__ = dict.__getitem__
+
+
+def end_job(job: str) -> None:
+    """Have a job end, if it has not."""
+    slurm("scancel", "--quiet", job)
 
 
 def slurm(*words: str, text: str = "", seconds: float = SECONDS) -> str:

@@ -48,6 +48,10 @@ class Site(Config):
     jobs: int = Field(default=16, ge=1, le=100_000, description="in the queue at once")
     poll: int = Field(default=40, ge=1, le=3600, description="seconds to the first look at a job's state")
     status: Literal["squeue", "sacct"] = Field(default="squeue", description="sacct where the cluster keeps accounts")
+    left_jobs: Literal["cancel", "wait"] = Field(
+        default="cancel", description="what becomes of jobs that run on after their Snakemake was killed"
+    )
+    preflight: int = Field(default=10, ge=0, le=1440, description="minutes that its job may wait; 0: no preflight")
     interface: str | None = Field(default=None, pattern=WORD, description="network between nodes, as ib0")
     before: list[str] = Field(default=[], description="shell lines before each job, as `module load cuda`")
 

@@ -97,6 +97,6 @@ def test_those_that_run_can_be_waited_for(slurm, folder, capsys, monkeypatch):
 def test_a_way_to_treat_them_that_there_is_not_is_named(slurm, folder, monkeypatch):
     monkeypatch.setenv("LORAFUSION_SLURM_LEFT_JOBS", "keep")
     slurm.queue(RUNNING)
-    with pytest.raises(UserError, match="LORAFUSION_SLURM_LEFT_JOBS 'keep'"):
+    with pytest.raises(UserError, match="LORAFUSION_SLURM_LEFT_JOBS: left_jobs: .*keep"):
         end_left_jobs(folder)
     assert slurm.calls("scancel") == []

@@ -127,7 +127,8 @@ onstart:
         os.execv(sys.executable, sys.orig_argv)
     if slurm_run:
         with reported():
-            check_nodes_first(SUITE.folder, SUITE.of_target("all"), slurm_run)
+            needs = [step.resources for step in SUITE.of_target("all")]
+            check_nodes_first(SUITE.folder, needs, slurm_run)
     if getattr(workflow.executor_settings, "efficiency_report", False):
         workflow.executor_settings.efficiency_report_path = SUITE.folder
 

@@ -247,7 +247,7 @@ def preflight(suite: Suite, folder: Folder = None) -> None:
 
     The workflow does so itself before it submits the jobs of a suite for GPUs or for several nodes.
     """
-    from lorafusion.lab.cluster.preflight import check_nodes
+    from lorafusion.lab.commands import check_nodes
 
     print(check_nodes(suite, folder))
 

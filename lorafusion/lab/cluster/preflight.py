@@ -21,7 +21,6 @@ from lorafusion.lab.cluster.probe import CLOCK_SECONDS, ENDED, LOGIN, MARK, SEEN
 from lorafusion.lab.cluster.queue import JobState, end_job, job_state, submit
 from lorafusion.lab.cluster.request import Resources, request_of
 from lorafusion.lab.cluster.site import Site, read_site
-from lorafusion.lab.dag import Step
 
 PASSED = ".preflight"  # a file: what has passed
 MINUTES = 5  # that the job may take once it runs
@@ -45,24 +44,16 @@ fi
 """
 
 
-def needs_of(steps: Iterable[Step]) -> Resources:
-    """What the preflight of some steps asks for."""
-    largest = max((step.resources for step in steps), key=lambda needs: (needs.nodes, needs.gpus))
+def needs_of(steps: Iterable[Resources]) -> Resources:
+    """What the preflight of some steps asks for, by what those need."""
+    largest = max(steps, key=lambda needs: (needs.nodes, needs.gpus))
     return Resources(MINUTES, 4000, gpus=largest.gpus, nodes=min(largest.nodes, MOST_NODES), exclusive=False)
 
 
-def check_nodes(suite: str, folder: Path | None) -> str:
-    """The preflight of a suite, by itself."""
-    from lorafusion.lab.steps import dag_of  # which needs pandas
-
-    dag = dag_of(suite, folder)
-    return preflight(dag.folder, needs_of(dag.of_target("all")), read_site(), "lorafusion-preflight")
-
-
-def check_nodes_first(folder: Path, steps: Iterable[Step], name: str) -> None:
+def check_nodes_first(folder: Path, steps: Iterable[Resources], name: str) -> None:
     """The preflight of a workflow that is about to submit steps, where there is a point in it: for GPUs or several
     nodes, unless it has passed in this folder, or the site wants none. A cluster that is only busy is no reason not to
-    begin. name: of the workflow's jobs."""
+    begin. steps: what they need; name: of the workflow's jobs."""
     needs, site, passed = needs_of(steps), read_site(), folder / PASSED
     record = f"{request_of(needs, site)} {sys.executable}\n"
     if not site.preflight or not (needs.gpus or needs.nodes > 1):

@@ -157,10 +157,10 @@ def test_a_preflight_that_has_passed_is_not_repeated(nodes, suite_of_two_nodes, 
 
 @pytest.fixture
 def suite_of_two_nodes(tmp_path):
-    """The folder and the steps of the suite of the Slurm tests, whose largest cell takes two nodes."""
+    """The folder, and what the steps need, of the suite of the Slurm tests, whose largest cell takes two nodes."""
     suite = Path(__file__).parents[2] / "slurm" / "suite.yaml"
     folder = tmp_path / "results"
-    steps = dag_of(str(suite), folder).of_target("all")
+    steps = [step.resources for step in dag_of(str(suite), folder).of_target("all")]
     assert (needs_of(steps).nodes, needs_of(steps).gpus) == (2, 0)
     return folder, steps
 

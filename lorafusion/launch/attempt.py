@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lorafusion.core.files import write
 from lorafusion.launch.launch import launch
 from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.rendezvous import decided, leave, node_rank, shared_folder
@@ -27,6 +30,14 @@ class Attempt:
         if self.nodes == 1:
             return self.run(spec, processes, seconds)
         return self.run(spec, processes, seconds, self.nodes, self.folder / f"run-{number}")
+
+    def put(self, values: dict[str, Any]) -> None:
+        """Leave what this node knows for the first."""
+        write(self.folder / f"of-node-{node_rank(os.environ)}.json", json.dumps(values))
+
+    def values(self) -> list[dict[str, Any]]:
+        """What the nodes have left."""
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("of-node-*.json"))]
 
     def decided(self, number: int, left: int, seconds: float) -> int:
         """How many trials are left after a run: as many as the first node says, which is waited for so long."""

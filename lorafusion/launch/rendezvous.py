@@ -39,7 +39,8 @@ ADVICE = "can the nodes reach it? the site's `interface` (GLOO_SOCKET_IFNAME, NC
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the processes of an attempt meet: at `endpoint`, a host and a port of it. rank: this node's."""
+    """Where the processes of a run meet: at `endpoint`, a host and a port of it. attempt: its name, with that of the
+    run; rank: this node's."""
 
     attempt: str
     endpoint: str
@@ -72,7 +73,7 @@ def shared_folder(out: Path, environment: Mapping[str, str]) -> Path:
 def meet(folder: Path, nodes: int, environment: Mapping[str, str], seconds: float = WAIT_SECONDS) -> Meeting:
     """Wait for the other nodes. Raises `FaultyRunError` where one of them does not come in time, or where the first has
     no free port."""
-    attempt, rank = attempt_of(environment), node_rank(environment)
+    attempt, rank = f"{attempt_of(environment)}/{folder.name}", node_rank(environment)
     write(folder / f"node-{rank}", environment.get("SLURMD_NODENAME") or platform.node())
     if rank == 0:
         try:

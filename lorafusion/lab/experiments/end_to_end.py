@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 from pathlib import Path
+from typing import Any
 
 from lorafusion.core.config import SystemConfig, names_in
+from lorafusion.core.machine import neighbours
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
@@ -68,8 +71,8 @@ class EndToEnd(Experiment):
         plan = None if reason else files.plan(inputs.plan, files.tuned(inputs.tuned))
         origin = self.origin(point, out, log)
         origin |= {"workload_hash": workload.content_hash, "plan_hash": plan.content_hash if plan else None}
-        outcome = launched(files, inputs, out) if plan else Outcome("skipped", reason)
-        if plan and other_node():
+        outcome, origin["other_nodes"] = launched(files, inputs, out) if plan else (Outcome("skipped", reason), [])
+        if other_node():
             return other_node()
         cell = description(suite, files.cell, workload, files.system, plan, repeat)
         result = result_of(outcome, workload, plan, cell, origin)
@@ -77,13 +80,15 @@ class EndToEnd(Experiment):
         return f"{result['status']} ({result['note']})" if result["note"] else result["status"]
 
 
-def launched(files: CellFiles, inputs: Inputs, out: Path) -> Outcome:
-    """Train a cell by its plan, on as many nodes as there are."""
+def launched(files: CellFiles, inputs: Inputs, out: Path) -> tuple[Outcome, list[dict[str, Any]]]:
+    """Train a cell by its plan, on as many nodes as there are; returns also what else ran on those after the first."""
     suite, cell = files.suite, files.cell
     task = {"task": TRAIN_WITH_COST} if suite.cost else {}
     spec = spec_of(cell, suite, inputs.workload).model_copy(update={"plan": str(inputs.plan)} | task)
     with attempt_at(out, inputs.nodes, inputs.launch) as attempt:
-        return attempt.launch(spec, cell.gpus, 60 * cell.grid.minutes)
+        if other_node():
+            attempt.put({"hostname": platform.node()} | neighbours())
+        return attempt.launch(spec, cell.gpus, 60 * cell.grid.minutes), attempt.values()
 
 
 def spec_of(cell: Cell, suite: Suite, workload_path: Path) -> RunSpec:

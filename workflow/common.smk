@@ -2,7 +2,9 @@
 def dag_of_config():
     unknown = sorted(set(config) - {"suite", "folder", "again", "suite_name"})
     if unknown:  # a misspelt --config key would otherwise be ignored
-        raise UserError(f"--config: unknown key {unknown[0]!r}; known: suite, folder, again")
+        raise UserError(
+            f"--config: unknown key {unknown[0]!r}; known: suite, folder, again"
+        )
     again = config.get("again", False)
     if str(again).lower() not in ("true", "false"):  # Snakemake takes `true` for a word
         raise UserError(f"--config: again: expected true or false, found {again!r}")
@@ -86,7 +88,8 @@ def threads_of(kind):
 
 def resources_of(kind):
     """What Slurm is asked for. Each rule asks itself: `--default-resources` of a command line would replace all of the
-    profile's. `device` is one on each machine (profiles), so that nothing disturbs a run's clock."""
+    profile's. `device` is one on each machine (profiles), so that nothing disturbs a run's clock.
+    """
     if kind.quick:
         return {"mpi": ""}
     requests = {
@@ -115,13 +118,22 @@ onstart:
         )
     # The name of all jobs that the executor will submit; of what runs here there is none.
     slurm_run = getattr(workflow.scheduler._executor, "run_uuid", "")
+    if slurm_run:
+        jobs = [job for job in workflow.dag.needrun_jobs() if not job.is_local]
+        with reported():
+            require_admitted(
+                {job.output.main: job.resources for job in jobs},
+                workflow.executor_settings,
+            )
     driver = driving(
         SUITE.folder, f"workflow of suite {SUITE.name}", slurm_run=slurm_run
     )
     atexit.register(DRIVER.close)  # some errors call no handler
     with reported():
         changed = DRIVER.enter_context(driver)
-    if changed:  # the jobs that had to end took files with them: what is to be done is not what was planned
+    if (
+        changed
+    ):  # the jobs that had to end took files with them: what is to be done is not what was planned
         DRIVER.close()
         print("starting anew", flush=True)
         os.execv(sys.executable, sys.orig_argv)

@@ -156,7 +156,8 @@ def slurm(*words: str, text: str = "", seconds: float = SECONDS) -> str:
     """What a command of Slurm answers; raises `UserError` where it is missing, does not answer, or refuses. text: for
     its standard input."""
     # What a user has set for the eye, such as SQUEUE_FORMAT, would change the answer.
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SCANCEL_"))}
+    eye = ("SQUEUE_", "SCANCEL_", "SINFO_")
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(eye)}
     try:
         done = subprocess.run(
             words, input=text, capture_output=True, text=True, timeout=seconds, env=plain, check=False

@@ -30,9 +30,8 @@ def request_of(needs: Resources, site: Site) -> dict[str, int | str | None]:
     """
     at_gpus = bool(needs.gpus) or site.cpu_partition is None
     whole_nodes = needs.exclusive and (site.exclusive or needs.gpus == site.gpus_per_node)
-    extra = ["--exclusive"] if whole_nodes else []
-    if site.reservation and at_gpus:
-        extra.append(f"--reservation={site.reservation}")
+    reservation = f"--reservation={site.reservation}" if site.reservation and at_gpus else ""
+    extra = filter(None, ["--exclusive" if whole_nodes else "", reservation, site.extra])
     kind = f"gpu:{site.gpu_type}" if site.gpu_type else "gpu"
     return {
         "runtime": needs.minutes,

@@ -45,6 +45,7 @@ class Site(Config):
     qos: str | None = Field(default=None, pattern=WORD, description="quality of service")
     reservation: str | None = Field(default=None, pattern=WORD)
     exclusive: bool = Field(default=False, description="timed jobs get whole nodes, and not their share alone")
+    extra: str = Field(default="", description="other options of sbatch, as `--mail-type=FAIL`")
     jobs: int = Field(default=16, ge=1, le=100_000, description="in the queue at once")
     poll: int = Field(default=40, ge=1, le=3600, description="seconds to the first look at a job's state")
     status: Literal["squeue", "sacct"] = Field(default="squeue", description="sacct where the cluster keeps accounts")

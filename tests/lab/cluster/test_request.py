@@ -73,6 +73,7 @@ def test_what_is_for_nodes_with_gpus_is_not_asked_of_others():
         (CPU, {"exclusive": True}, "--exclusive"),
         (CPU._replace(exclusive=False), {"exclusive": True}, None),
         (NODES, {"gpus_per_node": 8, "reservation": "week"}, "--exclusive --reservation=week"),
+        (NODES, {"gpus_per_node": 8, "extra": "--nice=5"}, "--exclusive --nice=5"),
     ],
 )
 def test_a_timed_job_has_its_node_or_its_share_alone(needs, site, extra):

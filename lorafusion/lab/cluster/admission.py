@@ -1,0 +1,133 @@
+"""Whether a cluster takes the jobs of a workflow, before the first is submitted.
+
+Slurm lets a job wait for ever that is longer than its partition allows. What else it refuses, it says once a job."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from lorafusion.core.schema import UserError
+from lorafusion.lab.cluster.queue import slurm
+from lorafusion.lab.cluster.request import Resources, request_of
+from lorafusion.lab.cluster.site import PREFIX, Site
+
+FORM = "%P|%l|%s|%D|%c|%m|%G"  # of sinfo: a line for all nodes of one shape
+CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)")
+KEYS = tuple(request_of(Resources(1, 1), Site()))
+HINT = f"{PREFIX}ACCOUNT names an account; `sacctmgr show associations user=$USER` lists those that may be given"
+Request = Mapping[str, Any]
+
+
+class Nodes(NamedTuple):
+    """The nodes of a partition that are alike. minutes: the longest that a job may take; most: of a job's nodes."""
+
+    partition: str
+    is_default: bool
+    minutes: float
+    most: float
+    count: int
+    cpus: int
+    memory_mb: int
+    gpus: int
+
+    def lacks(self, request: Request) -> str:
+        """Why a job cannot run on these nodes; empty if it can."""
+        gpus = int((request["gres"] or ":0").rpartition(":")[2])
+        limits = [
+            ("minutes", request["runtime"], self.minutes),
+            ("nodes", request["nodes"], min(self.count, self.most)),
+            ("GPUs a node", gpus, self.gpus),
+            ("cores a node", request["cpus_per_task"], self.cpus),
+            ("MB of memory a node", request["mem_mb"], self.memory_mb),
+        ]
+        return next((f"{value} {what}, at most {most:.10g} there" for what, value, most in limits if value > most), "")
+
+
+def read_minutes(text: str) -> float:
+    """A time as Slurm writes it, `1-02:00:00`, `20:00` or `infinite`, in minutes."""
+    match = CLOCK.fullmatch(text)
+    if not match:
+        return math.inf  # infinite, UNLIMITED, n/a
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 60 * (24 * days + hours) + minutes + seconds / 60
+
+
+def read_nodes(text: str) -> list[Nodes]:
+    """What sinfo says in `FORM`."""
+    out = []
+    for line in text.splitlines():
+        name, limit, sizes, count, cpus, memory, gres = line.strip().split("|")
+        most = sizes.rpartition("-")[2]
+        gpus = re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres)
+        out.append(Nodes(name.removesuffix("*"), name.endswith("*"), read_minutes(limit),
+                         int(most) if most.isdigit() else math.inf, int(count), int(cpus.rstrip("+")),
+                         int(memory.rstrip("+")), sum(map(int, gpus))))  # fmt: skip
+    return out
+
+
+def refusal(request: Request, nodes: Iterable[Nodes]) -> str:
+    """Why no nodes of the partition that a request names take it; empty if some do."""
+    every, name = list(nodes), request["slurm_partition"]
+    here = [some for some in every if (some.partition == name if name else some.is_default)]
+    if not here:
+        names = ", ".join(sorted({some.partition for some in every})) or "none"
+        asked = f"no partition {name!r}" if name else "no default partition"
+        return f"{asked}; known: {names}; {PREFIX}PARTITION names one"
+    reasons = [some.lacks(request) for some in here]
+    return "" if "" in reasons else f"partition {here[0].partition}: {reasons[0]}; {PREFIX}PARTITION names another"
+
+
+def require_admitted(jobs: Mapping[str, Request], settings: object = None) -> None:
+    """Raise `UserError`, a line a reason, where this cluster would not run some jobs. jobs: what each asks for, by its
+    name; settings: those of Snakemake's plugin."""
+    if getattr(settings, "array_jobs", None):
+        raise UserError("--slurm-array-jobs: an array would run its first job again and again; leave this option out")
+    alike: dict[tuple[tuple[str, Any], ...], list[str]] = {}
+    for name, request in sorted(jobs.items()):
+        alike.setdefault(tuple((key, request.get(key)) for key in KEYS), []).append(name)
+    nodes = read_nodes(slurm("sinfo", "--exact", "--noheader", f"--format={FORM}")) if alike else []
+    refused: dict[str, list[str]] = {}
+    for pairs, names in alike.items():
+        reason = refusal(dict(pairs), nodes) or _refused(dict(pairs), settings)
+        if reason:
+            refused.setdefault(reason, []).extend(names)
+    if refused:
+        more = {reason: f" and {len(names) - 1} more" if names[1:] else "" for reason, names in refused.items()}
+        raise UserError(*(f"{names[0]}{more[reason]}: Slurm would not run it: {reason}"
+                          for reason, names in refused.items()))  # fmt: skip
+
+
+def _refused(request: Request, settings: object) -> str:
+    """Why Slurm refuses a request: an account, a QOS, a constraint, a reservation; empty if it does not."""
+    try:
+        slurm(*sbatch_words(request, settings), "--test-only", text="#!/bin/sh\n")
+    except UserError as error:
+        reason = str(error)
+        accounts = "account" in reason.lower() or reason.startswith("sbatch: Assoc")
+        return reason + (f"; {HINT}" if accounts and not request["slurm_account"] else "")
+    return ""
+
+
+class _Asked(dict):
+    """Resources as the plugin reads them: by key and as attributes."""
+
+    __getattr__ = dict.get
+
+
+def sbatch_words(request: Request, settings: object = None) -> list[str]:
+    """The call with which Snakemake's plugin would submit a job."""
+    from snakemake_executor_plugin_slurm.submit_string import get_submit_command
+    from snakemake_executor_plugin_slurm.utils import set_gres_string
+
+    asked = {key: value for key, value in request.items() if value is not None}
+    job = SimpleNamespace(resources=_Asked(asked), threads=1)
+    account, partition = asked.get("slurm_account"), asked.get("slurm_partition")
+    names = {"run_uuid": "lorafusion", "comment_str": "", "slurm_logfile": "/dev/null", "workdir": ""}
+    names["account"] = f"-A {shlex.quote(str(account))}" if account else ""
+    names["partition"] = f"-p {shlex.quote(str(partition))}" if partition else ""
+    return shlex.split(get_submit_command(job, names, settings) + set_gres_string(job))

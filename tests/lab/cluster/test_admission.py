@@ -1,0 +1,135 @@
+"""What is said of jobs that a cluster would not run, before any is submitted."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from lorafusion.core.schema import UserError
+from lorafusion.lab.cluster.admission import read_minutes, read_nodes, refusal, require_admitted, sbatch_words
+from lorafusion.lab.cluster.request import Resources, request_of
+from lorafusion.lab.cluster.site import Site
+from lorafusion.lab.steps import dag_of
+
+# Two kinds of nodes in one partition, whose sockets are told; a partition whose jobs have one node.
+SINFO = """\
+short*|10:00|1-infinite|2|96|1000000|gpu:h100:8(S:0-1)
+short*|10:00|1-infinite|1|64+|500000+|gpu:a100:4,mps:400
+long|1-00:00:00|1-infinite|2|96|1000000|gpu:8
+one|infinite|1|4|128|250000|(null)
+"""
+ONE_GPU = Resources(8, 64_000, gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("10:00", 10), ("0:30", 0.5), ("1:00:00", 60), ("2-12:00:00", 3600), ("infinite", math.inf), ("n/a", math.inf)],
+)
+def test_times_are_read_as_slurm_writes_them(text, minutes):
+    assert read_minutes(text) == minutes
+
+
+def test_nodes_are_read_as_sinfo_tells_them():
+    assert [tuple(nodes) for nodes in read_nodes(SINFO)] == [
+        ("short", True, 10, math.inf, 2, 96, 1_000_000, 8),
+        ("short", True, 10, math.inf, 1, 64, 500_000, 4),
+        ("long", False, 1440, math.inf, 2, 96, 1_000_000, 8),
+        ("one", False, math.inf, 1, 4, 128, 250_000, 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("needs", "partition", "reason"),
+    [
+        (ONE_GPU, None, ""),
+        (ONE_GPU._replace(minutes=125), None, "partition short: 125 minutes, at most 10 there"),
+        (ONE_GPU._replace(minutes=125), "long", ""),
+        (ONE_GPU._replace(nodes=3), "long", "partition long: 3 nodes, at most 2 there"),
+        (ONE_GPU._replace(gpus=9), "long", "partition long: 9 GPUs a node, at most 8 there"),
+        (ONE_GPU, "one", "partition one: 1 GPUs a node, at most 0 there"),
+        (Resources(8, 1000, nodes=2), "one", "partition one: 2 nodes, at most 1 there"),
+        (Resources(8, 2_000_000), None, "partition short: 2000000 MB of memory a node, at most 1000000 there"),
+        (Resources(8, 1000, cpus=100), None, "partition short: 100 cores a node, at most 96 there"),
+        (
+            ONE_GPU, "gpu",
+            "no partition 'gpu'; known: long, one, short; LORAFUSION_SLURM_PARTITION names one",
+        ),
+    ],
+)  # fmt: skip
+def test_a_job_that_no_node_can_run_is_refused(needs, partition, reason):
+    advice = "; LORAFUSION_SLURM_PARTITION names another" if "there" in reason else ""
+    assert refusal(request_of(needs, Site(partition=partition)), read_nodes(SINFO)) == reason + advice
+
+
+def test_a_cluster_without_a_default_partition_needs_one():
+    reason = refusal(request_of(ONE_GPU, Site()), read_nodes(SINFO.replace("*", "")))
+    assert reason == "no default partition; known: long, one, short; LORAFUSION_SLURM_PARTITION names one"
+
+
+def admitted(slurm, jobs, answer="", **site) -> list[str]:
+    """What is said of jobs where sbatch answers so."""
+    (slurm.folder / "nodes").write_text(SINFO)
+    slurm.program("sinfo", "cat nodes")
+    slurm.program("sbatch", f"echo '{answer}' >&2; exit 1" if answer else "")
+    try:
+        require_admitted({name: request_of(needs, Site(**site)) for name, needs in jobs.items()})
+    except UserError as error:
+        return error.mistakes
+    return []
+
+
+def test_jobs_that_slurm_takes_are_tried_once_for_each_kind(slurm):
+    assert admitted(slurm, {"a": ONE_GPU, "b": ONE_GPU, "c": Resources(8, 1000)}) == []
+    calls = slurm.calls("sbatch")
+    assert len(calls) == 2
+    assert all("--test-only" in call for call in calls)
+    assert "-t 8 --mem 64000 --nodes=1 --cpus-per-task=4 --gres=gpu:1" in calls[0]
+
+
+def test_a_job_that_is_too_long_is_named_once_with_minutes_and_limit(slurm):
+    jobs = {"runs/a.json": ONE_GPU._replace(minutes=125), "runs/b.json": ONE_GPU._replace(minutes=125), "c": ONE_GPU}
+    assert admitted(slurm, jobs) == [
+        "runs/a.json and 1 more: Slurm would not run it: partition short: 125 minutes, at most 10 there; "
+        "LORAFUSION_SLURM_PARTITION names another"
+    ]
+    assert len(slurm.calls("sbatch")) == 1  # of the job that is short enough
+
+
+@pytest.mark.parametrize(
+    ("answer", "site", "hint"),
+    [
+        ("sbatch: error: AssocMaxSubmitJobLimit", {}, True),
+        ("allocation failure: Invalid account or account/partition combination specified", {}, True),
+        ("allocation failure: Invalid account or account/partition combination specified", {"account": "lab"}, False),
+        ("allocation failure: Requested reservation is invalid", {"reservation": "week"}, False),
+    ],
+)
+def test_an_account_that_is_missing_is_asked_for(slurm, answer, site, hint):
+    (mistake,) = admitted(slurm, {"runs/a.json": ONE_GPU}, answer, **site)
+    assert mistake.startswith("runs/a.json: Slurm would not run it: ")
+    assert answer.removeprefix("sbatch: error: ") in mistake
+    assert ("LORAFUSION_SLURM_ACCOUNT names an account" in mistake) == hint
+
+
+def test_job_arrays_are_refused(slurm):
+    with pytest.raises(UserError, match="^--slurm-array-jobs: "):
+        require_admitted({}, SimpleNamespace(array_jobs="all"))
+
+
+@pytest.mark.parametrize(("gpus_per_node", "nodes"), [(4, 4), (8, 2)])
+def test_the_papers_grid_fits_nodes_of_four_and_of_eight_gpus(monkeypatch, gpus_per_node, nodes):
+    monkeypatch.setenv("LORAFUSION_SLURM_GPUS_PER_NODE", str(gpus_per_node))
+    cluster = read_nodes(f"gpu*|1-00:00:00|1-infinite|{nodes}|64|{64_000 * gpus_per_node}|gpu:{gpus_per_node}\n")
+    requests = [request_of(step.resources, Site()) for step in dag_of("paper-grid").steps if not step.kind.quick]
+    assert {refusal(request, cluster) for request in requests} == {""}
+    assert max(request["nodes"] for request in requests) == nodes
+    assert max(request["mem_mb"] for request in requests) == 64_000 * gpus_per_node
+
+
+def test_a_job_is_tried_as_it_would_be_submitted():
+    words = sbatch_words(request_of(ONE_GPU, Site(account="a$b", partition="gpu", qos="high", constraint="x&y")))
+    assert words[0] == "sbatch"
+    for options in (["-A", "a$b"], ["-p", "gpu"], ["--qos=high"], ["-C", "x&y"]):
+        assert any(words[index : index + len(options)] == options for index in range(len(words)))

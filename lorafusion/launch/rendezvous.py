@@ -73,7 +73,7 @@ def shared_folder(out: Path, environment: Mapping[str, str]) -> Path:
 def meet(folder: Path, nodes: int, environment: Mapping[str, str], seconds: float = WAIT_SECONDS) -> Meeting:
     """Wait for the other nodes. Raises `FaultyRunError` where one of them does not come in time, or where the first has
     no free port."""
-    attempt, rank = f"{attempt_of(environment)}/{folder.name}", node_rank(environment)
+    attempt, rank = f"{attempt_of(environment)}.{folder.name}", node_rank(environment)
     write(folder / f"node-{rank}", environment.get("SLURMD_NODENAME") or platform.node())
     if rank == 0:
         try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,10 @@ from torch.distributed import run as torchrun
 from lorafusion.engine import agent
 from lorafusion.launch import rendezvous
 from lorafusion.launch.launch import launch
-from lorafusion.launch.outcome import FaultyRunError
+from lorafusion.launch.outcome import FaultyRunError, Outcome
 from lorafusion.launch.rendezvous import ATTEMPT, MEETING, PORTS, attempt_of, free_port, leave, meet, shared_folder
 from lorafusion.launch.spec import RunSpec
+from lorafusion.planning import first_fit
 
 OUT = "repeat~1.json"
 
@@ -113,6 +116,29 @@ def test_the_note_of_a_port_that_was_taken_names_it(tmp_path, monkeypatch):
     assert "EADDRINUSE" in done.note
     assert "GLOO_SOCKET_IFNAME" in done.note
     assert len(done.note) <= 300
+
+
+def on_node(rank: int, spec: RunSpec, reports: Path) -> Outcome:
+    """The outcome of a launcher of two processes on two nodes, in a process of its own."""
+    os.environ.update(node(rank))
+    return launch(spec, 2, 120, 2, reports)
+
+
+def test_a_run_on_two_nodes_has_one_report(tmp_path, make_job, make_workload):
+    workload = make_workload(make_job("a"), make_job("b", (4, 4, 7, 9)))
+    (tmp_path / "workload.json").write_text(workload.to_json())
+    (tmp_path / "plan.json").write_text(first_fit.plan(workload, "lorafusion", 1, 16, data_parallel=2).to_json())
+    spec = RunSpec(
+        system="lorafusion",
+        model="tiny",
+        workload=str(tmp_path / "workload.json"),
+        plan=str(tmp_path / "plan.json"),
+    )
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        ends = [pool.submit(on_node, rank, spec, tmp_path / "run-0") for rank in (0, 1)]
+        outcomes = [end.result() for end in ends]
+    assert [done.status for done in outcomes] == ["ok", "ok"], outcomes
+    assert [len(values) for values in outcomes[0].report["losses"].values()] == [3, 2]
 
 
 def test_the_first_node_s_report_of_a_rendezvous_comes_first(tmp_path, monkeypatch):

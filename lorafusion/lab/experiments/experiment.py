@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from lorafusion.core.machine import has_gpu, neighbours, provenance
 from lorafusion.core.schema import UserError, one_of
+from lorafusion.lab.cluster.queue import jobs_here
 from lorafusion.lab.cluster.request import Resources
 from lorafusion.lab.suite import read_suite, step_command
 
@@ -86,17 +87,16 @@ class Experiment(ABC):
 
     def origin(self, point: Point, out: Path, log: Path | None) -> dict[str, Any]:
         """Where the result in `out` comes from, whatever was measured, and what else ran there."""
-        return (
-            provenance(point.settings.device)
-            | neighbours()
-            | {
-                "config_hash": self.key(point),
-                "seed": point.settings.seed,
-                "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "log": str(log) if log else None,
-                "command": step_command(point.source, out),
-            }
-        )
+        return {
+            **provenance(point.settings.device),
+            **neighbours(),
+            "other_jobs": jobs_here(),
+            "config_hash": self.key(point),
+            "seed": point.settings.seed,
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "log": str(log) if log else None,
+            "command": step_command(point.source, out),
+        }
 
     def point(self, suite: str, name: str) -> Point:
         """A point by its name; `UserError` where the suite has none of that name."""

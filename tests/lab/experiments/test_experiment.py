@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,20 @@ def test_a_result_of_other_settings_is_out_of_date(sums, tmp_path):
     Path(sums.config).write_text(sums.config.read_text().replace("float32", "bfloat16"))
     with pytest.raises(OutOfDateError):
         require_result_of(path, sums.key(sums.point("smoke", "size~3")), 1)
+
+
+def test_a_result_says_what_else_ran_there(sums, tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho '7 of me: 1 CPUs, N/A'\necho '8 of alice: 2 CPUs, N/A'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "toy1")
+    path = tmp_path / "1.json"
+    sums.run(sums.point("smoke", "size~3"), 1, path, None)
+    origin = json.loads(path.read_text())["provenance"]
+    assert origin["other_jobs"] == "8 of alice: 2 CPUs, N/A"
+    assert origin["host_load"] >= 0
+    assert "other_gpu_processes" in origin
 
 
 def test_a_suite_for_gpus_needs_one(sums, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def driving(folder: Path, what: str, share: Share | None = None, slurm_run: str 
             if other.name != name and not (side_by_side and other.name.endswith(f"-of-{share.count}")):
                 with locked(folder, other.name, what):  # nobody has it, or this driver must not work
                     pass
-        changed = end_left_jobs(folder)
+        changed = end_left_jobs(folder, patient=True)
         if slurm_run:
             record_run(folder, slurm_run)
         os.environ[VARIABLE] = lock.model_dump_json()

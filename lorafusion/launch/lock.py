@@ -185,11 +185,12 @@ def _members(path: Path) -> list[_Member]:
 
 
 def _require_near(folder: Path, members: list[_Member]) -> None:
-    for process in [member.process for member in members]:
+    for member in members:
+        process = member.process
         if not process.is_near and process.may_live:
             raise UserError(
-                f"{folder}: process {process.pid} on {process.host} was training here and did not end in order; if it "
-                f"runs no longer, delete {LOCK} in the folder"
+                f"{folder}: process {process.pid} on {process.host} ({member.what or 'a worker'}) runs here, or did "
+                f"not end in order; if it runs no longer, start on {process.host}, or delete {LOCK} in the folder"
             )
 
 

@@ -171,7 +171,7 @@ def test_what_may_live_on_another_machine_is_refused(tmp_path, elsewhere):
     note(tmp_path, launches=True, **elsewhere)
     before = (tmp_path / LOCK).read_text()
     with (
-        pytest.raises(UserError, match=r"was training here and did not end in order; .* delete \.lock"),
+        pytest.raises(UserError, match=r"runs here, or did not end in order; .* start on .*, or delete \.lock"),
         locked(tmp_path),
     ):
         pass
@@ -224,7 +224,7 @@ def test_two_machines_that_look_at_once_refuse_each_other(tmp_path, monkeypatch)
         note(tmp_path, token="other", launches=True, host="other", boot="b")
 
     monkeypatch.setattr(locks, "_add", both)
-    with pytest.raises(UserError, match=r"on other was training here and did not end in order"), locked(tmp_path):
+    with pytest.raises(UserError, match=r"on other \(.*\) runs here, or did not end in order"), locked(tmp_path):
         pass
 
 

@@ -129,8 +129,25 @@ def test_a_workflow_runs_to_its_report_and_then_has_nothing_to_do(checkout):
 
     assert not list(checkout.rglob("*PWNED"))
 
-    again = snakemake(*LOCAL, "--config", f"suite={suite}", "--dry-run", cwd=checkout)
-    assert "Nothing to be done" in again.stdout + again.stderr
+    nothing = snakemake(*LOCAL, "--config", f"suite={suite}", "--dry-run", cwd=checkout)
+    assert "Nothing to be done" in nothing.stdout + nothing.stderr
+    _assert_failures_are_told_and_tried_again(sorted((results / "runs").rglob("repeat~*.json")), suite, checkout)
+
+
+def _assert_failures_are_told_and_tried_again(runs: list[Path], suite: Path, checkout: Path) -> None:
+    """Also where nothing is to be done, and of those only the one that another try may mend."""
+    for path, status in zip(runs[1:], ["crash", "oom", "nan"], strict=True):
+        time_ns = path.stat().st_mtime_ns
+        path.write_text(path.read_text().replace('"status": "ok"', f'"status": "{status}"', 1))
+        os.utime(path, ns=(time_ns, time_ns))
+    settings = [*LOCAL, "--config", f"suite={suite}"]
+    done = snakemake(*settings, cwd=checkout)
+    assert done.returncode == 1
+    assert re.search(r"error: failed: .*/repeat~\d.json \(.*to try again: lorafusion lab run .* --again", done.stderr)
+    assert "Traceback" not in done.stdout + done.stderr
+    again = snakemake(*settings, "again=true", "--dry-run", cwd=checkout)
+    assert planned_jobs(again.stdout + again.stderr)["run"] == 1
+    assert f"output: {runs[1].relative_to(checkout)}" in again.stdout + again.stderr
 
 
 def _assert_traceable(table: pd.DataFrame, checkout: Path) -> None:

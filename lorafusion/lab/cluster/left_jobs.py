@@ -33,12 +33,12 @@ def record_run(folder: Path, run: str) -> None:
     write(folder / RECORD, Record(inode=folder.stat().st_ino, run=run).model_dump_json())
 
 
-def end_left_jobs(folder: Path) -> bool:
+def end_left_jobs(folder: Path, patient: bool = False) -> bool:
     """End the jobs that a folder's last driver has left, wait until they have ended, and say which; returns whether
     there were any, as files may have changed then. Raises `UserError` where that cannot be had, as without Slurm's
-    commands. Where the site says `left_jobs: wait`, those that run already go on to their end."""
+    commands. patient: those that run already go on to their end, where the site says `left_jobs: wait`."""
     left = _left(folder)
-    waits = bool(left) and read_site().left_jobs == "wait"
+    waits = patient and bool(left) and read_site().left_jobs == "wait"
     kept = [job for job in left if waits and not job.waits]
     cancelled = [job for job in left if job not in kept]
     begin = time.monotonic()

@@ -30,7 +30,7 @@ SHOW_SECONDS = 60.0  # that a file of a node may take to be seen here
 # Why a job waits on a cluster that is only busy, and why a job waits that will never run.
 BUSY = ("None", "Priority", "Resources", "BeginTime")
 NEVER = re.compile("PartitionConfig|PartitionNodeLimit|PartitionTimeLimit|BadConstraints|Invalid.*|AccountNotAllowed|"
-                   "QOSNotAllowed|AccountingPolicy|ReservationDeleted")  # fmt: skip
+                   "QOSNotAllowed|ReservationDeleted")  # fmt: skip
 # On each node; `$1` is the workflow's Python, `$2` what the probe is given.
 ON_EACH_NODE = f"""
 say() {{ echo "{MARK}${{SLURMD_NODENAME:-$(hostname)}}: $1"; }}

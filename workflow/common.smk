@@ -131,9 +131,8 @@ onstart:
     atexit.register(DRIVER.close)  # some errors call no handler
     with reported():
         changed = DRIVER.enter_context(driver)
-    if (
-        changed
-    ):  # the jobs that had to end took files with them: what is to be done is not what was planned
+    if changed:
+        # The jobs that had to end took files with them: what is to be done is not what was planned.
         DRIVER.close()
         print("starting anew", flush=True)
         os.execv(sys.executable, sys.orig_argv)

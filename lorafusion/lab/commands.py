@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorafusion.core.config import read_systems
 from lorafusion.core.files import read_json
+from lorafusion.core.plugins import import_extra
 from lorafusion.core.schema import UserError, one_of
 from lorafusion.lab.checks.catalog import run_check
 from lorafusion.lab.checks.verdicts import CheckOutcome, origin_of
@@ -64,6 +65,7 @@ def run_here(
 
 def check_nodes(suite: str, folder: Path | None) -> str:
     """Run the preflight of a suite; returns what to say of it."""
+    import_extra("snakemake_executor_plugin_slurm", "lab", "the preflight")
     dag = dag_of(suite, folder)
     needs = needs_of(step.resources for step in dag.of_target("all"))
     return preflight(dag.folder, needs, read_site(), "lorafusion-preflight")

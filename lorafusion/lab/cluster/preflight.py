@@ -17,8 +17,9 @@ from pathlib import Path
 
 from lorafusion.core.files import write
 from lorafusion.core.schema import UserError
+from lorafusion.lab.cluster.admission import require_admitted, sbatch_words
 from lorafusion.lab.cluster.probe import CLOCK_SECONDS, ENDED, LOGIN, MARK, SEEN
-from lorafusion.lab.cluster.queue import JobState, end_job, job_state, submit
+from lorafusion.lab.cluster.queue import JobState, job_state, slurm
 from lorafusion.lab.cluster.request import Resources, request_of
 from lorafusion.lab.cluster.site import Site, read_site
 
@@ -72,6 +73,8 @@ def check_nodes_first(folder: Path, steps: Iterable[Resources], name: str) -> No
 def preflight(folder: Path, needs: Resources, site: Site, name: str) -> str:
     """Run the job and say in a line that all holds; raises `UserError` with all that does not. folder: of the results;
     name: the job's."""
+    request = request_of(needs, site)
+    require_admitted({"preflight": request})
     folder.mkdir(parents=True, exist_ok=True)
     log = folder.absolute() / "logs" / "preflight.log"
     log.parent.mkdir(exist_ok=True)
@@ -80,14 +83,13 @@ def preflight(folder: Path, needs: Resources, site: Site, name: str) -> str:
         place = Path(path)
         (place / LOGIN).touch()
         begin = time.time()
-        try:
-            job = submit(request_of(needs, site), name, log, script_of(place, needs, site))
-        except UserError as error:
-            raise UserError(f"preflight: {error}; does the site ask for what the cluster has?") from None
+        options = [f"--job-name={name}", "--comment=preflight", f"--output={log}", f"--chdir={Path.cwd()}"]
+        words = [*sbatch_words(request), *options]  # of an option that is given twice the last counts
+        job = slurm(*words, text=script_of(place, needs, site)).strip().partition(";")[0]
         try:
             state = _wait(job, 60.0 * site.preflight)
         finally:
-            end_job(job)
+            slurm("scancel", "--quiet", job)
         _wait_for_files(log, place, needs.nodes)
         text = log.read_text(errors="replace") if log.exists() else None
         seen = [file.name for file in place.iterdir()]

@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lorafusion.core.schema import UserError
 
@@ -121,37 +118,6 @@ def read_job_state(text: str) -> JobState:
     return JobState(*names.values())
 
 
-def submit(resources: Mapping[str, Any], name: str, log: Path, script: str) -> str:
-    """Submit a job as Snakemake would one with these resources; returns its id."""
-    from snakemake_executor_plugin_slurm.submit_string import get_submit_command
-    from snakemake_executor_plugin_slurm.utils import set_gres_string
-
-    asked = _Resources({key: value for key, value in resources.items() if value is not None})
-    job = SimpleNamespace(resources=asked, threads=1)
-    account, partition = resources.get("slurm_account"), resources.get("slurm_partition")
-    parameters = {
-        "run_uuid": name,
-        "slurm_logfile": log,
-        "comment_str": "preflight",
-        "account": f"-A {shlex.quote(account)}" if account else "",
-        "partition": f"-p {shlex.quote(partition)}" if partition else "",
-        "workdir": Path.cwd(),
-    }
-    words = shlex.split(get_submit_command(job, parameters) + set_gres_string(job))
-    return slurm(*words, text=script).strip().partition(";")[0]
-
-
-class _Resources(dict):
-    """As the plugin asks a job for them, by key and by attribute."""
-
-    __getattr__ = dict.__getitem__
-
-
-def end_job(job: str) -> None:
-    """Have a job end, if it has not."""
-    slurm("scancel", "--quiet", job)
-
-
 def slurm(*words: str, text: str = "", seconds: float = SECONDS) -> str:
     """What a command of Slurm answers; raises `UserError` where it is missing, does not answer, or refuses. text: for
     its standard input."""
@@ -167,6 +133,6 @@ def slurm(*words: str, text: str = "", seconds: float = SECONDS) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"{words[0]}: no answer in {seconds:.0f} s; is its controller up (`scontrol ping`)?") from None
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        raise UserError(f"{words[0]}: {lines[0].removeprefix(f'{words[0]}: ').removeprefix('error: ')}")
+        reasons = re.sub(rf"^({words[0]}: )?((error|fatal): )?", "", done.stderr.strip(), flags=re.MULTILINE)
+        raise UserError(f"{words[0]}: {'; '.join(reasons.splitlines()) or f'status {done.returncode}'}")
     return done.stdout

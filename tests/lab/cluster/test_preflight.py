@@ -28,7 +28,9 @@ ENDED = JobState("7", "COMPLETED", "None", "toy[1-2]")
 @pytest.fixture
 def nodes(slurm, monkeypatch):
     """A cluster whose nodes are processes: `srun` starts all of them at once."""
-    slurm.program("sbatch", 'while [ $# -gt 0 ]; do [ "$1" = --output ] && log=$2; shift; done\n'
+    slurm.program("sinfo", "echo 'toy*|1:00:00|1-infinite|2|8|16000|(null)'")
+    slurm.program("sbatch", 'case "$*" in *--test-only*) exit;; esac\n'
+                            'while [ $# -gt 0 ]; do case "$1" in --output=*) log=${1#*=};; esac; shift; done\n'
                             'cat >script; sh script >"$log" 2>&1; echo 7')  # fmt: skip
     slurm.program("srun", 'while [ "$1" != sh ]; do case "$1" in --nodes=*) nodes=${1#*=};; esac; shift; done\n'
                           'for i in $(seq 0 $((nodes - 1))); do\n'
@@ -44,8 +46,8 @@ def test_two_nodes_meet_in_a_folder_that_is_gone_afterwards(nodes, tmp_path):
     line = preflight(tmp_path / "results", TWO, Site(interface="lo"), "run-1")
     assert line.startswith("preflight: 2 nodes (toy[1-2]) are ready, after ")
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["logs"]
-    (call,) = nodes.calls("sbatch")
-    assert {"--job-name run-1", "--nodes=2", "--ntasks=2", "-t 5", "--mem 4000"} <= {
+    call = nodes.calls("sbatch")[-1]
+    assert {"--job-name=run-1", "--nodes=2", "--ntasks=2", "-t 5", "--mem 4000"} <= {
         *call.split(), *map(" ".join, zip(call.split(), call.split()[1:], strict=False))
     }  # fmt: skip
 

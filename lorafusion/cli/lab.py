@@ -247,9 +247,9 @@ def preflight(suite: Suite, folder: Folder = None) -> None:
 
     The workflow does so itself before it submits the jobs of a suite for GPUs or for several nodes.
     """
-    from lorafusion.lab.commands import check_nodes
+    from lorafusion.lab import commands
 
-    print(check_nodes(suite, folder))
+    print(commands.preflight(suite, folder))
 
 
 @lab_app.command(example="lorafusion lab report smoke")

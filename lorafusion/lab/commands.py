@@ -7,12 +7,10 @@ from pathlib import Path
 
 from lorafusion.core.config import read_systems
 from lorafusion.core.files import read_json
-from lorafusion.core.plugins import import_extra
 from lorafusion.core.schema import UserError, one_of
 from lorafusion.lab.checks.catalog import run_check
 from lorafusion.lab.checks.verdicts import CheckOutcome, origin_of
-from lorafusion.lab.cluster.preflight import needs_of, preflight
-from lorafusion.lab.cluster.site import read_site
+from lorafusion.lab.cluster.preflight import check_nodes
 from lorafusion.lab.dag import Step, make_step, state
 from lorafusion.lab.driver import driving, is_driven
 from lorafusion.lab.failures import failures, forget, statement
@@ -63,12 +61,10 @@ def run_here(
     return dag.folder, left, statement(failures(runs), f"lorafusion lab run {suite} --here --again")
 
 
-def check_nodes(suite: str, folder: Path | None) -> str:
-    """Run the preflight of a suite; returns what to say of it."""
-    import_extra("snakemake_executor_plugin_slurm", "lab", "the preflight")
+def preflight(suite: str, folder: Path | None) -> str:
+    """Find out whether the nodes can run a suite; returns what to say of it."""
     dag = dag_of(suite, folder)
-    needs = needs_of(step.resources for step in dag.of_target("all"))
-    return preflight(dag.folder, needs, read_site(), "lorafusion-preflight")
+    return check_nodes(dag.folder, [step.resources for step in dag.of_target("all")])
 
 
 def make_steps(suite: str, folder: Path | None, choose: Callable[[Step], bool], what: str) -> tuple[Path, int]:

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lorafusion.core.files import write
+from lorafusion.core.plugins import import_extra
 from lorafusion.core.schema import UserError
 from lorafusion.lab.cluster.admission import require_admitted, sbatch_words
 from lorafusion.lab.cluster.probe import CLOCK_SECONDS, ENDED, LOGIN, MARK, SEEN
@@ -49,6 +50,12 @@ def needs_of(steps: Iterable[Resources]) -> Resources:
     """What the preflight of some steps asks for, by what those need."""
     largest = max(steps, key=lambda needs: (needs.nodes, needs.gpus))
     return Resources(MINUTES, 4000, gpus=largest.gpus, nodes=min(largest.nodes, MOST_NODES), exclusive=False)
+
+
+def check_nodes(folder: Path, steps: Iterable[Resources]) -> str:
+    """The preflight of some steps by itself."""
+    import_extra("snakemake_executor_plugin_slurm", "lab", "the preflight")
+    return preflight(folder, needs_of(steps), read_site(), "lorafusion-preflight")
 
 
 def check_nodes_first(folder: Path, steps: Iterable[Resources], name: str) -> None:

@@ -6,7 +6,7 @@
 #   cluster.sh stop         end the daemons that `start` recorded, and nothing else
 #   cluster.sh status       print its nodes and jobs; exit 0 when every node answers
 #   cluster.sh lose NODE    end a node with all that runs on it, as a power cut does
-#   cluster.sh return NODE  start a lost node again
+#   cluster.sh return NODE  start a lost node again; HIDDEN=FOLDER: one that does not see a folder
 #
 # NODES (2, named toy1, toy2), GPUS (0, fake), CPUS (8) and MEM_MB (16000) describe a node. CPUs and memory are what
 # Slurm is told, not what the machine has, and nothing is enforced. Partitions: short (the default, 10 minutes), long (a
@@ -197,7 +197,14 @@ start_accounting() {
     } >>"$root/log/sacctmgr.log" || fail "no accounts: see $root/log/sacctmgr.log"
 }
 
-start_node() { slurmd -N "$1" -f "$SLURM_CONF"; }
+start_node() {
+    if [ -n "${HIDDEN:-}" ]; then
+        # shellcheck disable=SC2016
+        unshare --mount sh -c 'mount -t tmpfs none "$1" && exec slurmd -N "$2"' sh "$HIDDEN" "$1"
+    else
+        slurmd -N "$1"
+    fi
+}
 
 start() {
     [ "$(uname -s)" = Linux ] || fail "needs Linux"
@@ -222,7 +229,7 @@ start() {
     start_munge
     start_database
     start_accounting
-    slurmctld -f "$SLURM_CONF"
+    slurmctld
     local n
     for n in $(seq "$nodes"); do
         start_node "toy$n"

@@ -26,11 +26,11 @@ def survived(two_nodes, tmp_path_factory):
     workflow, before = Workflow(tmp_path_factory.mktemp("survived"), "two-nodes"), len(lives())
     table = "results/two-nodes/measurements.csv"
     first = workflow.start(table)
-    first_attempts = two_train(workflow)
+    first_met = two_train(workflow)
     first.kill()
     second = workflow.start(table)
-    two_train(workflow, but=first_attempts)
-    requeued, lost = sorted(queue())[-2:]
+    two_train(workflow, but=first_met)
+    requeued, lost = sorted(queue(), key=int)
     answer("scontrol", "requeue", requeued)
     wait_until(lambda: queue()[requeued] == "PENDING", 30, f"job {requeued} waits again")
     assert queue()[lost] == "RUNNING"
@@ -41,11 +41,12 @@ def survived(two_nodes, tmp_path_factory):
 
 
 def two_train(workflow, but=frozenset()):
-    """Wait until the processes of two cells have met; returns the folders of their attempts."""
+    """Wait until the processes of two cells have met; returns the files in which they agreed where. but: those of
+    earlier attempts."""
     met = set()
 
     def look():
-        met.update(path.parent for path in workflow.results.rglob("*.reports-*/rendezvous") if path.parent not in but)
+        met.update(path for path in workflow.results.rglob("*.reports-*/**/rendezvous") if path not in but)
         return len(met) == 2
 
     wait_until(look, 120, "two cells have begun to train")

@@ -49,19 +49,22 @@ class Job(NamedTuple):
     partition: str
     start: str
     end: str
+    seconds: str
     what: str
 
 
 def answer(*words: str, **options: str) -> str:
-    """What a command of Slurm answers."""
-    return subprocess.run(words, check=True, text=True, capture_output=True, timeout=60, **options).stdout
+    """What a command answers."""
+    done = subprocess.run(words, text=True, capture_output=True, timeout=60, **options)
+    assert done.returncode == 0, (words, done.stderr)
+    return done.stdout
 
 
 def lives() -> list[Job]:
     """Every life of every job, also of those that ended, in the order in which they began."""
-    fields = "JobIDRaw,State,Partition,Start,End,Comment"
+    fields = "JobIDRaw,State,Partition,Start,End,ElapsedRaw,Comment"
     lines = answer("sacct", "-X", "--duplicates", "--noheader", "--parsable2", f"--format={fields}").splitlines()
-    return sorted((Job(*line.split("|", 5)) for line in lines), key=lambda job: job.start)
+    return sorted((Job(*line.split("|", 6)) for line in lines), key=lambda job: job.start)
 
 
 def queue() -> dict[str, str]:

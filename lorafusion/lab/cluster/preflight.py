@@ -27,6 +27,7 @@ from lorafusion.lab.cluster.site import Site, read_site
 PASSED = ".preflight"  # a file: what has passed
 MINUTES = 5  # that the job may take once it runs
 MOST_NODES = 2
+OTHERS_SECONDS = 20  # that the other nodes have once one has ended: they would wait for it
 LOOK_SECONDS = 2.0
 SHOW_SECONDS = 60.0  # that a file of a node may take to be seen here
 # Why a job waits on a cluster that is only busy, and why a job waits that will never run.
@@ -111,7 +112,7 @@ def script_of(place: Path, needs: Resources, site: Site) -> str:
     """The job's script: the probe, once on each node, with what the site has each job do first."""
     settings = json.dumps({"place": str(place), "nodes": needs.nodes, "gpus": needs.gpus})
     words = ["srun", f"--nodes={needs.nodes}", f"--ntasks={needs.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0",
-             "sh", "-c", ON_EACH_NODE, "sh", sys.executable, settings]  # fmt: skip
+             f"--wait={OTHERS_SECONDS}", "sh", "-c", ON_EACH_NODE, "sh", sys.executable, settings]  # fmt: skip
     return f"#!/bin/sh\n{site.shell}{shlex.join(words)}\n"
 
 

@@ -23,6 +23,7 @@ from lorafusion.cli.workload import workload_app
 from lorafusion.core.log import start_logging
 from lorafusion.core.schema import UserError, shown
 
+STANDARD_ERROR = 2  # the last of the descriptors that a process begins with
 app = CommandLine(help=__doc__, add_completion=True)
 for group in (train_app, patch_app, workload_app, reproduce_app):
     app.add_typer(group)
@@ -52,18 +53,19 @@ def options(
 
 def main() -> None:
     """Entry point: a user's mistake is a line and status 2."""
+    _fill_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
     os.environ["MPLBACKEND"] = "agg"  # figures are drawn to files
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process that is started runs a queue.py of the folder it is called in
     status = 2
     try:
         _check_folder()
         if "" in sys.argv[1:]:  # which typer takes for this folder where a path belongs
             raise UserError(f"{sys.argv[sys.argv.index('', 1) - 1]}: expected a value after it, found an empty word")
         status = app(prog_name="lorafusion", standalone_mode=False)
-        if sys.stdout:  # none where it was closed
-            sys.stdout.flush()
+        sys.stdout.flush()
     except UserError as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
     except typer.TyperException as error:  # of a command that is called wrongly
@@ -78,6 +80,14 @@ def main() -> None:
             status = 2
             print(f"error: standard output: {error.strerror}", file=sys.stderr)
     sys.exit(status)
+
+
+def _fill_standard_streams() -> None:
+    """A caller may have closed them. Files that are opened would get their places then, and what is said to them."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STANDARD_ERROR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(STANDARD_ERROR, "w")
 
 
 def _check_folder() -> None:

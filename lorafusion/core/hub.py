@@ -3,16 +3,18 @@ stands for where there is no network. Code that lies among them is never run, an
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path, PurePosixPath
 
 import httpx
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from lorafusion.core.files import read_json
 from lorafusion.core.schema import UserError
 
+LOGGER = logging.getLogger(__name__)
 # No such repository, no access to it, no connection, offline mode: all of them the user's to mend.
 HUB_ERRORS = (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError)
 
@@ -29,10 +31,22 @@ def file_of(source: str, name: str, revision: str | None = None) -> Path | None:
         return _inside(path, folder)
     try:
         return Path(hf_hub_download(source, name, revision=revision))
+    except LocalEntryNotFoundError:
+        _use_cache()
+        return None
     except EntryNotFoundError:
         return None
     except HUB_ERRORS as error:
         raise unreachable(source, revision, error) from None
+
+
+def _use_cache() -> None:
+    """Ask the hub, which cannot be reached, for nothing more, here and in the processes that are started: each file
+    that the cache lacks would be tried for half a minute."""
+    if not constants.HF_HUB_OFFLINE:
+        LOGGER.warning("the Hugging Face hub cannot be reached; its cache has to do")
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def file_at_hand(source: str, name: str, revision: str | None = None) -> Path | None:
@@ -43,7 +57,7 @@ def file_at_hand(source: str, name: str, revision: str | None = None) -> Path | 
     else:
         cached = try_to_load_from_cache(source, name, revision=revision)
         path = Path(cached) if isinstance(cached, str) else None
-        missing = "the hub's cache has no such file, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+        missing = "the hub's cache has no such file, and the hub is not asked" if constants.HF_HUB_OFFLINE else ""
     if path is None and missing:
         raise UserError(f"{source}: {name}: {missing}")
     return path
@@ -82,8 +96,9 @@ def absent(source: str, names: str, hint: str = "") -> UserError:
     """The error of a model that has none of some files."""
     if Path(source).is_dir():
         return UserError(f"{source}: {names}{hint}")
-    offline = "HF_HUB_OFFLINE is set, and the hub's cache has" if constants.HF_HUB_OFFLINE else "it has, or its cache,"
-    return UserError(f"model {source!r}: neither a local folder nor to be had from the hub: {offline} {names}")
+    offline = "it is not asked (HF_HUB_OFFLINE) or not reached, and its cache has"
+    reason = f"{offline if constants.HF_HUB_OFFLINE else 'it has'} {names}"
+    return UserError(f"model {source!r}: neither a local folder nor to be had from the hub: {reason}")
 
 
 def unreachable(source: str, revision: str | None, error: Exception) -> UserError:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
+from pathlib import Path
 from typing import NamedTuple
 
-from lorafusion.core.hub import HUB_ERRORS, read_settings, require_no_links
+from lorafusion.core.hub import read_settings, require_no_links
 from lorafusion.core.schema import UserError
 
 # What transformers reads as if nothing could be wrong with it.
@@ -81,11 +83,24 @@ class Encoder:
         return Specials(before, [*self._own.after, *([] if closes else [eos])] if add_eos else [])
 
     def _encode(self, texts: list[str], special: bool):
-        # Not verbose: it would warn of texts longer than the model's positions, which are cut later.
-        return self.tokenizer(
-            texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False,
-            return_offsets_mapping=True, verbose=False,
-        )  # fmt: skip
+        with _reading(self.source):
+            # Not verbose: it would warn of texts longer than the model's positions, which are cut later.
+            return self.tokenizer(
+                texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False,
+                return_offsets_mapping=True, verbose=False,
+            )  # fmt: skip
+
+
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
+    """Within it the library reads or uses the files of a tokenizer."""
+    try:
+        yield
+    except Exception as error:  # the border of a library: of damaged files it raises anything, Exception itself too
+        place = "neither a local folder nor to be had from the hub"
+        if Path(source).is_dir():
+            place = "its files are damaged or unknown to transformers"
+        raise UserError(f"tokenizer {source!r}: {place} ({' '.join(str(error).split())[:200]})") from None
 
 
 def begins_with(specials: Specials, ids: Sequence[int]) -> bool:
@@ -108,16 +123,8 @@ def load_encoder(source: str, revision: str | None = None) -> Encoder:
     require_no_links(source)
     for name in FILES:
         read_settings(source, name, revision)
-    try:
+    with _reading(source):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (*HUB_ERRORS, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"tokenizer {source!r}: neither in a local folder nor to be had from the hub ({reason})"
-        ) from None
-    except Exception as error:  # of whatever kind: the tokenizers library, in Rust, raises bare ones
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"tokenizer {source!r}: its files are damaged or unknown to transformers ({reason})") from None
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer {source!r}: expected a fast one with a tokenizer.json, found {type(tokenizer).__name__}"

@@ -43,7 +43,8 @@ LAUNCHER = "LORAFUSION_LAUNCHER"  # in the environment of workers: their launche
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # By these a launcher tells a process its place among others. Only our own launch places workers: what a shell or a
 # notebook has left over would have them wait for processes that nobody has started.
-PLACE = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+)")
+# `PET_` begins those that torchrun takes for its options.
+PLACE = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET)_\w+)")
 # In what gloo, NCCL and the store say when a process at the other end is gone.
 BROKEN_CONNECTION = re.compile("Connection|Broken pipe|Socket closed")
 

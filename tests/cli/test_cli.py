@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from importlib.metadata import version
 from unittest.mock import patch
 
@@ -27,7 +28,12 @@ def lorafusion(*arguments) -> subprocess.CompletedProcess:
     time."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     command = ["lorafusion", *map(str, arguments)]
-    with patch.object(sys, "argv", command), redirect_stdout(stdout), redirect_stderr(stderr):
+    with (
+        patch.dict(os.environ),
+        patch.object(sys, "argv", command),
+        redirect_stdout(stdout),
+        redirect_stderr(stderr),
+    ):
         try:
             main()
         except SystemExit as end:
@@ -236,6 +242,31 @@ def test_it_is_a_program(tmp_path):
     done = subprocess.run(command, text=True, capture_output=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path}/none.json: no such workload file\n"
+
+
+@pytest.mark.parametrize(("closed", "call", "status"), [
+    ("2>&-", f"workload {XSUM} --samples 4 -o w.json", 0),
+    (">&- 2>&-", f"workload {XSUM} --samples 4 -o w.json", 0),
+    ("<&- >&- 2>&-", "plan none.json -o x", 2),
+])  # fmt: skip
+def test_standard_streams_may_be_closed(tmp_path, closed, call, status):
+    """The status was 120, and what was said to standard error stood in a file that was open."""
+    command = f"{shlex.quote(sys.executable)} -m lorafusion.cli.main {call} {closed}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(command, shell=True, cwd=tmp_path, env=environment).returncode == status
+    assert [path.name for path in tmp_path.iterdir()] == ["w.json"] * (not status)
+
+
+def test_what_is_started_runs_no_file_of_the_folder(tmp_path, monkeypatch):
+    """A queue.py beside the jobs file was run in place of Python's own."""
+    (tmp_path / "this.py").write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    with patch.dict(os.environ), patch.object(sys, "argv", ["lorafusion", "--version"]), suppress(SystemExit):
+        try:
+            main()
+        finally:
+            started = os.environ.copy()
+    assert not subprocess.run([sys.executable, "-m", "this"], env=started, stdout=subprocess.DEVNULL).returncode
 
 
 @pytest.mark.parametrize(

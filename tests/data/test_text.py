@@ -15,6 +15,7 @@ from lorafusion.data.encoder import load_encoder
 from lorafusion.data.text import Encoded, SampleCounts, SampleRule, encode
 from tests.tiny_tokenizer import BOS, EOS, save_tokenizer
 
+UNUSABLE = "tokenizer '.*': its files are damaged or unknown to transformers"
 RULE = SampleRule(max_length=1000, too_long="truncate", learn_prompt=False)
 
 
@@ -279,21 +280,40 @@ def test_without_the_datasets_library_it_says_how_to_get_it(monkeypatch, encoder
         encoded(HUB, encoder)
 
 
-def test_a_tokenizer_that_cannot_be_had_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer '.*': neither in a local folder nor to be had from the hub"):
+@pytest.mark.parametrize(("name", "changes"), [
+    *(("tokenizer.json", {key: {}}) for key in ("model", "added_tokens", "post_processor", "truncation")),
+    ("tokenizer.json", {"version": 17}),
+    ("tokenizer.json", {"model": 17}),
+    ("tokenizer.json", {"added_tokens": 17}),
+    ("tokenizer.json", {"decoder": []}),
+    ("tokenizer.json", {"model": {"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "?"}, "post_processor": None}),
+    ("tokenizer_config.json", {"tokenizer_class": ["x"]}),
+    ("tokenizer_config.json", {"bos_token": 17}),
+    ("tokenizer_config.json", {"model_max_length": "x"}),
+    ("tokenizer_config.json", None),
+    ("tokenizer.json", None),
+    ("special_tokens_map.json", None),
+])  # fmt: skip
+def test_a_tokenizer_that_cannot_be_used_is_one_line(tmp_path, name, changes):
+    """What the libraries raise of such files was a traceback. None: a list in place of the object."""
+    path = save_tokenizer(tmp_path) / name
+    path.write_text(json.dumps([] if changes is None else json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=rf"^({UNUSABLE}|{path}: expected)[^\n]*$"):
         load_encoder(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "part",
-    [{"version": 17}, {"model": {}}, {"model": 17}, {"added_tokens": {}}, {"added_tokens": 17}, {"decoder": []},
-     {"post_processor": {}}, {"truncation": {}}],
-)  # fmt: skip
-def test_a_damaged_tokenizer_is_one_line(tmp_path, part):
+def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=f"^{UNUSABLE}"):
+        load_encoder(str(tmp_path))
+
+
+def test_rows_that_a_tokenizer_has_no_tokens_for_are_one_line(tmp_path):
     path = save_tokenizer(tmp_path / "tokenizer") / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | part))
-    with pytest.raises(UserError, match=r"^tokenizer '.*': its files are damaged or unknown to transformers \(.*\)$"):
-        load_encoder(str(path.parent))
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": model, "post_processor": None}))
+    encoder = load_encoder(str(tmp_path / "tokenizer"))
+    with pytest.raises(UserError, match=rf"{UNUSABLE} \(WordLevel error"):
+        encoded(jsonl(tmp_path, {"q": "b", "a": "c"}), encoder)
 
 
 def test_a_tokenizer_needs_an_end(tmp_path):

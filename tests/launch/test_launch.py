@@ -273,9 +273,11 @@ def test_workers_share_the_cores_that_this_process_may_use(monkeypatch, cores, p
 
 
 def test_workers_have_no_place_but_the_one_that_we_give_them():
-    """RANK and WORLD_SIZE left in the environment had a run of one process wait ten minutes for another."""
+    """RANK and WORLD_SIZE left in the environment had a run of one process wait ten minutes for another; PET_NNODES,
+    which Kubeflow sets, one of two processes."""
     left_over = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME",
-                 "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"]  # fmt: skip
+                 "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID",
+                 "PET_NNODES", "PET_RDZV_ENDPOINT"]  # fmt: skip
     others = {"NAME", "SLURM_NODEID", "HOME", "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONUNBUFFERED"}
     assert worker_environment(1, dict.fromkeys([*left_over, *others], "2")).keys() == others
 

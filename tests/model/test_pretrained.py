@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -241,7 +243,7 @@ def test_a_model_in_the_hubs_cache_needs_no_network(cached, saved):
     assert identity(model)["weights"] == f"acme/tiny@{COMMIT}"
     look_at(str(cached))  # the folder of the cache itself, whose links lead out of it
     (cached / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, and the hub's cache has no model.safetensors"):
+    with pytest.raises(UserError, match="not reached, and its cache has no model.safetensors"):
         look_at("acme/tiny", "v2")
 
 
@@ -255,3 +257,17 @@ def test_a_model_is_known_by_what_is_in_its_folder(single, tmp_path):
     path.write_bytes(content)
     after = identity(huggingface_model(str(moved)))
     assert {key for key in before if before[key] != after[key]} == {"weights"}
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_again(monkeypatch):
+    """Each file that the cache lacks was tried for half a minute, by the workers too."""
+
+    def download(*_, **__):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("lorafusion.core.hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with pytest.raises(UserError, match="model 'acme/tiny': neither .* not reached, and its cache has no"):
+        look_at("acme/tiny")
+    assert (os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE) == ("1", True)

@@ -256,6 +256,7 @@ def _environments() -> Iterator[Case]:
         "rank": {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
         "rank-words": {"RANK": "word", "WORLD_SIZE": "word", "LOCAL_RANK": "word"},
         "elastic": {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "3"},
+        "torchrun": {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "word", "PET_STANDALONE": "1"},
         "devices": {"CUDA_VISIBLE_DEVICES": "99", "LOCAL_WORLD_SIZE": "-1"},
         "slurm": {"SLURM_JOB_ID": "1", "SLURM_NNODES": "2", "SLURM_PROCID": "1", "SLURM_NODEID": "1"},
         "no-home": {"HOME": None}, "lang-c": {"LANG": "C", "LC_ALL": "C"}, "tmp-nowhere": {"TMPDIR": "/nowhere"},
@@ -263,6 +264,9 @@ def _environments() -> Iterator[Case]:
     for name, environment in distributed.items():
         yield of_line(f"environment/train-{name}/done", "train jobs.yaml", files=files, environment=environment,
                       fresh=True, statuses=DONE, may_write=True, cpu=60.0, wall=150.0)  # fmt: skip
+    named = {f"{name}.py": b"raise SystemExit(1)\n" for name in ("queue", "random", "torch", "yaml")}
+    yield of_line("environment/files-of-the-folder/train", "train jobs.yaml", files=files | named, fresh=True,
+                  statuses=DONE, may_write=True, cpu=60.0, wall=150.0)  # fmt: skip
     for name, environment in {"offline": {"HF_HUB_OFFLINE": "1"}, "online": {}}.items():
         yield of_line(f"environment/hub-{name}/train", "train hub.yaml", files=files, environment=environment,
                       fresh=True, cpu=9.0)  # fmt: skip

@@ -157,10 +157,12 @@ def _data() -> Iterator[Case]:
                       lambda content: valid.jobs_folder(text, content), libraries=True, owns=OWNED)  # fmt: skip
     tokenizer = few(spoiled.no_file() | spoiled.json_text(valid.tokenizer()["tokenizer.json"]))
     tokenizer.pop("unknown-key")
+    settings = valid.json_of(valid.tokenizer()["tokenizer_config.json"])
     tokenizer |= spoiled.tokenizer_values(valid.json_of(valid.tokenizer()["tokenizer.json"]))
-    yield from placed("train/tokenizer", "train", "jobs.yaml", tokenizer,
-                      lambda content: valid.jobs_folder() | {"tokenizer/tokenizer.json": content},
-                      libraries=True, owns=OWNED)  # fmt: skip
+    for name, mutations in {"tokenizer": tokenizer, "tokenizer_config": spoiled.tokenizer_settings(settings)}.items():
+        yield from placed(f"train/{name}", "train", "jobs.yaml", mutations,
+                          lambda content, name=name: valid.jobs_folder() | {f"tokenizer/{name}.json": content},
+                          libraries=True, owns=OWNED)  # fmt: skip
 
 
 def _models() -> Iterator[Case]:

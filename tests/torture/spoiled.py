@@ -317,6 +317,15 @@ def model_values(valid: dict) -> Mutations:
     return made | {"code-of-its-own": json.dumps(valid | own_code).encode()}
 
 
+def tokenizer_settings(valid: dict) -> Mutations:
+    """A tokenizer_config.json with values of wrong types."""
+    keys = ("tokenizer_class", "bos_token", "model_max_length", "additional_special_tokens", "added_tokens_decoder")
+    wrong = {"a-list": [[]], "a-mapping": {"x": 1}}
+    made = {f"{key}-{name}": valid | {key: value} for key in keys for name, value in wrong.items()}
+    del made["additional_special_tokens-a-mapping"]  # names of its own
+    return {name: json.dumps(content).encode() for name, content in made.items()}
+
+
 def indexes(valid: dict) -> Mutations:
     """A list of shards that leads nowhere, or out of the folder."""
     tensors = dict(valid["weight_map"])
@@ -360,6 +369,10 @@ def tokenizer_values(valid: dict) -> Mutations:
         "an-id-without-end": {"added_tokens": [{"id": HUGE, "content": "x"}]},
         "an-unknown-model": {"model": valid["model"] | {"type": "torture"}},
         "an-unknown-version": {"version": 17}, "no-normalizer-at-all": {"normalizer": {}},
+        "merges-of-nothing": {"model": {"type": "BPE", "vocab": {"a": 5}, "merges": [["a", "zz"]]}},
+        "no-token-for-a-word": {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}},
+        "a-bad-pattern": {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated",
+                                            "invert": False}},
     }  # fmt: skip
     changes |= {f"{key}-{name}": {key: value} for key in ("added_tokens", "model", "decoder", "post_processor")
                 for name, value in (("a-number", 17), ("an-object", {}))}  # fmt: skip

@@ -35,7 +35,7 @@ def request_of(needs: Resources, site: Site) -> dict[str, int | str | None]:
     kind = f"gpu:{site.gpu_type}" if site.gpu_type else "gpu"
     return {
         "runtime": needs.minutes,
-        "mem_mb": needs.memory_mb,
+        "mem_mb": max(needs.memory_mb, 1000 * (site.memory_gb or 0) if whole_nodes else 0),
         "cpus_per_task": max(needs.cpus, needs.gpus * site.cpus_per_gpu),
         "tasks_per_gpu": 0,
         "gres": f"{kind}:{needs.gpus}" if needs.gpus else None,

@@ -32,7 +32,7 @@ class Site(Config):
         default=None, ge=1, le=MOST_PROCESSES, description="GPUs of a node, or processes of a suite for CPUs"
     )
     cpus_per_gpu: int = Field(default=4, ge=1, le=1024, description="cores that come with a GPU")
-    memory_gb: int | None = Field(default=None, ge=1, le=1_000_000, description="memory of a node that jobs may have")
+    memory_gb: int | None = Field(default=None, ge=1, le=1_000_000, description="memory of a whole node")
     gpu_type: str | None = Field(default=None, pattern=TYPE, description="as in `--gres=gpu:TYPE:8`")
     constraint: str | None = Field(default=None, pattern=WORD, description="features of the nodes with GPUs")
     partition: str | None = Field(default=None, pattern=WORD)

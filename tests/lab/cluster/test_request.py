@@ -80,6 +80,11 @@ def test_a_timed_job_has_its_node_or_its_share_alone(needs, site, extra):
     assert request_of(needs, Site(**site))["slurm_extra"] == extra
 
 
+@pytest.mark.parametrize(("needs", "memory_mb"), [(NODES, 1_900_000), (GPUS, 64_000)])
+def test_a_whole_node_comes_with_all_of_its_memory(needs, memory_mb):
+    assert request_of(needs, Site(gpus_per_node=8, memory_gb=1900))["mem_mb"] == memory_mb
+
+
 @pytest.mark.parametrize(
     ("processes", "per_node", "nodes"),
     [(1, 8, 1), (8, 8, 1), (16, 8, 2), (16, 4, 4), (6, 4, 2), (5, 4, 5), (12, 5, 3)],

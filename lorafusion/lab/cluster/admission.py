@@ -40,7 +40,7 @@ class Nodes(NamedTuple):
         gpus = int((request["gres"] or ":0").rpartition(":")[2])
         limits = [
             ("minutes", request["runtime"], self.minutes),
-            ("nodes", request["nodes"], min(self.count, self.most)),
+            ("nodes", request["nodes"] or 1, min(self.count, self.most)),
             ("GPUs a node", gpus, self.gpus),
             ("cores a node", request["cpus_per_task"], self.cpus),
             ("MB of memory a node", request["mem_mb"], self.memory_mb),

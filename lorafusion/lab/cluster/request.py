@@ -39,8 +39,9 @@ def request_of(needs: Resources, site: Site) -> dict[str, int | str | None]:
         "cpus_per_task": max(needs.cpus, needs.gpus * site.cpus_per_gpu),
         "tasks_per_gpu": 0,
         "gres": f"{kind}:{needs.gpus}" if needs.gpus else None,
-        "nodes": needs.nodes,
-        "tasks": needs.nodes,
+        # Of one node nothing is said: Snakemake would add up the nodes of jobs that it groups.
+        "nodes": needs.nodes if needs.nodes > 1 else None,
+        "tasks": needs.nodes if needs.nodes > 1 else None,
         # What starts a run: nothing on one node, one launcher a node on more; one that cannot start ends the others.
         "mpi": "srun --kill-on-bad-exit=1" if needs.nodes > 1 else "",
         "slurm_account": site.account,

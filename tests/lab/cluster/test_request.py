@@ -23,11 +23,10 @@ def asked(needs: Resources, **site) -> dict:
 
 def test_without_a_site_the_cluster_s_defaults_hold():
     assert asked(GPUS) == {
-        "runtime": 65, "mem_mb": 64_000, "cpus_per_task": 8, "tasks_per_gpu": 0, "gres": "gpu:2", "nodes": 1,
-        "tasks": 1, "mpi": "",
+        "runtime": 65, "mem_mb": 64_000, "cpus_per_task": 8, "tasks_per_gpu": 0, "gres": "gpu:2", "mpi": "",
     }  # fmt: skip
     assert asked(CPU) == {
-        "runtime": 15, "mem_mb": 4000, "cpus_per_task": 1, "tasks_per_gpu": 0, "nodes": 1, "tasks": 1, "mpi": "",
+        "runtime": 15, "mem_mb": 4000, "cpus_per_task": 1, "tasks_per_gpu": 0, "mpi": "",
     }  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from lorafusion.cli.workload import workload_app
 from lorafusion.core.log import start_logging
 from lorafusion.core.schema import UserError, shown
 
-STANDARD_ERROR = 2  # the last of the descriptors that a process begins with
 app = CommandLine(help=__doc__, add_completion=True)
 for group in (train_app, patch_app, workload_app, reproduce_app):
     app.add_typer(group)
@@ -84,10 +83,10 @@ def main() -> None:
 
 def _fill_standard_streams() -> None:
     """A caller may have closed them. Files that are opened would get their places then, and what is said to them."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STANDARD_ERROR:
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(STANDARD_ERROR, "w")
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
 
 
 def _check_folder() -> None:

@@ -41,8 +41,7 @@ def file_of(source: str, name: str, revision: str | None = None) -> Path | None:
 
 
 def _use_cache() -> None:
-    """Ask the hub, which cannot be reached, for nothing more, here and in the processes that are started: each file
-    that the cache lacks would be tried for half a minute."""
+    """Ask the hub, which cannot be reached, for nothing more, in workers too: each file would take half a minute."""
     if not constants.HF_HUB_OFFLINE:
         LOGGER.warning("the Hugging Face hub cannot be reached; its cache has to do")
         constants.HF_HUB_OFFLINE = True

@@ -26,6 +26,7 @@ MOST_CPU = 2.0  # seconds beyond the start of the interpreter
 MOST_WALL = 30.0  # seconds; what is not over then hangs
 MOST_MEMORY = 2**20  # KiB
 LIBRARIES = ("tests.torture.server:import_libraries",)
+WARM = ("tests.torture.server:import_commands",)
 REFUSED = frozenset({2})
 SHOWN = 4  # changes of a folder
 

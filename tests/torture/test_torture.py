@@ -71,7 +71,8 @@ def test_a_good_plan_is_shown(tmp_path):
 
 @pytest.mark.slow
 def test_a_sample_of_the_hostile_inputs_is_refused():
-    """`make torture` tries all of them."""
+    """A tenth; `make torture` tries all of them."""
     sample = inputs.sample()
-    assert len(sample) >= 40
-    assert {name: wrong for name, wrong in inputs.run(sample, servers=1).items() if wrong} == {}
+    assert len(sample) >= len(inputs.cases()) / 10
+    wrong = inputs.run(sample, servers=1, warm=True)
+    assert {name: lines for name, lines in wrong.items() if lines} == {}

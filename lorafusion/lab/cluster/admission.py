@@ -107,9 +107,8 @@ def _refused(request: Request, settings: object) -> str:
     try:
         slurm(*sbatch_words(request, settings), "--test-only", text="#!/bin/sh\n")
     except UserError as error:
-        reason = str(error)
-        accounts = "account" in reason.lower() or reason.startswith("sbatch: Assoc")
-        return reason + (f"; {HINT}" if accounts and not request["slurm_account"] else "")
+        of_account = re.search("account|: Assoc", str(error), re.IGNORECASE)
+        return f"{error}; {HINT}" if of_account and not request["slurm_account"] else str(error)
     return ""
 
 

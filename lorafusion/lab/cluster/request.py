@@ -32,18 +32,19 @@ def request_of(needs: Resources, site: Site) -> dict[str, int | str | None]:
     whole_nodes = needs.exclusive and (site.exclusive or needs.gpus == site.gpus_per_node)
     reservation = f"--reservation={site.reservation}" if site.reservation and at_gpus else ""
     extra = filter(None, ["--exclusive" if whole_nodes else "", reservation, site.extra])
-    kind = f"gpu:{site.gpu_type}" if site.gpu_type else "gpu"
+    cpus = max(needs.cpus, needs.gpus * site.cpus_per_gpu)
     return {
         "runtime": needs.minutes,
         "mem_mb": max(needs.memory_mb, 1000 * (site.memory_gb or 0) if whole_nodes else 0),
-        "cpus_per_task": max(needs.cpus, needs.gpus * site.cpus_per_gpu),
+        "cpus_per_task": cpus,
         "tasks_per_gpu": 0,
-        "gres": f"{kind}:{needs.gpus}" if needs.gpus else None,
+        "gres": ":".join(filter(None, ["gpu", site.gpu_type, str(needs.gpus)])) if needs.gpus else None,
         # Of one node nothing is said: Snakemake would add up the nodes of jobs that it groups.
         "nodes": needs.nodes if needs.nodes > 1 else None,
         "tasks": needs.nodes if needs.nodes > 1 else None,
         # What starts a run: nothing on one node, one launcher a node on more; one that cannot start ends the others.
-        "mpi": "srun --kill-on-bad-exit=1" if needs.nodes > 1 else "",
+        # srun does not inherit the cores of a task, and would bind a launcher to one.
+        "mpi": f"srun --kill-on-bad-exit=1 --cpus-per-task={cpus}" if needs.nodes > 1 else "",
         "slurm_account": site.account,
         "slurm_partition": site.partition if at_gpus else site.cpu_partition,
         "qos": site.qos,

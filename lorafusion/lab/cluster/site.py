@@ -59,8 +59,8 @@ class Site(Config):
     @property
     def shell(self) -> str:
         """What a job's shell does first; a line that fails ends it."""
-        names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if self.interface else ()
-        exports = [f"export {name}={shlex.quote(self.interface or '')}" for name in names]
+        name = shlex.quote(self.interface or "")
+        exports = [f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}"] if self.interface else []
         return "".join(f"{line}\n" for line in ["set -e", *self.before, *exports])
 
 

@@ -32,7 +32,11 @@ def test_without_a_site_the_cluster_s_defaults_hold():
 
 def test_each_node_has_a_launcher():
     request = asked(NODES)
-    assert (request["nodes"], request["tasks"], request["mpi"]) == (2, 2, "srun --kill-on-bad-exit=1")
+    assert (request["nodes"], request["tasks"], request["mpi"]) == (
+        2,
+        2,
+        "srun --kill-on-bad-exit=1 --cpus-per-task=32",
+    )
     assert (request["gres"], request["mem_mb"]) == ("gpu:8", 256_000)  # of each node
 
 

@@ -87,4 +87,4 @@ def test_a_profile_with_a_mistake_ends_in_a_line(monkeypatch, capsys):
 
 def test_a_job_begins_with_the_lines_of_the_site():
     site = Site(before=["module load cuda"], interface="ib0")
-    assert site.shell == ("set -e\nmodule load cuda\nexport NCCL_SOCKET_IFNAME=ib0\nexport GLOO_SOCKET_IFNAME=ib0\n")
+    assert site.shell == ("set -e\nmodule load cuda\nexport NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0\n")

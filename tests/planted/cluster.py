@@ -1,0 +1,60 @@
+"""Errors in what Slurm is asked for, and in what is refused before it is asked."""
+
+from __future__ import annotations
+
+from tests.planted.plant import planted
+
+ADMISSION = "tests/lab/cluster/test_admission.py"
+REQUEST = "tests/lab/cluster/test_request.py"
+SITE = "tests/lab/cluster/test_site.py"
+
+
+@planted(
+    "lorafusion.lab.cluster.request:request_of",
+    caught_by=f"{REQUEST}::test_a_timed_job_has_its_node_or_its_share_alone[needs1-site1---exclusive]",
+)
+def a_run_that_takes_all_gpus_shares_its_nodes(original):
+    """Other jobs run on the cores beside a timed run."""
+    return lambda needs, site: original(needs, site) | {"slurm_extra": None}
+
+
+@planted(
+    "lorafusion.lab.cluster.request:nodes_for",
+    caught_by=f"{REQUEST}::test_nodes_share_processes_evenly[5-4-5]",
+)
+def the_last_node_has_fewer_processes(original):
+    """Five processes go to two nodes, two to each."""
+    return lambda processes, per_node: -(-processes // per_node)
+
+
+@planted(
+    "lorafusion.lab.experiments.end_to_end:EndToEnd.resources",
+    caught_by=f"{ADMISSION}::test_the_papers_grid_fits_nodes_of_four_and_of_eight_gpus[4-4]",
+)
+def each_node_is_asked_for_the_memory_of_all(original):
+    """A run on several nodes asks each of them for all of its memory."""
+
+    def resources(self, point):
+        return original(self, point)._replace(memory_mb=1000 * point.subject.cell.grid.memory_gb)
+
+    return resources
+
+
+@planted(
+    "lorafusion.lab.cluster.admission:refusal",
+    caught_by=f"{ADMISSION}::test_a_job_that_is_too_long_is_named_once_with_minutes_and_limit",
+)
+def a_job_that_is_too_long_is_submitted(original):
+    """It waits for ever."""
+    return lambda request, nodes: ""
+
+
+@planted(
+    "lorafusion.lab.cluster.site:read_site",
+    caught_by=f"{SITE}::test_the_environment_replaces_single_keys",
+)
+def the_environment_is_not_read(original):
+    """LORAFUSION_SLURM_ACCOUNT changes nothing."""
+    from lorafusion.lab.cluster.site import SITE
+
+    return lambda environment: original({SITE: environment[SITE]})

@@ -36,10 +36,12 @@ def main() -> None:
         run.main()
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
-        rank, _ = error.get_first_failure()
+        rank, killed = first_failure(error)
         with suppress(OSError), open(reports / FIRST, "x") as file:  # OSError: a full disk, or another node was first
             file.write(str(rank))
-        end_as(error)
+        if killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sys.exit(1)
     except (dist.DistError, RendezvousError) as error:
         report_no_rendezvous(error, sys.argv, reports)
         raise
@@ -52,13 +54,13 @@ def report_no_rendezvous(error: Exception, arguments: list[str], reports: Path) 
     write(reports / f"failure-node-{options.get('--node-rank', 0)}.json", json.dumps(failure))
 
 
-def end_as(error: ChildFailedError) -> None:
-    """End this process by SIGKILL if one of the first to fail was, else with status 1."""
-    first = min(failure.timestamp for failure in error.failures.values())
-    codes = [failure.exitcode for failure in error.failures.values() if failure.timestamp < first + AT_ONCE]
-    if -signal.SIGKILL in codes:
-        os.kill(os.getpid(), signal.SIGKILL)
-    sys.exit(1)
+def first_failure(error: ChildFailedError) -> tuple[int, bool]:
+    """The rank that failed first, and whether SIGKILL ended it; one that was killed comes before others of about that
+    time, which may only have missed it."""
+    first, failure = error.get_first_failure()
+    at_once = {rank: other for rank, other in error.failures.items() if other.timestamp < failure.timestamp + AT_ONCE}
+    killed = [rank for rank, other in at_once.items() if other.exitcode == -signal.SIGKILL]
+    return (killed[0], True) if killed else (first, False)
 
 
 if __name__ == "__main__":

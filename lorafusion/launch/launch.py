@@ -27,7 +27,7 @@ from lorafusion.core.source_tree import IS_CHECKOUT, ROOT
 from lorafusion.launch.heartbeat import FAILED, Watch
 from lorafusion.launch.lock import inherited
 from lorafusion.launch.outcome import FaultyRunError, Outcome
-from lorafusion.launch.rendezvous import WAIT_SECONDS, Meeting, meet
+from lorafusion.launch.rendezvous import WAIT_SECONDS, Meeting, meet, wait_for
 from lorafusion.launch.scratch import scratch_folder
 from lorafusion.launch.spec import STOP_FILE, RunSpec
 
@@ -35,6 +35,8 @@ LOGGER = logging.getLogger(__name__)
 GRACE_SECONDS = 10
 END_SECONDS = 10  # that a process may take to end once it is killed
 LOOK_SECONDS = 0.2
+NODES_SECONDS = 20  # that other nodes may take to say how their processes ended
+NODE_FAILURE = "failure-on-node-{}.json"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Of processes on one machine: what they listen on cannot be reached from another. The stores of torch listen on all
 # addresses, so these meet in files.
@@ -107,8 +109,8 @@ def launch(
 
     With several nodes one launcher runs on each (`srun`); `reports` is then the folder of this attempt, which all of
     them see (`rendezvous.shared_folder`). There they meet, and the workers leave their reports, so that the first node
-    knows why another failed; only its outcome says how the run ended. A run that saves checkpoints is
-    asked to do so before it ends when this process gets SIGTERM, SIGINT or SIGHUP; the outcome is then "stopped".
+    knows why another failed; only its outcome says how the run ended. A run that saves checkpoints is asked to do so
+    before it ends when this process gets SIGTERM, SIGINT or SIGHUP; the outcome is then "stopped".
     """
     spec = spec if spec.lock else spec.model_copy(update={"lock": inherited()})
     with scratch_folder() as scratch:
@@ -135,7 +137,7 @@ def launch(
             return _with_its_report(Outcome("timeout", code), reports)
         # A signal that torchrun got too is a failure to it, however orderly its processes ended.
         stopped = interrupted and (reports / "report.json").exists()
-        done = outcome(reports, 0 if stopped else code, watch)
+        done = judged(reports, 0 if stopped else code, watch, meeting)
         if done.status == "ok" and not done.report.get("finished", True):
             reason = f"by {interrupted[-1]}" if interrupted else "by request"
             return Outcome("stopped", f"{reason}, after saving a checkpoint", done.report)
@@ -252,6 +254,18 @@ def end_with_launcher() -> None:
     parent = psutil.Process().parent()
     if parent is None or int(os.environ[LAUNCHER]) not in (parent.pid, parent.ppid()):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def judged(reports: Path, code: int, watch: Watch, meeting: Meeting | None) -> Outcome:
+    """`outcome`, with what the launchers of other nodes know: here connections broke, and there a process was killed
+    that left no word."""
+    done = outcome(reports, code, watch)
+    if meeting and meeting.rank and code and reports.exists():
+        write(reports / NODE_FAILURE.format(meeting.rank), json.dumps({"status": done.status, "message": done.note}))
+    if meeting and not meeting.rank and BROKEN_CONNECTION.search(done.note):
+        wait_for(reports, {NODE_FAILURE.format(node) for node in range(1, meeting.nodes)}, NODES_SECONDS)
+        return outcome(reports, code, watch)
+    return done
 
 
 def outcome(reports: Path, code: int, watch: Watch | None = None) -> Outcome:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import os
 import platform
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def meet(folder: Path, nodes: int, environment: Mapping[str, str], seconds: floa
             raise
         write(folder / MEETING, endpoint)
     # The first may have come last, and waits for others after that.
-    elif _wait_for(folder, {MEETING}, 2 * seconds) or (folder / MEETING).read_text() == NONE:
+    elif wait_for(folder, {MEETING}, 2 * seconds) or (folder / MEETING).read_text() == NONE:
         raise FaultyRunError("crash", f"{node_name(0, environment)}, the first node, called no rendezvous")
     return Meeting(attempt, (folder / MEETING).read_text(), rank, nodes)
 
@@ -95,7 +95,7 @@ def decided(folder: Path, name: str, value: str, environment: Mapping[str, str],
     if node_rank(environment) == 0:
         write(folder / name, value)
         return value
-    return "" if _wait_for(folder, {name}, seconds, leaves=True) else (folder / name).read_text()
+    return "" if wait_for(folder, {name}, seconds, leaves=True) else (folder / name).read_text()
 
 
 def leave(folder: Path) -> None:
@@ -105,30 +105,23 @@ def leave(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # NFS keeps what another node has open
 
 
-def _require_all(folder: Path, nodes: int, environment: Mapping[str, str], seconds: float) -> None:
-    missing = _wait_for(folder, {f"node-{node}" for node in range(nodes)}, seconds)
-    if missing:
-        names = ", ".join(node_name(int(name.removeprefix("node-")), environment) for name in sorted(missing))
-        raise FaultyRunError("crash", f"{len(missing)} of {nodes} nodes did not come to the rendezvous in {seconds:g} "
-                                      f"s: {names}; does lorafusion start there, and see the results?")  # fmt: skip
-
-
-def _wait_for(folder: Path, names: set[str], seconds: float, leaves: bool = False) -> set[str]:
+def wait_for(folder: Path, names: set[str], seconds: float, leaves: bool = False) -> set[str]:
     """Wait until files of other nodes are in a folder; returns the names of those that are not. They show by listing
     the folder: NFS remembers for a minute that a name was not there. leaves: not once the folder is gone."""
     end = time.monotonic() + seconds
-    while missing := names.difference(_names_in(folder)):
+    while missing := names.difference(path.name for path in folder.glob("*")):
         if time.monotonic() > end or (leaves and not folder.exists()):
             break
         time.sleep(LOOK_SECONDS)
     return missing
 
 
-def _names_in(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:  # it is not there yet, or not any more
-        return []
+def _require_all(folder: Path, nodes: int, environment: Mapping[str, str], seconds: float) -> None:
+    missing = wait_for(folder, {f"node-{node}" for node in range(nodes)}, seconds)
+    if missing:
+        names = ", ".join(node_name(int(name.removeprefix("node-")), environment) for name in sorted(missing))
+        raise FaultyRunError("crash", f"{len(missing)} of {nodes} nodes did not come to the rendezvous in {seconds:g} "
+                                      f"s: {names}; does lorafusion start there, and see the results?")  # fmt: skip
 
 
 def node_name(rank: int, environment: Mapping[str, str]) -> str:
@@ -166,11 +159,8 @@ def ports_of(attempt: str) -> list[int]:
 def free_port(attempt: str) -> int:
     """The first of an attempt's ports that nobody on this node has."""
     for port in ports_of(attempt):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
             return port
     tried = ", ".join(map(str, ports_of(attempt)[:3]))
     raise FaultyRunError("crash", f"rendezvous: none of {TRIES} ports ({tried}, ...) of {platform.node()} is free")

@@ -12,6 +12,7 @@ import signal
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from lorafusion.core.config import CONFIGS, read_model
 from lorafusion.core.plan import Plan
 from lorafusion.core.workload import Workload
 from lorafusion.engine import worker
+from lorafusion.engine.agent import first_failure
 from lorafusion.engine.build import executor_of
 from lorafusion.engine.process import WorkerProcess
 from lorafusion.lab.table.result import result_of
@@ -150,6 +152,22 @@ def test_a_worker_that_is_killed_is_told_from_one_that_crashes(spec, tmp_path, n
     done = launch(spec(stages=2), 2, timeout=120, reports=tmp_path / "reports", look=look)
     assert (done.status, done.killed) == ("crash", killed)
     assert not killed or done.note.startswith("rank 1")
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected"),
+    [
+        ([(10, 1), (10, -9)], (1, True)),  # rank 0 missed it, at the next look of torchrun
+        ([(11, -15), (10, 1)], (1, False)),
+        ([(10, 1), (40, -9)], (0, False)),  # torchrun itself had to kill it
+    ],
+)
+def test_the_first_to_fail_is_one_that_was_killed(failures, expected):
+    error = SimpleNamespace(
+        failures={rank: SimpleNamespace(timestamp=at, exitcode=code) for rank, (at, code) in enumerate(failures)}
+    )
+    error.get_first_failure = lambda: min(error.failures.items(), key=lambda item: item[1].timestamp)
+    assert first_failure(error) == expected
 
 
 def test_a_launcher_that_is_killed_leaves_nothing_running(spec, tmp_path):

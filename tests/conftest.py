@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -12,6 +14,7 @@ from lorafusion.core.workload import Job, Sample, Workload
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 start_logging()  # as the command line does
+os.environ.setdefault("LORAFUSION_SLURM_SITE", "")  # tests know no slurm/site.yaml of this checkout
 
 
 def pytest_collection_modifyitems(items):

@@ -128,6 +128,15 @@ def test_the_papers_grid_fits_nodes_of_four_and_of_eight_gpus(monkeypatch, gpus_
     assert max(request["mem_mb"] for request in requests) == 64_000 * gpus_per_node
 
 
+def test_a_site_makes_no_result_out_of_date(monkeypatch):
+    """What a cell trains is the suite's; on how many nodes it runs is not in its key."""
+    before = {step.relative: step.key for step in dag_of("smoke").steps}
+    monkeypatch.setenv("LORAFUSION_SLURM_GPUS_PER_NODE", "1")
+    steps = dag_of("smoke").steps
+    assert max(step.resources.nodes for step in steps) == 4
+    assert {step.relative: step.key for step in steps} == before
+
+
 def test_a_job_is_tried_as_it_would_be_submitted():
     words = sbatch_words(request_of(ONE_GPU, Site(account="a$b", partition="gpu", qos="high", constraint="x&y")))
     assert words[0] == "sbatch"

@@ -76,7 +76,7 @@ for kind, steps in SUITE.kinds.items():
         resources:
             **resources_of(kind),
         params:
-            suite=SUITE.suite,
+            suite=lambda wildcards: SUITE.suite,  # else what stands in braces is filled in
             # Not in the command: a step is made again when its key changes, and only then.
             key=of_step(kind, lambda step: step.key),
         shell:

@@ -314,7 +314,9 @@ def named_path(folder: Path, name: str | Path, where: str) -> Path:
 
 
 def require_folder(path: Path) -> None:
-    """Raise `UserError` unless `path` is a folder, or one can be made there."""
+    """Raise `UserError` unless `path` is a folder, or one can be made there, and Snakemake takes it as it is."""
+    if {*"{}\n"} & {*str(path)}:
+        raise UserError(f"{path}: expected a folder without braces and line breaks in its path")
     try:
         nearest = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
         mode = nearest.stat().st_mode

@@ -31,18 +31,16 @@ def file_of(source: str, name: str, revision: str | None = None) -> Path | None:
         return _inside(path, folder)
     try:
         return Path(hf_hub_download(source, name, revision=revision))
-    except LocalEntryNotFoundError:
-        _use_cache()
-        return None
-    except EntryNotFoundError:
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            _use_cache()
         return None
     except HUB_ERRORS as error:
         raise unreachable(source, revision, error) from None
 
 
 def _use_cache() -> None:
-    """Ask the hub, which cannot be reached, for nothing more, in workers too: each file would take half a minute."""
-    if not constants.HF_HUB_OFFLINE:
+    if not constants.HF_HUB_OFFLINE:  # else it is asked for each file that the cache lacks, for half a minute
         LOGGER.warning("the Hugging Face hub cannot be reached; its cache has to do")
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -95,9 +93,8 @@ def absent(source: str, names: str, hint: str = "") -> UserError:
     """The error of a model that has none of some files."""
     if Path(source).is_dir():
         return UserError(f"{source}: {names}{hint}")
-    offline = "it is not asked (HF_HUB_OFFLINE) or not reached, and its cache has"
-    reason = f"{offline if constants.HF_HUB_OFFLINE else 'it has'} {names}"
-    return UserError(f"model {source!r}: neither a local folder nor to be had from the hub: {reason}")
+    at = "it is not asked (HF_HUB_OFFLINE) or not reached, and its cache has" if constants.HF_HUB_OFFLINE else "it has"
+    return UserError(f"model {source!r}: neither a local folder nor to be had from the hub: {at} {names}")
 
 
 def unreachable(source: str, revision: str | None, error: Exception) -> UserError:

@@ -97,10 +97,8 @@ def _reading(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the border of a library: of damaged files it raises anything, Exception itself too
-        place = "neither a local folder nor to be had from the hub"
-        if Path(source).is_dir():
-            place = "its files are damaged or unknown to transformers"
-        raise UserError(f"tokenizer {source!r}: {place} ({' '.join(str(error).split())[:200]})") from None
+        fault = "its files are damaged or unknown to transformers" if Path(source).is_dir() else "the hub gave none"
+        raise UserError(f"tokenizer {source!r}: {fault} ({' '.join(str(error).split())[:200]})") from None
 
 
 def begins_with(specials: Specials, ids: Sequence[int]) -> bool:

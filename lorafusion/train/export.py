@@ -161,6 +161,9 @@ def export(
     config.inference_mode = True
     save_adapter(config, weights, folder)
     settings = job.model_dump(mode="json", exclude={"samples", "evaluation", "start"})
+    local = Path(model.weights)  # where it lies, if it was not moved meanwhile, is nobody's business
+    if local.is_absolute() or local.is_dir():
+        model = model.model_copy(update={"weights": f"./{local.resolve().name}"})
     described = {
         "job": settings | {"samples": len(job.samples), "evaluation_samples": len(job.evaluation)},
         "base_model": model.model_dump(mode="json"), "stopped": stopped,
@@ -190,8 +193,8 @@ def _card(job: Job, model: ModelConfig, steps: dict[int, StepMetrics], stopped: 
     base, front_matter = f"a {model.architecture} with random weights", {"library_name": "peft"}
     if model.weights != "random":
         base = f"{model.weights}{f', revision {model.revision}' if model.revision else ''}"
-        if Path(model.weights).is_dir():
-            base = f"the model in a folder {Path(model.weights).resolve().name}"  # where it lies is nobody's business
+        if model.weights.startswith("./"):
+            base = f"the model in a folder {Path(model.weights).name}"
         else:
             front_matter["base_model"] = model.weights
     return CARD.format(

@@ -231,7 +231,7 @@ class OutputFolder:
 
     def _require_the_same(self, job: Job, steps: int, before: dict) -> None:
         now = described(job)
-        for key, value in before.items():
+        for key, value in sorted(before.items(), key=lambda item: item[0] == "epochs"):  # which `steps` may decide
             if now.get(key) != value:
                 change = f"{key} is {now.get(key)!r}, but its {steps} steps in {self.path} were made with {value!r}"
                 if key == "samples":

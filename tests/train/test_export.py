@@ -202,3 +202,17 @@ def test_a_card_shows_names_as_they_are(make_job, tmp_path):
     assert r"A LoRA adapter of acme/a\_\#b, revision yes: \[no\], trained" in text
     assert r"| dataset | jsonl:\<img src=x\>\|\`a\`\*b\*.jsonl, " in text
     assert "| target modules | q_proj |" in text
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_adapter_does_not_say_where_its_model_lies(make_job, tmp_path, is_there):
+    """The card of a model whose folder was moved meanwhile named it as a repository of the hub."""
+    folder = tmp_path / "private" / "llama"
+    if is_there:
+        folder.mkdir(parents=True)
+    model = read_model("tiny").model_copy(update={"weights": str(folder)})
+    exporting.export(make_job(), model, {}, {}, stopped=False, others=0, folder=tmp_path / "a")
+    card, described = ((tmp_path / "a" / name).read_text() for name in ("README.md", "training.json"))
+    assert "private" not in card + described
+    assert "the model in a folder llama" in card
+    assert json.loads(described)["base_model"]["weights"] == "./llama"

@@ -47,7 +47,7 @@ def small_suite(checkout: Path) -> Path:
     block = data["cells"][0] | {"workloads": ["xsum"], "systems": ["lorafusion", "mlora"], "gpus": [1], "samples": 8}
     checks = {"lossless": ["1x1"]}
     suite = data | {"name": "small", "repeats": 1, "cells": [block], "checks": checks}
-    path = checkout / "small; $(touch PWNED).yaml"
+    path = checkout / "small {x}; $(touch PWNED).yaml"
     path.write_text(yaml.safe_dump(suite))
     return path
 

@@ -297,10 +297,10 @@ lose() {
 
 return_node() {
     alive "slurmd.$1" || start_node "$1"
-    until_succeeds 20 is_idle "$1" || fail "$1 did not return: see $root/log/slurmd.$1.log"
+    until_succeeds 30 is_up "$1" || fail "$1 did not return: $(sinfo -h -N -n "$1" -p short -o '%T %E'); see $root/log/slurmd.$1.log"
 }
 
-is_idle() { [ "$(sinfo -h -N -n "$1" -p short -o %T)" = idle ]; }
+is_up() { sinfo -h -N -n "$1" -p short -o %T | grep -qxE 'idle|mixed|allocated|completing'; }
 
 case ${1:-}:${2:-} in
 start: | stop: | status:) "$1" ;;

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.slurm.toy import cluster, require_possible
+from tests.slurm.toy import cluster, end_all, require_possible
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +16,5 @@ def any_cluster():
 @pytest.fixture(scope="module")
 def two_nodes(any_cluster):
     cluster("start")
+    yield
+    end_all()

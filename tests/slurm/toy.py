@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytest
 import yaml
@@ -83,10 +83,13 @@ def wait_until(true: Callable[[], object], seconds: float, what: str) -> None:
 class Snakemake:
     """A Snakemake that runs. output: the file to which all goes that it says."""
 
+    started: ClassVar[list[Snakemake]] = []
+
     def __init__(self, command: list[str], output: Path, **options: object) -> None:
         self.output = output
         with output.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **options)
+        self.started.append(self)
 
     def end(self, seconds: float) -> tuple[int, str]:
         """Wait for its end; returns its status and what it said."""
@@ -95,6 +98,15 @@ class Snakemake:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def end_all() -> None:
+    """End what a test that failed has left."""
+    for snakemake in Snakemake.started:
+        snakemake.kill()
+    if queue():
+        answer("scancel", "--user=root")
+        wait_until(lambda: not queue(), 60, "the jobs of a test that failed have ended")
 
 
 class Workflow:

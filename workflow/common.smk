@@ -87,8 +87,8 @@ def threads_of(kind):
 
 
 def resources_of(kind):
-    """What Slurm is asked for. Each rule asks itself: `--default-resources` of a command line would replace all of the
-    profile's. `device` is one on each machine (profiles), so that nothing disturbs a run's clock.
+    """What Slurm is asked for, here and not in the profile, of which `--default-resources` of a command line would
+    replace all. `device` is one on each machine (profiles), so that nothing disturbs a run's clock.
     """
     if kind.quick:
         return {"mpi": ""}

@@ -58,7 +58,7 @@ KINDS = {
 }
 KIND = re.compile("|".join(f"(?:{pattern})" for pattern in KINDS.values()))
 # What a reader does not see as text, or sees as code: blocks and comments, then code and targets of links in a line.
-BLOCK = re.compile(r"^```.*?^```$|<!--.*?-->", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^ *```.*?^ *```$|<!--.*?-->", re.MULTILINE | re.DOTALL)
 # A table of keys with their defaults, or of words with their definitions, in the second column.
 DEFAULTS = re.compile(r"^\|[^|\n]*\| (?:default|definition) \|.*\n(?:\|.*\n)+", re.MULTILINE)
 CODE = re.compile(r"`[^`]+`|(?<=\])\([^)\s]+\)|https?://\S+")

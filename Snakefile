@@ -53,8 +53,10 @@ for target in SUITE.targets:
             [path for step in SUITE.of_target(target) for path in step.files],
         localrule: True
 
-    # With nothing to be done Snakemake calls no handler, which would say that runs failed. So there is something.
-    workflow.get_rule(target).norun = not FAILED
+    if FAILED:
+        # With nothing to be done Snakemake calls no handler, which would say that runs failed. So there is something.
+        workflow.get_rule(target).norun = False
+        workflow.get_rule(target).shellcmd = "true"
 
 
 for kind, steps in SUITE.kinds.items():

@@ -25,8 +25,8 @@ from pathlib import Path
 import psutil
 from pydantic import ValidationError
 
-from lorafusion.core.files import writing
-from lorafusion.core.schema import Config, UserError
+from lorafusion.core.files import parse_json, writing
+from lorafusion.core.schema import Config, UserError, validated
 
 LOGGER = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -154,7 +154,7 @@ def launcher_of(lock: Lock) -> Process:
 def inherited() -> Lock | None:
     """The lock of those who started this process; None where there is none, or none of this machine."""
     text = os.environ.get(VARIABLE)
-    return Lock.model_validate_json(text) if text else None
+    return validated(Lock, parse_json(text, VARIABLE), VARIABLE) if text else None
 
 
 def end_others(lock: Lock) -> None:

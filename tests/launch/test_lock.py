@@ -244,3 +244,10 @@ def test_a_process_is_known_by_its_start(forked):
     wait_for(lambda: locks._start(pid) is None)  # a zombie
     os.waitpid(pid, 0)
     assert locks._start(pid) is None
+
+
+@pytest.mark.parametrize("text", ["junk", "{}", "[]"])
+def test_a_lock_in_the_environment_that_is_none_is_one_line(monkeypatch, text):
+    monkeypatch.setenv(VARIABLE, text)
+    with pytest.raises(UserError, match=f"^{VARIABLE}: [^\n]*"):
+        inherited()

@@ -125,7 +125,7 @@ def become(call: dict, stdout: int, stderr: int, events: int) -> None:
     for name, limit in {"RLIMIT_AS": ADDRESSES, "RLIMIT_FSIZE": FILES, "RLIMIT_CORE": 0, **call["limits"]}.items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
     if call["fresh"]:
-        os.execv(sys.executable, [sys.executable, "-m", "lorafusion.cli.main", *call["words"]])
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "lorafusion.cli.main", *call["words"]])
     obey_modes()
     restart_streams(wanted)
     sys.dont_write_bytecode = True

@@ -66,6 +66,7 @@ OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "contract record": ("lab contract {}", ("", "nowhere.json", ".", "/dev/null", "x" * 300)),
     "contract device": ("lab contract plan.json --device {}", ("", "torture", "cuda:0", "CPU")),
     "report suite": ("lab report {}", CHOICES),
+    "preflight suite": ("lab preflight {}", CHOICES),
     "publish suite": ("lab publish {}", CHOICES),
     "publish mode": ("lab publish smoke t.csv --out d --mode {}", ("", "torture", "ONLINE")),
     "tree-hash commit": ("lab tree-hash {}", ("", "torture", "-x", "--all", "--output=PWNED", "$(touch PWNED)",
@@ -96,6 +97,7 @@ LINES = (
     "lab check suite.yaml lossless --system peft --out o.json",
     "lab contract",
     "lab publish suite.yaml plan.json", "lab publish suite.yaml --out d", "lab report", "lab report a b",
+    "lab preflight", "lab preflight a b",
     "reproduce a b", "lab tree-hash a b",
 )  # fmt: skip
 OUTPUTS = {
@@ -123,8 +125,8 @@ WRITERS = {
 NAMES_WITHOUT_SUFFIX = ("a-folder", "a-link", "a-link-to-nothing", "a-circle", "a-pipe", "full", "null", "zero")
 ANY_FOLDER = ("a-folder", "here", "above", "nothing", "too-long", "root")  # what may be fine where a folder is written
 COMMANDS = ("lab tree-hash", "lab check", "lab contract", "lab figure", "lab list", "lab measure", "lab publish",
-            "lab report", "lab run", "plan make", "plan show", "plan propose", "patch", "reproduce", "train",
-            "workload")  # fmt: skip
+            "lab preflight", "lab report", "lab run", "plan make", "plan show", "plan propose", "patch", "reproduce",
+            "train", "workload")  # fmt: skip
 
 
 def all_cases() -> Iterator[Case]:

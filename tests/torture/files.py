@@ -14,7 +14,7 @@ from tests.torture.spoiled import Mutations
 FEW = ("missing", "a-folder", "a-pipe", "empty", "binary", "utf-16", "cut", "a-list", "unknown-key", "deep-lists")
 SUITES = {
     "lab list": (), "lab run": (), "lab run --here": (), "lab measure": (), "lab figure": (), "lab check": (),
-    "lab report": (), "lab publish": (), "reproduce": (),
+    "lab report": (), "lab publish": (), "lab preflight": (), "reproduce": (),
 }  # fmt: skip
 # A training that has looked at its jobs file and its model owns its output, and says there what became of it.
 OWNED = ("out", "out/.lock", "out/model.yaml", "out/progress.json", "out/status.json")

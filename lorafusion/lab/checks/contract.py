@@ -103,7 +103,7 @@ def tuning_of(name: str, folder: Path) -> dict:
                              global_batch=TUNED["global_batch"], scale=TUNED["length_scale"], seed=1)  # fmt: skip
     (folder / "tuned.json").write_text(workload.to_json())
 
-    def launch(spec: RunSpec, **_: object) -> Outcome:
+    def launch(spec: RunSpec, *_: object) -> Outcome:
         options = TrialOptions.of(spec)
         rates = [10.0, 11.0, *(9.0 for _ in options.trials)][: len(options.trials)]
         Path(options.throughputs).write_text("".join(f"{rate}\n" for rate in rates))

@@ -108,6 +108,8 @@ def locked(folder: Path, name: str = LOCK, what: str = "training") -> Iterator[L
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: {_holder(path, what)}") from None
+        except OSError as error:  # NFS without its lock daemon, Lustre that is mounted without flock
+            raise UserError(f"{path}: its file system has no locks ({error.strerror}); expected one that has") from None
         _require_near(folder, _members(path))
         lock = Lock(path=str(path.absolute()), token=secrets.token_hex(8))
         _add(lock, what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -251,3 +252,15 @@ def test_a_lock_in_the_environment_that_is_none_is_one_line(monkeypatch, text):
     monkeypatch.setenv(VARIABLE, text)
     with pytest.raises(UserError, match=f"^{VARIABLE}: [^\n]*"):
         inherited()
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with (
+        pytest.raises(UserError, match=r"\.lock: its file system has no locks \(No locks available\)"),
+        locked(tmp_path),
+    ):
+        pass

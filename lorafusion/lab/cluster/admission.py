@@ -19,7 +19,10 @@ from lorafusion.lab.cluster.site import PREFIX, Site
 FORM = "%P|%l|%s|%D|%c|%m|%G"  # of sinfo: a line for all nodes of one shape
 CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)")
 KEYS = tuple(request_of(Resources(1, 1), Site()))
-HINT = f"{PREFIX}ACCOUNT names an account; `sacctmgr show associations user=$USER` lists those that may be given"
+HINT = (f"{PREFIX}ACCOUNT names an account; `sacctmgr show associations user=$USER` lists those that may be given; "
+        "or you have as many jobs in the queue as you may")  # fmt: skip
+# Of nodes that are down or drained now, and of a controller that is busy: the job itself may be all right.
+UNSURE = re.compile("node configuration is not available|Socket timed out|Unable to contact|no answer in|try again")
 Request = Mapping[str, Any]
 
 
@@ -78,8 +81,13 @@ def refusal(request: Request, nodes: Iterable[Nodes]) -> str:
         names = ", ".join(sorted({some.partition for some in every})) or "none"
         asked = f"no partition {name!r}" if name else "no default partition"
         return f"{asked}; known: {names}; {PREFIX}PARTITION names one"
-    reasons = [some.lacks(request) for some in here]
-    return "" if "" in reasons else f"partition {here[0].partition}: {reasons[0]}; {PREFIX}PARTITION names another"
+    able = [some for some in here if not some.lacks({**request, "nodes": 1})]
+    count = sum(some.count for some in able)  # nodes of several shapes can share a job
+    reasons = [some._replace(count=count).lacks(request) for some in able]
+    if "" in reasons:
+        return ""
+    reason = (reasons or [max(here, key=lambda some: some.gpus).lacks(request)])[0]
+    return f"partition {here[0].partition}: {reason}; {PREFIX}PARTITION names another"
 
 
 def require_admitted(jobs: Mapping[str, Request], settings: object = None) -> None:
@@ -107,6 +115,9 @@ def _refused(request: Request, settings: object) -> str:
     try:
         slurm(*sbatch_words(request, settings), "--test-only", text="#!/bin/sh\n")
     except UserError as error:
+        if UNSURE.search(str(error)):
+            print(f"not sure whether Slurm would run all jobs: {error}", flush=True)
+            return ""
         of_account = re.search("account|: Assoc", str(error), re.IGNORECASE)
         return f"{error}; {HINT}" if of_account and not request["slurm_account"] else str(error)
     return ""

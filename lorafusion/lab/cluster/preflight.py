@@ -30,10 +30,9 @@ MOST_NODES = 2
 OTHERS_SECONDS = 20  # that the other nodes have once one has ended: they would wait for it
 LOOK_SECONDS = 2.0
 SHOW_SECONDS = 60.0  # that a file of a node may take to be seen here
-# Why a job waits on a cluster that is only busy, and why a job waits that will never run.
-BUSY = ("None", "Priority", "Resources", "BeginTime")
+# Why a job waits that will never run. All other reasons, of which Slurm has dozens, are those of a busy cluster.
 NEVER = re.compile("PartitionConfig|PartitionNodeLimit|PartitionTimeLimit|BadConstraints|Invalid.*|AccountNotAllowed|"
-                   "QOSNotAllowed|ReservationDeleted")  # fmt: skip
+                   "QOSNotAllowed|ReservationDeleted|.*PerJob.*")  # fmt: skip
 # On each node; `$1` is the workflow's Python, `$2` what the probe is given.
 ON_EACH_NODE = f"""
 say() {{ echo "{MARK}${{SLURMD_NODENAME:-$(hostname)}}: $1"; }}
@@ -113,7 +112,7 @@ def script_of(place: Path, needs: Resources, site: Site) -> str:
     settings = json.dumps({"place": str(place), "nodes": needs.nodes, "gpus": needs.gpus})
     words = ["srun", f"--nodes={needs.nodes}", f"--ntasks={needs.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0",
              f"--wait={OTHERS_SECONDS}", "sh", "-c", ON_EACH_NODE, "sh", sys.executable, settings]  # fmt: skip
-    return f"#!/bin/sh\n{site.shell}{shlex.join(words)}\n"
+    return f"#!/bin/bash\n{site.shell}{shlex.join(words)}\n"
 
 
 def _wait(job: str, seconds: float) -> JobState:
@@ -138,9 +137,9 @@ class NotStartedError(UserError):
     """A preflight whose job has waited for too long. is_busy: as on a cluster that others use."""
 
     def __init__(self, job: str, reason: str, seconds: float) -> None:
-        self.is_busy = reason in BUSY
+        self.is_busy = not NEVER.fullmatch(reason)
         advice = "LORAFUSION_SLURM_PREFLIGHT says how many minutes to wait (0: no preflight)"
-        if NEVER.fullmatch(reason):
+        if not self.is_busy:
             advice = "it will never start; does the site file ask for what the cluster has?"
         super().__init__(f"preflight: job {job} did not start in {seconds:.0f} s, as Slurm says: {reason}; {advice}")
 

@@ -64,7 +64,9 @@ def read_jobs(text: str) -> list[Job]:
 def jobs_here(environment: Mapping[str, str] = os.environ) -> str | None:
     """The jobs of others, and others of this user's, that run on this job's nodes now; None outside of a job, or where
     Slurm does not answer."""
-    job, nodes = environment.get("SLURM_JOB_ID"), environment.get("SLURM_JOB_NODELIST")
+    # Snakemake's plugin drops the list of nodes from a job's environment; srun, on several nodes, sets it again.
+    nodes = environment.get("SLURM_JOB_NODELIST") or environment.get("SLURMD_NODENAME")
+    job = environment.get("SLURM_JOB_ID")
     if not job or not nodes:
         return None
     form = "--format=%A of %u: %C CPUs, %b"

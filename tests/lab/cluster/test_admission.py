@@ -63,6 +63,13 @@ def test_a_job_that_no_node_can_run_is_refused(needs, partition, reason):
     assert refusal(request_of(needs, Site(partition=partition)), read_nodes(SINFO)) == reason + advice
 
 
+def test_nodes_that_differ_a_little_share_a_job():
+    """`slurmd -C` writes each node's memory to the megabyte."""
+    nodes = read_nodes("gpu*|1:00:00|1-infinite|1|96|2063937|gpu:8\ngpu*|1:00:00|1-infinite|1|96|2063921|gpu:8\n")
+    assert refusal(request_of(ONE_GPU._replace(nodes=2), Site()), nodes) == ""
+    assert "3 nodes, at most 2 there" in refusal(request_of(ONE_GPU._replace(nodes=3), Site()), nodes)
+
+
 def test_a_cluster_without_a_default_partition_needs_one():
     reason = refusal(request_of(ONE_GPU, Site()), read_nodes(SINFO.replace("*", "")))
     assert reason == "no default partition; known: long, one, short; LORAFUSION_SLURM_PARTITION names one"
@@ -111,6 +118,19 @@ def test_an_account_that_is_missing_is_asked_for(slurm, answer, site, hint):
     assert mistake.startswith("runs/a.json: Slurm would not run it: ")
     assert answer.removeprefix("sbatch: error: ") in mistake
     assert ("LORAFUSION_SLURM_ACCOUNT names an account" in mistake) == hint
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "allocation failure: Requested node configuration is not available",
+        "allocation failure: Socket timed out on send/recv operation",
+        "allocation failure: Unable to contact slurm controller (connect failure)",
+    ],
+)
+def test_nodes_in_repair_and_a_busy_controller_keep_nobody_out(slurm, capsys, answer):
+    assert admitted(slurm, {"runs/a.json": ONE_GPU}, answer) == []
+    assert "not sure whether Slurm would run all jobs: sbatch: allocation failure: " in capsys.readouterr().out
 
 
 def test_job_arrays_are_refused(slurm):

@@ -73,7 +73,7 @@ def test_a_job_that_ends_before_it_begins_shows_its_last_words(nodes, tmp_path):
 def test_what_a_site_has_each_job_do_first_comes_first(tmp_path):
     script = script_of(tmp_path / "a b", TWO._replace(gpus=8), Site(before=["module load cuda"]))
     lines = script.splitlines()
-    assert lines[0] == "#!/bin/sh"
+    assert lines[0] == "#!/bin/bash"
     assert lines.index("module load cuda") < next(i for i, line in enumerate(lines) if line.startswith("srun "))
     words = shlex.split(script[script.index("srun ") :])
     assert words[1:3] == ["--nodes=2", "--ntasks=2"]
@@ -122,7 +122,7 @@ def test_gpus_that_torch_does_not_see_are_counted(tmp_path, monkeypatch):
     ("reason", "message"),
     [
         ("PartitionTimeLimit", "Slurm says: PartitionTimeLimit; it will never start; does the site file ask for what"),
-        ("ReqNodeNotAvail,_UnavailableNodes:toy2", "Slurm says: ReqNodeNotAvail,.*; LORAFUSION_SLURM_PREFLIGHT says"),
+        ("QOSMaxWallDurationPerJobLimit", "Slurm says: QOSMaxWallDurationPerJobLimit; it will never start"),
     ],
 )
 def test_a_job_that_does_not_start_says_why_and_is_cancelled(nodes, suite_of_two_nodes, reason, message, monkeypatch):
@@ -136,12 +136,15 @@ def test_a_job_that_does_not_start_says_why_and_is_cancelled(nodes, suite_of_two
     assert nodes.calls("scancel") == ["--quiet 7"]
 
 
-def test_a_workflow_begins_on_a_cluster_that_is_only_busy(nodes, suite_of_two_nodes, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "reason", ["Priority", "QOSMaxGRESPerUser", "Licenses", "ReqNodeNotAvail,_UnavailableNodes:toy2"]
+)
+def test_a_workflow_begins_on_a_cluster_that_is_only_busy(nodes, suite_of_two_nodes, monkeypatch, capsys, reason):
     monkeypatch.setattr(module, "read_site", lambda: Site(preflight=1))
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(module.time, "monotonic", iter(range(0, 10_000, 20)).__next__)
     nodes.program("sbatch", "echo 7")
-    nodes.program("scontrol", f"echo '{PENDING.format('Priority')}'")
+    nodes.program("scontrol", f"echo '{PENDING.format(reason)}'")
     check_nodes_first(*suite_of_two_nodes, "run-1")
     assert capsys.readouterr().out.endswith("; the workflow begins without it\n")
     assert not (suite_of_two_nodes[0] / ".preflight").exists()

@@ -86,3 +86,5 @@ def test_a_run_knows_what_other_jobs_are_on_its_nodes(slurm, answer, expected):
     assert slurm.calls("squeue") == [], "outside of a job nobody is asked"
     assert jobs_here({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "toy[1-2]"}) == expected
     assert "--nodelist=toy[1-2]" in slurm.calls("squeue")[0]
+    assert jobs_here({"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "toy1"}) == expected, "as Snakemake's plugin leaves it"
+    assert "--nodelist=toy1" in slurm.calls("squeue")[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from lorafusion.core.config import read_model, read_systems
 from lorafusion.data.blocks import MOST_LINE
 from lorafusion.lab.checks.comparison import LOSS_TOLERANCE, MOST_LOSS_ERROR, MOST_WEIGHT_ERROR, WEIGHT_TOLERANCE
@@ -63,7 +65,15 @@ def robustness() -> list[str]:
         f"| damages to its folder | {number(PARTS['training_damage'])} |",
         f"| kills of a workflow | {number(PARTS['workflow_kills'])} |",
         f"| hostile inputs, over every command | {number(len(inputs.cases()))} |",
-    ]
+        *(f"| {part.replace('_', ' ')} | {number(run['tried'])} | {number(len(run['failures']))} | "
+          f"{number(run['seconds'] / 60, '.1f')} |" for part, run in _whole_run().items()),
+    ]  # fmt: skip
+
+
+def _whole_run() -> dict[str, dict]:
+    """What became of each part of torture."""
+    recorded = json.loads((sources.REFERENCE / "cpu" / "torture.json").read_text())
+    return {part: run for part, run in recorded.items() if part != "seed"}
 
 
 def _largest(verdict: str, words: str) -> float:

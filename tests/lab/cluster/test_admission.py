@@ -114,8 +114,9 @@ def test_a_job_that_is_too_long_is_named_once_with_minutes_and_limit(slurm):
     ],
 )
 def test_an_account_that_is_missing_is_asked_for(slurm, answer, site, hint):
-    (mistake,) = admitted(slurm, {"runs/a.json": ONE_GPU}, answer, **site)
-    assert mistake.startswith("runs/a.json: Slurm would not run it: ")
+    name = "results/two-nodes/runs/model~tiny/workload~xsum/gpus~4/batch~4/system~lorafusion/repeat~1.json"
+    (mistake,) = admitted(slurm, {name: ONE_GPU, f"{name}x": ONE_GPU}, answer, **site)
+    assert mistake.startswith(f"{name} and 1 more: Slurm would not run it: ")
     assert answer.removeprefix("sbatch: error: ") in mistake
     assert ("LORAFUSION_SLURM_ACCOUNT names an account" in mistake) == hint
 

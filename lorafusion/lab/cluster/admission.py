@@ -19,7 +19,7 @@ from lorafusion.lab.cluster.site import PREFIX, Site
 FORM = "%P|%l|%s|%D|%c|%m|%G"  # of sinfo: a line for all nodes of one shape
 CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)")
 KEYS = tuple(request_of(Resources(1, 1), Site()))
-HINT = f"{PREFIX}ACCOUNT names an account (`sacctmgr show associations user=$USER`), unless your queue is full"
+HINT = f"{PREFIX}ACCOUNT names an account, unless your queue is full"  # short: the line names a job too
 # Of nodes that are down or drained now, and of a controller that is busy: the job itself may be all right.
 UNSURE = re.compile("node configuration is not available|Socket timed out|Unable to contact|no answer in|try again")
 Request = Mapping[str, Any]

@@ -19,9 +19,9 @@ from snakemake.utils import min_version
 from lorafusion.core.machine import has_gpu
 from lorafusion.core.schema import UserError
 from lorafusion.lab.cluster.admission import require_admitted
+from lorafusion.lab.cluster.preflight import check_nodes_first
 from lorafusion.lab.cluster.request import request_of
 from lorafusion.lab.cluster.site import read_site
-from lorafusion.lab.cluster.preflight import check_nodes_first
 from lorafusion.lab.driver import driving, is_driven, join_driver
 from lorafusion.lab.failures import accidents, statement
 from lorafusion.lab.reproduce import again_command, failures_of, write_report

@@ -20,7 +20,7 @@ GPU_FIELDS = {
     "clock_mhz": "clocks.sm",
     "power_w": "power.draw",
 }
-ANSWER_SECONDS = 30  # that nvidia-smi or squeue may take
+ANSWER_SECONDS = 30  # that nvidia-smi may take
 
 
 def provenance(device: str) -> dict[str, str | float | bool | None]:

@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 
-.PHONY: help setup reproduce test torture planted planted-table slurm-test browser-test lint lock clean distclean
+.PHONY: help setup reproduce test slow-test torture planted planted-table slurm-test browser-test lint lock clean distclean
 
 ACCEPTED := Specify a conda environment or container for each rule
 
@@ -17,8 +17,11 @@ reproduce: .venv/.installed  ## run a suite and print its verdicts: make reprodu
 	@$(BIN)/lorafusion reproduce $(SUITE)
 
 # One thread a process: two workers on two cores, and sums that do not depend on how many threads there were.
-test: .venv/.installed  ## run the tests; more options: make test ARGS="-k plan"
+test: .venv/.installed  ## run the tests but for the slow ones; more options: make test ARGS="-k plan"
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+slow-test: .venv/.installed  ## run the slow tests: whole workflows, kills, an installation from wheels
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow $(ARGS)
 
 torture: .venv/.installed  ## try the program with all that is hostile: make torture ARGS="--only NAME"
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m tests.torture $(ARGS)

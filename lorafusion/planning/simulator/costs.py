@@ -3,13 +3,16 @@
 A token's cost in a decoder layer is that of its GEMMs; attention adds a term in the square of a sample's length; the
 last stage has the head besides. Tokens are a poor proxy for time where samples differ in length (the notes on the
 authors' artifact, S11), which is why the scheduler judges an order by these costs.
+
+A GPU is told what to do by its host, which takes as long for few tokens as for many. So a pass takes the longer of the
+two times: a floor below which no microbatch is worth making smaller.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -27,10 +30,28 @@ from lorafusion.planning.partition import head_layers, split_layers
 FLOP_RATE = 583e12  # FLOP/s
 BACKWARD = 1.07  # the backward pass over the forward's time: base weights have no gradients
 ATTENTION_BACKWARD = 2.5  # its products over the forward's: five for two
-# Seconds of each adapter of a microbatch beyond the first in a layer of Llama-3.1-70B, forward: with 2048, 3584 and
-# 8192 tokens 16 adapters took 75 to 85 us more for each than one did, both ways. Taken to grow with the hidden size.
-ADAPTER, ADAPTER_HIDDEN = 38e-6, 8192
-TILE = 128  # rows of a GEMM's tile, which a microbatch's tokens are rounded up to
+ADAPTER_HIDDEN = 8192  # the hidden size of the model that `Machine.adapter` was measured with
+
+
+class Machine(NamedTuple):
+    """What `model_costs` knows of a kind of device. flop_rate: FLOP/s; bandwidth: of a link, B/s; tile: rows of a
+    GEMM's tile, which a microbatch's tokens are rounded up to; adapter: seconds of each adapter of a microbatch beyond
+    the first in a layer of hidden size ADAPTER_HIDDEN, forward; the rest as in `CostModel`."""
+
+    flop_rate: float
+    bandwidth: float
+    tile: int = 1
+    adapter: float = 0.0
+    host: float = 0.0
+    host_adapter: float = 0.0
+    host_backward: float = 1.0
+
+
+# adapter: with 2048, 3584 and 8192 tokens 16 adapters took 75 to 85 us more for each than one did, both ways. Taken to
+# grow with the hidden size. host: in 30 cells of the suite h200 no microbatch took less than 0.285 s, and 0.003 s for
+# each further adapter, in 32 layers both ways; two fifths are taken to be the forward's.
+H200 = Machine(FLOP_RATE, 300e9, tile=128, adapter=38e-6,
+               host=0.4 * 0.285 / 32, host_adapter=0.4 * 0.003 / 32, host_backward=1.5)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,6 +105,9 @@ class CostModel(Config):
     adapter: float = Field(default=0.0, ge=0, description="of each adapter beyond the first in a layer, forward")
     tile: int = Field(default=1, ge=1, description="tokens are rounded up to it")
     step: float = Field(default=0.0, ge=0, description="of an adapter's optimizer step, for a layer")
+    host: float = Field(default=0.0, ge=0, description="of the host for a microbatch in a layer, forward")
+    host_adapter: float = Field(default=0.0, ge=0, description="of the host for each adapter beyond the first in it")
+    host_backward: float = Field(default=1.0, gt=0, description="backward over forward, of the host")
     latency: float = Field(default=0.0, ge=0, description="of a transfer between stages")
     transfer: float = Field(default=0.0, ge=0, description="of a token between stages")
 
@@ -101,15 +125,21 @@ class CostModel(Config):
         backward = self.backward * dense + self.attention_backward * attention
         return forward, backward + forward * self.checkpointing
 
+    def host_time(self, tokens: np.ndarray, adapters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of the host for one layer of each microbatch, forward and backward, as `layer`."""
+        forward = (self.host + self.host_adapter * np.maximum(adapters - 1, 0)) * (tokens > 0)
+        return forward, forward * (self.host_backward + self.checkpointing)
+
     def costs(self, tokens: np.ndarray, squares: np.ndarray, adapters: np.ndarray, steps: np.ndarray) -> Costs:
         """The table for microbatches; steps: adapters whose last microbatch each is."""
         forward, backward = self.layer(tokens, squares, adapters)
+        host_forward, host_backward = self.host_time(tokens, adapters)
         layers = np.array(self.layers, float)[:, None]
         last = np.arange(self.stages)[:, None] == self.stages - 1
         head = last * (self.head * tokens)
         return Costs(
-            forward=layers * forward + head,
-            backward=layers * backward + self.backward * head,
+            forward=np.maximum(layers * forward + head, layers * host_forward),
+            backward=np.maximum(layers * backward + self.backward * head, layers * host_backward),
             step=layers * self.step * steps,
             transfer=np.where(tokens > 0, self.latency + self.transfer * tokens, 0.0),
         )
@@ -143,29 +173,25 @@ def even_costs(stages: int) -> CostModel:
     return CostModel(layers=(1,) * stages, token=1.0, square=1e-5)
 
 
-def model_costs(
-    config: ModelConfig,
-    stages: int,
-    *,
-    flop_rate: float = FLOP_RATE,
-    bandwidth: float = 300e9,
-    checkpointing: bool = False,
-) -> CostModel:
+def model_costs(config: ModelConfig, stages: int, *, machine: Machine = H200, checkpointing: bool = False) -> CostModel:
     """The cost model of a base model by its FLOP: those of the GEMMs, of causal attention and of the head, at the rate
-    that a decoder layer reached, and hidden states in 16 bits over a link of `bandwidth` B/s."""
+    that a decoder layer reached on a machine, and hidden states in 16 bits over its links."""
     hidden = config.hidden_size
     dense = 2 * sum(inputs * outputs for inputs, outputs in config.linears.values())
     return CostModel(
         layers=split_layers(config.num_hidden_layers, stages, head_layers(config)),
-        token=dense / flop_rate,
-        square=2 * hidden / flop_rate,  # two products of 2 h FLOP for each pair of tokens, of which half are masked
-        head=2 * hidden * config.vocab_size / flop_rate,
+        token=dense / machine.flop_rate,
+        square=2 * hidden / machine.flop_rate,  # two products of 2 h FLOP for each pair of tokens, half of them masked
+        head=2 * hidden * config.vocab_size / machine.flop_rate,
         checkpointing=checkpointing,
-        adapter=ADAPTER * hidden / ADAPTER_HIDDEN,
-        tile=TILE,
+        adapter=machine.adapter * hidden / ADAPTER_HIDDEN,
+        tile=machine.tile,
         step=30e-6,
+        host=machine.host,
+        host_adapter=machine.host_adapter,
+        host_backward=machine.host_backward,
         latency=10e-6,
-        transfer=2 * hidden / bandwidth,
+        transfer=2 * hidden / machine.bandwidth,
     )
 
 

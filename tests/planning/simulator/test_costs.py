@@ -44,10 +44,26 @@ def test_a_noop_costs_nothing():
 
 def test_checkpointing_computes_the_forward_again():
     plain, again = (model_costs(read_model("llama-3.1-8b"), 1, checkpointing=on) for on in (False, True))
-    first, second = costs(plain, [4096]), costs(again, [4096])
+    first, second = costs(plain, [8192]), costs(again, [8192])  # so many that the host does not matter
     assert second.forward == pytest.approx(first.forward)
-    layers = first.forward - plain.head * 4096
+    layers = first.forward - plain.head * 8192
     assert second.backward == pytest.approx(first.backward + layers)
+
+
+def test_a_pass_takes_as_long_as_its_host_at_least():
+    model = CostModel(
+        layers=(2, 3), token=1.0, head=4.0, backward=2.0, host=20.0, host_adapter=1.0, host_backward=1.5
+    )  # fmt: skip
+    table = costs(model, [0, 5, 50], [0] * 3, [0, 3, 3], [0] * 3)
+    assert table.forward.tolist() == [[0.0, 2 * 22.0, 2 * 50.0], [0.0, 3 * 22.0, 3 * 50.0 + 200]]
+    assert table.backward.tolist() == [[0.0, 2 * 33.0, 4 * 50.0], [0.0, 3 * 33.0, 6 * 50.0 + 400]]
+    again = costs(model.model_copy(update={"checkpointing": True}), [5], [0], [3], [0])
+    assert again.backward[:, 0].tolist() == [2 * (33.0 + 22.0), 3 * (33.0 + 22.0)]
+
+
+def test_a_microbatch_of_few_tokens_takes_what_the_h200s_host_took():
+    table = costs(model_costs(read_model("llama-3.1-8b"), 1), [512], [512**2], [4])
+    assert (table.forward + table.backward).item() == pytest.approx(0.285 + 3 * 0.003)
 
 
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen2.5-32b", "llama-3.1-70b"])

@@ -1,9 +1,10 @@
 """Packed slot by slot, in the order and to the tokens a microbatch that the simulator finds fastest.
 
 Full microbatches are the fewest, but not always the fastest: where the dependency rule leaves slots empty or nearly so,
-smaller microbatches of equal size take the same turns with less waiting. So the capacity is an upper limit here, and a
-few lower ones are tried on the first samples of the jobs, then the packer's orders, and how much of a microbatch may
-stay empty before a further adapter is let in.
+smaller microbatches of equal size take the same turns with less waiting. So the capacity is an upper limit here, and
+lower ones are tried on the first samples of the jobs, then the packer's orders, and how much of a microbatch may stay
+empty before a further adapter is let in. The lower ones are parts of what all jobs have in hand at once, and not of the
+capacity: above that all of it is one microbatch, for which every stage but one waits.
 
 On one GPU nothing waits, and the fewest are the fastest. But what is left for the last one may be a crumb, for which
 the host takes longer than the GPU. So the last two share their samples then.
@@ -26,7 +27,7 @@ from lorafusion.planning.packer import EXACT, ORDERS, Packer, fill, items_of
 from lorafusion.planning.simulator.costs import CostModel, Costs, even_costs
 from lorafusion.planning.simulator.stream import simulate_stream
 
-FRACTIONS = (0.75, 0.55, 0.4, 0.3, 0.22, 0.16)  # of the capacity, that are tried, and then two beside the best
+FALL = 0.75  # of a target to the one tried before; then two beside the best are tried
 HOPELESS = 0.92  # of the highest throughput, below which no lower target is tried; before a rise it fell by 3 %
 TRIED_SAMPLES, TRIED_BATCHES = 1000, 3  # of all jobs together, and global batches of each, at least
 COMPARED_SAMPLES = 20_000  # of all jobs together, for what was within MISLED of the best of the first ones
@@ -184,23 +185,32 @@ class Trials:
     def _best_target(self, model: CostModel, full: Prediction) -> Prediction:
         """The fastest target in the usual order; of those within GAIN of it the one with the most tokens."""
         trials = [full]
-        for fraction in FRACTIONS:
-            trials.append(self._at(model, fraction))
+        for target in self._targets():
+            trials.append(self._at(model, target))
             if trials[-1].throughput < HOPELESS * max(trial.throughput for trial in trials):
                 break
-        tried = [1.0, *FRACTIONS][: len(trials)]
+        tried = [trial.way.target for trial in trials]
         at = max(range(len(trials)), key=lambda index: trials[index].throughput)
         for neighbour in (at - 1, at + 1):
             if 0 <= neighbour < len(tried):
-                trials.append(self._at(model, math.sqrt(tried[at] * tried[neighbour])))
+                trials.append(self._at(model, math.isqrt(tried[at] * tried[neighbour])))
         most = max(trial.throughput for trial in trials)
         return max(
             (trial for trial in trials if trial.throughput >= most * (1 - GAIN)), key=lambda trial: trial.way.target
         )
 
-    def _at(self, model: CostModel, fraction: float) -> Prediction:
-        """The trial of a part of the capacity, in the usual order."""
-        target = max(1, int(self.capacity * fraction))
+    def _targets(self) -> Iterator[int]:
+        """Tokens of a microbatch below the capacity, falling from what the jobs' global batches have together for each
+        replica to a sample's. They do not depend on the capacity, so a larger one has all that a smaller one has."""
+        in_hand = sum(job.token_offsets[-1] / len(job.batches_of_an_epoch) for job in self.jobs) / self.data_parallel
+        least = min(job.token_offsets[-1] / len(job.samples) for job in self.jobs)
+        while in_hand >= least:
+            if in_hand < self.capacity:
+                yield math.ceil(in_hand)
+            in_hand *= FALL
+
+    def _at(self, model: CostModel, target: int) -> Prediction:
+        """The trial of a target, in the usual order."""
         return self.trial(model, Way(target, USUAL, target // LOOSE), TRIED_SAMPLES)
 
     def _faster(self, model: CostModel, best: Prediction, ways: list[Way]) -> Prediction:

@@ -63,7 +63,8 @@ def constants() -> list[str]:
     return [
         f"alone if they reach {percent(1 - 1 / packer.EXACT, '.1f')} of the capacity",
         f"the first {number(fast.TRIED_SAMPLES)} samples",
-        f"lower ones down to {percent(min(fast.FRACTIONS))} of it",
+        f"until the throughput falls by {percent(1 - fast.HOPELESS)}",
+        f"each is {percent(fast.FALL)} of the one before",
         f"or also {percent(1 / packer.EXACT, '.1f')}",
         f"within {percent(fast.MISLED)} of the best are simulated again on "
         f"{number(fast.COMPARED_SAMPLES, ',')} samples",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafusion.core.plan import check, make_plan
 from lorafusion.lab.experiments.planner import repeated_workload
 from lorafusion.planning import fast, plan_workload
 from lorafusion.planning.packer import ORDERS, Packer
-from lorafusion.planning.simulator import costs_of, even_costs, simulate
+from lorafusion.planning.simulator import chosen_costs, costs_of, even_costs, simulate, simulate_plan
+from tests.conftest import job as job_of
+from tests.conftest import workload as workload_of
 from tests.planning.test_strategies import CAPACITY, workloads
 
 
@@ -79,9 +81,9 @@ def test_trials_hold_the_same_part_of_every_job(make_job):
     ("name", "stages", "global_batch", "adapters", "way"),
     [
         ("wikisum", 2, 16, 2, (8192, "longest-way", 32)),  # full microbatches
-        ("wikisum", 8, 8, 2, (3276, "longest-way", 819)),  # a lower target
-        ("xsum", 4, 16, 2, (2104, "nearly-done", 526)),  # one beside it, in another order
-        ("wikisum", 4, 8, 4, (7094, "in-hand", 27)),  # filled exactly all the same
+        ("wikisum", 8, 8, 2, (3302, "longest-way", 825)),  # a lower target
+        ("wikisum", 8, 8, 4, (4279, "abreast", 1069)),  # one beside it, in another order
+        ("heterogeneous", 2, 16, 4, (8076, "in-hand", 31)),  # filled exactly all the same
         ("heterogeneous", 2, 8, 4, (8192, "longest-way", 2048)),  # full, but not with the samples of others
     ],
 )
@@ -120,6 +122,57 @@ def test_a_plan_for_one_gpu_has_no_crumb(name, capacity):
     workload = repeated_workload(name, 16, 8, 4, 1)
     *_, before, last = plan_workload(workload, "fast", stages=1, capacity=capacity).microbatches
     assert 2 * last.tokens >= before.tokens
+
+
+@pytest.mark.parametrize(("adapters", "model"), [(4, "llama-3.1-70b"), (8, "llama-3.1-8b")])
+def test_a_capacity_above_all_that_is_in_hand_is_not_filled(adapters, model):
+    """Four samples of each adapter are far less than 65536 tokens: as one microbatch they leave 15 of 16 stages idle,
+    and that once took five times as long as with 4096 tokens."""
+    workload, seconds = repeated_workload("xsum", 64, 4, adapters, 1), {}
+    for capacity in (4096, 65536):
+        plan = plan_workload(workload, "fast", stages=16, capacity=capacity, costs=chosen_costs(16, model))
+        seconds[capacity] = simulate_plan(plan, workload, model)[0].makespan
+    assert seconds[65536] <= seconds[4096] * 1.02
+
+
+@settings(max_examples=30)
+@given(
+    stages=st.sampled_from([1, 2, 3, 4, 8, 16]),
+    adapters=st.sampled_from([1, 2, 3, 4, 8]),
+    data_parallel=st.integers(1, 2),
+    growth=st.floats(1.05, 20),
+    seed=st.integers(0, 10_000),
+)
+def test_a_larger_capacity_does_not_make_a_plan_slower(stages, adapters, data_parallel, growth, seed):
+    workload, seconds = odd_workload(seed, adapters), []
+    longest = max(sample.tokens for job in workload.jobs for sample in job.samples)
+    for capacity in (longest, int(longest * growth) + 1):
+        plan = plan_workload(workload, "fast", stages=stages, capacity=capacity, data_parallel=data_parallel)
+        seconds.append(simulate_plan(plan, workload)[0].makespan)
+    assert seconds[1] <= seconds[0] * 1.02
+
+
+def odd_workload(seed, adapters):
+    """Adapters of 16 to 60 samples whose lengths are near each other, spread, far apart or of two kinds."""
+    draw = random.Random(seed)
+    length = draw.choice(
+        [
+            lambda: draw.randint(2, 40),
+            lambda: draw.lognormvariate(6, 0.8),
+            lambda: 50 * draw.paretovariate(1.1),
+            lambda: draw.choice([50, 51, 2000, 2010]),
+        ]
+    )
+    return workload_of(
+        *(
+            job_of(
+                f"a{index}",
+                [min(8000, max(2, int(length()))) for _ in range(draw.randint(16, 60))],
+                global_batch_size=draw.choice([1, 2, 3, 4, 8, 16]),
+            )
+            for index in range(adapters)
+        )
+    )
 
 
 def test_fewest_takes_the_order_with_the_fewest_microbatches():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +40,7 @@ GAIN = 0.01  # of the throughput, for which a lower capacity is worth more micro
 USUAL = next(iter(ORDERS))
 
 Slot = tuple[list[list[Item]], set[int]]  # the items of its bins, and the adapters whose global batch ends in it
+EMPTY: Slot = ([], set())
 
 
 def plan(
@@ -149,8 +150,16 @@ class Trials:
         self._remembered: dict[tuple[int, int], list[Item]] = {}
 
     def slots(self, way: Way, samples: int | None = None) -> Iterator[Slot]:
-        """The slots of the jobs, empty ones included. samples: pack only about so many, the same share of each job, but
-        at least TRIED_BATCHES global batches of each; by default all."""
+        """The slots of the jobs, empty ones included. samples: as `packed` has it."""
+        passed = 0
+        for place, slot in self.packed(way, samples):
+            yield from [EMPTY] * (place - passed)
+            yield slot
+            passed = place + 1
+
+    def packed(self, way: Way, samples: int | None = None) -> Iterator[tuple[int, Slot]]:
+        """The slots of the jobs that hold samples, each with its place. samples: pack only about so many, the same
+        share of each job, but at least TRIED_BATCHES global batches of each; by default all."""
         items = items_of if samples is None else self._items
         packer = Packer(self.stages, self.capacity, self.data_parallel, items=items, **way._asdict())
         part = 1 if samples is None else samples / self.samples
@@ -159,7 +168,8 @@ class Trials:
             batches = max(TRIED_BATCHES, math.ceil((len(job.batches) - job.start) * part))
             packer.add(adapter, job, job.start, min(job.start + batches, len(job.batches)))
         while packer.streams:
-            yield packer.next_slot()
+            packer.skip()
+            yield packer.slot, packer.next_slot()
 
     def _items(self, adapter: int, job: Job, batch: int) -> list[Item]:
         if (adapter, batch) not in self._remembered:
@@ -218,9 +228,10 @@ class Trials:
         return max([best, *(self.trial(model, way, TRIED_SAMPLES) for way in ways)], key=lambda trial: trial.throughput)
 
     def trial(self, model: CostModel, way: Way, samples: int) -> Prediction:
-        slots = list(self.slots(way, samples))
+        places, slots = zip(*self.packed(way, samples), strict=True)
         costs, tokens = _costs(slots, self.data_parallel, model)
-        timeline = simulate_stream(costs, tokens, [bool(ended) for _, ended in slots], self.data_parallel)
+        stepping = [bool(ended) for _, ended in slots]
+        timeline = simulate_stream(costs, tokens, stepping, self.data_parallel, np.array(places))
         # The first of many samples stand for the middle of the run; all of a few have a beginning and an end as well.
         window = "steady" if samples < self.samples else "whole"
         bubble = float(timeline.bubble(window).mean())
@@ -233,7 +244,7 @@ def _uneven(costs: Costs) -> float:
     return 1 - float(work.mean() / work.max())
 
 
-def _costs(slots: list[Slot], data_parallel: int, model: CostModel) -> tuple[Costs, np.ndarray]:
+def _costs(slots: Sequence[Slot], data_parallel: int, model: CostModel) -> tuple[Costs, np.ndarray]:
     """The cost table of slots and their microbatches' tokens."""
     held, steps = [], []
     for bins, ended in slots:

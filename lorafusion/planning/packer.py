@@ -139,6 +139,12 @@ class Packer:
         self.slot += 1
         return bins, ended
 
+    def skip(self) -> int:
+        """Pass by the empty slots before the next one that an adapter may enter; how many they are."""
+        slots = 0 if self._ready or not self._waiting else max(0, self._waiting[0][0] - self.slot)
+        self.slot += slots
+        return slots
+
     def _admit(self, adapter: int) -> None:
         heapq.heappush(self._ready, (self._priority(self.streams[adapter]), adapter))
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 PATIENCE = timedelta(days=1)  # the launcher decides how long nothing may happen
+Waiting = Callable[[str], AbstractContextManager[None]]  # by what is waited for, around the wait
 AHEAD = 1  # receives that are posted beyond the one that is waited for, at most
 
 
@@ -80,11 +82,11 @@ class Pipeline:
         """Hidden states [1, T, H], or their gradient."""
         return Expected((1, tokens, self.hidden_size), self.dtype, name)
 
-    def from_before(self, expected: Iterator[Expected], waiting: Callable[[str], None]) -> Inbox:
+    def from_before(self, expected: Iterator[Expected], waiting: Waiting) -> Inbox:
         """What the stage before sends."""
         return Inbox(self._first_rank + self.index - 1, self._forward, self.device, expected, waiting)
 
-    def from_after(self, expected: Iterator[Expected], waiting: Callable[[str], None]) -> Inbox:
+    def from_after(self, expected: Iterator[Expected], waiting: Waiting) -> Inbox:
         """What the stage after sends."""
         return Inbox(self._first_rank + self.index + 1, self._backward, self.device, expected, waiting)
 
@@ -155,7 +157,7 @@ class Inbox:
         group: dist.ProcessGroup | None,
         device: torch.device,
         expected: Iterator[Expected],
-        waiting: Callable[[str], None],
+        waiting: Waiting,
     ) -> None:
         self.source, self.group, self.device = source, group, device
         self.expected, self.waiting = expected, waiting
@@ -167,8 +169,8 @@ class Inbox:
         if not self._posted:
             raise RuntimeError(f"a message from rank {self.source} is waited for, but the plan has no more of them")
         work, tensor, name = self._posted.popleft()
-        self.waiting(f"{name} from rank {self.source}")
-        work.wait()
+        with self.waiting(f"{name} from rank {self.source}"):
+            work.wait()
         return tensor
 
     def post(self, count: int) -> None:

@@ -57,9 +57,9 @@ class _Stream:
         # Of slots that are not updated yet, added from the last stage to here.
         self.norms: dict[int, torch.Tensor | None] = {}
         if not pipeline.is_first:
-            self.before = pipeline.from_before(self._from_before(), run.position.waiting)
+            self.before = pipeline.from_before(self._from_before(), run.waiting)
         if not pipeline.is_last:
-            self.after = pipeline.from_after(self._from_after(), run.position.waiting)
+            self.after = pipeline.from_after(self._from_after(), run.waiting)
 
     def run_through(self) -> None:
         stages = self.run.pipeline.size
@@ -79,7 +79,8 @@ class _Stream:
             index += 1
         for slot in range(max(self.begin, self.end - stages), self.end):
             self._update(slot)
-        self.run.pipeline.finish_sends()
+        with self.run.waiting("its neighbours to take what was sent"):
+            self.run.pipeline.finish_sends()
         self.before = self.after = None  # their generators hold this, and with it a run's memory
 
     def _expect(self, slot: int) -> None:

@@ -46,6 +46,7 @@ def ready(run: TrainingRun, execute: Executor) -> Iterator[Callable[..., bool]]:
             record.meter.reset_peak_memory()
             run.wait_for_everyone()
             record.meter.synchronize()
+            record.spans.clear()
             record.begin = record.meter.point()
             finished = train(*arguments)
             record.end = record.meter.point()
@@ -60,6 +61,7 @@ def report_of(run: TrainingRun) -> dict:
     """What is known of a run that was timed, the same on every process; all of them call it.
 
     seconds: when the first process was done with its slots, from its start on, [slot, seconds] each.
+    times: of each process its passes, steps and waits (`Record.times`).
     clocks: of each process the seconds from its start to its end, by its device's clock and by the host's.
     losses: of each job those of its global batches; None where a share of one is missing or there are too many.
     steps: of each job the optimizer steps that changed its weights while the clock ran, the fewest over the processes.
@@ -71,6 +73,7 @@ def report_of(run: TrainingRun) -> dict:
     names = [job.name for job in run.workload.jobs]
     mine = {
         "seconds": [[slot, record.meter.seconds(record.begin.mark, mark)] for slot, mark in record.done],
+        "times": record.times(),
         "clocks": list(record.meter.duration(record.begin, record.end)),
         "losses": record.losses,
         "steps": dict(zip(names, steps, strict=True)),
@@ -81,6 +84,7 @@ def report_of(run: TrainingRun) -> dict:
     shares = [share for part in everyone for share in part["losses"]]
     return {
         "seconds": everyone[0]["seconds"],
+        "times": [part["times"] for part in everyone],
         "clocks": [part["clocks"] for part in everyone],
         "losses": losses_by_job(run.workload, run.plan, shares) if record.kept else {},
         "steps": {name: min(part["steps"][name] for part in everyone) for name in names},

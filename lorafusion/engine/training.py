@@ -4,69 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
 
-from lorafusion.core.clock import Mark, Meter, TimePoint
+from lorafusion.core.clock import Meter
 from lorafusion.core.plan import Microbatch, Plan
 from lorafusion.core.workload import Workload
 from lorafusion.data.packing import BatchBuilder, PackedBatch
 from lorafusion.engine.adapters import AdapterTraining, gradients_of
 from lorafusion.engine.events import EventLog
 from lorafusion.engine.pipeline import Pipeline
-from lorafusion.engine.readback import Readback
+from lorafusion.engine.record import BACKWARD, FORWARD, STEP, WAIT, Record
 from lorafusion.launch.heartbeat import Position
 from lorafusion.model.lora import ActiveBatch
 from lorafusion.model.loss import weighted_losses
 from lorafusion.model.stage import Stage
 
 MOST_SIZES = 256  # of microbatches in a warm-up, each through two layers
-
-
-@dataclass
-class Record:
-    """What happened on this stage: when, and with which losses.
-
-    begin, end, steps_before: the clock's start and stop, and the steps of each adapter at the start; `timed` sets them.
-    done: after the backward of slot k, and the steps that follow it, the mark (k, mark).
-    losses: an adapter's share of its global batch's loss in one microbatch, (adapter, batch, value).
-    kept: are these two kept for a report? A long training has its events instead.
-    stopped: adapters that are known to be stopped.
-    events: where losses, norms and evaluations are written as they become known, a line of JSON each.
-    """
-
-    meter: Meter
-    begin: TimePoint | None = None
-    end: TimePoint | None = None
-    steps_before: list[int] = field(default_factory=list)
-    done: list[tuple[int, Mark]] = field(default_factory=list)
-    losses: list[tuple[int, int, float]] = field(default_factory=list)
-    kept: bool = True
-    stopped: set[int] = field(default_factory=set)
-    readback: Readback = field(default_factory=Readback)
-    events: EventLog | None = None
-
-    def finished(self, slot: int) -> None:
-        if self.kept:
-            self.done.append((slot, self.meter.mark()))
-        self.readback.poll()
-
-    def wait(self) -> None:
-        """Until the device has done its work and all that was read back is here."""
-        self.meter.synchronize()
-        self.readback.wait()
-
-    def close(self) -> None:
-        if self.events:
-            self.events.close()
-
-    def event(self, **values: object) -> None:
-        if self.events:
-            self.events.write(values)
 
 
 class Around(Protocol):
@@ -141,11 +99,12 @@ class TrainingRun:
     def _forward(self, slot: int, x: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor:
         self.position.set(f"the forward of microbatch {slot}")
         self._batches[slot] = batch
-        out, losses = self._through(batch, x)
-        if losses is not None:
-            if not self.microbatches[slot].noop:
-                self._note_losses(slot, batch, losses.detach())
-            out = losses.sum()
+        with self.record.timing(FORWARD, slot):
+            out, losses = self._through(batch, x)
+            if losses is not None:
+                if not self.microbatches[slot].noop:
+                    self._note_losses(slot, batch, losses.detach())
+                out = losses.sum()
         out.register_hook(lambda _: self._begin_backward(slot))
         return out
 
@@ -154,6 +113,9 @@ class TrainingRun:
         its microbatch must be the active one."""
         self.position.set(f"the backward of microbatch {slot}")
         self.active.batch = self._batches.pop(slot)
+        begin = self.record.meter.mark()
+        # By autograd's own end, as some executors call it themselves. Its callbacks run on the stream of the pass.
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self.record.note(BACKWARD, slot, begin))
 
     def _through(self, batch: PackedBatch, x: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states, and on the last stage each token's share of its adapter's loss."""
@@ -185,6 +147,13 @@ class TrainingRun:
             self.position.waiting("the other processes")
         self.pipeline.wait_for_everyone()
 
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Within it this process, or on a GPU its device, waits for another one. what: for a person."""
+        self.position.waiting(what)
+        with self.record.timing(WAIT):
+            yield
+
     def reduce(self, slot: int) -> torch.Tensor | None:
         """After a slot's backward pass: for the adapters that step, the gradient summed over the replicas, and the
         squared norm of this stage's part, [n]; None where none steps."""
@@ -192,27 +161,32 @@ class TrainingRun:
         if not stepping:
             return None
         if self.pipeline.replicas > 1:
-            self.position.waiting(f"the other replicas' gradients after microbatch {slot}")
-        self.pipeline.sum_over_replicas([gradient for adapter in stepping for gradient in adapter.gradients])
+            with self.waiting(f"the other replicas' gradients after microbatch {slot}"):
+                self.pipeline.sum_over_replicas([gradient for adapter in stepping for gradient in adapter.gradients])
         return self.squared_norms(slot)
 
     def squared_norms(self, slot: int) -> torch.Tensor:
         """Of this stage's part of the gradients of the adapters that step after a slot, [n]."""
-        return torch.stack([self.adapters[index].squared_norm() for index in self.steps[slot]])
+        with self.record.timing(STEP, slot):
+            return torch.stack([self.adapters[index].squared_norm() for index in self.steps[slot]])
 
     def update(self, slot: int, squared_norms: torch.Tensor | None) -> None:
         """Step the slot's adapters by the norms [n] of their gradients over all stages, and note that it is done."""
         if squared_norms is not None:
             self.position.set(f"the optimizer steps after microbatch {slot}")
-            stepping = [self.adapters[index] for index in self.steps[slot]]
-            self._save_gradients(stepping)
-            steps = [adapter.steps for adapter in stepping]
-            norms = [adapter.step(squared) for adapter, squared in zip(stepping, squared_norms, strict=True)]
-            stopped = [adapter.stopped for adapter in stepping]
-            if self.stage.is_last:
-                values = torch.stack([*norms, *(stop.to(norms[0]) for stop in stopped)])
-                self._note_steps(slot, self.steps[slot], steps, values)
+            with self.record.timing(STEP, slot):
+                self._step(slot, squared_norms)
         self.record.finished(slot)
+
+    def _step(self, slot: int, squared_norms: torch.Tensor) -> None:
+        stepping = [self.adapters[index] for index in self.steps[slot]]
+        self._save_gradients(stepping)
+        steps = [adapter.steps for adapter in stepping]
+        norms = [adapter.step(squared) for adapter, squared in zip(stepping, squared_norms, strict=True)]
+        stopped = [adapter.stopped for adapter in stepping]
+        if self.stage.is_last:
+            values = torch.stack([*norms, *(stop.to(norms[0]) for stop in stopped)])
+            self._note_steps(slot, self.steps[slot], steps, values)
 
     def _save_gradients(self, stepping: Sequence[AdapterTraining]) -> None:
         """Write this stage's part of the gradients of first steps, summed over the replicas, before any clipping."""

@@ -1,6 +1,6 @@
 """What is known of a training while it goes on: from the events of its processes to a row for each step of each job.
 
-Each replica's last stage writes its events (`lorafusion.engine.training.Record`) to a file of its own; a step's row is
+Each replica's last stage writes its events (`lorafusion.engine.record.Record`) to a file of its own; a step's row is
 complete when the shares of all its microbatches have come in. A run that went on from a checkpoint tells some steps
 again, with the same numbers.
 """

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -128,7 +129,8 @@ class Host:
         self.evaluations = [(0,) if slot % 10 == 9 else () for slot in range(SLOTS)]
         self.plan = SimpleNamespace(flush=False, stages=devices.stages)
         self.record = SimpleNamespace(start=lambda: None, readback=SimpleNamespace(wait=lambda: None))
-        self.position = SimpleNamespace(waiting=None, set=lambda _: None)
+        self.position = SimpleNamespace(set=lambda _: None)
+        self.waiting = lambda _: nullcontext()
         self.pipeline = SimpleNamespace(
             index=index, size=devices.stages, is_first=index == 0, is_last=index == devices.stages - 1,
             send_after=lambda _: devices.post((replica, index, index + 1), 0, 2, self),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -65,7 +66,7 @@ def computed(index: int, stages: int, flushes: bool, system: str) -> list[str]:
         plan=SimpleNamespace(flush=flushes, stages=stages, system=system), pipeline=pipeline, begin=0, steps=steps,
         microbatches=[SimpleNamespace(noop=False, length=2)] * SLOTS, evaluations=[()] * SLOTS, forward=forward,
         reduce=lambda slot: torch.ones(1) if steps[slot] else None, update=lambda *_: None, norm_dtype=torch.float32,
-        position=SimpleNamespace(waiting=None, set=lambda _: None),
+        position=SimpleNamespace(set=lambda _: None), waiting=lambda _: nullcontext(),
         record=SimpleNamespace(readback=SimpleNamespace(wait=lambda: None)),
     )  # fmt: skip
     assert execute(run)

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections import deque
+from contextlib import nullcontext
 from queue import Empty, Queue
 from types import SimpleNamespace
 
@@ -101,7 +102,8 @@ class Run:
         self.plan = SimpleNamespace(flush=False, stages=world.stages)
         self.norm_dtype, self.forwards, self.updated = torch.float32, [], []
         self.record = SimpleNamespace(start=lambda: None, readback=SimpleNamespace(wait=lambda: None))
-        self.position = SimpleNamespace(waiting=None, set=lambda _: None)
+        self.position = SimpleNamespace(set=lambda _: None)
+        self.waiting = lambda _: nullcontext()
         after, before = (replica, index, index + 1), (replica, index, index - 1)
         self.pipeline = SimpleNamespace(
             index=index, size=world.stages, replica=replica, replicas=world.replicas,

@@ -83,9 +83,13 @@ class Record:
             self.events.write(values)
 
     def times(self) -> dict[str, list[int]]:
-        """Of each kind of span its slot, begin and end in turn, in microseconds since the start."""
-        times: dict[str, list[int]] = {}
+        """Of forward, backward and step the slot, begin and end of each span in turn, and of all waits the sum, in
+        microseconds since the start."""
+        times: dict[str, list[int]] = {FORWARD: [], BACKWARD: [], STEP: [], WAIT: [0]}
         for kind, slot, *marks in self.spans:
             begin, end = (round(1e6 * self.meter.seconds(self.begin.mark, mark)) for mark in marks)
-            times.setdefault(kind, []).extend((slot, begin, end))
+            if kind == WAIT:
+                times[WAIT][0] += end - begin
+            else:
+                times[kind] += (slot, begin, end)
         return times

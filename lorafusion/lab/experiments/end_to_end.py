@@ -75,7 +75,8 @@ class EndToEnd(Experiment):
         if other_node():
             return other_node()
         cell = description(suite, files.cell, workload, files.system, plan, repeat)
-        result = result_of(outcome, workload, plan, cell, origin)
+        schedule = "sharded" if files.system.shard else None
+        result = result_of(outcome, workload, plan, cell, origin, schedule)
         write_result(out, result)
         return f"{result['status']} ({result['note']})" if result["note"] else result["status"]
 

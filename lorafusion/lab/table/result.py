@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from lorafusion.core.plan import Plan, statistics_of
 from lorafusion.core.schema import Int
 from lorafusion.core.seals import sealed
 from lorafusion.core.workload import Workload
+from lorafusion.lab.table.idle import stages_of
 from lorafusion.lab.table.vocabulary import METRICS, STATUSES, WINDOWS
 from lorafusion.launch.outcome import FaultyRunError, Outcome
 
@@ -32,6 +35,7 @@ EXPECTED = (
     ("peak_memory", "whole"),
     ("fill", "whole"),
 )
+MOST_SPANS = 30_000  # passes and steps of a process whose times are kept; of more only their sums
 CLOCKS_AGREE = 0.01  # of the host's seconds, by which the device's may differ
 
 
@@ -101,9 +105,11 @@ def result_of_rows(rows: list[dict], cell: dict, provenance: dict) -> dict:
             "provenance": provenance}  # fmt: skip
 
 
-def result_of(outcome: Outcome, workload: Workload, plan: Plan | None, cell: dict, provenance: dict) -> dict:
+def result_of(
+    outcome: Outcome, workload: Workload, plan: Plan | None, cell: dict, provenance: dict, schedule: str | None = None
+) -> dict:
     """The content of the result file. A run that did not train the whole workload, or whose clocks cannot be believed,
-    has status `nan` or `crash` and no metrics."""
+    has status `nan` or `crash` and no metrics. schedule: of the simulator, if it is not that of the plan."""
     status, note, report = outcome.status, outcome.note, outcome.report
     if status == "ok":
         try:
@@ -113,19 +119,28 @@ def result_of(outcome: Outcome, workload: Workload, plan: Plan | None, cell: dic
     cost = report.get("cost", {})
     if status == "ok" and "unknown" in cost:
         note = "; ".join(filter(None, [note, f"the cost is unknown: {cost['unknown']}"]))
+    stages = stages_of(report, plan, schedule) if status == "ok" else []
     return {
         "version": VERSION,
         "status": status,
         "note": note,
         "cell": cell,
         "expected": [{"metric": metric, "window": window} for metric, window in EXPECTED],
-        "metrics": metrics(report, workload, plan) if status == "ok" else [],
+        "metrics": metrics(report, workload, plan, stages) if status == "ok" else [],
         "losses": {name: [_loss(value) for value in values] for name, values in report.get("losses", {}).items()},
         "steps": report.get("steps", {}),
         "cost": cost,
         "clocks": [dict(zip(("device", "host"), seconds, strict=True)) for seconds in report.get("clocks", [])],
+        "stages": stages,
+        "times": _kept_times(report.get("times", [])),
         "provenance": provenance,
     }
+
+
+def _kept_times(times: list[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
+    """Of each process, as in `Record.times`; none where a plan is so long that its results would be large."""
+    most = max((len(spans) // 3 for process in times for spans in process.values()), default=0)
+    return times if most <= MOST_SPANS else []
 
 
 def _loss(value: float | None) -> float | None:
@@ -200,8 +215,8 @@ def whole_seconds(report: dict) -> float:
     return max(device for device, _ in report["clocks"])
 
 
-def metrics(report: dict, workload: Workload, plan: Plan) -> list[dict]:
-    """The numbers of a run that ended well."""
+def metrics(report: dict, workload: Workload, plan: Plan, stages: Sequence[dict] = ()) -> list[dict]:
+    """The numbers of a run that ended well. stages: as `stages_of` has them."""
     whole = whole_seconds(report)
     steady, window = steady_throughput({slot: time for slot, time in report["seconds"]}, plan)
     padded = sum(microbatch.length for microbatch in plan.microbatches)
@@ -214,6 +229,10 @@ def metrics(report: dict, workload: Workload, plan: Plan) -> list[dict]:
         _number("fill", statistics_of(plan.microbatches, plan.capacity).fill),
     ]
     rows += [_number("time", time, "steady", implementation=name) for name, time in report["canary"].items()]
+    for name, cause in (("bubble", "bubble"), ("host_idle", "host"), ("neighbour_idle", "neighbour")) if stages else ():
+        shares = [stage[cause] for stage in stages]
+        note = f"mean of {len(shares)}, the largest {max(shares):.3f}" if len(shares) > 1 else ""
+        rows.append(_number(name, sum(shares) / len(shares), note=note))
     return rows + cost_metrics(report.get("cost", {}), workload.tokens / whole, len(report["clocks"]))
 
 
@@ -257,5 +276,5 @@ def steady_throughput(seconds: dict[int, float], plan: Plan) -> tuple[float, str
 
 
 def write_result(path: str | Path, content: dict) -> None:
-    """Write the file with its seal, whole or not at all."""
-    write(Path(path), json.dumps(sealed(content), indent=1) + "\n")
+    """Write the file with its seal, whole or not at all; lists of numbers have a line each."""
+    write(Path(path), re.sub(r"\n +(?=[-\d])", " ", json.dumps(sealed(content), indent=1)) + "\n")

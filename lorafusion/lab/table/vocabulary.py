@@ -23,7 +23,9 @@ METRICS = {
     "dram_traffic": Metric("B", "lower", "bytes read from and written to the GPU's memory"),
     "overhead": Metric("1", "lower", "time over that of the frozen linear or model, less one"),
     "speedup": Metric("1", "higher", "a ratio of times or throughputs, above one is faster"),
-    "bubble": Metric("1", "lower", "idle share of a stage"),
+    "bubble": Metric("1", "lower", "idle share of a stage by its schedule"),
+    "host_idle": Metric("1", "lower", "share of a run in which a stage waits for its host to launch work"),
+    "neighbour_idle": Metric("1", "lower", "share in which it waits for others although the schedule has work"),
     "busy": Metric("1", "higher", "share of the time in which the device computes or copies"),
     "kernels": Metric("1/ktok", "lower", "kernels and copies of the device for 1000 tokens, all processes together"),
     "launches": Metric("1/ktok", "lower", "launches by which the host started them, for 1000 tokens"),
@@ -34,8 +36,8 @@ METRICS = {
     "solve_time": Metric("s", "lower", "time that the planner took"),
     "error": Metric("1", "lower", "relative error against a reference"),
 }
-# What a run costs besides time: a good run may lack it, as it is looked at when the run is over.
-COSTS = ("kernels", "launches", "device_busy", "busy", "operators")
+# What a run costs besides time, and where its time went: a good run may lack it.
+COSTS = ("kernels", "launches", "device_busy", "busy", "operators", "bubble", "host_idle", "neighbour_idle")
 KINDS = ("measured", "simulated", "published", "derived")
 # From bad to worse: where the repeats of a cell fail in different ways, its summary has the worst.
 STATUSES = ("ok", "skipped", "timeout", "oom", "crash", "nan")

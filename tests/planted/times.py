@@ -1,0 +1,51 @@
+"""Errors in what a run tells of where its time went."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+from tests.planted.plant import planted
+
+OURS = "lorafusion"
+
+
+@planted(
+    "lorafusion.engine.training:TrainingRun.waiting",
+    caught_by="tests/engine/test_record.py::test_what_is_slow_is_the_cause[slow_host-0-causes3]",
+)
+def waits_are_not_noted(original):
+    """A stage's waits for others are not told from what its host does."""
+
+    @contextmanager
+    def waiting(run, what):
+        yield
+
+    return waiting
+
+
+@planted(
+    "lorafusion.engine.training:TrainingRun._begin_backward",
+    caught_by="tests/engine/test_record.py::test_all_time_is_where_it_was_spent[mlora]",
+)
+def others_backwards_are_their_hosts(original):
+    """The backward passes of all systems but ours are not noted, so that their host seems slow."""
+
+    def begin(run, slot):
+        if run.plan.system == OURS:
+            return original(run, slot)
+        run.active.batch = run._batches.pop(slot)
+
+    return begin
+
+
+@planted("lorafusion.lab.table.idle:measured_costs", caught_by="tests/lab/table/test_idle.py::"
+         "test_a_late_host_is_its_stages_own_and_the_others_neighbour")  # fmt: skip
+def lateness_is_the_schedules(original):
+    """The time in which a stage waits for a neighbour that is late counts as the schedule's bubble."""
+
+    def measured_costs(plan, seconds):
+        costs = original(plan, seconds)
+        costs.transfer[:] = 1.0
+        return costs
+
+    return measured_costs

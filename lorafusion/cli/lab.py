@@ -245,7 +245,8 @@ def contract(
 def preflight(suite: Suite, folder: Folder = None) -> None:
     """Find out with a small Slurm job whether the nodes can run a suite: Python, GPUs, shared folder, network, clock.
 
-    The workflow does so itself before it submits the jobs of a suite for GPUs or for several nodes.
+    Call it on the login node. The workflow does so itself before it submits the jobs of a suite for GPUs or for several
+    nodes. docs/guide/slurm.md says what to do where something does not hold.
     """
     from lorafusion.lab import commands
 

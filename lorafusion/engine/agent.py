@@ -22,7 +22,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 
 from lorafusion.core.files import write
 from lorafusion.launch.heartbeat import FIRST
-from lorafusion.launch.rendezvous import failure_at
+from lorafusion.launch.rendezvous import network_failure
 
 AGENT_LOG = logging.getLogger("torch.distributed.elastic.agent.server.api")
 AT_ONCE = 5  # seconds; those that torchrun itself kills have had 30 to end
@@ -50,7 +50,7 @@ def main() -> None:
 def report_no_rendezvous(error: Exception, arguments: list[str], reports: Path) -> None:
     """Leave a report of why no worker was started, with the place at which the nodes were to meet."""
     options = dict(argument.split("=", 1) for argument in arguments if re.match("--[a-z-]+=", argument))
-    failure = {"status": "crash", "message": failure_at(options["--rdzv-endpoint"], error)}
+    failure = {"status": "crash", "message": network_failure(f"the rendezvous at {options['--rdzv-endpoint']}", error)}
     write(reports / f"failure-node-{options.get('--node-rank', 0)}.json", json.dumps(failure))
 
 

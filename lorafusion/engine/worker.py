@@ -30,7 +30,7 @@ from lorafusion.launch.heartbeat import ENDED, FAILED, Position
 from lorafusion.launch.launch import end_with_parent
 from lorafusion.launch.lock import join
 from lorafusion.launch.outcome import FaultyRunError
-from lorafusion.launch.rendezvous import failure_at
+from lorafusion.launch.rendezvous import network_failure
 from lorafusion.launch.spec import RunSpec
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
@@ -78,7 +78,9 @@ def _meet(device: torch.device, rank: int, world: int, file: Path) -> None:
     except RuntimeError as error:
         if is_near:
             raise
-        raise UserError(failure_at("{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ), error)) from error
+        raise UserError(
+            network_failure("the rendezvous at {MASTER_ADDR}:{MASTER_PORT}".format(**os.environ), error)
+        ) from error
 
 
 def _imported(spec: RunSpec) -> Callable[[WorkerProcess], dict]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import platform
+import random
 import shutil
 import socket
 import subprocess
@@ -34,7 +36,7 @@ PORTS = range(20_000, 32_000)  # below those that Linux gives to whoever asks fo
 TRIES = 20
 MEETING = "rendezvous"  # a file: where the processes meet
 NONE = "none"  # in it: the first node waits no longer
-ADVICE = "can the nodes reach it? the site's `interface` (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) says by which network"
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # set by the site's `interface`
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,12 @@ def shared_folder(out: Path, environment: Mapping[str, str]) -> Path:
 def meet(folder: Path, nodes: int, environment: Mapping[str, str], seconds: float = WAIT_SECONDS) -> Meeting:
     """Wait for the other nodes. Raises `FaultyRunError` where one of them does not come in time, or where the first has
     no free port."""
-    attempt, rank = f"{attempt_of(environment)}.{folder.name}", node_rank(environment)
+    rank = node_rank(environment)
     write(folder / f"node-{rank}", environment.get("SLURMD_NODENAME") or platform.node())
     if rank == 0:
         try:
             _require_all(folder, nodes, environment, seconds)
-            endpoint = f"{address_of(environment)}:{free_port(attempt)}"
+            endpoint = f"{address_of(environment)}:{free_port()}"
         except FaultyRunError:
             write(folder / MEETING, NONE)
             raise
@@ -86,7 +88,7 @@ def meet(folder: Path, nodes: int, environment: Mapping[str, str], seconds: floa
     # The first may have come last, and waits for others after that.
     elif wait_for(folder, {MEETING}, 2 * seconds) or (folder / MEETING).read_text() == NONE:
         raise FaultyRunError("crash", f"{node_name(0, environment)}, the first node, called no rendezvous")
-    return Meeting(attempt, (folder / MEETING).read_text(), rank, nodes)
+    return Meeting(f"{attempt_of(environment)}.{folder.name}", (folder / MEETING).read_text(), rank, nodes)
 
 
 def decided(folder: Path, name: str, value: str, environment: Mapping[str, str], seconds: float) -> str:
@@ -135,14 +137,19 @@ def node_name(rank: int, environment: Mapping[str, str]) -> str:
     return f"node {rank} of {listed}" if listed else f"node {rank}"
 
 
-def address_of(environment: Mapping[str, str]) -> str:
-    """This node's address: of the interface that gloo or NCCL is to use, else the one from which Slurm starts steps if
-    that is here, else the node's name."""
-    addresses = {
+def _addresses() -> dict[str, list[str]]:
+    """This node's IPv4 addresses by its interfaces."""
+    return {
         name: [address.address for address in every if address.family == socket.AF_INET]
         for name, every in psutil.net_if_addrs().items()
     }
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+
+
+def address_of(environment: Mapping[str, str]) -> str:
+    """This node's address: of the interface that gloo or NCCL is to use, else the one from which Slurm starts steps if
+    that is here, else the node's name."""
+    addresses = _addresses()
+    for variable in INTERFACES:
         interface = environment.get(variable, "").partition(",")[0].removeprefix("=")
         if addresses.get(interface):
             return addresses[interface][0]
@@ -150,23 +157,21 @@ def address_of(environment: Mapping[str, str]) -> str:
     return slurm if any(slurm in every for every in addresses.values()) else platform.node()
 
 
-def ports_of(attempt: str) -> list[int]:
-    """The ports at which an attempt may meet, in the order in which they are tried; others try others first."""
-    first = int.from_bytes(hashlib.sha256(attempt.encode()).digest()[:4], "big")
-    return [PORTS[(first + 997 * number) % len(PORTS)] for number in range(TRIES)]
-
-
-def free_port(attempt: str) -> int:
-    """The first of an attempt's ports that nobody on this node has."""
-    for port in ports_of(attempt):
+def free_port() -> int:
+    """A port that nobody on this node has. It is drawn, so that runs that look at once choose different ones."""
+    tried = random.SystemRandom().sample(PORTS, TRIES)
+    for port in tried:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("", port))
             return port
-    tried = ", ".join(map(str, ports_of(attempt)[:3]))
-    raise FaultyRunError("crash", f"rendezvous: none of {TRIES} ports ({tried}, ...) of {platform.node()} is free")
+    ports = ", ".join(map(str, tried[:3]))
+    raise FaultyRunError("crash", f"rendezvous: none of {TRIES} ports ({ports}, ...) of {platform.node()} is free")
 
 
-def failure_at(endpoint: str, error: Exception) -> str:
-    """Why processes could not meet, in a line that says where they tried."""
+def network_failure(what: str, error: Exception) -> str:
+    """Why processes could not reach each other, in a line that says what to try."""
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return f"the rendezvous at {endpoint} failed: {shortened(reason, 120)}; {ADVICE}"
+    here = [f"{name} {every[0]}" for name, every in _addresses().items() if every and name != "lo"]
+    used = next(filter(None, map(os.environ.get, INTERFACES)), "none")
+    choice = f"{INTERFACES[0]}: {used}; here: {shortened(', '.join(here) or 'none but lo', 50)}"
+    return f"{what} failed: {shortened(reason, 120)}; set the site's `interface` ({choice})"

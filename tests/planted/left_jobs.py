@@ -67,4 +67,4 @@ def findings_are_tried_again(original):
 )
 def a_preflight_always_passes(original):
     """What the nodes say is not read."""
-    return lambda log, seen, nodes, state, times: []
+    return lambda seen, nodes: []

@@ -20,23 +20,17 @@ def a_requeued_job_is_the_same_attempt(original):
 
 
 @planted(
-    "lorafusion.launch.rendezvous:ports_of",
-    caught_by=f"{RENDEZVOUS}::test_attempts_on_one_node_meet_at_ports_of_their_own",
-)
-def all_attempts_try_the_same_ports(original):
-    """Two runs whose first node is the same may choose the same port."""
-    return lambda attempt: original("every attempt")
-
-
-@planted(
     "lorafusion.launch.rendezvous:free_port",
-    caught_by=f"{RENDEZVOUS}::test_a_port_that_somebody_has_is_not_taken",
+    caught_by=(
+        f"{RENDEZVOUS}::test_attempts_on_one_node_meet_at_ports_of_their_own",
+        f"{RENDEZVOUS}::test_a_port_that_somebody_has_is_not_taken",
+    ),
 )
-def a_port_is_taken_unseen(original):
-    """A port that another program has is not left to it."""
-    from lorafusion.launch import rendezvous
+def all_attempts_meet_at_the_same_port(original):
+    """Runs whose first node is the same choose the same port, and also where another program has it."""
+    from lorafusion.launch.rendezvous import PORTS
 
-    return lambda attempt: rendezvous.ports_of(attempt)[0]
+    return lambda: PORTS[0]
 
 
 @planted(

@@ -7,27 +7,30 @@ which node, and what to do.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafusion.core.files import write
 from lorafusion.core.plugins import import_extra
 from lorafusion.core.schema import UserError
+from lorafusion.lab.cluster import probe
 from lorafusion.lab.cluster.admission import require_admitted, sbatch_words
-from lorafusion.lab.cluster.probe import CLOCK_SECONDS, ENDED, LOGIN, MARK, SEEN
+from lorafusion.lab.cluster.probe import CLOCK_SECONDS, LOGIN, MARK, PROBLEM, SEEN
 from lorafusion.lab.cluster.queue import JobState, job_state, slurm
 from lorafusion.lab.cluster.request import Resources, request_of
 from lorafusion.lab.cluster.site import Site, read_site
 
 PASSED = ".preflight"  # a file: what has passed
-MINUTES = 5  # that the job may take once it runs
+MINUTES = 10  # that the job may take once it runs: a cold file system takes minutes to import torch
 MOST_NODES = 2
-OTHERS_SECONDS = 20  # that the other nodes have once one has ended: they would wait for it
+OTHERS_SECONDS = 20  # that the other nodes have once it is clear that something does not hold
 LOOK_SECONDS = 2.0
 SHOW_SECONDS = 60.0  # that a file of a node may take to be seen here
 # Why a job waits that will never run. All other reasons, of which Slurm has dozens, are those of a busy cluster.
@@ -35,11 +38,13 @@ NEVER = re.compile("PartitionConfig|PartitionNodeLimit|PartitionTimeLimit|BadCon
                    "QOSNotAllowed|ReservationDeleted|.*PerJob.*")  # fmt: skip
 # On each node; `$1` is the workflow's Python, `$2` what the probe is given.
 ON_EACH_NODE = f"""
-say() {{ echo "{MARK}${{SLURMD_NODENAME:-$(hostname)}}: $1"; }}
+say() {{ echo "{MARK}${{SLURMD_NODENAME:-$(hostname)}} {PROBLEM}: $1"; }}
 if ! [ -x "$1" ]; then
-    say "no $1; install where all nodes see it"
+    link=$(readlink "$1") && link=", a link to $link"
+    say "no $1$link; install where all nodes see it"
 elif ! error=$("$1" -c 'import lorafusion.lab.cluster.probe' 2>&1); then
-    say "$1 cannot import lorafusion ($(echo "$error" | tail -n 1)); install where all nodes see it"
+    error=$(echo "$error" | tail -n 1)
+    say "$1, which is $("$1" -V 2>&1 | tail -n 1), cannot import lorafusion ($error); install where all nodes see it"
 else
     "$1" -m lorafusion.lab.cluster.probe "$2" || say "the probe ended with status $?"
 fi
@@ -89,48 +94,135 @@ def preflight(folder: Path, needs: Resources, site: Site, name: str) -> str:
     with tempfile.TemporaryDirectory(prefix=".preflight-", dir=folder.absolute(), ignore_cleanup_errors=True) as path:
         place = Path(path)
         (place / LOGIN).touch()
-        begin = time.time()
+        begin = time.monotonic()
         options = [f"--job-name={name}", "--comment=preflight", f"--output={log}", f"--chdir={Path.cwd()}"]
         words = [*sbatch_words(request), *options]  # of an option that is given twice the last counts
+        before = time.time()
         job = slurm(*words, text=script_of(place, needs, site)).strip().partition(";")[0]
         try:
-            state = _wait(job, 60.0 * site.preflight)
+            seen = Seen(JobState(job, "PENDING", "", ""), before)
+            _watch(seen, place, log, needs.nodes, 60.0 * (site.preflight or MINUTES))
         finally:
             slurm("scancel", "--quiet", job)
-        _wait_for_files(log, place, needs.nodes)
-        text = log.read_text(errors="replace") if log.exists() else None
-        seen = [file.name for file in place.iterdir()]
-    problems = problems_of(text, seen, needs.nodes, state, (begin, time.time()))
+    problems = problems_of(seen, needs.nodes)
     if problems:
         raise UserError(*(f"preflight: {problem}" for problem in problems), f"preflight: see {log}")
     gpus = f" with {needs.gpus} GPUs each" if needs.gpus else ""
-    return f"preflight: {needs.nodes} nodes{gpus} ({state.nodes}) are ready, after {time.time() - begin:.0f} s"
+    imports = ", ".join(f"{node.torch:.0f} s on {name}" for name, node in seen.nodes.items())
+    took = f"after {time.monotonic() - begin:.0f} s; importing torch took {imports}"
+    return f"preflight: {seen.state.nodes}{gpus}: ready, {took}"
 
 
 def script_of(place: Path, needs: Resources, site: Site) -> str:
     """The job's script: the probe, once on each node, with what the site has each job do first."""
     settings = json.dumps({"place": str(place), "nodes": needs.nodes, "gpus": needs.gpus})
     words = ["srun", f"--nodes={needs.nodes}", f"--ntasks={needs.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0",
-             f"--wait={OTHERS_SECONDS}", "sh", "-c", ON_EACH_NODE, "sh", sys.executable, settings]  # fmt: skip
+             "--wait=0", "sh", "-c", ON_EACH_NODE, "sh", sys.executable, settings]  # fmt: skip
     return f"#!/bin/bash\n{site.shell}{shlex.join(words)}\n"
 
 
-def _wait(job: str, seconds: float) -> JobState:
-    """The state of a job that has ended. Raises `UserError` where it does not begin in so many seconds, or not end."""
-    begin, pause, limit = time.monotonic(), LOOK_SECONDS, seconds
-    while not (state := job_state(job)).has_ended:
-        waited = time.monotonic() - begin
-        if state.waits and (waited > limit or NEVER.fullmatch(state.reason)):
-            raise NotStartedError(job, state.reason, waited)
-        if not state.waits:
+@dataclass
+class Node:
+    """What a node has said. clock: its own, at the begin; torch: the seconds that it took to import it."""
+
+    clock: float | None = None
+    doing: str = ""
+    torch: float = 0.0
+    problems: list[str] = field(default_factory=list)
+    ended: bool = False
+
+
+def read_log(log: str) -> dict[str, Node]:
+    """What the nodes have said, by their names."""
+    nodes: dict[str, Node] = {}
+    for name, kind, text in re.findall(rf"^{re.escape(MARK)}(\S+) (\w+): ?(.*)\n", log, re.MULTILINE):
+        node = nodes.setdefault(name, Node())
+        match kind:
+            case probe.CLOCK:
+                node.clock = float(text)
+            case probe.DOING:
+                node.doing = text
+            case probe.TORCH:
+                node.torch = float(text)
+            case probe.PROBLEM:
+                node.problems.append(text)
+            case probe.ENDED:
+                node.ended = True
+    return nodes
+
+
+@dataclass
+class Seen:
+    """What is seen of the job. before: the login node's clock when the job did not run yet; spans: for each node,
+    that and when it was first heard of; files: that the nodes have made; log: None where none has come."""
+
+    state: JobState
+    before: float
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    log: str | None = None
+
+    def look(self, place: Path, log: Path) -> None:
+        self.files = [file.name for file in place.iterdir()]
+        if log.exists():
+            self.log = log.read_text(errors="replace")
+            self.nodes = read_log(self.log)
+            for name in self.nodes:
+                self.spans.setdefault(name, (self.before, time.time()))
+
+    @property
+    def has_problems(self) -> bool:
+        return any(node.problems for node in self.nodes.values())
+
+    def has_all_of(self, nodes: int) -> bool:
+        """Have so many nodes ended, and are their files here?"""
+        files = sum(file.startswith(SEEN) for file in self.files)
+        return files == nodes and sum(node.ended for node in self.nodes.values()) == nodes
+
+
+def _watch(seen: Seen, place: Path, log: Path, nodes: int, seconds: float) -> None:
+    """Look at a job until it has ended, or something does not hold, and say what it waits for. Raises `UserError` where
+    the job does not begin in so many seconds, or not end."""
+    begin, pause, limit, printed, hosts = time.monotonic(), LOOK_SECONDS, seconds, "", []
+    over = math.inf  # when the look ends, on the monotonic clock
+    while True:
+        now, clock = time.monotonic(), time.time()
+        seen.state = state = job_state(seen.state.id)
+        seen.look(place, log)
+        if state.waits:
+            seen.before = clock
+            if now - begin > limit or NEVER.fullmatch(state.reason):
+                raise NotStartedError(state.id, state.reason, now - begin)
+        elif not state.has_ended:
+            hosts, pause = hosts or slurm("scontrol", "show", "hostnames", state.nodes).split(), LOOK_SECONDS
             limit = max(limit, seconds + 60.0 * (MINUTES + 2))  # a node that is lost may keep it from ending
-            if waited > limit:
+            if now - begin > limit:
                 raise UserError(
-                    f"preflight: job {job} on {state.nodes} is {state.state} and does not end; see sinfo -R"
+                    f"preflight: job {state.id} on {state.nodes} is {state.state} and does not end; see sinfo -R"
                 )
+        over = min(over, now + (OTHERS_SECONDS if seen.has_problems else SHOW_SECONDS if state.has_ended else math.inf))
+        if now >= over or (state.has_ended and (seen.has_problems or seen.has_all_of(nodes))):
+            return
+        line = _statement(seen, hosts, seconds)
+        if line not in ("", printed):
+            print(f"preflight: {line}", flush=True)
+            printed = line
         time.sleep(pause)
         pause = min(1.5 * pause, 15.0)
-    return state
+
+
+def _statement(seen: Seen, hosts: Sequence[str], seconds: float) -> str:
+    """What is waited for."""
+    state = seen.state
+    if state.waits:
+        reason = "" if state.reason in ("", "None") else f", as Slurm says: {state.reason}"
+        return f"job {state.id} waits in the queue, for at most {seconds / 60:g} minutes{reason}"
+    if state.has_ended:
+        return ""
+    silent = [f"waiting for {host}" for host in hosts if host not in seen.nodes]
+    doing = [f"{name} {node.doing}" for name, node in seen.nodes.items() if not node.ended and node.doing]
+    return f"job {state.id} runs on {state.nodes}: {'; '.join([*doing, *silent])}" if doing or silent else ""
 
 
 class NotStartedError(UserError):
@@ -144,43 +236,26 @@ class NotStartedError(UserError):
         super().__init__(f"preflight: job {job} did not start in {seconds:.0f} s, as Slurm says: {reason}; {advice}")
 
 
-def _wait_for_files(log: Path, place: Path, nodes: int) -> None:
-    """What a node has written may be seen here late, as through NFS."""
-    end = time.monotonic() + SHOW_SECONDS
-    while time.monotonic() < end:
-        if log.exists() and sum(file.name.startswith(SEEN) for file in place.iterdir()) == nodes:
-            return
-        if log.exists() and len(_lines(log.read_text(errors="replace"))[0]) > 0:
-            return
-        time.sleep(LOOK_SECONDS)
-
-
-def problems_of(log: str | None, seen: list[str], nodes: int, state: JobState, times: tuple[float, float]) -> list[str]:
-    """What does not hold. log: of the job, None where none has come; seen: names of files that the nodes have made;
-    times: before the job was submitted and after it had ended, by the login node's clock."""
+def problems_of(seen: Seen, nodes: int) -> list[str]:
+    """What does not hold on so many nodes."""
+    state = seen.state
     where = f"job {state.id} on {state.nodes or 'no node'} ended as {state.state}"
-    if log is None:
+    if seen.log is None:
         return [f"{where} and its log has not come; do the nodes see the folder of the results?"]
-    problems, ends = _lines(log)
-    for node, end in ends.items():
-        early, late = times[0] - end, end - times[1]
-        if max(early, late) > CLOCK_SECONDS:
-            off = f"{early:.0f} s behind" if early > 0 else f"{late:.0f} s ahead of"
-            problems.append(f"{node}: its clock is {off} the login node's; set them by NTP (chrony)")
-        if f"{SEEN}{node}" not in seen and not any(problem.startswith(f"{node}: ") for problem in problems):
-            problems.append(f"{node}: what it writes into the results is not seen here; is the folder shared?")
-    if len(ends) < nodes and not problems:
-        last = (log.strip().splitlines() or ["nothing"])[-1]
-        problems.append(f"{where}; {nodes - len(ends)} of {nodes} nodes have not answered; the log ends: {last}")
+    problems = []
+    for name, node in seen.nodes.items():
+        problems += [f"{name}: {problem}" for problem in node.problems]
+        before, after = seen.spans[name]
+        behind, ahead = (before - node.clock, node.clock - after) if node.clock is not None else (0.0, 0.0)
+        if max(behind, ahead) > CLOCK_SECONDS:
+            off = f"{behind:.0f} s behind" if behind > 0 else f"{ahead:.0f} s ahead of"
+            problems.append(f"{name}: its clock is at least {off} the login node's; set them by NTP (chrony)")
+        if not node.problems and node.ended and f"{SEEN}{name}" not in seen.files:
+            problems.append(f"{name}: what it writes into the results is not seen here; is the folder shared?")
+    ended = sum(node.ended for node in seen.nodes.values())
+    if ended < nodes and not problems:
+        last = (seen.log.strip().splitlines() or ["nothing"])[-1]
+        doing = [f"{name} {node.doing}" for name, node in seen.nodes.items() if not node.ended]
+        end = "; ".join(doing) if doing else f"the log ends: {last}"
+        problems.append(f"{where}; {nodes - ended} of {nodes} nodes have not answered; {end}")
     return problems
-
-
-def _lines(log: str) -> tuple[list[str], dict[str, float]]:
-    """What the nodes found, and when each was done, by its own clock."""
-    problems, ends = [], {}
-    for node, text in re.findall(rf"^{re.escape(MARK)}(\S+): (.*)$", log, re.MULTILINE):
-        if text.startswith(ENDED):
-            ends[node] = float(text.removeprefix(ENDED))
-        else:
-            problems.append(f"{node}: {text}")
-    return problems, ends

@@ -22,6 +22,7 @@ from lorafusion.lab.cluster.admission import require_admitted
 from lorafusion.lab.cluster.preflight import check_nodes_first
 from lorafusion.lab.cluster.request import request_of
 from lorafusion.lab.cluster.site import read_site
+from lorafusion.lab.cluster.watch import watch
 from lorafusion.lab.driver import driving, is_driven, join_driver
 from lorafusion.lab.failures import accidents, statement
 from lorafusion.lab.reproduce import again_command, failures_of, write_report

@@ -137,6 +137,7 @@ onstart:
         print("starting anew", flush=True)
         os.execv(sys.executable, sys.orig_argv)
     if slurm_run:
+        watch(workflow.scheduler._executor, SUITE.folder)
         with reported():
             needs = [step.resources for step in SUITE.of_target("all")]
             check_nodes_first(SUITE.folder, needs, slurm_run)

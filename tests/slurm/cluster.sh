@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A toy Slurm cluster on this one machine, for tests, set up as clusters are: accounts are kept (slurmdbd, MariaDB), and
-# one must be given; a job that lost a node is put back into the queue; the default partition is short.
+# one must be given; the default partition is short; a job that lost a node begins anew only if it asked for that; a job
+# that has ended is soon forgotten.
 #
 #   cluster.sh start        bring it up; what is up stays up
 #   cluster.sh stop         end the daemons that `start` recorded, and nothing else
@@ -125,8 +126,8 @@ MailProg=/bin/true
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 SlurmdParameters=config_overrides
-# The tests ask squeue how a job ended: it must not forget.
-MinJobAge=3600
+MinJobAge=2
+JobRequeue=0
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 ReturnToService=2
 KillWait=5
@@ -194,6 +195,7 @@ start_accounting() {
         sacctmgr -i add account none,lab
         sacctmgr -i modify account none set MaxSubmitJobs=0
         sacctmgr -i add user "$(id -un)" account=none,lab defaultaccount=none
+        sacctmgr -i add user nobody account=lab
     } >>"$root/log/sacctmgr.log" || fail "no accounts: see $root/log/sacctmgr.log"
 }
 

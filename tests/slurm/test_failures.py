@@ -1,22 +1,26 @@
 """What happens to jobs on a real cluster: Snakemake is killed, a job is put back into the queue, a node is lost."""
 
+import json
 from collections import defaultdict
 from typing import NamedTuple
 
 import pytest
 
+from lorafusion.lab.cluster.left_jobs import RECORD
 from tests.slurm.toy import Job, Workflow, answer, cluster, lives, queue, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.usefixtures("two_nodes")]
 
 
 class Survived(NamedTuple):
-    """A workflow of two cells that both take both nodes. lives: of its jobs, without what the preflight asked."""
+    """A workflow of two cells that both take both nodes. lives: of its jobs, without what the preflight asked. foreign:
+    how another user's job of the same name stood in the end."""
 
     workflow: Workflow
     status: int
     said: str
     lives: list[Job]
+    foreign: str
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +32,25 @@ def survived(two_nodes, tmp_path_factory):
     first = workflow.start(table)
     first_met = two_train(workflow)
     first.kill()
+    foreign = submit_as_another(json.loads((workflow.results / RECORD).read_text())["run"])
     second = workflow.start(table)
     two_train(workflow, but=first_met)
-    requeued, lost = sorted(queue(), key=int)
+    requeued, lost = sorted(queue().keys() - {foreign}, key=int)
     answer("scontrol", "requeue", requeued)
     wait_until(lambda: queue()[requeued] == "PENDING", 30, f"job {requeued} waits again")
     assert queue()[lost] == "RUNNING"
     cluster("lose", "toy2")
     cluster("return", "toy2")
     status, said = second.end(300)
-    return Survived(workflow, status, said, [job for job in lives()[before:] if "rule_run" in job.what])
+    stands = queue().get(foreign, "ended")
+    answer("scancel", foreign)
+    return Survived(workflow, status, said, [job for job in lives()[before:] if "rule_run" in job.what], stands)
+
+
+def submit_as_another(name):
+    """Submit a job of this name as another user; returns its id."""
+    words = ["--parsable", "--uid=nobody", "--account=lab", "--partition=long", "--mem=10", f"--job-name={name}"]
+    return answer("sbatch", *words, "--output=/dev/null", "--wrap=sleep 600", cwd="/").strip()
 
 
 def two_train(workflow, but=frozenset()):
@@ -60,6 +73,10 @@ def test_both_cells_end_well(survived):
     assert {row["status"] for row in rows} == {"ok"}, rows
     assert not list(survived.workflow.results.rglob("*.reports-*")), "folders of attempts were left"
     assert not queue()
+
+
+def test_the_jobs_of_another_user_are_left_alone(survived):
+    assert survived.foreign == "RUNNING"
 
 
 def test_a_resume_leaves_no_job_of_the_snakemake_that_was_killed(survived):

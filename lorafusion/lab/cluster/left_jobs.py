@@ -12,13 +12,12 @@ from pathlib import Path
 
 from lorafusion.core.files import read_json, write
 from lorafusion.core.schema import Config, UserError, validated
-from lorafusion.lab.cluster.queue import Job, cancel, jobs_named
+from lorafusion.lab.cluster.queue import Job, cancel, jobs_named, names_of
 from lorafusion.lab.cluster.site import read_site
 
 RECORD = ".slurm-jobs"
 END_SECONDS = 300.0  # that a cancelled job may take: Slurm's KillWait and an epilog
 LOOK_SECONDS = 1.0
-NAMED = 3  # in a line
 
 
 class Record(Config):
@@ -62,7 +61,7 @@ def _left(folder: Path) -> list[Job]:
     if record.inode != folder.stat().st_ino:
         return []
     try:
-        return jobs_named([record.run])
+        return [job for job in jobs_named([record.run]) if not job.has_ended]
     except UserError as error:
         reason = f"cannot tell whether an earlier workflow's jobs still run: {error}"
         raise UserError(f"{path}: {reason}; if none does, delete this file") from None
@@ -81,6 +80,4 @@ def _wait(folder: Path, seconds: float = float("inf")) -> None:
 
 
 def _say(what: str, jobs: Sequence[Job]) -> None:
-    more = f" and {len(jobs) - NAMED} more" if len(jobs) > NAMED else ""
-    names = ", ".join(job.statement for job in jobs[:NAMED])
-    print(f"{len(jobs)} Slurm jobs of an earlier workflow here, {what}: {names}{more}", flush=True)
+    print(f"{len(jobs)} Slurm jobs of an earlier workflow here, {what}: {names_of(jobs)}", flush=True)

@@ -10,16 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lorafusion.core.schema import UserError
+from lorafusion.lab.cluster.words import ENDS, WAITING
 
 SECONDS = 60.0  # that a command of Slurm may take
 # A job's fields, the comment last: it may contain what parts them. %A is the same for all of an array.
 FIELDS = "%A|%T|%N|%r|%k"
-# A job that is none of these has ended, on all its nodes.
-ACTIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED,STOPPED,REQUEUED,RESIZING,SIGNALING,STAGE_OUT,COMPLETING"
+NAMED = 3  # jobs in a line
 
 
 class Job(NamedTuple):
-    """A job that has not ended. nodes: where it runs; reason: why it waits; comment: what its submitter says of it."""
+    """A job, for minutes after its end too. nodes: where it runs or ran; reason: why it waits, or why it ended;
+    comment: what its submitter says of it."""
 
     id: str
     state: str
@@ -29,7 +30,11 @@ class Job(NamedTuple):
 
     @property
     def waits(self) -> bool:
-        return self.state == "PENDING"
+        return self.state in WAITING
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in ENDS
 
     @property
     def statement(self) -> str:
@@ -38,27 +43,31 @@ class Job(NamedTuple):
         return f"{self.id} ({step})" if step else self.id
 
 
+def names_of(jobs: Sequence[Job]) -> str:
+    """Which jobs, in a line."""
+    more = f" and {len(jobs) - NAMED} more" if len(jobs) > NAMED else ""
+    return ", ".join(job.statement for job in jobs[:NAMED]) + more
+
+
 def jobs_named(names: Sequence[str]) -> list[Job]:
-    """This user's jobs of some names that have not ended."""
+    """This user's jobs of some names that Slurm remembers: for minutes after their end, too."""
     if not names:
         return []
-    return read_jobs(
-        slurm(
-            "squeue",
-            f"--user={os.getuid()}",
-            f"--name={','.join(names)}",
-            "--noheader",
-            f"--format={FIELDS}",
-            f"--states={ACTIVE}",
-        )  # fmt: skip
-    )
+    # --all: in hidden partitions, too.
+    words = [f"--user={os.getuid()}", f"--name={','.join(names)}", "--all", "--states=all", "--noheader"]
+    return read_jobs(slurm("squeue", *words, f"--format={FIELDS}"))
 
 
 def read_jobs(text: str) -> list[Job]:
-    """The jobs in an answer of squeue, each once."""
-    lines = (line.strip().split("|", len(Job._fields) - 1) for line in text.splitlines())
-    jobs = (Job(*fields) for fields in lines if len(fields) == len(Job._fields))
-    return list({job.id: job._replace(comment=job.comment.replace("(null)", "")) for job in jobs}.values())
+    """The jobs in an answer of squeue, each once. One of which a part goes on, as of an array, has not ended."""
+    jobs: dict[str, Job] = {}
+    for line in text.splitlines():
+        fields = line.strip().split("|", len(Job._fields) - 1)
+        if len(fields) == len(Job._fields):
+            job = Job(*fields)._replace(comment=fields[-1].replace("(null)", ""))
+            if job.id not in jobs or not job.has_ended:
+                jobs[job.id] = job
+    return list(jobs.values())
 
 
 def jobs_here(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -78,10 +87,10 @@ def jobs_here(environment: Mapping[str, str] = os.environ) -> str | None:
     return "; ".join(line for line in lines if line.split()[0] != job)
 
 
-def cancel(jobs: Sequence[Job]) -> None:
-    """Have jobs end; those that have done so meanwhile are no mistake."""
+def cancel(jobs: Sequence[Job], waiting: bool = False) -> None:
+    """Have jobs end; those that have done so meanwhile are no mistake. waiting: but none that has begun meanwhile."""
     if jobs:
-        slurm("scancel", "--quiet", *[job.id for job in jobs])
+        slurm("scancel", "--quiet", *["--state=PENDING"] * waiting, *[job.id for job in jobs])
 
 
 class JobState(NamedTuple):
@@ -94,11 +103,11 @@ class JobState(NamedTuple):
 
     @property
     def waits(self) -> bool:
-        return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD")
+        return self.state in WAITING
 
     @property
     def has_ended(self) -> bool:
-        return not self.waits and self.state not in ACTIVE.split(",")
+        return self.state in ENDS
 
 
 def job_state(job: str) -> JobState:

@@ -48,7 +48,6 @@ class Site(Config):
     extra: str = Field(default="", description="other options of sbatch, as `--mail-type=FAIL`")
     jobs: int = Field(default=16, ge=1, le=100_000, description="in the queue at once")
     poll: int = Field(default=40, ge=1, le=3600, description="seconds to the first look at a job's state")
-    status: Literal["squeue", "sacct"] = Field(default="squeue", description="sacct where the cluster keeps accounts")
     left_jobs: Literal["cancel", "wait"] = Field(
         default="cancel", description="what becomes of jobs that run on after their Snakemake was killed"
     )

@@ -55,7 +55,7 @@ def test_the_environment_replaces_single_keys(site_file):
     [
         ("gpus_pernode: 4", "{file}: gpus_pernode: unknown key (found 4); did you mean gpus_per_node?"),
         ("gpus_per_node: 0", "{file}: gpus_per_node: input should be greater than or equal to 1 (found 0)"),
-        ("status: qstat", "{file}: status: input should be 'squeue' or 'sacct' (found 'qstat')"),
+        ("left_jobs: keep", "{file}: left_jobs: input should be 'cancel' or 'wait' (found 'keep')"),
         ("gpu_type: a100-80", "{file}: gpu_type: string should match pattern '^[A-Za-z0-9_.]+$' (found 'a100-80')"),
         ("account: a b", "{file}: account: string should match pattern '^[^\\s'\\\"]+$' (found 'a b')"),
         ("[4]", "{file}: expected a mapping, found a list"),

@@ -21,6 +21,7 @@ SYSTEM = "lorafusion"
 CAPACITY = 8192  # tokens
 MAKE = "make"
 MOST_GIBIBYTES = 2**20  # of a GPU
+LEAST_GIGABYTES, MOST_GIGABYTES = 1e-3, 1e6  # a second, of a link
 
 
 class _MakesByDefault(TyperGroup):
@@ -155,29 +156,40 @@ def show(
 
 @plan_app.command("propose", example="lorafusion plan propose workload.json --model llama-3.1-8b --gpus 4")
 def propose(
-    workload: Annotated[Path, typer.Argument(help="a workload file")],
-    model: Annotated[str, typer.Option(help="a name of configs/models")],
-    gpus: Annotated[int, typer.Option(min=1, max=MOST_PROCESSES, help="GPUs to use, all of them")],
+    workload: Annotated[Path, typer.Argument(help="a workload file (JSON), or a jobs file (YAML)")],
+    gpus: Annotated[int, typer.Option(min=1, max=MOST_PROCESSES, help="GPUs to use")],
+    model: Annotated[str | None, typer.Option(help="a name of configs/models; by default the jobs file's")] = None,
     memory: Annotated[float, typer.Option(min=1, max=MOST_GIBIBYTES, help="GiB of a GPU")] = 80.0,
     checkpointing: Annotated[bool, typer.Option(help="recompute activations in the backward pass")] = False,
+    gpus_per_node: Annotated[int, typer.Option(min=1, max=MOST_PROCESSES, help="GPUs of a node")] = 8,
+    network: Annotated[
+        float, typer.Option(min=LEAST_GIGABYTES, max=MOST_GIGABYTES, help="GB/s of a GPU to other nodes")
+    ] = 40.0,
+    costs: Annotated[Path | None, typer.Option(help="a cost model (YAML) instead of the model's FLOP")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="write all choices (JSON)"), Written()] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="write the best one's timeline, for ui.perfetto.dev"), Written()
+    ] = None,
+    groups: Annotated[
+        Path | None, typer.Option("--write", help="a new folder for a file of each of the best one's groups")
+    ] = None,
 ) -> None:
-    """Propose stages, replicas and capacity, with the throughput that the simulator predicts for each choice."""
-    from rich.console import Console
-    from rich.table import Table
+    """Propose groups, stages, replicas and capacity, with the throughput that the simulator predicts."""
+    from lorafusion.cli import proposal
+    from lorafusion.planning.propose import Cluster, Search
 
-    from lorafusion.core.config import read_model
-    from lorafusion.core.workload import Workload
-    from lorafusion.planning.propose import propose
-
-    choices = propose(Workload.read(workload), read_model(model), gpus, int(memory * 2**30), checkpointing)
-    table = Table(box=None)
-    for name in ("stages", "replicas", "capacity", "of at most", "tokens/s", "bubble", "GiB", ""):
-        table.add_column(name, justify="left" if not name else "right")
-    for choice in choices:
-        capacity, *numbers = ["", "", "", ""]
-        if not choice.reason:
-            capacity = f"{choice.capacity}"
-            numbers = [f"{choice.throughput:,.0f}", f"{choice.bubble:.1%}", f"{choice.memory / 2**30:.1f}"]
-        sizes = (f"{choice.stages}", f"{choice.data_parallel}", capacity, f"{choice.largest_capacity}")
-        table.add_row(*sizes, *numbers, choice.reason)
-    Console(highlight=False).print(table)
+    if groups is not None:
+        proposal.require_new(groups)
+    source = proposal.read_source(workload, model)
+    cluster = Cluster(gpus, int(memory * 2**30), gpus_per_node, network=network * 1e9)
+    by_stages = proposal.costs_by_stages(source, costs, checkpointing)
+    search = Search(source.workload, source.model, cluster, by_stages, checkpointing, source.capacity)
+    choices = search.choices()
+    proposal.print_choices(choices)
+    if out:
+        write(out, proposal.to_json(source, cluster, choices))
+    if trace:
+        proposal.write_timeline(search, choices, trace)
+    if groups:
+        proposal.write_groups(source, choices, checkpointing, groups)
+    proposal.print_next(source, cluster, choices, checkpointing, groups)

@@ -2,7 +2,7 @@
 
 `train.planner`         a run of a jobs file: the stated capacity, else a measured one; on a CPU a fixed one
 `engine.memory_probe`   measured on the GPUs before such a run, from two microbatches
-`planning.propose`      estimated without a GPU, to choose stages and replicas
+`planning.memory`       counted without a GPU, to choose groups, stages and replicas
 `lab.tuning`            tried, in each cell of a suite, for systems whose memory nothing here describes
 """
 

@@ -1,110 +1,368 @@
-"""How to run a workload on some GPUs: stages, replicas and capacity, by memory and by simulated throughput.
+"""How to run a workload on some GPUs: groups of adapters, stages, replicas and capacity.
 
-Every division of the GPUs into stages times replicas is tried with the largest capacity whose activations fit, and
-below it with what `fast` finds fastest. No GPU is asked: memory is counted, time is the cost model's. So the capacity
-is an estimate, to choose by before there is a GPU; `planning.capacity` lists the other answers.
+GPUs are divided into equal groups, each a pipeline of some stages with some replicas, and the adapters among them. What
+each division would take at best is estimated first, in one pass over the jobs. The divisions that may be the fastest
+are simulated then, by their slowest groups, with the largest capacity whose activations fit and below it with what
+`fast` finds fastest. No GPU is asked: memory is counted (`planning.memory`), and time is the cost model's.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
-from lorafusion.core.config import ModelConfig
-from lorafusion.core.schema import UserError
-from lorafusion.core.workload import Job, Workload
-from lorafusion.planning.capacity import USABLE, rounded_down
-from lorafusion.planning.fast import Trials
-from lorafusion.planning.simulator.costs import CostModel, model_costs
+import numpy as np
 
-WORKSPACE = 2 << 30  # bytes: products on their way
-ADAPTER_BYTES = 4 * 4  # of a parameter in float32: itself, its gradient, AdamW's two moments
-LOGIT_BYTES = 2 + 4 + 4 + 2  # of a logit: in 16 bits, in float32 for the loss, and the gradients of both
+from lorafusion.core.config import ModelConfig
+from lorafusion.core.plan import Plan
+from lorafusion.core.progress import progress
+from lorafusion.core.schema import MOST_STAGES, UserError
+from lorafusion.core.workload import Job, Workload
+from lorafusion.planning.fast import Prediction, Trials, plan
+from lorafusion.planning.groups import distribute, nodes_of, places
+from lorafusion.planning.memory import GIB, GRADIENT_BYTES, PipelineMemory, adapter_parameters
+from lorafusion.planning.simulator import Timeline, simulate
+from lorafusion.planning.simulator.costs import CostModel, costs_of
+
+ALL_SIZES = 16  # numbers of groups and of replicas up to it are all tried; beyond it, each a sixth above the one before
+LINK, NETWORK = 300e9, 40e9  # B/s of a GPU each way, taken for NVLink and for 400 Gb/s InfiniBand
+SHOWN, MOST_TRIED = 10, 32  # divisions that are simulated: so many at least, and those that may be faster still
+CLOSE = 0.02  # of the estimated time, within which smaller groups are tried first
+GAIN = 0.005  # of the time, for which a division is simulated
+SIMULATED_GROUPS = 6  # the slowest of the division that seems the fastest; of the others, the slowest alone
+SHOWN_SAMPLES = 1000  # of a timeline
+SIMULATED_ADAPTERS = 128  # of a group, which fill any pipeline
+
+
+class Cluster(NamedTuple):
+    """GPUs to use. memory: bytes of each; per_node: how many a node has; link, network: B/s of a GPU to another one of
+    its node, and to those of other nodes."""
+
+    gpus: int
+    memory: int
+    per_node: int = 8
+    link: float = LINK
+    network: float = NETWORK
 
 
 class Choice(NamedTuple):
-    """A way to run a workload: predicted tokens a second, steady bubble, bytes of the fullest GPU; or why it fails."""
+    """A way to run a workload: predicted tokens a second, seconds, bubble, bytes of the fullest GPU; or why it fails.
 
+    nodes: of a group. idle: GPUs in no group. members: the indices of each group's jobs; times: its seconds."""
+
+    groups: int
     stages: int
     data_parallel: int
-    capacity: int
-    largest_capacity: int
-    throughput: float
-    bubble: float
-    memory: int
+    nodes: int
+    idle: int
+    capacity: int = 0
+    largest_capacity: int = 0
+    throughput: float = 0.0
+    bubble: float = 0.0
+    memory: int = 0
+    makespan: float = 0.0
+    gpu_hours: float = 0.0
     reason: str = ""
+    members: tuple[tuple[int, ...], ...] = ()
+    times: tuple[float, ...] = ()
+
+    @property
+    def slowest(self) -> int:
+        """The group that ends last."""
+        return self.times.index(max(self.times))
 
 
-def saved_bytes(config: ModelConfig, checkpointing: bool = False) -> float:
-    """Bytes of a token that a decoder layer keeps for its backward pass, in 16 bits with the fused kernels.
+class _Depth:
+    """What the number of stages decides. seconds: of each job's passes on the busiest stage, all on one replica."""
 
-    Seven tensors as wide as the model and two as wide as the MLP, and a bit an element of the linears' inputs as
-    dropout masks: within 1 % of what layers of three models kept (results/reference/nvidia-h200/kernels.parquet).
-    Checkpointing keeps a layer's input alone.
-    """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    if checkpointing:
-        return 2 * hidden
-    return 2 * (7 * hidden + 2 * inner) + (6 * hidden + inner) / 8
+    def __init__(self, jobs: tuple[Job, ...], memory: PipelineMemory) -> None:
+        self.memory, self.model = memory, memory.model
+        self.stages, model = self.model.stages, self.model
+        of_last = model.layers[-1] + model.head / model.token >= max(model.layers)
+        stage = {"layers": model.layers[-1:]} if of_last else {"layers": model.layers[:1], "head": 0.0}
+        self.busiest = model.model_copy(update=stage)
+        self.batch_samples = np.array([job.global_batch_size for job in jobs], float)
+        self.steps = np.array([len(job.batches) - job.start for job in jobs], float)
+        self.tokens = np.array([job.tokens for job in jobs], float)
+        squares = [sum(sample.tokens**2 for sample in job.samples) / job.token_offsets[-1] for job in jobs]
+        self.squares = self.tokens * squares
+        self.seconds = self._passes(self.tokens, self.squares)
 
+    def _passes(self, tokens: np.ndarray, squares: np.ndarray) -> np.ndarray:
+        """Seconds of microbatches of one adapter on the busiest stage, both ways."""
+        table = self.busiest.costs(tokens, squares, np.ones(len(tokens)), np.zeros(len(tokens)))
+        return (table.forward + table.backward)[0]
 
-def stage_bytes(config: ModelConfig, model: CostModel, stage: int, jobs: tuple[Job, ...]) -> int:
-    """Bytes of a stage's weights in 16 bits, and of its adapters with their optimizer states."""
-    layers, table, shapes = model.layers[stage], config.vocab_size * config.hidden_size, config.linears
-    weights = layers * sum(a * b for a, b in shapes.values())
-    weights += table * ((stage == 0) + (stage == model.stages - 1 and not (config.tie_word_embeddings and stage == 0)))
-    adapters = sum(
-        job.rank * sum(sum(shapes[name]) for name in job.target_modules if name in shapes) * layers for job in jobs
-    )
-    return 2 * weights + ADAPTER_BYTES * adapters
-
-
-def token_bytes(config: ModelConfig, model: CostModel, stage: int, checkpointing: bool) -> float:
-    """Bytes that a token of the capacity takes on a stage, of which 1F1B holds S - stage microbatches."""
-    kept = model.layers[stage] * saved_bytes(config, checkpointing) * (model.stages - stage)
-    if checkpointing:
-        kept += saved_bytes(config)  # the layer that is computed again
-    return kept + (LOGIT_BYTES * config.vocab_size if stage == model.stages - 1 else 0)
-
-
-def largest_capacity(
-    config: ModelConfig, model: CostModel, jobs: tuple[Job, ...], memory: int, checkpointing: bool
-) -> int:
-    """The most tokens of a microbatch whose activations fit on every stage; below 1 where the weights do not."""
-    room = [
-        (memory * USABLE - WORKSPACE - stage_bytes(config, model, stage, jobs))
-        / token_bytes(config, model, stage, checkpointing)
-        for stage in range(model.stages)
-    ]
-    return rounded_down(min(room))
+    def alone(self, replicas: int) -> np.ndarray:
+        """Seconds that each job takes in a group alone, without its optimizer steps: a global batch is divided among
+        the replicas, and into as many microbatches of equal size as is best against waiting."""
+        sharing = np.minimum(replicas, self.batch_samples)
+        most = np.ceil(self.batch_samples / replicas)
+        best = np.full(len(self.steps), math.inf)
+        for power in range(int(most.max()).bit_length()):
+            microbatches = np.minimum(2.0**power, most)
+            parts = self.steps * sharing * microbatches
+            passes = self._passes(self.tokens / parts, self.squares / parts)
+            best = np.minimum(best, passes * (microbatches + self.stages - 1))
+        return best * self.steps
 
 
-def propose(
-    workload: Workload, config: ModelConfig, gpus: int, memory: int, checkpointing: bool = False
-) -> list[Choice]:
-    """All divisions of the GPUs, the fastest first and those that do not fit last. memory: bytes of a GPU.
+@dataclass
+class _Division:
+    """A way to divide the GPUs that fits. estimates: seconds of each group at best; predictions: of the groups that
+    have been simulated."""
 
-    Raises `UserError` where none fits."""
-    longest = max(sample.tokens for job in workload.jobs for sample in job.samples)
-    choices = []
-    for stages in (count for count in range(1, gpus + 1) if gpus % count == 0 and count <= config.num_hidden_layers):
-        replicas = gpus // stages
-        model = model_costs(config, stages, checkpointing=checkpointing)
-        largest = largest_capacity(config, model, workload.jobs, memory, checkpointing)
-        if largest < longest:
-            reason = "the weights do not fit" if largest < 1 else f"holds {largest} tokens, a sample has {longest}"
-            choices.append(Choice(stages, replicas, 0, max(largest, 0), 0.0, 0.0, 0, reason))
-            continue
-        trial = Trials(workload.jobs, stages, largest, replicas).fastest(model)
-        used = max(
-            stage_bytes(config, model, stage, workload.jobs)
-            + max(trial.way.target, longest) * token_bytes(config, model, stage, checkpointing)
-            for stage in range(stages)
+    groups: int
+    stages: int
+    data_parallel: int
+    members: list[list[int]]
+    estimates: np.ndarray
+    predictions: dict[int, Prediction] = field(default_factory=dict)
+    simulated: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return self.stages * self.data_parallel
+
+    @cached_property
+    def estimate(self) -> float:
+        return float(self.estimates.max())
+
+    @property
+    def times(self) -> np.ndarray:
+        """Seconds of each group: simulated, or estimated and as much longer as those that were simulated took."""
+        longer = np.mean([seconds / self.estimates[group] for group, seconds in self.simulated.items()])
+        times = self.estimates * longer
+        times[list(self.simulated)] = list(self.simulated.values())
+        return times
+
+
+class Search:
+    """The divisions of a cluster for a workload. costs: the cost model of the base model on so many stages; capacity:
+    the most tokens of a microbatch that the user wants."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        config: ModelConfig,
+        cluster: Cluster,
+        costs: Callable[[int], CostModel],
+        checkpointing: bool = False,
+        capacity: int | None = None,
+    ) -> None:
+        self.jobs, self.config, self.cluster, self.capacity = workload.jobs, config, cluster, capacity
+        self.tokens = np.array([job.tokens for job in self.jobs], float)
+        self.parameters = [adapter_parameters(config, job) for job in self.jobs]
+        self.longest = max(sample.tokens for job in self.jobs for sample in (*job.samples, *job.evaluation))
+        models = _useful_depths(min(cluster.gpus, config.num_hidden_layers, MOST_STAGES), costs)
+        self.depths = [
+            _Depth(self.jobs, PipelineMemory(config, model, cluster.memory, checkpointing)) for model in models
+        ]
+        self._distributed: dict[int, list[list[int]] | None] = {}
+        self._alone: dict[tuple[int, int], np.ndarray] = {}
+
+    def choices(self) -> list[Choice]:
+        """The fastest divisions, the fastest first, and what does not fit last. Raises `UserError` where none fits."""
+        divisions, failed = [], []
+        for depth in self.depths:
+            fitting = [division for shape in self._shapes(depth) if (division := self._division(depth, *shape))]
+            divisions += fitting
+            if not fitting:
+                failed.append(self._failed(depth))
+        if not divisions:
+            raise UserError(self._nothing_fits(failed))
+        tried = self._tried(divisions)
+        choices = sorted(map(self._choice, tried), key=lambda choice: (choice.makespan, choice.stages, choice.groups))
+        return choices + failed
+
+    def timeline(self, choice: Choice, system: str) -> tuple[Plan, Timeline]:
+        """A plan of the first global batches of a choice's slowest group, and its timeline."""
+        members = choice.members[choice.slowest]
+        model = self._with_links(self._depth(choice.stages).model, choice.data_parallel, members)
+        jobs = [self.jobs[job] for job in members]
+        part = min(1.0, SHOWN_SAMPLES / sum(job.stream_length - job.first_position for job in jobs))
+        steps = [job.start + math.ceil((len(job.batches) - job.start) * part) for job in jobs]
+        first = [job.model_copy(update={"steps": count}) for job, count in zip(jobs, steps, strict=True)]
+        workload = Workload(name="first", jobs=tuple(first))
+        first_plan = plan(workload, system, choice.stages, choice.capacity, choice.data_parallel, costs=model)
+        return first_plan, simulate(first_plan, costs_of(first_plan, workload, model))
+
+    def _shapes(self, depth: _Depth) -> set[tuple[int, int]]:
+        """Numbers of groups and of replicas: for some sizes of a group as many groups as there is room for, and for
+        some numbers of groups the largest size."""
+        cluster, stages, jobs = self.cluster, depth.model.stages, len(self.jobs)
+        shapes = set()
+        for replicas in _sizes(cluster.gpus // stages):
+            shapes.add((min(places(cluster.gpus, stages * replicas, cluster.per_node), jobs), replicas))
+        for groups in _sizes(min(jobs, cluster.gpus // stages)):
+            fitting = (
+                replicas
+                for replicas in range(cluster.gpus // (stages * groups), 0, -1)
+                if places(cluster.gpus, stages * replicas, cluster.per_node) >= groups
+            )
+            shapes.add((groups, next(fitting, 0)))
+        return {shape for shape in shapes if all(shape)}
+
+    def _division(self, depth: _Depth, groups: int, replicas: int) -> _Division | None:
+        """The division with the jobs in its groups; None where they do not fit."""
+        stages, room = depth.model.stages, depth.memory.parameters(self.longest)
+        members = self._members(groups, room)
+        if members is None:
+            return None
+        model = self._with_links(depth.model, replicas, range(len(self.jobs)))
+        steps = depth.steps * depth.busiest.layers[0] * (model.step + model.reduction)
+        if (stages, replicas) not in self._alone:
+            self._alone[stages, replicas] = depth.alone(replicas)
+        group_of = np.empty(len(self.jobs), np.int64)
+        for index, jobs in enumerate(members):
+            group_of[jobs] = index
+        passes, samples, stepping = (
+            np.bincount(group_of, column, groups) for column in (depth.seconds, depth.batch_samples, steps)
         )
-        choices.append(
-            Choice(stages, replicas, trial.way.target, largest, trial.throughput, trial.bubble, int(used + WORKSPACE))
+        estimates = passes / np.minimum(replicas, samples) + stepping
+        np.maximum.at(estimates, group_of, self._alone[stages, replicas] + steps)
+        return _Division(groups, stages, replicas, members, estimates)
+
+    def _members(self, groups: int, room: int) -> list[list[int]] | None:
+        """The jobs of each group, by time alone if they fit so."""
+        seconds, unlimited = self.depths[0].seconds.tolist(), math.inf
+        if groups not in self._distributed:
+            self._distributed[groups] = distribute(seconds, self.parameters, groups, unlimited)
+        members = self._distributed[groups]
+        if members and max(sum(self.parameters[job] for job in jobs) for jobs in members) > room:
+            return distribute(seconds, self.parameters, groups, room)
+        return members
+
+    def _with_links(self, model: CostModel, replicas: int, jobs: Iterable[int]) -> CostModel:
+        """A cost model with the times of this cluster's links for a group."""
+        cluster, layers = self.cluster, sum(model.layers) / model.stages
+        inside = model.stages * replicas <= cluster.per_node
+        parameters = np.mean([self.parameters[job] for job in jobs])
+        bandwidth = cluster.link if inside else cluster.network
+        seconds = 2 * (replicas - 1) * (GRADIENT_BYTES * parameters / replicas / bandwidth + model.latency / layers)
+        changed = {"reduction": float(seconds)}
+        if model.stages > cluster.per_node:
+            changed["transfer"] = max(model.transfer, 2 * self.config.hidden_size / cluster.network)
+        return model.model_copy(update=changed)
+
+    def _tried(self, divisions: list[_Division]) -> list[_Division]:
+        """The divisions that were simulated: the fastest by their estimates, a gang, and all that may be faster."""
+        least, fewest = (min(getattr(d, name) for d in divisions) for name in ("estimate", "groups"))
+        divisions.sort(key=lambda division: _order(division, least))
+        gang = next(division for division in divisions if division.groups == fewest)
+        tried: list[_Division] = []
+        with progress() as bar:
+            task = bar.add_task("simulating divisions", total=min(len(divisions), MOST_TRIED))
+            for index, division in enumerate(divisions):
+                best = min((other.times.max() for other in tried), default=math.inf)
+                may_be_best = len(tried) < MOST_TRIED and division.estimate < best * (1 - GAIN)
+                if index < SHOWN or may_be_best or division is gang:
+                    self._simulate(division, 1)
+                    tried.append(division)
+                    bar.advance(task)
+            while (best := min(tried, key=lambda division: division.times.max())) and len(best.simulated) == 1:
+                if best.groups == 1:
+                    break
+                self._simulate(best, SIMULATED_GROUPS)
+        return tried
+
+    def _simulate(self, division: _Division, groups: int) -> None:
+        """Simulate the groups that are estimated to take the longest, so many of them."""
+        depth = self._depth(division.stages)
+        for group in np.argsort(-division.estimates, kind="stable")[:groups].tolist():
+            if group in division.simulated:
+                continue
+            members = division.members[group]
+            jobs = tuple(self.jobs[job] for job in members[:: -(-len(members) // SIMULATED_ADAPTERS)])
+            trials = Trials(jobs, division.stages, self._capacity(depth, members), division.data_parallel)
+            prediction = trials.fastest(self._with_links(depth.model, division.data_parallel, members))
+            seconds = float(self.tokens[members].sum()) / prediction.throughput
+            division.predictions[group] = prediction
+            division.simulated[group] = max(seconds, float(division.estimates[group]))
+
+    def _depth(self, stages: int) -> _Depth:
+        return next(depth for depth in self.depths if depth.stages == stages)
+
+    def _capacity(self, depth: _Depth, members: list[int]) -> int:
+        """The most tokens of a microbatch of a group."""
+        fitting = depth.memory.capacity(sum(self.parameters[job] for job in members))
+        return max(self.longest, min(fitting, self.capacity or fitting))
+
+    def _choice(self, division: _Division) -> Choice:
+        depth = self._depth(division.stages)
+        times, makespan = division.times, float(division.times.max())
+        target = max(prediction.way.target for prediction in division.predictions.values())
+        largest = min(self._capacity(depth, jobs) for jobs in division.members)
+        capacity = max(self.longest, min(target, largest))
+        parameters = max(sum(self.parameters[job] for job in jobs) for jobs in division.members)
+        return Choice(
+            division.groups,
+            division.stages,
+            division.data_parallel,
+            nodes_of(division.size, self.cluster.per_node),
+            self.cluster.gpus - division.groups * division.size,
+            capacity,
+            largest,
+            throughput=float(self.tokens.sum()) / makespan,
+            bubble=max(0.0, float(np.mean([prediction.bubble for prediction in division.predictions.values()]))),
+            memory=depth.memory.most_used(parameters, capacity),
+            makespan=makespan,
+            gpu_hours=float(times.sum()) * division.size / 3600,
+            members=tuple(map(tuple, division.members)),
+            times=tuple(times.tolist()),
         )
-    choices.sort(key=lambda choice: (-choice.throughput, choice.stages))
-    if not choices[0].throughput:
-        reasons = "; ".join(f"{c.stages} stages x {c.data_parallel}: {c.reason}" for c in choices)
-        raise UserError(f"{gpus} GPUs of {memory / 2**30:.0f} GiB: nothing fits ({reasons})")
-    return choices
+
+    def _failed(self, depth: _Depth) -> Choice:
+        """The choice with a pipeline that does not fit, and why: with as few adapters as there can be."""
+        stages, cluster = depth.model.stages, self.cluster
+        groups = min(len(self.jobs), places(cluster.gpus, stages, cluster.per_node))
+        if not groups:
+            reason = f"{cluster.gpus} GPUs, {cluster.per_node} a node, cannot hold {stages} stages"
+            return Choice(0, stages, 1, nodes_of(stages, cluster.per_node), cluster.gpus, reason=reason)
+        largest = max(
+            (sum(self.parameters[job] for job in jobs), len(jobs)) for jobs in self._members(groups, math.inf) or []
+        )
+        reason = depth.memory.reason(*largest, self.longest) or f"{len(self.jobs)} adapters' states do not fit"
+        nodes, idle = nodes_of(stages, cluster.per_node), cluster.gpus - groups * stages
+        return Choice(groups, stages, 1, nodes, idle, reason=reason)
+
+    def _nothing_fits(self, failed: list[Choice]) -> str:
+        """failed: by their stages. The most stages came closest."""
+        choice = failed[-1]
+        where = f"{choice.stages} stage{'s' * (choice.stages > 1)}: {choice.reason}"
+        hint = "" if self.depths[0].memory.checkpointing else "; try checkpointing" * ("tokens" in choice.reason)
+        return f"{self.cluster.gpus} GPUs of {self.cluster.memory / GIB:.0f} GiB: nothing fits; {where}{hint}"
+
+
+def best(choices: list[Choice]) -> Choice:
+    """The fastest choice that `lorafusion train` can run, which is on one node; the fastest of all if there is none."""
+    return next((choice for choice in choices if choice.nodes == 1 and not choice.reason), choices[0])
+
+
+def _useful_depths(most: int, costs: Callable[[int], CostModel]) -> Iterator[CostModel]:
+    """The cost models of 1, 2, ... stages, without those whose busiest stage is as large as with fewer."""
+    largest = math.inf
+    for stages in range(1, most + 1):
+        model = costs(stages)
+        busiest = max((max(model.layers), model.layers[-1] + model.head / model.token))
+        if busiest < largest:
+            largest = busiest
+            yield model
+
+
+def _sizes(most: int) -> Iterator[int]:
+    """Some numbers from 1 to `most`."""
+    size = 1
+    while size < most:
+        yield size
+        size = max(size + 1, size * 7 // 6) if size >= ALL_SIZES else size + 1
+    if most:
+        yield most
+
+
+def _order(division: _Division, least: float) -> tuple[int, int, int]:
+    """Divisions with about the same estimate are tried by their sizes."""
+    return int((division.estimate / least - 1) / CLOSE), division.size, division.stages

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from transformers import LlamaConfig
 from lorafusion.cli.main import main
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.machine import has_gpu
+from lorafusion.core.workload import Workload
 
 XSUM = str(CONFIGS / "workloads" / "xsum.yaml")
 
@@ -88,13 +90,38 @@ def test_a_plan_by_the_costs_of_a_model(planned):
     assert json.loads((planned / "m.json").read_text())["system"] == "lorafusion"
 
 
-def test_a_proposal_names_each_division_of_the_gpus(planned):
-    done = lorafusion("plan", "propose", planned / "deep/w.json", "--model", "llama-3.1-8b", "--gpus", 2)
+def test_a_proposal_names_divisions_of_the_gpus_and_the_command_that_follows(planned):
+    out, trace = planned / "proposal.json", planned / "best.json"
+    done = lorafusion("plan", "propose", planned / "deep/w.json", "--model", "llama-3.1-70b", "--gpus", 2,
+                      "--memory", 100, "--out", out, "--trace", trace)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] in (
-        [["1", "2"], ["2", "1"]],
-        [["2", "1"], ["1", "2"]],
+    _, *rows, perfetto, best, command = done.stdout.splitlines()
+    assert [row.split()[:3] for row in rows] == [["1", "2", "1"], ["2", "1", "1"]]
+    assert rows[1].rstrip().endswith("the weights do not fit: 131.4 GiB")
+    assert "best.json: open it" in perfetto
+    assert re.match(r"best: 1 group of 2 x 1 GPUs, 0 of 2 idle; [\d,]+ tokens/s, [\d.]+ s, 0.00 GPU-hours", best)
+    data = json.loads(out.read_text())
+    assert [choice["stages"] for choice in data["choices"]] == [2, 1]
+    assert data["groups"][0]["jobs"] == [job.name for job in Workload.read(planned / "deep/w.json").jobs]
+    assert {event["tid"] for event in json.loads(trace.read_text())["traceEvents"]} == {0, 1}
+    followed = lorafusion(*shlex.split(command.removeprefix("next: lorafusion "))[:-1], planned / "followed.json")
+    assert followed.returncode == 0, followed.stderr
+
+
+def test_each_group_of_a_proposal_has_a_file(planned):
+    """Of a workload, and of a jobs file, whose groups are jobs files that together have its jobs and settings."""
+    folder = planned / "groups"
+    arguments = ("--memory", 20, "--gpus", 4, "--write", folder)
+    done = lorafusion("plan", "propose", planned / "deep/w.json", "--model", "llama-3.1-8b", *arguments)
+    assert done.returncode == 0, done.stderr
+    parts = [Workload.read(path) for path in sorted(folder.iterdir())]
+    whole = Workload.read(planned / "deep/w.json")
+    assert sorted((job for part in parts for job in part.jobs), key=lambda job: job.name) == sorted(
+        whole.jobs, key=lambda job: job.name
     )
+    again = lorafusion("plan", "propose", planned / "deep/w.json", "--model", "llama-3.1-8b", *arguments)
+    assert again.returncode == 2
+    assert "expected a new or an empty folder" in again.stderr
 
 
 MISTAKES = {
@@ -131,6 +158,14 @@ MISTAKES = {
     ),
     "costs without samples": (["plan", "show", "{folder}/p.json", "--model", "tiny"], "need the plan's workload"),
     "unknown chart": (["plan", "show", "{folder}/p.json", "-o", "{folder}/x.gif"], "unknown form of chart '.gif'"),
+    "a proposal without a model": (
+        ["plan", "propose", "{folder}/deep/w.json", "--gpus", "1"],
+        "--model: expected the base",
+    ),
+    "costs of other layers": (
+        ["plan", "propose", "{folder}/deep/w.json", "--model", "tiny", "--gpus", "1", "--costs", "{folder}/costs.yaml"],
+        "costs.yaml: layers: 3 of all stages, but tiny has ",
+    ),
     "nothing fits": (
         ["plan", "propose", "{folder}/deep/w.json", "--model", "llama-3.1-70b", "--gpus", "1"],
         "1 GPUs of 80 GiB: nothing fits",

@@ -124,7 +124,7 @@ def test_what_microbatches_take_is_measured(spec, tmp_path):
     [stage] = outcome.report["stages"]
     stage = Measured.from_json(stage)
     assert 15 * 2**30 < stage.whole.base < 20 * 2**30
-    # A token keeps 2.9 MB of the 32 layers, and 0.3 MB where they are computed again (planning/propose.py).
+    # A token keeps 2.9 MB of the 32 layers, and 0.3 MB where they are computed again (planning/memory.py).
     assert 2.0e6 < stage.whole.kept[1] < 4.0e6
     assert 0.2e6 < stage.recomputed.kept[1] < 0.6e6
     capacity, share = capacity_of([stage], 4096, None)

@@ -8,7 +8,7 @@ from functools import cache
 import pandas as pd
 
 from lorafusion.core.config import read_model
-from lorafusion.planning import capacity, fast, packer, propose
+from lorafusion.planning import capacity, fast, memory, packer, propose
 from lorafusion.planning.simulator import costs
 from tests.numbers.quoted import number, percent
 from tests.numbers.sources import CPU, table
@@ -69,7 +69,10 @@ def constants() -> list[str]:
         f"within {percent(fast.MISLED)} of the best are simulated again on "
         f"{number(fast.COMPARED_SAMPLES, ',')} samples",
         f"less than {percent(fast.GOOD_BUBBLE, '.1f')} can be gained",
-        f"{number(propose.WORKSPACE >> 30)} GiB of workspace. At most {percent(capacity.USABLE)} of a GPU's memory",
+        f"{number(memory.WORKSPACE >> 30)} GiB of workspace. At most {percent(capacity.USABLE)} of a GPU's memory",
+        f"after {number(propose.MOST_TRIED)} divisions",
+        f"{number(propose.LINK / 1e9, '.0f')} GB/s within a node, or of `--network` between nodes "
+        f"({number(propose.NETWORK / 1e9, '.0f')} GB/s)",
         f"({number(costs.FLOP_RATE / 1e12, '.0f')} TFLOP/s)",
         "{}, {}, {} and {} layers for 70B on four stages".format(*map(number, stages)),
     ]

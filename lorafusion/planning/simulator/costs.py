@@ -108,12 +108,17 @@ class CostModel(Config):
     host: float = Field(default=0.0, ge=0, description="of the host for a microbatch in a layer, forward")
     host_adapter: float = Field(default=0.0, ge=0, description="of the host for each adapter beyond the first in it")
     host_backward: float = Field(default=1.0, gt=0, description="backward over forward, of the host")
+    reduction: float = Field(default=0.0, ge=0, description="of an adapter's step in a layer: to sum over replicas")
     latency: float = Field(default=0.0, ge=0, description="of a transfer between stages")
     transfer: float = Field(default=0.0, ge=0, description="of a token between stages")
 
     @property
     def stages(self) -> int:
         return len(self.layers)
+
+    def divided(self, stages: int) -> CostModel:
+        """The same costs, of the layers on another number of stages."""
+        return self.model_copy(update={"layers": split_layers(sum(self.layers), stages, self.head / self.token)})
 
     def layer(self, tokens: np.ndarray, squares: np.ndarray, adapters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of one layer for each microbatch, forward and backward; tokens, sums of squared sample lengths and
@@ -140,7 +145,7 @@ class CostModel(Config):
         return Costs(
             forward=np.maximum(layers * forward + head, layers * host_forward),
             backward=np.maximum(layers * backward + self.backward * head, layers * host_backward),
-            step=layers * self.step * steps,
+            step=layers * (self.step + self.reduction) * steps,
             transfer=np.where(tokens > 0, self.latency + self.transfer * tokens, 0.0),
         )
 

@@ -1,0 +1,177 @@
+"""What `lorafusion plan propose` reads, prints and writes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from lorafusion.core.config import ModelConfig, read_model
+from lorafusion.core.files import require_replaceable, write
+from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Workload
+from lorafusion.planning.memory import GIB
+from lorafusion.planning.propose import Choice, Cluster, Search, best
+from lorafusion.planning.simulator import CostModel, model_costs, read_cost_model
+from lorafusion.planning.simulator.trace import write_trace
+from lorafusion.train.config import TrainConfig, read_train_config
+
+VERSION = 1  # of the file with all choices
+WIDTH = 132  # characters of the table, of a terminal or not
+SHOWN = 12  # rows of the table, those that do not fit besides
+SYSTEM = "lorafusion"
+
+
+class Source(NamedTuple):
+    """What is to be trained. config: the jobs file, where that is what was named; capacity: what it states."""
+
+    path: Path
+    workload: Workload
+    model: ModelConfig
+    name: str
+    config: TrainConfig | None = None
+
+    @property
+    def capacity(self) -> int | None:
+        return self.config.capacity if self.config else None
+
+
+def read_source(path: Path, model: str | None) -> Source:
+    """A workload file with a name of configs/models, or a jobs file, which names its model."""
+    if path.suffix not in (".yaml", ".yml"):
+        workload = Workload.read(path)
+        if model is None:
+            raise UserError(f"--model: expected the base model of {path}, as a workload names none; found none")
+        return Source(path, workload, read_model(model), model)
+    config = read_train_config(path)  # before torch is imported, which takes seconds
+    if model is not None:
+        raise UserError(f"--model: {path} names its model, {config.model}; found {model} too")
+    from lorafusion.train.prepare import base_model, prepare
+
+    base = base_model(config)
+    with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
+        # How many stages it has is to be found out.
+        workload = prepare(config.model_copy(update={"processes": 1, "data_parallel": 1}), base, Path(scratch))
+    return Source(path, workload, base, config.model, config)
+
+
+def costs_by_stages(source: Source, path: Path | None, checkpointing: bool) -> Callable[[int], CostModel]:
+    """The cost model by the number of stages: by the model's FLOP, or a file's with its layers divided anew."""
+    if path is None:
+        return lambda stages: model_costs(source.model, stages, checkpointing=checkpointing)
+    read = read_cost_model(path)
+    layers = source.model.num_hidden_layers
+    if sum(read.layers) != layers:
+        raise UserError(f"{path}: layers: {sum(read.layers)} of all stages, but {source.name} has {layers}")
+    return read.model_copy(update={"checkpointing": checkpointing or read.checkpointing}).divided
+
+
+def print_choices(choices: list[Choice]) -> None:
+    """A table: the fastest choices, then those that do not fit."""
+    table = Table(box=None)
+    for name in ("groups", "stages", "replicas", "idle", "capacity", "of at most", "tokens/s", "bubble", "GiB", "time",
+                 "GPU-hours", ""):  # fmt: skip
+        table.add_column(name, justify="left" if not name else "right")
+    for choice in [c for c in choices if not c.reason][:SHOWN] + [c for c in choices if c.reason]:
+        numbers, remark = [""] * 7, choice.reason
+        if not choice.reason:
+            numbers = [f"{choice.capacity}", f"{choice.largest_capacity}", f"{choice.throughput:,.0f}"]
+            numbers += [f"{choice.bubble:.1%}", f"{choice.memory / GIB:.1f}", duration(choice.makespan)]
+            numbers += [f"{choice.gpu_hours:,.2f}"]
+            remark = f"{choice.nodes} nodes a group" * (choice.nodes > 1)
+        sizes = (choice.groups, choice.stages, choice.data_parallel, choice.idle)
+        table.add_row(*map(str, sizes), *numbers, remark)
+    console = Console(highlight=False)
+    console.width = max(console.width, WIDTH)
+    console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def to_json(source: Source, cluster: Cluster, choices: list[Choice]) -> str:
+    """All choices; of the best one also the adapters and seconds of each group."""
+    chosen, names = best(choices), [job.name for job in source.workload.jobs]
+    rows = [choice._asdict() for choice in choices]
+    for row in rows:
+        row.pop("members"), row.pop("times")
+    groups = [
+        {"jobs": [names[job] for job in jobs], "seconds": seconds}
+        for jobs, seconds in zip(chosen.members, chosen.times, strict=True)
+    ]
+    data = {"version": VERSION, "workload_hash": source.workload.content_hash, "model": source.name}
+    data |= {"cluster": cluster._asdict(), "choices": rows, "best": choices.index(chosen), "groups": groups}
+    return json.dumps(data, indent=1) + "\n"
+
+
+def write_timeline(search: Search, choices: list[Choice], path: Path) -> None:
+    """The slowest group of the best choice, for Perfetto."""
+    plan, timeline = search.timeline(best(choices), SYSTEM)
+    write_trace(timeline, plan, path)
+    print(f"{path}: open it in https://ui.perfetto.dev")
+
+
+def require_new(folder: Path) -> None:
+    """Raise `UserError` unless a folder is new or empty: files of other groups in it would be trained too."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() or folder.is_symlink():
+        raise UserError(f"--write: {folder}: expected a new or an empty folder, found something there")
+    require_replaceable(folder / "group-0000.yaml")
+
+
+def write_groups(source: Source, choices: list[Choice], checkpointing: bool, folder: Path) -> None:
+    """A jobs file, or a workload file, of each group of the best choice."""
+    choice = best(choices)
+    for index, members in enumerate(choice.members):
+        name = f"group-{index:04}"
+        if source.config is None:
+            jobs = tuple(source.workload.jobs[job] for job in members)
+            write(folder / f"{name}.json", Workload(name=name, jobs=jobs).to_json())
+        else:
+            from lorafusion.train.groups import group_file
+
+            names = {source.workload.jobs[job].name for job in members}
+            processes = choice.stages * choice.data_parallel
+            text = group_file(source.config, name, names, processes, choice.data_parallel, checkpointing)
+            write(folder / f"{name}.yaml", text)
+
+
+def print_next(
+    source: Source, cluster: Cluster, choices: list[Choice], checkpointing: bool, folder: Path | None
+) -> None:
+    """The best choice in a line, and the commands that follow it."""
+    choice = best(choices)
+    size, plural = f"{choice.stages} x {choice.data_parallel}", "s" * (choice.groups > 1)
+    print(
+        f"best: {choice.groups} group{plural} of {size} GPUs, {choice.idle} of {cluster.gpus} idle; "
+        f"{choice.throughput:,.0f} tokens/s, {duration(choice.makespan)}, {choice.gpu_hours:,.2f} GPU-hours"
+    )
+    if choice.nodes > 1:
+        print(f"A group is on {choice.nodes} nodes, and `lorafusion train` runs on one: this can only be planned.")
+    path, place = shlex.quote(str(source.path)), shlex.quote(str(folder or "groups"))
+    if choice.groups > 1 and folder is None:
+        print("next: the same command with `--write groups`, which writes a file of each group")
+    elif source.config is not None and folder is None:
+        keys = f"processes: {choice.stages * choice.data_parallel}, data_parallel: {choice.data_parallel}"
+        print(f"next: in {path} {keys}{', checkpointing: all' * checkpointing}; then `lorafusion train {path}`")
+    elif source.config is not None:
+        print(f"next: for file in {place}/group-*.yaml; do lorafusion train $file; done  # or an array of Slurm jobs")
+    else:
+        sizes = f"--stages {choice.stages} --data-parallel {choice.data_parallel} --capacity {choice.capacity}"
+        line = f"lorafusion plan FILE --model {shlex.quote(source.name)} {sizes} --out"
+        if folder is None:
+            print(f"next: {line.replace('FILE', path)} plan.json")
+        else:
+            print(f"next: for file in {place}/group-*.json; do {line.replace('FILE', '$file')} $file.plan; done")

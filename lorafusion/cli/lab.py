@@ -180,6 +180,34 @@ def figure(
     _finish(*make_steps(suite, folder, lambda step: step.kind.name in names and model in (None, step.name), name or ""))
 
 
+@lab_app.command("profile-costs", example="lorafusion lab profile-costs h200 --seconds 540")
+def profile_costs(
+    suite: Suite,
+    files: Files = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the profile of FILES (YAML)"), Written()] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, max=60 * MOST_MINUTES, help="begin nothing after so long")
+    ] = None,
+    folder: Folder = None,
+    again: Again = False,
+) -> None:
+    """Measure what microbatches cost on this machine, as far as it is not done yet, and fit a profile to plan by.
+
+    With FILES: fit measurement tables, of stages and of links, from anywhere.
+    """
+    if files or out:
+        if not (files and out):
+            raise UserError("lab profile-costs: FILES and --out: expected both or neither")
+        from lorafusion.lab.cost_fit import fit_tables
+
+        print(fit_tables(files, out))
+        return
+    from lorafusion.lab.commands import run_here
+
+    limit = math.inf if seconds is None else seconds
+    _finish(*run_here(suite, "0/1", limit, ["costs_measurements", "cost_profile", "cost_fit"], folder, again))
+
+
 @lab_app.command(example="lorafusion lab check smoke systems --system peft --system lorafusion --out systems.json")
 def check(
     suite: Suite,

@@ -55,7 +55,14 @@ class SuiteSteps(MeasuredSteps):
         steps = [*self.checks.values(), *self.workloads.values(), *self.tunings.values(), *self.plans.values()]
         runs = [run for runs in self.runs.values() for run in runs]
         steps += [*self.profiles.values(), *runs]
-        steps += [*self.tables.values(), *self.pages, *self.figures.values(), *self.published, *self.tools.values()]
+        steps += [
+            *self.tables.values(),
+            *self.cost_profile,
+            *self.pages,
+            *self.figures.values(),
+            *self.published,
+            *self.tools.values(),
+        ]
         return Dag(self.source, self.name, self.folder, tuple(steps), frozenset(runs), self._targets())
 
     def _targets(self) -> dict[str, list[Step]]:
@@ -64,6 +71,7 @@ class SuiteSteps(MeasuredSteps):
                    *(step for (figure, _), step in self.figures.items() if FIGURES[figure].experiment == name)]
             for name in EXPERIMENTS
         }  # fmt: skip
+        of["costs"] += self.cost_profile
         kernels = [*self.tools.values()][:1] + [self.checks[name] for name in ("kernels",) if name in self.checks]
         targets = {"all": [*(step for steps in of.values() for step in steps), *self.pages, *self.published]}
         for name, experiment in EXPERIMENTS.items():
@@ -94,6 +102,14 @@ class SuiteSteps(MeasuredSteps):
     def _make_table(self, name: str, step: Step, launch: Callable) -> str:
         results = [run.path for run in step.inputs]
         return gather(step.path.parent, results, Path(self.source) if name == "end_to_end" else None)
+
+    @cached_property
+    def cost_profile(self) -> list[Step]:
+        """What the times of stages are fitted with, for a suite that measures any."""
+        if not any(point.subject for point in self.points["costs"]):
+            return []
+        kind = Kind("cost_profile", ("costs/profile.yaml",), quick=True)
+        return [self._step(kind, "", _fit_costs, lambda: None, inputs=(self.tables["costs"],))]
 
     @cached_property
     def pages(self) -> list[Step]:
@@ -194,6 +210,12 @@ class SuiteSteps(MeasuredSteps):
             "tune_kernels": self._step(tune, "", partial(_run_tool, TUNE), lambda: None,
                                        resources=Resources(120, 32_000, cpus=8, gpus=1)),
         }  # fmt: skip
+
+
+def _fit_costs(step: Step, launch: Callable) -> str:
+    from lorafusion.lab.cost_fit import fit_tables
+
+    return fit_tables([source.path for source in step.inputs], step.path)
 
 
 def _make_checks_page(step: Step, launch: Callable) -> str:

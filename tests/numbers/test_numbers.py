@@ -31,6 +31,7 @@ TIED: dict[str, Callable[[], list[str]]] = {
     "docs/guide/slurm.md": NOTHING,
     "docs/guide/train.md": NOTHING,
     "docs/reference/command-line.md": NOTHING,
+    "docs/reference/costs.md": NOTHING,
     "docs/reference/jobs-file.md": others.jobs_file,
     "docs/reference/kernels.md": NOTHING,
     "docs/reference/measurements.md": others.measurements,

@@ -27,6 +27,7 @@ from lorafusion.lab.experiments.experiment import (
 )
 from lorafusion.lab.table.result import result_of_rows, write_result
 
+SEVERAL = ("fused-multi", "looped")  # implementations that take several adapters
 Count = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 
 
@@ -63,7 +64,7 @@ def variants(implementations: list[str], adapters: list[int]) -> list[Variant]:
     return [
         Variant(implementation=name, adapters=count)
         for name in implementations
-        for count in (adapters if name == "fused-multi" else [0 if name == "frozen" else 1])
+        for count in (adapters if name in SEVERAL else [0 if name == "frozen" else 1])
     ]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fused_lora import AdapterStack, LoRABatch, LoRALinear, LoRASegment, LoRASettings
 from lorafusion.core.config import read_model
+from lorafusion.core.plugins import load
 from lorafusion.core.workload import Job, Sample
 from lorafusion.data.packing import AdapterSegment, PackedBatch, SampleBorders
 from lorafusion.lab.experiments.bench import equal_jobs
@@ -47,6 +48,11 @@ class Implementation(NamedTuple):
         return self.wide and device.type == "cuda"
 
 
+def looped(linears: Sequence[lora.StageLinear], active: lora.ActiveBatch) -> None:
+    """mLoRA's kind, of the baselines, which are imported by those alone who measure them."""
+    load("baselines.mlora.lora:looped", "LoRA kind")(linears, active)
+
+
 IMPLEMENTATIONS = {
     "frozen": Implementation(None),
     "peft": Implementation(lora.peft, wide=True),  # as shipped
@@ -54,6 +60,7 @@ IMPLEMENTATIONS = {
     "peft-compiled": Implementation(lora.peft),
     "fused": Implementation(lora.fused),
     "fused-multi": Implementation(lora.fused),
+    "looped": Implementation(looped),
 }
 
 

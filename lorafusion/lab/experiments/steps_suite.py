@@ -15,7 +15,7 @@ from lorafusion.core.schema import MOST_SAMPLES, MOST_TOKENS, Config
 from lorafusion.core.workload import Alpha, Dropout, Rank, Sample, Workload
 from lorafusion.lab.experiments.bench import Count, DeviceEntry, Variant, equal_jobs, variants
 
-Implementation = Literal["frozen", "peft", "peft-bf16", "fused", "fused-multi"]
+Implementation = Literal["frozen", "peft", "peft-bf16", "fused", "fused-multi", "looped"]
 Stage = Annotated[int, Field(ge=0, le=10_000)]
 BenchName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -33,7 +33,7 @@ class StepsBench(Config):
     alpha: Alpha = 32.0
     dropout: Dropout = 0.1
     implementations: list[Implementation] = Field(min_length=1)
-    adapters: list[Count] = Field(default=[4], description="adapters of fused-multi")
+    adapters: list[Count] = Field(default=[4], description="adapters of fused-multi and looped")
 
     @model_validator(mode="after")
     def _possible(self) -> StepsBench:

@@ -7,20 +7,21 @@ random hidden states and gradients from no neighbours.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from lorafusion.core.clock import Duration
-from lorafusion.core.config import read_model
+from lorafusion.core.config import ModelConfig, read_model
 from lorafusion.core.workload import Job, Sample
 from lorafusion.data.packing import BatchBuilder
 from lorafusion.data.tokens import Tokens
 from lorafusion.engine.pipeline import Pipeline
 from lorafusion.engine.training import TrainingRun
-from lorafusion.lab.experiments.bench import Variant
+from lorafusion.lab.experiments.bench import DeviceEntry, Variant
 from lorafusion.lab.experiments.implementations import IMPLEMENTATIONS
-from lorafusion.lab.experiments.steps_suite import StepsBench, StepsSuite, workload_and_plan
+from lorafusion.lab.experiments.steps_suite import StepsBench, workload_and_plan
 from lorafusion.lab.table.result import require_clocks, require_steps
 from lorafusion.launch.heartbeat import Position
 from lorafusion.model.liger import is_installed, use_liger
@@ -32,10 +33,10 @@ class RandomTokens:
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
-        self._kept: dict[tuple[int, int], Tokens] = {}
+        self._kept: dict[tuple[int, int, int], Tokens] = {}
 
     def tokens(self, job: Job, sample: Sample) -> Tokens:
-        key = job.seed, sample.id
+        key = job.seed, sample.id, sample.tokens
         if key not in self._kept:
             generator = named_generator(job.seed, f"sample-{sample.id}", torch.device("cpu"))
             self._kept[key] = Tokens(torch.randint(self.vocabulary, (sample.tokens,), generator=generator), 1)
@@ -59,8 +60,9 @@ class Shared:
     allocated: int
 
     @classmethod
-    def of(cls, bench: StepsBench, suite: StepsSuite, position: Position) -> Shared:
-        config = read_model(bench.model)
+    def of(cls, bench: StepsBench, suite: DeviceEntry, position: Position, config: ModelConfig | None = None) -> Shared:
+        """config: by default the bench's model; x and gradient have the bench's tokens."""
+        config = config or read_model(bench.model)
         device, dtype = torch.device(suite.device), getattr(torch, suite.dtype)
         index, count = bench.stage
         stage = build_stage(config, index=index, count=count, device=device, dtype=dtype, seed=suite.seed,
@@ -80,21 +82,26 @@ class Shared:
 class Trainer:
     """An arm, ready to train."""
 
-    def __init__(self, bench: StepsBench, arm: Variant, shared: Shared) -> None:
-        self.x, self.gradient = shared.x, shared.gradient
+    def __init__(self, bench: StepsBench, arm: Variant, shared: Shared, like: Trainer | None = None) -> None:
+        """like: of the same arm with other microbatches, whose modules are used; bench: of no more tokens than that
+        which `shared` is of."""
+        self.x, self.gradient = (_of_tokens(hidden, bench.tokens) for hidden in (shared.x, shared.gradient))
         device, dtype = shared.pipeline.device, shared.pipeline.dtype
-        # Modules of its own, with the same weights in the same memory.
-        stage = copy.deepcopy(shared.stage, {id(weight): weight for weight in shared.stage.parameters()})
-        if device.type == "cuda" and is_installed():
-            use_liger(stage)
         workload, plan = workload_and_plan(bench, arm)
         builder, implementation = BatchBuilder(workload, shared.source, device), IMPLEMENTATIONS[arm.implementation]
-        active = implementation.inject(stage, workload.jobs, dtype)
-        if not arm.adapters:
-            # Nobody trains, so nothing would ask for gradients, and the backward pass would be left out. They go
-            # through all layers; those of the first layer's q, k and v are all that training does not compute.
-            if stage.is_first:
+        if like is None:
+            # Modules of its own, with the same weights in the same memory.
+            stage = copy.deepcopy(shared.stage, {id(weight): weight for weight in shared.stage.parameters()})
+            if device.type == "cuda" and is_installed():
+                use_liger(stage)
+            active = implementation.inject(stage, workload.jobs, dtype)
+            # Nobody trains a frozen model, so nothing would ask for gradients, and the backward pass would be left out.
+            # They go through all layers; those of the first layer's q, k and v are all that training does not compute.
+            if stage.is_first and not arm.adapters:
                 stage.model.embed_tokens.register_forward_hook(lambda _module, _inputs, out: out.requires_grad_())
+        else:
+            stage, active = like.run.stage, like.run.active
+        if not arm.adapters:
             workload = workload.model_copy(update={"jobs": ()})
             without_steps = tuple(batch.model_copy(update={"step_after": ()}) for batch in plan.microbatches)
             plan = plan.model_copy(update={"microbatches": without_steps})
@@ -103,13 +110,15 @@ class Trainer:
         self.wanted = {job.name: 0 for job in workload.jobs}  # steps
         self.clocks: list[Duration] = []  # of turns
 
-    def microbatch(self, slot: int) -> None:
-        """As `stream.execute` trains one."""
+    def microbatch(self, slot: int, passed: Callable[[], object] = lambda: None) -> None:
+        """As `stream.execute` trains one. passed: called after each of its passes."""
         for adapter in self.run.steps[slot]:
             self.wanted[self.run.workload.jobs[adapter].name] += 1
         x = None if self.x is None else self.x.detach().requires_grad_()
         out = self.run.forward(slot, x)
+        passed()
         torch.autograd.backward(out, self.gradient)
+        passed()
         self.run.step(slot)
 
     def train(self, microbatches: int | None = None) -> None:
@@ -139,12 +148,21 @@ class Trainer:
 
     def require_sound(self) -> None:
         """Raise `FaultyRunError` unless every step was made, and the device's clock went as the host's."""
+        self.require_steps()
+        require_clocks(self.clocks, len(self.clocks))
+
+    def require_steps(self) -> None:
+        """Raise `FaultyRunError` unless every step was made."""
         adapters = self.run.adapters
         if adapters:
             steps = {adapter.job.name: adapter.steps_made() for adapter in adapters}
             stopped = [adapter.job.name for adapter in adapters if adapter.stopped]
             require_steps({"steps": steps, "stopped": stopped}, self.wanted)
-        require_clocks(self.clocks, len(self.clocks))
+
+
+def _of_tokens(hidden: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+    """The first of some hidden states [1, T, H], if there are any."""
+    return None if hidden is None else hidden[:, :tokens]
 
 
 def allocated(device: torch.device) -> int:

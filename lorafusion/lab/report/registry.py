@@ -41,7 +41,7 @@ class Figure:
     """An entry of the table.
 
     module: of `lorafusion.lab.report.figures`, where NAME_data and draw_NAME are.
-    source: a key of `SOURCES`, and the experiment whose results it is: end_to_end, kernels, planner or steps.
+    source: a key of `SOURCES`, and the experiment whose results it is: end_to_end, kernels, planner, steps or costs.
     caption: a file of workflow/report.
     title: the name in the report, by default that of the figure; may hold {model}.
     checks: the checks that must have passed.
@@ -53,7 +53,7 @@ class Figure:
     name: str
     module: str
     source: Literal["table", "curves", "profiles", "tunings"]
-    experiment: Literal["end_to_end", "kernels", "planner", "steps"]
+    experiment: Literal["end_to_end", "kernels", "planner", "steps", "costs"]
     caption: str
     title: str = ""
     checks: Sequence[str] = ()
@@ -147,5 +147,6 @@ FIGURES = {figure.name: figure for figure in (
     Figure("planner_fill", "planner", "table", "planner", "planner.rst"),
     Figure("planner_time", "planner", "table", "planner", "planner.rst"),
     Figure("steps_speed", "steps", "table", "steps", "steps.rst", checks=OF_STEPS),
+    Figure("cost_fit", "costs", "table", "costs", "costs.rst"),
     Figure("steps_profile", "profiles", "profiles", "steps", "steps.rst"),
 )}  # fmt: skip

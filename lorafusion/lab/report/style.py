@@ -89,6 +89,7 @@ IMPLEMENTATIONS = {
     "peft-compiled": Look("#CC79A7", "...."),
     "fused": Look("#0072B2", ""),
     "fused-multi": Look("#56B4E9", ""),
+    "looped": Look("#009E73", "++++"),
 }
 # More adapters of an implementation have another hatch, from few to many.
 ADAPTER_HATCHES = ("", "xxxx", "++++", "oooo")

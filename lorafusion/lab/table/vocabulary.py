@@ -34,6 +34,9 @@ METRICS = {
     "fill": Metric("1", "higher", "tokens over capacity, mean over the microbatches"),
     "microbatch_ratio": Metric("1", "lower", "microbatches over their lower bound"),
     "solve_time": Metric("s", "lower", "time that the planner took"),
+    "host_time": Metric("s", "lower", "time until the host has launched a pass, with a device that waits for it"),
+    "step_time": Metric("s", "lower", "optimizer steps of all adapters of a microbatch"),
+    "transfer_time": Metric("s", "lower", "a message from one device to another"),
     "error": Metric("1", "lower", "relative error against a reference"),
 }
 # What a run costs besides time, and where its time went: a good run may lack it.

@@ -41,6 +41,7 @@ class Machine(NamedTuple):
     flop_rate: float
     bandwidth: float
     tile: int = 1
+    fixed: float = 0.0
     adapter: float = 0.0
     host: float = 0.0
     host_adapter: float = 0.0
@@ -52,6 +53,8 @@ class Machine(NamedTuple):
 # each further adapter, in 32 layers both ways; two fifths are taken to be the forward's.
 H200 = Machine(FLOP_RATE, 300e9, tile=128, adapter=38e-6,
                host=0.4 * 0.285 / 32, host_adapter=0.4 * 0.003 / 32, host_backward=1.5)  # fmt: skip
+# A few cores. What they do besides products is the same for each microbatch: about a millisecond a layer.
+CPU = Machine(50e9, 1e9, fixed=1e-3)
 
 
 @dataclass(frozen=True)
@@ -91,26 +94,66 @@ class Costs:
         return self.forward.shape[1]
 
 
-class CostModel(Config):
-    """The costs of a base model on a number of stages, as a function of a microbatch; times in seconds."""
+class LayerCosts(Config):
+    """The costs of a base model's layers and head, as a function of a microbatch; times in seconds."""
 
-    layers: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, description="decoder layers of each stage")
     token: float = Field(gt=0, description="of a token in a layer, forward")
     square: float = Field(default=0.0, ge=0, description="of a squared token of a sample in a layer, forward")
     fixed: float = Field(default=0.0, ge=0, description="of a microbatch in a layer, forward")
+    microbatch: float = Field(default=0.0, ge=0, description="of a microbatch on a stage besides, forward")
     head: float = Field(default=0.0, ge=0, description="of a token on the last stage, forward: head and loss")
-    backward: float = Field(default=BACKWARD, gt=0, description="backward over forward, all but attention")
+    backward: float = Field(default=BACKWARD, gt=0, description="backward over forward, of tokens and head")
     attention_backward: float = Field(default=ATTENTION_BACKWARD, gt=0, description="backward over forward, attention")
+    fixed_backward: float | None = Field(
+        default=None, ge=0, description="backward over forward, of microbatches and adapters; by default as of tokens"
+    )
     checkpointing: bool = Field(default=False, description="the backward pass computes the forward of a layer again")
     adapter: float = Field(default=0.0, ge=0, description="of each adapter beyond the first in a layer, forward")
     tile: int = Field(default=1, ge=1, description="tokens are rounded up to it")
     step: float = Field(default=0.0, ge=0, description="of an adapter's optimizer step, for a layer")
     host: float = Field(default=0.0, ge=0, description="of the host for a microbatch in a layer, forward")
     host_adapter: float = Field(default=0.0, ge=0, description="of the host for each adapter beyond the first in it")
-    host_backward: float = Field(default=1.0, gt=0, description="backward over forward, of the host")
+    host_microbatch: float = Field(default=0.0, ge=0, description="of the host for a microbatch on a stage besides")
+    host_backward: float = Field(default=1.0, ge=0, description="backward over forward, of the host")
     reduction: float = Field(default=0.0, ge=0, description="of an adapter's step in a layer: to sum over replicas")
     latency: float = Field(default=0.0, ge=0, description="of a transfer between stages")
     transfer: float = Field(default=0.0, ge=0, description="of a token between stages")
+
+    def layer(self, tokens: np.ndarray, squares: np.ndarray, adapters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of one layer for each microbatch, forward and backward; tokens, sums of squared sample lengths and
+        numbers of adapters are arrays [microbatches]."""
+        dense = self.token * (-(-tokens // self.tile) * self.tile)
+        fixed = self.fixed * (tokens > 0) + self.adapter * np.maximum(adapters - 1, 0)
+        attention = self.square * squares
+        forward = dense + fixed + attention
+        backward = self.backward * dense + self._fixed_backward * fixed + self.attention_backward * attention
+        return forward, backward + forward * self.checkpointing
+
+    @property
+    def _fixed_backward(self) -> float:
+        return self.backward if self.fixed_backward is None else self.fixed_backward
+
+    def host_time(self, tokens: np.ndarray, adapters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of the host for one layer of each microbatch, forward and backward, as `layer`."""
+        forward = (self.host + self.host_adapter * np.maximum(adapters - 1, 0)) * (tokens > 0)
+        return forward, forward * (self.host_backward + self.checkpointing)
+
+    def host_besides(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of the host for a microbatch besides its layers, forward and backward."""
+        forward = self.host_microbatch * (tokens > 0)
+        return forward, forward * self.host_backward
+
+    def ends(self, tokens: np.ndarray, is_last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of what a stage does besides its layers, forward and backward, as `layer`: the head on the last one.
+        is_last: of stages, in a shape that tokens can be multiplied with."""
+        head, besides = is_last * (self.head * tokens), self.microbatch * (tokens > 0)
+        return head + besides, self.backward * head + self._fixed_backward * besides
+
+
+class CostModel(LayerCosts):
+    """The costs of a base model on a number of stages."""
+
+    layers: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, description="decoder layers of each stage")
 
     @property
     def stages(self) -> int:
@@ -120,31 +163,20 @@ class CostModel(Config):
         """The same costs, of the layers on another number of stages."""
         return self.model_copy(update={"layers": split_layers(sum(self.layers), stages, self.head / self.token)})
 
-    def layer(self, tokens: np.ndarray, squares: np.ndarray, adapters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds of one layer for each microbatch, forward and backward; tokens, sums of squared sample lengths and
-        numbers of adapters are arrays [microbatches]."""
-        rows = -(-tokens // self.tile) * self.tile
-        dense = self.token * rows + self.fixed * (tokens > 0) + self.adapter * np.maximum(adapters - 1, 0)
-        attention = self.square * squares
-        forward = dense + attention
-        backward = self.backward * dense + self.attention_backward * attention
-        return forward, backward + forward * self.checkpointing
-
-    def host_time(self, tokens: np.ndarray, adapters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds of the host for one layer of each microbatch, forward and backward, as `layer`."""
-        forward = (self.host + self.host_adapter * np.maximum(adapters - 1, 0)) * (tokens > 0)
-        return forward, forward * (self.host_backward + self.checkpointing)
-
     def costs(self, tokens: np.ndarray, squares: np.ndarray, adapters: np.ndarray, steps: np.ndarray) -> Costs:
-        """The table for microbatches; steps: adapters whose last microbatch each is."""
-        forward, backward = self.layer(tokens, squares, adapters)
-        host_forward, host_backward = self.host_time(tokens, adapters)
+        """The table for microbatches; steps: adapters whose last microbatch each is. A pass takes as long as the device
+        or its host, whichever is slower."""
         layers = np.array(self.layers, float)[:, None]
-        last = np.arange(self.stages)[:, None] == self.stages - 1
-        head = last * (self.head * tokens)
+        is_last = np.arange(self.stages)[:, None] == self.stages - 1
+        of_layer, of_host = self.layer(tokens, squares, adapters), self.host_time(tokens, adapters)
+        of_ends, of_host_besides = self.ends(tokens, is_last), self.host_besides(tokens)
+        forward, backward = (
+            np.maximum(layers * layer + end, layers * host + besides)
+            for layer, end, host, besides in zip(of_layer, of_ends, of_host, of_host_besides, strict=True)
+        )
         return Costs(
-            forward=np.maximum(layers * forward + head, layers * host_forward),
-            backward=np.maximum(layers * backward + self.backward * head, layers * host_backward),
+            forward=forward,
+            backward=backward,
             step=layers * (self.step + self.reduction) * steps,
             transfer=np.where(tokens > 0, self.latency + self.transfer * tokens, 0.0),
         )
@@ -186,6 +218,7 @@ def model_costs(config: ModelConfig, stages: int, *, machine: Machine = H200, ch
     return CostModel(
         layers=split_layers(config.num_hidden_layers, stages, head_layers(config)),
         token=dense / machine.flop_rate,
+        fixed=machine.fixed,
         square=2 * hidden / machine.flop_rate,  # two products of 2 h FLOP for each pair of tokens, half of them masked
         head=2 * hidden * config.vocab_size / machine.flop_rate,
         checkpointing=checkpointing,

@@ -108,12 +108,13 @@ def test_a_file_with_costs(tmp_path, make_workload):
         read_cost_model(path)
 
 
-def test_models_and_plans_must_fit(make_workload):
+def test_models_and_plans_must_fit(make_workload, tmp_path):
+    (tmp_path / "x.yaml").write_text("layers: [1, 1]\ntoken: 2.0e-6\n")
     plan = plan_workload(make_workload(), "fast", stages=2, capacity=16)
     with pytest.raises(UserError, match="cost model: 3 stages, but the plan has 2"):
         costs_of(plan, make_workload(), model_costs(read_model("llama-3.1-8b"), 3))
     with pytest.raises(UserError, match="need the plan's workload"):
         simulate_plan(plan, None, model="llama-3.1-8b")
     with pytest.raises(UserError, match="either a model or a file with costs"):
-        simulate_plan(plan, make_workload(), model="llama-3.1-8b", costs="x.yaml")
+        simulate_plan(plan, make_workload(), model="llama-3.1-8b", costs=tmp_path / "x.yaml")
     assert simulate_plan(plan, None)[1] == "units"

@@ -1,0 +1,82 @@
+"""A cost profile: what a device took for the layers of some models, fitted (`lorafusion.lab.cost_fit`), as a file.
+
+A fit is of a model's dimensions and of a way to compute adapters. From it follows the cost model of that model on any
+number of stages.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lorafusion.core.config import ModelConfig
+from lorafusion.core.files import read_yaml
+from lorafusion.core.schema import Config, UserError, validated
+from lorafusion.planning.partition import head_layers, split_layers
+from lorafusion.planning.simulator.costs import CostModel, LayerCosts
+
+DIMENSIONS = ("architecture", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+              "vocab_size")  # fmt: skip
+VERSION = 1
+
+
+class CostFit(Config):
+    """The costs of a model's layers in one implementation of adapters, and how well they fit what was measured."""
+
+    model: str
+    dimensions: dict[str, str | int] = Field(description="of the model, that the costs depend on")
+    implementation: str = Field(description="fused, looped, peft, peft-bf16 or frozen")
+    costs: LayerCosts
+    points: int = Field(ge=1, description="microbatches that were measured")
+    mean_error: float = Field(ge=0, description="of each point as the others predict it, relative")
+    worst_error: float = Field(ge=0)
+    saved_bytes: float = Field(default=0.0, ge=0, description="of a token in a layer, kept for the backward pass")
+
+
+class CostProfile(Config):
+    """A file of configs/machines, or one that `lorafusion lab profile-costs` has written."""
+
+    version: Literal[1] = VERSION
+    device: Literal["cpu", "cuda"]
+    gpu_name: str | None = Field(default=None, description="as nvidia-smi says; none of a CPU")
+    dtype: str
+    made_from: dict[str, str | int | float | bool | None] = Field(default={}, description="suite, commit, versions")
+    fits: Annotated[tuple[CostFit, ...], Field(min_length=1)]
+
+    def fit(self, config: ModelConfig, implementation: str) -> CostFit | None:
+        """That of a model and an implementation, if there is one."""
+        dimensions = dimensions_of(config)
+        matches = (fit for fit in self.fits if fit.dimensions == dimensions and fit.implementation == implementation)
+        return next(matches, None)
+
+    def require_fit(self, config: ModelConfig, implementation: str, source: str | Path) -> CostFit:
+        """As `fit`; `UserError` says which there are."""
+        fit = self.fit(config, implementation)
+        if fit is None:
+            others = sorted({f"{other.model} ({other.implementation})" for other in self.fits})
+            wanted = f"hidden_size {config.hidden_size}, vocab_size {config.vocab_size} ({implementation})"
+            raise UserError(f"{source}: fits: found {', '.join(others)}; expected a model of {wanted}")
+        return fit
+
+
+def dimensions_of(config: ModelConfig) -> dict[str, str | int]:
+    """What the costs of a layer and of the head depend on."""
+    return config.model_dump(mode="json", include=set(DIMENSIONS))
+
+
+def stage_costs(fit: CostFit, config: ModelConfig, stages: int, checkpointing: bool) -> CostModel:
+    """The cost model of a model on a number of stages."""
+    layers = split_layers(config.num_hidden_layers, stages, head_layers(config))
+    return CostModel(**fit.costs.model_dump() | {"layers": layers, "checkpointing": checkpointing})
+
+
+def is_profile(data: object) -> bool:
+    """Is the content of a file with costs that of a profile, and not of a cost model?"""
+    return isinstance(data, dict) and "fits" in data
+
+
+def read_profile(path: str | Path) -> CostProfile:
+    """A profile; `UserError` names the file and the key that is wrong."""
+    return validated(CostProfile, read_yaml(path), path)

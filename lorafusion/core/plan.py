@@ -111,6 +111,10 @@ class Plan(Data):
         width = self.data_parallel
         return [self.microbatches[i : i + width] for i in range(0, len(self.microbatches), width)]
 
+    def stepping(self) -> list[list[int]]:
+        """The adapters that step after each slot."""
+        return [[adapter for microbatch in slot for adapter in microbatch.step_after] for slot in self.slots()]
+
 
 def make_plan(
     system: str,

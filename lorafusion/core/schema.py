@@ -163,6 +163,7 @@ MOST_LAYERS = 1000
 MOST_SEED = 2**31 - 1  # adapter i draws with the seed + i, below 2**32
 MOST_EPOCHS = 10_000
 MOST_STEPS = 1_000_000_000
+MOST_PRIORITY, MOST_WEIGHT = 1000, 1e6  # of a job
 MOST_STREAM = 10_000_000  # samples of all epochs: a plan of them takes minutes and gigabytes
 # Numbers of an optimizer, beyond which no training is one.
 MOST_RATE = 100.0

@@ -30,11 +30,13 @@ from lorafusion.core.schema import (
     MOST_DECAY,
     MOST_EPOCHS,
     MOST_NORM,
+    MOST_PRIORITY,
     MOST_RATE,
     MOST_SAMPLES,
     MOST_STEPS,
     MOST_STREAM,
     MOST_TOKENS,
+    MOST_WEIGHT,
     Data,
     Float,
     Int,
@@ -50,6 +52,9 @@ MERGED, MERGED_PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
 # The keys that a job begins with in a file; the others follow as the fields do. Files stay the same byte for byte.
 FIRST_KEYS = ("name", "dataset", "rank", "alpha", "dropout", "rslora", "target_modules", "learning_rate",
               "weight_decay", "seed", "global_batch_size", "epochs", "steps", "start")  # fmt: skip
+# Keys of when a job is trained, not of what. A file has them only where they are not as usual, so that workloads from
+# before there were such keys have the same hash.
+ORDER_KEYS = ("priority", "weight")
 
 
 class Sample(NamedTuple):
@@ -86,6 +91,12 @@ GradientNorm = Annotated[
 # Not a hyper-parameter, but the same in a workload and in a jobs file.
 JobName = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="the adapter's name; PEFT forbids dots")
+]
+Priority = Annotated[
+    Int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY, description="jobs of a higher one are planned ahead of the others")
+]
+Weight = Annotated[
+    Float, Field(gt=0, le=MOST_WEIGHT, description="what the job's end counts for in the mean that a plan makes low")
 ]
 EvaluationSteps = Annotated[Int | None, Field(ge=1, le=MOST_STEPS, description="steps between two evaluations")]
 
@@ -138,10 +149,13 @@ class Job(Hyperparameters, _Frozen):
     samples: tuple[Sample, ...] = Field(min_length=1)
     evaluation: tuple[Sample, ...] = Field(default=(), description="samples that the loss is measured on")
     evaluate_every: EvaluationSteps = None
+    priority: Priority = 0
+    weight: Weight = 1.0
 
     @model_serializer(mode="wrap")
     def _in_the_order_of_a_file(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
-        data = dump(self)
+        usual = {key for key in ORDER_KEYS if getattr(self, key) == type(self).model_fields[key].default}
+        data = {key: value for key, value in dump(self).items() if key not in usual}
         return {key: data[key] for key in FIRST_KEYS if key in data} | data
 
     @model_validator(mode="after")

@@ -15,7 +15,10 @@ from lorafusion.core.plan import Plan
 from lorafusion.core.plugins import load
 from lorafusion.core.schema import UserError, one_of
 from lorafusion.core.workload import Workload, content_hash
+from lorafusion.planning.completion import COMPLETION
 from lorafusion.planning.simulator.costs import CostModel
+
+__all__ = ["COMPLETION", "STRATEGIES", "plan_key", "plan_system", "plan_workload"]
 
 STRATEGIES = {
     "fast": "lorafusion.planning.fast:plan",
@@ -35,18 +38,19 @@ def plan_system(
     capacity: int,
     data_parallel: int = 1,
     costs: CostModel | None = None,
+    aim: str | None = None,
     **options: object,
 ) -> Plan:
     """A checked plan by the planner of a system of configs/systems.yaml, with its entry's options and those given.
-    costs: of the stages, for a planner that takes them.
+    costs: of the stages, and aim: one of `completion.AIMS`, for a planner that takes them.
 
     Raises `UserError` for an unknown system, and as its planner does."""
     entry = read_system(system)
     require_possible(system, entry, stages, data_parallel)
     planner = load(entry.planner, "planner")
+    accepted, given = signature(planner).parameters, {"costs": costs, "aim": aim}
     chosen = entry.options | options
-    if costs is not None and "costs" in signature(planner).parameters:
-        chosen["costs"] = costs
+    chosen |= {name: value for name, value in given.items() if name in accepted and value is not None}
     plan = planner(workload, system, stages, capacity, data_parallel, **chosen)
     return plan.model_copy(update={"key": plan_key(plan, entry.planner, chosen)})
 
@@ -60,15 +64,17 @@ def plan_workload(
     data_parallel: int = 1,
     system: str | None = None,
     costs: CostModel | None = None,
+    aim: str | None = None,
 ) -> Plan:
     """A checked plan by the strategy of that name. system: the plan's name for it, by default the strategy's. costs: of
-    the stages, which only `fast` uses. Raises `UserError` for an unknown strategy, for sizes below 1, and as its
-    planner does."""
+    the stages, and aim: one of `completion.AIMS`, which only `fast` uses. Raises `UserError` for an unknown strategy,
+    for sizes below 1, and as its planner does."""
     one_of("strategy", strategy, set(STRATEGIES), "plan")
     for name, value in (("stages", stages), ("capacity", capacity), ("data_parallel", data_parallel)):
         if value < 1:
             raise UserError(f"plan: {name} must be at least 1, found {value}")
-    options = {"costs": costs} if strategy == "fast" and costs else {}
+    given = {"costs": costs, "aim": aim} if strategy == "fast" else {}
+    options = {name: value for name, value in given.items() if value is not None}
     planner = load(STRATEGIES[strategy], "planner")
     return planner(workload, system or strategy, stages, capacity, data_parallel, **options)
 

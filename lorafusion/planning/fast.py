@@ -21,11 +21,14 @@ import numpy as np
 
 from lorafusion.core.plan import Microbatch, Plan, make_plan
 from lorafusion.core.progress import progress
+from lorafusion.core.schema import one_of
 from lorafusion.core.workload import Job, Workload
 from lorafusion.planning.common import NOOP, Item, by_adapter, microbatches_of, require_samples_fit
-from lorafusion.planning.packer import EXACT, ORDERS, Packer, fill, items_of
+from lorafusion.planning.completion import AIMS, COMPLETION, JUDGED_SAMPLES, THROUGHPUT, soonest
+from lorafusion.planning.packer import EXACT, ORDERS, Packer, Way, fill, items_of
 from lorafusion.planning.simulator.costs import CostModel, Costs, even_costs
 from lorafusion.planning.simulator.stream import simulate_stream
+from lorafusion.planning.simulator.timeline import Timeline
 
 FALL = 0.75  # of a target to the one tried before; then two beside the best are tried
 HOPELESS = 0.92  # of the highest throughput, below which no lower target is tried; before a rise it fell by 3 %
@@ -50,13 +53,20 @@ def plan(
     capacity: int,
     data_parallel: int = 1,
     costs: CostModel | None = None,
+    aim: str | None = None,
 ) -> Plan:
-    """The plan that the simulator finds fastest. costs: of the stages, by default equal. Raises `UserError` for a
-    sample above the capacity."""
+    """The plan that the simulator finds fastest, or with the aim of completion the one that `soonest` finds. costs: of
+    the stages, by default equal. aim: one of AIMS, by default completion where a job states a priority or a weight.
+    Raises `UserError` for another aim and for a sample above the capacity."""
+    stated = any(job.priority or job.weight != 1 for job in workload.jobs)
+    aim = aim or (COMPLETION if stated else THROUGHPUT)
+    one_of("aim", aim, set(AIMS), "plan")
     require_samples_fit(workload, capacity)
-    trials = Trials(workload.jobs, stages, capacity, data_parallel)
-    best = trials.fastest(costs or even_costs(stages))
-    return _plan(workload, system, trials, best.way)
+    trials, model = Trials(workload.jobs, stages, capacity, data_parallel), costs or even_costs(stages)
+    way = trials.fastest(model).way
+    if aim == COMPLETION and len(workload.jobs) > 1:
+        way = soonest(workload.jobs, stages, way, lambda way: trials.simulated(model, way, JUDGED_SAMPLES)[1:])
+    return _plan(workload, system, trials, way)
 
 
 def fewest(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
@@ -120,14 +130,6 @@ def slot_microbatches(
     """A slot's microbatches, of which each adapter's last one steps it; no-ops where bins are missing."""
     contents = [by_adapter((item.adapter, item.position) for item in items) for items in bins]
     return microbatches_of(workload, contents, ended) + [NOOP] * (data_parallel - len(bins))
-
-
-class Way(NamedTuple):
-    """How to pack: the packer's arguments of these names."""
-
-    target: int
-    order: str
-    slack: int
 
 
 class Prediction(NamedTuple):
@@ -228,14 +230,19 @@ class Trials:
         return max([best, *(self.trial(model, way, TRIED_SAMPLES) for way in ways)], key=lambda trial: trial.throughput)
 
     def trial(self, model: CostModel, way: Way, samples: int) -> Prediction:
-        places, slots = zip(*self.packed(way, samples), strict=True)
-        costs, tokens = _costs(slots, self.data_parallel, model)
-        stepping = [bool(ended) for _, ended in slots]
-        timeline = simulate_stream(costs, tokens, stepping, self.data_parallel, np.array(places))
+        costs, timeline, _ = self.simulated(model, way, samples)
         # The first of many samples stand for the middle of the run; all of a few have a beginning and an end as well.
         window = "steady" if samples < self.samples else "whole"
         bubble = float(timeline.bubble(window).mean())
         return Prediction(way, timeline.throughput(window), bubble, bubble - _uneven(costs))
+
+    def simulated(self, model: CostModel, way: Way, samples: int) -> tuple[Costs, Timeline, list[set[int]]]:
+        """The costs and times of the slots of a way, and the adapters that step after each."""
+        places, slots = zip(*self.packed(way, samples), strict=True)
+        costs, tokens = _costs(slots, self.data_parallel, model)
+        ended = [ended for _, ended in slots]
+        stepping = [bool(adapters) for adapters in ended]
+        return costs, simulate_stream(costs, tokens, stepping, self.data_parallel, np.array(places)), ended
 
 
 def _uneven(costs: Costs) -> float:

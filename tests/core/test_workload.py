@@ -64,9 +64,31 @@ def test_the_keys_of_a_job_keep_their_order(make_workload):
     ]
 
 
+def test_a_usual_priority_and_weight_are_no_part_of_a_file_or_its_hash(make_job, make_workload, tmp_path):
+    """Results of workloads from before there were these keys stay theirs."""
+    usual = make_workload(make_job("a"))
+    assert usual.content_hash == "cc0f3de2be2d28ed"
+    stated = make_workload(make_job("a", priority=0, weight=1.0))
+    assert (stated.to_json(), stated.content_hash) == (usual.to_json(), usual.content_hash)
+    path = tmp_path / "workload.json"
+    for change in ({"priority": -2}, {"weight": 0.5}, {"priority": 3, "weight": 7.0}):
+        changed = make_workload(make_job("a", **change))
+        assert changed.content_hash != usual.content_hash
+        path.write_text(changed.to_json())
+        assert Workload.read(path) == changed
+        assert json.loads(path.read_text())["jobs"][0].items() >= change.items()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"weight": 0}, "jobs.0.weight: input should be greater than 0 (found 0)"),
+        ({"weight": -1.5}, "jobs.0.weight: input should be greater than 0 (found -1.5)"),
+        ({"weight": math.nan}, "NaN"),
+        ({"weight": "2"}, "jobs.0.weight: input should be a valid number (found '2')"),
+        ({"priority": 0.5}, "jobs.0.priority: input should be a valid integer"),
+        ({"priority": 1001}, "jobs.0.priority: input should be less than or equal to 1000 (found 1001)"),
+        ({"priority": 1, "start": 3}, "start: 3 of 3 global batches are trained, nothing remains"),
         ({"rank": 0}, "jobs.0.rank: input should be greater than or equal to 1 (found 0)"),
         ({"dropout": 1.0}, "jobs.0.dropout: input should be less than 1 (found 1.0)"),
         ({"samples": []}, "jobs.0.samples"),

@@ -8,7 +8,7 @@ from functools import cache
 import pandas as pd
 
 from lorafusion.core.config import read_model
-from lorafusion.planning import capacity, fast, memory, packer, propose
+from lorafusion.planning import capacity, completion, fast, memory, packer, propose
 from lorafusion.planning.simulator import costs
 from tests.numbers.quoted import number, percent
 from tests.numbers.sources import CPU, table
@@ -69,6 +69,10 @@ def constants() -> list[str]:
         f"within {percent(fast.MISLED)} of the best are simulated again on "
         f"{number(fast.COMPARED_SAMPLES, ',')} samples",
         f"less than {percent(fast.GOOD_BUBBLE, '.1f')} can be gained",
+        "there is none, {}, {}, {}, {} or {} %".format(*(number(100 * guard, ".0f") for guard in packer.GUARDS[1:])),
+        f"until the plan takes at most {percent(completion.LONGER, '.1f')} longer than the fastest one",
+        f"more than {percent(completion.LONGER, '.1f')} longer. It also",
+        f"Up to {number(completion.JUDGED_SAMPLES, ',')} samples the whole plan",
         f"{number(memory.WORKSPACE >> 30)} GiB of workspace. At most {percent(capacity.USABLE)} of a GPU's memory",
         f"after {number(propose.MOST_TRIED)} divisions",
         f"{number(propose.LINK / 1e9, '.0f')} GB/s within a node, or of `--network` between nodes "

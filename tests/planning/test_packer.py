@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lorafusion.core.plan import check, make_plan
 from lorafusion.core.schema import UserError
 from lorafusion.planning import STRATEGIES, bounds, fast, plan_workload
-from lorafusion.planning.packer import Item, Packer, fill
+from lorafusion.planning.packer import JOB_BY_JOB, Item, Packer, fill
 from lorafusion.planning.simulator import even_costs
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=9)
@@ -76,6 +76,83 @@ def test_the_adapter_with_the_longest_way_to_go_comes_first(make_job):
     ]
     assert [ended for _, ended in slots] == [{1}, {0}, set(), {1}, set(), set(), {1}]
     assert not packer.streams
+
+
+def order_of(packer):
+    """The names of the jobs in each slot until all are done."""
+    names = {adapter: stream.job.name for adapter, stream in packer.streams.items()}
+    slots = []
+    while packer.streams:
+        bins, _ = packer.next_slot()
+        slots.append("".join(sorted({names[item.adapter] for content in bins for item in content})) or "-")
+    return " ".join(slots)
+
+
+def packer_of(jobs, order, stages=1):
+    packer = Packer(stages=stages, capacity=10, order=order)
+    for adapter, job in enumerate(jobs):
+        packer.add(adapter, job)
+    return packer
+
+
+UNGUARDED = next(iter(JOB_BY_JOB))
+
+
+@pytest.mark.parametrize(
+    ("changes", "order"),
+    [
+        ({}, "c b b a a a"),  # the shortest job first
+        ({"a": {"weight": 4.0}}, "a a a c b b"),  # 30 tokens over 4 are less than 10
+        ({"a": {"weight": 2.0}}, "c a a a b b"),  # 30 over 2 are less than 20 and more than 10
+        ({"a": {"priority": 1}}, "a a a c b b"),
+        ({"a": {"priority": 1}, "b": {"priority": 2}}, "b b a a a c"),
+        ({"c": {"priority": -1}}, "b b a a a c"),
+        ({"a": {"priority": 1}, "c": {"weight": 1e6}}, "a a a c b b"),  # a weight counts among equals alone
+    ],
+)
+def test_jobs_come_by_priority_and_then_by_tokens_left_over_weight(make_job, changes, order):
+    lengths = {"a": (10,) * 3, "b": (10,) * 2, "c": (10,)}
+    jobs = [make_job(name, lengths[name], global_batch_size=1, **changes.get(name, {})) for name in lengths]
+    assert order_of(packer_of(jobs, UNGUARDED)) == order
+
+
+def test_a_job_counts_by_what_it_has_left(make_job):
+    jobs = (make_job("a", (10,) * 4, global_batch_size=1, start=2), make_job("b", (10,) * 3, global_batch_size=1))
+    packer = Packer(stages=1, capacity=10, order=UNGUARDED)
+    for adapter, job in enumerate(jobs):
+        packer.add(adapter, job, job.start)
+    assert order_of(packer) == "a a b b b"
+
+
+def test_the_guard_keeps_the_longest_way_moving(make_job):
+    """On three stages L takes 13 slots whatever else is done; the others fit in between, and their order is kept."""
+    jobs = [make_job("L", (10,) * 5, global_batch_size=1)]
+    jobs += [make_job(name, (10,) * 2, global_batch_size=2, priority=1) for name in "abc"]
+    assert order_of(packer_of(jobs, UNGUARDED, stages=3)) == "a a b b c c L - - L - - L - - L - - L"
+    assert order_of(packer_of(jobs, "job-by-job-0.9", stages=3)) == "L a a L b b L c c L - - L"
+
+
+@pytest.mark.parametrize(
+    ("guard", "order"),
+    [("inf", "a a b b c c d d e e Z - - Z"), ("0.97", "a a b b c c d d Z e e Z"), ("0.5", "a a b b Z c c d d e Z e")],
+)
+def test_who_waits_is_looked_at_again_when_little_else_is_left(make_job, guard, order):
+    """Z has two batches, three slots apart, and waits from the beginning; no slot is empty where it goes in time."""
+    jobs = [make_job("Z", (10, 10), global_batch_size=1)]
+    jobs += [make_job(name, (6, 4) * 2, global_batch_size=4, weight=100.0) for name in "abcde"]
+    assert order_of(packer_of(jobs, f"job-by-job-{guard}", stages=3)) == order
+
+
+def test_a_job_that_comes_later_goes_before_lower_priorities(make_job):
+    packer = packer_of([make_job("a", (10,) * 3, global_batch_size=1)], UNGUARDED)
+    packer.add(1, make_job("b", (10,) * 3, global_batch_size=1))
+    packer.next_slot()
+    packer.add(2, make_job("c", (10,) * 9, global_batch_size=1, priority=1))
+    assert order_of(packer) == "c " * 9 + "a a b b b"
+    packer = packer_of([make_job("a", (10,) * 3, global_batch_size=1)], UNGUARDED)
+    packer.add(1, make_job("b", (10,) * 2, global_batch_size=1))
+    packer.withdraw(1)
+    assert order_of(packer) == "a a a"
 
 
 def test_replicas_share_what_is_left(make_job):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -93,6 +93,16 @@ class Timeline:
             counted = (self.kinds[processor] == BACKWARD) & (begin < at) & (at <= end)
             done += int(self.tokens[self.microbatches[processor][counted]].sum())
         return done / (end - begin)
+
+    def job_ends(self, stepping: Iterable[Iterable[int]]) -> dict[int, float]:
+        """When each adapter's last step is done on all stages. stepping: the adapters that step after each slot."""
+        last = {adapter: slot for slot, adapters in enumerate(stepping) for adapter in adapters}
+        replicas = self.processors // self.stages
+        ends = np.zeros(len(self.tokens) // replicas)
+        for kinds, microbatches, times in zip(self.kinds, self.microbatches, self.ends, strict=True):
+            steps = kinds == STEP
+            np.maximum.at(ends, microbatches[steps] // replicas, times[steps])
+        return {adapter: float(ends[slot]) for adapter, slot in last.items()}
 
     def peak_in_flight(self) -> list[tuple[int, int]]:
         """For each stage the most microbatches, and the most tokens, whose activations a processor holds at once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -16,6 +16,7 @@ from lorafusion.core.files import whole, write
 from lorafusion.core.plan import Plan
 from lorafusion.core.plugins import import_extra
 from lorafusion.core.schema import one_of
+from lorafusion.core.workload import Workload
 from lorafusion.planning.simulator.timeline import BACKWARD, FORWARD, STEP, Timeline
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Window = tuple[float, float]
 # Okabe and Ito's, without black; adapters beyond them begin anew.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 SUFFIXES = (".html", ".pdf", ".png", ".svg")
+MOST_ROWS = 20  # jobs that the terminal lists
 MOST_NAMES = 14  # adapters that the legend names
 WIDTH, DPI = 7.0, 200  # inches of a picture, and pixels of an inch
 PARAMETERS = {"font.size": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
@@ -36,6 +38,7 @@ PAGE = """<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Plan
 th, td {{ padding: .25rem .6rem; text-align: left; }} svg {{ max-width: 100%; }}</style></head>
 <body><h1>Plan</h1><table>{rows}</table>
 {chart}
+<h2>When jobs end</h2><table>{jobs}</table>
 </body></html>
 """
 
@@ -51,10 +54,36 @@ def window_of(timeline: Timeline, first: int, count: int) -> Window:
     return (min(start for start, _ in times), max(end for _, end in times)) if times else (0.0, timeline.makespan)
 
 
-def statistics(plan: Plan, timeline: Timeline, unit: str) -> dict[str, str]:
+class JobEnd(NamedTuple):
+    """When a job's last step is done, and what it states of that."""
+
+    name: str
+    end: float
+    priority: int = 0
+    weight: float = 1.0
+
+
+def job_ends(plan: Plan, timeline: Timeline, workload: Workload | None = None) -> list[JobEnd]:
+    """The ends of all jobs of a plan, the first to end first."""
+    times = timeline.job_ends(plan.stepping())
+    jobs = workload.jobs if workload else None
+    ends = [
+        JobEnd(jobs[adapter].name, end, jobs[adapter].priority, jobs[adapter].weight)
+        if jobs
+        else JobEnd(f"adapter {adapter}", end)
+        for adapter, end in sorted(times.items())
+    ]
+    return sorted(ends, key=lambda job: job.end)
+
+
+def statistics(plan: Plan, timeline: Timeline, unit: str, ends: list[JobEnd]) -> dict[str, str]:
     """What a plan's page and its terminal output say of it."""
     s, bubble = plan.statistics, timeline.bubble("steady")
     peaks = timeline.peak_in_flight()
+    means = [
+        float(np.average([job.end for job in ends], weights=weights)) / timeline.makespan
+        for weights in (None, [job.weight for job in ends])
+    ]
     return {
         "system": plan.system,
         "stages × replicas": f"{plan.stages} × {plan.data_parallel}",
@@ -62,6 +91,7 @@ def statistics(plan: Plan, timeline: Timeline, unit: str) -> dict[str, str]:
         "fill": f"{s.fill:.3f} of {plan.capacity} tokens; the fullest has {max(m.tokens for m in plan.microbatches)}",
         "adapters of a microbatch": f"{_adapters(plan):.2f} on average",
         "makespan": f"{timeline.makespan:,.4g} {unit}",
+        "jobs end": f"after {means[0]:.1%} of it on average, {means[1]:.1%} by their weights",
         "throughput": f"{timeline.throughput('whole'):,.4g} tokens/{unit} whole, "
         f"{timeline.throughput('steady'):,.4g} steady",
         "bubble, steady": f"{bubble.mean():.1%} (stages: {', '.join(f'{share:.1%}' for share in bubble)})",
@@ -75,19 +105,39 @@ def _adapters(plan: Plan) -> float:
     return sum(real) / len(real)
 
 
-def print_plan(plan: Plan, timeline: Timeline, unit: str, window: Window, names: list[str] | None = None) -> None:
-    """Statistics, and a chart as wide as the terminal."""
-    console = Console(highlight=False)
+def _job_rows(ends: list[JobEnd], timeline: Timeline, unit: str) -> list[tuple[str, ...]]:
+    """A table of when each job ends, its heading first."""
+    rows: list[tuple[str, ...]] = [("job", "ends after", "of the makespan", "priority", "weight")]
+    for job in ends:
+        share = f"{job.end / timeline.makespan:.1%}"
+        rows.append((job.name, f"{job.end:,.4g} {unit}", share, f"{job.priority}", f"{job.weight:g}"))
+    return rows
+
+
+def print_plan(plan: Plan, timeline: Timeline, unit: str, window: Window, workload: Workload | None = None) -> None:
+    """Statistics, when jobs end, and a chart as wide as the terminal."""
+    console, ends = Console(highlight=False), job_ends(plan, timeline, workload)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in statistics(plan, timeline, unit).items():
+    for name, value in statistics(plan, timeline, unit, ends).items():
         table.add_row(name, value)
     console.print(table)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    (first, *others), *rows = _job_rows(ends, timeline, unit)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    for row in rows[:MOST_ROWS]:
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+    if len(rows) > MOST_ROWS:
+        console.print(f"and {len(rows) - MOST_ROWS} more, which a page has (--out plan.html)")
     begin, end = window
     console.print(f"\n{begin:,.4g} to {end:,.4g} {unit}; f forward, B backward, · idle")
     for processor in range(timeline.processors):
         label = f"{_label(plan, timeline, processor):18}"
         console.print(_row(plan, timeline, processor, window, max(20, console.width - 20), label))
-    console.print(_legend(plan, names))
+    console.print(_legend(plan, [job.name for job in workload.jobs] if workload else None))
 
 
 def _row(plan: Plan, timeline: Timeline, processor: int, window: Window, width: int, label: str) -> Text:
@@ -178,8 +228,10 @@ def _draw_row(ax: Axes, plan: Plan, timeline: Timeline, processor: int, window: 
                linewidth=0.5)  # fmt: skip
 
 
-def save(plan: Plan, timeline: Timeline, unit: str, window: Window, path: str | Path) -> None:
-    """Write the chart by its suffix; a page has the statistics as well."""
+def save(
+    plan: Plan, timeline: Timeline, unit: str, window: Window, path: str | Path, workload: Workload | None = None
+) -> None:
+    """Write the chart by its suffix; a page has the statistics and the ends of all jobs as well."""
     out = Path(path)
     one_of("form of chart", out.suffix, set(SUFFIXES), out)
     matplotlib = import_extra("matplotlib", "lab", str(out))
@@ -194,8 +246,15 @@ def save(plan: Plan, timeline: Timeline, unit: str, window: Window, path: str | 
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     svg = drawn.getvalue()
+    ends = job_ends(plan, timeline, workload)
     rows = "".join(
         f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
-        for name, value in statistics(plan, timeline, unit).items()
+        for name, value in statistics(plan, timeline, unit, ends).items()
     )
-    write(out, PAGE.format(rows=rows, chart=svg[svg.index("<svg") :]))
+    heading, *jobs = _job_rows(ends, timeline, unit)
+    table = _html_row(heading, "th") + "".join(_html_row(row, "td") for row in jobs)
+    write(out, PAGE.format(rows=rows, chart=svg[svg.index("<svg") :], jobs=table))
+
+
+def _html_row(values: tuple[str, ...], tag: str) -> str:
+    return f"<tr>{''.join(f'<{tag}>{escape(value)}</{tag}>' for value in values)}</tr>"

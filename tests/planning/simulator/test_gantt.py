@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from PIL import Image
 
 from lorafusion.core.schema import UserError
 from lorafusion.planning import plan_workload
-from lorafusion.planning.simulator import gantt, simulate_plan
+from lorafusion.planning.simulator import gantt, simulate, simulate_plan
+from lorafusion.planning.simulator.timeline import STEP
 from lorafusion.planning.simulator.trace import write_trace
+from tests.planning.simulator.test_schedules import a_plan, equal_costs
 
 
 @pytest.fixture
-def shown(make_job, make_workload):
-    workload = make_workload(make_job("short", (4,) * 8), make_job("long", (9, 8, 7, 6), global_batch_size=2))
+def workload(make_job, make_workload):
+    jobs = make_job("short", (4,) * 8, weight=3.0), make_job("long", (9, 8, 7, 6), global_batch_size=2, priority=-1)
+    return make_workload(*jobs)
+
+
+@pytest.fixture
+def shown(workload):
     plan = plan_workload(workload, "ffd", stages=3, capacity=16)
     timeline, unit = simulate_plan(plan, workload)
     return plan, timeline, unit
 
 
-def test_the_terminal_says_what_the_plan_is(shown, capsys):
+def test_the_terminal_says_what_the_plan_is(shown, workload, capsys):
     plan, timeline, unit = shown
-    gantt.print_plan(plan, timeline, unit, (0.0, timeline.makespan), ["short", "long"])
+    gantt.print_plan(plan, timeline, unit, (0.0, timeline.makespan), workload)
     text = capsys.readouterr().out
     assert f"{plan.statistics.microbatches}, of them {plan.statistics.noops} no-ops" in text
     assert f"{timeline.bubble().mean():.1%}" in text
@@ -35,6 +43,48 @@ def test_the_terminal_says_what_the_plan_is(shown, capsys):
     )  # later stages begin later
     assert all(set(chart.strip()) <= set("fB·") for chart in charts)
     assert "short  long" in text
+
+
+def test_the_terminal_and_the_page_say_when_jobs_end(shown, workload, tmp_path, capsys):
+    plan, timeline, unit = shown
+    ends = {job.name: job for job in gantt.job_ends(plan, timeline, workload)}
+    last = {adapter: slot for slot, one in enumerate(plan.microbatches) for adapter in one.step_after}
+    steps = {index: end for kind, index, _, end in timeline.of(0) if kind == STEP}  # the first stage steps last
+    assert {name: job.end for name, job in ends.items()} == {"short": steps[last[0]], "long": steps[last[1]]}
+    shares = [ends[name].end / timeline.makespan for name in ("short", "long")]
+    mean, weighted = sum(shares) / 2, (3 * shares[0] + shares[1]) / 4
+    gantt.print_plan(plan, timeline, unit, (0.0, timeline.makespan), workload)
+    text = capsys.readouterr().out
+    assert f"after {mean:.1%} of it on average, {weighted:.1%} by their weights" in text
+    assert re.search(rf"^short +{ends['short'].end:,.4g} units +{shares[0]:.1%} +0 +3 *$", text, re.M)
+    assert text.index("\nlong") < text.index("\nshort")  # the first to end comes first
+    gantt.save(plan, timeline, unit, (0.0, timeline.makespan), tmp_path / "x.html", workload)
+    row = f"<td>long</td><td>{ends['long'].end:,.4g} units</td><td>{shares[1]:.1%}</td><td>-1</td><td>1</td>"
+    assert row in (tmp_path / "x.html").read_text()
+    assert [job.name for job in gantt.job_ends(plan, timeline)] == ["adapter 1", "adapter 0"]
+
+
+def test_a_job_ends_when_all_stages_and_replicas_have_done_its_last_step():
+    plan = a_plan(6, 2, steps=[1, 3, 5])
+    timeline = simulate(plan, equal_costs(plan, step=0.5))
+    ends = [end for kind, _, _, end in timeline.of(0) if kind == STEP]  # stage 0 steps last
+    assert timeline.job_ends([set(), {0}, set(), {0, 1}, set(), {2}]) == {0: ends[1], 1: ends[1], 2: ends[2]}
+    assert ends[2] == timeline.makespan
+    plan = a_plan(4, 1, steps=[0, 3], data_parallel=2)
+    costs = equal_costs(plan)
+    costs.backward[0, 2] = 9.0
+    timeline = simulate(plan, costs)
+    assert timeline.job_ends([{1}, {0}]) == {1: 3.0, 0: 3.0 + 1.0 + 9.0}
+
+
+def test_the_terminal_lists_so_many_jobs(make_job, make_workload, capsys):
+    workload = make_workload(*(make_job(f"job-{index}", (4,)) for index in range(gantt.MOST_ROWS + 3)))
+    plan = plan_workload(workload, "fast", stages=1, capacity=4)
+    gantt.print_plan(plan, *simulate_plan(plan, workload), (0.0, 1.0), workload)
+    text = capsys.readouterr().out
+    assert "\njob-19 " in text
+    assert "\njob-20 " not in text
+    assert "and 3 more, which a page has (--out plan.html)" in text
 
 
 def test_a_window_is_that_of_its_microbatches(shown):

@@ -32,6 +32,7 @@ from lorafusion.core.schema import (
 )
 from lorafusion.core.workload import (
     ALL_LINEAR,
+    ORDER_KEYS,
     Alpha,
     BatchSize,
     Dropout,
@@ -40,8 +41,10 @@ from lorafusion.core.workload import (
     Hyperparameters,
     JobName,
     LearningRate,
+    Priority,
     Rank,
     Schedule,
+    Weight,
 )
 from lorafusion.data.blocks import Data, SyntheticData, SyntheticSamples, data_block
 from lorafusion.launch.spec import DType
@@ -76,6 +79,8 @@ class TrainJob(Hyperparameters, Config):
         default=0.0, description="the share of the samples, to 0.5, that the loss is measured on, or data of its own"
     )
     evaluate_every: EvaluationSteps = None
+    priority: Priority = 0
+    weight: Weight = 1.0
     epochs: int | None = Field(
         default=None, ge=1, le=MOST_EPOCHS, description="null: as many as the steps need; without those, one"
     )
@@ -152,7 +157,7 @@ class TrainJob(Hyperparameters, Config):
     @property
     def hyper_parameters(self) -> dict:
         """The fields that a `Job` takes as they are."""
-        return self.model_dump(include={"name", "evaluate_every", *Hyperparameters.model_fields})
+        return self.model_dump(include={"name", "evaluate_every", *ORDER_KEYS, *Hyperparameters.model_fields})
 
 
 class TrainConfig(Config):

@@ -27,7 +27,7 @@ from lorafusion.core.files import whole, write
 from lorafusion.core.manifest import MANIFEST, DamagedError, FileEntry, read_sealed, write_sealed
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import Config, UserError, validated
-from lorafusion.core.workload import Job, Workload, content_hash
+from lorafusion.core.workload import ORDER_KEYS, Job, Workload, content_hash
 from lorafusion.engine import events
 from lorafusion.engine.checkpoint import Checkpoint, adapter_states, seal_initial
 from lorafusion.train.ownership import PROGRESS
@@ -216,23 +216,33 @@ class OutputFolder:
             if done is None or done.steps == 0:
                 jobs.append(job)
                 continue
-            self._require_the_same(job, done.steps, done.described)
-            if done.stopped is None and done.steps < len(job.batches):
+            is_done = done.stopped is not None or done.steps >= len(job.batches)
+            self._require_the_same(job, done.steps, done.described, is_done)
+            if not is_done:
                 jobs.append(job.model_copy(update={"start": done.steps}))
         return workload.model_copy(update={"jobs": tuple(jobs)}) if jobs else None
 
     def require_continued(self, workload: Workload, run: Run, checkpoint: Checkpoint | None) -> None:
         """As `remaining`, of jobs that have made steps in the run in hand."""
+        if checkpoint is None:
+            return
         begun = {job.name: described(job) for job in Workload.read(run.workload).jobs}
         for job in workload.jobs:
-            steps = checkpoint.steps.get(job.name, 0) if checkpoint else 0
+            steps = checkpoint.steps.get(job.name, 0)
             if steps:
-                self._require_the_same(job, steps, begun[job.name])
+                is_done = job.name in checkpoint.stopped or steps >= len(job.batches)
+                self._require_the_same(job, steps, begun[job.name], is_done)
 
-    def _require_the_same(self, job: Job, steps: int, before: dict) -> None:
+    def _require_the_same(self, job: Job, steps: int, before: dict, is_done: bool) -> None:
         now = described(job)
+        for key in ORDER_KEYS:
+            if is_done and key in now and now[key] != before.get(key):
+                raise UserError(
+                    f"job {job.name!r}: {key} is {now[key]!r}, but the job is done, with {steps} steps in {self.path}; "
+                    "leave it as it was"
+                )
         for key, value in sorted(before.items(), key=lambda item: item[0] == "epochs"):  # which `steps` may decide
-            if now.get(key) != value:
+            if key not in ORDER_KEYS and now.get(key) != value:
                 change = f"{key} is {now.get(key)!r}, but its {steps} steps in {self.path} were made with {value!r}"
                 if key == "samples":
                     change = f"its samples are not those that its {steps} steps in {self.path} were made with"
@@ -287,6 +297,6 @@ def _state_path(folder: Path, job: str, entry: FileEntry) -> Path:
 
 
 def described(job: Job) -> dict:
-    """What the steps of a job depend on."""
+    """What the steps of a job depend on, and what their order does, which may change until it is done."""
     fields = job.model_dump(mode="json", exclude={"start", "samples", "evaluation", "evaluate_every"})
     return fields | {"samples": content_hash(job.model_dump(mode="json", include={"samples"}))}

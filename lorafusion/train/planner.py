@@ -15,7 +15,7 @@ from lorafusion.engine.memory_probe import Measured, capacity_of
 from lorafusion.launch.launch import launch
 from lorafusion.launch.lock import Lock
 from lorafusion.launch.spec import PROBE_MEMORY, RunSpec, Saving
-from lorafusion.planning import plan_system
+from lorafusion.planning import COMPLETION, plan_system
 from lorafusion.planning.simulator import model_costs
 from lorafusion.train.config import TrainConfig
 from lorafusion.train.folder import MODEL, OutputFolder, Run
@@ -38,9 +38,8 @@ class RunPlanner:
         stages = self.config.stages
         capacity, share = self._capacity(remaining, self.config.capacity)
         costs = model_costs(self.model, stages, checkpointing=share > 0)
-        plan = plan_system(
-            remaining, SYSTEM, stages=stages, capacity=capacity, data_parallel=self.config.data_parallel, costs=costs
-        )
+        plan = plan_system(remaining, SYSTEM, stages=stages, capacity=capacity,
+                           data_parallel=self.config.data_parallel, costs=costs, aim=COMPLETION)  # fmt: skip
         numbers = plan.statistics
         summary = f"{len(remaining.jobs)} jobs, {remaining.tokens} tokens in {numbers.microbatches} microbatches"
         LOGGER.info(f"{summary} of at most {capacity} tokens, fill {numbers.fill:.2f}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from lorafusion.core.plan import Plan
 from lorafusion.core.plugins import import_extra
 from lorafusion.core.wandb_runs import private_wandb
 from lorafusion.core.workload import Workload
@@ -27,19 +29,20 @@ class _TokensPerSecond(ProgressColumn):
 
 
 class Display:
-    """Shows how far each job of a run is; to be used as a context, and told a few times a second to `update`."""
+    """Shows how far each job of a run is, and when it is expected to end: the plan says what comes before its last
+    step. To be used as a context, and told a few times a second to `update`."""
 
-    def __init__(self, workload: Workload, reader: EventReader) -> None:
-        self.workload, self.reader = workload, reader
+    def __init__(self, workload: Workload, plan: Plan, reader: EventReader) -> None:
+        self.workload, self.reader, self._needed = workload, reader, needed_tokens(plan)
         self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[summary]}"), _TokensPerSecond(), TimeRemainingColumn(),
+            TextColumn("{task.fields[summary]}"), _TokensPerSecond(), TextColumn("{task.fields[left]}"),
             console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
         self.before = sum(reader.tokens)
         self.tasks = [
-            self.progress.add_task(job.name, total=job.tokens, completed=tokens, summary="")
+            self.progress.add_task(job.name, total=job.tokens, completed=tokens, summary="", left="")
             for job, tokens in zip(workload.jobs, reader.tokens, strict=True)
         ]
         self.begin = self._said = time.monotonic()
@@ -58,18 +61,41 @@ class Display:
         if time.monotonic() - self._shown < SHOW_SECONDS:
             return
         self._shown = time.monotonic()
-        history = self.reader.history
-        for task, job, tokens in zip(self.tasks, self.workload.jobs, self.reader.tokens, strict=True):
-            self.progress.update(task, completed=tokens, summary=summary(history, job.name, len(job.batches)))
+        history, left = self.reader.history, self._left()
+        for index, (task, job) in enumerate(zip(self.tasks, self.workload.jobs, strict=True)):
+            words = summary(history, job.name, len(job.batches))
+            self.progress.update(task, completed=self.reader.tokens[index], summary=words, left=left[index])
         if self.progress.disable and time.monotonic() - self._said > LINE_SECONDS:
             self._said = time.monotonic()
             self._line(history)
 
+    def _speed(self) -> float:
+        """Tokens a second of all jobs since the display was made."""
+        return (sum(self.reader.tokens) - self.before) / (time.monotonic() - self.begin)
+
+    def _left(self) -> list[str]:
+        """The time until each job is expected to end; nothing for one that has ended, or while there is no speed."""
+        done, speed = sum(self.reader.tokens), self._speed()
+        left = [max(0, self._needed[adapter] - done) for adapter in range(len(self.workload.jobs))]
+        return [f"{timedelta(seconds=round(tokens / speed))} left" if tokens and speed else "" for tokens in left]
+
     def _line(self, history: History) -> None:
-        tokens = sum(self.reader.tokens)
-        speed = (tokens - self.before) / (time.monotonic() - self.begin)
-        jobs = "; ".join(f"{job.name} {summary(history, job.name, len(job.batches))}" for job in self.workload.jobs)
-        LOGGER.info(f"{tokens / self.workload.tokens:.0%}, {speed:,.0f} tok/s: {jobs}")
+        jobs = "; ".join(
+            f"{job.name} {summary(history, job.name, len(job.batches))}{left and ', '}{left}"
+            for job, left in zip(self.workload.jobs, self._left(), strict=True)
+        )
+        done = sum(self.reader.tokens) / self.workload.tokens
+        LOGGER.info(f"{done:.0%}, {self._speed():,.0f} tok/s: {jobs}")
+
+
+def needed_tokens(plan: Plan) -> dict[int, int]:
+    """Of each adapter the tokens of all that a plan has up to its last step."""
+    needed: dict[int, int] = {}
+    tokens = 0
+    for slot, adapters in zip(plan.slots(), plan.stepping(), strict=True):
+        tokens += sum(microbatch.tokens for microbatch in slot)
+        needed |= dict.fromkeys(adapters, tokens)
+    return needed
 
 
 def summary(history: History, job: str, steps: int) -> str:

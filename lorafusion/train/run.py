@@ -236,7 +236,7 @@ class Training:
             name = f"{self.output.path.name}-{run.folder.name}"
             wandb = WandbLog(self.config.wandb, self.config.wandb_project, name, self.output.path, workload)
         written = 0.0
-        with Display(workload, reader) as display, open(self.output.path / LOG, "a") as log:
+        with Display(workload, Plan.read(run.plan), reader) as display, open(self.output.path / LOG, "a") as log:
 
             def look() -> None:
                 nonlocal written

@@ -25,3 +25,98 @@ def targets_are_parts_of_the_capacity(original):
 def empty_slots_that_are_left_out_take_no_turn(original):
     """The simulator takes slots between which there are empty ones for neighbours."""
     return lambda stages, busy, turns: original(stages, busy, np.arange(len(turns)))
+
+
+COMPLETION = "tests/planning/test_completion.py"
+PACKER = "tests/planning/test_packer.py"
+
+
+@planted(
+    "lorafusion.planning.packer:_job_by_job",
+    caught_by=(
+        f"{PACKER}::test_jobs_come_by_priority_and_then_by_tokens_left_over_weight",
+        f"{COMPLETION}::test_a_job_that_comes_while_others_train_goes_first_by_its_priority",
+    ),
+)
+def a_lower_priority_comes_first(original):
+    """Jobs of a lower priority are planned ahead of those of a higher one."""
+
+    def job_by_job(guard):
+        order = original(guard)
+
+        def key(stream, slots_left):
+            guarded, priority, rest = order(stream, slots_left)
+            return (guarded, -priority if guarded else priority, rest)
+
+        return key
+
+    return job_by_job
+
+
+@planted(
+    "lorafusion.planning.packer:_Stream.tokens_left",
+    caught_by=f"{PACKER}::test_a_job_counts_by_what_it_has_left",
+)
+def a_job_counts_by_what_it_had_at_first(original):
+    """Shortest job first counts the tokens that are trained already."""
+    return property(lambda stream: stream.job.stream_offset(stream.job.batches[stream.end - 1].stop))
+
+
+@planted(
+    "lorafusion.planning.packer:Packer._put_in_order",
+    caught_by=f"{PACKER}::test_who_waits_is_looked_at_again_when_little_else_is_left",
+)
+def who_waits_is_not_looked_at_again(original):
+    """A job that is ready keeps its place in the order, however little else is left."""
+    return lambda packer: None
+
+
+@planted(
+    "lorafusion.planning.completion:ends_of",
+    caught_by=f"{COMPLETION}::test_any_plan_is_exact_and_costs_no_more_than_it_may",
+)
+def early_ends_may_cost_anything(original):
+    """Of plans in which jobs end early the makespan is not looked at."""
+    return lambda *arguments: original(*arguments)._replace(makespan=1.0)
+
+
+@planted(
+    "lorafusion.planning.simulator.timeline:Timeline.job_ends",
+    caught_by="tests/planning/simulator/test_gantt.py"
+    "::test_a_job_ends_when_all_stages_and_replicas_have_done_its_last_step",
+)
+def a_job_ends_with_its_first_step(original):
+    """A job's end is when its first optimizer step is done."""
+    return lambda timeline, stepping: original(timeline, list(_first_only(stepping)))
+
+
+def _first_only(stepping):
+    seen = set()
+    for adapters in stepping:
+        yield [adapter for adapter in adapters if adapter not in seen]
+        seen |= set(adapters)
+
+
+@planted(
+    "lorafusion.train.progress:needed_tokens",
+    caught_by="tests/train/test_progress.py::test_a_line_says_when_each_job_is_expected_to_end",
+)
+def a_job_is_expected_to_end_as_if_it_were_alone(original):
+    """The time that is left for a job does not count what the plan has before it."""
+
+    def needed_tokens(plan):
+        needed = {}
+        for segment in (segment for one in plan.microbatches for segment in one.segments):
+            needed[segment.adapter] = needed.get(segment.adapter, 0) + segment.tokens
+        return needed
+
+    return needed_tokens
+
+
+@planted(
+    "lorafusion.train.folder:OutputFolder._require_the_same",
+    caught_by="tests/train/test_run.py::test_a_job_of_a_higher_priority_comes_in_ahead_of_the_others",
+)
+def a_job_that_is_done_takes_any_priority(original):
+    """A priority on a job that is done is taken without a word."""
+    return lambda folder, job, steps, before, is_done: original(folder, job, steps, before, False)

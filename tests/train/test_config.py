@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import yaml
 
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.schema import UserError
-from lorafusion.core.workload import ALL_LINEAR, Hyperparameters, Job
+from lorafusion.core.workload import ALL_LINEAR, ORDER_KEYS, Hyperparameters, Job
 from lorafusion.data.blocks import HubData, JsonlData, SyntheticData, TextData
 from lorafusion.train.config import TrainConfig, TrainJob, read_train_config
 from lorafusion.train.run import train
@@ -51,13 +53,16 @@ def test_a_short_file_has_sensible_defaults(read, tmp_path):
         "warmup_steps": 0,
         "max_grad_norm": 1.0,
         "evaluate_every": None,
+        "priority": 0,
+        "weight": 1.0,
     }
 
 
-@pytest.mark.parametrize("name", Hyperparameters.model_fields)
+@pytest.mark.parametrize("name", [*Hyperparameters.model_fields, *ORDER_KEYS])
 def test_a_hyper_parameter_may_be_what_a_job_allows(name):
     """A jobs file has other defaults than a workload, and nothing else."""
-    base, *others = (model.model_fields[name] for model in (Hyperparameters, Job, TrainJob))
+    models = (Hyperparameters, Job, TrainJob)
+    base, *others = (model.model_fields[name] for model in models if name in model.model_fields)
     for field in others:
         assert (field.annotation, field.description) == (base.annotation, base.description)
         assert repr(field.metadata) == repr(base.metadata)
@@ -225,6 +230,10 @@ ROWS = {"hub": "x/y", "completion": "{a}"}
 JOB = {
     "a misspelt key": ({"learning_rat": 1}, "learning_rat: unknown key (found 1)"),
     "no rank": ({"rank": 0}, "rank: input should be greater than or equal to 1 (found 0)"),
+    "a weight of zero": ({"weight": 0}, "weight: input should be greater than 0 (found 0)"),
+    "a weight below zero": ({"weight": -2}, "weight: input should be greater than 0 (found -2)"),
+    "a weight that is no number": ({"weight": math.nan}, "weight: input should be a finite number (found nan)"),
+    "a priority between two": ({"priority": 1.5}, "priority: input should be a valid integer"),
     "two mistakes": ({"rank": 0, "alpha": 0}, "jobs.a: alpha: input should be greater than 0 (found 0)"),
     "an unknown linear": ({"target_modules": ["q"]}, "target_modules: unknown linear 'q'; known: q_proj, k_proj"),
     "a schedule": ({"schedule": "step"}, "schedule: input should be 'constant', 'linear' or 'cosine' (found 'step')"),

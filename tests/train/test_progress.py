@@ -1,22 +1,40 @@
-"""What wandb is told of a training: its numbers and its jobs, and nothing of the machine or of who works on it."""
+"""What people are told of a training, and wandb: numbers and jobs, nothing of the machine or of who works on it."""
 
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import platform
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
+from lorafusion.planning import plan_workload
 from lorafusion.train.metrics import History, StepMetrics
-from lorafusion.train.progress import WandbLog
+from lorafusion.train.progress import Display, WandbLog
 
-pytest.importorskip("wandb")
+
+def test_a_line_says_when_each_job_is_expected_to_end(make_job, make_workload, monkeypatch, caplog):
+    """By what the plan has before its last step, at the speed of all: a job that waits has none of its own."""
+    workload = make_workload(make_job("short", (4,) * 2), make_job("long", (4,) * 18))
+    plan = plan_workload(workload, stages=1, capacity=8, aim="completion")
+    reader, clock = SimpleNamespace(tokens=[0, 0], history=History({})), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with caplog.at_level(logging.INFO), Display(workload, plan, reader) as display:
+        clock[0], reader.tokens = 100.0, [4, 0]
+        display.update()
+        clock[0], reader.tokens = 200.0, [8, 8]
+    first, last = caplog.messages
+    assert first == "5%, 0 tok/s: short step 0/1, 0:01:40 left; long step 0/9, 0:31:40 left"
+    assert last == "20%, 0 tok/s: short step 0/1; long step 0/9, 0:13:20 left"
 
 
 def test_wandb_keeps_what_it_is_given_and_nothing_of_the_machine(make_workload, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
     folder = tmp_path / "secret-folder" / "out"
     folder.mkdir(parents=True)
     for command in ("init -q", "remote add origin https://user:secret-token@example.org/x.git"):

@@ -163,6 +163,27 @@ def test_jobs_come_and_go_without_a_trace_in_the_others(whole, tmp_path, monkeyp
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 3
 
 
+def test_a_job_of_a_higher_priority_comes_in_ahead_of_the_others(whole, tmp_path, monkeypatch, capsys):
+    """On SIGHUP, in the middle of Alice's and Bob's training; what is under way may change its weight."""
+    changed = [{"name": "alice"} | JOBS["alice"] | {"weight": 0.5}, {"name": "bob"} | JOBS["bob"],
+               {"name": "carol"} | JOBS["carol"] | {"priority": 1}]  # fmt: skip
+    path = jobs_file(tmp_path, "alice bob", capacity=80)
+    interrupted(monkeypatch, signal.SIGHUP, 4, then=lambda: jobs_file(tmp_path, "", jobs=changed, capacity=80))
+    assert train(path) == DONE
+    assert_trained_alike(tmp_path, whole, "alice bob carol")
+    plan = Plan.read(tmp_path / "out" / "runs" / "001" / "plan.json")
+    last = {adapter: slot for slot, one in enumerate(plan.microbatches) for adapter in one.step_after}
+    assert last[2] < min(last[0], last[1])
+    capsys.readouterr()
+    assert train(path) == DONE  # a priority and a weight that were there before are none on a job that is done
+    assert "all jobs are trained" in capsys.readouterr().err
+    changed[1]["priority"] = 2
+    with pytest.raises(UserError, match="job 'bob': priority is 2, but the job is done, with 12 steps in .*; leave it"):
+        train(jobs_file(tmp_path, "", jobs=changed))
+    del changed[1]["priority"], changed[2]["priority"]
+    assert train(jobs_file(tmp_path, "", jobs=changed)) == DONE
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_adapter_that_is_no_number_harms_none(whole, tmp_path, capsys, processes):
     assert train(jobs_file(tmp_path, "alice wild bob", processes=processes)) == FAILED
@@ -201,6 +222,10 @@ def test_a_process_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
         ({"seed": 2}, "begun with seed 1, now it is 2"),
         ({"jobs": [{"name": "alice", "rank": 5, "seed": 1}]}, "job 'alice': rank is 5, but its 12 steps in"),
         ({"jobs": [{"name": "alice", "rank": 4, "seed": 1, "epochs": 3}]}, "job 'alice': epochs is 3, but its"),
+        (
+            {"jobs": [{"name": "alice", "rank": 4, "seed": 1, "weight": 2}]},
+            "job 'alice': weight is 2.0, but the job is",
+        ),
     ],
 )
 def test_what_was_trained_otherwise_is_not_gone_on_with(whole, changes, message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import math
 import os
@@ -24,10 +23,11 @@ import psutil
 
 from lorafusion.core.files import write, writing
 from lorafusion.core.source_tree import IS_CHECKOUT, ROOT
-from lorafusion.launch.heartbeat import FAILED, Watch
+from lorafusion.launch.heartbeat import Watch
+from lorafusion.launch.judgement import judge
 from lorafusion.launch.lock import inherited
 from lorafusion.launch.outcome import FaultyRunError, Outcome
-from lorafusion.launch.rendezvous import WAIT_SECONDS, Meeting, meet, wait_for
+from lorafusion.launch.rendezvous import WAIT_SECONDS, Meeting, meet
 from lorafusion.launch.scratch import scratch_folder
 from lorafusion.launch.spec import STOP_FILE, RunSpec
 
@@ -35,8 +35,6 @@ LOGGER = logging.getLogger(__name__)
 GRACE_SECONDS = 10
 END_SECONDS = 10  # that a process may take to end once it is killed
 LOOK_SECONDS = 0.2
-NODES_SECONDS = 20  # that other nodes may take to say how their processes ended
-NODE_FAILURE = "failure-on-node-{}.json"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Of processes on one machine: what they listen on cannot be reached from another. The stores of torch listen on all
 # addresses, so these meet in files.
@@ -47,8 +45,6 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # notebook has left over would have them wait for processes that nobody has started.
 # `PET_` begins those that torchrun takes for its options.
 PLACE = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET)_\w+)")
-# In what gloo, NCCL and the store say when a process at the other end is gone.
-BROKEN_CONNECTION = re.compile("Connection|Broken pipe|Socket closed")
 
 
 class Processes:
@@ -119,7 +115,7 @@ def launch(
         spec_path = scratch / "spec.json"
         write(spec_path, spec.model_dump_json())
         watch = Watch(reports, processes)
-        with _interrupts(spec) as interrupted:
+        with _interrupts(spec) as interrupts:
             try:
                 meeting = meet(reports, nodes, os.environ) if nodes > 1 else None
             except FaultyRunError as fault:
@@ -133,24 +129,7 @@ def launch(
             finally:
                 running.end()
         LOGGER.debug(f"{processes} processes on {nodes} nodes ended: {code}")
-        if isinstance(code, str):
-            return _with_its_report(Outcome("timeout", code), reports)
-        # A signal that torchrun got too is a failure to it, however orderly its processes ended.
-        stopped = interrupted and (reports / "report.json").exists()
-        done = judged(reports, 0 if stopped else code, watch, meeting)
-        if done.status == "ok" and not done.report.get("finished", True):
-            reason = f"by {interrupted[-1]}" if interrupted else "by request"
-            return Outcome("stopped", f"{reason}, after saving a checkpoint", done.report)
-        return _with_its_report(done, reports)
-
-
-def _with_its_report(done: Outcome, reports: Path) -> Outcome:
-    """The outcome of a run that failed after it had reported is a good one: the report names the part that is `pending`
-    (`engine.task.Process.keep`), and says of it why it is unknown."""
-    path = reports / "report.json"
-    report = json.loads(path.read_text()) if done.status != "ok" and path.exists() else {}
-    pending = report.pop("pending", None)
-    return Outcome("ok", report=report | {pending: {"unknown": done.note}}) if pending else done
+        return judge(reports, code, watch, meeting, interrupts)
 
 
 def _wait(running: Processes, watch: Watch, timeout: float, stall: float, look: Callable[[], None]) -> int | str:
@@ -254,42 +233,3 @@ def end_with_launcher() -> None:
     parent = psutil.Process().parent()
     if parent is None or int(os.environ[LAUNCHER]) not in (parent.pid, parent.ppid()):
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def judged(reports: Path, code: int, watch: Watch, meeting: Meeting | None) -> Outcome:
-    """`outcome`, with what the launchers of other nodes know: here connections broke, and there a process was killed
-    that left no word."""
-    done = outcome(reports, code, watch)
-    if meeting and meeting.rank and code and reports.exists():
-        write(reports / NODE_FAILURE.format(meeting.rank), json.dumps({"status": done.status, "message": done.note}))
-    if meeting and not meeting.rank and BROKEN_CONNECTION.search(done.note):
-        wait_for(reports, {NODE_FAILURE.format(node) for node in range(1, meeting.nodes)}, NODES_SECONDS)
-        return outcome(reports, code, watch)
-    return done
-
-
-def outcome(reports: Path, code: int, watch: Watch | None = None) -> Outcome:
-    """What the workers left behind, read in the order of what explains most."""
-    failures = [json.loads(path.read_text()) for path in sorted(reports.glob("failure-*.json"))]
-    # An exhausted memory explains the others' broken connections, as does a process that was killed.
-    failures.sort(key=lambda failure: failure["status"] != "oom")
-    causes = [failure for failure in failures if not BROKEN_CONNECTION.search(failure["message"])]
-    killed = code == -signal.SIGKILL
-    if causes and not killed:
-        return Outcome(causes[0]["status"], causes[0]["message"])
-    name = signal.Signals(-code).name if code < 0 else ""
-    hint = ", often the host's out-of-memory killer" if name in ("", "SIGKILL") else ""
-    died = watch.first_dead() if watch is not None else None
-    if died:
-        if died.doing.startswith(FAILED):
-            return Outcome("crash", died.doing.removeprefix(FAILED))
-        end = f"ended by {name}" if name else "ended without a word, as by SIGKILL"
-        return Outcome("crash", f"{died.place}, {died.doing}: {end}{hint}", killed=killed)
-    if failures and not killed:
-        return Outcome(failures[0]["status"], failures[0]["message"])
-    if name:
-        return Outcome("crash", f"ended by {name}{hint}", killed=killed)
-    report = reports / "report.json"
-    if code or not report.exists():
-        return Outcome("crash", f"ended with status {code} and left no report; its log says more")
-    return Outcome("ok", report=json.loads(report.read_text()))

@@ -29,7 +29,7 @@ from lorafusion.engine.build import executor_of
 from lorafusion.engine.process import WorkerProcess
 from lorafusion.lab.table.result import result_of
 from lorafusion.launch.heartbeat import WAITING, Watch
-from lorafusion.launch.launch import end_with_parent, launch, outcome, worker_command, worker_environment
+from lorafusion.launch.launch import end_with_parent, launch, worker_command, worker_environment
 from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.rendezvous import Meeting
 from lorafusion.launch.spec import RunSpec
@@ -298,28 +298,6 @@ def test_workers_have_no_place_but_the_one_that_we_give_them():
                  "PET_NNODES", "PET_RDZV_ENDPOINT"]  # fmt: skip
     others = {"NAME", "SLURM_NODEID", "HOME", "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONUNBUFFERED"}
     assert worker_environment(1, dict.fromkeys([*left_over, *others], "2")).keys() == others
-
-
-@pytest.mark.parametrize(
-    ("failures", "code", "expected"),
-    [
-        ([("crash", "RuntimeError: Connection closed by peer"), ("crash", "ValueError: bad")], 1, "ValueError: bad"),
-        (
-            [("crash", "RuntimeError: writev [127.0.0.1]: Broken pipe"), ("crash", "ValueError: bad")],
-            1,
-            "ValueError: bad",
-        ),
-        ([("crash", "RuntimeError: Socket closed"), ("crash", "ValueError: bad")], 1, "ValueError: bad"),
-        ([("crash", "ValueError: bad"), ("oom", "CUDA out of memory")], 1, "CUDA out of memory"),
-        ([], 3, "ended with status 3 and left no report; its log says more"),
-        ([], 0, "ended with status 0 and left no report; its log says more"),
-        ([], -9, "ended by SIGKILL, often the host's out-of-memory killer"),
-    ],
-)
-def test_the_cause_that_explains_most_is_told(tmp_path: Path, failures, code, expected):
-    for rank, (status, message) in enumerate(failures):
-        (tmp_path / f"failure-{rank}.json").write_text(json.dumps({"status": status, "message": message}))
-    assert outcome(tmp_path, code).note == expected
 
 
 def _children() -> list[psutil.Process]:

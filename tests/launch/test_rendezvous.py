@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import sys
 import time
@@ -19,8 +18,7 @@ from torch.distributed import run as torchrun
 
 from lorafusion.engine import agent
 from lorafusion.launch import rendezvous
-from lorafusion.launch.heartbeat import Seen, Watch
-from lorafusion.launch.launch import judged, launch
+from lorafusion.launch.launch import launch
 from lorafusion.launch.outcome import FaultyRunError, Outcome
 from lorafusion.launch.rendezvous import (
     ATTEMPT,
@@ -153,20 +151,6 @@ def test_a_run_on_two_nodes_has_one_report(tmp_path, make_job, make_workload):
         outcomes = [end.result() for end in ends]
     assert [done.status for done in outcomes] == ["ok", "ok"], outcomes
     assert [len(values) for values in outcomes[0].report["losses"].values()] == [3, 2]
-
-
-def test_a_process_that_was_killed_on_another_node_explains_broken_connections(tmp_path):
-    """The first node sees no more than that a connection was closed."""
-    closed = {"status": "crash", "message": "rank 0, step: RuntimeError: Connection closed by peer [10.0.0.8]"}
-    (tmp_path / "failure-0.json").write_text(json.dumps(closed))
-    watches = [Watch(tmp_path, 2) for _ in range(2)]
-    watches[1].died = Seen("toy2", 1, 1, "rank 1", "step", 0.0)
-    with ThreadPoolExecutor() as pool:
-        first = pool.submit(judged, tmp_path, 1, watches[0], Meeting("77.0", "10.0.0.7:20123", 0, 2))
-        time.sleep(0.5)
-        judged(tmp_path, -signal.SIGKILL, watches[1], Meeting("77.0", "10.0.0.7:20123", 1, 2))
-        done = first.result(timeout=10)
-    assert done == Outcome("crash", "rank 1, step: ended by SIGKILL, often the host's out-of-memory killer")
 
 
 def test_the_first_node_s_report_of_a_rendezvous_comes_first(tmp_path, monkeypatch):

@@ -257,12 +257,12 @@ def ours_runs_first(original):
 
 
 @planted(
-    "lorafusion.launch.launch:_with_its_report",
+    "lorafusion.launch.judgement:with_its_report",
     caught_by="tests/lab/test_cost.py::test_what_ends_the_processes_while_they_look_at_the_cost_does_not_end_the_run",
 )
 def a_run_is_lost_with_its_cost(original):
     """A run whose processes end while they look at its cost has no time."""
-    return lambda done, reports: done
+    return lambda done, report: done
 
 
 @planted(

@@ -58,6 +58,17 @@ def a_late_node_finds_nothing(original):
 
 
 @planted(
+    "lorafusion.launch.judgement:judged",
+    caught_by="tests/launch/test_judgement.py::test_a_rule_decides[a silent death]",
+)
+def who_was_killed_is_not_told(original):
+    """That a process died without a word explains nothing."""
+    from dataclasses import replace
+
+    return lambda evidence: original(replace(evidence, died=None))
+
+
+@planted(
     "lorafusion.lab.dag:node_rank",
     caught_by="tests/lab/test_dag.py::test_only_the_first_node_of_a_run_says_that_it_is_made",
 )

@@ -104,3 +104,12 @@ def test_no_cell_runs_twice_at_once(survived):
 def test_the_cells_ran_on_the_same_nodes_at_once(survived):
     begin, end = max(job.start for job in survived.lives[-2:]), min(job.end for job in survived.lives[-2:])
     assert begin < end
+
+
+def test_each_run_says_what_ran_beside_it_on_all_its_nodes(survived):
+    """The jobs on all its nodes are asked for by the first."""
+    results = [json.loads(path.read_text()) for path in survived.workflow.results.rglob("repeat~*.json")]
+    origins = [result["provenance"] for result in results if "other_nodes" in result["provenance"]]
+    assert [len(origin["other_nodes"]) for origin in origins] == [1, 1]
+    assert any(" of root: " in origin["other_jobs"] for origin in origins), "the later one saw the other"
+    assert any("beside other Slurm jobs (" in row["note"] for row in survived.workflow.rows())

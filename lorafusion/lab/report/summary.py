@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lorafusion.lab.report import style
 from lorafusion.lab.report.throughput import ablations, merged_qkv
+from lorafusion.lab.table.result import BESIDE
 
 ROW = ["suite", "model", "workload", "kind", "gpus", "global_batch"]
 HEADINGS = {"suite": "suite", "model": "model", "workload": "workload", "kind": "kind", "global_batch": "batch"}
@@ -34,6 +35,7 @@ def print_summary(table: pd.DataFrame, report_path: str | Path, console: Console
     else:
         _print_throughputs(whole, console)
     _print_failures(table, console)
+    _print_disturbed(table, console)
     _print_line(console, f"report: {report_path}")
 
 
@@ -100,6 +102,16 @@ def _print_failures(table: pd.DataFrame, console: Console) -> None:
         for name in ("result", "log"):
             if not pd.isna(first[name]):
                 _print_line(console, f"  {name}: {first[name]}")
+
+
+def _print_disturbed(table: pd.DataFrame, console: Console) -> None:
+    """Whose clocks others may have disturbed."""
+    runs = table[table["statistic"] == "single"].drop_duplicates(["kind", "cell", "repeat"])
+    disturbed = runs[runs["note"].str.contains(BESIDE, na=False, regex=False)]
+    if not disturbed.empty:
+        cell, note = disturbed.iloc[0][["cell", "note"]]
+        example = f"as {cell}, {note[note.index(BESIDE) :]}"
+        _print_line(console, f"{len(disturbed)} of {len(runs)} runs were measured beside others, {example}")
 
 
 def _print_line(console: Console, text: str) -> None:

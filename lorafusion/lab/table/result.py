@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafusion.core.files import write
 from lorafusion.core.plan import Plan, statistics_of
-from lorafusion.core.schema import Int
+from lorafusion.core.schema import Int, shortened
 from lorafusion.core.seals import sealed
 from lorafusion.core.workload import Workload
 from lorafusion.lab.table.idle import stages_of
@@ -36,6 +36,7 @@ EXPECTED = (
     ("fill", "whole"),
 )
 MOST_SPANS = 30_000  # passes and steps of a process whose times are kept; of more only their sums
+BESIDE = "beside other "  # begins the end of a note
 CLOCKS_AGREE = 0.01  # of the host's seconds, by which the device's may differ
 
 
@@ -76,6 +77,17 @@ class Provenance(BaseModel, extra="allow"):
 
     git_sha: str | None
     config_hash: str
+    other_jobs: str | None = None
+    other_gpu_processes: str | None = None
+    other_nodes: list[dict[str, Any]] = []
+
+    @property
+    def company(self) -> str:
+        """What else ran on the nodes of a run when it began, for its note; empty where nothing is known to have."""
+        processes = [self.other_gpu_processes, *(node.get("other_gpu_processes") for node in self.other_nodes)]
+        every = {"Slurm jobs": self.other_jobs, "GPU processes": "; ".join(filter(None, processes))}
+        parts = [f"{what} ({shortened(names, 80)})" for what, names in every.items() if names]
+        return f"{BESIDE}{' and '.join(parts)}" if parts else ""
 
 
 class Result(BaseModel):

@@ -20,7 +20,7 @@ from lorafusion.core.files import write as write_text
 from lorafusion.core.schema import mistakes
 from lorafusion.core.seals import require_own_seal, require_seal, seal
 from lorafusion.lab.table.reading import read_frame
-from lorafusion.lab.table.result import ExpectedMetric, Result, ResultMetric
+from lorafusion.lab.table.result import BESIDE, ExpectedMetric, Result, ResultMetric
 from lorafusion.lab.table.statistics import fewest, interval, median
 from lorafusion.lab.table.store import is_store, read_store, require_store
 from lorafusion.lab.table.validation import (
@@ -89,7 +89,7 @@ def rows_of_result(result: dict, path: str) -> list[dict]:
     common = origin | parsed.cell | {"statistic": "single", "n": 1, "status": parsed.status, "result": path}
     if parsed.status == "ok":
         _require_expected(parsed, path)
-        return [common | _number(metric, common) for metric in parsed.metrics]
+        return [common | _number(metric, common, parsed.provenance.company) for metric in parsed.metrics]
     if parsed.metrics:
         count = len(parsed.metrics)
         raise MeasurementError(f"{path}: metrics: expected none with status {parsed.status!r}, found {count}")
@@ -112,18 +112,22 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     single = table[table["statistic"] == "single"].reset_index(drop=True)
     if single.empty:
         return single
-    grouped = single.groupby(list(GROUP), dropna=False, sort=False)
+    disturbed = single["note"].str.contains(BESIDE, na=False, regex=False)
+    notes = single["note"].str.replace(f"(; |^){BESIDE}.*", "", regex=True)
+    plain = single.assign(note=notes.mask(notes == ""), disturbed=disturbed)
+    grouped = plain.groupby(list(GROUP), dropna=False, sort=False)
     rest = [name for name in COLUMNS if name not in GROUP]
     distinct = grouped[rest].nunique(dropna=False)
     shared = grouped[rest].first().where(distinct == 1).reset_index()
     distinct = distinct.reset_index(drop=True)
     _require_agreement(single)
     failures = _failures(single)
-    values = grouped["value"].agg(list)
+    values, counts = grouped["value"].agg(list), grouped["disturbed"].sum()
     rows = []
-    for group, differing, numbers in zip(shared.to_dict("records"), distinct.to_dict("records"), values, strict=True):
+    groups = zip(shared.to_dict("records"), distinct.to_dict("records"), values, counts, strict=True)
+    for group, differing, numbers, count in groups:
         cell = (group["suite"], group["kind"], group["cell"])
-        rows.append(group | _summary(group, differing, numbers, failures.get(cell)))
+        rows.append(group | _summary(group, differing, numbers, count, failures.get(cell)))
     return pd.concat([single, frame(rows)]).sort_values(list(ORDER), ignore_index=True)
 
 
@@ -222,10 +226,10 @@ def _require_expected(result: Result, path: str) -> None:
             )
 
 
-def _number(metric: ResultMetric, common: dict) -> dict:
+def _number(metric: ResultMetric, common: dict, company: str) -> dict:
     row = metric.model_dump(exclude={"cell"}) | metric.cell
     row["implementation"] = metric.implementation or common.get("implementation")
-    row["note"] = _one_line(metric.note)
+    row["note"] = _one_line("; ".join(filter(None, [metric.note, company])))
     return row
 
 
@@ -253,8 +257,9 @@ def _failures(single: pd.DataFrame) -> dict[tuple, dict]:
     return out
 
 
-def _summary(group: dict, distinct: dict, values: list[float], failure: dict | None) -> dict:
-    """What the summary row of a group says itself, the rest being what its repeats share."""
+def _summary(group: dict, distinct: dict, values: list[float], disturbed: int, failure: dict | None) -> dict:
+    """What the summary row of a group says itself, the rest being what its repeats share. disturbed: how many of them
+    ran beside others."""
     row = {"statistic": "median", "repeat": None, "ci_low": None, "ci_high": None}
     if failure:
         return row | failure | {"value": None}
@@ -266,6 +271,8 @@ def _summary(group: dict, distinct: dict, values: list[float], failure: dict | N
         notes.append(f"no 95 % interval from {len(values)} repeats, it takes {fewest()}")
     if mixed := [name for name in SHOULD_AGREE if distinct[name] > 1]:
         notes.append(f"repeats differ in {', '.join(mixed)}")
+    if disturbed:
+        notes.append(f"{disturbed} of {len(values)} repeats ran beside others")
     return row | {"note": "; ".join(notes) or None}
 
 

@@ -78,3 +78,13 @@ def test_a_table_without_throughput_says_so(make_run, make_table):
     stream = io.StringIO()
     print_summary(table[table["metric"] == "time"], "report.html", Console(file=stream))
     assert stream.getvalue() == "no throughput in the table\nreport: report.html\n"
+
+
+def test_runs_beside_others_are_counted(make_table, smoke_runs):
+    table, stream = make_table(smoke_runs), io.StringIO()
+    runs = table[(table["statistic"] == "single") & (table["status"] == "ok")]
+    table.loc[runs.index[:1], "note"] = "mean of 2; beside other Slurm jobs (8 of alice: 2 CPUs, N/A)"
+    print_summary(table, "report.html", Console(file=stream, width=80))
+    count = len(table[table["statistic"] == "single"].drop_duplicates(["kind", "cell", "repeat"]))
+    expected = f"1 of {count} runs were measured beside others, as {runs.iloc[0]['cell']}, "
+    assert f"{expected}beside other Slurm jobs (8 of alice: 2 CPUs, N/A)\n" in stream.getvalue()

@@ -264,6 +264,31 @@ def test_summary_says_that_the_repeats_are_of_several_commits_and_refuses_severa
         table.summarise(build(result(), second))
 
 
+@pytest.mark.parametrize(
+    ("company", "note"),
+    [
+        ({"other_jobs": "8 of alice: 2 CPUs, N/A"}, "beside other Slurm jobs (8 of alice: 2 CPUs, N/A)"),
+        ({"other_nodes": [{"other_gpu_processes": ""}, {"other_gpu_processes": "42, /usr/bin/other, 9 MiB"}]},
+         "beside other GPU processes (42, /usr/bin/other, 9 MiB)"),
+        ({"other_jobs": "", "other_gpu_processes": None, "other_nodes": []}, ""),
+    ],
+)  # fmt: skip
+def test_what_ran_beside_a_run_is_in_its_note_and_in_the_summary(company, note):
+    """Also of the nodes after the first. The other repeat ran alone."""
+    disturbed = result(repeat=1)
+    disturbed["provenance"] |= company
+    frame = build(disturbed, result(repeat=2))
+    notes = {metric: list(rows["note"].fillna("")) for metric, rows in frame.groupby("metric")}
+    assert notes == {
+        "throughput": [note, ""],
+        "time": ["; ".join(filter(None, ["fastest of 5", note])), "fastest of 5"],
+    }
+    summary = table.summarise(frame)
+    summary = summary[summary["statistic"] == "median"].set_index("metric")["note"]
+    few = "no 95 % interval from 2 repeats, it takes 6"
+    assert summary["time"] == "; ".join(["fastest of 5", few, *["1 of 2 repeats ran beside others"] * bool(note)])
+
+
 def test_summarise_twice_is_summarise_once():
     once = table.summarise(build(result(), result(repeat=2)))
     pd.testing.assert_frame_equal(once, table.summarise(once))

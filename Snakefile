@@ -5,28 +5,26 @@
 #
 # lorafusion/lab/steps.py lists the steps of a suite: what is made from what, and what each depends on. Here is a rule
 # for each kind of steps and for each target. A rule makes one step, by its main output.
-import atexit
 import os
 import re
 import shlex
 import sys
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
-from lorafusion.core.machine import has_gpu
 from lorafusion.core.schema import UserError
-from lorafusion.lab.cluster.admission import require_admitted
-from lorafusion.lab.cluster.preflight import check_nodes_first
+from lorafusion.lab.begin import begin
 from lorafusion.lab.cluster.request import request_of
 from lorafusion.lab.cluster.site import read_site
-from lorafusion.lab.cluster.watch import watch
-from lorafusion.lab.driver import driving, is_driven, join_driver
-from lorafusion.lab.failures import accidents, statement
+from lorafusion.lab.driver import is_driven, join_driver
+from lorafusion.lab.failures import accidents, statement, unmade
 from lorafusion.lab.reproduce import again_command, failures_of, write_report
 from lorafusion.lab.steps import dag_of
+from lorafusion.lab.submission import share_jobs, submission_of
 
 min_version("9.25")
 
@@ -74,6 +72,8 @@ for kind, steps in SUITE.kinds.items():
         wildcard_constraints:
             name=names_of(kind),
         priority: of_step(kind, lambda step: step.priority)
+        group:
+            group_of(kind)
         localrule: kind.quick
         threads: threads_of(kind)
         resources:

@@ -64,6 +64,18 @@ def inputs_of(kind):
     return of_step(kind, inputs)
 
 
+@cache
+def groups():
+    """The jobs that steps share on Slurm."""
+    with reported():
+        return share_jobs(workflow, SUITE, SITE)
+
+
+def group_of(kind):
+    """The job that a step shares; None for a kind that is made where the workflow runs."""
+    return None if kind.quick else of_step(kind, lambda step: groups().get(step))
+
+
 def outputs_of(kind):
     """The outputs by name, those that the report shows marked."""
     named = {"main": kind.outputs[0]} | {
@@ -110,39 +122,8 @@ DRIVER = ExitStack()
 
 
 onstart:
-    # Jobs that Slurm places need no GPU here, and nor does a dry run.
-    cuda = any(step.resources.gpus for step in SUITE.of_target("all"))
-    if cuda and workflow.local_exec and not has_gpu():
-        raise WorkflowError(
-            f"error: {SUITE.suite}: a suite for GPUs, but nvidia-smi finds none; try suite=smoke or Slurm"
-        )
-    # The name of all jobs that the executor will submit; of what runs here there is none.
-    slurm_run = getattr(workflow.scheduler._executor, "run_uuid", "")
-    if slurm_run:
-        jobs = [job for job in workflow.dag.needrun_jobs() if not job.is_local]
-        with reported():
-            require_admitted(
-                {job.output.main: job.resources for job in jobs},
-                workflow.executor_settings,
-            )
-    driver = driving(
-        SUITE.folder, f"workflow of suite {SUITE.name}", slurm_run=slurm_run
-    )
-    atexit.register(DRIVER.close)  # some errors call no handler
     with reported():
-        changed = DRIVER.enter_context(driver)
-    if changed:
-        # The jobs that had to end took files with them: what is to be done is not what was planned.
-        DRIVER.close()
-        print("starting anew", flush=True)
-        os.execv(sys.executable, sys.orig_argv)
-    if slurm_run:
-        watch(workflow.scheduler._executor, SUITE.folder)
-        with reported():
-            needs = [step.resources for step in SUITE.of_target("all")]
-            check_nodes_first(SUITE.folder, needs, slurm_run)
-    if getattr(workflow.executor_settings, "efficiency_report", False):
-        workflow.executor_settings.efficiency_report_path = SUITE.folder
+        begin(SUITE, DRIVER, submission_of(workflow), workflow.local_exec)
 
 
 # The report needs the finished run, so it is no rule. Where nothing was to be done, it is there already. A target such
@@ -162,3 +143,6 @@ onsuccess:
 onerror:
     with reported():
         DRIVER.close()
+    begun = unmade(SUITE.of_target("all"))
+    if begun:
+        print(f"error: {UserError(begun)}", file=sys.stderr)

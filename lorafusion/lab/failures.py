@@ -48,3 +48,13 @@ def statement(failed: dict[Step, str], command: str) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     again = f"; to try again: {command}" if accidents(failed) else ""
     return f"failed: {', '.join(names[:NAMED])}{more}{again}"
+
+
+def unmade(steps: Iterable[Step]) -> str:
+    """A line about steps that were begun and not made, as a job that several share does not say which; empty where
+    there are none."""
+    begun = [step for step in steps if step.log.exists() and not all(path.exists() for path in step.files)]
+    if not begun:
+        return ""
+    more = f" and {len(begun) - NAMED} more" if len(begun) > NAMED else ""
+    return f"not made: {', '.join(f'{step.relative} (see {step.log})' for step in begun[:NAMED])}{more}"

@@ -229,8 +229,9 @@ class MeasuredSteps:
             return Resources(minutes, 16_000, gpus=int(self.points["kernels"][0].settings.device == "cuda"))
         processes = CHECKS[name].processes(self.suite)
         most = max(files.cell.gpus for files in self.cells.values())
-        gpus = min(self.suite.gpus_per_node, most, processes)
-        return Resources(minutes, 2000 * processes, processes, gpus if self.suite.device == "cuda" else 0)
+        gpus = min(self.suite.gpus_per_node, most, processes) if self.suite.device == "cuda" else 0
+        whole_nodes = gpus == self.suite.gpus_per_node
+        return Resources(minutes, 2000 * processes, processes, gpus, whole_nodes=whole_nodes)
 
     def _make_check(self, name: str, step: Step, launch: Callable) -> str:
         outcome = run_check(name, Path(self.source))

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from lorafusion.core.config import read_model, read_systems
 from lorafusion.data.blocks import MOST_LINE
 from lorafusion.lab.checks.comparison import LOSS_TOLERANCE, MOST_LOSS_ERROR, MOST_WEIGHT_ERROR, WEIGHT_TOLERANCE
 from lorafusion.lab.checks.gradients import MOST_ERROR, MOST_LENGTH_ERROR
 from lorafusion.lab.checks.verdicts import read_verdict
+from lorafusion.lab.cluster.site import Site
+from lorafusion.lab.shared_jobs import groups_of
+from lorafusion.lab.steps import dag_of
 from lorafusion.lab.suite import cells, read_suite, suite_path
 from lorafusion.lab.table.result import CLOCKS_AGREE
 from lorafusion.lab.trials import SLOWER
@@ -34,6 +39,21 @@ def reproduce() -> list[str]:
         count = len(cells(suite, suite_path(name)))
         passages.append(f"| {number(count)} × {number(suite.repeats)} |")
     return passages
+
+
+def slurm_site() -> list[str]:
+    """The jobs of the paper's grid; tests/lab/test_shared_jobs.py has Snakemake count them too."""
+    counts = []
+    for gpus_per_node in ("8", "4"):
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setenv("LORAFUSION_SLURM_GPUS_PER_NODE", gpus_per_node)
+            dag = dag_of("paper-grid")
+        steps, shared = [step for step in dag.of_target("all") if not step.kind.quick], groups_of(dag, Site())
+        counts.append(len(steps) - len(shared) + len(set(shared.values())))
+    eight, four = map(number, counts)
+    return [
+        f"the {number(len(steps))} steps of the paper's grid are {eight} jobs on nodes of eight GPUs, and {four} on"
+    ]
 
 
 def jobs_file() -> list[str]:

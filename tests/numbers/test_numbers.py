@@ -37,7 +37,7 @@ TIED: dict[str, Callable[[], list[str]]] = {
     "docs/reference/measurements.md": others.measurements,
     "docs/reference/planner.md": planner.constants,
     "docs/reference/robustness.md": others.robustness,
-    "docs/reference/slurm-site.md": NOTHING,
+    "docs/reference/slurm-site.md": others.slurm_site,
     "docs/reference/suites.md": NOTHING,
     "docs/reference/systems.md": others.systems,
     "docs/reference/words.md": NOTHING,

@@ -1,5 +1,10 @@
 """The slurm profile on a real, if toy, Slurm of two nodes on this machine: `make slurm-test`."""
 
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
 import pytest
 
 from tests.slurm.toy import Workflow, answer, lives
@@ -20,14 +25,33 @@ def test_a_job_of_two_processes_runs_on_two_nodes(tmp_path):
     ]
 
 
-def test_the_workflow_runs_through_the_slurm_profile(tmp_path):
+def test_steps_share_a_job_one_by_one_and_the_workflow_ends_well(tmp_path):
+    """The first of three runs that share a job fails: the others are made. A second start makes that one, and the
+    rest."""
     workflow, before = Workflow(tmp_path, "suite"), len(lives())
-    status, said = workflow.start().end(1100)
-    assert status == 0, said[-8000:]
+    folder = "results/slurm-test/runs/model~tiny/workload~xsum/gpus~2/batch~4"
+    targets = [f"{folder}/system~{system}/repeat~1.json" for system in ("lorafusion", "mlora", "megatron-pp")]
+    fails_once = f"if mkdir {tmp_path}/once 2>/dev/null; then exit 1; fi"
+    status, output = workflow.start(*targets, LORAFUSION_SLURM_BEFORE=fails_once, LORAFUSION_SLURM_PREFLIGHT="0").end(
+        300
+    )
+    assert status != 0, output[-8000:]
+    assert "3 steps in 1 Slurm jobs" in output
+    (failed,) = [path for path in targets if not (workflow.checkout / path).exists()]
+    assert f"error: not made: {failed.partition('slurm-test/')[2]} (see " in output, output[-8000:]
+    others = [times(workflow.checkout / path) for path in targets if path != failed]
+    assert len(lives()) == before + 1
+    (first, second) = sorted(others)
+    assert first.end <= second.start, "a run was disturbed by another of its job"
 
-    submitted = lives()[before:]
-    assert submitted, "no job went through Slurm"
+    status, output = workflow.start().end(900)
+    assert status == 0, output[-8000:]
+    submitted = lives()[before + 1 :]
     assert {job.state for job in submitted} == {"COMPLETED"}
+    assert sum("run" in job.what for job in submitted) == 2, submitted  # the one that failed, and that on two nodes
+    assert [times(workflow.checkout / path).start for path in targets if path != failed] == [
+        span.start for span in others
+    ]
 
     rows = workflow.rows()
     assert {row["status"] for row in rows} == {"ok"}, [row for row in rows if row["status"] != "ok"]
@@ -35,3 +59,15 @@ def test_the_workflow_runs_through_the_slurm_profile(tmp_path):
     assert any(float(row["gpus"] or 0) == 4 for row in rows), "no cell ran on two nodes"
     assert (workflow.results / "report.html").stat().st_size > 0
     assert not list(workflow.checkout.rglob("PWNED"))
+
+
+class Span(NamedTuple):
+    """When a run began and when it had written its result, in seconds."""
+
+    start: float
+    end: float
+
+
+def times(result: Path) -> Span:
+    begin = json.loads(result.read_text())["provenance"]["started_at"]
+    return Span(datetime.fromisoformat(begin).timestamp(), result.stat().st_mtime)

@@ -18,7 +18,7 @@ CORES = 12  # that come with a GPU
 def test_slurm_takes_every_request_of_the_papers_grid(tmp_path, monkeypatch, nodes, gpus):
     cluster("start", NODES=nodes, GPUS=gpus, CPUS=CORES * gpus, MEM_MB=1_000_000)
     site = {"account": "lab", "partition": "long", "cpu_partition": "cpu"}
-    site |= {"gpus_per_node": gpus, "cpus_per_gpu": CORES, "memory_gb": 1000}
+    site |= {"gpus_per_node": gpus, "cpus_per_gpu": CORES, "memory_gb": 1000, "physical_cores": True}
     (tmp_path / "site.yaml").write_text("".join(f"{key}: {value}\n" for key, value in site.items()))
     monkeypatch.setenv(SITE, str(tmp_path / "site.yaml"))
 

@@ -7,15 +7,17 @@ there. LORAFUSION_SLURM_PARTITION and so on replace single keys.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.files import read_yaml
+from lorafusion.core.plugins import import_extra
 from lorafusion.core.schema import MOST_PROCESSES, Config, Mistakes, UserError, validated
 
 PREFIX = "LORAFUSION_SLURM_"
@@ -32,7 +34,10 @@ class Site(Config):
         default=None, ge=1, le=MOST_PROCESSES, description="GPUs of a node, or processes of a suite for CPUs"
     )
     cpus_per_gpu: int = Field(default=4, ge=1, le=1024, description="cores that come with a GPU")
-    memory_gb: int | None = Field(default=None, ge=1, le=1_000_000, description="memory of a whole node")
+    physical_cores: bool = Field(default=False, description="a core with its hardware threads is for one job alone")
+    memory_gb: int | None = Field(
+        default=None, ge=0, le=1_000_000, description="memory of a whole node; 0: no job asks for memory"
+    )
     gpu_type: str | None = Field(default=None, pattern=TYPE, description="as in `--gres=gpu:TYPE:8`")
     constraint: str | None = Field(default=None, pattern=WORD, description="features of the nodes with GPUs")
     partition: str | None = Field(default=None, pattern=WORD)
@@ -47,6 +52,9 @@ class Site(Config):
     exclusive: bool = Field(default=False, description="timed jobs get whole nodes, and not their share alone")
     extra: str = Field(default="", description="other options of sbatch, as `--mail-type=FAIL`")
     jobs: int = Field(default=16, ge=1, le=100_000, description="in the queue at once")
+    group_minutes: int = Field(
+        default=600, ge=0, le=1_000_000, description="the longest job that steps share; 0: a job for each step"
+    )
     poll: int = Field(default=40, ge=1, le=3600, description="seconds to the first look at a job's state")
     left_jobs: Literal["cancel", "wait"] = Field(
         default="cancel", description="what becomes of jobs that run on after their Snakemake was killed"
@@ -54,6 +62,17 @@ class Site(Config):
     preflight: int = Field(default=10, ge=0, le=1440, description="minutes that its job may wait; 0: no preflight")
     interface: str | None = Field(default=None, pattern=WORD, description="network between nodes, as ib0")
     before: list[str] = Field(default=[], description="shell lines before each job, as `module load cuda`")
+
+    @field_validator("extra")
+    @classmethod
+    def _leaves_to_the_plugin_what_it_sets(cls, value: str) -> str:
+        """It would fail each job otherwise, one by one."""
+        shlex.split(value)  # a quotation mark that is missing
+        plugin = import_extra("snakemake_executor_plugin_slurm.validation", "lab", "extra") if value else None
+        for pattern, option in plugin.get_forbidden_slurm_options().items() if plugin else ():
+            if match := re.search(pattern, value):
+                raise ValueError(f"{match[0].strip(' =')}: Snakemake sets the {option} itself; is there a key for it?")
+        return value
 
     @property
     def shell(self) -> str:

@@ -60,6 +60,7 @@ class EndToEnd(Experiment):
             cpus=here,
             gpus=here if suite.device == "cuda" else 0,
             nodes=nodes,
+            whole_nodes=suite.device == "cuda" and here == suite.gpus_per_node,
         )
 
     def run(self, point: Point, repeat: int, out: Path, log: Path | None, inputs: Inputs = NO_INPUTS) -> str:

@@ -8,17 +8,25 @@ from types import SimpleNamespace
 import pytest
 
 from lorafusion.core.schema import UserError
-from lorafusion.lab.cluster.admission import read_minutes, read_nodes, refusal, require_admitted, sbatch_words
+from lorafusion.lab.cluster.admission import (
+    Nodes,
+    minutes_allowed,
+    read_minutes,
+    read_nodes,
+    refusal,
+    require_admitted,
+    sbatch_words,
+)
 from lorafusion.lab.cluster.request import Resources, request_of
 from lorafusion.lab.cluster.site import Site
 from lorafusion.lab.steps import dag_of
 
 # Two kinds of nodes in one partition, whose sockets are told; a partition whose jobs have one node.
 SINFO = """\
-short*|10:00|1-infinite|2|96|1000000|gpu:h100:8(S:0-1)
-short*|10:00|1-infinite|1|64+|500000+|gpu:a100:4,mps:400
-long|1-00:00:00|1-infinite|2|96|1000000|gpu:8
-one|infinite|1|4|128|250000|(null)
+short*|10:00|1-infinite|2|96|1|1000000|gpu:h100:8(S:0-1)
+short*|10:00|1-infinite|1|64+|1|500000+|gpu:a100:4,mps:400
+long|1-00:00:00|1-infinite|2|96|2|1000000|gpu:8
+one|infinite|1|4|128|1|250000|(null)
 """
 ONE_GPU = Resources(8, 64_000, gpus=1)
 
@@ -32,11 +40,12 @@ def test_times_are_read_as_slurm_writes_them(text, minutes):
 
 
 def test_nodes_are_read_as_sinfo_tells_them():
-    assert [tuple(nodes) for nodes in read_nodes(SINFO)] == [
-        ("short", True, 10, math.inf, 2, 96, 1_000_000, 8),
-        ("short", True, 10, math.inf, 1, 64, 500_000, 4),
-        ("long", False, 1440, math.inf, 2, 96, 1_000_000, 8),
-        ("one", False, math.inf, 1, 4, 128, 250_000, 0),
+    shapes = dict(partition="short", is_default=True, minutes=10, most=math.inf, threads=1)
+    assert read_nodes(SINFO) == [
+        Nodes(**shapes, count=2, cpus=96, memory_mb=1_000_000, gpus=8),
+        Nodes(**shapes, count=1, cpus=64, memory_mb=500_000, gpus=4),
+        Nodes("long", False, 1440, math.inf, count=2, cpus=96, threads=2, memory_mb=1_000_000, gpus=8),
+        Nodes("one", False, math.inf, 1, count=4, cpus=128, threads=1, memory_mb=250_000, gpus=0),
     ]
 
 
@@ -46,6 +55,12 @@ def test_nodes_are_read_as_sinfo_tells_them():
         (ONE_GPU, None, ""),
         (ONE_GPU._replace(minutes=125), None, "partition short: 125 minutes, at most 10 there"),
         (ONE_GPU._replace(minutes=125), "long", ""),
+        (ONE_GPU._replace(minutes=125), "short,long", ""),  # Slurm takes the first that fits
+        (ONE_GPU._replace(minutes=1500), "short,long", "partition short: 1500 minutes, at most 10 there"),
+        (
+            ONE_GPU, "long,gpu",
+            "no partition 'gpu'; known: long, one, short; LORAFUSION_SLURM_PARTITION names one",
+        ),
         (ONE_GPU._replace(nodes=3), "long", "partition long: 3 nodes, at most 2 there"),
         (ONE_GPU._replace(gpus=9), "long", "partition long: 9 GPUs a node, at most 8 there"),
         (ONE_GPU, "one", "partition one: 1 GPUs a node, at most 0 there"),
@@ -65,19 +80,65 @@ def test_a_job_that_no_node_can_run_is_refused(needs, partition, reason):
 
 def test_nodes_that_differ_a_little_share_a_job():
     """`slurmd -C` writes each node's memory to the megabyte."""
-    nodes = read_nodes("gpu*|1:00:00|1-infinite|1|96|2063937|gpu:8\ngpu*|1:00:00|1-infinite|1|96|2063921|gpu:8\n")
+    nodes = read_nodes("gpu*|1:00:00|1-infinite|1|96|2|2063937|gpu:8\ngpu*|1:00:00|1-infinite|1|96|2|2063921|gpu:8\n")
     assert refusal(request_of(ONE_GPU._replace(nodes=2), Site()), nodes) == ""
     assert "3 nodes, at most 2 there" in refusal(request_of(ONE_GPU._replace(nodes=3), Site()), nodes)
 
 
-def test_a_cluster_without_a_default_partition_needs_one():
-    reason = refusal(request_of(ONE_GPU, Site()), read_nodes(SINFO.replace("*", "")))
-    assert reason == "no default partition; known: long, one, short; LORAFUSION_SLURM_PARTITION names one"
+@pytest.mark.parametrize(("physical_cores", "reason"), [(False, ""), (True, "64 cores a node, at most 48 there")])
+def test_physical_cores_are_half_as_many_as_hardware_threads(physical_cores, reason):
+    site = Site(partition="long", cpus_per_gpu=64, physical_cores=physical_cores)
+    assert reason in refusal(request_of(ONE_GPU, site), read_nodes(SINFO))
+    assert bool(reason) == bool(refusal(request_of(ONE_GPU, site), read_nodes(SINFO)))
 
 
-def admitted(slurm, jobs, answer="", **site) -> list[str]:
-    """What is said of jobs where sbatch answers so."""
+@pytest.mark.parametrize(
+    ("answer", "mistakes"),
+    [
+        ("", []),
+        (
+            "No partition specified or system default partition",
+            ["a: Slurm would not run it: sbatch: No partition specified or system default partition; "
+             "LORAFUSION_SLURM_PARTITION names one"],
+        ),
+    ],
+)  # fmt: skip
+def test_where_no_partition_is_the_default_sbatch_decides(slurm, capsys, answer, mistakes):
+    """A cluster may route jobs by rules of its own."""
+    assert admitted(slurm, {"a": ONE_GPU}, answer, sinfo=SINFO.replace("*", "")) == mistakes
+    assert "not sure whether jobs are too long: they name no partition" in capsys.readouterr().out
+
+
+def test_partitions_that_are_hidden_are_looked_at(slurm):
+    admitted(slurm, {"a": ONE_GPU})
+    assert "--all" in slurm.calls("sinfo")[0].split()
+
+
+@pytest.mark.parametrize(
+    ("site", "minutes"),
+    [
+        ({}, 10),
+        ({"partition": "long"}, 1440),
+        ({"partition": "long,short"}, 1440),
+        ({"partition": "long", "cpu_partition": "short"}, 10),
+        ({"partition": "one"}, math.inf),
+        ({"partition": "gone"}, math.inf),
+    ],
+)
+def test_the_longest_job_is_that_of_the_partitions(slurm, site, minutes):
     (slurm.folder / "nodes").write_text(SINFO)
+    slurm.program("sinfo", "cat nodes")
+    assert minutes_allowed(Site(**site)) == minutes
+
+
+def test_without_slurm_nothing_limits_a_job(slurm):
+    slurm.program("sinfo", "exit 1")
+    assert minutes_allowed(Site()) == math.inf
+
+
+def admitted(slurm, jobs, answer="", sinfo=SINFO, **site) -> list[str]:
+    """What is said of jobs where sbatch answers so."""
+    (slurm.folder / "nodes").write_text(sinfo)
     slurm.program("sinfo", "cat nodes")
     slurm.program("sbatch", f"echo '{answer}' >&2; exit 1" if answer else "")
     try:
@@ -142,7 +203,7 @@ def test_job_arrays_are_refused(slurm):
 @pytest.mark.parametrize(("gpus_per_node", "nodes"), [(4, 4), (8, 2)])
 def test_the_papers_grid_fits_nodes_of_four_and_of_eight_gpus(monkeypatch, gpus_per_node, nodes):
     monkeypatch.setenv("LORAFUSION_SLURM_GPUS_PER_NODE", str(gpus_per_node))
-    cluster = read_nodes(f"gpu*|1-00:00:00|1-infinite|{nodes}|64|{64_000 * gpus_per_node}|gpu:{gpus_per_node}\n")
+    cluster = read_nodes(f"gpu*|1-00:00:00|1-infinite|{nodes}|64|1|{64_000 * gpus_per_node}|gpu:{gpus_per_node}\n")
     requests = [request_of(step.resources, Site()) for step in dag_of("paper-grid").steps if not step.kind.quick]
     assert {refusal(request, cluster) for request in requests} == {""}
     assert max(request["nodes"] or 1 for request in requests) == nodes
@@ -163,3 +224,8 @@ def test_a_job_is_tried_as_it_would_be_submitted():
     assert words[0] == "sbatch"
     for options in (["-A", "a$b"], ["-p", "gpu"], ["--qos=high"], ["-C", "x&y"]):
         assert any(words[index : index + len(options)] == options for index in range(len(words)))
+
+
+def test_where_memory_is_not_tracked_none_is_asked_for():
+    assert "--mem" not in sbatch_words(request_of(ONE_GPU, Site(memory_gb=0)))
+    assert "--mem" in sbatch_words(request_of(ONE_GPU, Site()))

@@ -43,7 +43,7 @@ ENDED = JobState("7", "COMPLETED", "None", "toy[1-2]")
 @pytest.fixture
 def nodes(slurm, monkeypatch):
     """A cluster whose nodes are processes: `srun` starts all of them at once."""
-    slurm.program("sinfo", "echo 'toy*|1:00:00|1-infinite|2|8|16000|(null)'")
+    slurm.program("sinfo", "echo 'toy*|1:00:00|1-infinite|2|8|1|16000|(null)'")
     slurm.program("sbatch", 'case "$*" in *--test-only*) exit;; esac\n'
                             'while [ $# -gt 0 ]; do case "$1" in --output=*) log=${1#*=};; esac; shift; done\n'
                             'cat >script; sh script >"$log" 2>&1; echo 7')  # fmt: skip

@@ -6,6 +6,7 @@ import pytest
 
 from lorafusion.lab.cluster.request import Resources, nodes_for, request_of
 from lorafusion.lab.cluster.site import Site
+from lorafusion.lab.steps import dag_of
 
 GPUS = Resources(65, 64_000, cpus=2, gpus=2)
 NODES = Resources(185, 256_000, cpus=8, gpus=8, nodes=2)
@@ -77,10 +78,36 @@ def test_what_is_for_nodes_with_gpus_is_not_asked_of_others():
         (CPU._replace(exclusive=False), {"exclusive": True}, None),
         (NODES, {"gpus_per_node": 8, "reservation": "week"}, "--exclusive --reservation=week"),
         (NODES, {"gpus_per_node": 8, "extra": "--nice=5"}, "--exclusive --nice=5"),
+        (NODES._replace(whole_nodes=True), {}, "--exclusive"),  # the suite says that these are all
+        (NODES._replace(whole_nodes=True, exclusive=False), {}, None),
+        (GPUS, {"physical_cores": True}, "--hint=nomultithread"),
+        (NODES, {"gpus_per_node": 8, "physical_cores": True}, "--exclusive --hint=nomultithread"),
     ],
 )
 def test_a_timed_job_has_its_node_or_its_share_alone(needs, site, extra):
     assert request_of(needs, Site(**site))["slurm_extra"] == extra
+
+
+def test_launchers_on_several_nodes_have_physical_cores_too():
+    """srun does not get to know what sbatch was told."""
+    assert request_of(NODES, Site(physical_cores=True))["mpi"].endswith(" --cpus-per-task=32 --hint=nomultithread")
+
+
+@pytest.mark.parametrize("needs", [NODES, GPUS, CPU])
+def test_where_memory_is_not_tracked_none_is_asked_for(needs):
+    assert request_of(needs, Site(gpus_per_node=8, memory_gb=0))["mem_mb"] == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus_per_node", "whole"),
+    [("", {8}), ("4", {4}), ("16", {16}), ("32", set())],
+    ids=["the suite's", "4", "16", "more than are used"],
+)
+def test_a_cell_that_takes_all_gpus_of_a_node_is_alone_there(monkeypatch, gpus_per_node, whole):
+    """Also where the suite says how many those are, and the site does not."""
+    monkeypatch.setenv("LORAFUSION_SLURM_GPUS_PER_NODE", gpus_per_node)
+    needs = {step.resources for step in dag_of("paper-grid").of_target("all")}
+    assert {some.gpus for some in needs if "--exclusive" in (request_of(some, Site())["slurm_extra"] or "")} == whole
 
 
 @pytest.mark.parametrize(("needs", "memory_mb"), [(NODES, 1_900_000), (GPUS, 64_000)])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorafusion.core.schema import UserError
+from lorafusion.lab.cluster.request import Resources, request_of
 from lorafusion.lab.cluster.site import Site, read_site, site_or_exit
 
 EXAMPLES = sorted(Path("slurm/sites").glob("*.yaml"))
@@ -58,6 +59,16 @@ def test_the_environment_replaces_single_keys(site_file):
         ("left_jobs: keep", "{file}: left_jobs: input should be 'cancel' or 'wait' (found 'keep')"),
         ("gpu_type: a100-80", "{file}: gpu_type: string should match pattern '^[A-Za-z0-9_.]+$' (found 'a100-80')"),
         ("account: a b", "{file}: account: string should match pattern '^[^\\s'\\\"]+$' (found 'a b')"),
+        (
+            "extra: --nice=5 --qos=x",
+            "{file}: extra: --qos: Snakemake sets the quality of service itself; is there a key for it? "
+            "(found '--nice=5 --qos=x')",
+        ),
+        (
+            "extra: -p gpu",
+            "{file}: extra: -p: Snakemake sets the partition itself; is there a key for it? (found '-p gpu')",
+        ),
+        ("extra: --comment='a", '{file}: extra: no closing quotation (found "--comment=\'a")'),
         ("[4]", "{file}: expected a mapping, found a list"),
     ],
 )
@@ -75,6 +86,11 @@ def test_a_mistake_in_the_environment_names_the_variable():
         "LORAFUSION_SLURM_PARTITON: partiton: unknown key (found 'gpu'); did you mean partition?",
         "LORAFUSION_SLURM_POLL: poll: input should be greater than or equal to 1 (found '0')",
     ]
+
+
+def test_what_the_plugin_does_not_set_can_be_extra():
+    site = Site(extra="--nice=5 --mail-type=FAIL --export-file=x --gpu-bind=none")
+    assert request_of(Resources(1, 1), site)["slurm_extra"] == site.extra
 
 
 def test_a_profile_with_a_mistake_ends_in_a_line(monkeypatch, capsys):

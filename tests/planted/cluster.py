@@ -7,6 +7,7 @@ from tests.planted.plant import planted
 ADMISSION = "tests/lab/cluster/test_admission.py"
 REQUEST = "tests/lab/cluster/test_request.py"
 SITE = "tests/lab/cluster/test_site.py"
+SHARED = "tests/lab/test_shared_jobs.py"
 
 
 @planted(
@@ -58,3 +59,30 @@ def the_environment_is_not_read(original):
     from lorafusion.lab.cluster.site import SITE
 
     return lambda environment: original({SITE: environment[SITE]})
+
+
+@planted(
+    "lorafusion.lab.shared_jobs:groups_of",
+    caught_by=f"{SHARED}::test_a_job_is_no_longer_than_the_site_and_the_partition_allow[site1-300-300]",
+)
+def steps_share_jobs_that_their_partition_does_not_take(original):
+    """A job of ten hours in a partition of five."""
+    return lambda dag, site, most: original(dag, site)
+
+
+@planted(
+    "lorafusion.lab.cluster.admission:minutes_allowed",
+    caught_by=f"{ADMISSION}::test_the_longest_job_is_that_of_the_partitions[site3-10]",
+)
+def the_partition_of_jobs_without_gpus_is_not_looked_at(original):
+    """It may be the one with the shorter limit."""
+    return lambda site: original(site.model_copy(update={"cpu_partition": None}))
+
+
+@planted(
+    "lorafusion.lab.failures:unmade",
+    caught_by="tests/lab/test_begin.py::test_steps_that_were_begun_and_not_made_are_named",
+)
+def a_step_that_failed_in_a_shared_job_is_not_named(original):
+    """Snakemake names all steps of the job."""
+    return lambda steps: original(step for step in steps if not step.path.parent.exists())

@@ -57,7 +57,9 @@ def make(
         typer.Option(min=1, max=MOST_PROCESSES, help="replicas of the pipeline; by default the jobs file's, or 1"),
     ] = None,
     model: Annotated[str | None, typer.Option(help="a name of configs/models, whose costs fast plans by")] = None,
-    costs: Annotated[Path | None, typer.Option(help="a cost model (YAML) instead; by default stages are equal")] = None,
+    costs: Annotated[
+        Path | None, typer.Option(help="a cost model, or a profile of the model (YAML); by default stages are equal")
+    ] = None,
     aim: Annotated[
         str | None,
         typer.Option(
@@ -68,7 +70,7 @@ def make(
 ) -> None:
     """Plan a workload for a system, and check the plan."""
     from lorafusion.planning import COMPLETION, plan_system, plan_workload
-    from lorafusion.planning.simulator import chosen_costs, model_costs
+    from lorafusion.planning.simulator import Question, chosen_costs, costs_for
 
     if system is not None and strategy is not None:
         raise UserError(f"either --system or --strategy, found {system} and {strategy}")
@@ -81,12 +83,12 @@ def make(
         raise UserError(f"--aim: {name} has none; fast does")
     if aim or (jobs_model and is_fast):
         options["aim"] = aim or COMPLETION
-    if model or costs:
-        if not is_fast:
-            raise UserError(f"--model, --costs: {name} does not plan by costs; fast does")
+    if (model or costs) and not is_fast:
+        raise UserError(f"--model, --costs: {name} does not plan by costs; fast does")
+    if jobs_model and is_fast and not model:
+        options["costs"] = costs_for(Question(sizes["stages"], jobs_model, costs))
+    elif model or costs:
         options["costs"] = chosen_costs(sizes["stages"], model, costs)
-    elif jobs_model and is_fast:
-        options["costs"] = model_costs(jobs_model, sizes["stages"])
     plan = (plan_workload if strategy else plan_system)(jobs, name, **options | sizes)
     write(out, plan.to_json())
     s = plan.statistics
@@ -131,7 +133,7 @@ def show(
     path: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file")],
     workload: Annotated[Path | None, typer.Option(help="its workload, for sample lengths and names")] = None,
     model: Annotated[str | None, typer.Option(help="a name of configs/models, whose costs are simulated")] = None,
-    costs: Annotated[Path | None, typer.Option(help="a cost model (YAML) instead")] = None,
+    costs: Annotated[Path | None, typer.Option(help="a cost model instead, or a profile of the model (YAML)")] = None,
     schedule: Annotated[str | None, typer.Option(help="stream, flush, gpipe, greedy, sharded")] = None,
     first: Annotated[int, typer.Option(min=0, max=MOST_STEPS, help="first microbatch of the chart")] = 0,
     count: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="microbatches of the chart")] = 24,
@@ -176,7 +178,9 @@ def propose(
     network: Annotated[
         float, typer.Option(min=LEAST_GIGABYTES, max=MOST_GIGABYTES, help="GB/s of a GPU to other nodes")
     ] = 40.0,
-    costs: Annotated[Path | None, typer.Option(help="a cost model (YAML) instead of the model's FLOP")] = None,
+    costs: Annotated[
+        Path | None, typer.Option(help="a cost model or a profile (YAML) instead of the model's FLOP")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write all choices (JSON)"), Written()] = None,
     trace: Annotated[
         Path | None, typer.Option(help="write the best one's timeline, for ui.perfetto.dev"), Written()

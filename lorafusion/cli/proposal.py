@@ -18,7 +18,8 @@ from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
 from lorafusion.planning.memory import GIB
 from lorafusion.planning.propose import Choice, Cluster, Search, best
-from lorafusion.planning.simulator import CostModel, model_costs, read_cost_model
+from lorafusion.planning.simulator import CostModel, Question, costs_for, read_cost_model
+from lorafusion.planning.simulator.profile import is_profile
 from lorafusion.planning.simulator.trace import write_trace
 from lorafusion.train.config import TrainConfig, read_train_config
 
@@ -62,9 +63,10 @@ def read_source(path: Path, model: str | None) -> Source:
 
 
 def costs_by_stages(source: Source, path: Path | None, checkpointing: bool) -> Callable[[int], CostModel]:
-    """The cost model by the number of stages: by the model's FLOP, or a file's with its layers divided anew."""
-    if path is None:
-        return lambda stages: model_costs(source.model, stages, checkpointing=checkpointing)
+    """The cost model by the number of stages: by the model's FLOP, or by a file, which is a profile of the model or a
+    cost model whose layers are divided anew."""
+    if path is None or is_profile(path):
+        return lambda stages: costs_for(Question(stages, source.model, path, checkpointing=checkpointing))
     read = read_cost_model(path)
     layers = source.model.num_hidden_layers
     if sum(read.layers) != layers:

@@ -82,6 +82,11 @@ class SystemConfig(Config):
     max_stages: int | None = Field(default=None, ge=1)
     requires: str | None = Field(default=None, description="a Python package; without it runs are skipped")
 
+    @property
+    def implementation(self) -> str:
+        """What cost profiles call its way to compute adapters."""
+        return self.lora.rpartition(":")[2] + "-wide" * self.wide_adapters
+
 
 def names_in(folder: str) -> set[str]:
     """The names that the files of a folder of configs define."""

@@ -23,7 +23,9 @@ from lorafusion.planning.simulator.costs import CPU, H200, LayerCosts
 from lorafusion.planning.simulator.profile import CostFit, CostProfile, dimensions_of
 
 HOST_BOUND = 1.1  # a pass that took less than so many times its host's time may have waited for it
-KINDS = {"fused-multi": "fused"}  # what is fitted together: one adapter or several, by the same operation
+# What plans call an implementation (`SystemConfig.implementation`), if that is something else. One adapter or several,
+# by the same operation, are fitted together.
+KINDS = {"fused-multi": "fused", "peft": "peft-wide", "peft-bf16": "peft"}
 ORIGIN = ("suite", "git_sha", "torch", "triton", "cuda", "driver")  # columns that the profile repeats
 PASSES = ("forward", "backward")
 LEAST = 1e-15  # seconds of a token: a cost model without any would say that work takes no time

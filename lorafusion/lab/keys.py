@@ -21,7 +21,8 @@ from lorafusion.core.workload import Workload, content_hash, read_versioned
 from lorafusion.data.lengths import make_workload
 from lorafusion.lab.suite import Cell, Suite, cells, read_suite
 from lorafusion.lab.tuned import Tuned
-from lorafusion.planning import plan_key
+from lorafusion.planning import plan_key, planner_options
+from lorafusion.planning.simulator import CostModel, Question, costs_for
 
 RESULT_VERSION = 1
 
@@ -59,6 +60,15 @@ def cell_workload(suite: Suite, cell: Cell) -> Workload:
                          merged_qkv=grid.merged_qkv)  # fmt: skip
 
 
+def cell_costs(suite: Suite, cell: Cell) -> CostModel:
+    """The costs of a cell's stages on the suite's device. No machine is asked: a plan is the same wherever it is made,
+    also where there is no GPU."""
+    return costs_for(Question(
+        cell.stages, read_model(cell.model), machine=suite.machine, device=suite.device,
+        implementation=read_systems()[cell.system].implementation, checkpointing=cell.grid.checkpointing,
+    ))  # fmt: skip
+
+
 @dataclass(frozen=True)
 class CellFiles:
     """The files of a cell of a suite. Each is read only if it is made from what the suite says now; if not,
@@ -74,6 +84,11 @@ class CellFiles:
     @cached_property
     def configuration(self) -> str:
         return configuration_hash(self.suite, self.cell, self.system)
+
+    @cached_property
+    def costs(self) -> CostModel:
+        """The costs that the cell is planned by."""
+        return cell_costs(self.suite, self.cell)
 
     @cached_property
     def expected_workload(self) -> Workload:
@@ -117,7 +132,7 @@ class CellFiles:
             ("stages", plan.stages, cell.stages),
             ("data_parallel", plan.data_parallel, cell.grid.data_parallel),
             ("capacity", plan.capacity, self.capacity(tuned)),
-            ("key", plan.key, plan_key(plan, self.system.planner, self.system.options)),
+            ("key", plan.key, plan_key(plan, self.system.planner, planner_options(self.system, self.costs))),
         ])  # fmt: skip
         check(plan, self.expected_workload, source=path)
         return plan

@@ -139,6 +139,9 @@ class Suite(Config):
     gpus_per_node: int = Field(
         default=8, ge=1, le=MOST_PROCESSES, description="larger cells run on several nodes; a site's number comes first"
     )
+    machine: str | None = Field(
+        default=None, description="a cost profile of configs/machines to plan by; by default the models' FLOP"
+    )
     checks: Checks = Checks()
     cost: bool = Field(default=True, description="say in each result what the run costs besides time")
     profiled: list[str] = Field(default=[], description="workloads whose cells are profiled, on a GPU")
@@ -213,6 +216,8 @@ def runs_of(path: Path) -> dict[str, int]:
 def cells(suite: Suite, source: str | Path = "suite") -> list[Cell]:
     """Every cell of a suite, in order; raises `UserError` for an unknown name or two cells of one identity."""
     systems, seen, out = read_systems(), set(), []
+    if suite.machine is not None:
+        one_of("machine", suite.machine, names_in("machines"), source)
     for name in suite.profiled:
         one_of("workload", name, {name for grid in suite.cells for name in grid.workloads}, f"{source}: profiled")
     for index, grid in enumerate(suite.cells):

@@ -26,7 +26,6 @@ from lorafusion.core.workload import Workload
 from lorafusion.lab.experiments.end_to_end import cell_files, spec_of, unavailable
 from lorafusion.lab.experiments.experiment import require_device
 from lorafusion.lab.keys import CellFiles
-from lorafusion.lab.suite import Cell, Suite
 from lorafusion.lab.tuned import PROFILE_TRIAL, TRY_CAPACITIES, Trial, TrialOptions, Tried, Tuned
 from lorafusion.launch.attempt import Attempt, attempt_at, other_node
 from lorafusion.launch.outcome import Outcome
@@ -51,7 +50,7 @@ def tune_cell(
     files, workload = _read(suite_path, name, workload_path)
     suite, cell = files.suite, files.cell
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch, attempt_at(out, nodes, launch) as attempt:
-        spec = trials_of(cell, suite, workload, workload_path, candidates(workload, cell), Path(scratch))
+        spec = trials_of(files, workload, workload_path, candidates(workload, files), Path(scratch))
         tried = _try_all(spec, cell.gpus, 60 * cell.grid.minutes, attempt)
     if other_node():
         return other_node()
@@ -74,22 +73,20 @@ def _read(suite_path: Path, name: str, workload_path: Path) -> tuple[CellFiles, 
     return files, files.workload(workload_path)
 
 
-def trials_of(
-    cell: Cell, suite: Suite, workload: Workload, workload_path: Path, plans: list[Plan], folder: Path
-) -> RunSpec:
+def trials_of(files: CellFiles, workload: Workload, workload_path: Path, plans: list[Plan], folder: Path) -> RunSpec:
     """The run that tries a cell's plans in turn; they and those of the beginning are written to a folder."""
-    part = beginning(workload, cell.stages)
+    part = beginning(workload, files.cell.stages)
     (folder / "part.json").write_text(part.to_json())
     trials = []
     for plan in plans:
         paths = [folder / f"{kind}-{plan.capacity}.json" for kind in ("whole", "part")]
         paths[0].write_text(plan.to_json())
-        paths[1].write_text(plan_cell(part, cell, plan.capacity).to_json())
+        paths[1].write_text(plan_cell(part, files, plan.capacity).to_json())
         trials.append(Trial(plan=str(paths[0]), part=str(paths[1]), capacity=plan.capacity))
     options = TrialOptions(
         trials=tuple(trials), part=str(folder / "part.json"), throughputs=str(folder / "throughputs.jsonl")
     )
-    return with_trials(spec_of(cell, suite, workload_path), options)
+    return with_trials(spec_of(files.cell, files.suite, workload_path), options)
 
 
 def with_trials(spec: RunSpec, options: TrialOptions) -> RunSpec:
@@ -113,16 +110,16 @@ def sizes(most: int) -> Iterator[int]:
         most //= 2
 
 
-def candidates(workload: Workload, cell: Cell) -> list[Plan]:
+def candidates(workload: Workload, files: CellFiles) -> list[Plan]:
     """The plans of a cell at its capacity and at smaller ones, without those that only say the same again; as far down
     as its planner can. Raises the planner's `UserError` where it cannot even at the first."""
-    first, *smaller = sizes(cell.grid.capacity_of(cell.workload))
-    plans = [plan_cell(workload, cell, first)]
+    first, *smaller = sizes(files.cell.grid.capacity_of(files.cell.workload))
+    plans = [plan_cell(workload, files, first)]
     for capacity in smaller:
         if len(plans) == MOST_TRIALS:
             break
         try:
-            plan = plan_cell(workload, cell, capacity)
+            plan = plan_cell(workload, files, capacity)
         except UserError:
             break
         if plan.microbatches == plans[-1].microbatches:
@@ -131,11 +128,11 @@ def candidates(workload: Workload, cell: Cell) -> list[Plan]:
     return plans
 
 
-def plan_cell(workload: Workload, cell: Cell, capacity: int) -> Plan:
+def plan_cell(workload: Workload, files: CellFiles, capacity: int) -> Plan:
     """The plan of a workload as a cell runs it."""
-    return plan_system(
-        workload, cell.system, stages=cell.stages, capacity=capacity, data_parallel=cell.grid.data_parallel
-    )
+    cell = files.cell
+    return plan_system(workload, cell.system, stages=cell.stages, capacity=capacity,
+                       data_parallel=cell.grid.data_parallel, costs=files.costs)  # fmt: skip
 
 
 def _try_all(spec: RunSpec, processes: int, seconds: float, attempt: Attempt) -> list[Tried]:
@@ -181,7 +178,7 @@ def profile_cell(
         raise UserError(f"{suite_path}: a suite for a CPU; only a GPU's kernels can be told apart")
     plan = files.plan(plan_path, files.tuned(tuned_path))
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch, attempt_at(out, nodes, launch) as attempt:
-        spec = trials_of(cell, suite, workload, workload_path, [plan], Path(scratch))
+        spec = trials_of(files, workload, workload_path, [plan], Path(scratch))
         task = spec.model_copy(update={"task": PROFILE_TRIAL})
         outcome = attempt.launch(task, cell.gpus, 60 * cell.grid.minutes)
     if other_node():

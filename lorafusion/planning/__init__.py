@@ -10,7 +10,7 @@ from inspect import signature
 
 from pydantic import BaseModel
 
-from lorafusion.core.config import read_system, require_possible
+from lorafusion.core.config import SystemConfig, read_system, require_possible
 from lorafusion.core.plan import Plan
 from lorafusion.core.plugins import load
 from lorafusion.core.schema import UserError, one_of
@@ -47,12 +47,15 @@ def plan_system(
     Raises `UserError` for an unknown system, and as its planner does."""
     entry = read_system(system)
     require_possible(system, entry, stages, data_parallel)
-    planner = load(entry.planner, "planner")
-    accepted, given = signature(planner).parameters, {"costs": costs, "aim": aim}
-    chosen = entry.options | options
-    chosen |= {name: value for name, value in given.items() if name in accepted and value is not None}
-    plan = planner(workload, system, stages, capacity, data_parallel, **chosen)
+    chosen = planner_options(entry, costs, aim) | options
+    plan = load(entry.planner, "planner")(workload, system, stages, capacity, data_parallel, **chosen)
     return plan.model_copy(update={"key": plan_key(plan, entry.planner, chosen)})
+
+
+def planner_options(entry: SystemConfig, costs: CostModel | None, aim: str | None = None) -> dict[str, object]:
+    """The keyword arguments of a system's planner: its entry's options, and of costs and aim those that it takes."""
+    accepted, given = signature(load(entry.planner, "planner")).parameters, {"costs": costs, "aim": aim}
+    return entry.options | {name: value for name, value in given.items() if name in accepted and value is not None}
 
 
 def plan_workload(

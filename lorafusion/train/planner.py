@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from lorafusion.core.config import ModelConfig
+from lorafusion.core.config import ModelConfig, read_system
 from lorafusion.core.files import write
 from lorafusion.core.machine import gpu_state
 from lorafusion.core.plan import Plan
@@ -16,7 +16,7 @@ from lorafusion.launch.launch import launch
 from lorafusion.launch.lock import Lock
 from lorafusion.launch.spec import PROBE_MEMORY, RunSpec, Saving
 from lorafusion.planning import COMPLETION, plan_system
-from lorafusion.planning.simulator import model_costs
+from lorafusion.planning.simulator import CostModel, Question, costs_for
 from lorafusion.train.config import TrainConfig
 from lorafusion.train.folder import MODEL, OutputFolder, Run
 from lorafusion.train.prepare import DATA
@@ -37,13 +37,22 @@ class RunPlanner:
         """The plan of what remains to be trained."""
         stages = self.config.stages
         capacity, share = self._capacity(remaining, self.config.capacity)
-        costs = model_costs(self.model, stages, checkpointing=share > 0)
+        costs = self._costs(share)
         plan = plan_system(remaining, SYSTEM, stages=stages, capacity=capacity,
                            data_parallel=self.config.data_parallel, costs=costs, aim=COMPLETION)  # fmt: skip
         numbers = plan.statistics
         summary = f"{len(remaining.jobs)} jobs, {remaining.tokens} tokens in {numbers.microbatches} microbatches"
         LOGGER.info(f"{summary} of at most {capacity} tokens, fill {numbers.fill:.2f}")
         return plan
+
+    def _costs(self, share: float) -> CostModel:
+        """Those of this machine. share: of the layers that recompute their activations."""
+        device = self.config.chosen_device
+        gpu_name = gpu_state()["gpu_name"] if device == "cuda" else None
+        return costs_for(Question(
+            self.config.stages, self.model, device=device, gpu_name=gpu_name,
+            implementation=read_system(SYSTEM).implementation, checkpointing=share > 0,
+        ))  # fmt: skip
 
     def spec(self, run: Run) -> RunSpec:
         """The spec of a run's processes."""

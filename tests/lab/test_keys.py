@@ -21,7 +21,7 @@ from lorafusion.lab.suite import cells, read_suite
 from lorafusion.lab.table.result import write_result
 from lorafusion.lab.tuned import Tried, Tuned
 from lorafusion.lab.tuning import plan_cell, tune_cell
-from lorafusion.planning import plan_key
+from lorafusion.planning import plan_key, planner_options
 from tests.cli.test_cli import lorafusion
 
 BLOCK = {"workloads": ["xsum"], "systems": ["mlora"], "gpus": [1], "samples": 8, "length_scale": 64, "capacity": 128}
@@ -41,7 +41,7 @@ class Made:
         capacity = 96 if tuned else 128
         if tuned:
             self.tuned.write_text(self.tuning(128, 96).to_json())
-        self.plan.write_text(plan_cell(self.files.expected_workload, self.cell, capacity).to_json())
+        self.plan.write_text(plan_cell(self.files.expected_workload, self.files, capacity).to_json())
 
     def write(self, block: dict | None = None, **changes) -> None:
         settings = self.data | changes | {"cells": [self.data["cells"][0] | (block or {})]}
@@ -117,7 +117,7 @@ def test_a_plan_by_other_options_of_its_planner_is_refused(made, monkeypatch):
 
 
 def test_a_plan_of_another_capacity_than_the_cells_is_refused(made):
-    made.plan.write_text(plan_cell(made.files.expected_workload, made.cell, 96).to_json())
+    made.plan.write_text(plan_cell(made.files.expected_workload, made.files, 96).to_json())
     assert "plan.json: capacity: found 96, expected 128" in made.run()
 
 
@@ -209,7 +209,8 @@ def test_a_profile_that_lost_rows_or_is_of_another_plan_is_not_this_ones(made):
 
 def test_the_key_of_a_plan_is_no_part_of_its_content(made):
     plan = Plan.read(made.plan)
-    assert plan.key == plan_key(plan, made.files.system.planner, made.files.system.options)
+    options = planner_options(made.files.system, made.files.costs)
+    assert plan.key == plan_key(plan, made.files.system.planner, options)
     assert plan.model_copy(update={"key": None}).content_hash == plan.content_hash
 
 

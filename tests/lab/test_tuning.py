@@ -18,6 +18,7 @@ from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
 from lorafusion.data.lengths import make_workload
+from lorafusion.lab.keys import CellFiles
 from lorafusion.lab.suite import cells, read_suite
 from lorafusion.lab.trials import SLOWER
 from lorafusion.lab.tuning import TrialOptions, Tried, Tuned, beginning, candidates, profile_cell, sizes, tune_cell
@@ -41,6 +42,10 @@ def suite(tmp_path):
         return SimpleNamespace(path=path, cell=cell, workload=made, workload_path=tmp_path / "workload.json")
 
     return make
+
+
+def plans_of(made) -> list[Plan]:
+    return candidates(made.workload, CellFiles(read_suite(made.path), made.cell))
 
 
 def outcomes(*ends):
@@ -72,7 +77,7 @@ def tuned(made, launch, tmp_path) -> Tuned:
 
 def test_capacities_get_smaller_as_long_as_the_planner_can_and_the_plan_differs(suite):
     made = suite()
-    plans = candidates(made.workload, made.cell)
+    plans = plans_of(made)
     longest = max(sample.tokens for job in made.workload.jobs for sample in job.samples)
     assert [plan.capacity for plan in plans] == sorted((plan.capacity for plan in plans), reverse=True)
     assert all(plan.capacity in sizes(1024) and plan.capacity >= longest for plan in plans)
@@ -91,9 +96,9 @@ def test_sizes_are_halves_and_three_quarters():
 def test_no_number_of_samples_is_left_out(suite, name, system):
     """The sizes are near enough to each other for each power of two of samples."""
     made = make_workload(CONFIGS / "workloads" / f"{name}.yaml", samples=16, global_batch=8, seed=1)
-    cell = suite(system=system, capacity=32768).cell
+    tried = suite(system=system, capacity=32768)
     counts = [max(len(one.samples) for batch in plan.microbatches for one in batch.segments)
-              for plan in candidates(made, cell)]  # fmt: skip
+              for plan in candidates(made, CellFiles(read_suite(tried.path), tried.cell))]  # fmt: skip
     assert len(counts) > 1
     assert all(larger <= 2 * smaller for larger, smaller in pairwise(counts))
 
@@ -111,7 +116,7 @@ def test_the_first_global_batches_are_run(suite):
 )
 def test_the_fastest_is_chosen_and_of_equal_ones_the_largest(suite, tmp_path, rates, expected):
     made = suite(system="lorafusion", capacity=256)
-    all_of_them = [plan.capacity for plan in candidates(made.workload, made.cell)]
+    all_of_them = [plan.capacity for plan in plans_of(made)]
     assert len(all_of_them) >= 3
     launch = outcomes((rates, "ok"))
     found = tuned(made, launch, tmp_path)
@@ -122,7 +127,7 @@ def test_the_fastest_is_chosen_and_of_equal_ones_the_largest(suite, tmp_path, ra
 
 def test_what_does_not_fit_is_left_out_and_new_processes_try_the_next(suite, tmp_path):
     made = suite(system="lorafusion", capacity=256)
-    first, second, third, *_ = [plan.capacity for plan in candidates(made.workload, made.cell)]
+    first, second, third, *_ = [plan.capacity for plan in plans_of(made)]
     launch = outcomes(([], "oom"), ([5.0, 4.0], "ok"))
     found = tuned(made, launch, tmp_path)
     assert [one[0] for one in launch.asked] == [first, second]
@@ -134,7 +139,7 @@ def test_what_does_not_fit_is_left_out_and_new_processes_try_the_next(suite, tmp
 @pytest.mark.parametrize("status", ["oom", "crash", "timeout"])
 def test_what_was_found_before_something_failed_counts(suite, tmp_path, status):
     made = suite(system="lorafusion", capacity=256)
-    first, second, *_ = [plan.capacity for plan in candidates(made.workload, made.cell)]
+    first, second, *_ = [plan.capacity for plan in plans_of(made)]
     launch = outcomes(([5.0], status))
     found = tuned(made, launch, tmp_path)
     assert len(launch.asked) == 1
@@ -145,7 +150,7 @@ def test_what_was_found_before_something_failed_counts(suite, tmp_path, status):
 @pytest.mark.parametrize(("status", "runs"), [("oom", None), ("crash", 1), ("timeout", 1)])
 def test_a_cell_that_fits_nowhere_is_planned_with_the_least_and_its_run_says_why(suite, tmp_path, status, runs):
     made = suite(system="lorafusion", capacity=256)
-    every = [plan.capacity for plan in candidates(made.workload, made.cell)]
+    every = [plan.capacity for plan in plans_of(made)]
     launch = outcomes(*[([], status)] * 9)
     found = tuned(made, launch, tmp_path)
     assert len(launch.asked) == (runs or len(every))
@@ -192,7 +197,7 @@ def test_a_real_cell_is_tuned(suite, tmp_path, system, gpus):
     found = tuned(made, forked.launch, tmp_path)
     rates = [one.throughput for one in found.trials]
     assert all(rates), found
-    every = [plan.capacity for plan in candidates(made.workload, made.cell)]
+    every = [plan.capacity for plan in plans_of(made)]
     assert [one.capacity for one in found.trials] == every[: len(rates)]
     # It ended with the last capacity, or with the first that was clearly slower.
     assert len(rates) == len(every) or rates[-1] < SLOWER * max(rates)
@@ -223,7 +228,7 @@ print(tune_cell(Path(suite), cell, Path(workload), Path(out), launch, 2))
 def test_of_two_nodes_the_first_decides_what_is_tried_and_writes_it(suite, tmp_path):
     """The second sees broken connections where the first sees a memory that does not suffice, and ends with it."""
     made = suite(system="lorafusion", gpus=2, capacity=256)
-    first, second, *others = [plan.capacity for plan in candidates(made.workload, made.cell)]
+    first, second, *others = [plan.capacity for plan in plans_of(made)]
     ends = {"0": ["oom", "ok"], "1": ["crash", "crash"]}
     nodes = [
         subprocess.Popen(

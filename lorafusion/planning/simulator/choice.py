@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 from lorafusion.core.config import CONFIGS, ModelConfig, config_path, read_model
-from lorafusion.core.files import read_yaml
 from lorafusion.core.schema import UserError
 from lorafusion.planning.simulator.costs import CPU, H200, CostModel, even_costs, model_costs, read_cost_model
 from lorafusion.planning.simulator.profile import CostProfile, is_profile, read_profile, stage_costs
@@ -40,9 +39,7 @@ def _of_file(question: Question) -> CostModel | None:
     path = question.file
     if path is None:
         return None
-    if not is_profile(read_yaml(path)):
-        if question.model:
-            raise UserError(f"either a model or a file with costs, found both; {path} is no profile")
+    if not is_profile(path):
         return _of_stages(read_cost_model(path), question.stages, path)
     profile = read_profile(path)
     if question.model is None:
@@ -93,9 +90,12 @@ def costs_for(question: Question) -> CostModel:
 
 
 def chosen_costs(stages: int, model: str | None = None, costs: str | Path | None = None) -> CostModel:
-    """The costs of a model of configs/models, of a file with a cost model, or of both: a model and a profile with it.
-    Without them stages are of equal size."""
-    return costs_for(Question(stages, read_model(model) if model else None, Path(costs) if costs else None))
+    """The costs of a model of configs/models, of a file with a cost model, or of a model by a profile of it. Without
+    them stages are of equal size."""
+    path = Path(costs) if costs else None
+    if model and path and not is_profile(path):
+        raise UserError(f"either a model or a file with costs, found both; {path} is no profile")
+    return costs_for(Question(stages, read_model(model) if model else None, path))
 
 
 def _of_stages(model: CostModel, stages: int, source: Path) -> CostModel:

@@ -27,7 +27,7 @@ class CostFit(Config):
 
     model: str
     dimensions: dict[str, str | int] = Field(description="of the model, that the costs depend on")
-    implementation: str = Field(description="fused, looped, peft, peft-bf16 or frozen")
+    implementation: str = Field(description="as `SystemConfig.implementation`, or frozen")
     costs: LayerCosts
     points: int = Field(ge=1, description="microbatches that were measured")
     mean_error: float = Field(ge=0, description="of each point as the others predict it, relative")
@@ -72,8 +72,9 @@ def stage_costs(fit: CostFit, config: ModelConfig, stages: int, checkpointing: b
     return CostModel(**fit.costs.model_dump() | {"layers": layers, "checkpointing": checkpointing})
 
 
-def is_profile(data: object) -> bool:
-    """Is the content of a file with costs that of a profile, and not of a cost model?"""
+def is_profile(path: Path) -> bool:
+    """Is a file with costs a profile, and not a cost model?"""
+    data = read_yaml(path)
     return isinstance(data, dict) and "fits" in data
 
 

@@ -3,6 +3,9 @@
 The operating system lets go of a killed launcher's lock at once, while its workers may go on for minutes. So the next
 launcher puts its own name below theirs and then ends all who stand there. A worker puts its name down before it touches
 anything, and ends if the last launcher in the file is not its own: it stands there in time, or it sees the new one.
+
+Processes of another machine can be neither seen nor ended. While one of them lives, the file is touched every other
+second (`pulse`); a launcher waits to see that it is not. That says nothing where the pulse alone was killed.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ import os
 import platform
 import secrets
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -27,11 +32,15 @@ from pydantic import ValidationError
 
 from lorafusion.core.files import parse_json, writing
 from lorafusion.core.schema import Config, UserError, validated
+from lorafusion.launch import pulse
+from lorafusion.launch.pulse import start_of
 
 LOGGER = logging.getLogger(__name__)
 LOCK = ".lock"
 VARIABLE = "LORAFUSION_LOCK"  # of the environment: the lock of those who started this process
 END_SECONDS = 10
+LOOK_SECONDS = 0.5
+SILENT_SECONDS = 60  # in which nobody of another machine has touched the file: there is nobody
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -47,7 +56,7 @@ class Process(Config):
     @classmethod
     def current(cls) -> Process:
         pid = os.getpid()
-        return cls(**_here(), pid=pid, start=_start(pid))
+        return cls(**_here(), pid=pid, start=start_of(pid))
 
     @property
     def place(self) -> str:
@@ -63,7 +72,7 @@ class Process(Config):
     @property
     def lives(self) -> bool:
         """Of a near process. Another one that has its id by now is not it."""
-        return _start(self.pid) == self.start
+        return start_of(self.pid) == self.start
 
     @property
     def may_live(self) -> bool:
@@ -110,18 +119,61 @@ def locked(folder: Path, name: str = LOCK, what: str = "training") -> Iterator[L
             raise UserError(f"{folder}: {_holder(path, what)}") from None
         except OSError as error:  # NFS without its lock daemon, Lustre that is mounted without flock
             raise UserError(f"{path}: its file system has no locks ({error.strerror}); expected one that has") from None
-        _require_near(folder, _members(path))
+        silent = _silent(folder, path, what)
         lock = Lock(path=str(path.absolute()), token=secrets.token_hex(8))
         _add(lock, what)
         others = [member for member in _members(path) if member.token != lock.token]
-        _require_near(folder, others)  # again: a machine whose locks are not ours may have looked when we did
+        # Again: a machine whose locks are not ours may have looked when we did.
+        far = _far(member for member in others if member.token not in silent)
+        if far:
+            raise _in_use(folder, far, what)
         _end([member.process for member in others], folder)
         file.truncate(0)
         _add(lock, what)
+        command = [sys.executable, "-IS", pulse.__file__, lock.path, lock.token]
+        null = subprocess.DEVNULL
+        beating = subprocess.Popen(command, cwd="/", stdin=null, stdout=null, stderr=null, start_new_session=True)
         try:
             yield lock
         finally:
+            beating.kill()
+            beating.wait()
             file.truncate(0)
+
+
+def _far(members: Iterable[_Member]) -> list[_Member]:
+    """Those that may live where this machine cannot see them."""
+    return [member for member in members if not member.process.is_near and member.process.may_live]
+
+
+def _silent(folder: Path, path: Path, what: str) -> set[str]:
+    """Wait until it is clear that nobody of another machine lives who stands in the file; returns their launchers'
+    tokens. Raises `UserError` where somebody does."""
+    far = _far(_members(path))
+    if far:
+        process = far[0].process
+        where = f"process {process.pid} on {process.host} was at work here"
+        LOGGER.warning(f"{folder}: {where}; waiting {SILENT_SECONDS} s to see whether it still is")
+        before, end = _touched(path), time.monotonic() + SILENT_SECONDS
+        while time.monotonic() < end:
+            time.sleep(LOOK_SECONDS)
+            if _touched(path) != before:
+                raise _in_use(folder, _far(_members(path)) or far, what)
+    return {member.token for member in far}
+
+
+def _touched(path: Path) -> tuple[int, int]:
+    """When a file was touched, and its size. NFS asks its server where a file is opened, else only once a minute."""
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+    return status.st_mtime_ns, status.st_size
+
+
+def _in_use(folder: Path, members: list[_Member], what: str) -> UserError:
+    """Names the last launcher among those who use a folder, or else a worker."""
+    member = next((member for member in reversed(members) if member.launches), members[-1])
+    where = f"process {member.process.pid} on {member.process.host}"
+    return UserError(f"{folder}: another {member.what or what} is using this folder: {where}")
 
 
 def _holder(path: Path, what: str) -> str:
@@ -186,16 +238,6 @@ def _members(path: Path) -> list[_Member]:
         raise UserError(f"{path}: damaged; if no training uses the folder, delete this file") from None
 
 
-def _require_near(folder: Path, members: list[_Member]) -> None:
-    for member in members:
-        process = member.process
-        if not process.is_near and process.may_live:
-            raise UserError(
-                f"{folder}: process {process.pid} on {process.host} ({member.what or 'a worker'}) runs here, or did "
-                f"not end in order; if it runs no longer, start on {process.host}, or delete {LOCK} in the folder"
-            )
-
-
 def _end(processes: list[Process], folder: Path) -> None:
     """Kill those that live, and wait until they do not."""
     living = [process for process in processes if process.is_near and process.lives]
@@ -218,12 +260,3 @@ def _end(processes: list[Process], folder: Path) -> None:
 
 def _here() -> dict[str, str]:
     return {"host": platform.node(), "boot": BOOT.read_text().strip(), "namespace": os.readlink("/proc/self/ns/pid")}
-
-
-def _start(pid: int) -> int | None:
-    """When a process was started; None where there is none of this id that could still do anything."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if state in "ZX" else int(fields[18])

@@ -9,11 +9,14 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lorafusion.core.schema import UserError
 from lorafusion.launch import lock as locks
+from lorafusion.launch import pulse
 from lorafusion.launch.lock import LOCK, VARIABLE, Lock, Process, inherited, join, locked
+from lorafusion.launch.pulse import start_of
 
 
 @pytest.fixture
@@ -149,34 +152,81 @@ def test_a_worker_that_comes_late_touches_nothing(tmp_path):
 def test_a_worker_that_comes_between_is_seen(tmp_path, monkeypatch):
     """It puts its name down after the new launcher has read the file for the first time."""
     note(tmp_path, launches=True, start=0)
-    ended, first = [], []
-    near = locks._require_near
+    ended = []
 
-    def come(folder, members):
-        near(folder, members)
-        first.append(len(members))
-        if len(first) == 1:
-            join(Lock(path=str(tmp_path / LOCK), token="old"))
+    def come(folder, path, what):
+        join(Lock(path=str(tmp_path / LOCK), token="old"))
+        return set()
 
-    monkeypatch.setattr(locks, "_require_near", come)
+    monkeypatch.setattr(locks, "_silent", come)
     monkeypatch.setattr(locks, "_end", lambda processes, folder: ended.extend(processes))
     with locked(tmp_path):
-        assert first == [1, 2]
         assert Process.current() in ended
 
 
-@pytest.mark.parametrize(
-    "elsewhere", [{"host": "other", "boot": "b"}, {"namespace": "pid:[1]"}, {"host": "other", "namespace": "pid:[1]"}]
-)
-def test_what_may_live_on_another_machine_is_refused(tmp_path, elsewhere):
-    note(tmp_path, launches=True, **elsewhere)
+ELSEWHERE = [{"host": "other", "boot": "b"}, {"namespace": "pid:[1]"}, {"host": "other", "namespace": "pid:[1]"}]
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+def test_who_lives_on_another_machine_is_not_disturbed(tmp_path, forked, elsewhere):
+    """Its worker, too, whose launcher was killed. It gives a sign every two seconds."""
+    pid = forked(lambda: time.sleep(60))
+    note(tmp_path, launches=True, pid=1, start=1, **elsewhere)
+    note(tmp_path, pid=pid, start=start_of(pid), **elsewhere)
+    forked(lambda: pulse.beat(tmp_path / LOCK, "old"))
     before = (tmp_path / LOCK).read_text()
-    with (
-        pytest.raises(UserError, match=r"runs here, or did not end in order; .* start on .*, or delete \.lock"),
-        locked(tmp_path),
-    ):
+    with pytest.raises(UserError, match="another training is using this folder: process"), locked(tmp_path):
         pass
     assert (tmp_path / LOCK).read_text() == before
+    assert start_of(pid)
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+def test_who_lives_no_longer_on_another_machine_is_waited_for(tmp_path, monkeypatch, caplog, elsewhere):
+    monkeypatch.setattr(locks, "SILENT_SECONDS", 1)
+    note(tmp_path, launches=True, **elsewhere)
+    begin = time.monotonic()
+    with locked(tmp_path):
+        assert time.monotonic() - begin > 1
+        assert [line["process"] for line in lines(tmp_path)] == [Process.current().model_dump()]
+    assert "was at work here; waiting 1 s to see whether it still is" in caplog.text
+
+
+def test_the_file_is_touched_until_the_launcher_ends(tmp_path, forked):
+    """Also where it is stopped, as by Ctrl-Z; no longer once it was killed."""
+
+    def launch() -> None:
+        with locked(tmp_path):
+            time.sleep(60)
+
+    def is_touched() -> bool:
+        before = (tmp_path / LOCK).stat().st_mtime_ns
+        time.sleep(2 * pulse.BEAT_SECONDS)
+        return (tmp_path / LOCK).stat().st_mtime_ns != before
+
+    launcher = forked(launch)
+    wait_for(lambda: (tmp_path / LOCK).exists() and lines(tmp_path))
+    os.kill(launcher, signal.SIGSTOP)
+    assert is_touched()
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    time.sleep(pulse.BEAT_SECONDS)
+    assert not is_touched()
+    with locked(tmp_path):
+        (beating,) = [child for child in psutil.Process().children() if pulse.__file__ in child.cmdline()]
+    assert not beating.is_running()
+
+
+def test_a_launcher_that_slept_ends_where_another_has_the_folder(tmp_path, forked):
+    """With its machine, and all that it has started."""
+    pids = [forked(lambda: time.sleep(60)) for _ in range(2)]
+    note(tmp_path, launches=True, pid=pids[0], start=start_of(pids[0]))
+    note(tmp_path, pid=pids[1], start=start_of(pids[1]))
+    forked(lambda: pulse.beat(tmp_path / LOCK, "old"))
+    time.sleep(0.5)
+    (tmp_path / LOCK).write_text("")
+    note(tmp_path, token="new", launches=True)
+    assert {os.WTERMSIG(os.waitpid(pid, 0)[1]) for pid in pids} == {signal.SIGKILL}
 
 
 def test_nothing_lives_from_before_the_machine_was_started(tmp_path):
@@ -187,7 +237,7 @@ def test_nothing_lives_from_before_the_machine_was_started(tmp_path):
 
 def test_who_cannot_be_ended_is_refused_in_time(tmp_path, monkeypatch, forked):
     pid = forked(lambda: time.sleep(60))
-    note(tmp_path, pid=pid, start=locks._start(pid))
+    note(tmp_path, pid=pid, start=start_of(pid))
     monkeypatch.setattr(Process, "kill", lambda _: None)
     monkeypatch.setattr(locks, "END_SECONDS", 0.1)
     for _ in range(2):  # it still stands there
@@ -225,7 +275,7 @@ def test_two_machines_that_look_at_once_refuse_each_other(tmp_path, monkeypatch)
         note(tmp_path, token="other", launches=True, host="other", boot="b")
 
     monkeypatch.setattr(locks, "_add", both)
-    with pytest.raises(UserError, match=r"on other \(.*\) runs here, or did not end in order"), locked(tmp_path):
+    with pytest.raises(UserError, match="is using this folder: process .* on other"), locked(tmp_path):
         pass
 
 
@@ -242,9 +292,9 @@ def test_a_process_is_known_by_its_start(forked):
     assert own.lives
     assert not own.model_copy(update={"start": own.start + 1}).lives
     pid = forked(lambda: None)
-    wait_for(lambda: locks._start(pid) is None)  # a zombie
+    wait_for(lambda: start_of(pid) is None)  # a zombie
     os.waitpid(pid, 0)
-    assert locks._start(pid) is None
+    assert start_of(pid) is None
 
 
 @pytest.mark.parametrize("text", ["junk", "{}", "[]"])

@@ -212,7 +212,9 @@ def the_workers_of_a_killed_launcher_go_on(original):
     return end
 
 
-@planted("lorafusion.launch.lock:_start", caught_by=f"{LOCK}::test_a_process_that_has_got_a_dead_ones_id_is_left_alone")
+@planted(
+    "lorafusion.launch.lock:start_of", caught_by=f"{LOCK}::test_a_process_that_has_got_a_dead_ones_id_is_left_alone"
+)
 def a_process_is_known_by_its_id_alone(original):
     """A process that has got a dead one's id is ended in its place."""
 
@@ -230,14 +232,15 @@ def a_process_is_known_by_its_id_alone(original):
     return start
 
 
-@planted("lorafusion.launch.lock:_require_near", caught_by=f"{LOCK}::test_what_may_live_on_another_machine_is_refused")
+@planted(
+    "lorafusion.launch.lock:_silent",
+    caught_by=f"{LOCK}::test_who_lives_on_another_machine_is_not_disturbed[elsewhere0]",
+)
 def another_machines_training_is_overlooked(original):
-    """A folder that another machine may be using is used."""
+    """A folder that another machine is using is used."""
+    from lorafusion.launch import lock
 
-    def require_near(folder, members):
-        pass
-
-    return require_near
+    return lambda folder, path, what: {member.token for member in lock._members(path)}
 
 
 @planted("lorafusion.launch.lock:join", caught_by=f"{LOCK}::test_a_worker_that_comes_late_touches_nothing")

@@ -27,6 +27,7 @@ import yaml
 from lorafusion.cli import main as command_line
 from lorafusion.core.source_tree import ROOT
 from lorafusion.engine import fork_server
+from lorafusion.launch import pulse
 from lorafusion.launch.launch import SIGNALS, launch
 from lorafusion.train import run as training
 
@@ -97,7 +98,8 @@ class Command:
 
     def workers(self) -> list[psutil.Process]:
         try:
-            return [child for child in self.process.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+            children = self.process.children(recursive=True)
+            return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and not is_pulse(child)]
         except psutil.NoSuchProcess:
             return []
 
@@ -186,6 +188,13 @@ def adopting() -> Iterator[None]:
             with suppress(ChildProcessError):
                 os.waitpid(child.pid, 0)
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
+
+
+def is_pulse(process: psutil.Process) -> bool:
+    """Of a lock; it ends by itself once nobody lives who has the lock."""
+    with suppress(psutil.Error):
+        return pulse.__file__ in process.cmdline()
+    return False
 
 
 def reap() -> None:

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import psutil
 
+from lorafusion.launch.pulse import BEAT_SECONDS
 from tests.torture.toy_training import (
     MOST_SECONDS,
     SHAPES,
     Command,
     adopting,
+    is_pulse,
     jobs_file,
     left_behind,
     reap,
@@ -157,6 +159,7 @@ class Torture:
         different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if different:
             raise FailureError(f"not as without faults: {different}")
+        psutil.wait_procs([child for child in psutil.Process().children() if is_pulse(child)], 5 * BEAT_SECONDS)
         reap()
         running = [child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in str(child)]
         if running:

@@ -1,6 +1,7 @@
 """What happens to jobs on a real cluster: Snakemake is killed, a job is put back into the queue, a node is lost."""
 
 import json
+import os
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -113,3 +114,22 @@ def test_each_run_says_what_ran_beside_it_on_all_its_nodes(survived):
     assert [len(origin["other_nodes"]) for origin in origins] == [1, 1]
     assert any(" of root: " in origin["other_jobs"] for origin in origins), "the later one saw the other"
     assert any("beside other Slurm jobs (" in row["note"] for row in survived.workflow.rows())
+
+
+def test_a_run_that_crashed_is_tried_again_alone(survived):
+    """And the efficiency report lies with the results."""
+    workflow, before = survived.workflow, len(lives())
+    first, second = sorted((workflow.results / "runs").rglob("repeat~*.json"))
+    times = os.stat(first).st_mtime_ns, os.stat(second).st_mtime_ns
+    first.write_text(first.read_text().replace('"status": "ok"', '"status": "crash"', 1))
+    os.utime(first, ns=(times[0], times[0]))
+    words = ["--slurm-efficiency-report", "results/two-nodes/measurements.csv"]
+    status, said = workflow.start(*words, settings=["again=true"]).end(300)
+    assert status == 0, said[-8000:]
+    (job,) = lives()[before:]
+    assert job.state == "COMPLETED"
+    assert {row["status"] for row in workflow.rows()} == {"ok"}
+    assert second.stat().st_mtime_ns == times[1]
+    (report,) = workflow.results.glob("efficiency_report_*.csv")
+    assert f"{job.id}.0" in report.read_text()
+    assert not list(workflow.checkout.glob("efficiency_report_*"))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -129,10 +129,10 @@ class Workflow:
             "LORAFUSION_SLURM_POLL": "5",
         }
 
-    def start(self, *targets: str, **changes: str) -> Snakemake:
-        """Start it as a user does; changes: of its environment."""
+    def start(self, *targets: str, settings: Sequence[str] = (), **changes: str) -> Snakemake:
+        """Start it as a user does; settings: others for --config; changes: of its environment."""
         return Snakemake(
-            ["snakemake", *targets, "--cores", "all", "--profile", "slurm", "--config", f"suite={SUITE}"],
+            ["snakemake", *targets, "--cores", "all", "--profile", "slurm", "--config", f"suite={SUITE}", *settings],
             Path(tempfile.mkstemp(dir=self.checkout.parent, suffix=".log")[1]),
             cwd=self.checkout,
             env=self.environment | changes,

@@ -122,11 +122,14 @@ def job_state(job: str) -> JobState:
 
 def read_job_state(text: str) -> JobState:
     """Of an answer of `scontrol --oneliner show job`."""
-    names = {"JobId": "", "JobState": "UNKNOWN", "Reason": "", "NodeList": ""}
-    for name in names:
-        match = re.search(rf"(?:^|\s){name}=(\S*)", text)
-        names[name] = match[1].replace("(null)", "") if match else names[name]
-    return JobState(*names.values())
+    fields = (field(text, name) for name in ("JobId", "JobState", "Reason", "NodeList"))
+    return JobState(*fields)
+
+
+def field(text: str, name: str) -> str:
+    """A field of an answer of `scontrol --oneliner show`, up to a space; empty where it has no value."""
+    match = re.search(rf"(?:^|\s){name}=(\S*)", text)
+    return match[1].replace("(null)", "") if match else ""
 
 
 def slurm(*words: str, text: str = "", seconds: float = SECONDS) -> str:

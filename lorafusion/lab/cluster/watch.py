@@ -18,8 +18,9 @@ from typing import Any
 
 from lorafusion.core.schema import UserError
 from lorafusion.lab.cluster.left_jobs import RECORD
+from lorafusion.lab.cluster.limits import excess
 from lorafusion.lab.cluster.queue import Job, cancel, jobs_named, names_of
-from lorafusion.lab.cluster.words import ENDS, Wait, wait_of
+from lorafusion.lab.cluster.words import ENDS, TOGETHER, Wait, wait_of
 
 LONGEST_PAUSE = 60.0  # between two looks
 TELL_SECONDS = 300.0  # after which a job that waits is told
@@ -42,6 +43,7 @@ class Watch:
         self._waits: dict[str, tuple[Wait, float]] = {}  # since when
         self._missed: dict[str, float] = {}  # jobs that squeue does not know, since when
         self._causes: dict[str, str] = {}  # why jobs were cancelled here
+        self._excess: dict[tuple[str, str], str] = {}  # what is too large of a job that waits for a reason
         self._told: set[str] = set()
 
     async def check_active_jobs(self, active: Sequence[Any]) -> AsyncIterator[Any]:
@@ -89,7 +91,7 @@ class Watch:
         before, self._waits = self._waits, {}
         vain, long = [], defaultdict(list)
         for job in jobs:
-            wait, (seen, since) = wait_of(job.reason), before.get(job.id, (None, now))
+            wait, (seen, since) = self._wait_of(job), before.get(job.id, (None, now))
             self._waits[job.id] = wait, since if wait == seen else now
             waited = now - self._waits[job.id][1]
             if waited > 0 and waited >= wait.seconds:
@@ -101,6 +103,15 @@ class Watch:
             self._tell(advice, f"Slurm jobs {names_of(others)} wait, as Slurm says: {others[0].reason}; {advice}")
         with suppress(UserError):  # they are still there at the next look
             cancel(vain, waiting=True)
+
+    def _wait_of(self, job: Job) -> Wait:
+        wait, key = wait_of(job.reason), (job.id, job.reason)
+        if wait.advice == TOGETHER:
+            if key not in self._excess:
+                self._excess[key] = excess(job)
+            if self._excess[key]:
+                return Wait(0, f"{self._excess[key]}; another `qos` or `partition`")
+        return wait
 
     def _tell(self, what: str, line: str) -> None:
         if what not in self._told:

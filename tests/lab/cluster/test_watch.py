@@ -185,6 +185,21 @@ def test_a_job_that_waits_in_vain_is_cancelled_and_the_others_go_on(slurm, workf
     assert capsys.readouterr().out == ""
 
 
+def test_a_job_larger_than_a_limit_on_jobs_together_is_cancelled(slurm, workflow, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        module, "excess", lambda job: asked.append(job.id) or ("it is too large" if job.id == "1" else "")
+    )
+    queue(slurm, "1 PENDING QOSMaxGRESPerUser", "2 PENDING QOSMaxGRESPerUser")
+    for _ in range(3):
+        workflow.look()
+    assert slurm.calls("scancel")[0] == "--quiet --state=PENDING 1"
+    assert asked == ["1", "2"], "each is asked for once"
+    queue(slurm, "1 CANCELLED", "2 RUNNING")
+    line = "cancelled, as QOSMaxGRESPerUser does not pass: it is too large; another `qos` or `partition`"
+    assert workflow.look() == {"1": f"Slurm job 1 (run a): {line}. "}
+
+
 def test_a_reason_that_passes_resets_the_clock(slurm, workflow):
     for reason in ("PartitionTimeLimit", "Resources", "PartitionTimeLimit", "Priority"):
         queue(slurm, f"1 PENDING {reason}", "2 RUNNING")

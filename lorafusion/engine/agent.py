@@ -22,7 +22,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 
 from lorafusion.core.files import write
 from lorafusion.launch.heartbeat import FIRST
-from lorafusion.launch.rendezvous import network_failure
+from lorafusion.launch.network import network_failure
 
 AGENT_LOG = logging.getLogger("torch.distributed.elastic.agent.server.api")
 AT_ONCE = 5  # seconds; those that torchrun itself kills have had 30 to end

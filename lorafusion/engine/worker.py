@@ -29,8 +29,8 @@ from lorafusion.engine.process import WorkerProcess
 from lorafusion.launch.heartbeat import ENDED, FAILED, Position
 from lorafusion.launch.launch import end_with_parent
 from lorafusion.launch.lock import join
+from lorafusion.launch.network import network_failure
 from lorafusion.launch.outcome import FaultyRunError
-from lorafusion.launch.rendezvous import network_failure
 from lorafusion.launch.spec import RunSpec
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)

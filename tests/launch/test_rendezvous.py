@@ -17,16 +17,15 @@ import torch.distributed as dist
 from torch.distributed import run as torchrun
 
 from lorafusion.engine import agent
-from lorafusion.launch import rendezvous
+from lorafusion.launch import network, rendezvous
 from lorafusion.launch.launch import launch
+from lorafusion.launch.network import PORTS, free_port
 from lorafusion.launch.outcome import FaultyRunError, Outcome
 from lorafusion.launch.rendezvous import (
     ATTEMPT,
     MEETING,
-    PORTS,
     Meeting,
     attempt_of,
-    free_port,
     leave,
     meet,
     shared_folder,
@@ -91,7 +90,7 @@ def test_a_port_that_somebody_has_is_not_taken(monkeypatch):
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken, free = other.getsockname()[1], free_port()
-        monkeypatch.setattr(rendezvous.random.SystemRandom, "sample", lambda *_: [taken, free])
+        monkeypatch.setattr(network.random.SystemRandom, "sample", lambda *_: [taken, free])
         assert free_port() == free
 
 

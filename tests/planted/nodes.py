@@ -20,7 +20,7 @@ def a_requeued_job_is_the_same_attempt(original):
 
 
 @planted(
-    "lorafusion.launch.rendezvous:free_port",
+    "lorafusion.launch.network:free_port",
     caught_by=(
         f"{RENDEZVOUS}::test_attempts_on_one_node_meet_at_ports_of_their_own",
         f"{RENDEZVOUS}::test_a_port_that_somebody_has_is_not_taken",
@@ -28,7 +28,7 @@ def a_requeued_job_is_the_same_attempt(original):
 )
 def all_attempts_meet_at_the_same_port(original):
     """Runs whose first node is the same choose the same port, and also where another program has it."""
-    from lorafusion.launch.rendezvous import PORTS
+    from lorafusion.launch.network import PORTS
 
     return lambda: PORTS[0]
 

@@ -22,8 +22,9 @@ from pathlib import Path
 
 from lorafusion.core.files import write
 from lorafusion.core.schema import shortened
+from lorafusion.launch.network import network_failure
 from lorafusion.launch.outcome import FaultyRunError
-from lorafusion.launch.rendezvous import Meeting, meet, network_failure, wait_for
+from lorafusion.launch.rendezvous import Meeting, meet, wait_for
 
 MARK = "preflight: "
 # Kinds of lines: this node's clock, what it does from now on, how long it has imported torch, what does not hold, and

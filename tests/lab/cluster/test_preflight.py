@@ -32,7 +32,8 @@ from lorafusion.lab.cluster.queue import JobState, job_state, read_job_state
 from lorafusion.lab.cluster.request import Resources
 from lorafusion.lab.cluster.site import Site
 from lorafusion.lab.steps import dag_of
-from lorafusion.launch.rendezvous import Meeting, free_port
+from lorafusion.launch.network import free_port
+from lorafusion.launch.rendezvous import Meeting
 
 TWO = Resources(5, 4000, nodes=2, exclusive=False)
 PENDING = "JobId=7 JobName=x JobState=PENDING Reason={} Dependency=(null) NodeList= NumNodes=2-2"
@@ -250,6 +251,27 @@ def test_a_node_alone_adds_up_too(tmp_path, monkeypatch):
     assert [kind for kind, _ in lines] == ["clock", "doing", "doing", "torch", "doing", "doing"]
     assert lines[-1] == ("doing", "tries gloo's all_reduce over 1 nodes")
     dist.destroy_process_group()
+
+
+def test_gpus_add_up_by_nccl(tmp_path, monkeypatch):
+    """It fails here, where no GPU is, and says so in a line."""
+    (tmp_path / "login").touch()
+    asked = []
+
+    def fail(backend: str, **options: object) -> None:
+        asked.append((backend, options["world_size"]))
+        raise RuntimeError("NCCL error: unhandled system error")
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.distributed.init_process_group", fail)
+    (finding,) = found(probe(tmp_path, nodes=1, gpus=8))
+    assert asked == [("nccl", 1)]
+    assert finding.startswith(
+        "nccl's all_reduce over 1 nodes failed: NCCL error: unhandled system error; set the site's"
+    )
+    assert "(GLOO_SOCKET_IFNAME: ib0; here: " in finding
 
 
 def test_a_clock_is_compared_with_the_first_node_s(monkeypatch):

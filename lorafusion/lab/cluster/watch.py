@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
@@ -24,6 +25,7 @@ from lorafusion.lab.cluster.words import ENDS, TOGETHER, Wait, wait_of
 
 LONGEST_PAUSE = 60.0  # between two looks
 TELL_SECONDS = 300.0  # after which a job that waits is told
+OF_MEMORY = re.compile("oom.kill|exceeded (job |step )?memory limit", re.IGNORECASE)  # as slurmstepd writes it
 SHOW_SECONDS = 60.0  # that a file may take to be seen here, as through NFS
 
 
@@ -65,7 +67,7 @@ class Watch:
             elif job.state == "UNKNOWN" and time.monotonic() - self._missed[job.id] < SHOW_SECONDS:
                 yield info
             else:
-                cause = self._causes.get(job.id, f"{job.state}: {ENDS[job.state]}")
+                cause = self._causes.get(job.id) or cause_of(job.state, log)
                 self.executor.report_job_error(info, msg=f"Slurm job {job.statement}: {cause}. ", aux_logs=[str(log)])
 
     def look(self, ids: Sequence[str]) -> dict[str, Job]:
@@ -117,6 +119,13 @@ class Watch:
         if what not in self._told:
             self._told.add(what)
             print(line, flush=True)
+
+
+def cause_of(state: str, log: Path) -> str:
+    """Why a job ended badly, and what to do. log: of the job, which says of memory what a step's end does not."""
+    if state == "FAILED" and log.exists() and OF_MEMORY.search(log.read_text(errors="replace")):
+        state = "OUT_OF_MEMORY"
+    return f"{state}: {ENDS[state]}"
 
 
 def is_made(job: Any, begin: float) -> bool:

@@ -115,6 +115,21 @@ def test_every_end_is_told_in_a_line(slurm, workflow, state, advice):
     assert [info.external_jobid for info in workflow.active] == ["2"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "slurmstepd-toy1: error: StepId=1.batch exceeded memory limit (401903616 > 104857600), being killed",
+        "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=7.0. Some of the processes may have been killed",
+        "slurmstepd: error: Detected 2 oom_kill events in StepId=7.batch. Some of the step tasks have been OOM Killed.",
+    ],
+)
+def test_a_step_that_had_too_little_memory_is_told_from_the_jobs_log(slurm, workflow, line):
+    """Its job has merely failed, as Slurm says."""
+    (workflow.folder / "1.log").write_text(f"srun: error: toy1: task 0: Killed\n{line}\n")
+    queue(slurm, "1 FAILED", "2 RUNNING")
+    assert "OUT_OF_MEMORY: it needs more of the host's memory" in workflow.look()["1"]
+
+
 def test_a_result_that_is_there_counts_whatever_slurm_says_of_the_jobs_end(slurm, workflow):
     (workflow.folder / "1.key").write_text("key-1\n")
     (workflow.folder / "2.key").write_text("another\n")

@@ -60,15 +60,6 @@ def cell_workload(suite: Suite, cell: Cell) -> Workload:
                          merged_qkv=grid.merged_qkv)  # fmt: skip
 
 
-def cell_costs(suite: Suite, cell: Cell) -> CostModel:
-    """The costs of a cell's stages on the suite's device. No machine is asked: a plan is the same wherever it is made,
-    also where there is no GPU."""
-    return costs_for(Question(
-        cell.stages, read_model(cell.model), machine=suite.machine, device=suite.device,
-        implementation=read_systems()[cell.system].implementation, checkpointing=cell.grid.checkpointing,
-    ))  # fmt: skip
-
-
 @dataclass(frozen=True)
 class CellFiles:
     """The files of a cell of a suite. Each is read only if it is made from what the suite says now; if not,
@@ -87,8 +78,13 @@ class CellFiles:
 
     @cached_property
     def costs(self) -> CostModel:
-        """The costs that the cell is planned by."""
-        return cell_costs(self.suite, self.cell)
+        """Those of the cell's stages on the suite's device, which it is planned by. No machine is asked: a plan is the
+        same wherever it is made, also where there is no GPU."""
+        cell, suite = self.cell, self.suite
+        return costs_for(Question(
+            cell.stages, read_model(cell.model), machine=suite.machine, device=suite.device,
+            implementation=self.system.implementation, checkpointing=cell.grid.checkpointing,
+        ))  # fmt: skip
 
     @cached_property
     def expected_workload(self) -> Workload:

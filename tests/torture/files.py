@@ -14,7 +14,7 @@ from tests.torture.spoiled import Mutations
 FEW = ("missing", "a-folder", "a-pipe", "empty", "binary", "utf-16", "cut", "a-list", "unknown-key", "deep-lists")
 SUITES = {
     "lab list": (), "lab run": (), "lab run --here": (), "lab measure": (), "lab figure": (), "lab check": (),
-    "lab report": (), "lab publish": (), "lab preflight": (), "reproduce": (),
+    "lab profile-costs": (), "lab report": (), "lab publish": (), "lab preflight": (), "reproduce": (),
 }  # fmt: skip
 # A training that has looked at its jobs file and its model owns its output, and says there what became of it.
 OWNED = ("out", "out/.lock", "out/model.yaml", "out/progress.json", "out/status.json")
@@ -60,6 +60,12 @@ def _configurations() -> Iterator[Case]:
                       lambda content: plan | {"costs.yaml": content}, light=True)  # fmt: skip
     yield from placed("plan/costs", "plan make", "workload.json --stages 2 -o out.json --costs costs.yaml",
                       few(mutations), lambda content: plan | {"costs.yaml": content}, light=True)  # fmt: skip
+    mutations = spoiled.no_file() | spoiled.yaml_text(valid.PROFILE)
+    yield from placed("show/profile", "plan show",
+                      "plan.json --workload workload.json --model tiny --costs profile.yaml", mutations,
+                      lambda content: plan | {"profile.yaml": content}, light=True)  # fmt: skip
+    yield from placed("propose/profile", "plan propose", "workload.json --model tiny --gpus 2 --costs profile.yaml",
+                      few(mutations), lambda content: plan | {"profile.yaml": content}, light=True)  # fmt: skip
     mutations = spoiled.no_file() | spoiled.yaml_text(valid.config("models/tiny.yaml"))
     jobs = valid.JOBS.replace(b"model: tiny", b"model: model.yaml")
     yield from placed("train/model-file", "train", "jobs.yaml", few(mutations) | {"nan": b"hidden_size: .nan\n"},

@@ -50,6 +50,21 @@ cells:
     minutes: 1
 """
 COSTS = b"layers: [1, 1]\ntoken: 1.0e-6\n"
+PROFILE = b"""version: 1
+device: cuda
+gpu_name: NVIDIA H200
+dtype: bfloat16
+made_from: {suite: h200, torch: 2.13.0}
+fits:
+  - model: tiny
+    dimensions: {architecture: llama, hidden_size: 64, intermediate_size: 160, num_attention_heads: 4,
+      num_key_value_heads: 2, vocab_size: 512}
+    implementation: fused
+    costs: {token: 1.0e-6, square: 1.0e-9, head: 2.0e-6, tile: 128}
+    points: 8
+    mean_error: 0.01
+    worst_error: 0.02
+"""
 CURVES = b"job,trainer,step,loss\na,alone,0,1.0\na,together,0,1.0\na,alone,1,0.5\na,together,1,0.5\n"
 PROFILE = (
     b"suite,bench,implementation,adapters,git_sha,gpu_name,class,milliseconds,kernels\n"

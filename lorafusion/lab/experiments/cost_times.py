@@ -11,7 +11,8 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -157,7 +158,7 @@ def _turn(trainer: Trainer) -> list[tuple[float, ...]]:
     return [tuple(meter.seconds(*pair) for pair in pairwise(of_one)) for of_one in marks]
 
 
-def _mark(marks: list, mark) -> None:
+def _mark(marks: list, mark: Callable) -> None:
     marks.append(mark())
 
 
@@ -212,7 +213,7 @@ def _there_and_back(pipeline: Pipeline, size: int) -> None:
     expected = [Expected((size,), torch.uint8, "a message")]
     if pipeline.is_first:
         pipeline.send_after(torch.zeros(size, dtype=torch.uint8, device=pipeline.device))
-        pipeline.from_after(iter(expected), lambda _: None).next()
+        pipeline.from_after(iter(expected), nullcontext).next()
     else:
-        pipeline.send_before(pipeline.from_before(iter(expected), lambda _: None).next())
+        pipeline.send_before(pipeline.from_before(iter(expected), nullcontext).next())
     pipeline.finish_sends()

@@ -147,6 +147,16 @@ def test_links_are_of_the_messages_that_were_timed():
     assert costs.transfer == pytest.approx(2 * 4096 / 1e11, rel=0.01)
 
 
+def test_messages_between_two_processes_are_timed(tmp_path, monkeypatch):
+    path = tmp_path / "costs.yaml"
+    path.write_text(yaml.safe_dump({"pair": {"device": "cpu", "dtype": "float32", "rounds": 1, "links": [1, 65536]}}))
+    monkeypatch.setattr(COSTS, "config", path)
+    COSTS.run(COSTS.points("pair")[0], 1, tmp_path / "result.json", None)
+    frame = table.read_results([tmp_path / "result.json"])
+    assert set(frame["status"]) == {"ok"}
+    assert (frame["value"] > 0).all()
+
+
 def test_a_table_without_times_of_stages_is_refused():
     with pytest.raises(MeasurementError, match="no times of stages"):
         FIGURES["cost_fit"].make(rows_of(TRUE).assign(status="oom"))

@@ -32,7 +32,7 @@ PACKER = "tests/planning/test_packer.py"
 
 
 @planted(
-    "lorafusion.planning.packer:_job_by_job",
+    "lorafusion.planning.packer:Packer._key",
     caught_by=(
         f"{PACKER}::test_jobs_come_by_priority_and_then_by_tokens_left_over_weight",
         f"{COMPLETION}::test_a_job_that_comes_while_others_train_goes_first_by_its_priority",
@@ -41,16 +41,11 @@ PACKER = "tests/planning/test_packer.py"
 def a_lower_priority_comes_first(original):
     """Jobs of a lower priority are planned ahead of those of a higher one."""
 
-    def job_by_job(guard):
-        order = original(guard)
+    def key(packer, adapter):
+        order = original(packer, adapter)
+        return (1, -order[1], *order[2:]) if len(order) == 3 and order[0] else order
 
-        def key(stream, slots_left):
-            guarded, priority, rest = order(stream, slots_left)
-            return (guarded, -priority if guarded else priority, rest)
-
-        return key
-
-    return job_by_job
+    return key
 
 
 @planted(

@@ -77,6 +77,8 @@ JOB_KEYS = {
     "global_batch_size": (*COUNT, "1000000000"),
     "epochs": (*COUNT, "1000000000"),
     "steps": (*COUNT, "2000000000"),
+    "priority": tuple(value for value in NUMBER if value != "-1") + ("0.5", "1001"),
+    "weight": (*NUMBER, "0", "1e30"),
     "seed": (*NUMBER, "0.5", "4294967296"),
 }  # fmt: skip
 SUITE_KEYS = {

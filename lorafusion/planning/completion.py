@@ -9,12 +9,13 @@ a few with less in a microbatch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from lorafusion.core.workload import Job
-from lorafusion.planning.packer import EXACT, JOB_BY_JOB, Way
+from lorafusion.planning.packer import BY_PRIORITY, EXACT, JOB_BY_JOB, Way
 from lorafusion.planning.simulator.timeline import Timeline
 
 AIMS = THROUGHPUT, COMPLETION = "throughput", "completion"
@@ -27,38 +28,45 @@ Simulate = Callable[[Way], tuple[Timeline, list[set[int]]]]  # the times of slot
 
 
 class Ends(NamedTuple):
-    """When jobs end that are packed in a way. makespan: seconds. means: of each priority, the highest first, the mean
-    of its jobs' ends by their weights."""
+    """When the jobs end that are packed in a way, and all is done: seconds."""
 
     way: Way
+    times: list[float]
     makespan: float
-    means: tuple[float, ...]
 
 
 def soonest(jobs: Sequence[Job], stages: int, fastest: Way, simulate: Simulate) -> Way:
     """The way to pack in which jobs end earliest: those of the highest priority first of all, then those of the next.
-    It takes LONGER more than the fastest way at most."""
-    best = ends_of(jobs, fastest, simulate)
-    most = best.makespan * (1 + LONGER)
+    It takes LONGER more than the fastest way at most. The highest priority ends no later than in the fastest way, nor
+    than if there were no priorities."""
+
+    def ends_of(way: Way) -> Ends:
+        timeline, ended = simulate(way)
+        times = timeline.job_ends(ended)
+        return Ends(way, [times[index] for index in range(len(jobs))], timeline.makespan)
+
     # On one GPU less in a microbatch brings nothing but more of them.
     targets = [max(1, int(fastest.target * share)) for share in LESS if stages > 1]
     fillings = [(fastest.target, fastest.slack), *((target, target // part) for target in targets for part in PARTS)]
-    for target, slack in dict.fromkeys(fillings):
-        for order in JOB_BY_JOB:
-            ends = ends_of(jobs, Way(target, order, slack), simulate)
-            if ends.means >= best.means:  # with more of a guard they end no earlier
-                break
-            if ends.makespan <= most:
-                best = ends
-                break
+    first = best = ends_of(fastest)
+    for orders, priorities in ((JOB_BY_JOB, [0] * len(jobs)), (BY_PRIORITY, [job.priority for job in jobs])):
+        if orders is BY_PRIORITY and len(set(priorities)) == 1:
+            break
+        means = partial(means_by_priority, [job.weight for job in jobs], priorities)
+        best = min(best, first, key=means)
+        for target, slack in dict.fromkeys(fillings):
+            for order in orders:
+                ends = ends_of(Way(target, order, slack))
+                if means(ends) >= means(best):  # with more of a guard they end no earlier
+                    break
+                if ends.makespan <= first.makespan * (1 + LONGER):
+                    best = ends
+                    break
     return best.way
 
 
-def ends_of(jobs: Sequence[Job], way: Way, simulate: Simulate) -> Ends:
-    """When the jobs end in a way to pack."""
-    timeline, ended = simulate(way)
-    ends, means = timeline.job_ends(ended), []
-    for priority in sorted({job.priority for job in jobs}, reverse=True):
-        weights = {index: job.weight for index, job in enumerate(jobs) if job.priority == priority}
-        means.append(float(np.average([ends[index] for index in weights], weights=list(weights.values()))))
-    return Ends(way, timeline.makespan, tuple(means))
+def means_by_priority(weights: Sequence[float], priorities: Sequence[int], ends: Ends) -> list[float]:
+    """Of each priority, the highest first, the mean of its jobs' ends by their weights."""
+    table = np.array([priorities, weights, ends.times])
+    classes = [table[1:, table[0] == priority] for priority in sorted(set(priorities), reverse=True)]
+    return [float(np.average(times, weights=counts)) for counts, times in classes]

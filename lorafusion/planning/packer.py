@@ -66,7 +66,7 @@ ORDERS: dict[str, Order] = {
 }
 
 
-def _job_by_job(guard: float) -> Order:
+def _job_by_job(guard: float, by_priority: bool) -> Order:
     """Shortest job first, behind a guard: a stream that needs this share of the slots that all need at least comes
     before, for it decides when the plan ends. Of the others the higher priority comes first, then the fewest tokens
     that the job has left, over its weight: the order in which the weighted mean of their ends is the lowest where
@@ -76,14 +76,15 @@ def _job_by_job(guard: float) -> Order:
         tail = stream.tails[stream.batch]
         if 1 + tail >= guard * slots_left:
             return (0, -tail, 0)
-        return (1, -stream.job.priority, stream.tokens_left / stream.job.weight)
+        return (1, -stream.job.priority if by_priority else 0, stream.tokens_left / stream.job.weight)
 
     return key
 
 
 # The orders in which jobs end early, from no guard to one that lets the longest jobs go before nearly always.
 GUARDS = (math.inf, 0.97, 0.9, 0.8, 0.65, 0.5)
-JOB_BY_JOB: dict[str, Order] = {f"job-by-job-{guard}": _job_by_job(guard) for guard in GUARDS}
+JOB_BY_JOB: dict[str, Order] = {f"job-by-job-{guard}": _job_by_job(guard, False) for guard in GUARDS}
+BY_PRIORITY: dict[str, Order] = {f"by-priority-{guard}": _job_by_job(guard, True) for guard in GUARDS}
 
 
 class Way(NamedTuple):
@@ -103,8 +104,9 @@ class Packer:
     """Bins of at most `capacity` tokens, slot after slot, for jobs that are added and withdrawn at any time.
 
     target: tokens that a bin is filled to, by default the capacity; a longer sample has a bin to itself. order: a name
-    of ORDERS. slack: tokens of the target that may stay empty before samples of further adapters are asked for. items:
-    makes the items of a batch; one that remembers them serves several packers of the same jobs."""
+    of ORDERS, JOB_BY_JOB or BY_PRIORITY. slack: tokens of the target that may stay empty before samples of further
+    adapters are asked for. items: makes the items of a batch; one that remembers them serves several packers of the
+    same jobs."""
 
     def __init__(
         self,
@@ -119,7 +121,7 @@ class Packer:
         self.stages, self.capacity, self.data_parallel = stages, capacity, data_parallel
         self.target = capacity if target is None else target
         self.slack = self.target // EXACT if slack is None else slack
-        self._order, self._items = (ORDERS | JOB_BY_JOB)[order], items
+        self._order, self._items = (ORDERS | JOB_BY_JOB | BY_PRIORITY)[order], items
         self.slot = 0
         self._enters: dict[int, int] = {}  # the first slot that an adapter's next global batch may enter
         self.streams: dict[int, _Stream] = {}

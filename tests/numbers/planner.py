@@ -71,7 +71,7 @@ def constants() -> list[str]:
         f"less than {percent(fast.GOOD_BUBBLE, '.1f')} can be gained",
         "there is none, {}, {}, {}, {} or {} %".format(*(number(100 * guard, ".0f") for guard in packer.GUARDS[1:])),
         f"until the plan takes at most {percent(completion.LONGER, '.1f')} longer than the fastest one",
-        f"more than {percent(completion.LONGER, '.1f')} longer. It also",
+        f"more than {percent(completion.LONGER, '.1f')} longer.",
         f"Up to {number(completion.JUDGED_SAMPLES, ',')} samples the whole plan",
         f"{number(memory.WORKSPACE >> 30)} GiB of workspace. At most {percent(capacity.USABLE)} of a GPU's memory",
         f"after {number(propose.MOST_TRIED)} divisions",

@@ -14,10 +14,11 @@ from lorafusion.core.plan import check
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
 from lorafusion.planning import bounds, plan_system, plan_workload
-from lorafusion.planning.completion import COMPLETION, LONGER, THROUGHPUT
+from lorafusion.planning.completion import COMPLETION, THROUGHPUT
 from lorafusion.planning.simulator import costs_of, even_costs, model_costs, simulate
 from tests.planning.test_strategies import CAPACITY, workloads
 
+LONGER = 0.025
 SIZES = {"stages": st.integers(1, 4), "data_parallel": st.integers(1, 2)}
 
 
@@ -78,16 +79,18 @@ def test_only_the_order_of_priorities_counts_and_the_ratio_of_weights(workload, 
     assert plan_workload(changed, **sizes).microbatches == plan_workload(workload, **sizes).microbatches
 
 
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(workload=workloads(), data=st.data(), **SIZES)
-def test_the_job_of_the_highest_priority_ends_no_later_than_in_the_fastest_plan(workload, data, stages, data_parallel):
+def test_a_higher_priority_ends_a_job_no_later(workload, data, stages, data_parallel):
+    """Than if no job had one, and than in the fastest plan. Between other priorities it does not always hold."""
     adapter = data.draw(st.integers(0, len(workload.jobs) - 1))
     jobs = tuple(job.model_copy(update={"priority": int(index == adapter)}) for index, job in enumerate(workload.jobs))
     raised = Workload(name="raised", jobs=jobs)
     sizes = {"stages": stages, "capacity": CAPACITY, "data_parallel": data_parallel}
-    _, before = ends(plan_workload(raised, aim=THROUGHPUT, **sizes), raised)
-    _, after = ends(plan_workload(raised, aim=COMPLETION, **sizes), raised)
-    assert after[adapter] <= before[adapter] * (1 + 1e-9)
+    _, times = ends(plan_workload(raised, **sizes), raised)
+    for aim in (THROUGHPUT, COMPLETION):
+        _, before = ends(plan_workload(workload, aim=aim, **sizes), workload)
+        assert times[adapter] <= before[adapter] * (1 + 1e-9)
 
 
 def test_priorities_and_weights_are_heard_without_being_asked_for(make_job, make_workload):

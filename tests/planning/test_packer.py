@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lorafusion.core.plan import check, make_plan
 from lorafusion.core.schema import UserError
 from lorafusion.planning import STRATEGIES, bounds, fast, plan_workload
-from lorafusion.planning.packer import JOB_BY_JOB, Item, Packer, fill
+from lorafusion.planning.packer import BY_PRIORITY, JOB_BY_JOB, Item, Packer, fill
 from lorafusion.planning.simulator import even_costs
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=9)
@@ -95,7 +95,7 @@ def packer_of(jobs, order, stages=1):
     return packer
 
 
-UNGUARDED = next(iter(JOB_BY_JOB))
+UNGUARDED = next(iter(BY_PRIORITY))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,13 @@ def test_jobs_come_by_priority_and_then_by_tokens_left_over_weight(make_job, cha
     assert order_of(packer_of(jobs, UNGUARDED)) == order
 
 
+def test_orders_without_priorities_do_not_look_at_them(make_job):
+    first = make_job("a", (10,) * 3, global_batch_size=1, priority=1)
+    jobs = [first, make_job("b", (10,) * 2, global_batch_size=1)]
+    assert order_of(packer_of(jobs, next(iter(JOB_BY_JOB)))) == "b b a a a"
+    assert order_of(packer_of(jobs, UNGUARDED)) == "a a a b b"
+
+
 def test_a_job_counts_by_what_it_has_left(make_job):
     jobs = (make_job("a", (10,) * 4, global_batch_size=1, start=2), make_job("b", (10,) * 3, global_batch_size=1))
     packer = Packer(stages=1, capacity=10, order=UNGUARDED)
@@ -129,7 +136,7 @@ def test_the_guard_keeps_the_longest_way_moving(make_job):
     jobs = [make_job("L", (10,) * 5, global_batch_size=1)]
     jobs += [make_job(name, (10,) * 2, global_batch_size=2, priority=1) for name in "abc"]
     assert order_of(packer_of(jobs, UNGUARDED, stages=3)) == "a a b b c c L - - L - - L - - L - - L"
-    assert order_of(packer_of(jobs, "job-by-job-0.9", stages=3)) == "L a a L b b L c c L - - L"
+    assert order_of(packer_of(jobs, "by-priority-0.9", stages=3)) == "L a a L b b L c c L - - L"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +147,7 @@ def test_who_waits_is_looked_at_again_when_little_else_is_left(make_job, guard, 
     """Z has two batches, three slots apart, and waits from the beginning; no slot is empty where it goes in time."""
     jobs = [make_job("Z", (10, 10), global_batch_size=1)]
     jobs += [make_job(name, (6, 4) * 2, global_batch_size=4, weight=100.0) for name in "abcde"]
-    assert order_of(packer_of(jobs, f"job-by-job-{guard}", stages=3)) == order
+    assert order_of(packer_of(jobs, f"by-priority-{guard}", stages=3)) == order
 
 
 def test_a_job_that_comes_later_goes_before_lower_priorities(make_job):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from safetensors.torch import load_file
@@ -43,6 +45,41 @@ def test_four_adapters_are_trained_from_a_jobs_file(checkout):
     adapters = checkout.root / "results" / "example-train" / "adapters"
     assert sorted(path.name for path in adapters.iterdir()) == ["capitals", "counting", "opposites", "sums"]
     assert all((path / "adapter_config.json").exists() for path in adapters.iterdir())
+
+
+def test_two_groups_train_as_tasks_of_an_array_do(checkout):
+    printed = checkout.run("bash", "examples/groups/run.sh")
+    assert "best: 2 groups of 1 x 1 GPUs, 0 of 2 idle" in printed
+    adapters = checkout.root.glob("results/example-groups/group-000[01]/adapters/*/adapter_model.safetensors")
+    assert sorted(path.parent.name for path in adapters) == ["east", "north", "south", "west"]
+
+
+@pytest.mark.parametrize(("ends", "signals", "requeued"), [(0, 0, False), (1, 0, False), (75, 1, True), (75, 2, True)])
+def test_the_batch_script_of_a_group_goes_on_after_a_time_limit(checkout, tmp_path, ends, signals, requeued):
+    """The training is asked to stop, and the job is put in the queue again if it says that it has more to do."""
+    programs = {
+        "lorafusion": f'trap "echo stopping" TERM; touch {tmp_path}/begun; for i in $(seq {50 * signals}); '
+        f'do sleep 0.05; done; echo "$@" > {tmp_path}/called; exit {ends}',
+        "scontrol": f'echo "$@" > {tmp_path}/requeued',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "7", "SLURM_JOB_ID": "41"}
+    script = EXAMPLES / "groups" / "group.sbatch"
+    process = subprocess.Popen(["bash", script, "groups"], env=environment, text=True, stdout=subprocess.PIPE)
+    for _ in range(signals):
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == ends
+    assert printed.count("stopping") == signals
+    assert (tmp_path / "called").read_text() == "train groups/group-0007.yaml\n"
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 41\n"
 
 
 def test_the_data_of_the_jobs_file_is_what_its_script_makes(checkout):

@@ -17,13 +17,15 @@ from lorafusion.core.files import require_replaceable, write
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
 from lorafusion.planning.memory import GIB
-from lorafusion.planning.propose import Choice, Cluster, Search, best
+from lorafusion.planning.propose import Choice, Cluster, Search
 from lorafusion.planning.simulator import CostModel, Question, costs_for, read_cost_model
 from lorafusion.planning.simulator.profile import is_profile
 from lorafusion.planning.simulator.trace import write_trace
 from lorafusion.train.config import TrainConfig, read_train_config
 
 VERSION = 1  # of the file with all choices
+COLUMNS = ("groups", "at once", "stages", "replicas", "nodes", "idle", "capacity", "of at most", "tokens/s", "bubble",
+           "GiB", "time", "GPU-hours")  # fmt: skip
 WIDTH = 132  # characters of the table, of a terminal or not
 SHOWN = 12  # rows of the table, those that do not fit besides
 SYSTEM = "lorafusion"
@@ -75,23 +77,21 @@ def costs_by_stages(source: Source, path: Path | None, checkpointing: bool) -> C
 
 
 def print_choices(choices: list[Choice]) -> None:
-    """A table: the fastest choices, then those that do not fit."""
+    """A table of the fastest choices, and lines for those that do not fit."""
     table = Table(box=None)
-    for name in ("groups", "stages", "replicas", "idle", "capacity", "of at most", "tokens/s", "bubble", "GiB", "time",
-                 "GPU-hours", ""):  # fmt: skip
-        table.add_column(name, justify="left" if not name else "right")
-    for choice in [c for c in choices if not c.reason][:SHOWN] + [c for c in choices if c.reason]:
-        numbers, remark = [""] * 7, choice.reason
-        if not choice.reason:
-            numbers = [f"{choice.capacity}", f"{choice.largest_capacity}", f"{choice.throughput:,.0f}"]
-            numbers += [f"{choice.bubble:.1%}", f"{choice.memory / GIB:.1f}", duration(choice.makespan)]
-            numbers += [f"{choice.gpu_hours:,.2f}"]
-            remark = f"{choice.nodes} nodes a group" * (choice.nodes > 1)
-        sizes = (choice.groups, choice.stages, choice.data_parallel, choice.idle)
-        table.add_row(*map(str, sizes), *numbers, remark)
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    for choice in [choice for choice in choices if not choice.reason][:SHOWN]:
+        sizes = (choice.groups, choice.at_once, choice.stages, choice.data_parallel, choice.nodes, choice.idle)
+        tokens = (choice.capacity, choice.largest_capacity)
+        numbers = (f"{choice.throughput:,.0f}", f"{choice.bubble:.1%}", f"{choice.memory / GIB:.1f}")
+        times = (duration(choice.makespan), f"{choice.gpu_hours:,.2f}")
+        table.add_row(*map(str, (*sizes, *tokens)), *numbers, *times)
     console = Console(highlight=False)
     console.width = max(console.width, WIDTH)
     console.print(table)
+    for choice in (choice for choice in choices if choice.reason):
+        print(f"{choice.stages} stage{'s' * (choice.stages > 1)}: {choice.reason}")
 
 
 def duration(seconds: float) -> str:
@@ -103,8 +103,8 @@ def duration(seconds: float) -> str:
 
 
 def to_json(source: Source, cluster: Cluster, choices: list[Choice]) -> str:
-    """All choices; of the best one also the adapters and seconds of each group."""
-    chosen, names = best(choices), [job.name for job in source.workload.jobs]
+    """All choices, the best first; of it also the adapters and seconds of each group."""
+    chosen, names = choices[0], [job.name for job in source.workload.jobs]
     rows = [choice._asdict() for choice in choices]
     for row in rows:
         row.pop("members"), row.pop("times")
@@ -113,13 +113,13 @@ def to_json(source: Source, cluster: Cluster, choices: list[Choice]) -> str:
         for jobs, seconds in zip(chosen.members, chosen.times, strict=True)
     ]
     data = {"version": VERSION, "workload_hash": source.workload.content_hash, "model": source.name}
-    data |= {"cluster": cluster._asdict(), "choices": rows, "best": choices.index(chosen), "groups": groups}
+    data |= {"cluster": cluster._asdict(), "choices": rows, "groups": groups}
     return json.dumps(data, indent=1) + "\n"
 
 
 def write_timeline(search: Search, choices: list[Choice], path: Path) -> None:
     """The slowest group of the best choice, for Perfetto."""
-    plan, timeline = search.timeline(best(choices), SYSTEM)
+    plan, timeline = search.timeline(choices[0], SYSTEM)
     write_trace(timeline, plan, path)
     print(f"{path}: open it in https://ui.perfetto.dev")
 
@@ -135,7 +135,7 @@ def require_new(folder: Path) -> None:
 
 def write_groups(source: Source, choices: list[Choice], checkpointing: bool, folder: Path) -> None:
     """A jobs file, or a workload file, of each group of the best choice."""
-    choice = best(choices)
+    choice = choices[0]
     for index, members in enumerate(choice.members):
         name = f"group-{index:04}"
         if source.config is None:
@@ -154,10 +154,11 @@ def print_next(
     source: Source, cluster: Cluster, choices: list[Choice], checkpointing: bool, folder: Path | None
 ) -> None:
     """The best choice in a line, and the commands that follow it."""
-    choice = best(choices)
+    choice = choices[0]
     size, plural = f"{choice.stages} x {choice.data_parallel}", "s" * (choice.groups > 1)
+    at_once = f", {choice.at_once} at once" * (choice.at_once < choice.groups)
     print(
-        f"best: {choice.groups} group{plural} of {size} GPUs, {choice.idle} of {cluster.gpus} idle; "
+        f"best: {choice.groups} group{plural} of {size} GPUs{at_once}, {choice.idle} of {cluster.gpus} idle; "
         f"{choice.throughput:,.0f} tokens/s, {duration(choice.makespan)}, {choice.gpu_hours:,.2f} GPU-hours"
     )
     if choice.nodes > 1:

@@ -2,6 +2,7 @@
 
 A group holds the states of its own adapters alone, and reduces gradients over its own replicas alone. So many adapters
 train faster in many small groups than in one gang, as long as each group has adapters enough to keep its stages busy.
+Adapters whose states do not fit all at once train in more groups than there are places, one after another.
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ def distribute(seconds: Sequence[float], sizes: Sequence[int], groups: int, room
         for entry in full:
             heapq.heappush(waiting, entry)
     return [sorted(jobs) for jobs in members]
+
+
+def makespan(seconds: Sequence[float], at_once: int) -> float:
+    """Seconds until all groups have ended, of which so many train at once, the others as soon as there is a place."""
+    if at_once >= len(seconds):
+        return max(seconds)
+    ends = [0.0] * at_once
+    for group in seconds:
+        heapq.heapreplace(ends, ends[0] + group)
+    return max(ends)
 
 
 def places(gpus: int, size: int, per_node: int) -> int:

@@ -89,9 +89,9 @@ class PipelineMemory(NamedTuple):
         )
         return int(min(free) // 1)
 
-    def reason(self, parameters: int, adapters: int, longest: int) -> str:
-        """Why a group of so many adapters, with so many parameters in a layer, does not fit with a sample of `longest`
-        tokens; empty if it does."""
+    def reason(self, parameters: int, longest: int) -> str:
+        """Why an adapter of so many parameters in a layer does not fit with a sample of `longest` tokens; empty if it
+        does."""
         if parameters <= self.parameters(longest):
             return ""
         if self._is_over(weights := [self.weights(stage) for stage in self._stages]):
@@ -101,11 +101,10 @@ class PipelineMemory(NamedTuple):
         alone = self.capacity(0)
         if alone < longest:
             return f"holds {max(alone, 0)} tokens even without adapters, a sample has {longest}"
-        states = ADAPTER_BYTES * parameters * max(self.model.layers) / GIB
-        names = "1 adapter's" if adapters == 1 else f"{adapters} adapters'"
+        states = f"{ADAPTER_BYTES * parameters * max(self.model.layers) / GIB:.1f} GiB"
         if self._is_over(self.used(parameters, 0, stage) for stage in self._stages):
-            return f"{names} states do not fit beside the weights: {states:.1f} GiB"
-        return f"{names} states ({states:.1f} GiB) leave room for {self.capacity(parameters)} tokens, not for {longest}"
+            return f"an adapter's states do not fit beside the weights: {states}"
+        return f"an adapter's states ({states}) leave room for {self.capacity(parameters)} tokens, not for {longest}"
 
     @property
     def _stages(self) -> range:

@@ -22,15 +22,17 @@ from lorafusion.core.progress import progress
 from lorafusion.core.schema import MOST_STAGES, UserError
 from lorafusion.core.workload import Job, Workload
 from lorafusion.planning.fast import Prediction, Trials, plan
-from lorafusion.planning.groups import distribute, nodes_of, places
+from lorafusion.planning.groups import distribute, makespan, nodes_of, places
 from lorafusion.planning.memory import GIB, GRADIENT_BYTES, PipelineMemory, adapter_parameters
 from lorafusion.planning.simulator import Timeline, simulate
 from lorafusion.planning.simulator.costs import CostModel, costs_of
 
 ALL_SIZES = 16  # numbers of groups and of replicas up to it are all tried; beyond it, each a sixth above the one before
 LINK, NETWORK = 300e9, 40e9  # B/s of a GPU each way, taken for NVLink and for 400 Gb/s InfiniBand
-SHOWN, MOST_TRIED = 10, 32  # divisions that are simulated: so many at least, and those that may be faster still
+SHOWN, SHOWN_SPANNING = 8, 3  # divisions that are simulated at least, with groups on one node and on several
+MOST_FURTHER = 20  # that may be faster by their estimates
 CLOSE = 0.02  # of the estimated time, within which smaller groups are tried first
+WIDER = 8  # the part of the groups that are added where the adapters' states did not fit
 GAIN = 0.005  # of the time, for which a division is simulated
 SIMULATED_GROUPS = 6  # the slowest of the division that seems the fastest; of the others, the slowest alone
 SHOWN_SAMPLES = 1000  # of a timeline
@@ -51,9 +53,11 @@ class Cluster(NamedTuple):
 class Choice(NamedTuple):
     """A way to run a workload: predicted tokens a second, seconds, bubble, bytes of the fullest GPU; or why it fails.
 
-    nodes: of a group. idle: GPUs in no group. members: the indices of each group's jobs; times: its seconds."""
+    at_once: groups that train at the same time; the others follow, where not all adapters fit at once. nodes: of a
+    group. idle: GPUs in no group. members: the indices of each group's jobs; times: its seconds."""
 
     groups: int
+    at_once: int
     stages: int
     data_parallel: int
     nodes: int
@@ -116,6 +120,7 @@ class _Division:
     have been simulated."""
 
     groups: int
+    at_once: int
     stages: int
     data_parallel: int
     members: list[list[int]]
@@ -129,7 +134,11 @@ class _Division:
 
     @cached_property
     def estimate(self) -> float:
-        return float(self.estimates.max())
+        return makespan(self.estimates.tolist(), self.at_once)
+
+    @property
+    def makespan(self) -> float:
+        return makespan(self.times.tolist(), self.at_once)
 
     @property
     def times(self) -> np.ndarray:
@@ -165,23 +174,23 @@ class Search:
         self._alone: dict[tuple[int, int], np.ndarray] = {}
 
     def choices(self) -> list[Choice]:
-        """The fastest divisions, the fastest first, and what does not fit last. Raises `UserError` where none fits."""
+        """The fastest divisions, the best first: those that `lorafusion train` can run, whose groups are on one node,
+        then the others, and what does not fit last. Raises `UserError` where none fits."""
         divisions, failed = [], []
         for depth in self.depths:
             fitting = [division for shape in self._shapes(depth) if (division := self._division(depth, *shape))]
             divisions += fitting
-            if not fitting:
+            if not fitting and places(self.cluster.gpus, depth.stages, self.cluster.per_node):
                 failed.append(self._failed(depth))
         if not divisions:
             raise UserError(self._nothing_fits(failed))
-        tried = self._tried(divisions)
-        choices = sorted(map(self._choice, tried), key=lambda choice: (choice.makespan, choice.stages, choice.groups))
-        return choices + failed
+        choices = map(self._choice, self._tried(divisions))
+        return sorted(choices, key=lambda choice: (choice.nodes > 1, choice.makespan, choice.stages)) + failed
 
     def timeline(self, choice: Choice, system: str) -> tuple[Plan, Timeline]:
         """A plan of the first global batches of a choice's slowest group, and its timeline."""
         members = choice.members[choice.slowest]
-        model = self._with_links(self._depth(choice.stages).model, choice.data_parallel, members)
+        model = self._costs(self._depth(choice.stages), choice.data_parallel, members)
         jobs = [self.jobs[job] for job in members]
         part = min(1.0, SHOWN_SAMPLES / sum(job.stream_length - job.first_position for job in jobs))
         steps = [job.start + math.ceil((len(job.batches) - job.start) * part) for job in jobs]
@@ -206,13 +215,17 @@ class Search:
             shapes.add((groups, next(fitting, 0)))
         return {shape for shape in shapes if all(shape)}
 
-    def _division(self, depth: _Depth, groups: int, replicas: int) -> _Division | None:
-        """The division with the jobs in its groups; None where they do not fit."""
+    def _division(self, depth: _Depth, at_once: int, replicas: int) -> _Division | None:
+        """The division with the jobs in its groups, as many as fit at once if all jobs do; None where a job does not
+        fit."""
         stages, room = depth.model.stages, depth.memory.parameters(self.longest)
-        members = self._members(groups, room)
-        if members is None:
+        if max(self.parameters) > room:
             return None
-        model = self._with_links(depth.model, replicas, range(len(self.jobs)))
+        groups = max(at_once, -(-sum(self.parameters) // room))
+        while (members := self._members(groups, room)) is None:
+            groups += 1 + groups // WIDER
+        at_once = min(at_once, groups)
+        model = self._costs(depth, replicas, range(len(self.jobs)))
         steps = depth.steps * depth.busiest.layers[0] * (model.step + model.reduction)
         if (stages, replicas) not in self._alone:
             self._alone[stages, replicas] = depth.alone(replicas)
@@ -224,9 +237,11 @@ class Search:
         )
         estimates = passes / np.minimum(replicas, samples) + stepping
         np.maximum.at(estimates, group_of, self._alone[stages, replicas] + steps)
-        return _Division(groups, stages, replicas, members, estimates)
+        order = np.argsort(-estimates, kind="stable")  # the longest begins first
+        in_order = [members[group] for group in order]
+        return _Division(len(members), at_once, stages, replicas, in_order, estimates[order])
 
-    def _members(self, groups: int, room: int) -> list[list[int]] | None:
+    def _members(self, groups: int, room: float) -> list[list[int]] | None:
         """The jobs of each group, by time alone if they fit so."""
         seconds, unlimited = self.depths[0].seconds.tolist(), math.inf
         if groups not in self._distributed:
@@ -236,38 +251,45 @@ class Search:
             return distribute(seconds, self.parameters, groups, room)
         return members
 
-    def _with_links(self, model: CostModel, replicas: int, jobs: Iterable[int]) -> CostModel:
-        """A cost model with the times of this cluster's links for a group."""
-        cluster, layers = self.cluster, sum(model.layers) / model.stages
-        inside = model.stages * replicas <= cluster.per_node
-        parameters = np.mean([self.parameters[job] for job in jobs])
-        bandwidth = cluster.link if inside else cluster.network
-        seconds = 2 * (replicas - 1) * (GRADIENT_BYTES * parameters / replicas / bandwidth + model.latency / layers)
-        changed = {"reduction": float(seconds)}
-        if model.stages > cluster.per_node:
-            changed["transfer"] = max(model.transfer, 2 * self.config.hidden_size / cluster.network)
-        return model.model_copy(update=changed)
+    def _costs(self, depth: _Depth, replicas: int, jobs: Iterable[int]) -> CostModel:
+        """The costs of a group with these jobs."""
+        parameters = float(np.mean([self.parameters[job] for job in jobs]))
+        return with_links(depth.model, self.config, self.cluster, replicas, parameters)
 
     def _tried(self, divisions: list[_Division]) -> list[_Division]:
-        """The divisions that were simulated: the fastest by their estimates, a gang, and all that may be faster."""
-        least, fewest = (min(getattr(d, name) for d in divisions) for name in ("estimate", "groups"))
-        divisions.sort(key=lambda division: _order(division, least))
-        gang = next(division for division in divisions if division.groups == fewest)
-        tried: list[_Division] = []
+        """The divisions that were simulated: of those whose groups are on one node, and of the others, the fastest by
+        their estimates, all that may be faster, and a gang."""
+        parts: dict[bool, list[_Division]] = {False: [], True: []}
+        for division in divisions:
+            parts[division.size > self.cluster.per_node].append(division)
+        tried = []
         with progress() as bar:
-            task = bar.add_task("simulating divisions", total=min(len(divisions), MOST_TRIED))
-            for index, division in enumerate(divisions):
-                best = min((other.times.max() for other in tried), default=math.inf)
-                may_be_best = len(tried) < MOST_TRIED and division.estimate < best * (1 - GAIN)
-                if index < SHOWN or may_be_best or division is gang:
-                    self._simulate(division, 1)
+            task = bar.add_task("simulating divisions", total=None)
+            for spanning, part in parts.items():
+                for division in self._promising(part, SHOWN_SPANNING if spanning else SHOWN):
                     tried.append(division)
                     bar.advance(task)
-            while (best := min(tried, key=lambda division: division.times.max())) and len(best.simulated) == 1:
-                if best.groups == 1:
-                    break
-                self._simulate(best, SIMULATED_GROUPS)
         return tried
+
+    def _promising(self, divisions: list[_Division], shown: int) -> Iterator[_Division]:
+        """The divisions that may be the fastest, simulated; so many at least."""
+        if not divisions:
+            return
+        least, fewest = (min(getattr(d, name) for d in divisions) for name in ("estimate", "at_once"))
+        divisions = sorted(divisions, key=lambda division: _order(division, least))
+        gang = next((division for division in divisions if division.at_once == fewest == 1), None)
+        tried: list[_Division] = []
+        for index, division in enumerate(divisions):
+            shortest = min((other.makespan for other in tried), default=math.inf)
+            may_be_best = len(tried) < shown + MOST_FURTHER and division.estimate < shortest * (1 - GAIN)
+            if index < shown or may_be_best or division is gang:
+                self._simulate(division, 1)
+                tried.append(division)
+                yield division
+        while len((fastest := min(tried, key=lambda division: division.makespan)).simulated) < min(
+            SIMULATED_GROUPS, fastest.groups
+        ):
+            self._simulate(fastest, SIMULATED_GROUPS)
 
     def _simulate(self, division: _Division, groups: int) -> None:
         """Simulate the groups that are estimated to take the longest, so many of them."""
@@ -278,7 +300,7 @@ class Search:
             members = division.members[group]
             jobs = tuple(self.jobs[job] for job in members[:: -(-len(members) // SIMULATED_ADAPTERS)])
             trials = Trials(jobs, division.stages, self._capacity(depth, members), division.data_parallel)
-            prediction = trials.fastest(self._with_links(depth.model, division.data_parallel, members))
+            prediction = trials.fastest(self._costs(depth, division.data_parallel, members))
             seconds = float(self.tokens[members].sum()) / prediction.throughput
             division.predictions[group] = prediction
             division.simulated[group] = max(seconds, float(division.estimates[group]))
@@ -293,41 +315,34 @@ class Search:
 
     def _choice(self, division: _Division) -> Choice:
         depth = self._depth(division.stages)
-        times, makespan = division.times, float(division.times.max())
+        times, seconds = division.times, division.makespan
         target = max(prediction.way.target for prediction in division.predictions.values())
         largest = min(self._capacity(depth, jobs) for jobs in division.members)
         capacity = max(self.longest, min(target, largest))
         parameters = max(sum(self.parameters[job] for job in jobs) for jobs in division.members)
         return Choice(
             division.groups,
+            division.at_once,
             division.stages,
             division.data_parallel,
             nodes_of(division.size, self.cluster.per_node),
-            self.cluster.gpus - division.groups * division.size,
+            self.cluster.gpus - division.at_once * division.size,
             capacity,
             largest,
-            throughput=float(self.tokens.sum()) / makespan,
+            throughput=float(self.tokens.sum()) / seconds,
             bubble=max(0.0, float(np.mean([prediction.bubble for prediction in division.predictions.values()]))),
             memory=depth.memory.most_used(parameters, capacity),
-            makespan=makespan,
+            makespan=seconds,
             gpu_hours=float(times.sum()) * division.size / 3600,
             members=tuple(map(tuple, division.members)),
             times=tuple(times.tolist()),
         )
 
     def _failed(self, depth: _Depth) -> Choice:
-        """The choice with a pipeline that does not fit, and why: with as few adapters as there can be."""
-        stages, cluster = depth.model.stages, self.cluster
-        groups = min(len(self.jobs), places(cluster.gpus, stages, cluster.per_node))
-        if not groups:
-            reason = f"{cluster.gpus} GPUs, {cluster.per_node} a node, cannot hold {stages} stages"
-            return Choice(0, stages, 1, nodes_of(stages, cluster.per_node), cluster.gpus, reason=reason)
-        largest = max(
-            (sum(self.parameters[job] for job in jobs), len(jobs)) for jobs in self._members(groups, math.inf) or []
-        )
-        reason = depth.memory.reason(*largest, self.longest) or f"{len(self.jobs)} adapters' states do not fit"
-        nodes, idle = nodes_of(stages, cluster.per_node), cluster.gpus - groups * stages
-        return Choice(groups, stages, 1, nodes, idle, reason=reason)
+        """The choice of a pipeline that holds no group, and why: with the largest adapter alone."""
+        nodes = nodes_of(depth.stages, self.cluster.per_node)
+        reason = depth.memory.reason(max(self.parameters), self.longest)
+        return Choice(0, 0, depth.stages, 1, nodes, self.cluster.gpus, reason=reason)
 
     def _nothing_fits(self, failed: list[Choice]) -> str:
         """failed: by their stages. The most stages came closest."""
@@ -337,9 +352,16 @@ class Search:
         return f"{self.cluster.gpus} GPUs of {self.cluster.memory / GIB:.0f} GiB: nothing fits; {where}{hint}"
 
 
-def best(choices: list[Choice]) -> Choice:
-    """The fastest choice that `lorafusion train` can run, which is on one node; the fastest of all if there is none."""
-    return next((choice for choice in choices if choice.nodes == 1 and not choice.reason), choices[0])
+def with_links(model: CostModel, config: ModelConfig, cluster: Cluster, replicas: int, parameters: float) -> CostModel:
+    """A cost model with the times of a cluster's links for a group, whose adapters have so many parameters in a layer:
+    gradients go around a ring of the replicas, hidden states to the next stage."""
+    inside = model.stages * replicas <= cluster.per_node
+    bandwidth, layers = cluster.link if inside else cluster.network, sum(model.layers) / model.stages
+    message = GRADIENT_BYTES * parameters / replicas / bandwidth + model.latency / layers
+    changed = {"reduction": 2 * (replicas - 1) * message}
+    if model.stages > cluster.per_node:
+        changed["transfer"] = max(model.transfer, 2 * config.hidden_size / cluster.network)
+    return model.model_copy(update=changed)
 
 
 def _useful_depths(most: int, costs: Callable[[int], CostModel]) -> Iterator[CostModel]:

@@ -95,9 +95,9 @@ def test_a_proposal_names_divisions_of_the_gpus_and_the_command_that_follows(pla
     done = lorafusion("plan", "propose", planned / "deep/w.json", "--model", "llama-3.1-70b", "--gpus", 2,
                       "--memory", 100, "--out", out, "--trace", trace)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    _, *rows, perfetto, best, command = done.stdout.splitlines()
-    assert [row.split()[:3] for row in rows] == [["1", "2", "1"], ["2", "1", "1"]]
-    assert rows[1].rstrip().endswith("the weights do not fit: 131.4 GiB")
+    _, row, failed, perfetto, best, command = done.stdout.splitlines()
+    assert row.split()[:6] == ["1", "1", "2", "1", "1", "0"]
+    assert failed == "1 stage: the weights do not fit: 131.4 GiB"
     assert "best.json: open it" in perfetto
     assert re.match(r"best: 1 group of 2 x 1 GPUs, 0 of 2 idle; [\d,]+ tokens/s, [\d.]+ s, 0.00 GPU-hours", best)
     data = json.loads(out.read_text())

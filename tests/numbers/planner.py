@@ -74,7 +74,7 @@ def constants() -> list[str]:
         f"more than {percent(completion.LONGER, '.1f')} longer.",
         f"Up to {number(completion.JUDGED_SAMPLES, ',')} samples the whole plan",
         f"{number(memory.WORKSPACE >> 30)} GiB of workspace. At most {percent(capacity.USABLE)} of a GPU's memory",
-        f"after {number(propose.MOST_TRIED)} divisions",
+        f"{number(propose.MOST_FURTHER)} divisions after",
         f"{number(propose.LINK / 1e9, '.0f')} GB/s within a node, or of `--network` between nodes "
         f"({number(propose.NETWORK / 1e9, '.0f')} GB/s)",
         f"({number(costs.FLOP_RATE / 1e12, '.0f')} TFLOP/s)",

@@ -25,6 +25,7 @@ TIED: dict[str, Callable[[], list[str]]] = {
     "CONTRIBUTING.md": NOTHING,
     "docs/guide/add-a-system.md": NOTHING,
     "docs/guide/install.md": NOTHING,
+    "docs/guide/many-gpus.md": NOTHING,
     "docs/guide/patch.md": NOTHING,
     "docs/guide/plan.md": NOTHING,
     "docs/guide/reproduce.md": others.reproduce,

@@ -10,8 +10,9 @@ from lorafusion.core.config import CONFIGS, read_model
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
 from lorafusion.data.lengths import make_workload
+from lorafusion.planning.groups import makespan
 from lorafusion.planning.memory import GIB, WORKSPACE, PipelineMemory, adapter_parameters
-from lorafusion.planning.propose import Choice, Cluster, Search, best
+from lorafusion.planning.propose import Choice, Cluster, Search, with_links
 from lorafusion.planning.simulator import model_costs
 
 
@@ -46,18 +47,21 @@ def choices_of(
         (30, "llama-3.1-8b", 24, 40, True),
         (12, "llama-3.1-70b", 16, 141, True),
         (300, "llama-3.1-8b", 64, 80, False),
+        (300, "llama-3.1-8b", 2, 80, False),
     ],
 )
 def test_a_choice_fits_has_each_adapter_once_and_accounts_for_each_gpu(adapters, model, gpus, gib, checkpointing):
     workload, config = workload_of(adapters), read_model(model)
     choices = [c for c in choices_of(workload, model, gpus, gib, checkpointing) if not c.reason]
-    assert [choice.makespan for choice in choices] == sorted(choice.makespan for choice in choices)
+    places = [(choice.nodes > 1, choice.makespan) for choice in choices]
+    assert places == sorted(places)
     longest = max(sample.tokens for job in workload.jobs for sample in job.samples)
     for choice in choices:
-        assert choice.groups * choice.stages * choice.data_parallel + choice.idle == gpus
+        assert choice.at_once * choice.stages * choice.data_parallel + choice.idle == gpus
+        assert choice.at_once <= choice.groups
         assert sorted(itertools.chain(*choice.members)) == list(range(adapters))
         assert len(choice.members) == len(choice.times) == choice.groups
-        assert choice.makespan == max(choice.times)
+        assert choice.makespan == makespan(choice.times, choice.at_once)
         assert choice.throughput == pytest.approx(workload.tokens / choice.makespan)
         size = choice.stages * choice.data_parallel
         assert choice.gpu_hours == pytest.approx(sum(choice.times) * size / 3600)
@@ -86,8 +90,7 @@ def test_many_adapters_are_divided_into_groups():
     """250 adapters of 8B on 256 GPUs: a gang waits, and reduces gradients between nodes."""
     choices = choices_of(workload_of(250), "llama-3.1-8b", 256)
     gang = next(choice for choice in choices if choice.groups == 1)
-    chosen = best(choices)
-    assert chosen == choices[0]
+    chosen = choices[0]
     assert chosen.groups > 30
     assert chosen.throughput > 1.2 * gang.throughput
 
@@ -95,7 +98,7 @@ def test_many_adapters_are_divided_into_groups():
 def test_gpus_stay_idle_where_numbers_do_not_divide():
     """70B needs three GPUs here, and a pipeline of seven waits for the only adapter."""
     choices = choices_of(workload_of(1, batch=4, name="xsum"), "llama-3.1-70b", 7, 80, True)
-    chosen = best(choices)
+    chosen = choices[0]
     assert (chosen.stages * chosen.data_parallel * chosen.groups, chosen.idle) == (6, 1)
     whole = [choice for choice in choices if not choice.idle and not choice.reason]
     assert whole
@@ -103,21 +106,33 @@ def test_gpus_stay_idle_where_numbers_do_not_divide():
 
 
 def test_reducing_gradients_takes_time_by_the_link():
-    """Four replicas of one adapter on nodes of one, of which the network is fast, slow, or very slow."""
-    workload, times = workload_of(1, samples=64, batch=4), []
-    for network in (300e9, 4e9, 4e8):
-        choices = choices_of(workload, "llama-3.1-8b", 4, per_node=1, network=network)
+    """Four replicas of one adapter, whose GPUs are linked fast, slowly, and very slowly."""
+    workload, links, times = workload_of(1, samples=64, batch=4), (300e9, 4e9, 4e8), []
+    for link in links:
+        choices = choices_of(workload, "llama-3.1-8b", 4, link=link)
         times.append(next(c.makespan for c in choices if (c.stages, c.data_parallel) == (1, 4)))
     # 42 million parameters of 4 bytes, of which a ring of four sends six quarters; 16 steps.
-    rings = [16 * 1.5 * 4 * 41.9e6 / network for network in (300e9, 4e9, 4e8)]
+    rings = [16 * 1.5 * 4 * 41.9e6 / link for link in links]
     assert times[1] - times[0] == pytest.approx(rings[1] - rings[0], rel=0.05)
     assert times[2] - times[0] == pytest.approx(rings[2] - rings[0], rel=0.05)
+
+
+def test_between_nodes_the_network_counts():
+    config = read_model("llama-3.1-8b")
+    plain, costs = model_costs(config, 4), {}
+    for per_node in (1, 4, 16):
+        cluster = Cluster(16, 80 * GIB, per_node, link=400e9, network=20e9)
+        costs[per_node] = with_links(plain, config, cluster, 4, 1e6)
+    assert costs[1].reduction == costs[4].reduction > 10 * costs[16].reduction > 0
+    assert costs[1].transfer == pytest.approx(2 * 4096 / 20e9)
+    assert costs[4].transfer == costs[16].transfer == plain.transfer
+    assert with_links(plain, config, cluster, 1, 1e6).reduction == 0
 
 
 def test_what_spans_nodes_is_not_what_can_be_trained():
     choices = choices_of(workload_of(4), "llama-3.1-8b", 8, per_node=2)
     assert {choice.nodes for choice in choices} > {1, 4}
-    assert best(choices).nodes == 1
+    assert choices[0].nodes == 1
 
 
 def test_checkpointing_makes_room_and_takes_time():
@@ -130,7 +145,6 @@ def test_checkpointing_makes_room_and_takes_time():
     ("adapters", "model", "gpus", "gib", "reason"),
     [
         (4, "llama-3.1-70b", 1, 80, "1 GPUs of 80 GiB: nothing fits; 1 stage: the weights do not fit: 131.4 GiB"),
-        (1000, "llama-3.1-8b", 8, 80, "1000 adapters' states do not fit beside the weights"),
         (4, "llama-3.1-70b", 8, 80, "8 stages: holds 2560 tokens even without adapters, a sample has 3737; try check"),
         (4, "llama-3.1-70b", 4, 1, "the weights do not fit"),
     ],
@@ -138,6 +152,20 @@ def test_checkpointing_makes_room_and_takes_time():
 def test_where_nothing_fits_the_reason_is_said(adapters, model, gpus, gib, reason):
     with pytest.raises(UserError, match=reason):
         choices_of(workload_of(adapters), model, gpus, gib)
+
+
+def test_adapters_that_do_not_fit_at_once_train_one_group_after_another():
+    """The states of 300 adapters of 8B take 188 GiB, and eight GPUs of 40 GiB have half of that beside the weights."""
+    chosen, *_ = choices_of(workload_of(300), "llama-3.1-8b", 8, 40)
+    assert chosen.groups > chosen.at_once
+    assert chosen.makespan < 1.1 * sum(chosen.times) / chosen.at_once
+
+
+def test_an_adapter_that_fits_nowhere_is_the_reason():
+    (job, *_) = workload_of(1).jobs
+    workload = Workload(name="large", jobs=(job.model_copy(update={"rank": 256}),))
+    with pytest.raises(UserError, match="1 stage: an adapter's states do not fit beside the weights: 10.0 GiB"):
+        choices_of(workload, "llama-3.1-8b", 1, 24, True)
 
 
 def test_stages_that_do_not_fit_have_their_reason():
@@ -149,7 +177,7 @@ def test_stages_that_do_not_fit_have_their_reason():
 def test_a_timeline_is_of_the_first_batches_of_the_slowest_group():
     workload, config = workload_of(30, samples=400), read_model("llama-3.1-8b")
     search = Search(workload, config, Cluster(8, 80 * GIB), lambda stages: model_costs(config, stages))
-    chosen = best(search.choices())
+    chosen, *_ = search.choices()
     plan, timeline = search.timeline(chosen, "lorafusion")
     assert (plan.stages, plan.data_parallel) == (chosen.stages, chosen.data_parallel)
     assert timeline.tokens.sum() == plan.statistics.tokens < workload.tokens

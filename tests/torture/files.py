@@ -60,6 +60,8 @@ def _configurations() -> Iterator[Case]:
                       lambda content: plan | {"costs.yaml": content}, light=True)  # fmt: skip
     yield from placed("plan/costs", "plan make", "workload.json --stages 2 -o out.json --costs costs.yaml",
                       few(mutations), lambda content: plan | {"costs.yaml": content}, light=True)  # fmt: skip
+    yield from placed("propose/costs", "plan propose", "workload.json --model tiny --gpus 2 --costs costs.yaml",
+                      few(mutations), lambda content: plan | {"costs.yaml": content}, light=True)  # fmt: skip
     mutations = spoiled.no_file() | spoiled.yaml_text(valid.PROFILE)
     yield from placed("show/profile", "plan show",
                       "plan.json --workload workload.json --model tiny --costs profile.yaml", mutations,

@@ -23,9 +23,10 @@ from lorafusion.core.schema import UserError
 from lorafusion.lab.cluster import probe
 from lorafusion.lab.cluster.admission import require_admitted, sbatch_words
 from lorafusion.lab.cluster.probe import CLOCK_SECONDS, LOGIN, MARK, PROBLEM, SEEN
-from lorafusion.lab.cluster.queue import JobState, job_state, slurm
+from lorafusion.lab.cluster.queue import Job, job_state, slurm
 from lorafusion.lab.cluster.request import Resources, request_of
 from lorafusion.lab.cluster.site import Site, read_site
+from lorafusion.lab.cluster.words import never_passes
 
 PASSED = ".preflight"  # a file: what has passed
 MINUTES = 10  # that the job may take once it runs: a cold file system takes minutes to import torch
@@ -33,9 +34,6 @@ MOST_NODES = 2
 OTHERS_SECONDS = 20  # that the other nodes have once it is clear that something does not hold
 LOOK_SECONDS = 2.0
 SHOW_SECONDS = 60.0  # that a file of a node may take to be seen here
-# Why a job waits that will never run. All other reasons, of which Slurm has dozens, are those of a busy cluster.
-NEVER = re.compile("PartitionConfig|PartitionNodeLimit|PartitionTimeLimit|BadConstraints|Invalid.*|AccountNotAllowed|"
-                   "QOSNotAllowed|ReservationDeleted|.*PerJob.*")  # fmt: skip
 # On each node; `$1` is the workflow's Python, `$2` what the probe is given.
 ON_EACH_NODE = f"""
 say() {{ echo "{MARK}${{SLURMD_NODENAME:-$(hostname)}} {PROBLEM}: $1"; }}
@@ -100,7 +98,7 @@ def preflight(folder: Path, needs: Resources, site: Site, name: str) -> str:
         before = time.time()
         job = slurm(*words, text=script_of(place, needs, site)).strip().partition(";")[0]
         try:
-            seen = Seen(JobState(job, "PENDING", "", ""), before)
+            seen = Seen(Job(job, "PENDING"), before)
             _watch(seen, place, log, needs.nodes, 60.0 * (site.preflight or MINUTES))
         finally:
             slurm("scancel", "--quiet", job)
@@ -156,7 +154,7 @@ class Seen:
     """What is seen of the job. before: the login node's clock when the job did not run yet; spans: for each node,
     that and when it was first heard of; files: that the nodes have made; log: None where none has come."""
 
-    state: JobState
+    state: Job
     before: float
     spans: dict[str, tuple[float, float]] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -192,7 +190,7 @@ def _watch(seen: Seen, place: Path, log: Path, nodes: int, seconds: float) -> No
         seen.look(place, log)
         if state.waits:
             seen.before = clock
-            if now - begin > limit or NEVER.fullmatch(state.reason):
+            if now - begin > limit or never_passes(state.reason):
                 raise NotStartedError(state.id, state.reason, now - begin)
         elif not state.has_ended:
             hosts, pause = hosts or slurm("scontrol", "show", "hostnames", state.nodes).split(), LOOK_SECONDS
@@ -229,7 +227,7 @@ class NotStartedError(UserError):
     """A preflight whose job has waited for too long. is_busy: as on a cluster that others use."""
 
     def __init__(self, job: str, reason: str, seconds: float) -> None:
-        self.is_busy = not NEVER.fullmatch(reason)
+        self.is_busy = not never_passes(reason)
         advice = "LORAFUSION_SLURM_PREFLIGHT says how many minutes to wait (0: no preflight)"
         if not self.is_busy:
             advice = "it will never start; does the site file ask for what the cluster has?"

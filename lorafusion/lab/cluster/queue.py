@@ -24,9 +24,9 @@ class Job(NamedTuple):
 
     id: str
     state: str
-    nodes: str
-    reason: str
-    comment: str
+    nodes: str = ""
+    reason: str = ""
+    comment: str = ""
 
     @property
     def waits(self) -> bool:
@@ -93,37 +93,19 @@ def cancel(jobs: Sequence[Job], waiting: bool = False) -> None:
         slurm("scancel", "--quiet", *["--state=PENDING"] * waiting, *[job.id for job in jobs])
 
 
-class JobState(NamedTuple):
-    """How a job stands. reason: why it waits, or why it ended; nodes: of which it runs or ran."""
-
-    id: str
-    state: str
-    reason: str
-    nodes: str
-
-    @property
-    def waits(self) -> bool:
-        return self.state in WAITING
-
-    @property
-    def has_ended(self) -> bool:
-        return self.state in ENDS
-
-
-def job_state(job: str) -> JobState:
+def job_state(job: str) -> Job:
     """How a job stands, for minutes after its end too; a job that Slurm has forgotten has ended."""
     try:
         return read_job_state(slurm("scontrol", "--oneliner", "show", "job", job))
     except UserError as error:
         if "Invalid job id" in str(error):
-            return JobState(job, "UNKNOWN", "", "")
+            return Job(job, "UNKNOWN")
         raise
 
 
-def read_job_state(text: str) -> JobState:
+def read_job_state(text: str) -> Job:
     """Of an answer of `scontrol --oneliner show job`."""
-    fields = (field(text, name) for name in ("JobId", "JobState", "Reason", "NodeList"))
-    return JobState(*fields)
+    return Job(*(field(text, name) for name in ("JobId", "JobState", "NodeList", "Reason")))
 
 
 def field(text: str, name: str) -> str:

@@ -83,7 +83,7 @@ class Watch:
                 self._missed.pop(id, None)
             else:
                 self._missed.setdefault(id, now)
-                jobs[id] = self._jobs.get(id, Job(id, "", "", "", ""))._replace(state="UNKNOWN")
+                jobs[id] = self._jobs.get(id, Job(id, ""))._replace(state="UNKNOWN")
         self._jobs = {id: jobs[id] for id in ids}
         self._look_at_waiting([job for job in self._jobs.values() if job.waits], now)
         return {id: job for id, job in self._jobs.items() if job.has_ended}

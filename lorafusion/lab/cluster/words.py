@@ -68,3 +68,8 @@ def wait_of(reason: str) -> Wait:
     """What becomes of a job that waits for a reason, as squeue or scontrol writes it."""
     plain = reason.strip("()").replace("_", " ")
     return next((wait for pattern, wait in WAITS.items() if re.fullmatch(pattern, plain)), BUSY)
+
+
+def never_passes(reason: str) -> bool:
+    """Will a job never start that waits for this reason?"""
+    return wait_of(reason).seconds == 0

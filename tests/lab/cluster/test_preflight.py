@@ -28,7 +28,7 @@ from lorafusion.lab.cluster.preflight import (
     script_of,
 )
 from lorafusion.lab.cluster.probe import probe
-from lorafusion.lab.cluster.queue import JobState, job_state, read_job_state
+from lorafusion.lab.cluster.queue import Job, job_state, read_job_state
 from lorafusion.lab.cluster.request import Resources
 from lorafusion.lab.cluster.site import Site
 from lorafusion.lab.steps import dag_of
@@ -38,7 +38,7 @@ from lorafusion.launch.rendezvous import Meeting
 TWO = Resources(5, 4000, nodes=2, exclusive=False)
 PENDING = "JobId=7 JobName=x JobState=PENDING Reason={} Dependency=(null) NodeList= NumNodes=2-2"
 DONE = "JobId=7 JobName=x JobState=COMPLETED Reason=None Dependency=(null) ReqNodeList=(null) NodeList=toy[1-2]"
-ENDED = JobState("7", "COMPLETED", "None", "toy[1-2]")
+ENDED = Job("7", "COMPLETED", "toy[1-2]", "None")
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_what_a_site_has_each_job_do_first_comes_first(tmp_path):
     assert json.loads(words[-1]) == {"place": str(tmp_path / "a b"), "nodes": 2, "gpus": 8}
 
 
-def seen(log: str | None, *files: str, state: JobState = ENDED) -> Seen:
+def seen(log: str | None, *files: str, state: Job = ENDED) -> Seen:
     """Of nodes that began between 40 and 60 by the login node's clock."""
     nodes = read_log(log or "")
     return Seen(state, 40.0, dict.fromkeys(nodes, (40.0, 60.0)), nodes, list(files), log)
@@ -160,7 +160,7 @@ def test_the_time_in_the_queue_says_nothing_of_clocks(nodes, tmp_path, monkeypat
     (tmp_path / "seen-toy1").touch()
     log = tmp_path / "log"
 
-    def state(job: str) -> JobState:
+    def state(job: str) -> Job:
         state = next(states)
         if state == "COMPLETED":
             log.write_text(GOOD.format(1, 600))
@@ -181,7 +181,7 @@ def test_what_is_waited_for_is_said_once(nodes, tmp_path, monkeypatch, capsys):
     lives = iter([("PENDING", "Priority"), ("PENDING", "Priority"), ("RUNNING", ""), ("RUNNING", "")])
     monkeypatch.setattr(module.time, "sleep", lambda _: None)
 
-    def state(job: str) -> JobState:
+    def state(job: str) -> Job:
         log.write_text(next(logs, "preflight: toy1 problem: bad\n"))
         state, reason = next(lives, ("FAILED", ""))
         return ENDED._replace(state=state, reason=reason)
@@ -203,7 +203,7 @@ def test_others_have_seconds_once_something_does_not_hold(nodes, tmp_path, monke
     monkeypatch.setattr(module.time, "monotonic", iter(range(0, 10_000, 15)).__next__)
     states = iter([ENDED._replace(state="RUNNING")] * 9)
 
-    def state(job: str) -> JobState:
+    def state(job: str) -> Job:
         left = states.__length_hint__()
         log.write_text(GOOD.format(1, 1) + ("preflight: toy2 problem: bad\n" if left <= 5 else ""))
         return next(states)
@@ -378,7 +378,7 @@ def test_a_job_that_slurm_has_forgotten_has_ended(slurm):
 def test_states_are_read():
     assert read_job_state(DONE) == ENDED
     waiting = read_job_state(PENDING.format("Resources"))
-    assert waiting == JobState("7", "PENDING", "Resources", "")
+    assert waiting == Job("7", "PENDING", "", "Resources")
     assert (waiting.waits, waiting.has_ended) == (True, False)
     states = ["RUNNING", "COMPLETING", "FAILED", "TIMEOUT", "NODE_FAIL"]
-    assert [JobState("7", state, "", "").has_ended for state in states] == [False, False, True, True, True]
+    assert [Job("7", state, "", "").has_ended for state in states] == [False, False, True, True, True]

@@ -17,13 +17,12 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
 from lorafusion.core.schema import UserError
-from lorafusion.lab.begin import begin
+from lorafusion.lab.begin import begin, dag_of_config
 from lorafusion.lab.cluster.request import request_of
 from lorafusion.lab.cluster.site import read_site
-from lorafusion.lab.driver import is_driven, join_driver
+from lorafusion.lab.driver import is_driven
 from lorafusion.lab.failures import accidents, statement, unmade
 from lorafusion.lab.reproduce import again_command, failures_of, write_report
-from lorafusion.lab.steps import dag_of
 from lorafusion.lab.submission import share_jobs, submission_of
 
 min_version("9.25")

@@ -1,25 +1,4 @@
-# Which suite, and what its steps are in Snakemake's words.
-def dag_of_config():
-    unknown = sorted(set(config) - {"suite", "folder", "again", "suite_name"})
-    if unknown:  # a misspelt --config key would otherwise be ignored
-        raise UserError(
-            f"--config: unknown key {unknown[0]!r}; known: suite, folder, again"
-        )
-    again = config.get("again", False)
-    if str(again).lower() not in ("true", "false"):  # Snakemake takes `true` for a word
-        raise UserError(f"--config: again: expected true or false, found {again!r}")
-    config["again"] = str(again).lower() == "true"
-    if is_driven():
-        join_driver()
-    folder = config.get("folder")
-    dag = dag_of(
-        config.get("suite") or os.environ.get("LORAFUSION_SUITE"),
-        Path(str(folder)) if folder else None,
-    )
-    config["suite_name"] = dag.name  # for the captions of the report
-    return dag
-
-
+# What the steps of a suite are in Snakemake's words.
 @contextmanager
 def reported():
     """A user's mistakes within it are told without a traceback."""
@@ -31,7 +10,7 @@ def reported():
 
 with reported():
     SITE = read_site()
-    SUITE = dag_of_config()
+    SUITE = dag_of_config(config)
     FAILED = {} if is_driven() else failures_of(SUITE)
 AGAIN = accidents(FAILED) if config["again"] else []
 

@@ -1,4 +1,4 @@
-"""What comes before the first step of a workflow."""
+"""What comes before the first step of a workflow: which suite it is, and whether its steps can be made here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import atexit
 import os
 import sys
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 from lorafusion.core.machine import has_gpu
 from lorafusion.core.schema import UserError
@@ -13,8 +15,26 @@ from lorafusion.lab.cluster.admission import require_admitted
 from lorafusion.lab.cluster.preflight import check_nodes_first
 from lorafusion.lab.cluster.watch import watch
 from lorafusion.lab.dag import Dag
-from lorafusion.lab.driver import driving
+from lorafusion.lab.driver import driving, is_driven, join_driver
+from lorafusion.lab.steps import dag_of
 from lorafusion.lab.submission import Submission
+
+
+def dag_of_config(config: dict[str, Any]) -> Dag:
+    """The steps of the suite that Snakemake's `--config` chooses. What it says and what the captions of the report need
+    are in the configuration then."""
+    unknown = sorted(set(config) - {"suite", "folder", "again", "suite_name"})
+    if unknown:  # a misspelt key would otherwise be ignored
+        raise UserError(f"--config: unknown key {unknown[0]!r}; known: suite, folder, again")
+    again = str(config.get("again", False)).lower()  # Snakemake takes `true` for a word
+    if again not in ("true", "false"):
+        raise UserError(f"--config: again: expected true or false, found {config['again']!r}")
+    if is_driven():
+        join_driver()
+    folder = config.get("folder")
+    dag = dag_of(config.get("suite") or os.environ.get("LORAFUSION_SUITE"), Path(str(folder)) if folder else None)
+    config |= {"again": again == "true", "suite_name": dag.name}
+    return dag
 
 
 def begin(dag: Dag, driver: ExitStack, submission: Submission | None, is_local: bool) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from lorafusion.core.schema import UserError
-from lorafusion.lab.begin import begin
+from lorafusion.lab.begin import begin, dag_of_config
 from lorafusion.lab.cluster.request import Resources, request_of
 from lorafusion.lab.cluster.site import Site
 from lorafusion.lab.driver import is_driven
@@ -34,6 +34,27 @@ def submission(minutes: int) -> Submission:
     settings = SimpleNamespace(requeue=True, qos=None, reservation=None)
     executor = SimpleNamespace(run_uuid="lorafusion_1", workflow=SimpleNamespace(executor_settings=settings))
     return Submission(executor, {"runs/a.json": request_of(Resources(minutes, 1000), Site())})
+
+
+def test_the_configuration_chooses_suite_and_folder(tmp_path, suite):
+    config = {"suite": str(suite), "folder": str(tmp_path / "there"), "again": "True"}
+    dag = dag_of_config(config)
+    assert dag.folder == tmp_path / "there"
+    assert config["again"] is True
+    assert config["suite_name"] == "swept"
+
+
+@pytest.mark.parametrize(
+    ("config", "mistake"),
+    [
+        ({"suit": "smoke"}, "--config: unknown key 'suit'; known: suite, folder, again"),
+        ({"again": "yes"}, "--config: again: expected true or false, found 'yes'"),
+    ],
+)
+def test_a_mistake_in_the_configuration_is_a_line(config, mistake):
+    with pytest.raises(UserError) as error:
+        dag_of_config(config)
+    assert error.value.mistakes == [mistake]
 
 
 def test_it_takes_the_folder_and_leaves_word_of_its_jobs(slurm, tmp_path, suite):

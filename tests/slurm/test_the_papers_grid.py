@@ -1,11 +1,15 @@
 """Slurm takes every request of the paper's grid, on nodes of eight and of four GPUs."""
 
+from collections import defaultdict
+
 import pytest
 
 from lorafusion.core.schema import UserError
-from lorafusion.lab.cluster.admission import require_admitted
+from lorafusion.lab.cluster.admission import minutes_allowed, require_admitted
 from lorafusion.lab.cluster.request import request_of
 from lorafusion.lab.cluster.site import SITE, read_site
+from lorafusion.lab.dag import Step
+from lorafusion.lab.shared_jobs import groups_of
 from lorafusion.lab.steps import dag_of
 from tests.slurm.toy import cluster
 
@@ -22,8 +26,16 @@ def test_slurm_takes_every_request_of_the_papers_grid(tmp_path, monkeypatch, nod
     (tmp_path / "site.yaml").write_text("".join(f"{key}: {value}\n" for key, value in site.items()))
     monkeypatch.setenv(SITE, str(tmp_path / "site.yaml"))
 
-    steps = [step for step in dag_of("paper-grid").of_target("all") if not step.kind.quick]
-    requests = {step.relative: request_of(step.resources, read_site()) for step in steps}
+    dag = dag_of("paper-grid")
+    jobs: dict[str, list[Step]] = defaultdict(list)
+    shared = groups_of(dag, read_site(), minutes_allowed(read_site()))
+    for step in dag.of_target("all"):
+        if not step.kind.quick:
+            jobs[shared.get(step, step.relative)].append(step)
+    requests = {
+        name: request_of(steps[0].resources, read_site()) | {"runtime": sum(step.resources.minutes for step in steps)}
+        for name, steps in jobs.items()
+    }
     assert {request["slurm_partition"] for request in requests.values()} == {"long", "cpu"}
     assert max(request["nodes"] or 1 for request in requests.values()) == nodes
     require_admitted(requests)  # by sbatch --test-only

@@ -81,6 +81,19 @@ def test_a_strategy_by_name_and_replicas(planned):
     assert json.loads((planned / "two.json").read_text())["data_parallel"] == 2
 
 
+def test_a_plan_in_which_jobs_end_early(planned):
+    done = lorafusion(
+        "plan", planned / "deep/w.json", "--aim", "completion", "--capacity", 256, "-o", planned / "e.json"
+    )
+    assert done.returncode == 0, done.stderr
+    shown = lorafusion("plan", "show", planned / "e.json", "--workload", planned / "deep/w.json").stdout
+    shares = [
+        float(re.search(r"jobs end +after ([\d.]+)%", text)[1])
+        for text in (shown, lorafusion("plan", "show", planned / "p.json").stdout)
+    ]
+    assert shares[0] < shares[1]
+
+
 def test_a_plan_by_the_costs_of_a_model(planned):
     done = lorafusion(
         "plan", planned / "deep/w.json", "--model", "llama-3.1-8b", "--stages", 2, "--capacity", 256,
@@ -169,6 +182,14 @@ MISTAKES = {
     "nothing fits": (
         ["plan", "propose", "{folder}/deep/w.json", "--model", "llama-3.1-70b", "--gpus", "1"],
         "1 GPUs of 80 GiB: nothing fits",
+    ),
+    "an aim of another planner": (
+        ["plan", "{folder}/deep/w.json", "--system", "mlora", "--aim", "completion", "-o", "{folder}/x"],
+        "--aim: mlora has none; fast does",
+    ),
+    "an unknown aim": (
+        ["plan", "{folder}/deep/w.json", "--aim", "sooner", "-o", "{folder}/x"],
+        "plan: unknown aim 'sooner'; known: completion, throughput",
     ),
     "zero stages": (["plan", "{folder}/deep/w.json", "--stages", "0", "-o", "{folder}/x"], "--stages"),
     "no such command": (["dance"], "No such command 'dance' (see lorafusion --help)"),

@@ -115,3 +115,39 @@ def a_job_is_expected_to_end_as_if_it_were_alone(original):
 def a_job_that_is_done_takes_any_priority(original):
     """A priority on a job that is done is taken without a word."""
     return lambda folder, job, steps, before, is_done: original(folder, job, steps, before, False)
+
+
+GROUPS, MEMORY, PROPOSE = (f"tests/planning/test_{name}.py" for name in ("groups", "memory", "propose"))
+
+
+@planted(
+    "lorafusion.planning.groups:distribute",
+    caught_by=f"{GROUPS}::test_every_job_is_in_one_group_and_no_group_is_over_its_room",
+)
+def groups_take_more_than_they_hold(original):
+    """Adapters are distributed by their time alone, whether their states fit or not."""
+    return lambda seconds, sizes, groups, room: original(seconds, sizes, groups, float("inf"))
+
+
+@planted(
+    "lorafusion.planning.propose:with_links",
+    caught_by=(
+        f"{PROPOSE}::test_between_nodes_the_network_counts",
+        f"{PROPOSE}::test_reducing_gradients_takes_time_by_the_link",
+    ),
+)
+def gradients_are_reduced_in_no_time(original):
+    """Any number of replicas sums its gradients at once."""
+    return lambda model, *rest: model
+
+
+@planted(
+    "lorafusion.planning.memory:PipelineMemory.reason",
+    caught_by=(
+        f"{MEMORY}::test_the_reason_is_what_does_not_fit",
+        f"{PROPOSE}::test_an_adapter_that_fits_nowhere_is_the_reason",
+    ),
+)
+def whatever_does_not_fit_is_called_the_weights(original):
+    """Adapters' states and activations that are too large are called weights."""
+    return lambda memory, *rest: "the weights do not fit" if original(memory, *rest) else ""

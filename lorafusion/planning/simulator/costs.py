@@ -20,7 +20,7 @@ from pydantic import Field
 from lorafusion.core.config import ModelConfig
 from lorafusion.core.files import read_yaml
 from lorafusion.core.plan import Microbatch, Plan
-from lorafusion.core.schema import Config, UserError, validated
+from lorafusion.core.schema import MOST_TOKENS, Config, UserError, validated
 from lorafusion.core.workload import Workload
 from lorafusion.planning.partition import head_layers, split_layers
 
@@ -94,30 +94,40 @@ class Costs:
         return self.forward.shape[1]
 
 
+# Beyond these no cost is that of a machine, and sums of costs would no longer be numbers.
+LEAST_TOKEN, MOST = 1e-15, 1e9
+Cost = Annotated[float, Field(ge=0, le=MOST)]
+
+
 class LayerCosts(Config):
     """The costs of a base model's layers and head, as a function of a microbatch; times in seconds."""
 
-    token: float = Field(gt=0, description="of a token in a layer, forward")
-    square: float = Field(default=0.0, ge=0, description="of a squared token of a sample in a layer, forward")
-    fixed: float = Field(default=0.0, ge=0, description="of a microbatch in a layer, forward")
-    microbatch: float = Field(default=0.0, ge=0, description="of a microbatch on a stage besides, forward")
-    head: float = Field(default=0.0, ge=0, description="of a token on the last stage, forward: head and loss")
-    backward: float = Field(default=BACKWARD, gt=0, description="backward over forward, of tokens and head")
-    attention_backward: float = Field(default=ATTENTION_BACKWARD, gt=0, description="backward over forward, attention")
+    token: float = Field(ge=LEAST_TOKEN, le=MOST, description="of a token in a layer, forward")
+    square: Cost = Field(default=0.0, description="of a squared token of a sample in a layer, forward")
+    fixed: Cost = Field(default=0.0, description="of a microbatch in a layer, forward")
+    microbatch: Cost = Field(default=0.0, description="of a microbatch on a stage besides, forward")
+    head: Cost = Field(default=0.0, description="of a token on the last stage, forward: head and loss")
+    backward: float = Field(default=BACKWARD, gt=0, le=MOST, description="backward over forward, of tokens and head")
+    attention_backward: float = Field(
+        default=ATTENTION_BACKWARD, gt=0, le=MOST, description="backward over forward, attention"
+    )
     fixed_backward: float | None = Field(
-        default=None, ge=0, description="backward over forward, of microbatches and adapters; by default as of tokens"
+        default=None,
+        ge=0,
+        le=MOST,
+        description="backward over forward, of microbatches and adapters; by default as of tokens",
     )
     checkpointing: bool = Field(default=False, description="the backward pass computes the forward of a layer again")
-    adapter: float = Field(default=0.0, ge=0, description="of each adapter beyond the first in a layer, forward")
-    tile: int = Field(default=1, ge=1, description="tokens are rounded up to it")
-    step: float = Field(default=0.0, ge=0, description="of an adapter's optimizer step, for a layer")
-    host: float = Field(default=0.0, ge=0, description="of the host for a microbatch in a layer, forward")
-    host_adapter: float = Field(default=0.0, ge=0, description="of the host for each adapter beyond the first in it")
-    host_microbatch: float = Field(default=0.0, ge=0, description="of the host for a microbatch on a stage besides")
-    host_backward: float = Field(default=1.0, ge=0, description="backward over forward, of the host")
-    reduction: float = Field(default=0.0, ge=0, description="of an adapter's step in a layer: to sum over replicas")
-    latency: float = Field(default=0.0, ge=0, description="of a transfer between stages")
-    transfer: float = Field(default=0.0, ge=0, description="of a token between stages")
+    adapter: Cost = Field(default=0.0, description="of each adapter beyond the first in a layer, forward")
+    tile: int = Field(default=1, ge=1, le=MOST_TOKENS, description="tokens are rounded up to it")
+    step: Cost = Field(default=0.0, description="of an adapter's optimizer step, for a layer")
+    host: Cost = Field(default=0.0, description="of the host for a microbatch in a layer, forward")
+    host_adapter: Cost = Field(default=0.0, description="of the host for each adapter beyond the first in it")
+    host_microbatch: Cost = Field(default=0.0, description="of the host for a microbatch on a stage besides")
+    host_backward: Cost = Field(default=1.0, description="backward over forward, of the host")
+    reduction: Cost = Field(default=0.0, description="of an adapter's step in a layer: to sum over replicas")
+    latency: Cost = Field(default=0.0, description="of a transfer between stages")
+    transfer: Cost = Field(default=0.0, description="of a token between stages")
 
     def layer(self, tokens: np.ndarray, squares: np.ndarray, adapters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of one layer for each microbatch, forward and backward; tokens, sums of squared sample lengths and

@@ -124,6 +124,7 @@ class Story:
         assert done.exit_code == 0, done.output
         # By `lorafusion lab figure` they would need the suite's checks too.
         FIGURES["end_to_end"].draw(read(table), folder / "end_to_end", "tiny")
+        FIGURES["validation"].draw(read(table), folder / "validation")
         FIGURES["contributions"].draw(read(table), folder / "contributions", "tiny")
         self.table = pd.read_csv(table)
 
@@ -154,10 +155,11 @@ class Story:
             EXPERIMENTS["end_to_end"].run(point, repeat, out, None, Inputs(workload, plan, launch=train))
             self.results.append(out)
 
-    def values(self, metric: str, window: str, statistic: str) -> dict[tuple, float]:
+    def values(self, metric: str, window: str, statistic: str, kind: str = "measured") -> dict[tuple, float]:
         """By system, workload and, of single runs, repeat."""
         rows = self.table[(self.table["metric"] == metric) & (self.table["window"] == window)]
         rows = rows[(rows["statistic"] == statistic) & ~rows["implementation"].str.startswith("canary")]
+        rows = rows[rows["kind"] == kind]
         keys = ["system", "workload"] + (["repeat"] if statistic == "single" else [])
         return rows.set_index(keys)["value"].dropna().to_dict()
 

@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 
 from lorafusion.lab.report import drawing, style
-from lorafusion.lab.report.figures import contributions, end_to_end
+from lorafusion.lab.report.figures import contributions, end_to_end, validation
 from tests.known_times import BASELINES, CAPACITY, DRIFT, FAILED, MEMORY, RATES, REPEATS, Run, Story
 
 T_OF_SIX = 2.570582  # Student's t with 5 degrees of freedom, 97.5 %
@@ -78,6 +78,28 @@ def test_the_other_numbers_of_a_run_are_known_too(story):
     assert story.values("fill", "whole", "median") == pytest.approx(
         {key: run.tokens / len(run.sizes) / CAPACITY[run.workload] for key, run in each}
     )
+
+
+def test_time_is_in_the_passes_and_the_host_has_none(story):
+    """By this clock time passes in the forward pass alone."""
+    for metric in ("bubble", "host_idle", "neighbour_idle"):
+        assert story.values(metric, "whole", "median") == pytest.approx(dict.fromkeys(story.finished(), 0.0))
+
+
+def test_predicted_times_stand_beside_the_measured_ones(story):
+    """In the table, in the figure's CSV and in its points."""
+    predicted = story.values("time", "whole", "median", kind="simulated")
+    medians = {key: statistics.median(map(run.seconds, REPEATS)) for key, run in story.finished().items()}
+    assert medians.keys() <= predicted.keys()
+    data = pd.read_csv(story.folder / "validation.csv").set_index(["system", "workload"])
+    assert data["measured"].to_dict() == pytest.approx(medians)
+    ratios = {key: predicted[key] / medians[key] for key in medians}
+    assert data["ratio"].to_dict() == pytest.approx(ratios)
+    [ax] = validation.draw_validation(drawing.read_data(story.folder / "validation.csv")).axes
+    points = [line for line in ax.lines if line.get_linestyle() == "None"]
+    drawn = {float(x): float(y) for line in points for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)}
+    assert sorted(drawn) == pytest.approx(sorted(medians.values()))
+    assert [drawn[x] for x in sorted(drawn)] == pytest.approx([ratios[key] for key in sorted(medians, key=medians.get)])
 
 
 def test_units_are_those_of_the_numbers(story):

@@ -208,6 +208,27 @@ def profile_costs(
     _finish(*run_here(suite, "0/1", limit, ["costs_measurements", "cost_profile", "cost_fit"], folder, again))
 
 
+@lab_app.command(example="lorafusion lab validate h200 TABLE.parquet PLANS.plans.jsonl.gz --out validation")
+def validate(
+    suite: Suite,
+    table: Annotated[Path, typer.Argument(help="a measurement table of the suite's runs")],
+    plans: Annotated[Path, typer.Argument(help="the plans that were run: a file or a folder")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="a path without suffix; .png, .pdf and .csv follow"),
+        Written(figure_files),
+    ],
+    costs: Annotated[Path | None, typer.Option(help="a profile to predict by, of this machine")] = None,
+) -> None:
+    """Predict the runs of a table and draw how good that is.
+
+    Without --costs each run is predicted by the costs that fit those of other workloads.
+    """
+    from lorafusion.lab.commands import validate as validate_table
+
+    print(validate_table(suite, table, plans, out, costs))
+
+
 @lab_app.command(example="lorafusion lab check smoke systems --system peft --system lorafusion --out systems.json")
 def check(
     suite: Suite,

@@ -15,6 +15,7 @@ from lorafusion.lab.dag import Step, make_step, state
 from lorafusion.lab.driver import driving, is_driven
 from lorafusion.lab.failures import failures, forget, statement
 from lorafusion.lab.gather import gather
+from lorafusion.lab.keys import suite_files
 from lorafusion.lab.runner import Share, dealt, measured, run_steps
 from lorafusion.lab.steps import SuiteSteps, dag_of, step_at
 from lorafusion.lab.suite import Arrangement, suite_path
@@ -132,3 +133,10 @@ def changed_contracts(record: Path, device: str, write: bool) -> str:
     from lorafusion.lab.checks.contract import check_contracts
 
     return check_contracts(record, device, write)
+
+
+def validate(suite: str, table: Path, plans: Path, stem: Path, profile: Path | None) -> str:
+    """Draw the figure of a table's runs and of what is predicted of them; returns a line about it."""
+    from lorafusion.lab.validation import validate_table
+
+    return validate_table(suite_files(suite_path(suite)), table, plans, stem, profile)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from lorafusion.engine import timed
 from lorafusion.engine.build import build_run
 from lorafusion.engine.executor import prepared_by
 from lorafusion.engine.process import WorkerProcess
+from lorafusion.engine.training import TrainingRun
 from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.lab.table.result import result_of
 from lorafusion.launch.heartbeat import Position
@@ -103,3 +106,44 @@ def test_a_run_whose_gradients_are_not_finite_is_not_ok(run):
     found = result(run)
     assert (found["status"], found["metrics"]) == ("nan", [])
     assert found["note"] == "job-0 made 0 of 6 steps: it was stopped by a gradient that is not finite"
+
+
+def test_passes_are_timed_on_the_device_and_a_slow_host_is_its_own_cause(run, monkeypatch):
+    """The host sleeps where it makes a batch; the device works for a tenth of a second in each backward pass."""
+    build, begin = run._builder.build, TrainingRun._begin_backward
+
+    def slow_build(microbatch):
+        torch.cuda.synchronize()
+        time.sleep(0.1)
+        return build(microbatch)
+
+    def long_backward(self, slot):
+        begin(self, slot)
+        torch.cuda._sleep(CLOCK_HZ // 10)
+
+    monkeypatch.setattr(TrainingRun, "_begin_backward", long_backward)
+    monkeypatch.setattr(run._builder, "build", slow_build)
+    timed.timed(run, execute)
+    found = result(run)
+    [stage], count = found["stages"], len(run.plan.microbatches)
+    assert 0.05 * count < stage["backward"] < 0.2 * count
+    assert 0.3 < stage["host"] < 0.7
+    assert stage["bubble"] == pytest.approx(0, abs=0.01)
+    assert stage["neighbour"] == pytest.approx(0, abs=0.01)
+    spans = sorted(zip(*(iter(found["times"][0]["forward"] + found["times"][0]["backward"]),) * 3, strict=True),
+                   key=lambda span: span[1])  # fmt: skip
+    assert all(end <= begin + 1 for (_, _, end), (_, begin, _) in pairwise(spans))
+
+
+def test_marks_cost_little(run):
+    """About ten for each microbatch, of which none of Llama-3.1-8B takes less than 0.2 s: 0.5 % of that are 1000 us."""
+    record, count = run.record, 10_000
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for slot in range(count):
+        with record.timing("forward", slot):
+            pass
+    torch.cuda.synchronize()
+    span = (time.perf_counter() - begin) / count
+    print(f"{1e6 * span:.1f} us a span of two marks")
+    assert 5 * span < 1e-3

@@ -70,6 +70,7 @@ def passages() -> list[str]:
         *profiles(),
         *profile_remarks(),
         *memory(),
+        *predictions(),
         *spreads(),
         *trust(),
     ]
@@ -260,6 +261,18 @@ def memory() -> list[str]:
     names = ("fused-sequential", "mlora", "peft-bf16", "megatron-pp", "peft-transformers", "mlora-packed",
              "grouped-mm", OURS)  # fmt: skip
     return [f"| `{name}` | {number(rows[name], '.0f')} |" for name in names]
+
+
+def predictions() -> list[str]:
+    """The rows of the table of predicted times' errors."""
+    data = drawn(f"{H200}/validation")
+    error = 100 * (data["ratio"] - 1).abs()
+    kinds = {"fused": "fused", "looped": "looped", "PEFT": "peft"}
+    groups = {"all": error} | {text: error[data["implementation"] == name] for text, name in kinds.items()}
+    return [
+        f"| {name} | {number(len(of))} | {number(of.mean(), '.1f')} % | {number(of.max(), '.1f')} % |"
+        for name, of in groups.items()
+    ]
 
 
 def spread(system: str, workload: str, merged: bool = False) -> float:

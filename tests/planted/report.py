@@ -72,7 +72,7 @@ def merged_cells_share_their_key(original):
 
 
 @planted(
-    "lorafusion.lab.experiments.end_to_end:description",
+    "lorafusion.lab.cell_result:description",
     caught_by=f"{WHOLE}::test_the_columns_of_a_suites_cells_tell_them_apart[h200]",
 )
 def a_run_does_not_say_that_it_is_merged(original):

@@ -9,9 +9,8 @@ from typing import Any
 
 from lorafusion.core.config import SystemConfig, names_in
 from lorafusion.core.machine import neighbours
-from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
-from lorafusion.core.workload import Workload
+from lorafusion.lab.cell_result import result_of_cell
 from lorafusion.lab.cluster.request import Resources, nodes_for
 from lorafusion.lab.experiments.experiment import (
     MARGIN,
@@ -24,7 +23,7 @@ from lorafusion.lab.experiments.experiment import (
 )
 from lorafusion.lab.keys import CellFiles, suite_files
 from lorafusion.lab.suite import Cell, Suite, suite_path
-from lorafusion.lab.table.result import result_of, write_result
+from lorafusion.lab.table.result import write_result
 from lorafusion.launch.attempt import attempt_at, other_node
 from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.spec import RunSpec
@@ -75,9 +74,7 @@ class EndToEnd(Experiment):
         outcome, origin["other_nodes"] = launched(files, inputs, out) if plan else (Outcome("skipped", reason), [])
         if other_node():
             return other_node()
-        cell = description(suite, files.cell, workload, files.system, plan, repeat)
-        schedule = "sharded" if files.system.shard else None
-        result = result_of(outcome, workload, plan, cell, origin, schedule)
+        result = result_of_cell(files, outcome, workload, plan, repeat, origin)
         write_result(out, result)
         return f"{result['status']} ({result['note']})" if result["note"] else result["status"]
 
@@ -124,32 +121,3 @@ def cell_files(suite_path: Path, name: str) -> CellFiles:
     if name in every:
         return every[name]
     raise UserError(f"{suite_path}: no cell {name!r}; `lorafusion lab list {suite_path} run` lists them")
-
-
-def description(
-    suite: Suite, cell: Cell, workload: Workload, system: SystemConfig, plan: Plan | None, repeat: int
-) -> dict:
-    """The identity and the parameters of a run, as columns of the measurement table. plan: None where there is none."""
-    ranks, dropouts = {job.rank for job in workload.jobs}, {job.dropout for job in workload.jobs}
-    return {
-        "suite": suite.name,
-        "kind": "measured",
-        "cell": cell.name,
-        "system": cell.system,
-        "model": cell.model,
-        "workload": cell.workload,
-        "gpus": cell.gpus,
-        "repeat": repeat,
-        "implementation": system.lora.rpartition(":")[2],
-        "adapters": len(workload.jobs),
-        # Mixed ranks or dropouts have no one number; the workload file has them all.
-        "rank": ranks.pop() if len(ranks) == 1 else None,
-        "dropout": dropouts.pop() if len(dropouts) == 1 else None,
-        "dtype": suite.dtype,
-        "stages": cell.stages,
-        "global_batch": cell.grid.global_batch,
-        "capacity": plan.capacity if plan else None,
-        "merged_qkv": cell.grid.merged_qkv,
-        "samples": cell.grid.samples,
-        "seed": suite.seed,
-    }

@@ -137,6 +137,7 @@ FIGURES = {figure.name: figure for figure in (
            "what the GPU does with each system", shown=("png",)),
     Figure("tunings", "tunings", "tunings", "end_to_end", "tunings.rst", "capacities that were tried, {model}",
            per_model=True, shown=("png",)),
+    Figure("validation", "validation", "table", "end_to_end", "validation.rst", "predicted and measured times"),
     Figure("lossless", "lossless", "curves", "end_to_end", "lossless.rst", "losses lying on each other",
            shown=("png",), category="Checks"),
     Figure("kernel_speed", "kernels", "table", "kernels", "kernels.rst", checks=OF_KERNELS),

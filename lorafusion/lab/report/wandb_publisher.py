@@ -181,6 +181,8 @@ def _require_runs(table: pd.DataFrame) -> None:
 
 
 def _cells(table: pd.DataFrame, results: list[dict], sweep: str) -> Iterator[CellRuns]:
+    measured = set(table.loc[table["kind"] == "measured", "cell"])
+    table = table[(table["kind"] != "simulated") | ~table["cell"].isin(measured)]  # a prediction is no run
     for key, rows in table.groupby(CELL, sort=True):
         cell_results = [result for result in results if tuple(result["cell"][name] for name in CELL) == key]
         cell_results.sort(key=lambda result: result["cell"].get("repeat") or 0)

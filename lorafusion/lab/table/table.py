@@ -193,7 +193,7 @@ def gaps(table: pd.DataFrame, expected: Mapping[str, int] | None = None) -> str:
     was expected to have. expected: the repeats of each cell of the suite, by name, where that is known.
     """
     runs = table[(table["statistic"] == "single") & table["repeat"].notna() & ~table["metric"].isin(COSTS)]
-    metric, run = ["suite", "kind", "metric", "window"], ["suite", "kind", "cell", "repeat"]
+    metric, run = ["suite", "kind", "metric", "window"], ["suite", "cell", "repeat"]
     repeats = runs.groupby(metric)["repeat"].agg(set)
     numbers = runs.groupby([*metric, "cell", "implementation", "pass"], dropna=False)["repeat"].agg(set)
     failed = set(runs.loc[runs["status"] != "ok", run].itertuples(index=False, name=None))
@@ -201,7 +201,7 @@ def gaps(table: pd.DataFrame, expected: Mapping[str, int] | None = None) -> str:
         (cell, repeat)
         for (suite, kind, *number, cell, _, _), present in numbers.items()
         for repeat in repeats[suite, kind, *number] - present
-        if (suite, kind, cell, repeat) not in failed
+        if (suite, cell, repeat) not in failed
     }
     wanted = {(name, repeat) for name, count in (expected or {}).items() for repeat in range(1, count + 1)}
     missing = sorted(missing | (wanted - set(runs[["cell", "repeat"]].itertuples(index=False, name=None))))

@@ -198,8 +198,13 @@ def costs_of(plan: Plan, workload: Workload | None, model: CostModel) -> Costs:
     Raises `UserError` where the model has another number of stages than the plan."""
     if model.stages != plan.stages:
         raise UserError(f"cost model: {model.stages} stages, but the plan has {plan.stages}")
+    return model.costs(*contents_of(plan, workload))
+
+
+def contents_of(plan: Plan, workload: Workload | None) -> list[np.ndarray]:
+    """What `CostModel.costs` asks of a plan's microbatches."""
     held = [_contents(microbatch, workload) for microbatch in plan.microbatches]
-    return model.costs(*(np.array(column, float) for column in zip(*held, strict=True)))
+    return [np.array(column, float) for column in zip(*held, strict=True)]
 
 
 def _contents(microbatch: Microbatch, workload: Workload | None) -> tuple[int, int, int, int]:

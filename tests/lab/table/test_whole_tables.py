@@ -7,12 +7,13 @@ import pytest
 from typer.testing import CliRunner
 
 from lorafusion.cli.main import app
-from lorafusion.core.config import CONFIGS, read_systems
+from lorafusion.core.config import CONFIGS
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import seal
-from lorafusion.lab.experiments.end_to_end import description
+from lorafusion.lab.cell_result import description
+from lorafusion.lab.keys import suite_files
 from lorafusion.lab.report.pages import measurements_page
-from lorafusion.lab.suite import cells, read_suite, suite_path
+from lorafusion.lab.suite import suite_path
 from lorafusion.lab.table import table
 from lorafusion.lab.table.result import write_result
 from lorafusion.lab.table.table import MeasurementError
@@ -167,11 +168,10 @@ def test_cells_that_only_their_names_tell_apart_are_refused():
 
 @pytest.mark.parametrize("name", ["smoke", "h200", "paper-grid"])
 def test_the_columns_of_a_suites_cells_tell_them_apart(make_workload, name):
-    suite, systems = read_suite(suite_path(name)), read_systems()
     places = {}
-    for cell in cells(suite, suite_path(name)):
-        columns = description(suite, cell, make_workload(), systems[cell.system], None, 1)
-        places.setdefault(tuple(columns.get(column) for column in IDENTITY), []).append(cell.name)
+    for cell, files in suite_files(suite_path(name)).items():
+        columns = description(files, make_workload(), None, 1)
+        places.setdefault(tuple(columns.get(column) for column in IDENTITY), []).append(cell)
     assert [names for names in places.values() if len(names) > 1] == []
 
 

@@ -1,0 +1,79 @@
+"""The result of a cell's run: what it is of, what was measured, and beside it what the simulator says of its plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lorafusion.core.config import SystemConfig, read_model
+from lorafusion.core.plan import Plan
+from lorafusion.core.workload import Workload
+from lorafusion.lab.keys import CellFiles
+from lorafusion.lab.table.result import result_of, row
+from lorafusion.launch.outcome import Outcome
+from lorafusion.planning.simulator import costs_of, simulate
+from lorafusion.planning.simulator.choice import Question, costs_for
+
+
+def result_of_cell(
+    files: CellFiles, outcome: Outcome, workload: Workload, plan: Plan | None, repeat: int, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of the result file of a cell's run, however it ended; with a predicted time if it ended well."""
+    cell = description(files, workload, plan, repeat)
+    result = result_of(outcome, workload, plan, cell, provenance, schedule_of(files.system))
+    if plan and result["status"] == "ok":
+        result["metrics"].append(predicted_row(files, plan, workload, provenance.get("gpu_name")))
+    return result
+
+
+def description(files: CellFiles, workload: Workload, plan: Plan | None, repeat: int) -> dict:
+    """The identity and the parameters of a run, as columns of the measurement table. plan: None where there is none."""
+    suite, cell = files.suite, files.cell
+    ranks, dropouts = {job.rank for job in workload.jobs}, {job.dropout for job in workload.jobs}
+    return {
+        "suite": suite.name,
+        "kind": "measured",
+        "cell": cell.name,
+        "system": cell.system,
+        "model": cell.model,
+        "workload": cell.workload,
+        "gpus": cell.gpus,
+        "repeat": repeat,
+        "implementation": files.system.lora.rpartition(":")[2],
+        "adapters": len(workload.jobs),
+        # Mixed ranks or dropouts have no one number; the workload file has them all.
+        "rank": ranks.pop() if len(ranks) == 1 else None,
+        "dropout": dropouts.pop() if len(dropouts) == 1 else None,
+        "dtype": suite.dtype,
+        "stages": cell.stages,
+        "global_batch": cell.grid.global_batch,
+        "capacity": plan.capacity if plan else None,
+        "merged_qkv": cell.grid.merged_qkv,
+        "samples": cell.grid.samples,
+        "seed": suite.seed,
+    }
+
+
+def implementation_of(system: SystemConfig) -> str:
+    """How a system computes adapters, as cost profiles name it."""
+    kind = system.lora.rpartition(":")[2]
+    if kind == "peft" and not system.wide_adapters:
+        kind = "peft-bf16"
+    return kind if system.liger else f"{kind}-without-liger"
+
+
+def schedule_of(system: SystemConfig) -> str | None:
+    """The simulator's schedule of a system's executor; None where the plan says it."""
+    return "sharded" if system.shard else None
+
+
+def predicted_row(files: CellFiles, plan: Plan, workload: Workload, gpu_name: str | None = None) -> dict[str, Any]:
+    """The row of a run's predicted time: by a profile of its GPU, if configs/machines has one."""
+    cell, implementation = files.cell, implementation_of(files.system)
+    question = Question(plan.stages, read_model(cell.model), device=files.suite.device, gpu_name=gpu_name,
+                        implementation=implementation, checkpointing=cell.grid.checkpointing)  # fmt: skip
+    costs = costs_for(question)
+    is_profiled = costs != costs_for(replace(question, gpu_name=None))
+    note = f"costs: profile of {gpu_name}, {implementation}" if is_profiled else "costs: by the model's FLOP"
+    seconds = simulate(plan, costs_of(plan, workload, costs), schedule_of(files.system)).makespan
+    return row("time", seconds, "whole", {"kind": "simulated"}, note=note)

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lorafusion.core.files import write
 from lorafusion.launch.heartbeat import FAILED, Seen, Watch
@@ -56,46 +56,54 @@ class Evidence:
         return Evidence(failures=causes).failure
 
 
-def silent_death(evidence: Evidence) -> Outcome:
-    name, died = evidence.signal, evidence.died
+def silent_death(evidence: Evidence) -> Outcome | None:
+    died, name = evidence.died, evidence.signal
+    if died is None:
+        return None
     end = f"ended by {name}" if name else "ended without a word, as by SIGKILL"
     hint = OUT_OF_MEMORY if name in ("", "SIGKILL") else ""
     return Outcome("crash", f"{died.place}, {died.doing}: {end}{hint}", killed=evidence.is_killed)
 
 
-def death_by_signal(evidence: Evidence) -> Outcome:
+def cause_without_report(evidence: Evidence) -> Outcome | None:
+    doing = evidence.died.doing if evidence.died else ""
+    return Outcome("crash", doing.removeprefix(FAILED)) if doing.startswith(FAILED) else None
+
+
+def death_by_signal(evidence: Evidence) -> Outcome | None:
     hint = OUT_OF_MEMORY if evidence.is_killed else ""
-    return Outcome("crash", f"ended by {evidence.signal}{hint}", killed=evidence.is_killed)
+    note = f"ended by {evidence.signal}{hint}"
+    return Outcome("crash", note, killed=evidence.is_killed) if evidence.signal else None
 
 
-class Rule(NamedTuple):
-    """name: what is there; holds: is it; outcome: what follows from it."""
-
-    name: str
-    holds: Callable[[Evidence], Any]
-    outcome: Callable[[Evidence], Outcome]
+def missing_report(evidence: Evidence) -> Outcome | None:
+    note = f"ended with status {evidence.code} and left no report; its log says more"
+    return Outcome("crash", note) if evidence.code or evidence.report is None else None
 
 
-# The first that holds decides.
-PRECEDENCE = (
-    Rule("a limit", lambda its: its.limit, lambda its: Outcome("timeout", its.limit)),
-    Rule("a cause", lambda its: its.cause and not its.is_killed, lambda its: its.cause),
-    Rule("a cause without room for its report", lambda its: its.died and its.died.doing.startswith(FAILED),
-         lambda its: Outcome("crash", its.died.doing.removeprefix(FAILED))),
-    Rule("a silent death", lambda its: its.died, silent_death),
-    Rule("broken connections", lambda its: its.failure and not its.is_killed, lambda its: its.failure),
-    Rule("a signal", lambda its: its.signal, death_by_signal),
-    Rule("no report", lambda its: its.code or its.report is None,
-         lambda its: Outcome("crash", f"ended with status {its.code} and left no report; its log says more")),
-    Rule("part of a run", lambda its: not its.report.get("finished", True),
-         lambda its: Outcome("stopped", f"by {its.interrupted or 'request'}, after saving a checkpoint", its.report)),
-    Rule("a whole run", lambda its: True, lambda its: Outcome("ok", report=its.report)),
-)  # fmt: skip
+def report_of_part(evidence: Evidence) -> Outcome | None:
+    report = evidence.report or {}
+    note = f"by {evidence.interrupted or 'request'}, after saving a checkpoint"
+    return None if report.get("finished", True) else Outcome("stopped", note, report)
+
+
+# What is there, and what follows from it; None where it is not there. The first that follows decides.
+PRECEDENCE: dict[str, Callable[[Evidence], Outcome | None]] = {
+    "a limit": lambda its: Outcome("timeout", its.limit) if its.limit else None,
+    "a cause": lambda its: None if its.is_killed else its.cause,
+    "a cause without room for its report": cause_without_report,
+    "a silent death": silent_death,
+    "broken connections": lambda its: None if its.is_killed else its.failure,
+    "a signal": death_by_signal,
+    "no report": missing_report,
+    "part of a run": report_of_part,
+    "a whole run": lambda its: Outcome("ok", report=its.report or {}),
+}
 
 
 def judged(evidence: Evidence) -> Outcome:
     """How a run ended."""
-    done = next(rule.outcome(evidence) for rule in PRECEDENCE if rule.holds(evidence))
+    done = next(outcome for rule in PRECEDENCE.values() if (outcome := rule(evidence)))
     return with_its_report(done, evidence.report or {})
 
 

@@ -48,9 +48,9 @@ class RunPlanner:
     def _costs(self, share: float) -> CostModel:
         """Those of this machine. share: of the layers that recompute their activations."""
         device = self.config.chosen_device
-        gpu_name = gpu_state()["gpu_name"] if device == "cuda" else None
+        name = gpu_state()["gpu_name"] if device == "cuda" else None
         return costs_for(Question(
-            self.config.stages, self.model, device=device, gpu_name=gpu_name,
+            self.config.stages, self.model, device=device, gpu_name=name if isinstance(name, str) else None,
             implementation=read_system(SYSTEM).implementation, checkpointing=share > 0,
         ))  # fmt: skip
 

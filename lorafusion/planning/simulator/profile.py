@@ -19,7 +19,7 @@ from lorafusion.planning.simulator.costs import CostModel, LayerCosts
 
 DIMENSIONS = ("architecture", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
               "vocab_size")  # fmt: skip
-VERSION = 1
+VERSION: Literal[1] = 1
 
 
 class CostFit(Config):

@@ -6,6 +6,8 @@ lower ones are tried on the first samples of the jobs, then the packer's orders,
 empty before a further adapter is let in. The lower ones are parts of what all jobs have in hand at once, and not of the
 capacity: above that all of it is one microbatch, for which every stage but one waits.
 
+The plan of few samples is improved by local search then (`search`), from each of the ways that were tried.
+
 On one GPU nothing waits, and the fewest are the fastest. But what is left for the last one may be a crumb, for which
 the host takes longer than the GPU. So the last two share their samples then.
 """
@@ -23,9 +25,11 @@ from lorafusion.core.plan import Microbatch, Plan, make_plan
 from lorafusion.core.progress import progress
 from lorafusion.core.schema import one_of
 from lorafusion.core.workload import Job, Workload
+from lorafusion.planning.bounds import time_bound
 from lorafusion.planning.common import NOOP, Item, by_adapter, microbatches_of, require_samples_fit
 from lorafusion.planning.completion import AIMS, COMPLETION, JUDGED_SAMPLES, THROUGHPUT, soonest
 from lorafusion.planning.packer import EXACT, ORDERS, Packer, Way, fill, items_of
+from lorafusion.planning.search import Search
 from lorafusion.planning.simulator.costs import CostModel, Costs, even_costs
 from lorafusion.planning.simulator.stream import simulate_stream
 from lorafusion.planning.simulator.timeline import Timeline
@@ -36,6 +40,8 @@ TRIED_SAMPLES, TRIED_BATCHES = 1000, 3  # of all jobs together, and global batch
 COMPARED_SAMPLES = 20_000  # of all jobs together, for what was within MISLED of the best of the first ones
 MISLED = 0.05  # of the throughput: the first samples put ways in the wrong order by up to 2 %
 GOOD_BUBBLE = 0.005  # of full microbatches, beyond what uneven stages cost, with which nothing else is tried
+SEARCHED_SAMPLES = 1000  # up to which a plan is improved by local search
+SEARCHED_WAVES, SAMPLE_WAVES = 16_000, 250  # of it, in all and for each sample; one takes about 20 us
 LONG_WORK = 100_000  # samples that take seconds to pack
 LOOSE = 4  # the part of a microbatch below the capacity that one adapter may leave empty without others being asked
 GAIN = 0.01  # of the throughput, for which a lower capacity is worth more microbatches
@@ -63,10 +69,13 @@ def plan(
     one_of("aim", aim, set(AIMS), "plan")
     require_samples_fit(workload, capacity)
     trials, model = Trials(workload.jobs, stages, capacity, data_parallel), costs or even_costs(stages)
-    way = trials.fastest(model).way
+    way, short = trials.fastest(model).way, trials.samples <= SEARCHED_SAMPLES and data_parallel == 1 < stages
+    if short:
+        way = trials.searched(model)
     if aim == COMPLETION and len(workload.jobs) > 1:
-        way = soonest(workload.jobs, stages, way, lambda way: trials.simulated(model, way, JUDGED_SAMPLES)[1:])
-    return _plan(workload, system, trials, way)
+        simulate = trials.simulated_after_search if short else trials.simulated
+        way = soonest(workload.jobs, stages, way, lambda way: simulate(model, way, JUDGED_SAMPLES)[1:])
+    return _plan(workload, system, trials, trials.improved(model, way, 0) if short else trials.slots(way))
 
 
 def fewest(workload: Workload, system: str, stages: int, capacity: int, data_parallel: int = 1) -> Plan:
@@ -75,12 +84,11 @@ def fewest(workload: Workload, system: str, stages: int, capacity: int, data_par
     trials = Trials(workload.jobs, stages, capacity, data_parallel)
     ways = [Way(capacity, order, capacity // EXACT) for order in ORDERS]
     best = min(ways, key=lambda way: sum(1 for _ in trials.slots(way, COMPARED_SAMPLES)))
-    return _plan(workload, system, trials, best)
+    return _plan(workload, system, trials, trials.slots(best))
 
 
-def _plan(workload: Workload, system: str, trials: Trials, way: Way) -> Plan:
+def _plan(workload: Workload, system: str, trials: Trials, slots: Iterable[Slot]) -> Plan:
     microbatches: list[Microbatch] = []
-    slots = trials.slots(way)
     if trials.stages == trials.data_parallel == 1:
         slots = without_crumb(slots)
     with progress(trials.samples >= LONG_WORK) as bar:
@@ -150,6 +158,9 @@ class Trials:
         self.jobs, self.stages, self.capacity, self.data_parallel = jobs, stages, capacity, data_parallel
         self.samples = sum(job.stream_length - job.first_position for job in jobs)
         self._remembered: dict[tuple[int, int], list[Item]] = {}
+        self._tried: list[Prediction] = []
+        self._waves = min(SEARCHED_WAVES, self.samples * SAMPLE_WAVES)  # of local search, left
+        self._improved: dict[Way, list[Slot]] = {}
 
     def slots(self, way: Way, samples: int | None = None) -> Iterator[Slot]:
         """The slots of the jobs, empty ones included. samples: as `packed` has it."""
@@ -229,20 +240,49 @@ class Trials:
         """The fastest of a trial and of those of some other ways."""
         return max([best, *(self.trial(model, way, TRIED_SAMPLES) for way in ways)], key=lambda trial: trial.throughput)
 
+    def searched(self, model: CostModel) -> Way:
+        """The fastest of the ways that were tried after local search from each of them, of all samples."""
+        least = time_bound(self.jobs, model) * (1 + GOOD_BUBBLE)
+        fastest, best = math.inf, self._tried[0].way
+        for way in dict.fromkeys(trial.way for trial in sorted(self._tried, key=lambda trial: -trial.throughput)):
+            slots = self.improved(model, way, self._waves)
+            makespan = _simulated(slots, 1, model)[0].makespan
+            if makespan < fastest:
+                fastest, best = makespan, way
+            if self._waves <= 0 or fastest <= least:
+                break
+        return best
+
+    def improved(self, model: CostModel, way: Way, waves: int) -> list[Slot]:
+        """The slots of all samples in a way, after local search of so many waves."""
+        if way not in self._improved:
+            slots = list(self.slots(way))
+            contents = [bins[0] if bins else [] for bins, _ in slots]
+            search = Search(contents, self.stages, self.capacity, model, self.jobs)
+            self._waves -= waves - search.run(waves)
+            both = [slots, search.result()]
+            self._improved[way] = min(both, key=lambda slots: _simulated(slots, 1, model)[0].makespan)
+        return self._improved[way]
+
     def trial(self, model: CostModel, way: Way, samples: int) -> Prediction:
         costs, timeline, _ = self.simulated(model, way, samples)
         # The first of many samples stand for the middle of the run; all of a few have a beginning and an end as well.
         window = "steady" if samples < self.samples else "whole"
         bubble = float(timeline.bubble(window).mean())
-        return Prediction(way, timeline.throughput(window), bubble, bubble - _uneven(costs))
+        self._tried.append(Prediction(way, timeline.throughput(window), bubble, bubble - _uneven(costs)))
+        return self._tried[-1]
 
     def simulated(self, model: CostModel, way: Way, samples: int) -> tuple[Costs, Timeline, list[set[int]]]:
         """The costs and times of the slots of a way, and the adapters that step after each."""
         places, slots = zip(*self.packed(way, samples), strict=True)
-        costs, tokens = _costs(slots, self.data_parallel, model)
-        ended = [ended for _, ended in slots]
-        stepping = [bool(adapters) for adapters in ended]
-        return costs, simulate_stream(costs, tokens, stepping, self.data_parallel, np.array(places)), ended
+        timeline, costs = _simulated(slots, self.data_parallel, model, np.array(places))
+        return costs, timeline, [ended for _, ended in slots]
+
+    def simulated_after_search(self, model: CostModel, way: Way, _: int) -> tuple[Costs, Timeline, list[set[int]]]:
+        """As `simulated`, of all samples, after some local search."""
+        slots = self.improved(model, way, min(SEARCHED_WAVES, self.samples * SAMPLE_WAVES) // 16)
+        timeline, costs = _simulated(slots, 1, model)
+        return costs, timeline, [ended for _, ended in slots]
 
 
 def _uneven(costs: Costs) -> float:
@@ -251,8 +291,10 @@ def _uneven(costs: Costs) -> float:
     return 1 - float(work.mean() / work.max())
 
 
-def _costs(slots: Sequence[Slot], data_parallel: int, model: CostModel) -> tuple[Costs, np.ndarray]:
-    """The cost table of slots and their microbatches' tokens."""
+def _simulated(
+    slots: Sequence[Slot], data_parallel: int, model: CostModel, places: np.ndarray | None = None
+) -> tuple[Timeline, Costs]:
+    """The timeline of slots, and their cost table. places: of slots between which there are empty ones."""
     held, steps = [], []
     for bins, ended in slots:
         bins = bins + [[]] * (data_parallel - len(bins))
@@ -266,4 +308,6 @@ def _costs(slots: Sequence[Slot], data_parallel: int, model: CostModel) -> tuple
         ]
         steps += [len(ended)] + [0] * (data_parallel - 1)
     tokens, squares, adapters = (np.array(column, float) for column in zip(*held, strict=True))
-    return model.costs(tokens, squares, adapters, np.array(steps, float)), tokens.astype(np.int64)
+    costs = model.costs(tokens, squares, adapters, np.array(steps, float))
+    stepping = [bool(ended) for _, ended in slots]
+    return simulate_stream(costs, tokens.astype(np.int64), stepping, data_parallel, places), costs

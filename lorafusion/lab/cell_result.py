@@ -54,26 +54,19 @@ def description(files: CellFiles, workload: Workload, plan: Plan | None, repeat:
     }
 
 
-def implementation_of(system: SystemConfig) -> str:
-    """How a system computes adapters, as cost profiles name it."""
-    kind = system.lora.rpartition(":")[2]
-    if kind == "peft" and not system.wide_adapters:
-        kind = "peft-bf16"
-    return kind if system.liger else f"{kind}-without-liger"
-
-
 def schedule_of(system: SystemConfig) -> str | None:
     """The simulator's schedule of a system's executor; None where the plan says it."""
     return "sharded" if system.shard else None
 
 
 def predicted_row(files: CellFiles, plan: Plan, workload: Workload, gpu_name: str | None = None) -> dict[str, Any]:
-    """The row of a run's predicted time: by a profile of its GPU, if configs/machines has one."""
-    cell, implementation = files.cell, implementation_of(files.system)
-    question = Question(plan.stages, read_model(cell.model), device=files.suite.device, gpu_name=gpu_name,
-                        implementation=implementation, checkpointing=cell.grid.checkpointing)  # fmt: skip
-    costs = costs_for(question)
-    is_profiled = costs != costs_for(replace(question, gpu_name=None))
-    note = f"costs: profile of {gpu_name}, {implementation}" if is_profiled else "costs: by the model's FLOP"
+    """The row of a run's predicted time: by the profile of the suite's machine or of the GPU, if configs/machines has
+    one, else by the model's FLOP."""
+    cell, suite = files.cell, files.suite
+    question = Question(plan.stages, read_model(cell.model), device=suite.device,
+                        implementation=files.system.implementation, checkpointing=cell.grid.checkpointing)  # fmt: skip
+    costs = costs_for(replace(question, machine=suite.machine, gpu_name=gpu_name))
+    by_flop = costs == costs_for(question)
+    note = "costs: by the model's FLOP" if by_flop else f"costs: profile of {suite.machine or gpu_name}"
     seconds = simulate(plan, costs_of(plan, workload, costs), schedule_of(files.system)).makespan
     return row("time", seconds, "whole", {"kind": "simulated"}, note=note)

@@ -23,7 +23,7 @@ from lorafusion.core.config import read_model
 from lorafusion.core.files import MOST_JSON, read_bytes
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
-from lorafusion.lab.cell_result import implementation_of, schedule_of
+from lorafusion.lab.cell_result import schedule_of
 from lorafusion.lab.keys import CellFiles, require
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table.table import MeasurementError, read, summarise
@@ -62,8 +62,9 @@ class _Cell:
     rows: pd.DataFrame
 
     @property
-    def kind(self) -> str:
-        return implementation_of(self.files.system)
+    def kind(self) -> tuple[str, bool]:
+        """Its LoRA operation, and whether it may have Liger's kernels: what its costs depend on."""
+        return self.files.system.implementation, self.files.system.liger
 
     @property
     def seconds(self) -> float:
@@ -108,7 +109,7 @@ def _by_profile(cells: Sequence[_Cell], path: Path) -> Iterator[tuple[_Cell, flo
     profile = read_profile(path)
     for cell in cells:
         model = read_model(cell.files.cell.model)
-        fit = profile.fit(model, cell.kind)
+        fit = profile.fit(model, cell.files.system.implementation)
         if fit:
             costs = stage_costs(fit, model, cell.plan.stages, cell.files.cell.grid.checkpointing)
             yield cell, cell.seconds_by(costs)
@@ -120,7 +121,7 @@ def _by_others(cells: Sequence[_Cell]) -> Iterator[tuple[_Cell, float]]:
         others = [other for other in cells if other.kind == cell.kind
                   and other.files.cell.workload != cell.files.cell.workload]  # fmt: skip
         if others:
-            yield cell, cell.predicted(_fitted(cell.kind, others))
+            yield cell, cell.predicted(_fitted(cell.files.system.implementation, others))
 
 
 def _cell(files: Mapping[str, CellFiles], plans: Mapping[str, Plan], name: str, rows: pd.DataFrame) -> _Cell:
@@ -131,9 +132,9 @@ def _cell(files: Mapping[str, CellFiles], plans: Mapping[str, Plan], name: str, 
     return _Cell(files[name], plans[name], rows)
 
 
-def _fitted(kind: str, cells: Sequence[_Cell]) -> dict[str, float]:
+def _fitted(implementation: str, cells: Sequence[_Cell]) -> dict[str, float]:
     """By how much the parts of the model's costs are multiplied where they fit some cells best, by relative errors."""
-    start, fixed = SCALES_OF.get(kind, SCALES), FIXED_OF.get(kind, {})
+    start, fixed = SCALES_OF.get(implementation, SCALES), FIXED_OF.get(implementation, {})
 
     def chosen(scales: np.ndarray) -> dict[str, float]:
         return fixed | dict(zip(start, scales.tolist(), strict=True))

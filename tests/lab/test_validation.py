@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorafusion.core.config import CONFIGS, read_systems
+from lorafusion.core.config import CONFIGS, read_model
 from lorafusion.core.schema import UserError
-from lorafusion.lab.cell_result import implementation_of, predicted_row
+from lorafusion.lab.cell_result import predicted_row
 from lorafusion.lab.keys import OutOfDateError, suite_files
 from lorafusion.lab.report import drawing
 from lorafusion.lab.report.figures.validation import draw_validation, errors, validation_data
 from lorafusion.lab.table.table import MeasurementError, frame, read, summarise
 from lorafusion.lab.validation import (
     FITTED,
-    SCALES_OF,
     _Cell,
     read_plans,
     with_predictions,
 )
 from lorafusion.planning import plan_system
+from lorafusion.planning.simulator.profile import dimensions_of
 
 RECORD = CONFIGS.parent / "results" / "reference" / "nvidia-h200"
 TRUE = {"fused": {"token": 1.2, "host": 0.8}, "looped": {"token": 1.4, "adapter": 3.0, "host": 1.1, "host_adapter": 40}}
@@ -120,12 +120,29 @@ def test_the_figure_shows_ratios_and_errors(cells):
     assert "fused: 5.6%, 10.0% of 9" in ax.get_title()
 
 
-def test_operations_have_the_names_of_profiles():
-    systems = read_systems()
-    names = {name: implementation_of(systems[name]) for name in ("lorafusion", "peft", "megatron-pp", "mlora")}
-    assert names == {"lorafusion": "fused", "peft": "peft", "megatron-pp": "peft-bf16", "mlora": "looped"}
-    assert implementation_of(systems["peft-transformers"]) == "peft-bf16-without-liger"
-    assert set(SCALES_OF) <= {implementation_of(system) for system in systems.values()}
+def test_a_profile_predicts_what_it_has(cells, tmp_path):
+    """Of the LoRA operations the profile has one; its time of a token gives that of a run."""
+    files, plans, table = cells
+    model = read_model("llama-3.1-8b")
+    costs = {"token": 1e-4, "backward": 2.0}
+    profile = {"version": 1, "device": "cuda", "gpu_name": "known", "dtype": "bfloat16", "fits": [{
+        "model": "llama-3.1-8b", "dimensions": dimensions_of(model), "implementation": "looped", "costs": costs,
+        "points": 1, "mean_error": 0.0, "worst_error": 0.0}]}  # fmt: skip
+    path = tmp_path / "known.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    data = validation_data(with_predictions(table, files, plans, path)).set_index("cell")
+    assert set(data["implementation"]) == {"looped"}
+    assert set(data["costs"]) == {"costs: known.yaml"}
+    expected = {name: 3 * 1e-4 * model.num_hidden_layers * files[name].expected_workload.tokens for name in data.index}
+    assert data["predicted"].to_dict() == pytest.approx(expected)
+
+
+def test_a_suites_folder_of_plans_is_read(cells, tmp_path):
+    _, plans, _ = cells
+    for name, plan in plans.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.json").write_text(plan.to_json())
+    assert read_plans(tmp_path) == plans
 
 
 # --- The record

@@ -49,3 +49,32 @@ def lateness_is_the_schedules(original):
         return costs
 
     return measured_costs
+
+
+# --- What is predicted
+
+
+@planted(
+    "lorafusion.lab.validation:_by_others",
+    caught_by="tests/lab/test_validation.py::test_a_run_is_not_predicted_by_itself",
+)
+def runs_are_predicted_by_themselves(original):
+    """The costs that predict a run fit that run too."""
+
+    def by_others(cells):
+        from lorafusion.lab.validation import _fitted
+
+        for cell in cells:
+            alike = [other for other in cells if other.kind == cell.kind]
+            yield cell, cell.predicted(_fitted(cell.files.system.implementation, alike))
+
+    return by_others
+
+
+@planted(
+    "lorafusion.lab.cell_result:predicted_row",
+    caught_by="tests/lab/test_validation.py::test_the_predicted_row_stands_beside_the_measured_one",
+)
+def a_prediction_is_taken_for_a_measurement(original):
+    """The row of a predicted time does not say that it is simulated."""
+    return lambda *arguments: original(*arguments) | {"cell": {}}

@@ -39,7 +39,8 @@ def request_of(needs: Resources, site: Site) -> dict[str, int | str | None]:
     reservation = f"--reservation={site.reservation}" if site.reservation and at_gpus else ""
     extra = filter(None, ["--exclusive" if whole_nodes else "", hint, reservation, site.extra])
     cpus = max(needs.cpus, needs.gpus * site.cpus_per_gpu)
-    launcher = filter(None, ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={cpus}", hint])
+    # --wait=0: a node may end late, whatever the cluster's WaitTime.
+    launcher = filter(None, ["srun", "--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={cpus}", hint])
     return {
         "runtime": needs.minutes,
         "mem_mb": _memory_mb(needs, site, whole_nodes),

@@ -36,7 +36,7 @@ def test_each_node_has_a_launcher():
     assert (request["nodes"], request["tasks"], request["mpi"]) == (
         2,
         2,
-        "srun --kill-on-bad-exit=1 --cpus-per-task=32",
+        "srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task=32",
     )
     assert (request["gres"], request["mem_mb"]) == ("gpu:8", 256_000)  # of each node
 

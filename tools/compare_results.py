@@ -28,6 +28,9 @@ TIMED = {
     "solve_time",
     "peak_memory",
     "busy",
+    "bubble",
+    "host_idle",
+    "neighbour_idle",
 }
 IDENTITY = ("cell", "system", "implementation", "adapters", "tokens", "pass", "metric", "window", "repeat")
 app = typer.Typer(help=__doc__, no_args_is_help=True)
@@ -67,7 +70,7 @@ def _runs(folder: Path) -> dict[str, object]:
 
 
 def _tables(folder: Path) -> dict[str, object]:
-    """The rows of all tables. Simulated throughputs depend on no clock."""
+    """The rows of all tables. What is simulated depends on no clock."""
     facts = {}
     for path in folder.rglob("measurements.csv"):
         with path.open(newline="") as file:

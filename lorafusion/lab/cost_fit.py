@@ -19,16 +19,19 @@ from scipy.optimize import nnls
 from lorafusion.core.config import read_model
 from lorafusion.core.files import write
 from lorafusion.lab.table.table import MeasurementError, read
-from lorafusion.planning.simulator.costs import CPU, H200, LayerCosts
+from lorafusion.planning.simulator.costs import CPU, H200, LEAST_TOKEN, LayerCosts, model_costs
 from lorafusion.planning.simulator.profile import CostFit, CostProfile, dimensions_of
 
-HOST_BOUND = 1.1  # a pass that took less than so many times its host's time may have waited for it
+HOST_BOUND = 1.5  # a pass that takes less than so many times its host's time may have waited for it
+TURNS = 5
 # What plans call an implementation (`SystemConfig.implementation`), if that is something else. One adapter or several,
 # by the same operation, are fitted together.
 KINDS = {"fused-multi": "fused", "peft": "peft-wide", "peft-bf16": "peft"}
 ORIGIN = ("suite", "git_sha", "torch", "triton", "cuda", "driver")  # columns that the profile repeats
 PASSES = ("forward", "backward")
-LEAST = 1e-15  # seconds of a token: a cost model without any would say that work takes no time
+FEW_TOKENS = 2048
+DISTINCT = 3  # numbers of tokens, from which on what each microbatch takes besides is fitted
+SMALL = 0.02  # of a pass, below which a part of it is not looked at in the other
 
 
 def points_of(table: pd.DataFrame) -> pd.DataFrame:
@@ -54,21 +57,63 @@ def points_of(table: pd.DataFrame) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def fitted(points: pd.DataFrame, tile: int) -> LayerCosts:
-    """The costs that fit points of a model and an implementation best."""
-    layers, more = points["layers"], np.maximum(points["adapters"] - 1, 0)
-    rows = -(-points["tokens"] // tile) * tile
-    forward = {"token": layers * rows, "square": layers * points["squares"], "fixed": layers, "adapter": layers * more,
-               "head": points["is_last"] * points["tokens"], "microbatch": 0 * layers + 1}  # fmt: skip
-    costs = _least_squares(forward, points["forward"], ~_waits(points, "forward"))
-    costs["token"] = max(costs["token"], LEAST)
-    parts = {name: costs[name] * column for name, column in forward.items()}
-    dense, fixed = parts["token"] + parts["head"], parts["fixed"] + parts["adapter"] + parts["microbatch"]
-    again = (sum(parts.values()) - parts["head"] - parts["microbatch"]) * points["recompute"]
-    ratios = _least_squares({"backward": dense, "attention_backward": parts["square"], "fixed_backward": fixed},
-                            points["backward"] - again, ~_waits(points, "backward"))  # fmt: skip
-    ratios = {name: max(ratio, LEAST) for name, ratio in ratios.items()}
-    return LayerCosts(tile=tile, **costs, **ratios, **_host(points), **_step(points))
+def fitted(points: pd.DataFrame, base: LayerCosts) -> LayerCosts:
+    """The costs that fit points of a model and an implementation best. base: of the model's FLOP, of which the tile is
+    taken, and the costs of attention where all samples are of one length.
+
+    In which passes a device waited for its host follows from both, so they are fitted in turns: at first by the larger
+    half of the microbatches.
+    """
+    host, step = _host(points), _step(points)
+    waiting = predicted(LayerCosts(token=LEAST_TOKEN, **host), points)
+    large = points["tokens"] >= points["tokens"].median()
+    chosen = {which: large for which in PASSES}
+    for _ in range(TURNS):
+        device = _device(points, base, chosen)
+        alone = predicted(device, points)
+        chosen = {which: alone[which] > HOST_BOUND * waiting[which] for which in PASSES}
+        if not all(choice.any() for choice in chosen.values()):
+            break
+    return device.model_copy(update=host | step)
+
+
+def _device(points: pd.DataFrame, base: LayerCosts, chosen: dict[str, pd.Series]) -> LayerCosts:
+    """The costs of the device alone. chosen: by pass, the points in which it was the slower one."""
+    columns, of_forward = _columns(points, base.tile), points[chosen["forward"]]
+    if of_forward["tokens"].nunique() < DISTINCT:  # else nothing tells them from a token's
+        columns = {name: column for name, column in columns.items() if name not in ("fixed", "microbatch")}
+    same_lengths = of_forward["sample"].nunique() < 2
+    square = columns.pop("square") if same_lengths else None
+    attention = 0 * points["layers"] if square is None else base.square * square
+    costs = _least_squares(columns, points["forward"] - attention, chosen["forward"])
+    costs["token"] = max(costs["token"], LEAST_TOKEN)
+    costs["square"] = base.square if same_lengths else costs["square"]
+    model = LayerCosts(tile=base.tile, attention_backward=base.attention_backward, **costs)
+    return model.model_copy(update=_ratios(points, model, chosen["backward"], same_lengths))
+
+
+def _columns(points: pd.DataFrame, tile: int) -> dict[str, pd.Series]:
+    """How much each point has of what costs something in the forward pass."""
+    layers = points["layers"]
+    return {"token": layers * (-(-points["tokens"] // tile) * tile), "square": layers * points["squares"],
+            "fixed": layers, "adapter": layers * np.maximum(points["adapters"] - 1, 0),
+            "head": points["is_last"] * points["tokens"], "microbatch": 0 * layers + 1}  # fmt: skip
+
+
+def _ratios(points: pd.DataFrame, model: LayerCosts, chosen: pd.Series, same_lengths: bool) -> dict[str, float]:
+    """The backward pass over the forward pass of each kind of cost."""
+    parts = {name: getattr(model, name) * column for name, column in _columns(points, model.tile).items()}
+    fixed = parts["fixed"] + parts["adapter"] + parts["microbatch"]
+    again = (parts["token"] + parts["square"] + parts["fixed"] + parts["adapter"]) * points["recompute"]
+    columns = {"backward": parts["token"], "head_backward": parts["head"], "attention_backward": parts["square"],
+               "fixed_backward": fixed}  # fmt: skip
+    seconds = points["backward"] - again
+    if same_lengths:
+        seconds -= model.attention_backward * columns.pop("attention_backward")
+    if (fixed < SMALL * points["forward"])[chosen].all():  # a ratio of next to nothing is no number
+        del columns["fixed_backward"]
+    ratios = _least_squares(columns, seconds, chosen)
+    return {name: ratio if name == "head_backward" else max(ratio, LEAST_TOKEN) for name, ratio in ratios.items()}
 
 
 def _least_squares(columns: dict[str, pd.Series], seconds: pd.Series, chosen: pd.Series) -> dict[str, float]:
@@ -77,32 +122,28 @@ def _least_squares(columns: dict[str, pd.Series], seconds: pd.Series, chosen: pd
     if not chosen.any():
         return dict.fromkeys(columns, 0.0)
     matrix = np.column_stack([column[chosen] for column in columns.values()]).astype(float)
-    matrix /= seconds[chosen].to_numpy()[:, None]
+    matrix /= seconds[chosen].to_numpy(float)[:, None]
     scales = np.where(np.abs(matrix).max(axis=0) > 0, np.abs(matrix).max(axis=0), 1.0)
     values, _ = nnls(matrix / scales, np.ones(len(matrix)))
     return dict(zip(columns, (values / scales).tolist(), strict=True))
 
 
-def _waits(points: pd.DataFrame, which: str) -> pd.Series:
-    """May the device have waited for its host?"""
-    return (points[which] < HOST_BOUND * points[f"host_time_{which}"]).fillna(False)
-
-
 def _host(points: pd.DataFrame) -> dict[str, float]:
-    """What the host takes: by the microbatches of fewest tokens on each stage, for which its queue cannot fill up."""
+    """What the host takes: by microbatches of few tokens, for which its queue does not fill up. It takes no longer than
+    the passes do while it runs ahead."""
     points = points[points["host_time_forward"].notna()]
+    points = points[points["tokens"] <= max(FEW_TOKENS, points["tokens"].min())]
     if points.empty:
         return {}
-    fewest = points.groupby(["layers", "stage", "arm", "adapters", "recompute"])["tokens"].transform("min")
-    points = points[points["tokens"] == fewest]
+    times = {which: points[[f"host_time_{which}", which]].min(axis=1) for which in PASSES}
     layers = points["layers"]
     columns = {"host": layers, "host_adapter": layers * np.maximum(points["adapters"] - 1, 0),
                "host_microbatch": 0 * layers + 1}  # fmt: skip
-    costs = _least_squares(columns, points["host_time_forward"], points["host_time_forward"] > 0)
-    of_layers = costs["host"] * columns["host"] + costs["host_adapter"] * columns["host_adapter"]
-    backward = points["host_time_backward"] - of_layers * points["recompute"]
-    ratio = _least_squares({"host_backward": of_layers + costs["host_microbatch"]}, backward, backward > 0)
-    return costs | ratio
+    costs = _least_squares(columns, times["forward"], layers > 0)
+    again = (costs["host"] * layers + costs["host_adapter"] * columns["host_adapter"]) * points["recompute"]
+    columns = {"host_backward": costs["host"] * layers + costs["host_microbatch"],
+               "host_adapter_backward": columns["host_adapter"]}  # fmt: skip
+    return costs | _least_squares(columns, times["backward"] - again, layers > 0)
 
 
 def _step(points: pd.DataFrame) -> dict[str, float]:
@@ -132,26 +173,31 @@ def predicted(costs: LayerCosts, points: pd.DataFrame) -> pd.DataFrame:
                         index=points.index)  # fmt: skip
 
 
-def left_out(points: pd.DataFrame, tile: int) -> pd.DataFrame:
+def left_out(points: pd.DataFrame, base: LayerCosts) -> pd.DataFrame:
     """Seconds of the passes of each point, by the costs that fit all others."""
-    parts = [predicted(fitted(points.drop(cell), tile), points.loc[[cell]]) for cell in points.index]
-    return pd.concat(parts) if len(points) > 1 else predicted(fitted(points, tile), points)
+    parts = [predicted(fitted(points.drop(cell), base), points.loc[[cell]]) for cell in points.index]
+    return pd.concat(parts) if len(points) > 1 else predicted(fitted(points, base), points)
+
+
+def base_costs(model: str, on_gpu: bool) -> LayerCosts:
+    """By the model's FLOP."""
+    return model_costs(read_model(model), 1, machine=H200 if on_gpu else CPU)
 
 
 def profile_of(table: pd.DataFrame) -> CostProfile:
     """The profile of a table of the experiment `costs`."""
     points = points_of(table)
     origin = table[table["cell"] == points.index[0]].iloc[0]
-    is_gpu = pd.notna(origin["gpu_name"])
-    tile, fits = (H200 if is_gpu else CPU).tile, []
+    is_gpu, fits = pd.notna(origin["gpu_name"]), []
     link = _link(table)
     for (model, implementation), of_fit in points.groupby(["model", "implementation"]):
-        config, errors = read_model(str(model)), relative_errors(of_fit, left_out(of_fit, tile))
+        config, base = read_model(str(model)), base_costs(str(model), is_gpu)
+        errors = relative_errors(of_fit, left_out(of_fit, base))
         itemsize = 4 if origin["dtype"] == "float32" else 2
         transfer = {"latency": link[0], "transfer": link[1] * config.hidden_size * itemsize}
-        costs = fitted(of_fit, tile).model_copy(update=transfer)
         fits.append(CostFit(model=str(model), dimensions=dimensions_of(config), implementation=str(implementation),
-                            costs=costs, points=len(of_fit), mean_error=errors.mean(), worst_error=errors.max(),
+                            costs=fitted(of_fit, base).model_copy(update=transfer), points=len(of_fit),
+                            mean_error=errors.mean(), worst_error=errors.max(),
                             saved_bytes=_saved(of_fit)))  # fmt: skip
     made_from = {name: None if pd.isna(origin[name]) else str(origin[name]) for name in ORIGIN}
     return CostProfile(device="cuda" if is_gpu else "cpu", gpu_name=origin["gpu_name"] if is_gpu else None,

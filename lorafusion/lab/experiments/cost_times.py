@@ -8,6 +8,7 @@ that has nothing else to do. On a CPU the two are one.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import tempfile
 import time
@@ -81,6 +82,7 @@ def bench_rows(point: Point) -> Iterator[list[dict]]:
     """The rows of each arm on each part of a bench, as it has been measured. What runs out of memory is a row that says
     so."""
     device = torch.device(point.settings.device)
+    gc.freeze()  # as a worker does: collections that look at all modules would be in the host's times
     torch.manual_seed(point.settings.seed)  # PEFT's own dropout draws from torch's generator
     yield canary_rows(device, f"bench~{point.name}")
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as folder:

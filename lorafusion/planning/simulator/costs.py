@@ -107,9 +107,12 @@ class LayerCosts(Config):
     fixed: Cost = Field(default=0.0, description="of a microbatch in a layer, forward")
     microbatch: Cost = Field(default=0.0, description="of a microbatch on a stage besides, forward")
     head: Cost = Field(default=0.0, description="of a token on the last stage, forward: head and loss")
-    backward: float = Field(default=BACKWARD, gt=0, le=MOST, description="backward over forward, of tokens and head")
+    backward: float = Field(default=BACKWARD, gt=0, le=MOST, description="backward over forward, of tokens")
     attention_backward: float = Field(
         default=ATTENTION_BACKWARD, gt=0, le=MOST, description="backward over forward, attention"
+    )
+    head_backward: Cost | None = Field(
+        default=None, description="backward over forward, of the head; by default as of tokens"
     )
     fixed_backward: float | None = Field(
         default=None,
@@ -123,6 +126,9 @@ class LayerCosts(Config):
     step: Cost = Field(default=0.0, description="of an adapter's optimizer step, for a layer")
     host: Cost = Field(default=0.0, description="of the host for a microbatch in a layer, forward")
     host_adapter: Cost = Field(default=0.0, description="of the host for each adapter beyond the first in it")
+    host_adapter_backward: Cost | None = Field(
+        default=None, description="the same, backward; by default as `host_backward` says"
+    )
     host_microbatch: Cost = Field(default=0.0, description="of the host for a microbatch on a stage besides")
     host_backward: Cost = Field(default=1.0, description="backward over forward, of the host")
     reduction: Cost = Field(default=0.0, description="of an adapter's step in a layer: to sum over replicas")
@@ -136,17 +142,21 @@ class LayerCosts(Config):
         fixed = self.fixed * (tokens > 0) + self.adapter * np.maximum(adapters - 1, 0)
         attention = self.square * squares
         forward = dense + fixed + attention
-        backward = self.backward * dense + self._fixed_backward * fixed + self.attention_backward * attention
+        backward = self.backward * dense + self._ratio(self.fixed_backward) * fixed
+        backward += self.attention_backward * attention
         return forward, backward + forward * self.checkpointing
 
-    @property
-    def _fixed_backward(self) -> float:
-        return self.backward if self.fixed_backward is None else self.fixed_backward
+    def _ratio(self, stated: float | None) -> float:
+        """Backward over forward, of what may have none stated."""
+        return self.backward if stated is None else stated
 
     def host_time(self, tokens: np.ndarray, adapters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of the host for one layer of each microbatch, forward and backward, as `layer`."""
-        forward = (self.host + self.host_adapter * np.maximum(adapters - 1, 0)) * (tokens > 0)
-        return forward, forward * (self.host_backward + self.checkpointing)
+        more, stated = np.maximum(adapters - 1, 0), self.host_adapter_backward
+        each = self.host_adapter * self.host_backward if stated is None else stated
+        forward = (self.host + self.host_adapter * more) * (tokens > 0)
+        backward = (self.host * self.host_backward + each * more) * (tokens > 0)
+        return forward, backward + forward * self.checkpointing
 
     def host_besides(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of the host for a microbatch besides its layers, forward and backward."""
@@ -157,7 +167,7 @@ class LayerCosts(Config):
         """Seconds of what a stage does besides its layers, forward and backward, as `layer`: the head on the last one.
         is_last: of stages, in a shape that tokens can be multiplied with."""
         head, besides = is_last * (self.head * tokens), self.microbatch * (tokens > 0)
-        return head + besides, self.backward * head + self._fixed_backward * besides
+        return head + besides, self._ratio(self.head_backward) * head + self._ratio(self.fixed_backward) * besides
 
 
 class CostModel(LayerCosts):

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lorafusion.cli.main import app
-from lorafusion.core.config import read_model
+from lorafusion.core.config import CONFIGS, read_model
 from lorafusion.core.schema import UserError
 from lorafusion.lab import cost_fit
 from lorafusion.lab.experiments import EXPERIMENTS, cost_times
@@ -26,9 +26,11 @@ BENCH = {"model": "tiny", "parts": [{"stage": [0, 1]}, {"layers": 6, "stage": [1
          "grids": [{"implementations": ["fused"], "sizes": [[16, 16], [64, 16], [64, 64]]},
                    {"implementations": ["fused-multi", "frozen"], "adapters": [2], "recompute": True,
                     "sizes": [[64, 16]]}]}  # fmt: skip
-TRUE = LayerCosts(token=2e-6, square=3e-9, fixed=4e-4, microbatch=1e-3, head=5e-6, backward=1.1, attention_backward=2.4,
-                  fixed_backward=0.7, adapter=2e-5, tile=128, step=3e-5, host=2e-3, host_adapter=1e-4,
-                  host_microbatch=3e-3, host_backward=1.4)  # fmt: skip
+TRUE = LayerCosts(
+    token=2e-6, square=3e-9, fixed=4e-4, microbatch=1e-3, head=5e-6, adapter=2e-5, tile=128, step=3e-5,
+    backward=1.1, head_backward=0.2, attention_backward=2.4, fixed_backward=0.7,
+    host=2e-3, host_adapter=1e-4, host_adapter_backward=3e-4, host_microbatch=3e-3, host_backward=1.4,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -127,6 +129,17 @@ def test_a_fit_finds_the_costs_that_the_times_were_made_from():
     model = stage_costs(fit, read_model("llama-3.1-8b"), 2, checkpointing=True)
     assert (sum(model.layers), model.checkpointing) == (32, True)
     assert (profile.device, profile.gpu_name) == ("cuda", "GPU X")
+
+
+def test_the_recorded_profile_is_that_of_the_recorded_table():
+    recorded = read_profile(CONFIGS / "machines" / "nvidia-h200.yaml")
+    frame = table.read(CONFIGS.parent / "results" / "reference" / "nvidia-h200" / "costs.parquet")
+    again = cost_fit.profile_of(frame)
+    assert again.gpu_name == recorded.gpu_name
+    for fit, expected in zip(again.fits, recorded.fits, strict=True):
+        assert fit.dimensions == expected.dimensions
+        values, others = (part.costs.model_dump(exclude_none=True) for part in (fit, expected))
+        assert values == pytest.approx(others, rel=1e-4, abs=1e-14)
 
 
 def test_no_cost_is_less_than_nothing_whatever_was_measured():

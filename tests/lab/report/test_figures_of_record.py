@@ -20,6 +20,7 @@ DRAWN = {
         f"nvidia-h200/{name}": ("kernels", "h200", name)
         for name in ("kernel_speed", "layer_speed", "dram_traffic", "roofline")
     },
+    "nvidia-h200/cost_fit": ("costs", "h200", "cost_fit"),
     "nvidia-h200/steps_speed": ("steps", "h200", "steps_speed"),
     **{f"cpu/planner_{name}": ("planner", "cpu", f"planner_{name}") for name in ("bubble", "fill", "time")},
 }

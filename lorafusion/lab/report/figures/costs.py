@@ -6,10 +6,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lorafusion.lab.cost_fit import PASSES, left_out, points_of
+from lorafusion.lab.cost_fit import PASSES, base_costs, left_out, points_of
 from lorafusion.lab.report import drawing, style
 from lorafusion.lab.report.figures.kernels import MARKERS
-from lorafusion.planning.simulator.costs import CPU, H200
 
 ORIGIN = ["suite", "gpu_name", "git_sha", "git_dirty"]
 
@@ -18,8 +17,9 @@ def cost_fit_data(table: pd.DataFrame) -> pd.DataFrame:
     """A row a microbatch: its measured and predicted seconds, both passes together, and what it held."""
     points = points_of(table)
     origin = table[table["cell"] == points.index[0]][ORIGIN].iloc[0]
-    tile = (CPU if pd.isna(origin["gpu_name"]) else H200).tile
-    parts = [left_out(part, tile) for _, part in points.groupby(["model", "implementation"])]
+    on_gpu = bool(pd.notna(origin["gpu_name"]))
+    parts = [left_out(part, base_costs(model, on_gpu))
+             for (model, _), part in points.groupby(["model", "implementation"])]  # fmt: skip
     data = points[["model", "arm", "adapters", "tokens", "sample", "layers", "stage", "recompute"]]
     data = data.rename(columns={"arm": "implementation"}).assign(
         measured=points[list(PASSES)].sum(axis=1),
@@ -27,6 +27,8 @@ def cost_fit_data(table: pd.DataFrame) -> pd.DataFrame:
         **origin.to_dict(),
     )
     data["ratio"] = data["predicted"] / data["measured"]
+    for name in ("measured", "predicted", "ratio"):  # with the digits that are the same on every machine
+        data[name] = data[name].map("{:.5g}".format).astype(float)
     by = ["model", "implementation", "layers", "stage", "recompute", "adapters", "tokens", "sample"]
     return data.sort_values(by, key=style.rank).reset_index(drop=True)
 

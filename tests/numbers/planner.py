@@ -11,7 +11,7 @@ from lorafusion.core.config import read_model
 from lorafusion.planning import capacity, completion, fast, memory, packer, propose
 from lorafusion.planning.simulator import costs
 from tests.numbers.quoted import number, percent
-from tests.numbers.sources import CPU, table
+from tests.numbers.sources import CPU, REFERENCE, table
 
 POINT = ["workload", "stages", "global_batch", "adapters"]
 LARGE, SMALL = 1000, 200  # samples an adapter, with and without the strategies that are slow
@@ -55,7 +55,7 @@ def cells(values, form: str) -> str:
 
 
 def results() -> list[str]:
-    return [*example(), *summary(), *limits()]
+    return [*example(), *summary(), *judged(), *limits()]
 
 
 def constants() -> list[str]:
@@ -65,6 +65,7 @@ def constants() -> list[str]:
         f"the first {number(fast.TRIED_SAMPLES)} samples",
         f"until the throughput falls by {percent(1 - fast.HOPELESS)}",
         f"each is {percent(fast.FALL)} of the one before",
+        f"A plan of at most {number(fast.SEARCHED_SAMPLES)} samples",
         f"or also {percent(1 / packer.EXACT, '.1f')}",
         f"within {percent(fast.MISLED)} of the best are simulated again on "
         f"{number(fast.COMPARED_SAMPLES, ',')} samples",
@@ -146,6 +147,28 @@ def summary() -> list[str]:
         f"microbatches, where the bound is {number(made / growth['microbatch_ratio']['value'], ',.0f')}",
         f"Its steady state is idle {percent(waits, '.1f')}",
     ]
+
+
+MANY, LOST = 250, 0.02  # samples of all adapters; of the time of the best other strategy
+
+
+def judged() -> list[str]:
+    """What two simulators say of `fast` beside the best of the other strategies."""
+    cases = pd.read_csv(REFERENCE / CPU / "planner_judged.csv")
+    others = [column for column in cases if column.endswith("_stream") and column != "fast_stream"]
+    lines = [f"{number(len(cases))} workloads", f"`fast` more than {percent(LOST)} slower"]
+    for judge in ("stream", "greedy"):
+        best = cases[[column.replace("stream", judge) for column in others]].min(axis=1)
+        ratio = cases[f"fast_{judge}"] / best
+        lines.append(
+            f"| `{judge}` | {percent((ratio > 1 + LOST).mean(), '.1f')} | {number(ratio.max(), '.3f')} | "
+            f"{number(ratio.median(), '.3f')} |"
+        )
+    over_bound = cases["fast_stream"] / cases["bound"]
+    many = over_bound[cases["samples"] >= MANY]
+    lines.append(f"median: {number(over_bound.median(), '.2f')}, and {number(many.median(), '.2f')} of plans with")
+    lines.append(f"at least {number(MANY)} samples")
+    return lines
 
 
 def limits() -> list[str]:

@@ -124,4 +124,4 @@ onerror:
         DRIVER.close()
     begun = unmade(SUITE.of_target("all"))
     if begun:
-        print(f"error: {UserError(begun)}", file=sys.stderr)
+        print(f"error: {UserError(*begun)}", file=sys.stderr)

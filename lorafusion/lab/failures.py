@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 
+import psutil
+
 from lorafusion.core.files import read_json
 from lorafusion.core.schema import UserError
 from lorafusion.lab.dag import Step
@@ -50,11 +52,10 @@ def statement(failed: dict[Step, str], command: str) -> str:
     return f"failed: {', '.join(names[:NAMED])}{more}{again}"
 
 
-def unmade(steps: Iterable[Step]) -> str:
-    """A line about steps that were begun and not made, as a job that several share does not say which; empty where
-    there are none."""
-    begun = [step for step in steps if step.log.exists() and not all(path.exists() for path in step.files)]
-    if not begun:
-        return ""
-    more = f" and {len(begun) - NAMED} more" if len(begun) > NAMED else ""
-    return f"not made: {', '.join(f'{step.relative} (see {step.log})' for step in begun[:NAMED])}{more}"
+def unmade(steps: Iterable[Step]) -> list[str]:
+    """A line for each step that was begun and not made, as a job that several share does not say which. A log that is
+    older than this process is of an earlier try."""
+    since = psutil.Process().create_time()
+    open_steps = [step for step in steps if not all(path.exists() for path in step.files)]
+    begun = [step for step in open_steps if step.log.exists() and step.log.stat().st_mtime >= since]
+    return [f"not made: {step.relative} (see {step.log})" for step in begun]

@@ -122,7 +122,7 @@ def slurm(*words: str, text: str = "", seconds: float = SECONDS) -> str:
     plain = {name: value for name, value in os.environ.items() if not name.startswith(eye)}
     try:
         done = subprocess.run(
-            words, input=text, capture_output=True, text=True, timeout=seconds, env=plain, check=False
+            words, input=text, capture_output=True, text=True, errors="replace", timeout=seconds, env=plain, check=False
         )
     except OSError as error:
         raise UserError(f"{words[0]}: cannot be run ({error.strerror}); expected Slurm's commands here") from None

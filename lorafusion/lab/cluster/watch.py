@@ -67,8 +67,10 @@ class Watch:
             elif job.state == "UNKNOWN" and time.monotonic() - self._missed[job.id] < SHOW_SECONDS:
                 yield info
             else:
-                cause = self._causes.get(job.id) or cause_of(job.state, log)
-                self.executor.report_job_error(info, msg=f"Slurm job {job.statement}: {cause}. ", aux_logs=[str(log)])
+                line = f"Slurm job {job.statement}: {self._causes.get(job.id) or cause_of(job.state, log)}. "
+                if info.job.is_group():  # Snakemake leaves out the line of a job that steps share
+                    print(line, flush=True)
+                self.executor.report_job_error(info, msg=line, aux_logs=[str(log)])
 
     def look(self, ids: Sequence[str]) -> dict[str, Job]:
         """Those of some jobs that have ended, by their ids. Those that would wait for ever are cancelled."""
@@ -123,7 +125,9 @@ class Watch:
 
 def cause_of(state: str, log: Path) -> str:
     """Why a job ended badly, and what to do. log: of the job, which says of memory what a step's end does not."""
-    if state == "FAILED" and log.exists() and OF_MEMORY.search(log.read_text(errors="replace")):
+    if state == "FAILED" and not log.exists():
+        return f"FAILED: it has written no log; can its node write to {log.parent}?"
+    if state == "FAILED" and OF_MEMORY.search(log.read_text(errors="replace")):
         state = "OUT_OF_MEMORY"
     return f"{state}: {ENDS[state]}"
 

@@ -65,6 +65,13 @@ def test_no_answer_is_an_error_of_one_line(slurm, monkeypatch, body, message):
         queue.slurm("squeue", seconds=0.3 if "sleep" in body else 30)
 
 
+def test_letters_that_are_no_utf8_end_nothing(slurm):
+    """An administrator may have written them."""
+    slurm.program("squeue", r"printf 'Wartung f\374r alle\n' >&2; exit 1")
+    with pytest.raises(UserError, match="^squeue: Wartung f\ufffdr alle$"):
+        queue.slurm("squeue")
+
+
 def test_a_machine_without_slurm_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"squeue: cannot be run \(No such file or directory\); expected Slurm's comm"):

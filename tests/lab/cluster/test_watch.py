@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
+from snakemake_executor_plugin_slurm import Executor
 
+from lorafusion.core.config import CONFIGS
 from lorafusion.lab.cluster import watch as module
 from lorafusion.lab.cluster.left_jobs import record_run
 from lorafusion.lab.cluster.watch import watch
 
 RULE = "rule_run_wildcards_a"
+LOGGER = logging.getLogger(__name__)
 
 
-class Executor:
+class ToldExecutor:
     """Snakemake's, as far as it is used. said: what it was told of jobs, by their ids."""
 
     def __init__(self) -> None:
@@ -38,7 +43,7 @@ class Workflow:
     """A workflow of jobs 1 and 2, which looks at them when it is told to."""
 
     def __init__(self, folder: Path, monkeypatch) -> None:
-        self.executor, self.folder, self.clock = Executor(), folder, 0.0
+        self.executor, self.folder, self.clock = ToldExecutor(), folder, 0.0
         monkeypatch.setattr(module.time, "monotonic", lambda: self.clock)
         folder.mkdir()
         record_run(folder, "run-1")
@@ -113,6 +118,44 @@ def test_every_end_is_told_in_a_line(slurm, workflow, state, advice):
     queue(slurm, f"1 {state}", "2 RUNNING")
     assert workflow.look() == {"1": f"Slurm job 1 (run a): {state}: {advice}. "}
     assert [info.external_jobid for info in workflow.active] == ["2"]
+
+
+def test_the_end_of_a_job_that_steps_share_is_told_as_well(slurm, workflow, capsys):
+    """Snakemake shows no message of such a job."""
+    workflow.active[0].job = Group(**vars(workflow.active[0].job) | {"is_group": lambda: True})
+    queue(slurm, "1 CANCELLED", "2 TIMEOUT")
+    said = workflow.look()
+    assert capsys.readouterr().out == f"{said['1']}\n"
+    assert "CANCELLED: somebody cancelled it" in said["1"]
+
+
+class Group(SimpleNamespace):
+    """A job that steps share: here, one."""
+
+    def __iter__(self):
+        return iter([self])
+
+
+def test_a_job_that_could_not_begin_is_told_from_one_that_failed(slurm, workflow):
+    """Slurm ends it at once where it cannot write the job's log."""
+    (workflow.folder / "1.log").unlink()
+    queue(slurm, "1 FAILED", "2 FAILED")
+    said = workflow.look()
+    assert f"FAILED: it has written no log; can its node write to {workflow.folder}?" in said["1"]
+    assert "FAILED: its log says why" in said["2"]
+
+
+def test_a_workflow_that_ends_leaves_the_folders_of_logs_to_jobs_that_wait(tmp_path):
+    """Also another workflow's, whose jobs would fail at once."""
+    profile = yaml.safe_load((CONFIGS.parent / "slurm" / "config.yaml").read_text())
+    older = profile["slurm-delete-logfiles-older-than"]
+    settings = SimpleNamespace(delete_logfiles_older_than=older, keep_successful_logs=False)
+    logs = tmp_path / "rule_run" / "a"
+    logs.mkdir(parents=True)
+    Executor.clean_old_logs(
+        SimpleNamespace(workflow=SimpleNamespace(executor_settings=settings), slurm_logdir=tmp_path, logger=LOGGER)
+    )
+    assert logs.is_dir()
 
 
 @pytest.mark.parametrize(

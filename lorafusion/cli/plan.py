@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +15,8 @@ from lorafusion.core.files import write
 from lorafusion.core.schema import MOST_PROCESSES, MOST_STAGES, MOST_STEPS, MOST_TOKENS, UserError, one_of
 
 if TYPE_CHECKING:
-    from lorafusion.core.config import ModelConfig
     from lorafusion.core.workload import Workload
+    from lorafusion.planning.simulator import Question
 
 SYSTEM = "lorafusion"
 CAPACITY = 8192  # tokens
@@ -70,23 +71,23 @@ def make(
 ) -> None:
     """Plan a workload for a system, and check the plan."""
     from lorafusion.planning import COMPLETION, plan_system, plan_workload
-    from lorafusion.planning.simulator import Question, chosen_costs, costs_for
+    from lorafusion.planning.simulator import chosen_costs, costs_for
 
     if system is not None and strategy is not None:
         raise UserError(f"either --system or --strategy, found {system} and {strategy}")
-    jobs, sizes, jobs_model = _jobs_of(workload)
+    jobs, sizes, question = _jobs_of(workload)
     given = {"stages": stages, "capacity": capacity, "data_parallel": data_parallel}
     sizes |= {name: size for name, size in given.items() if size is not None}
     name, is_fast = _planner(system, strategy)
     options: dict[str, Any] = {}
     if aim and not is_fast:
         raise UserError(f"--aim: {name} has none; fast does")
-    if aim or (jobs_model and is_fast):
+    if aim or (question and is_fast):
         options["aim"] = aim or COMPLETION
     if (model or costs) and not is_fast:
         raise UserError(f"--model, --costs: {name} does not plan by costs; fast does")
-    if jobs_model and is_fast and not model:
-        options["costs"] = costs_for(Question(sizes["stages"], jobs_model, costs))
+    if question and is_fast and not model:
+        options["costs"] = costs_for(replace(question, stages=sizes["stages"], file=costs))
     elif model or costs:
         options["costs"] = chosen_costs(sizes["stages"], model, costs)
     plan = (plan_workload if strategy else plan_system)(jobs, name, **options | sizes)
@@ -95,9 +96,11 @@ def make(
     print(f"{out}: {s.microbatches} microbatches ({s.noops} no-ops, at least {s.lower_bound}), fill {s.fill:.3f}")
 
 
-def _jobs_of(path: Path) -> tuple[Workload, dict[str, int], ModelConfig | None]:
-    """A workload with the sizes that it is planned for by default; of a jobs file those it states, and its model."""
+def _jobs_of(path: Path) -> tuple[Workload, dict[str, int], Question | None]:
+    """A workload with the sizes that it is planned for by default; of a jobs file those it states, and what its costs
+    depend on."""
     from lorafusion.core.workload import Workload
+    from lorafusion.planning.simulator import Question
 
     sizes = {"stages": 1, "capacity": CAPACITY, "data_parallel": 1}
     if path.suffix not in (".yaml", ".yml"):
@@ -112,7 +115,9 @@ def _jobs_of(path: Path) -> tuple[Workload, dict[str, int], ModelConfig | None]:
         sizes["capacity"] = config.capacity
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         model = base_model(config)
-        return prepare(config, model, Path(scratch)), sizes, model
+        share = config.recomputed_share or 0.0
+        question = Question(config.stages, model, device=config.device, checkpointing=share > 0)
+        return prepare(config, model, Path(scratch)), sizes, question
 
 
 def _planner(system: str | None, strategy: str | None) -> tuple[str, bool]:
@@ -196,6 +201,7 @@ def propose(
     if groups is not None:
         proposal.require_new(groups)
     source = proposal.read_source(workload, model)
+    checkpointing = checkpointing or source.recomputes
     cluster = Cluster(gpus, int(memory * 2**30), gpus_per_node, network=network * 1e9)
     by_stages = proposal.costs_by_stages(source, costs, checkpointing)
     search = Search(source.workload, source.model, cluster, by_stages, checkpointing, source.capacity)

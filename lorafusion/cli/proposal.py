@@ -6,6 +6,7 @@ import json
 import shlex
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,11 @@ class Source(NamedTuple):
     def capacity(self) -> int | None:
         return self.config.capacity if self.config else None
 
+    @property
+    def recomputes(self) -> bool:
+        """Does the jobs file ask that all layers recompute their activations?"""
+        return self.config is not None and self.config.recomputed_share == 1
+
 
 def read_source(path: Path, model: str | None) -> Source:
     """A workload file with a name of configs/models, or a jobs file, which names its model."""
@@ -68,7 +74,9 @@ def costs_by_stages(source: Source, path: Path | None, checkpointing: bool) -> C
     """The cost model by the number of stages: by the model's FLOP, or by a file, which is a profile of the model or a
     cost model whose layers are divided anew."""
     if path is None or is_profile(path):
-        return lambda stages: costs_for(Question(stages, source.model, path, checkpointing=checkpointing))
+        device = source.config.device if source.config else None
+        question = Question(1, source.model, path, device=device, checkpointing=checkpointing)
+        return lambda stages: costs_for(replace(question, stages=stages))
     read = read_cost_model(path)
     layers = source.model.num_hidden_layers
     if sum(read.layers) != layers:
@@ -85,7 +93,7 @@ def print_choices(choices: list[Choice]) -> None:
         sizes = (choice.groups, choice.at_once, choice.stages, choice.data_parallel, choice.nodes, choice.idle)
         tokens = (choice.capacity, choice.largest_capacity)
         numbers = (f"{choice.throughput:,.0f}", f"{choice.bubble:.1%}", f"{choice.memory / GIB:.1f}")
-        times = (duration(choice.makespan), f"{choice.gpu_hours:,.2f}")
+        times = (duration(choice.makespan), gpu_hours(choice))
         table.add_row(*map(str, (*sizes, *tokens)), *numbers, *times)
     console = Console(highlight=False)
     console.width = max(console.width, WIDTH)
@@ -100,6 +108,12 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s"
+
+
+def gpu_hours(choice: Choice) -> str:
+    """With two decimals, of less than a tenth with two digits."""
+    hours = choice.gpu_hours
+    return f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.2g}"
 
 
 def to_json(source: Source, cluster: Cluster, choices: list[Choice]) -> str:
@@ -159,7 +173,7 @@ def print_next(
     at_once = f", {choice.at_once} at once" * (choice.at_once < choice.groups)
     print(
         f"best: {choice.groups} group{plural} of {size} GPUs{at_once}, {choice.idle} of {cluster.gpus} idle; "
-        f"{choice.throughput:,.0f} tokens/s, {duration(choice.makespan)}, {choice.gpu_hours:,.2f} GPU-hours"
+        f"{choice.throughput:,.0f} tokens/s, {duration(choice.makespan)}, {gpu_hours(choice)} GPU-hours"
     )
     if choice.nodes > 1:
         print(f"A group is on {choice.nodes} nodes, and `lorafusion train` runs on one: this can only be planned.")

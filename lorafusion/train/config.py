@@ -217,6 +217,12 @@ class TrainConfig(Config):
         return self.processes // self.data_parallel
 
     @property
+    def recomputed_share(self) -> float | None:
+        """The share of the layers that recompute their activations; None: found by trying."""
+        setting = self.checkpointing
+        return setting if isinstance(setting, float) else {"none": 0.0, "all": 1.0, "auto": None}[setting]
+
+    @property
     def chosen_device(self) -> Literal["cpu", "cuda"]:
         """The device asked for, or the one that this machine has."""
         return self.device or ("cuda" if has_gpu() else "cpu")

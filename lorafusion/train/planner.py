@@ -77,8 +77,7 @@ class RunPlanner:
         """Tokens of a microbatch, and the share of the layers that recompute their activations: stated, or measured by
         `engine.memory_probe`, or on a CPU, where memory is not short, a fixed one. (`planning.capacity` lists the other
         answers.)"""
-        setting = self.config.checkpointing
-        share = setting if isinstance(setting, float) else {"none": 0.0, "all": 1.0, "auto": None}[setting]
+        share = self.config.recomputed_share
         samples = [sample for job in workload.jobs for sample in (*job.samples, *job.evaluation)]
         longest = max(sample.tokens for sample in samples)
         if self.config.chosen_device == "cpu":

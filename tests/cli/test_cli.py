@@ -112,7 +112,9 @@ def test_a_proposal_names_divisions_of_the_gpus_and_the_command_that_follows(pla
     assert row.split()[:6] == ["1", "1", "2", "1", "1", "0"]
     assert failed == "1 stage: the weights do not fit: 131.4 GiB"
     assert "best.json: open it" in perfetto
-    assert re.match(r"best: 1 group of 2 x 1 GPUs, 0 of 2 idle; [\d,]+ tokens/s, [\d.]+ s, 0.00 GPU-hours", best)
+    assert re.match(
+        r"best: 1 group of 2 x 1 GPUs, 0 of 2 idle; [\d,]+ tokens/s, [\d.]+ s, 0.0*[1-9]\d? GPU-hours", best
+    )
     data = json.loads(out.read_text())
     assert [choice["stages"] for choice in data["choices"]] == [2, 1]
     assert data["groups"][0]["jobs"] == [job.name for job in Workload.read(planned / "deep/w.json").jobs]
@@ -279,6 +281,24 @@ def test_a_plan_of_a_jobs_file_has_its_sizes_and_writes_nothing_else(tmp_path):
     plan = json.loads((tmp_path / "p.json").read_text())
     assert (plan["stages"], plan["capacity"]) == (2, 512)
     assert {path.name for path in tmp_path.iterdir()} == {"jobs.yaml", "p.json"}
+
+
+def test_a_jobs_file_says_what_its_costs_depend_on(tmp_path):
+    """The device, and whether layers are recomputed, for a plan and for a proposal."""
+    path, plan_path, out = (tmp_path / name for name in ("jobs.yaml", "p.json", "o.json"))
+    keys, choices = [], []
+    for stated in ("", "checkpointing: none\n", "checkpointing: all\n", "device: cpu\n"):
+        path.write_text(
+            f"model: tiny\noutput: out\ncapacity: 512\n{stated}jobs:\n"
+            "  - {name: a, data: {synthetic: {samples: 8, scale: 16}}}\n"
+        )
+        assert lorafusion("plan", path, "-o", plan_path).returncode == 0
+        assert lorafusion("plan", "propose", path, "--gpus", 1, "-o", out).returncode == 0
+        keys.append(json.loads(plan_path.read_text())["key"])
+        choices.append(json.loads(out.read_text())["choices"])
+    for answers in (keys, choices):
+        assert answers[0] == answers[1]
+        assert all(answer not in answers[:index] for index, answer in enumerate(answers) if index > 1)
 
 
 def test_what_the_kernels_do_for_an_adapter(tmp_path):

@@ -16,19 +16,21 @@ from lorafusion.core.schema import UserError
 from lorafusion.planning.simulator.costs import CPU, H200, CostModel, even_costs, model_costs, read_cost_model
 from lorafusion.planning.simulator.profile import CostProfile, is_profile, read_profile, stage_costs
 
-MACHINES = {"cpu": CPU, "cuda": H200}  # what is taken for a device that nobody has profiled
+GPU = "cuda"
+MACHINES = {"cpu": CPU, GPU: H200}  # what is taken for a device that nobody has profiled
 
 
 @dataclass(frozen=True)
 class Question:
     """What a plan is for. model: None where nothing is known of it. file: of costs, which the user names. machine: a
-    name of configs/machines, that is looked at before all others. gpu_name: None where nobody has asked."""
+    name of configs/machines, that is looked at before all others. device: None for that of the file, or else a GPU.
+    gpu_name: None where nobody has asked."""
 
     stages: int
     model: ModelConfig | None = None
     file: Path | None = None
     machine: str | None = None
-    device: Literal["cpu", "cuda"] = "cuda"
+    device: Literal["cpu", "cuda"] | None = None
     gpu_name: str | None = None
     implementation: str = "fused"
     checkpointing: bool = False
@@ -61,7 +63,7 @@ def _of_record(question: Question) -> CostModel | None:
     else:
         paths = sorted((CONFIGS / "machines").glob("*.yaml")) if question.gpu_name else []
     for profile in map(read_profile, paths):
-        is_alike = profile.device == question.device and question.gpu_name in (None, profile.gpu_name)
+        is_alike = profile.device == (question.device or GPU) and question.gpu_name in (None, profile.gpu_name)
         fit = profile.fit(question.model, question.implementation) if is_alike else None
         if fit:
             return stage_costs(fit, question.model, question.stages, question.checkpointing)
@@ -72,7 +74,7 @@ def _of_model(question: Question) -> CostModel | None:
     """By the model's FLOP."""
     if question.model is None:
         return None
-    machine = MACHINES[question.device]
+    machine = MACHINES[question.device or GPU]
     return model_costs(question.model, question.stages, machine=machine, checkpointing=question.checkpointing)
 
 

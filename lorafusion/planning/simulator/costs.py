@@ -20,7 +20,7 @@ from pydantic import Field
 from lorafusion.core.config import ModelConfig
 from lorafusion.core.files import read_yaml
 from lorafusion.core.plan import Microbatch, Plan
-from lorafusion.core.schema import MOST_TOKENS, Config, UserError, validated
+from lorafusion.core.schema import MOST_LAYERS, MOST_TOKENS, Config, UserError, validated
 from lorafusion.core.workload import Workload
 from lorafusion.planning.partition import head_layers, split_layers
 
@@ -173,7 +173,9 @@ class LayerCosts(Config):
 class CostModel(LayerCosts):
     """The costs of a base model on a number of stages."""
 
-    layers: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, description="decoder layers of each stage")
+    layers: tuple[Annotated[int, Field(ge=1, le=MOST_LAYERS)], ...] = Field(
+        min_length=1, description="decoder layers of each stage"
+    )
 
     @property
     def stages(self) -> int:

@@ -55,12 +55,12 @@ def window_of(timeline: Timeline, first: int, count: int) -> Window:
 
 
 class JobEnd(NamedTuple):
-    """When a job's last step is done, and what it states of that."""
+    """When a job's last step is done, and what it states of that, where the workload is there."""
 
     name: str
     end: float
-    priority: int = 0
-    weight: float = 1.0
+    priority: int | None = None
+    weight: float | None = None
 
 
 def job_ends(plan: Plan, timeline: Timeline, workload: Workload | None = None) -> list[JobEnd]:
@@ -80,10 +80,10 @@ def statistics(plan: Plan, timeline: Timeline, unit: str, ends: list[JobEnd]) ->
     """What a plan's page and its terminal output say of it."""
     s, bubble = plan.statistics, timeline.bubble("steady")
     peaks = timeline.peak_in_flight()
-    means = [
-        float(np.average([job.end for job in ends], weights=weights)) / timeline.makespan
-        for weights in (None, [job.weight for job in ends])
-    ]
+    times, weights = ([job.end for job in ends], [job.weight for job in ends if job.weight is not None])
+    mean = f"after {np.mean(times) / timeline.makespan:.1%} of it on average"
+    if weights:
+        mean += f", {np.average(times, weights=weights) / timeline.makespan:.1%} by their weights"
     return {
         "system": plan.system,
         "stages × replicas": f"{plan.stages} × {plan.data_parallel}",
@@ -91,7 +91,7 @@ def statistics(plan: Plan, timeline: Timeline, unit: str, ends: list[JobEnd]) ->
         "fill": f"{s.fill:.3f} of {plan.capacity} tokens; the fullest has {max(m.tokens for m in plan.microbatches)}",
         "adapters of a microbatch": f"{_adapters(plan):.2f} on average",
         "makespan": f"{timeline.makespan:,.4g} {unit}",
-        "jobs end": f"after {means[0]:.1%} of it on average, {means[1]:.1%} by their weights",
+        "jobs end": mean,
         "throughput": f"{timeline.throughput('whole'):,.4g} tokens/{unit} whole, "
         f"{timeline.throughput('steady'):,.4g} steady",
         "bubble, steady": f"{bubble.mean():.1%} (stages: {', '.join(f'{share:.1%}' for share in bubble)})",
@@ -109,9 +109,9 @@ def _job_rows(ends: list[JobEnd], timeline: Timeline, unit: str) -> list[tuple[s
     """A table of when each job ends, its heading first."""
     rows: list[tuple[str, ...]] = [("job", "ends after", "of the makespan", "priority", "weight")]
     for job in ends:
-        share = f"{job.end / timeline.makespan:.1%}"
-        rows.append((job.name, f"{job.end:,.4g} {unit}", share, f"{job.priority}", f"{job.weight:g}"))
-    return rows
+        stated = () if job.weight is None else (f"{job.priority}", f"{job.weight:g}")
+        rows.append((job.name, f"{job.end:,.4g} {unit}", f"{job.end / timeline.makespan:.1%}", *stated))
+    return [row[: len(rows[-1])] for row in rows]
 
 
 def print_plan(plan: Plan, timeline: Timeline, unit: str, window: Window, workload: Workload | None = None) -> None:

@@ -72,7 +72,7 @@ def test_a_profile_of_a_gpu_is_none_of_a_cpu(profile, machines):
     ("changes", "question", "message"),
     [
         ({}, {"gpu_name": "GPU Y"}, "profile.yaml: gpu_name: found GPU X, expected GPU Y"),
-        ({"device": "cpu"}, {}, "profile.yaml: device: found cpu, expected cuda"),
+        ({"device": "cpu"}, {"device": "cuda"}, "profile.yaml: device: found cpu, expected cuda"),
         ({}, {"model": TINY}, r"profile.yaml: fits: found llama-3.1-8b \(fused\); expected a model of hidden_size 64"),
         ({}, {"model": None}, "profile.yaml: a profile of llama-3.1-8b; expected a model"),
         ({"version": 2}, {}, r"profile.yaml: version: input should be 1 \(found 2\)"),
@@ -102,6 +102,10 @@ def test_a_file_with_a_model_must_be_a_profile(profile, tmp_path):
         chosen_costs(2, "llama-3.1-8b", tmp_path / "model.yaml")
     with pytest.raises(UserError, match=r"model.yaml: 2 stages, expected 3"):
         chosen_costs(3, costs=tmp_path / "model.yaml")
+
+
+def test_a_profile_of_a_cpu_may_be_named_where_no_device_is(profile):
+    assert chosen_costs(2, "llama-3.1-8b", profile(device="cpu", gpu_name=None)).token == 3e-6
 
 
 def test_the_recorded_profiles_are_sound():

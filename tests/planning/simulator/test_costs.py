@@ -103,6 +103,9 @@ def test_a_file_with_costs(tmp_path, make_workload):
     assert table.forward[0].sum() == pytest.approx(2e-6 * plan.statistics.tokens)
     timeline, unit = simulate_plan(plan, make_workload(), costs=path)
     assert (unit, timeline.stages) == ("s", 2)
+    path.write_text(f"layers: [1, {'9' * 400}]\ntoken: 2.0e-6\n")
+    with pytest.raises(UserError, match=r"costs.yaml: layers.1: .* less than or equal to 1000 "):
+        read_cost_model(path)
     path.write_text("layers: [1, 1]\ntokens: 2.0e-6\n")
     with pytest.raises(UserError, match=r"costs.yaml: token: field required"):
         read_cost_model(path)

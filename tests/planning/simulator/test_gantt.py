@@ -61,7 +61,16 @@ def test_the_terminal_and_the_page_say_when_jobs_end(shown, workload, tmp_path, 
     gantt.save(plan, timeline, unit, (0.0, timeline.makespan), tmp_path / "x.html", workload)
     row = f"<td>long</td><td>{ends['long'].end:,.4g} units</td><td>{shares[1]:.1%}</td><td>-1</td><td>1</td>"
     assert row in (tmp_path / "x.html").read_text()
+
+
+def test_without_the_workload_nothing_is_said_of_priorities_and_weights(shown, tmp_path, capsys):
+    plan, timeline, unit = shown
     assert [job.name for job in gantt.job_ends(plan, timeline)] == ["adapter 1", "adapter 0"]
+    gantt.print_plan(plan, timeline, unit, (0.0, timeline.makespan))
+    gantt.save(plan, timeline, unit, (0.0, timeline.makespan), tmp_path / "x.html")
+    for text in (capsys.readouterr().out, (tmp_path / "x.html").read_text()):
+        assert "of it on average" in text
+        assert not re.search("weight<|weights|priority", text)
 
 
 def test_a_job_ends_when_all_stages_and_replicas_have_done_its_last_step():

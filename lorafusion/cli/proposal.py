@@ -6,7 +6,6 @@ import json
 import shlex
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,9 +73,8 @@ def costs_by_stages(source: Source, path: Path | None, checkpointing: bool) -> C
     """The cost model by the number of stages: by the model's FLOP, or by a file, which is a profile of the model or a
     cost model whose layers are divided anew."""
     if path is None or is_profile(path):
-        device = source.config.device if source.config else None
-        question = Question(1, source.model, path, device=device, checkpointing=checkpointing)
-        return lambda stages: costs_for(replace(question, stages=stages))
+        # Of GPUs, also where a jobs file says that it is tried on a CPU.
+        return lambda stages: costs_for(Question(stages, source.model, path, checkpointing=checkpointing))
     read = read_cost_model(path)
     layers = source.model.num_hidden_layers
     if sum(read.layers) != layers:

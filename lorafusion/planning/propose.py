@@ -166,6 +166,7 @@ class Search:
         self.tokens = np.array([job.tokens for job in self.jobs], float)
         self.parameters = [adapter_parameters(config, job) for job in self.jobs]
         self.longest = max(sample.tokens for job in self.jobs for sample in (*job.samples, *job.evaluation))
+        self.in_hand = [max(_tokens_of(job, batch) for batch in job.batches_of_an_epoch) for job in self.jobs]
         models = _useful_depths(min(cluster.gpus, config.num_hidden_layers, MOST_STAGES), costs)
         self.depths = [
             _Depth(self.jobs, PipelineMemory(config, model, cluster.memory, checkpointing)) for model in models
@@ -318,7 +319,8 @@ class Search:
         times, seconds = division.times, division.makespan
         target = max(prediction.way.target for prediction in division.predictions.values())
         largest = min(self._capacity(depth, jobs) for jobs in division.members)
-        capacity = max(self.longest, min(target, largest))
+        in_hand = max(sum(self.in_hand[job] for job in jobs) for jobs in division.members)
+        capacity = max(self.longest, min(target, largest, in_hand))
         parameters = max(sum(self.parameters[job] for job in jobs) for jobs in division.members)
         return Choice(
             division.groups,
@@ -373,6 +375,10 @@ def _useful_depths(most: int, costs: Callable[[int], CostModel]) -> Iterator[Cos
         if busiest < largest:
             largest = busiest
             yield model
+
+
+def _tokens_of(job: Job, batch: range) -> int:
+    return job.stream_offset(batch.stop) - job.stream_offset(batch.start)
 
 
 def _sizes(most: int) -> Iterator[int]:

@@ -141,6 +141,16 @@ def test_checkpointing_makes_room_and_takes_time():
     assert again.makespan > plain.makespan
 
 
+def test_no_more_tokens_are_proposed_than_a_groups_global_batches_have():
+    """All that memory holds would be many times as much, and its GiB not those that are used."""
+    jobs = workload_of(3, samples=32, batch=4).jobs
+    short = tuple(job.model_copy(update={"samples": job.samples[:8]}) for job in jobs)
+    most = sum(max(job.batch_tokens(batch) for batch in range(len(job.batches))) for job in short)
+    for choice in choices_of(Workload(name="short", jobs=short), "llama-3.1-8b", 2, 5000):
+        assert choice.capacity <= most < choice.largest_capacity / 10
+        assert choice.memory < 1000 * GIB
+
+
 @pytest.mark.parametrize(
     ("adapters", "model", "gpus", "gib", "reason"),
     [

@@ -12,8 +12,9 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ def watch(executor: Any, folder: Path) -> None:
     """Have Snakemake's executor learn from here how its jobs stand. folder: of the results, in which the driver has
     written down that jobs may come."""
     executor.check_active_jobs = Watch(executor, (folder / RECORD).stat().st_mtime).check_active_jobs
+    executor.report_job_error = partial(_report_job_error, executor.report_job_error)
+
+
+def _report_job_error(report: Callable[..., None], info: Any, msg: str | None = None, **more: Any) -> None:
+    """Report that a job has failed, also one that could not be submitted. Snakemake leaves out what is said of a job
+    that steps share."""
+    if msg and info.job.is_group():
+        print(msg, flush=True)
+    report(info, msg=msg, **more)
 
 
 class Watch:
@@ -68,8 +78,6 @@ class Watch:
                 yield info
             else:
                 line = f"Slurm job {job.statement}: {self._causes.get(job.id) or cause_of(job.state, log)}. "
-                if info.job.is_group():  # Snakemake leaves out the line of a job that steps share
-                    print(line, flush=True)
                 self.executor.report_job_error(info, msg=line, aux_logs=[str(log)])
 
     def look(self, ids: Sequence[str]) -> dict[str, Job]:

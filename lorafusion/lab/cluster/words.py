@@ -25,6 +25,7 @@ ENDS = {
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 
 LIMIT = "it asks for more than its account or QOS may have; less of it, or another `qos` or `partition`"
+LONG = "jobs have to be shorter; a smaller `group_minutes`, less `minutes`, or another `qos` or `partition`"
 TOGETHER = "all that its account or QOS may have is in use; a job larger than that never starts: `sacctmgr show qos`"
 
 
@@ -39,7 +40,8 @@ HELD_SECONDS = 3600.0  # for whoever has held a job on purpose to let it go
 BUSY = Wait(math.inf, "the cluster is busy")
 # By a pattern of the whole reason; the first that fits counts. What fits none is the wait of a busy cluster.
 WAITS = {
-    r"PartitionTimeLimit|PartitionNodeLimit|PartitionConfig|MaxMemPerLimit": Wait(
+    r"PartitionTimeLimit|(Assoc|QOS)MaxWallDurationPerJobLimit": Wait(0, LONG),
+    r"PartitionNodeLimit|PartitionConfig|MaxMemPerLimit": Wait(
         0, "the partition allows less; see `scontrol show partition`"
     ),
     r"(Assoc|QOS)Max.*Per(Job|Node)(Limit)?|QOSMin.*": Wait(0, LIMIT),

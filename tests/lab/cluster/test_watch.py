@@ -34,8 +34,8 @@ class ToldExecutor:
     def report_job_success(self, info):
         self.said[info.external_jobid] = "success"
 
-    def report_job_error(self, info, msg, aux_logs):
-        assert aux_logs == [str(info.aux["slurm_logfile"])]
+    def report_job_error(self, info, msg, aux_logs=None):
+        assert aux_logs in (None, [str(info.aux["slurm_logfile"])])
         self.said[info.external_jobid] = msg
 
 
@@ -127,6 +127,15 @@ def test_the_end_of_a_job_that_steps_share_is_told_as_well(slurm, workflow, caps
     said = workflow.look()
     assert capsys.readouterr().out == f"{said['1']}\n"
     assert "CANCELLED: somebody cancelled it" in said["1"]
+
+
+def test_a_shared_job_that_could_not_be_submitted_is_told_as_well(workflow, capsys):
+    """Snakemake's plugin says so, from a loop that calls it by position."""
+    info = workflow.job("3")
+    info.job = Group(is_group=lambda: True)
+    workflow.executor.report_job_error(info, "sbatch failed: Socket timed out")
+    assert capsys.readouterr().out == "sbatch failed: Socket timed out\n"
+    assert workflow.executor.said == {"3": "sbatch failed: Socket timed out"}
 
 
 class Group(SimpleNamespace):
@@ -237,7 +246,7 @@ def test_a_job_that_waits_in_vain_is_cancelled_and_the_others_go_on(slurm, workf
     assert workflow.look() == {}
     assert slurm.calls("scancel") == ["--quiet --state=PENDING 1"]
     queue(slurm, "1 CANCELLED", "2 RUNNING")
-    advice = "it asks for more than its account or QOS may have; less of it, or another `qos` or `partition`"
+    advice = "jobs have to be shorter; a smaller `group_minutes`, less `minutes`, or another `qos` or `partition`"
     line = f"Slurm job 1 (run a): cancelled, as QOSMaxWallDurationPerJobLimit does not pass: {advice}. "
     assert workflow.look() == {"1": line}
     assert capsys.readouterr().out == ""

@@ -54,3 +54,15 @@ def every_wait_is_that_of_a_busy_cluster(original):
 def a_limit_on_jobs_together_always_passes(original):
     """A job of eight GPUs waits for ever where a user may have four."""
     return lambda job: ""
+
+
+@planted(
+    "lorafusion.lab.cluster.watch:_report_job_error",
+    caught_by=(
+        f"{WATCH}::test_the_end_of_a_job_that_steps_share_is_told_as_well",
+        f"{WATCH}::test_a_shared_job_that_could_not_be_submitted_is_told_as_well",
+    ),
+)
+def what_became_of_a_shared_job_is_left_out(original):
+    """As Snakemake leaves it out."""
+    return lambda report, info, msg=None, **more: report(info, msg=msg, **more)

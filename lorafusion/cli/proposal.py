@@ -138,9 +138,8 @@ def write_timeline(search: Search, choices: list[Choice], path: Path) -> None:
 
 def require_new(folder: Path) -> None:
     """Raise `UserError` unless a folder is new or empty: files of other groups in it would be trained too."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists() or folder.is_symlink():
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if not is_empty and (folder.exists() or folder.is_symlink()):
         raise UserError(f"--write: {folder}: expected a new or an empty folder, found something there")
     require_replaceable(folder / "group-0000.yaml")
 

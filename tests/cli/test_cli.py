@@ -139,13 +139,13 @@ def test_each_group_of_a_proposal_has_a_file(planned):
     assert "expected a new or an empty folder" in again.stderr
 
 
-def test_an_empty_folder_that_cannot_be_written_to_is_refused_before_anything_is_simulated(planned, monkeypatch):
-    folder = planned / "groups"
-    folder.mkdir()
-    monkeypatch.setattr("os.access", lambda path, mode: path != folder)
-    done = lorafusion("plan", "propose", planned / "deep/w.json", "--model", "tiny", "--gpus", 1, "--write", folder)
+def test_an_empty_folder_that_cannot_be_written_to_is_refused_before_anything_is_simulated(
+    planned, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path or not mode & os.W_OK)
+    done = lorafusion("plan", "propose", planned / "deep/w.json", "--model", "tiny", "--gpus", 1, "--write", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"cannot be written (no permission in {folder})" in done.stderr
+    assert f"cannot be written (no permission in {tmp_path})" in done.stderr
 
 
 MISTAKES = {

@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lorafusion.cli.main import app
-from lorafusion.core.config import CONFIGS
+from lorafusion.core.config import CONFIGS, read_model, read_system
 from lorafusion.data.lengths import make_workload
 from lorafusion.engine import task
 from lorafusion.engine.process import WorkerProcess
@@ -26,6 +26,7 @@ from lorafusion.lab.table.table import read
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.outcome import Outcome
 from lorafusion.planning import plan_system
+from lorafusion.planning.simulator import CostModel, Question, costs_for
 from tests.known_meter import KnownMeter
 
 CAPACITY = {"xsum": 32, "wikisum": 80}
@@ -85,6 +86,11 @@ class Run:
         return [self.throughput(repeat, window) for repeat in REPEATS]
 
 
+def costs_on_cpu(system: str) -> CostModel:
+    """By which a suite's cells on one process are planned."""
+    return costs_for(Question(1, read_model("tiny"), device="cpu", implementation=read_system(system).implementation))
+
+
 class Story:
     """All runs, the folder with their results, and what came of them."""
 
@@ -105,7 +111,10 @@ class Story:
             path.write_text(made.to_json())
             for system in RATES:
                 plan = folder / f"{workload}-{system}.json"
-                plan.write_text(plan_system(made, system, stages=1, capacity=CAPACITY[workload]).to_json())
+                capacity = CAPACITY[workload]
+                plan.write_text(
+                    plan_system(made, system, stages=1, capacity=capacity, costs=costs_on_cpu(system)).to_json()
+                )
                 self.runs[system, workload] = run = Run(system, workload, json.loads(plan.read_text()))
                 assert len(run.sizes) >= 5
                 self._train(run, path, plan)

@@ -31,6 +31,9 @@ TIMED = {
     "bubble",
     "host_idle",
     "neighbour_idle",
+    "step_time",
+    "host_time",
+    "transfer_time",
 }
 IDENTITY = ("cell", "system", "implementation", "adapters", "tokens", "pass", "metric", "window", "repeat")
 app = typer.Typer(help=__doc__, no_args_is_help=True)

@@ -40,6 +40,7 @@ def test_a_peft_model_is_patched_and_trained_by_transformers(checkout):
     assert any(name.endswith("lora_B.weight") and tensor.any() for name, tensor in tensors.items())
 
 
+@pytest.mark.slow
 def test_four_adapters_are_trained_from_a_jobs_file(checkout):
     checkout.run("lorafusion", "train", "examples/train/jobs.yaml")
     adapters = checkout.root / "results" / "example-train" / "adapters"
@@ -47,6 +48,7 @@ def test_four_adapters_are_trained_from_a_jobs_file(checkout):
     assert all((path / "adapter_config.json").exists() for path in adapters.iterdir())
 
 
+@pytest.mark.slow
 def test_two_groups_train_as_tasks_of_an_array_do(checkout):
     printed = checkout.run("bash", "examples/groups/run.sh")
     assert "best: 2 groups of 1 x 1 GPUs, 0 of 2 idle" in printed

@@ -183,6 +183,7 @@ def test_a_plan_has_the_capacity_that_the_tuning_of_its_workload_found(suite, or
     assert {Path(name).parent.name for name in changed} == {"system~mlora"}
 
 
+@pytest.mark.slow
 def test_each_run_has_a_log_and_a_command_of_its_own(swept, monkeypatch, tmp_path):
     """The command does the same run again, alone, and its losses are the same."""
     from tests import forked

@@ -225,6 +225,7 @@ print(tune_cell(Path(suite), cell, Path(workload), Path(out), launch, 2))
 """
 
 
+@pytest.mark.slow
 def test_of_two_nodes_the_first_decides_what_is_tried_and_writes_it(suite, tmp_path):
     """The second sees broken connections where the first sees a memory that does not suffice, and ends with it."""
     made = suite(system="lorafusion", gpus=2, capacity=256)

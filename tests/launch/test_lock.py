@@ -192,6 +192,7 @@ def test_who_lives_no_longer_on_another_machine_is_waited_for(tmp_path, monkeypa
     assert "was at work here; waiting 1 s to see whether it still is" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_file_is_touched_until_the_launcher_ends(tmp_path, forked):
     """Also where it is stopped, as by Ctrl-Z; no longer once it was killed."""
 

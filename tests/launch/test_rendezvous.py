@@ -135,6 +135,7 @@ def on_node(rank: int, spec: RunSpec, reports: Path) -> Outcome:
     return launch(spec, 2, 120, 2, reports)
 
 
+@pytest.mark.slow
 def test_a_run_on_two_nodes_has_one_report(tmp_path, make_job, make_workload):
     workload = make_workload(make_job("a"), make_job("b", (4, 4, 7, 9)))
     (tmp_path / "workload.json").write_text(workload.to_json())

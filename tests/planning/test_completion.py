@@ -52,7 +52,7 @@ def test_short_jobs_do_not_wait_for_long_ones(make_job, seed, stages):
     assert np.mean(before) >= 1.3 * np.mean(after)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(workload=workloads(), data=st.data(), **SIZES)
 def test_any_plan_is_exact_and_costs_no_more_than_it_may(workload, data, stages, data_parallel):
     states = [{"priority": data.draw(st.integers(-1, 1)), "weight": data.draw(st.sampled_from([0.5, 1.0, 4.0]))}
@@ -70,7 +70,7 @@ def test_any_plan_is_exact_and_costs_no_more_than_it_may(workload, data, stages,
     assert makespan <= fastest * (1 + LONGER) * (1 + (1e-3 if stages == data_parallel == 1 else 1e-9))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(workload=workloads(), factor=st.sampled_from([0.25, 4.0]), shift=st.integers(-3, 3), **SIZES)
 def test_only_the_order_of_priorities_counts_and_the_ratio_of_weights(workload, factor, shift, stages, data_parallel):
     changed = Workload(name="changed", jobs=tuple(job.model_copy(update={"priority": shift, "weight": factor})
@@ -79,7 +79,7 @@ def test_only_the_order_of_priorities_counts_and_the_ratio_of_weights(workload, 
     assert plan_workload(changed, **sizes).microbatches == plan_workload(workload, **sizes).microbatches
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(workload=workloads(), data=st.data(), **SIZES)
 def test_a_higher_priority_ends_a_job_no_later(workload, data, stages, data_parallel):
     """Than if no job had one, and than in the fastest plan. Between other priorities it does not always hold."""

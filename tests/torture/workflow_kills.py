@@ -181,7 +181,9 @@ class _Workflow:
         for step in dag.runs if not self.failures else ():
             workload, plan = Workload.read(step.inputs[0].path), Plan.read(step.inputs[1].path)
             expected = metrics(toy_workflow.report_of(workload, plan), workload, plan)
-            if json.loads(step.path.read_text())["metrics"] != json.loads(json.dumps(expected)):
+            numbers = json.loads(step.path.read_text())["metrics"]
+            measured = [number for number in numbers if number["cell"].get("kind") != "simulated"]
+            if measured != json.loads(json.dumps(expected)):
                 self.failures.append(f"{step.relative}: has other numbers")
         if not (self.results / "report.html").exists():
             self.failures.append("no report.html")

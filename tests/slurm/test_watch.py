@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,8 @@ from tests.lab.cluster.test_watch import Workflow
 from tests.slurm.toy import answer, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300), pytest.mark.usefixtures("two_nodes")]
+
+CONFIGURATION = Path("/etc/slurm/slurm.conf")  # the toy cluster's
 
 
 def submit(script, *options):
@@ -76,6 +79,18 @@ def test_what_the_partition_allows_no_more_is_not_waited_for(workflow):
     assert "cancelled, as PartitionTimeLimit does not pass" in said[job]
 
 
+@pytest.fixture
+def forgetful():
+    """A cluster that forgets a job two seconds after its end."""
+    usual, short = CONFIGURATION.read_text(), "MinJobAge=2\n"
+    CONFIGURATION.write_text(usual.replace("MinJobAge=300\n", short))
+    answer("scontrol", "reconfigure")
+    yield
+    CONFIGURATION.write_text(usual)
+    answer("scontrol", "reconfigure")
+
+
+@pytest.mark.usefixtures("forgetful")
 def test_a_job_that_slurm_has_forgotten_ended_as_its_files_say(workflow):
     job, gone = submit("true"), submit("true")
     wait_until(lambda: not answer("squeue", "--noheader", "--states=all", "--name=run-1"), 60, "they are forgotten")

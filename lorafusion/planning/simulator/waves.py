@@ -71,11 +71,7 @@ class Waves:
 
     def go(self, state: State, turn: int, parity: int) -> None:
         """The next wave of the even or the odd stages, in place."""
-        free, other = state.free[parity], 1 - parity
-        count = len(free)
-        before = state.forward[other][:count]
-        after = state.backward[other][parity : count + parity]
-        done, back = state.forward[parity][parity : count + parity], state.backward[parity][:count]
+        free, before, after, done, back = _near(state, parity)
         np.add(before, self.sent[parity][turn], out=done)
         np.maximum(free, done, out=done)
         done += self.forward[parity][turn]
@@ -86,11 +82,7 @@ class Waves:
 
     def back(self, left: State, turn: int, parity: int) -> None:
         """The same wave for the longest paths to the end, from what follows to what comes before it, in place."""
-        free, other = left.free[parity], 1 - parity
-        count = len(free)
-        before = left.forward[other][:count]
-        after = left.backward[other][parity : count + parity]
-        done, back = left.forward[parity][parity : count + parity], left.backward[parity][:count]
+        free, before, after, done, back = _near(left, parity)
         np.add(free, self.step[parity][turn], out=free)
         np.maximum(free, back, out=free)
         free += self.backward[parity][turn]
@@ -98,6 +90,15 @@ class Waves:
         np.maximum(free, done, out=free)
         free += self.forward[parity][turn]
         np.add(free, self.sent[parity][turn], out=before)
+
+
+def _near(state: State, parity: int) -> tuple[np.ndarray, ...]:
+    """Views of what a wave of the even or the odd stages reads and writes: when they are free, the forwards of the
+    stages before them and the backwards of those after them, and their own forwards and backwards."""
+    free, other = state.free[parity], 1 - parity
+    count = len(free)
+    before, after = state.forward[other][:count], state.backward[other][parity : count + parity]
+    return free, before, after, state.forward[parity][parity : count + parity], state.backward[parity][:count]
 
 
 def _diagonal(array: np.ndarray, stages: int, parity: int, ahead: bool) -> np.ndarray:

@@ -34,18 +34,8 @@ TRUE = LayerCosts(
 
 
 @pytest.fixture
-def suite(tmp_path, monkeypatch):
-    """A file with one suite of one bench; returns a function that changes the bench."""
-    path = tmp_path / "costs.yaml"
-    monkeypatch.setattr(COSTS, "config", path)
-
-    def write(**changes):
-        entry = {"device": "cpu", "dtype": "float32", "rounds": 1, "benches": {"toy": BENCH | changes}}
-        path.write_text(yaml.safe_dump({"small": entry}))
-        return COSTS.entry_of("small")
-
-    write()
-    return write
+def suite(small_suite):
+    return small_suite(COSTS, BENCH)
 
 
 @pytest.mark.parametrize(

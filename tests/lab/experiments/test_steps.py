@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-import yaml
 from typer.testing import CliRunner
 
 from lorafusion.cli.main import app
@@ -38,18 +37,8 @@ FROZEN, PEFT, MULTI = StepsBench(**BENCH).arms
 
 
 @pytest.fixture
-def suite(tmp_path, monkeypatch):
-    """A file with one suite of one bench; returns a function that changes the bench."""
-    path = tmp_path / "steps.yaml"
-    monkeypatch.setattr(STEPS, "config", path)
-
-    def write(**changes):
-        entry = {"device": "cpu", "dtype": "float32", "rounds": 1, "benches": {"toy": BENCH | changes}}
-        path.write_text(yaml.safe_dump({"small": entry}))
-        return STEPS.entry_of("small")
-
-    write()
-    return write
+def suite(small_suite):
+    return small_suite(STEPS, BENCH)
 
 
 def shared_by(tmp_path, suite, bench):

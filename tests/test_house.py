@@ -270,6 +270,11 @@ def test_the_product_is_no_longer_than_agreed():
     assert sum(product_files().values()) <= MOST_LINES
 
 
+@pytest.mark.parametrize("content", [b"\x00"])
+def test_the_id_of_a_test_holds_no_bytes(request, content):
+    assert request.node.callspec.id == "content"  # two workers that collect at different seconds must agree
+
+
 if __name__ == "__main__":
     long = sum(lines > MANY_FUNCTION_LINES for lines in functions().values())
     print(f"product: {sum(product_files().values())} lines in {len(product_files())} files")

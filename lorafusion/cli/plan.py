@@ -86,10 +86,13 @@ def make(
         options["aim"] = aim or COMPLETION
     if (model or costs) and not is_fast:
         raise UserError(f"--model, --costs: {name} does not plan by costs; fast does")
+    pipeline, replicas = sizes["stages"], sizes["data_parallel"]
     if question and is_fast and not model:
-        options["costs"] = costs_for(replace(question, stages=sizes["stages"], file=costs))
+        options["costs"] = costs_for(
+            replace(question, stages=pipeline, data_parallel=replicas, jobs=jobs.jobs, file=costs)
+        )
     elif model or costs:
-        options["costs"] = chosen_costs(sizes["stages"], model, costs)
+        options["costs"] = chosen_costs(pipeline, model, costs, replicas, jobs.jobs)
     plan = (plan_workload if strategy else plan_system)(jobs, name, **options | sizes)
     write(out, plan.to_json())
     s = plan.statistics

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lorafusion.core.config import SystemConfig, read_model
+from lorafusion.core.config import SystemConfig
 from lorafusion.core.plan import Plan
 from lorafusion.core.workload import Workload
 from lorafusion.lab.keys import CellFiles
 from lorafusion.lab.table.result import result_of, row
 from lorafusion.launch.outcome import Outcome
 from lorafusion.planning.simulator import costs_of, simulate
-from lorafusion.planning.simulator.choice import Question, costs_for
+from lorafusion.planning.simulator.choice import costs_for
 
 
 def result_of_cell(
@@ -62,11 +62,8 @@ def schedule_of(system: SystemConfig) -> str | None:
 def predicted_row(files: CellFiles, plan: Plan, workload: Workload, gpu_name: str | None = None) -> dict[str, Any]:
     """The row of a run's predicted time: by the profile of the suite's machine or of the GPU, if configs/machines has
     one, else by the model's FLOP."""
-    cell, suite = files.cell, files.suite
-    question = Question(plan.stages, read_model(cell.model), device=suite.device,
-                        implementation=files.system.implementation, checkpointing=cell.grid.checkpointing)  # fmt: skip
-    costs = costs_for(replace(question, machine=suite.machine, gpu_name=gpu_name))
-    by_flop = costs == costs_for(question)
-    note = "costs: by the model's FLOP" if by_flop else f"costs: profile of {suite.machine or gpu_name}"
+    costs = costs_for(replace(files.question, gpu_name=gpu_name))
+    by_flop = costs == costs_for(replace(files.question, machine=None))
+    note = "costs: by the model's FLOP" if by_flop else f"costs: profile of {files.suite.machine or gpu_name}"
     seconds = simulate(plan, costs_of(plan, workload, costs), schedule_of(files.system)).makespan
     return row("time", seconds, "whole", {"kind": "simulated"}, note=note)

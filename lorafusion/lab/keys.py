@@ -80,11 +80,17 @@ class CellFiles:
     def costs(self) -> CostModel:
         """Those of the cell's stages on the suite's device, which it is planned by. No machine is asked: a plan is the
         same wherever it is made, also where there is no GPU."""
-        cell, suite = self.cell, self.suite
-        return costs_for(Question(
+        return costs_for(self.question)
+
+    @cached_property
+    def question(self) -> Question:
+        """What the costs of the cell are of."""
+        cell, suite, replicas = self.cell, self.suite, self.cell.grid.data_parallel
+        return Question(
             cell.stages, read_model(cell.model), machine=suite.machine, device=suite.device,
             implementation=self.system.implementation, checkpointing=cell.grid.checkpointing,
-        ))  # fmt: skip
+            data_parallel=replicas, jobs=self.expected_workload.jobs if replicas > 1 else (),
+        )  # fmt: skip
 
     @cached_property
     def expected_workload(self) -> Workload:

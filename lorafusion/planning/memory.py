@@ -9,12 +9,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from lorafusion.core.config import ModelConfig
-from lorafusion.core.workload import MERGED, MERGED_PARTS, Job
 from lorafusion.planning.capacity import STEP, USABLE, rounded_down
-from lorafusion.planning.simulator.costs import CostModel
+from lorafusion.planning.simulator.costs import GRADIENT_BYTES, CostModel
 
 WORKSPACE = 2 << 30  # bytes: products on their way
-GRADIENT_BYTES = 4  # of a parameter of an adapter, in float32
 ADAPTER_BYTES = 4 * GRADIENT_BYTES  # itself, its gradient, AdamW's two moments
 LOGIT_BYTES = 2 + 4 + 4 + 2  # of a logit: in 16 bits, in float32 for the loss, and the gradients of both
 GIB = 1 << 30
@@ -31,13 +29,6 @@ def saved_bytes(config: ModelConfig, checkpointing: bool = False) -> float:
     if checkpointing:
         return 2 * hidden
     return 2 * (7 * hidden + 2 * inner) + (6 * hidden + inner) / 8
-
-
-def adapter_parameters(config: ModelConfig, job: Job) -> int:
-    """Parameters of a job's adapter in a decoder layer."""
-    shapes = config.linears
-    shapes[MERGED] = (config.hidden_size, sum(shapes[part][1] for part in MERGED_PARTS))
-    return job.rank * sum(sum(shapes[name]) for name in job.target_modules if name in shapes)
 
 
 class PipelineMemory(NamedTuple):

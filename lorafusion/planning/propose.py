@@ -23,12 +23,12 @@ from lorafusion.core.schema import MOST_STAGES, UserError
 from lorafusion.core.workload import Job, Workload
 from lorafusion.planning.fast import Prediction, Trials, plan
 from lorafusion.planning.groups import distribute, makespan, nodes_of, places
-from lorafusion.planning.memory import GIB, GRADIENT_BYTES, PipelineMemory, adapter_parameters
+from lorafusion.planning.memory import GIB, PipelineMemory
 from lorafusion.planning.simulator import Timeline, simulate
-from lorafusion.planning.simulator.costs import CostModel, costs_of
+from lorafusion.planning.simulator.costs import HIDDEN_BYTES, CostModel, adapter_parameters, costs_of, over_replicas
 
 ALL_SIZES = 16  # numbers of groups and of replicas up to it are all tried; beyond it, each a sixth above the one before
-LINK, NETWORK = 300e9, 40e9  # B/s of a GPU each way, taken for NVLink and for 400 Gb/s InfiniBand
+NETWORK = 40e9  # B/s of a GPU each way, taken for 400 Gb/s InfiniBand
 SHOWN, SHOWN_SPANNING = 8, 3  # divisions that are simulated at least, with groups on one node and on several
 MOST_FURTHER = 20  # that may be faster by their estimates
 CLOSE = 0.02  # of the estimated time, within which smaller groups are tried first
@@ -41,12 +41,12 @@ SIMULATED_ADAPTERS = 128  # of a group, which fill any pipeline
 
 class Cluster(NamedTuple):
     """GPUs to use. memory: bytes of each; per_node: how many a node has; link, network: B/s of a GPU to another one of
-    its node, and to those of other nodes."""
+    its node, by default as the costs say, and to those of other nodes."""
 
     gpus: int
     memory: int
     per_node: int = 8
-    link: float = LINK
+    link: float | None = None
     network: float = NETWORK
 
 
@@ -355,15 +355,13 @@ class Search:
 
 
 def with_links(model: CostModel, config: ModelConfig, cluster: Cluster, replicas: int, parameters: float) -> CostModel:
-    """A cost model with the times of a cluster's links for a group, whose adapters have so many parameters in a layer:
-    gradients go around a ring of the replicas, hidden states to the next stage."""
-    inside = model.stages * replicas <= cluster.per_node
-    bandwidth, layers = cluster.link if inside else cluster.network, sum(model.layers) / model.stages
-    message = GRADIENT_BYTES * parameters / replicas / bandwidth + model.latency / layers
-    changed = {"reduction": 2 * (replicas - 1) * message}
+    """A cost model with the times of a cluster's links for a group, whose adapters have so many parameters in a
+    layer."""
     if model.stages > cluster.per_node:
-        changed["transfer"] = max(model.transfer, 2 * config.hidden_size / cluster.network)
-    return model.model_copy(update=changed)
+        between = HIDDEN_BYTES * config.hidden_size / cluster.network
+        model = model.model_copy(update={"transfer": max(model.transfer, between)})
+    link = cluster.link if model.stages * replicas <= cluster.per_node else cluster.network
+    return over_replicas(model, config, parameters, replicas, link)
 
 
 def _useful_depths(most: int, costs: Callable[[int], CostModel]) -> Iterator[CostModel]:

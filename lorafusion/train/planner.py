@@ -37,7 +37,7 @@ class RunPlanner:
         """The plan of what remains to be trained."""
         stages = self.config.stages
         capacity, share = self._capacity(remaining, self.config.capacity)
-        costs = self._costs(share)
+        costs = self._costs(remaining, share)
         plan = plan_system(remaining, SYSTEM, stages=stages, capacity=capacity,
                            data_parallel=self.config.data_parallel, costs=costs, aim=COMPLETION)  # fmt: skip
         numbers = plan.statistics
@@ -45,13 +45,14 @@ class RunPlanner:
         LOGGER.info(f"{summary} of at most {capacity} tokens, fill {numbers.fill:.2f}")
         return plan
 
-    def _costs(self, share: float) -> CostModel:
+    def _costs(self, workload: Workload, share: float) -> CostModel:
         """Those of this machine. share: of the layers that recompute their activations."""
         device = self.config.chosen_device
         name = gpu_state()["gpu_name"] if device == "cuda" else None
         return costs_for(Question(
             self.config.stages, self.model, device=device, gpu_name=name if isinstance(name, str) else None,
             implementation=read_system(SYSTEM).implementation, checkpointing=share > 0,
+            data_parallel=self.config.data_parallel, jobs=workload.jobs,
         ))  # fmt: skip
 
     def spec(self, run: Run) -> RunSpec:

@@ -9,15 +9,9 @@ import pytest
 
 from lorafusion.core.config import CONFIGS, read_model
 from lorafusion.data.lengths import make_workload
-from lorafusion.planning.memory import (
-    ADAPTER_BYTES,
-    GIB,
-    WORKSPACE,
-    PipelineMemory,
-    adapter_parameters,
-    saved_bytes,
-)
+from lorafusion.planning.memory import ADAPTER_BYTES, GIB, WORKSPACE, PipelineMemory, saved_bytes
 from lorafusion.planning.simulator import model_costs
+from lorafusion.planning.simulator.costs import adapter_parameters
 
 KERNELS = CONFIGS.parent / "results" / "reference" / "nvidia-h200" / "kernels.parquet"
 

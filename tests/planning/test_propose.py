@@ -11,9 +11,10 @@ from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
 from lorafusion.data.lengths import make_workload
 from lorafusion.planning.groups import makespan
-from lorafusion.planning.memory import GIB, WORKSPACE, PipelineMemory, adapter_parameters
+from lorafusion.planning.memory import GIB, WORKSPACE, PipelineMemory
 from lorafusion.planning.propose import Choice, Cluster, Search, with_links
 from lorafusion.planning.simulator import model_costs
+from lorafusion.planning.simulator.costs import adapter_parameters
 
 
 def workload_of(adapters: int, samples: int = 64, batch: int = 16, name: str = "mixed") -> Workload:

@@ -142,6 +142,18 @@ def gradients_are_reduced_in_no_time(original):
 
 
 @planted(
+    "lorafusion.planning.simulator.choice:over_replicas",
+    caught_by=(
+        "tests/planning/simulator/test_choice.py::test_replicas_sum_the_gradients_of_the_jobs_that_step",
+        "tests/train/test_planner.py::test_a_training_is_planned_by_the_costs_of_its_device",
+    ),
+)
+def a_training_sums_gradients_in_no_time(original):
+    """Only proposals count what it takes to sum gradients over replicas."""
+    return lambda model, *rest: model
+
+
+@planted(
     "lorafusion.planning.memory:PipelineMemory.reason",
     caught_by=(
         f"{MEMORY}::test_the_reason_is_what_does_not_fit",

@@ -31,7 +31,8 @@ def simulate_plan(
     """A plan's timeline, and the unit of its times: seconds by the costs of a model of configs/models or of a file with
     a cost model; else units of a token's forward on a stage, all stages equal, and without attention where there is no
     workload to tell the samples' lengths."""
-    chosen = chosen_costs(plan.stages, model, costs)
+    jobs = workload.jobs if workload else ()
+    chosen = chosen_costs(plan.stages, model, costs, plan.data_parallel, jobs)
     if (model or costs) and workload is None:
         raise UserError("the costs of a model need the plan's workload, for the lengths of its samples")
     return simulate(plan, costs_of(plan, workload, chosen), schedule, workload), "s" if model or costs else "units"

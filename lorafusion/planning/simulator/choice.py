@@ -6,14 +6,24 @@ planner.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from lorafusion.core.config import CONFIGS, ModelConfig, config_path, read_model
 from lorafusion.core.schema import UserError
-from lorafusion.planning.simulator.costs import CPU, H200, CostModel, even_costs, model_costs, read_cost_model
+from lorafusion.core.workload import Job
+from lorafusion.planning.simulator.costs import (
+    CPU,
+    H200,
+    CostModel,
+    adapter_parameters,
+    even_costs,
+    model_costs,
+    over_replicas,
+    read_cost_model,
+)
 from lorafusion.planning.simulator.profile import CostProfile, is_profile, read_profile, stage_costs
 
 GPU = "cuda"
@@ -24,7 +34,7 @@ MACHINES = {"cpu": CPU, GPU: H200}  # what is taken for a device that nobody has
 class Question:
     """What a plan is for. model: None where nothing is known of it. file: of costs, which the user names. machine: a
     name of configs/machines, that is looked at before all others. device: None for that of the file, or else a GPU.
-    gpu_name: None where nobody has asked."""
+    gpu_name: None where nobody has asked. jobs: those that step over so many replicas, where there are several."""
 
     stages: int
     model: ModelConfig | None = None
@@ -34,6 +44,8 @@ class Question:
     gpu_name: str | None = None
     implementation: str = "fused"
     checkpointing: bool = False
+    data_parallel: int = 1
+    jobs: Sequence[Job] = ()
 
 
 def _of_file(question: Question) -> CostModel | None:
@@ -88,16 +100,27 @@ SOURCES: tuple[Callable[[Question], CostModel | None], ...] = (
 
 def costs_for(question: Question) -> CostModel:
     """The costs that a plan uses; `UserError` for a file that does not fit it."""
-    return next(costs for source in SOURCES if (costs := source(question)) is not None)
+    costs = next(costs for source in SOURCES if (costs := source(question)) is not None)
+    if question.model is None:  # and nothing is known of the gradients
+        return costs
+    parameters = [adapter_parameters(question.model, job) for job in question.jobs] or [0]
+    return over_replicas(costs, question.model, sum(parameters) / len(parameters), question.data_parallel)
 
 
-def chosen_costs(stages: int, model: str | None = None, costs: str | Path | None = None) -> CostModel:
+def chosen_costs(
+    stages: int,
+    model: str | None = None,
+    costs: str | Path | None = None,
+    data_parallel: int = 1,
+    jobs: Sequence[Job] = (),
+) -> CostModel:
     """The costs of a model of configs/models, of a file with a cost model, or of a model by a profile of it. Without
-    them stages are of equal size."""
+    them stages are of equal size. data_parallel, jobs: as in `Question`."""
     path = Path(costs) if costs else None
     if model and path and not is_profile(path):
         raise UserError(f"either a model or a file with costs, found both; {path} is no profile")
-    return costs_for(Question(stages, read_model(model) if model else None, path))
+    base = read_model(model) if model else None
+    return costs_for(Question(stages, base, path, data_parallel=data_parallel, jobs=jobs))
 
 
 def _of_stages(model: CostModel, stages: int, source: Path) -> CostModel:

@@ -21,7 +21,7 @@ from lorafusion.core.config import ModelConfig
 from lorafusion.core.files import read_yaml
 from lorafusion.core.plan import Microbatch, Plan
 from lorafusion.core.schema import MOST_LAYERS, MOST_TOKENS, Config, UserError, validated
-from lorafusion.core.workload import Workload
+from lorafusion.core.workload import MERGED, MERGED_PARTS, Job, Workload
 from lorafusion.planning.partition import head_layers, split_layers
 
 # Measured on the H200 (results/reference/nvidia-h200/kernels.parquet, commit 09b1e6e): a decoder layer of Llama-3.1-70B
@@ -31,6 +31,8 @@ FLOP_RATE = 583e12  # FLOP/s
 BACKWARD = 1.07  # the backward pass over the forward's time: base weights have no gradients
 ATTENTION_BACKWARD = 2.5  # its products over the forward's: five for two
 ADAPTER_HIDDEN = 8192  # the hidden size of the model that `Machine.adapter` was measured with
+GRADIENT_BYTES = 4  # of a parameter of an adapter, in float32
+HIDDEN_BYTES = 2  # of a number of the hidden states
 
 
 class Machine(NamedTuple):
@@ -256,8 +258,30 @@ def model_costs(config: ModelConfig, stages: int, *, machine: Machine = H200, ch
         host_adapter=machine.host_adapter,
         host_backward=machine.host_backward,
         latency=10e-6,
-        transfer=2 * hidden / machine.bandwidth,
+        transfer=HIDDEN_BYTES * hidden / machine.bandwidth,
     )
+
+
+def adapter_parameters(config: ModelConfig, job: Job) -> int:
+    """Parameters of a job's adapter in a decoder layer."""
+    shapes = config.linears
+    shapes[MERGED] = (config.hidden_size, sum(shapes[part][1] for part in MERGED_PARTS))
+    return job.rank * sum(sum(shapes[name]) for name in job.target_modules if name in shapes)
+
+
+def over_replicas(
+    model: CostModel, config: ModelConfig, parameters: float, replicas: int, link: float | None = None
+) -> CostModel:
+    """The same costs, with those of summing an adapter's gradients over replicas at each of its steps.
+
+    The sum goes around a ring, in which each replica sends nearly twice the gradients' bytes. A time that the costs
+    state already is kept. parameters: of an adapter in a layer, on average; link: B/s of a replica to the next one, by
+    default as fast as hidden states go from stage to stage."""
+    if replicas == 1 or model.reduction:
+        return model.model_copy(update={"reduction": model.reduction * (replicas > 1)})
+    byte = 1 / link if link else model.transfer / (HIDDEN_BYTES * config.hidden_size)
+    message = GRADIENT_BYTES * parameters / replicas * byte + model.latency * model.stages / sum(model.layers)
+    return model.model_copy(update={"reduction": 2 * (replicas - 1) * message})
 
 
 def read_cost_model(path: str | Path) -> CostModel:

@@ -9,9 +9,18 @@ from lorafusion.core import config
 from lorafusion.core.config import read_model, read_systems
 from lorafusion.core.schema import LONGEST, UserError
 from lorafusion.planning import plan_system
-from lorafusion.planning.simulator import Question, choice, chosen_costs, costs_for, even_costs, model_costs
-from lorafusion.planning.simulator.costs import CPU
+from lorafusion.planning.simulator import (
+    Question,
+    choice,
+    chosen_costs,
+    costs_for,
+    even_costs,
+    model_costs,
+    simulate_plan,
+)
+from lorafusion.planning.simulator.costs import CPU, adapter_parameters
 from lorafusion.planning.simulator.profile import dimensions_of, read_profile
+from lorafusion.planning.simulator.timeline import STEP
 
 LARGE, TINY = read_model("llama-3.1-8b"), read_model("tiny")
 FIT = {"model": "llama-3.1-8b", "dimensions": dimensions_of(LARGE), "implementation": "fused", "points": 9,
@@ -106,6 +115,33 @@ def test_a_file_with_a_model_must_be_a_profile(profile, tmp_path):
 
 def test_a_profile_of_a_cpu_may_be_named_where_no_device_is(profile):
     assert chosen_costs(2, "llama-3.1-8b", profile(device="cpu", gpu_name=None)).token == 3e-6
+
+
+def test_replicas_sum_the_gradients_of_the_jobs_that_step(profile, make_workload):
+    """Over the links that hidden states take; a time that a file states is kept, but where there is one replica."""
+    jobs = make_workload().jobs
+
+    def reduction(replicas, file=None):
+        return costs_for(Question(1, LARGE, file, data_parallel=replicas, jobs=jobs)).reduction
+
+    gradients = 4 * sum(adapter_parameters(LARGE, job) for job in jobs) / len(jobs)
+    assert reduction(1) == 0
+    assert reduction(4) == pytest.approx(6 * (gradients / 4 / 300e9 + 10e-6 / 32))
+    slow = FIT["costs"] | {"transfer": 2 * 4096 / 1e9}
+    assert reduction(2, profile(fits=[FIT | {"costs": slow}])) == pytest.approx(gradients / 1e9)
+    stated = profile(fits=[FIT | {"costs": slow | {"reduction": 0.5}}])
+    assert [reduction(replicas, stated) for replicas in (1, 2, 8)] == [0, 0.5, 0.5]
+
+
+def test_a_plan_of_replicas_is_simulated_with_the_sum_of_gradients(make_job, make_workload):
+    workload = make_workload(make_job(lengths=(9, 9), rank=64))
+    seconds = {}
+    for replicas in (1, 2):
+        plan = plan_system(workload, "lorafusion", stages=1, capacity=9, data_parallel=replicas)
+        timeline, _ = simulate_plan(plan, workload, "llama-3.1-8b")
+        seconds[replicas] = sum(end - start for kind, _, start, end in timeline.of(0) if kind == STEP)
+    gradients = 4 * 32 * adapter_parameters(LARGE, workload.jobs[0])
+    assert seconds[2] - seconds[1] == pytest.approx(gradients / 300e9 + 2 * 10e-6)
 
 
 def test_the_recorded_profiles_are_sound():

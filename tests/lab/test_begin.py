@@ -34,7 +34,10 @@ def submission(minutes: int) -> Submission:
     """A job of so many minutes."""
     settings = SimpleNamespace(requeue=True, qos=None, reservation=None)
     executor = SimpleNamespace(
-        run_uuid="lorafusion_1", workflow=SimpleNamespace(executor_settings=settings), report_job_error=print
+        run_uuid="lorafusion_1",
+        workflow=SimpleNamespace(executor_settings=settings),
+        report_job_error=print,
+        shutdown=print,
     )
     return Submission(executor, {"runs/a.json": request_of(Resources(minutes, 1000), Site())})
 

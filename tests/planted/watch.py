@@ -1,4 +1,4 @@
-"""Errors in how a workflow's Slurm jobs are seen to stand."""
+"""Errors in how a workflow's Slurm jobs are submitted, and seen to stand."""
 
 from __future__ import annotations
 
@@ -66,3 +66,12 @@ def a_limit_on_jobs_together_always_passes(original):
 def what_became_of_a_shared_job_is_left_out(original):
     """As Snakemake leaves it out."""
     return lambda report, info, msg=None, **more: report(info, msg=msg, **more)
+
+
+@planted(
+    "lorafusion.lab.cluster.submit:jobs_named",
+    caught_by="tests/lab/cluster/test_submit.py::test_a_job_that_was_taken_without_a_word_is_not_submitted_again",
+)
+def what_a_busy_controller_took_is_submitted_again(original):
+    """After an sbatch that timed out nobody looks whether the job is there."""
+    return lambda names: []

@@ -45,7 +45,7 @@ def survived(two_nodes, tmp_path_factory):
     status, said = second.end(300)
     stands = queue().get(foreign, "ended")
     answer("scancel", foreign)
-    return Survived(workflow, status, said, [job for job in lives()[before:] if "rule_run" in job.what], stands)
+    return Survived(workflow, status, said, [job for job in lives()[before:] if job.what.startswith("run ")], stands)
 
 
 def submit_as_another(name):

@@ -19,7 +19,7 @@ CONFIGURATION = Path("/etc/slurm/slurm.conf")  # the toy cluster's
 def submit(script, *options):
     """Submit a script as the workflow submits jobs; returns the job's id."""
     words = ["--parsable", "--account=lab", "--partition=long", "--requeue", "--job-name=run-1", "--output=/dev/null"]
-    return answer("sbatch", *words, "--comment=rule_run_wildcards_a", *options, f"--wrap={script}").strip()
+    return answer("sbatch", *words, "--comment=run a", *options, f"--wrap={script}").strip()
 
 
 @pytest.fixture

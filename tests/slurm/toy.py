@@ -41,8 +41,8 @@ def cluster(*words: str, **shape: int | str) -> None:
 
 
 class Job(NamedTuple):
-    """A life of a job, as sacct has it: a job that was put back into the queue has several. what: rule and wildcards,
-    where Snakemake submitted it."""
+    """A life of a job, as sacct has it: a job that was put back into the queue has several. what: it makes, where
+    Snakemake submitted it."""
 
     id: str
     state: str

@@ -6,15 +6,14 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Iterable, Mapping
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from lorafusion.core.schema import UserError
 from lorafusion.lab.cluster.queue import slurm
 from lorafusion.lab.cluster.request import PHYSICAL, Resources, request_of
 from lorafusion.lab.cluster.site import PREFIX, Site
+from lorafusion.lab.cluster.submit import BUSY, Request, sbatch_words
 
 FORM = "%P|%l|%s|%D|%c|%Z|%m|%G"  # of sinfo: a line for all nodes of one shape
 CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)")
@@ -26,8 +25,7 @@ HINTS = (
     ("", "MaxWall", "GROUP_MINUTES is the longest job that steps share"),
 )
 # Of nodes that are down or drained now, and of a controller that is busy: the job itself may be all right.
-UNSURE = re.compile("node configuration is not available|Socket timed out|Unable to contact|no answer in|try again")
-Request = Mapping[str, Any]
+UNSURE = re.compile(f"node configuration is not available|{BUSY.pattern}")
 
 
 class Nodes(NamedTuple):
@@ -169,23 +167,3 @@ def _refused(request: Request, settings: object) -> str:
                  if not request.get(key) and re.search(pattern, str(error), re.IGNORECASE)]  # fmt: skip
         return f"{error}{''.join(hints[:1])}"
     return ""
-
-
-class _Asked(dict):
-    """Resources as the plugin reads them: by key and as attributes."""
-
-    __getattr__ = dict.get
-
-
-def sbatch_words(request: Request, settings: object = None) -> list[str]:
-    """The call with which Snakemake's plugin would submit a job."""
-    from snakemake_executor_plugin_slurm.submit_string import get_submit_command
-    from snakemake_executor_plugin_slurm.utils import set_gres_string
-
-    asked = {key: value for key, value in request.items() if value is not None}
-    job = SimpleNamespace(resources=_Asked(asked), threads=1)
-    account, partition = asked.get("slurm_account"), asked.get("slurm_partition")
-    names = {"run_uuid": "lorafusion", "comment_str": "", "slurm_logfile": "/dev/null", "workdir": ""}
-    names["account"] = f"-A {shlex.quote(str(account))}" if account else ""
-    names["partition"] = f"-p {shlex.quote(str(partition))}" if partition else ""
-    return shlex.split(get_submit_command(job, names, settings) + set_gres_string(job))

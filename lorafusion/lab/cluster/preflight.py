@@ -21,11 +21,12 @@ from lorafusion.core.files import write
 from lorafusion.core.plugins import import_extra
 from lorafusion.core.schema import UserError
 from lorafusion.lab.cluster import probe
-from lorafusion.lab.cluster.admission import require_admitted, sbatch_words
+from lorafusion.lab.cluster.admission import require_admitted
 from lorafusion.lab.cluster.probe import CLOCK_SECONDS, LOGIN, MARK, PROBLEM, SEEN
 from lorafusion.lab.cluster.queue import Job, job_state, slurm
 from lorafusion.lab.cluster.request import Resources, request_of
 from lorafusion.lab.cluster.site import Site, read_site
+from lorafusion.lab.cluster.submit import sbatch_words, submit
 from lorafusion.lab.cluster.words import never_passes
 
 PASSED = ".preflight"  # a file: what has passed
@@ -93,10 +94,10 @@ def preflight(folder: Path, needs: Resources, site: Site, name: str) -> str:
         place = Path(path)
         (place / LOGIN).touch()
         begin = time.monotonic()
-        options = [f"--job-name={name}", "--comment=preflight", f"--output={log}", f"--chdir={Path.cwd()}"]
-        words = [*sbatch_words(request), *options]  # of an option that is given twice the last counts
+        comment = f"preflight {place.name}"
+        names = {"run_uuid": name, "comment_str": comment, "slurm_logfile": log, "workdir": Path.cwd()}
         before = time.time()
-        job = slurm(*words, text=script_of(place, needs, site)).strip().partition(";")[0]
+        job = submit(sbatch_words(request, **names), script_of(place, needs, site), name, comment)
         try:
             seen = Seen(Job(job, "PENDING"), before)
             _watch(seen, place, log, needs.nodes, 60.0 * (site.preflight or MINUTES))

@@ -38,9 +38,8 @@ class Job(NamedTuple):
 
     @property
     def statement(self) -> str:
-        """Its id and, of a step of Snakemake, which one it makes."""
-        step = self.comment.removeprefix("rule_").replace("_wildcards_", " ")
-        return f"{self.id} ({step})" if step else self.id
+        """Its id, and what its submitter says of it."""
+        return f"{self.id} ({self.comment})" if self.comment else self.id
 
 
 def names_of(jobs: Sequence[Job]) -> str:

@@ -22,6 +22,7 @@ from lorafusion.core.schema import UserError
 from lorafusion.lab.cluster.left_jobs import RECORD
 from lorafusion.lab.cluster.limits import excess
 from lorafusion.lab.cluster.queue import Job, cancel, jobs_named, names_of
+from lorafusion.lab.cluster.submit import Submitter
 from lorafusion.lab.cluster.words import ENDS, TOGETHER, Wait, wait_of
 
 LONGEST_PAUSE = 60.0  # between two looks
@@ -31,9 +32,10 @@ SHOW_SECONDS = 60.0  # that a file may take to be seen here, as through NFS
 
 
 def watch(executor: Any, folder: Path) -> None:
-    """Have Snakemake's executor learn from here how its jobs stand. folder: of the results, in which the driver has
-    written down that jobs may come."""
-    executor.check_active_jobs = Watch(executor, (folder / RECORD).stat().st_mtime).check_active_jobs
+    """Have Snakemake's executor submit its jobs by our means, and learn from here how they stand. folder: of the
+    results, in which the driver has written down that jobs may come."""
+    begin = (folder / RECORD).stat().st_mtime
+    executor.check_active_jobs = Watch(executor, Submitter(executor), begin).check_active_jobs
     executor.report_job_error = partial(_report_job_error, executor.report_job_error)
 
 
@@ -46,10 +48,12 @@ def _report_job_error(report: Callable[..., None], info: Any, msg: str | None = 
 
 
 class Watch:
-    """The jobs of an executor. begin: when the first may have come, by the clock of the results' files."""
+    """The jobs of an executor. submitter: who submits them; begin: when the first may have come, by the clock of the
+    results' files."""
 
-    def __init__(self, executor: Any, begin: float) -> None:
+    def __init__(self, executor: Any, submitter: Submitter, begin: float) -> None:
         self.executor = executor
+        self.submitter = submitter
         self.begin = begin
         self._jobs: dict[str, Job] = {}  # at the last look
         self._waits: dict[str, tuple[Wait, float]] = {}  # since when
@@ -87,6 +91,8 @@ class Watch:
         except UserError as error:
             self._tell("squeue", f"Slurm does not say how jobs stand, and is asked again: {error}")
             return {}
+        with suppress(UserError):  # they are still there at the next look
+            cancel(self.submitter.twins(list(jobs.values())))
         now = time.monotonic()
         for id in ids:
             if id in jobs:

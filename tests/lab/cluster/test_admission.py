@@ -15,7 +15,6 @@ from lorafusion.lab.cluster.admission import (
     read_nodes,
     refusal,
     require_admitted,
-    sbatch_words,
 )
 from lorafusion.lab.cluster.request import Resources, request_of
 from lorafusion.lab.cluster.site import Site
@@ -217,15 +216,3 @@ def test_a_site_makes_no_result_out_of_date(monkeypatch):
     steps = dag_of("smoke").steps
     assert max(step.resources.nodes for step in steps) == 4
     assert {step.relative: step.key for step in steps} == before
-
-
-def test_a_job_is_tried_as_it_would_be_submitted():
-    words = sbatch_words(request_of(ONE_GPU, Site(account="a$b", partition="gpu", qos="high", constraint="x&y")))
-    assert words[0] == "sbatch"
-    for options in (["-A", "a$b"], ["-p", "gpu"], ["--qos=high"], ["-C", "x&y"]):
-        assert any(words[index : index + len(options)] == options for index in range(len(words)))
-
-
-def test_where_memory_is_not_tracked_none_is_asked_for():
-    assert "--mem" not in sbatch_words(request_of(ONE_GPU, Site(memory_gb=0)))
-    assert "--mem" in sbatch_words(request_of(ONE_GPU, Site()))

@@ -12,8 +12,8 @@ from lorafusion.lab.cluster import left_jobs
 from lorafusion.lab.cluster.left_jobs import RECORD, end_left_jobs, record_run
 from lorafusion.lab.driver import driving
 
-RUNNING = "2|RUNNING|node1|None|rule_check_lossless"
-WAITING = "8|PENDING||Resources|rule_run_wildcards_a"
+RUNNING = "2|RUNNING|node1|None|check_lossless"
+WAITING = "8|PENDING||Resources|run a"
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_next_driver_ends_them_first_and_says_which(slurm, folder, capsys):
-    slurm.queue(RUNNING, WAITING, *[f"{job}|PENDING||Priority|rule_b" for job in (9, 10)])
+    slurm.queue(RUNNING, WAITING, *[f"{job}|PENDING||Priority|b" for job in (9, 10)])
     with driving(folder, "workflow", slurm_run="run-2") as changed:
         assert changed
         assert slurm.calls("scancel") == ["--quiet 2 8 9 10"]

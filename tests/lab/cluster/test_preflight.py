@@ -46,7 +46,7 @@ def nodes(slurm, monkeypatch):
     """A cluster whose nodes are processes: `srun` starts all of them at once."""
     slurm.program("sinfo", "echo 'toy*|1:00:00|1-infinite|2|8|1|16000|(null)'")
     slurm.program("sbatch", 'case "$*" in *--test-only*) exit;; esac\n'
-                            'while [ $# -gt 0 ]; do case "$1" in --output=*) log=${1#*=};; esac; shift; done\n'
+                            'while [ $# -gt 0 ]; do case "$1" in --output) log=$2;; esac; shift; done\n'
                             'cat >script; sh script >"$log" 2>&1; echo 7')  # fmt: skip
     slurm.program("srun", 'while [ "$1" != sh ]; do case "$1" in --nodes=*) nodes=${1#*=};; esac; shift; done\n'
                           'for i in $(seq 0 $((nodes - 1))); do\n'
@@ -64,7 +64,7 @@ def test_two_nodes_meet_in_a_folder_that_is_gone_afterwards(nodes, tmp_path):
     assert re.fullmatch(ready, line)
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["logs"]
     call = nodes.calls("sbatch")[-1]
-    assert {"--job-name=run-1", "--nodes=2", "--ntasks=2", "-t 5", "--mem 4000"} <= {
+    assert {"--job-name run-1", "--nodes=2", "--ntasks=2", "-t 5", "--mem 4000"} <= {
         *call.split(), *map(" ".join, zip(call.split(), call.split()[1:], strict=False))
     }  # fmt: skip
 

@@ -11,10 +11,10 @@ from lorafusion.lab.cluster import queue
 from lorafusion.lab.cluster.queue import Job, cancel, jobs_here, jobs_named, read_jobs
 
 ANSWER = """\
-8|PENDING||(Resources)|rule_run_wildcards_model~tiny_gpus~4_system~lorafusion_repeat~1
-2|RUNNING|node[1-2]|None|rule_check_lossless
-12|PENDING||Priority|rule_a|b
-12|RUNNING|node3|None|rule_a|b
+8|PENDING||(Resources)|run model~tiny_gpus~4_system~lorafusion_repeat~1
+2|RUNNING|node[1-2]|None|check_lossless
+12|PENDING||Priority|a|b
+12|RUNNING|node3|None|a|b
 13|COMPLETING|node1|None|(null)
 slurm_load_jobs: a line that is no job
 """
@@ -24,7 +24,7 @@ def test_jobs_are_read_each_once_with_what_they_make():
     jobs = read_jobs(ANSWER)
     assert [job.id for job in jobs] == ["8", "2", "12", "13"]
     assert [job.waits for job in jobs] == [True, False, False, False]
-    assert jobs[1] == Job("2", "RUNNING", "node[1-2]", "None", "rule_check_lossless")
+    assert jobs[1] == Job("2", "RUNNING", "node[1-2]", "None", "check_lossless")
     assert [job.statement for job in jobs] == [
         "8 (run model~tiny_gpus~4_system~lorafusion_repeat~1)",
         "2 (check_lossless)",

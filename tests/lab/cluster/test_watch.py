@@ -17,7 +17,7 @@ from lorafusion.lab.cluster import watch as module
 from lorafusion.lab.cluster.left_jobs import record_run
 from lorafusion.lab.cluster.watch import watch
 
-RULE = "rule_run_wildcards_a"
+WHAT = "run a"
 LOGGER = logging.getLogger(__name__)
 
 
@@ -30,6 +30,9 @@ class ToldExecutor:
         settings = SimpleNamespace(init_seconds_before_status_checks=40, keep_successful_logs=False)
         self.workflow = SimpleNamespace(executor_settings=settings)
         self.said: dict[str, str] = {}
+
+    def shutdown(self):
+        pass
 
     def report_job_success(self, info):
         self.said[info.external_jobid] = "success"
@@ -79,7 +82,7 @@ def workflow(tmp_path, monkeypatch) -> Workflow:
 
 def queue(slurm, *jobs: str) -> None:
     """What squeue answers: `ID STATE REASON`, a job each."""
-    slurm.queue(*["{}|{}|toy1|{}|{}".format(*(f"{job} None".split(None, 3)[:3]), RULE) for job in jobs])
+    slurm.queue(*["{}|{}|toy1|{}|{}".format(*(f"{job} None".split(None, 3)[:3]), WHAT) for job in jobs])
 
 
 def test_squeue_is_asked_for_jobs_that_have_ended_too(slurm, workflow):

@@ -10,7 +10,7 @@ import pytest
 from lorafusion.core.schema import UserError
 from lorafusion.lab.report import wandb_publisher
 from lorafusion.lab.report.wandb_publisher import publish
-from lorafusion.lab.report.wandb_reader import read_back
+from tests.lab.report.wandb_reader import read_back
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,6 @@ neither a clock nor the memory of a process decides. A cell whose capacity was t
 found the same capacity.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json

@@ -4,8 +4,6 @@ megatron-core 0.16.1 writes the device "cuda" into a few tensor constructors of 
 communication, and into its device meshes. Its own code stays as it is: what is redirected is where those are made.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

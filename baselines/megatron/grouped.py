@@ -12,8 +12,6 @@ What stacking costs: copies of A and B, their scaling, and the same again backwa
 (K + N) R numbers an adapter, against (K + N) T for the tokens themselves.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -11,8 +11,6 @@ is that of every other system, on the buffers that Megatron's reduction filled: 
 `DistributedDataParallel` finds no gradients at all and changes nothing, as in the published comparison.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What both of Megatron's arms share: our stage as a model of megatron-core, and its schedule by global batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

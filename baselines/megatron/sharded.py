@@ -14,8 +14,6 @@ of those at rest too, 84 MB each beside 16 GB of Llama-3.1-8B with rank 16. A re
 others have one computes theirs without a loss, as all must gather the layers together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

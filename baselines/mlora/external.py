@@ -13,8 +13,6 @@ source; tested is this side of them, with a stand-in that checks what it is give
 numbers are not those of another system of the workflow.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -7,8 +7,6 @@ dropped input to scale it, where here s is scaled, which is r columns wide; and 
 the dropout mask, and a dropout of zero being refused.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

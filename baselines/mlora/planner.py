@@ -18,8 +18,6 @@ faults of that code that would make its result wrong: dropout that its backward 
 microbatch in the last epoch, a loss over padding, and one adapter more than is asked for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import zip_longest
 

@@ -16,8 +16,6 @@ is that its functions get the right modules and the right adapter, with function
 Importing it changes transformers, PEFT and torch within the process; a run of this system is a process of its own.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """What the modules of the command line share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps

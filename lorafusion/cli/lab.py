@@ -1,7 +1,5 @@
 """`lorafusion lab`: each command makes, or looks at, some of the steps of a suite (`lorafusion lab list`)."""
 
-from __future__ import annotations
-
 import math
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Train many LoRA adapters of one frozen base model together, plan such trainings, and measure them."""
 
-from __future__ import annotations
-
 import errno
 import io
 import logging

@@ -1,7 +1,5 @@
 """`lorafusion patch`: what the kernels would do for an adapter."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`lorafusion train`: train the jobs of a file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

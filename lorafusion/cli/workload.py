@@ -1,7 +1,5 @@
 """`lorafusion workload`: draw the jobs of a workload."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """One meter for every system. Its clock is CUDA events on a GPU, the monotonic clock on a CPU."""
 
-from __future__ import annotations
-
 import gc
 import time
 from typing import NamedTuple, cast

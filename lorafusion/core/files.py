@@ -5,8 +5,6 @@ or other programs may have written are parsed here alone. Writing: a file is the
 replaces something that is not a file of the kind that is written.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math

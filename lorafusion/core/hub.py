@@ -1,8 +1,6 @@
 """The files of a model or a tokenizer, in a local folder or in a repository of the Hugging Face hub, which its cache
 stands for where there is no network. Code that lies among them is never run, and none is read that lies elsewhere."""
 
-from __future__ import annotations
-
 import logging
 import os
 from pathlib import Path, PurePosixPath

@@ -3,8 +3,6 @@
 Every module logs to `logging.getLogger(__name__)`. A program that imports the package sets logging up as it likes.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """Parts that may be missing: functions by the import path that configs/systems.yaml names, and packages of extras."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from importlib import import_module

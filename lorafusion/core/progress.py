@@ -1,7 +1,5 @@
 """Progress bars."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.progress import Progress
 

@@ -5,8 +5,6 @@ and read as JSON; `Config` is what people write as YAML. Both know no unknown ke
 word for a number.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import types

@@ -5,8 +5,6 @@ without this project. Whatever draws, publishes or prints a table reads it throu
 a verdict, has its seal in itself. Seals show accidents and careless edits; whoever means to forge can seal again.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

@@ -4,8 +4,6 @@ The hash is the same with and without a repository, so that what was measured in
 commit: `lorafusion lab tree-hash COMMIT` prints that of a commit.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

@@ -1,8 +1,6 @@
 """Runs of wandb that tell nothing but what is handed to them: neither of the machine, nor of who works on it, where and
 by which command."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ The pydantic models are the schema. A block's kind is told by the one key that o
 `synthetic`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial

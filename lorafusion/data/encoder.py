@@ -1,7 +1,5 @@
 """What a tokenizer makes of texts, with the special tokens that a sample begins and ends with, each of them once."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

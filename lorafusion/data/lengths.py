@@ -1,7 +1,5 @@
 """Sample lengths: seeded draws from the committed table of the paper's datasets, and the workloads made of them."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 from pathlib import Path

@@ -5,8 +5,6 @@ middle of what they share, at a token that both have: so the tokens are those of
 windows in them and without the blank that some tokenizers put before a text.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from itertools import islice

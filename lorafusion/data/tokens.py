@@ -1,7 +1,5 @@
 """The tokens of a sample, fetched when a run needs them."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import NamedTuple, Protocol
 

@@ -1,7 +1,5 @@
 """What the commands of `lorafusion lab` do: each chooses some of a suite's steps and has them made."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 

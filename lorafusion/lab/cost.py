@@ -4,8 +4,6 @@ On a GPU it is profiled, and what counts are kernels, launches and the time in w
 operators are counted. Time is not what is measured here, so that the measuring may slow the run down.
 """
 
-from __future__ import annotations
-
 import faulthandler
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager

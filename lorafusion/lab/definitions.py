@@ -5,8 +5,6 @@ they shared, a fault in them would be on both sides of every comparison and seen
 from the code that it judges, and of a job only plain fields are read: a test holds this file to that.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ machine looks whether its driver still has the folder, or another one by now. Su
 driver itself, or by the next one of the folder if it was killed (`lorafusion.lab.cluster.left_jobs`).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

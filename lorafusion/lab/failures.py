@@ -1,7 +1,5 @@
 """Runs that failed: which, and how they are tried again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import suppress
 

@@ -1,7 +1,5 @@
 """The fork server of the laboratory: its processes have imported what the tasks and systems here need besides."""
 
-from __future__ import annotations
-
 from lorafusion.engine.fork_server import FORKSERVER, launch, preload
 
 __all__ = ["FORKSERVER", "MODULES", "launch"]

@@ -1,7 +1,5 @@
 """Result files gathered in a measurement table, with its store of results, its schema and its page."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

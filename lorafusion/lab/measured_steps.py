@@ -1,7 +1,5 @@
 """The steps of a suite that measure or check something: workloads, tunings, plans, profiles, runs and checks."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable, Iterator

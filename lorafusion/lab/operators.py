@@ -5,8 +5,6 @@ It counts on any device and never depends on its speed. On a GPU an operator may
 Triton are none: `profiler` counts those.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """One command for everything on this machine: the workflow, its report, and a short table at the end."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess

@@ -4,8 +4,6 @@ Here are the tables, pages and figures, what is published, and the whole list. A
 entry of its registry (`EXPERIMENTS`, `CHECKS`, `FIGURES`) and has its steps without a line here.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable

@@ -5,8 +5,6 @@ sets of optimizer states: the trial's own, and those of the run that the stage w
 reducer's buffers. The plan of the first global batches is timed.
 """
 
-from __future__ import annotations
-
 from lorafusion.core.clock import free_memory
 from lorafusion.core.plan import Plan, check
 from lorafusion.core.workload import Workload

@@ -7,8 +7,6 @@ many as there are stages), planned as the whole workload is. Systems that fix th
 as many as fit in those tokens (`planning.common.largest_microbatch`), so that the same rule tunes them.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 import time

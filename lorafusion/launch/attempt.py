@@ -1,7 +1,5 @@
 """The runs that make a file, one after another, on the nodes of one attempt at it."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator

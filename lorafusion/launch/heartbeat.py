@@ -2,8 +2,6 @@
 what. Each process has a small file that it alone writes, mapped, so that a note costs a microsecond.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import platform

@@ -1,7 +1,5 @@
 """How a run ended, by what its processes have left behind: `PRECEDENCE` says what is believed before what."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

@@ -1,7 +1,5 @@
 """Start the processes of a run, watch them, and turn however they end into one result file."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import math

@@ -1,7 +1,5 @@
 """This node in the network: its addresses, a free port, and what to say where others cannot be reached."""
 
-from __future__ import annotations
-
 import os
 import platform
 import random

@@ -1,7 +1,5 @@
 """How a run ended. Apart from the launcher, so that who reads results need not load it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from lorafusion.core.schema import UserError

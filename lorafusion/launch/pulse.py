@@ -5,8 +5,6 @@ It is in a session of its own, and goes on where the launcher is stopped by Ctrl
 the same, as when this machine was asleep, it ends its own launcher and all that this has started.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -4,8 +4,6 @@ They share a folder that only this attempt has: each leaves its name there, and 
 which of its ports their processes meet. So a node that does not come is named, and no attempt meets another.
 """
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import platform

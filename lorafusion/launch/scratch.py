@@ -1,8 +1,6 @@
 """The temporary folder of a launcher. One that was killed cannot remove its own; the next launcher on this machine
 does."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """What a worker is told: everything that one run needs, in one JSON file."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import Field

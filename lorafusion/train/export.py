@@ -1,7 +1,5 @@
 """A trained adapter for others to use: PEFT's format, with a card that says what it is and how it was trained."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

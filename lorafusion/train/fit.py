@@ -1,7 +1,5 @@
 """What of a jobs file must fit its base model, and a job's settings each other. Nothing here imports torch."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

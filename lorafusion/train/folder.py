@@ -10,8 +10,6 @@ progress.json is the root: a run or a state that it does not name was never begu
 changed is an error. What it names is written before it, and what it no longer names is removed after it.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Iterator

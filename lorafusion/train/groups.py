@@ -1,7 +1,5 @@
 """Jobs files of groups: parts of a jobs file that train on GPUs of their own, each by its own `lorafusion train`."""
 
-from __future__ import annotations
-
 import yaml
 
 from lorafusion.train.config import TrainConfig

@@ -3,8 +3,6 @@
 Nothing here imports torch: a mistake in the file is told at once.
 """
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from pathlib import Path

@@ -5,8 +5,6 @@ complete when the shares of all its microbatches have come in. A run that went o
 again, with the same numbers.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, field

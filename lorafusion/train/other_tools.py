@@ -4,8 +4,6 @@ The tools are transformers (`TrainingArguments`), PEFT (`LoraConfig`), TRL, axol
 torchtune. All that is behind the reader of the file knows our keys alone.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from lorafusion.core.schema import Mistakes, UserError, meant, shown, unknown_key

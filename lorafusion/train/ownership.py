@@ -1,8 +1,6 @@
 """Whose an output folder is. A training writes only into a folder that was empty when it began, which it marks before
 anything else, and never through a link: so it replaces nothing but what a training has made."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

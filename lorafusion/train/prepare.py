@@ -4,8 +4,6 @@ Tokens are made anew only where something that they depend on has changed; jobs 
 of the samples and the choice of those to evaluate on are no part of that: they are in the workload.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

@@ -4,8 +4,6 @@ The same command goes on: with the same jobs at the newest checkpoint, exactly; 
 processes, from each adapter's last step in a new plan. So a job is added or withdrawn by editing the file.
 """
 
-from __future__ import annotations
-
 import logging
 import shlex
 import shutil

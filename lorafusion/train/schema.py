@@ -1,7 +1,5 @@
 """The JSON schema of a jobs file, by which an editor checks and completes it."""
 
-from __future__ import annotations
-
 import json
 
 from lorafusion.train.config import TrainConfig

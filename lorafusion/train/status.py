@@ -10,8 +10,6 @@ jobs      of each: its steps that are done, and `state`: training, exported, sto
           what it was before is exported), or failed (to be exported) with a note
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

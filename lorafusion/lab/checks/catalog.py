@@ -3,8 +3,6 @@
 The command line, the workflow and the reports read it. It imports nothing heavy: a check's code is loaded when it runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ and what it does before, while and after the clock runs: on a CPU operators by c
 GPU kernels by class. A change of it is a change of what is compared, and is reviewed as one.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import tempfile

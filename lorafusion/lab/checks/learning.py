@@ -1,7 +1,5 @@
 """Check: adapters learn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lorafusion.core.workload import Workload

@@ -1,7 +1,5 @@
 """Check: adapters trained together equal each trained alone, and both equal plain libraries."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lorafusion.core.schema import UserError

@@ -3,8 +3,6 @@
 Nothing in it depends on the speed of a machine.
 """
 
-from __future__ import annotations
-
 import re
 import resource
 import tempfile

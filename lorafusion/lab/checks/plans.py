@@ -1,7 +1,5 @@
 """Check: every plan trains what its workload says."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lorafusion.core.plan import Plan, check

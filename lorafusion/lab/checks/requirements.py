@@ -4,8 +4,6 @@ A figure of measurements is not drawn unless each check that it needs is there, 
 device and code of the table. Plans need no verdict: each run checks its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

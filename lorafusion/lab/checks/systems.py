@@ -1,7 +1,5 @@
 """Check: every system trains what plain libraries train."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lorafusion.core.config import SystemConfig, read_systems

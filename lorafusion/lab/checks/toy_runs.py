@@ -1,7 +1,5 @@
 """The runs that checks compare: two toy jobs, trained by a system in processes, or by plain libraries in this one."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 A point's process makes rows in the words of the measurement table, and one result file of them.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The experiment `end_to_end`: whole trainings of every system of a suite."""
 
-from __future__ import annotations
-
 import importlib.util
 import platform
 from pathlib import Path

@@ -4,8 +4,6 @@ A *point* is one process that writes one result file. It is run `repeats` times,
 (Snakemake's rules and the runner without Snakemake) and the command line know experiments by this protocol only.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ All share weights, adapters' sizes and inputs; B is random too, not zero as at t
 multiplies zeros faster than numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Times, memory and speed of all cases of a bench of the kernel suite."""
 
-from __future__ import annotations
-
 import statistics
 
 import torch

@@ -1,7 +1,5 @@
 """The experiment `kernels`: LoRA linears and decoder layers in every implementation, timed, and their DRAM traffic."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,6 @@ configs/planner.yaml has an entry for each suite. A *bench* is one process: a wo
 all global batches, adapters and strategies.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from itertools import product

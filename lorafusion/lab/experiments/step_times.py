@@ -4,8 +4,6 @@ What is timed is a turn: microbatches in a row, each with its forward and backwa
 for which the host waits no more than in a real run.
 """
 
-from __future__ import annotations
-
 import statistics
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """The experiment `steps`: whole training steps on one device, in every implementation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Times of functions on a device: as CUDA graphs, in turns, each after the cache was emptied."""
 
-from __future__ import annotations
-
 import random
 import statistics
 import time

@@ -6,8 +6,6 @@ as for the published numbers: what a kernel finds in the L2 cache from the one b
 figure is an upper bound of a training's.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import shutil

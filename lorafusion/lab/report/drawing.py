@@ -4,8 +4,6 @@ A figure is drawn from its CSV, not beside it: whoever edits or plots that file 
 tables give equal bytes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pages of the report: the measurements with where each comes from, and the checks."""
 
-from __future__ import annotations
-
 from html import escape
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 A manifest in it lists all of its content: each file by its hash, each link by its target, each folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@ passes is in both. A value is the geometric mean of its ratios, since only then 
 for a workload and over all of them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import geometric_mean

@@ -1,7 +1,5 @@
 """How figures look: sizes, fonts, and one colour and hatch for each system wherever it appears."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple

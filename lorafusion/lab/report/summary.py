@@ -1,7 +1,5 @@
 """The end of a run in the terminal: who was how fast, what failed and where to look."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

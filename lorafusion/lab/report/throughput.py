@@ -1,7 +1,5 @@
 """The throughputs of a measurement table as figures group them: by workload, with q, k and v separate or merged."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from lorafusion.core.config import read_systems

@@ -5,8 +5,6 @@ Offline runs are sent later with `wandb sync DIRECTORY/wandb/offline-run-*`. The
 was written, as wandb keeps the absolute paths of the tables in it.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ loop that launches its work; between passes, and on a GPU within them too, as fa
 `neighbour`: the rest, in which it waited for another process although the schedule had work for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

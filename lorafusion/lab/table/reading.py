@@ -1,7 +1,5 @@
 """Tables in files that anything may have happened to: what the libraries say that parse them becomes a `UserError`."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable
 from pathlib import Path

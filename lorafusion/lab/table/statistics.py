@@ -1,7 +1,5 @@
 """What repeats of a measurement say together: their median or mean, and how well it is known."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ name that the table's column `result` has for it. `lorafusion lab measure SUITE 
 table again, to the last byte. Equal results give equal bytes.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io

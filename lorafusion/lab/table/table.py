@@ -5,8 +5,6 @@ the medians over repeats, `validate` says which row is wrong and why, and a tabl
 Parquet (with types), which hold the same.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The words of the measurement table: its columns, its metrics with their units, and the closed sets of values."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 

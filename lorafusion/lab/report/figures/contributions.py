@@ -1,8 +1,6 @@
 """The figure of contributions: how schedule, packing and kernels lead from unfused-sequential to lorafusion, and every
 combination of LoRA operation and order."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The figure of cost profiles: each microbatch's time as the costs predict it that fit all others."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

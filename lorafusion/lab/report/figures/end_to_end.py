@@ -1,7 +1,5 @@
 """The figure of end-to-end throughput: every system on one model, by workload and number of GPUs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

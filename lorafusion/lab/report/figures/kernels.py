@@ -1,7 +1,5 @@
 """The figures of the kernel suite: time and memory of LoRA linears and layers, DRAM traffic, and the roofline."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The figure of losses: curves that lie on each other, and how far they are apart."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

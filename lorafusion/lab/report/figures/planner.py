@@ -1,7 +1,5 @@
 """The figures of the planner's strategies: bubble, fill, and the time that a plan takes."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """What a GPU's time goes into, by class of kernel: in training steps, and with each system."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The figure of training steps: tokens per second and peak memory of every implementation."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """The figure of tunings: which capacities were tried for each system, how fast they were, and which was taken."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

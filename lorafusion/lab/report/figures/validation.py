@@ -1,7 +1,5 @@
 """The figure of predictions: what the simulator says that runs take, over what they took."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

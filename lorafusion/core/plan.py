@@ -10,6 +10,9 @@ stops (LoRAFusion, mLoRA).
 The dependency rule (the bubble lemma of arXiv 2510.00206): in 1F1B with S stages, stage 0 runs the forward of slot k
 after the backward of slot k-S. So samples of an adapter's global batch j+1 see the weights of batch j's step exactly
 when the first of them enters at least S slots after the last one of batch j.
+
+A plan for stages that replay CUDA graphs has *buckets*: the few token counts that graphs are captured for. A microbatch
+is padded to the smallest that holds it, by tokens without an adapter in a sample of their own, the last one.
 """
 
 from __future__ import annotations
@@ -53,6 +56,13 @@ class Microbatch(Data):
         le=MOST_TOKENS,
         description="tokens that each sample is padded to; none packs them end to end",
     )
+    bucket: Int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_TOKENS,
+        exclude_if=lambda bucket: bucket is None,
+        description="tokens that the whole is padded to, of one of the plan's buckets; none of a plan without graphs",
+    )
 
     @property
     def tokens(self) -> int:
@@ -65,9 +75,28 @@ class Microbatch(Data):
         return sum(len(segment.samples) for segment in self.segments)
 
     @property
+    def sample_tokens(self) -> int:
+        """Tokens of its samples, each with the padding of its row."""
+        return self.tokens if self.row_tokens is None else self.rows * self.row_tokens
+
+    @property
+    def padding(self) -> int:
+        """Tokens of the sample without an adapter that fills its bucket; 0: there is none."""
+        return 0 if self.bucket is None else self.bucket - self.sample_tokens
+
+    @property
     def length(self) -> int:
         """Tokens that pass through the model, padding included."""
-        return self.tokens if self.row_tokens is None else self.rows * self.row_tokens
+        return self.sample_tokens if self.bucket is None else self.bucket
+
+
+class Bucket(Data):
+    """A token count that graphs are captured for, and bounds of all microbatches that are padded to it."""
+
+    tokens: Int = Field(ge=1, le=MOST_TOKENS)
+    samples: Int = Field(ge=1, description="the most of a microbatch, that of the padding counted")
+    segments: Int = Field(ge=1, description="the most of a microbatch")
+    longest: Int = Field(ge=1, le=MOST_TOKENS, description="tokens of the longest sample, the padding's included")
 
 
 class Statistics(Data):
@@ -77,7 +106,9 @@ class Statistics(Data):
     microbatches: Int = Field(description="no-ops included")
     noops: Int
     lower_bound: Int = Field(description="microbatches without which the tokens do not fit: ceil(tokens/capacity)")
-    fill: Float = Field(description="real tokens over the capacity of all microbatches, no-ops included")
+    fill: Float = Field(
+        description="real tokens over the capacity of all microbatches, no-ops included; padding fills nothing"
+    )
 
 
 class Plan(Data):
@@ -90,6 +121,9 @@ class Plan(Data):
     data_parallel: Int = Field(default=1, ge=1, le=MOST_PROCESSES)
     capacity: Int = Field(ge=1, le=MOST_TOKENS, description="tokens that a microbatch may hold")
     flush: bool = False
+    buckets: tuple[Bucket, ...] = Field(
+        default=(), exclude_if=lambda buckets: not buckets, description="rising; empty: stages run without graphs"
+    )
     microbatches: tuple[Microbatch, ...] = Field(min_length=1)
     statistics: Statistics
     key: str | None = Field(default=None, description="`lorafusion.planning.plan_key`, of a plan of a system")
@@ -125,6 +159,7 @@ def make_plan(
     capacity: int,
     data_parallel: int = 1,
     flush: bool = False,
+    buckets: tuple[Bucket, ...] = (),
 ) -> Plan:
     """A checked plan with its statistics. Raises `PlanError` where the order is not exact."""
     plan = Plan(
@@ -134,6 +169,7 @@ def make_plan(
         data_parallel=data_parallel,
         capacity=capacity,
         flush=flush,
+        buckets=buckets,
         microbatches=tuple(microbatches),
         statistics=statistics_of(microbatches, capacity),
     )
@@ -169,7 +205,7 @@ def violations(plan: Plan, workload: Workload) -> list[str]:
         return [f"{len(plan.microbatches)} microbatches do not fill slots of {plan.data_parallel} replicas"]
     if plan.statistics != statistics_of(plan.microbatches, plan.capacity):
         return ["its statistics are not those of its microbatches"]
-    breaches = _microbatch_violations(plan, workload)
+    breaches = _microbatch_violations(plan, workload) or _bucket_violations(plan, workload)
     return breaches or _order_violations(plan, workload)
 
 
@@ -209,6 +245,41 @@ def _segment_violations(segment: Segment, workload: Workload, row_tokens: int | 
     if row_tokens is not None and max(lengths) > row_tokens:
         return [f"a sample of {job.name!r} has {max(lengths)} tokens, its row {row_tokens}"]
     return []
+
+
+def bounds_of(microbatch: Microbatch, workload: Workload) -> Bucket:
+    """The least bucket of its tokens for a microbatch that is no no-op."""
+    lengths = [
+        microbatch.row_tokens or workload.jobs[segment.adapter].sample_at(position).tokens
+        for segment in microbatch.segments
+        for position in segment.samples
+    ] + [microbatch.padding] * (microbatch.padding > 0)
+    return Bucket(tokens=microbatch.length, samples=len(lengths), segments=len(microbatch.segments),
+                  longest=max(lengths))  # fmt: skip
+
+
+def _bucket_violations(plan: Plan, workload: Workload) -> list[str]:
+    """What is wrong with the buckets: their order, microbatches in another than the smallest that holds them, and
+    bounds that are broken."""
+    sizes = [bucket.tokens for bucket in plan.buckets]
+    if sizes != sorted(set(sizes)):
+        return [f"buckets of {sizes} tokens, expected rising ones"]
+    breaches, buckets = [], dict(zip(sizes, plan.buckets, strict=True))
+    for index, microbatch in enumerate(plan.microbatches):
+        held = microbatch.sample_tokens
+        expected = None if microbatch.noop else next((size for size in sizes if size >= held), None)
+        if microbatch.bucket != expected:
+            breaches.append(f"microbatch {index}: {held} tokens, bucket {microbatch.bucket}, expected {expected}")
+        elif expected is not None:
+            most = dict(buckets[expected])
+            breaches += [
+                f"microbatch {index}: {name} {value}, its bucket of {expected} tokens has {most[name]} at most"
+                for name, value in bounds_of(microbatch, workload)
+                if value > most[name]
+            ]
+        elif sizes and not microbatch.noop:
+            breaches.append(f"microbatch {index}: {held} tokens, the largest bucket has {sizes[-1]}")
+    return breaches
 
 
 @dataclass

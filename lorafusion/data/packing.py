@@ -48,7 +48,8 @@ class AdapterSegment(LoRASegment):
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """T tokens of a microbatch, padding included, which comes after the tokens of its sample and has the label IGNORE.
+    """T tokens of a microbatch, padding included, which has the label IGNORE: that of a row comes after the tokens of
+    its sample, that of a bucket is the last sample, of no adapter.
 
     input_ids int64 [1, T]; position_ids int64 [1, T], from 0 in each sample; labels int64 [T], the next token of the
     sample; weights float64 [T], one over the label tokens of the adapter's global batch; positions int64 [T], the
@@ -89,6 +90,8 @@ class BatchBuilder:
                 tokens = self._tokens(job, job.sample_at(position))
                 parts.add(*tokens, weight, job.stream_offset(position), microbatch.row_tokens)
             parts.segments.append(AdapterSegment(start, parts.length, part.adapter, batch))
+        if microbatch.padding:
+            parts.pad(microbatch.padding)
         return parts.packed(self.device)
 
     def label_tokens(self, adapter: int, batch: int) -> int:
@@ -152,6 +155,16 @@ class _Parts:
         self.positions.append(place + stream_offset)
         self.lengths.append(len(ids))
         self.length += len(ids)
+
+    def pad(self, tokens: int) -> None:
+        """Add a sample that nothing is learnt from. Its tokens are all at place 0: it may be longer than any text."""
+        zeros = torch.zeros(tokens, dtype=torch.int64)
+        for parts in (self.ids, self.places, self.positions):
+            parts.append(zeros)
+        self.labels.append(torch.full((tokens,), IGNORE))
+        self.weights.append(zeros.double())
+        self.lengths.append(tokens)
+        self.length += tokens
 
     def packed(self, device: torch.device) -> PackedBatch:
         def joined(parts: list[torch.Tensor]) -> torch.Tensor:

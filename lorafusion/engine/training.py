@@ -138,7 +138,8 @@ class TrainingRun:
                     self.record.losses.append((adapter, index, value))
                 self.record.event(slot=slot, adapter=adapter, batch=index, tokens=tokens, loss=value)
 
-        losses_of_parts = losses.split([segment.stop - segment.start for segment in batch.segments])
+        without_padding = losses[: batch.segments[-1].stop]
+        losses_of_parts = without_padding.split([segment.stop - segment.start for segment in batch.segments])
         self.record.readback.add(torch.stack([part.sum() for part in losses_of_parts]), note)
 
     def wait_for_everyone(self) -> None:

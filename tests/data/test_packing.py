@@ -33,9 +33,10 @@ def workload(make_job, make_workload):
     )
 
 
-def built(workload, places, row_tokens=None):
+def built(workload, places, row_tokens=None, bucket=None):
     parts = tuple(segment(workload, adapter, positions) for adapter, positions in places)
-    return BatchBuilder(workload, Counted(), CPU).build(Microbatch(segments=parts, row_tokens=row_tokens))
+    microbatch = Microbatch(segments=parts, row_tokens=row_tokens, bucket=bucket)
+    return BatchBuilder(workload, Counted(), CPU).build(microbatch)
 
 
 def test_samples_are_packed_end_to_end(workload):
@@ -70,6 +71,23 @@ def test_a_row_ends_in_padding_that_nothing_is_learnt_from(workload):
     assert batch.weights.tolist() == [1 / 9] * 16 + [1 / 6] * 8
     # Padding runs into the places of the samples after it; what is computed there is not learnt from.
     assert batch.positions.tolist() == [*range(5, 13), *range(8, 16), *range(11, 19)]
+
+
+@pytest.mark.parametrize("row_tokens", [None, 8])
+def test_a_bucket_is_filled_by_a_sample_of_no_adapter(row_tokens, workload):
+    places = [(0, (1, 2)), (1, (2,))]
+    batch, filled = built(workload, places, row_tokens), built(workload, places, row_tokens, bucket=29)
+    held = batch.input_ids.shape[1]
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(getattr(filled, name)[0], torch.cat([getattr(batch, name)[0], torch.zeros(29 - held)]))
+    for name, value in (("labels", IGNORE), ("weights", 0.0), ("positions", 0)):
+        before, after = getattr(batch, name), getattr(filled, name)
+        assert torch.equal(after, torch.cat([before, torch.full((29 - held,), value, dtype=before.dtype)]))
+        assert after.dtype == before.dtype
+    assert filled.borders.lengths == (*batch.borders.lengths, 29 - held)
+    assert filled.borders.offsets.tolist() == [*batch.borders.offsets.tolist(), 29]
+    assert filled.segments == batch.segments
+    assert built(workload, places, row_tokens, bucket=held).borders.lengths == batch.borders.lengths
 
 
 @pytest.mark.parametrize("row_tokens", [8, 9, 16])

@@ -189,6 +189,7 @@ def propose(
     costs: Annotated[
         Path | None, typer.Option(help="a cost model or a profile (YAML) instead of the model's FLOP")
     ] = None,
+    prefer: Annotated[str, typer.Option(help="throughput, or gpu-hours: the cheapest, on fewer GPUs")] = "throughput",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write all choices (JSON)"), Written()] = None,
     trace: Annotated[
         Path | None, typer.Option(help="write the best one's timeline, for ui.perfetto.dev"), Written()
@@ -207,7 +208,7 @@ def propose(
     checkpointing = checkpointing or source.recomputes
     cluster = Cluster(gpus, int(memory * 2**30), gpus_per_node, network=network * 1e9)
     by_stages = proposal.costs_by_stages(source, costs, checkpointing)
-    search = Search(source.workload, source.model, cluster, by_stages, checkpointing, source.capacity)
+    search = Search(source.workload, source.model, cluster, by_stages, checkpointing, source.capacity, prefer)
     choices = search.choices()
     proposal.print_choices(choices)
     if out:

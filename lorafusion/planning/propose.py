@@ -1,9 +1,9 @@
 """How to run a workload on some GPUs: groups of adapters, stages, replicas and capacity.
 
 GPUs are divided into equal groups, each a pipeline of some stages with some replicas, and the adapters among them. What
-each division would take at best is estimated first, in one pass over the jobs. The divisions that may be the fastest
-are simulated then, by their slowest groups, with the largest capacity whose activations fit and below it with what
-`fast` finds fastest. No GPU is asked: memory is counted (`planning.memory`), and time is the cost model's.
+each division would take at best is estimated first, in one pass over the jobs. The divisions that may be the best are
+simulated then, by their slowest groups, with the largest capacity whose activations fit and below it with what `fast`
+finds fastest. No GPU is asked: memory is counted (`planning.memory`), and time is the cost model's.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import numpy as np
 from lorafusion.core.config import ModelConfig
 from lorafusion.core.plan import Plan
 from lorafusion.core.progress import progress
-from lorafusion.core.schema import MOST_STAGES, UserError
+from lorafusion.core.schema import MOST_STAGES, UserError, one_of
 from lorafusion.core.workload import Job, Workload
+from lorafusion.planning.depth import Depth, useful_depths
 from lorafusion.planning.fast import Prediction, Trials, plan
 from lorafusion.planning.groups import distribute, makespan, nodes_of, places
 from lorafusion.planning.memory import GIB, PipelineMemory
@@ -31,12 +32,13 @@ ALL_SIZES = 16  # numbers of groups and of replicas up to it are all tried; beyo
 NETWORK = 40e9  # B/s of a GPU each way, taken for 400 Gb/s InfiniBand
 SHOWN, SHOWN_SPANNING = 8, 3  # divisions that are simulated at least, with groups on one node and on several
 MOST_FURTHER = 20  # that may be faster by their estimates
-CLOSE = 0.02  # of the estimated time, within which smaller groups are tried first
+CLOSE = 0.02  # of the estimated time, within which smaller groups are tried first; of GPU-hours, the faster ones
 WIDER = 8  # the part of the groups that are added where the adapters' states did not fit
 GAIN = 0.005  # of the time, for which a division is simulated
 SIMULATED_GROUPS = 6  # the slowest of the division that seems the fastest; of the others, the slowest alone
 SHOWN_SAMPLES = 1000  # of a timeline
 SIMULATED_ADAPTERS = 128  # of a group, which fill any pipeline
+PREFERENCES = THROUGHPUT, GPU_HOURS = ("throughput", "gpu-hours")
 
 
 class Cluster(NamedTuple):
@@ -79,41 +81,6 @@ class Choice(NamedTuple):
         return self.times.index(max(self.times))
 
 
-class _Depth:
-    """What the number of stages decides. seconds: of each job's passes on the busiest stage, all on one replica."""
-
-    def __init__(self, jobs: tuple[Job, ...], memory: PipelineMemory) -> None:
-        self.memory, self.model = memory, memory.model
-        self.stages, model = self.model.stages, self.model
-        of_last = model.layers[-1] + model.head / model.token >= max(model.layers)
-        stage = {"layers": model.layers[-1:]} if of_last else {"layers": model.layers[:1], "head": 0.0}
-        self.busiest = model.model_copy(update=stage)
-        self.batch_samples = np.array([job.global_batch_size for job in jobs], float)
-        self.steps = np.array([len(job.batches) - job.start for job in jobs], float)
-        self.tokens = np.array([job.tokens for job in jobs], float)
-        squares = [sum(sample.tokens**2 for sample in job.samples) / job.token_offsets[-1] for job in jobs]
-        self.squares = self.tokens * squares
-        self.seconds = self._passes(self.tokens, self.squares)
-
-    def _passes(self, tokens: np.ndarray, squares: np.ndarray) -> np.ndarray:
-        """Seconds of microbatches of one adapter on the busiest stage, both ways."""
-        table = self.busiest.costs(tokens, squares, np.ones(len(tokens)), np.zeros(len(tokens)))
-        return (table.forward + table.backward)[0]
-
-    def alone(self, replicas: int) -> np.ndarray:
-        """Seconds that each job takes in a group alone, without its optimizer steps: a global batch is divided among
-        the replicas, and into as many microbatches of equal size as is best against waiting."""
-        sharing = np.minimum(replicas, self.batch_samples)
-        most = np.ceil(self.batch_samples / replicas)
-        best = np.full(len(self.steps), math.inf)
-        for power in range(int(most.max()).bit_length()):
-            microbatches = np.minimum(2.0**power, most)
-            parts = self.steps * sharing * microbatches
-            passes = self._passes(self.tokens / parts, self.squares / parts)
-            best = np.minimum(best, passes * (microbatches + self.stages - 1))
-        return best * self.steps
-
-
 @dataclass
 class _Division:
     """A way to divide the GPUs that fits. estimates: seconds of each group at best; predictions: of the groups that
@@ -137,6 +104,16 @@ class _Division:
         return makespan(self.estimates.tolist(), self.at_once)
 
     @property
+    def estimated_work(self) -> float:
+        """GPU-seconds at best."""
+        return float(self.estimates.sum()) * self.size
+
+    @property
+    def work(self) -> float:
+        """GPU-seconds."""
+        return float(self.times.sum()) * self.size
+
+    @property
     def makespan(self) -> float:
         return makespan(self.times.tolist(), self.at_once)
 
@@ -151,7 +128,7 @@ class _Division:
 
 class Search:
     """The divisions of a cluster for a workload. costs: the cost model of the base model on so many stages; capacity:
-    the most tokens of a microbatch that the user wants."""
+    the most tokens of a microbatch that the user wants; prefer: one of PREFERENCES."""
 
     def __init__(
         self,
@@ -161,22 +138,25 @@ class Search:
         costs: Callable[[int], CostModel],
         checkpointing: bool = False,
         capacity: int | None = None,
+        prefer: str = THROUGHPUT,
     ) -> None:
+        one_of("preference", prefer, set(PREFERENCES), "plan propose")
+        self.cheap = prefer == GPU_HOURS
         self.jobs, self.config, self.cluster, self.capacity = workload.jobs, config, cluster, capacity
         self.tokens = np.array([job.tokens for job in self.jobs], float)
         self.parameters = [adapter_parameters(config, job) for job in self.jobs]
         self.longest = max(sample.tokens for job in self.jobs for sample in (*job.samples, *job.evaluation))
         self.in_hand = [max(_tokens_of(job, batch) for batch in job.batches_of_an_epoch) for job in self.jobs]
-        models = _useful_depths(min(cluster.gpus, config.num_hidden_layers, MOST_STAGES), costs)
+        models = useful_depths(min(cluster.gpus, config.num_hidden_layers, MOST_STAGES), costs)
         self.depths = [
-            _Depth(self.jobs, PipelineMemory(config, model, cluster.memory, checkpointing)) for model in models
+            Depth(self.jobs, PipelineMemory(config, model, cluster.memory, checkpointing)) for model in models
         ]
         self._distributed: dict[int, list[list[int]] | None] = {}
         self._alone: dict[tuple[int, int], np.ndarray] = {}
 
     def choices(self) -> list[Choice]:
-        """The fastest divisions, the best first: those that `lorafusion train` can run, whose groups are on one node,
-        then the others, and what does not fit last. Raises `UserError` where none fits."""
+        """The fastest or the cheapest divisions, the best first: those that `lorafusion train` can run, whose groups
+        are on one node, then the others, and what does not fit last. Raises `UserError` where none fits."""
         divisions, failed = [], []
         for depth in self.depths:
             fitting = [division for shape in self._shapes(depth) if (division := self._division(depth, *shape))]
@@ -185,8 +165,20 @@ class Search:
                 failed.append(self._failed(depth))
         if not divisions:
             raise UserError(self._nothing_fits(failed))
-        choices = map(self._choice, self._tried(divisions))
-        return sorted(choices, key=lambda choice: (choice.nodes > 1, choice.makespan, choice.stages)) + failed
+        tried = self._in_order(self._tried(divisions))
+        tried.sort(key=lambda division: division.size > self.cluster.per_node)
+        return [*map(self._choice, tried), *failed]
+
+    def _in_order(self, divisions: list[_Division]) -> list[_Division]:
+        """Divisions that were simulated, the best first: the fastest one, or the cheapest, of those that cost about the
+        same the fastest."""
+        least = min(division.work for division in divisions)
+
+        def place(division: _Division) -> tuple[int, float, int]:
+            dearer = math.floor((division.work / least - 1) / CLOSE) if self.cheap else 0
+            return dearer, division.makespan, division.stages
+
+        return sorted(divisions, key=place)
 
     def timeline(self, choice: Choice, system: str) -> tuple[Plan, Timeline]:
         """A plan of the first global batches of a choice's slowest group, and its timeline."""
@@ -200,7 +192,7 @@ class Search:
         first_plan = plan(workload, system, choice.stages, choice.capacity, choice.data_parallel, costs=model)
         return first_plan, simulate(first_plan, costs_of(first_plan, workload, model))
 
-    def _shapes(self, depth: _Depth) -> set[tuple[int, int]]:
+    def _shapes(self, depth: Depth) -> set[tuple[int, int]]:
         """Numbers of groups and of replicas: for some sizes of a group as many groups as there is room for, and for
         some numbers of groups the largest size."""
         cluster, stages, jobs = self.cluster, depth.model.stages, len(self.jobs)
@@ -214,9 +206,11 @@ class Search:
                 if places(cluster.gpus, stages * replicas, cluster.per_node) >= groups
             )
             shapes.add((groups, next(fitting, 0)))
+            if self.cheap:  # fewer GPUs than there are: a replica more makes no work less
+                shapes.add((groups, 1))
         return {shape for shape in shapes if all(shape)}
 
-    def _division(self, depth: _Depth, at_once: int, replicas: int) -> _Division | None:
+    def _division(self, depth: Depth, at_once: int, replicas: int) -> _Division | None:
         """The division with the jobs in its groups, as many as fit at once if all jobs do; None where a job does not
         fit."""
         stages, room = depth.model.stages, depth.memory.parameters(self.longest)
@@ -252,7 +246,7 @@ class Search:
             return distribute(seconds, self.parameters, groups, room)
         return members
 
-    def _costs(self, depth: _Depth, replicas: int, jobs: Iterable[int]) -> CostModel:
+    def _costs(self, depth: Depth, replicas: int, jobs: Iterable[int]) -> CostModel:
         """The costs of a group with these jobs."""
         parameters = float(np.mean([self.parameters[job] for job in jobs]))
         return with_links(depth.model, self.config, self.cluster, replicas, parameters)
@@ -273,24 +267,40 @@ class Search:
         return tried
 
     def _promising(self, divisions: list[_Division], shown: int) -> Iterator[_Division]:
-        """The divisions that may be the fastest, simulated; so many at least."""
+        """The divisions that may be the best, simulated; so many at least."""
         if not divisions:
             return
-        least, fewest = (min(getattr(d, name) for d in divisions) for name in ("estimate", "at_once"))
-        divisions = sorted(divisions, key=lambda division: _order(division, least))
+        fewest, least = min(d.at_once for d in divisions), min(map(self._estimated, divisions))
+        divisions = sorted(divisions, key=lambda division: self._turn(division, least))
         gang = next((division for division in divisions if division.at_once == fewest == 1), None)
         tried: list[_Division] = []
         for index, division in enumerate(divisions):
-            shortest = min((other.makespan for other in tried), default=math.inf)
-            may_be_best = len(tried) < shown + MOST_FURTHER and division.estimate < shortest * (1 - GAIN)
-            if index < shown or may_be_best or division is gang:
+            is_shown = index < shown or division is gang
+            if is_shown or (len(tried) < shown + MOST_FURTHER and self._may_be_better(division, tried[0])):
                 self._simulate(division, 1)
-                tried.append(division)
+                tried = self._in_order([*tried, division])
                 yield division
-        while len((fastest := min(tried, key=lambda division: division.makespan)).simulated) < min(
-            SIMULATED_GROUPS, fastest.groups
-        ):
-            self._simulate(fastest, SIMULATED_GROUPS)
+        while len(tried[0].simulated) < min(SIMULATED_GROUPS, tried[0].groups):
+            self._simulate(tried[0], SIMULATED_GROUPS)
+            tried = self._in_order(tried)
+
+    def _estimated(self, division: _Division) -> float:
+        """At best, of what is preferred."""
+        return division.estimated_work if self.cheap else division.estimate
+
+    def _turn(self, division: _Division, least: float) -> tuple[float, ...]:
+        """Divisions with about the same estimate are tried by their sizes, or where they are to be cheap by their time.
+        least: of any division."""
+        about = int((self._estimated(division) / least - 1) / CLOSE)
+        return (about, division.estimate) if self.cheap else (about, division.size, division.stages)
+
+    def _may_be_better(self, division: _Division, best: _Division) -> bool:
+        """Than what was simulated, by its estimates."""
+        is_faster = division.estimate < best.makespan * (1 - GAIN)
+        if not self.cheap:
+            return is_faster
+        cost = division.estimated_work / best.work
+        return cost < 1 - GAIN or (is_faster and cost < 1 + CLOSE)
 
     def _simulate(self, division: _Division, groups: int) -> None:
         """Simulate the groups that are estimated to take the longest, so many of them."""
@@ -306,10 +316,10 @@ class Search:
             division.predictions[group] = prediction
             division.simulated[group] = max(seconds, float(division.estimates[group]))
 
-    def _depth(self, stages: int) -> _Depth:
+    def _depth(self, stages: int) -> Depth:
         return next(depth for depth in self.depths if depth.stages == stages)
 
-    def _capacity(self, depth: _Depth, members: list[int]) -> int:
+    def _capacity(self, depth: Depth, members: list[int]) -> int:
         """The most tokens of a microbatch of a group."""
         fitting = depth.memory.capacity(sum(self.parameters[job] for job in members))
         return max(self.longest, min(fitting, self.capacity or fitting))
@@ -340,7 +350,7 @@ class Search:
             times=tuple(times.tolist()),
         )
 
-    def _failed(self, depth: _Depth) -> Choice:
+    def _failed(self, depth: Depth) -> Choice:
         """The choice of a pipeline that holds no group, and why: with the largest adapter alone."""
         nodes = nodes_of(depth.stages, self.cluster.per_node)
         reason = depth.memory.reason(max(self.parameters), self.longest)
@@ -364,17 +374,6 @@ def with_links(model: CostModel, config: ModelConfig, cluster: Cluster, replicas
     return over_replicas(model, config, parameters, replicas, link)
 
 
-def _useful_depths(most: int, costs: Callable[[int], CostModel]) -> Iterator[CostModel]:
-    """The cost models of 1, 2, ... stages, without those whose busiest stage is as large as with fewer."""
-    largest = math.inf
-    for stages in range(1, most + 1):
-        model = costs(stages)
-        busiest = max((max(model.layers), model.layers[-1] + model.head / model.token))
-        if busiest < largest:
-            largest = busiest
-            yield model
-
-
 def _tokens_of(job: Job, batch: range) -> int:
     return job.stream_offset(batch.stop) - job.stream_offset(batch.start)
 
@@ -387,8 +386,3 @@ def _sizes(most: int) -> Iterator[int]:
         size = max(size + 1, size * 7 // 6) if size >= ALL_SIZES else size + 1
     if most:
         yield most
-
-
-def _order(division: _Division, least: float) -> tuple[int, int, int]:
-    """Divisions with about the same estimate are tried by their sizes."""
-    return int((division.estimate / least - 1) / CLOSE), division.size, division.stages

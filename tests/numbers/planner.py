@@ -76,6 +76,7 @@ def constants() -> list[str]:
         f"Up to {number(completion.JUDGED_SAMPLES, ',')} samples the whole plan",
         f"{number(memory.WORKSPACE >> 30)} GiB of workspace. At most {percent(capacity.USABLE)} of a GPU's memory",
         f"{number(propose.MOST_FURTHER)} divisions after",
+        f"Of those that cost up to {percent(propose.CLOSE)} more, the fastest does",
         f"links of `--network` between them ({number(propose.NETWORK / 1e9, '.0f')} GB/s)",
         f"({number(costs.FLOP_RATE / 1e12, '.0f')} TFLOP/s)",
         "{}, {}, {} and {} layers for 70B on four stages".format(*map(number, stages)),

@@ -12,7 +12,7 @@ from lorafusion.core.workload import Workload
 from lorafusion.data.lengths import make_workload
 from lorafusion.planning.groups import makespan
 from lorafusion.planning.memory import GIB, WORKSPACE, PipelineMemory
-from lorafusion.planning.propose import Choice, Cluster, Search, with_links
+from lorafusion.planning.propose import GPU_HOURS, THROUGHPUT, Choice, Cluster, Search, with_links
 from lorafusion.planning.simulator import model_costs
 from lorafusion.planning.simulator.costs import adapter_parameters
 
@@ -30,14 +30,21 @@ def workload_of(adapters: int, samples: int = 64, batch: int = 16, name: str = "
 
 
 def choices_of(
-    workload: Workload, model: str, gpus: int, gib: float = 80, checkpointing: bool = False, **cluster
+    workload: Workload,
+    model: str,
+    gpus: int,
+    gib: float = 80,
+    checkpointing: bool = False,
+    prefer: str = THROUGHPUT,
+    **cluster,
 ) -> list[Choice]:
     config = read_model(model)
 
     def costs(stages):
         return model_costs(config, stages, checkpointing=checkpointing)
 
-    return Search(workload, config, Cluster(gpus, int(gib * GIB), **cluster), costs, checkpointing).choices()
+    place = Cluster(gpus, int(gib * GIB), **cluster)
+    return Search(workload, config, place, costs, checkpointing, prefer=prefer).choices()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +111,29 @@ def test_gpus_stay_idle_where_numbers_do_not_divide():
     whole = [choice for choice in choices if not choice.idle and not choice.reason]
     assert whole
     assert min(choice.makespan for choice in whole) > chosen.makespan
+
+
+@pytest.mark.parametrize(
+    ("adapters", "model", "gpus", "gib"), [(4, "llama-3.1-8b", 8, 80), (12, "llama-3.1-70b", 8, 141)]
+)
+def test_the_cheapest_way_leaves_gpus_to_others_and_is_the_fastest_of_those_that_cost_as_much(
+    adapters, model, gpus, gib
+):
+    """The stages of 70B have bubbles, which more adapters on fewer GPUs fill."""
+    workload = workload_of(adapters, samples=32)
+    fast, cheap = (choices_of(workload, model, gpus, gib, True, prefer) for prefer in (THROUGHPUT, GPU_HOURS))
+    every = [choice for choice in (*fast, *cheap) if not choice.reason and choice.nodes == 1]
+    least = min(choice.gpu_hours for choice in every)
+    assert least <= cheap[0].gpu_hours <= 1.03 * least
+    assert cheap[0].makespan <= min(c.makespan for c in every if c.gpu_hours <= cheap[0].gpu_hours)
+    assert fast[0].makespan <= 1.001 * min(choice.makespan for choice in every)
+    assert cheap[0].idle > fast[0].idle
+    assert cheap[0].gpu_hours < 0.99 * fast[0].gpu_hours
+
+
+def test_an_unknown_preference_is_named():
+    with pytest.raises(UserError, match=r"plan propose: unknown preference 'gpus'; known: gpu-hours, throughput"):
+        choices_of(workload_of(1), "llama-3.1-8b", 1, prefer="gpus")
 
 
 def test_reducing_gradients_takes_time_by_the_link():

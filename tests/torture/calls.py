@@ -43,6 +43,8 @@ OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "propose gpus": ("plan propose workload.json --model tiny --gpus {}", NUMBERS),
     "propose memory": ("plan propose workload.json --model tiny --gpus 2 --memory {}", FLOATS),
     "propose node": ("plan propose workload.json --model tiny --gpus 2 --gpus-per-node {}", NUMBERS),
+    "propose prefer": ("plan propose workload.json --model tiny --gpus 2 --prefer {}",
+                       (*CHOICES, "Throughput", "gpu_hours", "gpu-hours,throughput", "0")),
     "propose network": ("plan propose workload.json --model tiny --gpus 2 --network {}", FLOATS),
     "propose costs": ("plan propose workload.json --model tiny --gpus 2 --costs {}",
                       ("", "nowhere.yaml", ".", "/dev/null", "plan.json", "x" * 300, "\x1b[31m")),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from operator import attrgetter
@@ -21,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_lora.adapters import Operands, Settings, rank_width
 from fused_lora.gpu.host import choices
 from fused_lora.gpu.host.choices import Shape, Target
+from fused_lora.gpu.host.record import Recorder
 from fused_lora.gpu.portable import products
 from fused_lora.philox import word_count
 
@@ -28,6 +30,8 @@ INTERPRETER = "interpreter"
 MOST_LINEARS = 3  # that one kernel takes
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32}
 SUMMED_TILE = 256  # elements of a program that adds partial sums: small, as there are few elements for many programs
+RUN = attrgetter("run")
+REMEMBERS = False  # not until a GPU has seen it: `tests/gpu/test_replay_gpu.py`
 REMEMBERED = 4096  # choices: those of one model's linears for a hundred lengths of microbatches
 
 
@@ -45,19 +49,23 @@ class Launcher:
     """What is asked before a kernel is launched. The tools and tests put others in the place of these functions.
 
     choose: the launch settings of a kernel. target_of: the GPU that a tensor's device is. run_of: a kernel's method
-    that launches it.
+    that launches it. remembers: are calls recorded and done again (`replay`), so that only the first two of a kind pass
+    through the host code and through Triton's? plans: what was recorded, by kind.
     """
 
     choose: Callable[[str, Shape, Target], dict[str, Any]] = choices.choose
     target_of: Callable[[torch.device], Target] = target_of
-    run_of: Callable[[JITFunction], Callable] = attrgetter("run")
+    run_of: Callable[[JITFunction], Callable] = RUN
+    remembers: bool = REMEMBERS
+    plans: dict[tuple, Any] = field(default_factory=dict)
 
 
 _launcher = Launcher()
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
 @contextmanager
-def launching(**replacements: Callable) -> Iterator[None]:
+def launching(**replacements: Any) -> Iterator[None]:
     """Launch with replacements of the `Launcher`'s functions, in all threads: the backward pass has its own."""
     global _launcher
     before = _launcher
@@ -68,13 +76,33 @@ def launching(**replacements: Callable) -> Iterator[None]:
         _launcher = before
 
 
+def launcher() -> Launcher:
+    return _launcher
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Write down what this thread would launch."""
+    token = _recorder.set(recorder)
+    try:
+        with recorder:
+            yield
+    finally:
+        _recorder.reset(token)
+
+
 def target_for(x: Tensor) -> Target:
     """The GPU that kernels for x are launched on."""
-    return _launcher.target_of(x.device)
+    recorder = _recorder.get()
+    return recorder.target if recorder else _launcher.target_of(x.device)
 
 
 def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    _launcher.run_of(kernel)(*arguments, grid=grid, warmup=False, **settings)
+    recorder = _recorder.get()
+    if recorder:
+        recorder.launch(kernel, grid, arguments, settings)
+    else:
+        _launcher.run_of(kernel)(*arguments, grid=grid, warmup=False, **settings)
 
 
 def cdiv(size: int, part: int) -> int:

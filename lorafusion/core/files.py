@@ -63,8 +63,9 @@ def read_text(path: str | Path, kind: str = "text", most: int = MOST_JSON) -> st
         raise UserError(f"{path}: expected a {kind} file in UTF-8, found other bytes at {error.start}{wide}") from None
 
 
-def read_yaml(path: str | Path) -> dict:
-    """The mapping in a YAML file; `UserError` names the file and the line."""
+def read_yaml(path: str | Path, may_be_empty: bool = False) -> dict:
+    """The mapping in a YAML file; `UserError` names the file and the line. may_be_empty: as where all keys have
+    defaults; such a file may have comments."""
     text = read_text(path, "YAML", MOST_YAML)
     loader = Loader(text)
     try:
@@ -79,6 +80,8 @@ def read_yaml(path: str | Path) -> dict:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     finally:
         loader.dispose()
+    if data is None and may_be_empty:
+        return {}
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping, found {shown(data)}")
     return data

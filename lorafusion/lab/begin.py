@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lorafusion.lab.cluster.watch import watch
 from lorafusion.lab.dag import Dag
 from lorafusion.lab.driver import driving, is_driven, join_driver
 from lorafusion.lab.steps import dag_of
-from lorafusion.lab.submission import Submission
+from lorafusion.lab.submission import TARGETS, Submission, without_made
 
 
 def dag_of_config(config: dict[str, Any]) -> Dag:
@@ -33,8 +34,17 @@ def dag_of_config(config: dict[str, Any]) -> Dag:
         join_driver()
     folder = config.get("folder")
     dag = dag_of(config.get("suite") or os.environ.get("LORAFUSION_SUITE"), Path(str(folder)) if folder else None)
+    if is_driven() and "SLURM_RESTART_COUNT" in os.environ and TARGETS in sys.orig_argv:
+        go_on(without_made(sys.orig_argv, dag))
     config |= {"again": again == "true", "suite_name": dag.name}
     return dag
+
+
+def go_on(words: Sequence[str]) -> None:
+    """Replace this process, a job's Snakemake, by one of fewer steps, or end it well where none is left."""
+    words = words or ["true"]
+    if words != sys.orig_argv:
+        os.execvp(words[0], words)
 
 
 def begin(dag: Dag, driver: ExitStack, submission: Submission | None, is_local: bool) -> None:

@@ -6,13 +6,18 @@ Snakemake adds up what the steps that share a job ask for: the minutes of those 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from lorafusion.lab.cluster.admission import Request, minutes_allowed
+from lorafusion.lab.cluster.left_jobs import RECORD
+from lorafusion.lab.cluster.limits import minutes_by_accounts
 from lorafusion.lab.cluster.site import Site
 from lorafusion.lab.dag import Dag, Step
 from lorafusion.lab.shared_jobs import groups_of
+
+TARGETS = "--target-jobs"  # the option by which a job's Snakemake is told its steps
 
 
 class Submission(NamedTuple):
@@ -56,7 +61,27 @@ def share_jobs(workflow: Any, dag: Dag, site: Site) -> Mapping[Step, str]:
         return {}
     if workflow.executor_plugin.name != "slurm":
         return {}
-    groups = groups_of(dag, site, minutes_allowed(site))
+    of_partitions, of_accounts = minutes_allowed(site), minutes_by_accounts(site)
+    groups = groups_of(dag, site, lambda needs: min(of_partitions, of_accounts(needs)))
     settings = workflow.group_settings
     settings.group_components = {**settings.group_components, **Counter(groups.values())}
     return groups
+
+
+def without_made(words: Sequence[str], dag: Dag) -> list[str]:
+    """The call of a job's Snakemake without those of its steps that the job has made already, as before it lost its
+    node; empty where it has made all. What was there before the workflow began does not count."""
+    from snakemake.target_jobs import parse_target_jobs_cli_args
+
+    first = words.index(TARGETS) + 1
+    targets = list(takewhile(lambda word: not word.startswith("--"), words[first:]))
+    steps = {kind.name: steps for kind, steps in dag.kinds.items()}
+    begin = (dag.folder / RECORD).stat().st_mtime
+    left = []
+    for target, spec in zip(targets, parse_target_jobs_cli_args(targets), strict=True):
+        step = steps[spec.rulename][spec.wildcards_dict.get("name", "")]
+        if step.reason() or step.key_path.stat().st_mtime < begin:
+            left.append(target)
+        else:
+            print(f"{step.relative}: made already, before the job began anew", flush=True)
+    return [*words[:first], *left, *words[first + len(targets) :]] if left else []

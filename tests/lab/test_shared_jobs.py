@@ -23,7 +23,7 @@ def slurm(tmp_path, monkeypatch) -> FakeSlurm:
 def parts_of(suite: str, most: float = float("inf"), **site) -> list[list]:
     """The steps of each job that some share."""
     parts: dict[str, list] = {}
-    for step, name in groups_of(dag_of(suite), Site(**site), most).items():
+    for step, name in groups_of(dag_of(suite), Site(**site), lambda needs: most).items():
         parts.setdefault(name, []).append(step)
     return list(parts.values())
 
@@ -42,6 +42,17 @@ def test_a_job_has_steps_that_need_the_same_on_a_node_within_its_time(suite):
 def test_a_job_is_no_longer_than_the_site_and_the_partition_allow(site, most, minutes):
     parts = parts_of("paper-grid", most, **site)
     assert max(sum(step.resources.minutes for step in part) for part in parts) <= minutes
+
+
+def test_what_needs_more_may_be_shorter():
+    """As where an account has so many minutes of a GPU."""
+    suite, site = dag_of("paper-grid"), Site(jobs=1, group_minutes=600)
+    parts: dict[str, list] = {}
+    for step, name in groups_of(suite, site, lambda needs: 240 / max(1, needs.gpus)).items():
+        parts.setdefault(name, []).append(step.resources)
+    spent = [sum(needs.minutes for needs in part) * max(1, part[0].gpus) for part in parts.values()]
+    assert 120 < max(spent) <= 240
+    assert len({part[0].gpus for part in parts.values()}) > 1
 
 
 def test_a_site_can_have_a_job_for_each_step():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from tests.planted.plant import planted
 
 ADMISSION = "tests/lab/cluster/test_admission.py"
@@ -86,3 +88,26 @@ def the_partition_of_jobs_without_gpus_is_not_looked_at(original):
 def a_step_that_failed_in_a_shared_job_is_not_named(original):
     """Snakemake names all steps of the job."""
     return lambda steps: original(step for step in steps if not step.path.parent.exists())
+
+
+@planted(
+    "lorafusion.lab.cluster.limits:minutes_by_accounts",
+    caught_by="tests/lab/cluster/test_limits.py::test_the_longest_job_is_that_of_the_smallest_limit[one-of-a-user]",
+)
+def the_limits_of_accounts_are_not_looked_at(original):
+    """A job that steps share is longer than they allow, and waits for ever."""
+    return lambda site: lambda needs: float("inf")
+
+
+@planted(
+    "lorafusion.lab.submission:without_made",
+    caught_by="tests/lab/test_submission.py::test_what_was_there_before_the_workflow_is_made",
+)
+def what_was_there_before_the_workflow_is_not_made(original):
+    """A job that begins anew takes a run that is to be tried again for its own."""
+
+    def without_made(words, dag):
+        os.utime(dag.folder / ".slurm-jobs", (0, 0))
+        return original(words, dag)
+
+    return without_made

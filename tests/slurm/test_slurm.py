@@ -25,28 +25,34 @@ def test_a_job_of_two_processes_runs_on_two_nodes(tmp_path):
     ]
 
 
+# The first of three runs fails. The job is put back into the queue when the third begins: then the second is there.
+BEFORE = """
+n=$(cat {0} 2>/dev/null || true); echo x$n >{0}
+case $n in '' | xxx) exit 1 ;; xx) scontrol requeue $SLURM_JOB_ID; sleep 60 ;; esac
+"""
+
+
 def test_steps_share_a_job_one_by_one_and_the_workflow_ends_well(tmp_path):
-    """The first of three runs that share a job fails: the others are made. A second start makes that one, and the
-    rest."""
+    """The first of three runs that share a job fails: the others are made, once each, though the job begins anew. A
+    second start makes that one, and the rest."""
     workflow, begin = Workflow(tmp_path, "suite"), now()
     folder = "results/slurm-test/runs/model~tiny/workload~xsum/gpus~2/batch~4"
     targets = [f"{folder}/system~{system}/repeat~1.json" for system in ("lorafusion", "mlora", "megatron-pp")]
-    fails_once = f"if mkdir {tmp_path}/once 2>/dev/null; then exit 1; fi"
-    status, output = workflow.start(*targets, LORAFUSION_SLURM_BEFORE=fails_once, LORAFUSION_SLURM_PREFLIGHT="0").end(
-        300
-    )
+    before = BEFORE.format(tmp_path / "shells").strip()
+    status, output = workflow.start(*targets, LORAFUSION_SLURM_BEFORE=before, LORAFUSION_SLURM_PREFLIGHT="0").end(600)
     assert status != 0, output[-8000:]
     assert "3 steps in 1 Slurm jobs" in output
     (failed,) = [path for path in targets if not (workflow.checkout / path).exists()]
     assert f"error: not made: {failed.partition('slurm-test/')[2]} (see " in output, output[-8000:]
     others = [times(workflow.checkout / path) for path in targets if path != failed]
-    assert len(since(begin)) == 1
+    assert [job.state for job in since(begin)] == ["REQUEUED", "FAILED"]
+    assert (tmp_path / "shells").read_text() == "xxxxx\n", "a run that was made was made again"
     (first, second) = sorted(others)
     assert first.end <= second.start, "a run was disturbed by another of its job"
 
     status, output = workflow.start().end(900)
     assert status == 0, output[-8000:]
-    submitted = since(begin)[1:]
+    submitted = since(begin)[2:]
     assert {job.state for job in submitted} == {"COMPLETED"}
     assert sum("run" in job.what for job in submitted) == 2, submitted  # the one that failed, and that on two nodes
     assert [times(workflow.checkout / path).start for path in targets if path != failed] == [

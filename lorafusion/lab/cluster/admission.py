@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lorafusion.core.schema import UserError
-from lorafusion.lab.cluster.queue import slurm
+from lorafusion.lab.cluster.queue import read_minutes, slurm
 from lorafusion.lab.cluster.request import PHYSICAL, Resources, request_of
 from lorafusion.lab.cluster.site import PREFIX, Site
 from lorafusion.lab.cluster.submit import BUSY, Request, sbatch_words
 
 FORM = "%P|%l|%s|%D|%c|%Z|%m|%G"  # of sinfo: a line for all nodes of one shape
-CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)")
 KEYS = tuple(request_of(Resources(1, 1), Site()))
 # What may mend what sbatch says, where a job does not ask for the key; short: the line names a job too.
 HINTS = (
@@ -54,15 +53,6 @@ class Nodes(NamedTuple):
             ("MB of memory a node", request["mem_mb"], self.memory_mb),
         ]
         return next((f"{value} {what}, at most {most:.10g} there" for what, value, most in limits if value > most), "")
-
-
-def read_minutes(text: str) -> float:
-    """A time as Slurm writes it, `1-02:00:00`, `20:00` or `infinite`, in minutes."""
-    match = CLOCK.fullmatch(text)
-    if not match:
-        return math.inf  # infinite, UNLIMITED, n/a
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return 60 * (24 * days + hours) + minutes + seconds / 60
 
 
 def read_nodes(text: str) -> list[Nodes]:

@@ -3,6 +3,7 @@ not at all, and no answer is never taken for an empty queue."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ SECONDS = 60.0  # that a command of Slurm may take
 # A job's fields, the comment last: it may contain what parts them. %A is the same for all of an array.
 FIELDS = "%A|%T|%N|%r|%k"
 NAMED = 3  # jobs in a line
+CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)")
 
 
 class Job(NamedTuple):
@@ -111,6 +113,15 @@ def field(text: str, name: str) -> str:
     """A field of an answer of `scontrol --oneliner show`, up to a space; empty where it has no value."""
     match = re.search(rf"(?:^|\s){name}=(\S*)", text)
     return match[1].replace("(null)", "") if match else ""
+
+
+def read_minutes(text: str) -> float:
+    """A time as Slurm writes it, `1-02:00:00`, `20:00` or `infinite`, in minutes."""
+    match = CLOCK.fullmatch(text)
+    if not match:
+        return math.inf  # infinite, UNLIMITED, n/a
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 60 * (24 * days + hours) + minutes + seconds / 60
 
 
 def slurm(*words: str, text: str = "", seconds: float = SECONDS) -> str:

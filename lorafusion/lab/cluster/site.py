@@ -85,7 +85,7 @@ class Site(Config):
 def read_site(environment: Mapping[str, str] = os.environ) -> Site:
     """The site of this machine; `UserError` names the file or the variable, and the key that is wrong."""
     path = environment.get(SITE, str(DEFAULT) if DEFAULT.exists() else "")
-    site = validated(Site, read_yaml(path), path) if path else Site()
+    site = validated(Site, read_yaml(path, may_be_empty=True), path) if path else Site()
     mistakes, changes = Mistakes(), {}
     for name in sorted(environment):
         if name.startswith(PREFIX) and name != SITE and environment[name]:

@@ -89,7 +89,7 @@ def comment_of(job: Any) -> str:
     if not job.is_group():
         return " ".join([job.name, *job.wildcards])
     steps = sorted(job.jobs, key=lambda step: (-step.priority, step.output.main))  # as they run
-    return f"{job.name}: {len(steps)} steps, {' '.join(steps[0].wildcards)} to {' '.join(steps[-1].wildcards)}"
+    return f"{job.groupid}: {len(steps)} steps, {' '.join(steps[0].wildcards)} to {' '.join(steps[-1].wildcards)}"
 
 
 class Submitter:
@@ -108,13 +108,14 @@ class Submitter:
         from snakemake_interface_common.exceptions import WorkflowError
         from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 
-        executor, comment, id, reason = self.executor, comment_of(job), "", "see above"
-        folder = (
-            executor.slurm_logdir / job.name / ("" if job.is_group() else "_".join(job.wildcards)).replace("/", "_")
-        )
+        executor, comment, id, reason = self.executor, job.name, "", "see above"
         if self.stopped.is_set():
             return
         try:
+            comment = comment_of(job)
+            folder = executor.slurm_logdir / (
+                job.groupid if job.is_group() else comment.replace("/", "_").replace(" ", "/", 1)
+            )
             folder.mkdir(parents=True, exist_ok=True)
             names = {"run_uuid": executor.run_uuid, "comment_str": comment, "slurm_logfile": folder / "%j.log"}
             names["workdir"] = executor.workflow.workdir_init

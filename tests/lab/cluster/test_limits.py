@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from lorafusion.lab.cluster.limits import excess, read_tres
+from lorafusion.lab.cluster.limits import excess, minutes_by_accounts, read_tres
 from lorafusion.lab.cluster.queue import Job
+from lorafusion.lab.cluster.request import Resources
+from lorafusion.lab.cluster.site import Site
 
 JOB = (
     "JobId=7 JobName=run-1 UserId=ann(1000) GroupId=ann(1000) Priority=1 Account=lab QOS=normal JobState=PENDING "
@@ -59,13 +63,67 @@ def test_the_limits_of_the_jobs_qos_and_of_its_partitions_are_asked_for(accounts
     excess(Job("7", "PENDING", "", "AssocGrpGRES", ""))
     assert slurm.calls("sacctmgr") == [
         "--noheader --parsable2 show qos where name=normal,part format=GrpTRES",
-        "--noheader --parsable2 show assoc where account=lab format=user,GrpTRES",
+        "--noheader --parsable2 show assoc where account=lab format=User,GrpTRES",
     ]
 
 
 def test_where_accounts_are_not_shown_a_job_waits(accounts, slurm):
     slurm.program("sacctmgr", "echo 'sacctmgr: error: Access denied' >&2; exit 1")
     assert excess(Job("7", "PENDING", "", "QOSGrpGRES", "")) == ""
+
+
+# User, DefaultQOS, MaxWall, GrpWall, MaxTRESMins, GrpTRESMins, GrpTRESRunMins; of a QOS without the first two, and two
+# of its users at the end.
+FREE, FREE_QOS = "|normal|||||", "||||||"
+
+
+@pytest.mark.parametrize(
+    ("assoc", "qos", "minutes"),
+    [
+        ([FREE, "ann|normal|||||", "bob|normal|00:01:00||||"], [FREE_QOS], math.inf),
+        pytest.param([FREE, "ann|normal|02:00:00||||"], [FREE_QOS], 120, id="one-of-a-user"),
+        (["||1-00:00:00||||", "ann|normal|||||"], ["04:00:00||||||", FREE_QOS], 240),
+        ([FREE, "ann||||||"], ["|5:00:00|||||"], 300),
+        ([FREE, "ann|normal|||cpu=800||"], [FREE_QOS], 100),
+        ([FREE], ["||gres/gpu=400,cpu=8000||||"], 200),
+        ([FREE], ["||||mem=100G||"], 102400 / 1000),
+        ([FREE], ["|||||node=60|node=50"], 50),
+        (["||||||gres/gpu=100"], ["08:00:00||||||"], 50),
+        ([FREE], ["||billing=1||||"], math.inf),
+    ],
+)
+def test_the_longest_job_is_that_of_the_smallest_limit(slurm, monkeypatch, assoc, qos, minutes):
+    """Of two GPUs, eight cores and 1000 MB."""
+    monkeypatch.setenv("LOGNAME", "ann")
+    for name, lines in (("assoc", assoc), ("qos", qos), ("user", ["lab"])):
+        (slurm.folder / name).write_text("".join(f"{line}\n" for line in lines))
+    slurm.program("sacctmgr", 'cat "$4"')
+    slurm.program("scontrol", 'echo "PartitionName=$4 QoS=N/A MaxTime=1"')
+    assert minutes_by_accounts(Site(partition="gpu"))(Resources(5, 1000, gpus=2)) == minutes
+
+
+def test_the_accounts_and_qos_of_a_site_are_asked_for(slurm, monkeypatch):
+    monkeypatch.setenv("LOGNAME", "ann")
+    slurm.program(
+        "sacctmgr", f"case $4 in user) echo lab;; assoc) echo 'ann|high|||||';; qos) echo '{FREE_QOS}';; esac"
+    )
+    slurm.program("scontrol", 'echo "PartitionName=$4 QoS=of-$4 MaxTime=1"')
+    minutes_by_accounts(Site())
+    minutes_by_accounts(Site(account="a", qos="q", partition="gpu,big"))
+    asked = [
+        call.partition(" format=")[0].removeprefix("--noheader --parsable2 show ") for call in slurm.calls("sacctmgr")
+    ]
+    assert asked == [
+        "user where name=ann", "assoc where account=lab", "qos where name=high",
+        "assoc where account=a", "qos where name=q,of-gpu,of-big",
+    ]  # fmt: skip
+
+
+def test_where_no_accounts_are_kept_a_job_is_as_long_as_it_likes(slurm):
+    slurm.program(
+        "sacctmgr", "echo 'sacctmgr: error: You are not running a supported accounting_storage plugin' >&2; exit 1"
+    )
+    assert minutes_by_accounts(Site(account="lab"))(Resources(5, 1000)) == math.inf
 
 
 def test_memory_is_in_megabytes():

@@ -28,6 +28,11 @@ def test_without_a_file_a_site_says_nothing_of_its_nodes():
     assert Site().gpus_per_node is None
 
 
+@pytest.mark.parametrize("text", ["", "# account: lab\n"])
+def test_a_file_without_keys_leaves_all_to_their_defaults(site_file, text):
+    assert read_site(site_file(text)) == Site()
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_are_sites(path):
     assert read_site({"LORAFUSION_SLURM_SITE": str(path)}).gpus_per_node

@@ -141,7 +141,14 @@ class Step(SimpleNamespace):
 
 def group(*steps: Step) -> SimpleNamespace:
     """A job that steps share."""
-    return SimpleNamespace(name="run_1_of_2", jobs=steps, is_group=lambda: True, jobid=2, resources=steps[0].resources)
+    return SimpleNamespace(
+        name="run_1_of_2_run",
+        groupid="run_1_of_2",
+        jobs=steps,
+        is_group=lambda: True,
+        jobid=2,
+        resources=steps[0].resources,
+    )
 
 
 def test_a_comment_says_what_a_job_makes():
@@ -195,7 +202,7 @@ def test_a_job_is_submitted_with_its_script_and_its_log(slurm, executor, tmp_pat
     assert "--requeue" in first
     assert "--comment run_1_of_2: 2 steps, c to d" in second
     assert all(path.parent.is_dir() for _, path in executor.said.values()), "Slurm makes no folders"
-    assert (slurm.folder / "scripts").read_text() == "#!/bin/sh\nsnakemake run#!/bin/sh\nsnakemake run_1_of_2"
+    assert (slurm.folder / "scripts").read_text() == "#!/bin/sh\nsnakemake run#!/bin/sh\nsnakemake run_1_of_2_run"
 
 
 def test_a_job_that_is_refused_is_told_in_a_line(slurm, executor):

@@ -11,7 +11,7 @@ import torch
 
 from fused_lora import LoRABatch, ops
 from lorafusion.core.workload import Job
-from lorafusion.data.packing import PackedBatch, SampleBorders
+from lorafusion.data.packing import BatchBuilder, SampleBorders
 from lorafusion.engine.process import WorkerProcess
 from lorafusion.engine.task import train
 from lorafusion.launch.heartbeat import Position
@@ -82,23 +82,30 @@ def attention_across_samples(patches):
 
 @fault
 def swapped_adapters(patches):
-    def swapped(batch):
-        segments = [replace(one, adapter=1 - one.adapter) for one in batch.segments]
-        return LoRABatch.of(segments, batch.positions)
-
-    patches.setattr(PackedBatch, "lora", property(swapped))
+    _with_owners(patches, lambda segments: [replace(segment, adapter=1 - segment.adapter) for segment in segments])
 
 
 @fault
 def border_off_by_one(patches):
-    def shifted(batch):
-        first, *others = batch.segments
+    def shifted(segments):
+        first, *others = segments
         if others:
             first, second = replace(first, stop=first.stop + 1), replace(others[0], start=others[0].start + 1)
             others = [second, *others[1:]]
-        return LoRABatch.of([first, *others], batch.positions)
+        return [first, *others]
 
-    patches.setattr(PackedBatch, "lora", property(shifted))
+    _with_owners(patches, shifted)
+
+
+def _with_owners(patches, changed) -> None:
+    """Have kernels take a microbatch's segments for others."""
+    original = BatchBuilder.build
+
+    def build(*arguments):
+        batch = original(*arguments)
+        return replace(batch, lora=LoRABatch.of(changed(batch.segments), batch.positions))
+
+    patches.setattr(BatchBuilder, "build", build)
 
 
 def _around(patches, operator, made) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from fused_lora import LoRABatch, LoRASegment
-from lorafusion.core.plan import Microbatch
+from fused_lora.adapters import NO_ADAPTER
+from lorafusion.core.plan import Bucket, Microbatch
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Job, Sample, Workload
 from lorafusion.data.tokens import Tokens, TokenSource
@@ -22,21 +22,20 @@ IGNORE = -100  # the label of a token after which nothing is to be predicted
 class SampleBorders:
     """Where the samples of a microbatch begin and end.
 
-    offsets: int32 [samples + 1], token offsets from 0 to the microbatch's length, on the device of the run.
+    offsets: int32 [samples + 1], token offsets from 0 to the microbatch's length, on the device of the run; in a bucket
+        empty samples follow, up to the most that a microbatch of it has.
     lengths: the samples' tokens, known on the host so that nothing waits for the device.
+    longest: the tokens of the longest, or of the longest that the bucket has.
     """
 
     offsets: torch.Tensor
     lengths: tuple[int, ...]
+    longest: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> SampleBorders:
         offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-        return cls(offsets.to(device, non_blocking=True), tuple(lengths))
-
-    @cached_property
-    def longest(self) -> int:
-        return max(self.lengths)
+        return cls(offsets.to(device, non_blocking=True), tuple(lengths), max(lengths))
 
 
 @dataclass(frozen=True)
@@ -52,34 +51,50 @@ class PackedBatch:
     its sample, that of a bucket is the last sample, of no adapter.
 
     input_ids int64 [1, T]; position_ids int64 [1, T], from 0 in each sample; labels int64 [T], the next token of the
-    sample; weights float64 [T], one over the label tokens of the adapter's global batch; positions int64 [T], the
-    token's place in its adapter's own stream, which the dropout masks are drawn from.
+    sample; weights float64 [T], one over the label tokens of the adapter's global batch. lora: whose tokens are where;
+    adapters are indices of the workload's jobs. segments: the same, known on the host.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
-    positions: torch.Tensor
     borders: SampleBorders
+    lora: LoRABatch
     segments: tuple[AdapterSegment, ...]
 
-    @cached_property
-    def lora(self) -> LoRABatch:
-        """Whose tokens are where, on the device; adapters are indices of the workload's jobs."""
-        return LoRABatch.of(self.segments, self.positions)
+    @property
+    def positions(self) -> torch.Tensor:
+        """int64 [T], each token's place in its adapter's own stream, which the dropout masks are drawn from."""
+        return self.lora.positions
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that a device needs of it. Those of the microbatches of a bucket have the same shapes."""
+        tensors = [self.input_ids, self.position_ids, self.labels, self.weights, self.borders.offsets]
+        return tensors + [self.lora.offsets, self.lora.adapters, self.lora.positions]
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> PackedBatch:
+        """The same microbatch, of other tensors."""
+        *tokens, borders, offsets, adapters, positions = tensors
+        lora = LoRABatch(offsets, adapters, positions)
+        return PackedBatch(*tokens, replace(self.borders, offsets=borders), lora, self.segments)
+
+    def on(self, device: torch.device) -> PackedBatch:
+        """The same microbatch on a device, which nobody waits for."""
+        return self.of([tensor.to(device, non_blocking=True) for tensor in self.tensors])
 
 
 class BatchBuilder:
-    """Builds the tensors of any microbatch of a workload on a device."""
+    """Builds the tensors of any microbatch of a workload, on the host, for a device to copy."""
 
     def __init__(self, workload: Workload, source: TokenSource, device: torch.device) -> None:
         self.workload, self.source, self.device = workload, source, device
         self._labels: dict[tuple[int, int], int] = {}  # of a job's global batches
 
-    def build(self, microbatch: Microbatch) -> PackedBatch:
-        """The tensors of a microbatch that is not a no-op. Raises `UserError` for samples of another length than the
-        workload says."""
+    def build(self, microbatch: Microbatch, bucket: Bucket | None = None) -> PackedBatch:
+        """The tensors of a microbatch that is not a no-op; bucket: that it is padded to, if there is one. Raises
+        `UserError` for samples of another length than the workload says."""
         parts = _Parts()
         for part in microbatch.segments:
             job = self.workload.jobs[part.adapter]
@@ -92,7 +107,7 @@ class BatchBuilder:
             parts.segments.append(AdapterSegment(start, parts.length, part.adapter, batch))
         if microbatch.padding:
             parts.pad(microbatch.padding)
-        return parts.packed(self.device)
+        return self._pinned(parts.packed(bucket))
 
     def label_tokens(self, adapter: int, batch: int) -> int:
         """Tokens of one of a job's global batches that are learnt."""
@@ -114,7 +129,11 @@ class BatchBuilder:
             batches[-1].add(*self._tokens(job, sample), weight, batches[-1].length)
         for parts in batches:
             parts.segments.append(AdapterSegment(0, parts.length, adapter, 0))
-        return [parts.packed(self.device) for parts in batches]
+        return [self._pinned(parts.packed()).on(self.device) for parts in batches]
+
+    def _pinned(self, batch: PackedBatch) -> PackedBatch:
+        """A batch that a GPU can copy: a copy from other memory waits for it where it is larger than 64 KiB."""
+        return batch.of([tensor.pin_memory() for tensor in batch.tensors]) if self.device.type == "cuda" else batch
 
     def _tokens(self, job: Job, sample: Sample) -> Tokens:
         tokens = self.source.tokens(job, sample)
@@ -166,18 +185,30 @@ class _Parts:
         self.lengths.append(tokens)
         self.length += tokens
 
-    def packed(self, device: torch.device) -> PackedBatch:
-        def joined(parts: list[torch.Tensor]) -> torch.Tensor:
-            whole = torch.cat(parts)
-            # A copy from other memory waits for the device where it is larger than 64 KiB.
-            return (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
-
+    def packed(self, bucket: Bucket | None = None) -> PackedBatch:
+        """bucket: has the samples and segments, some of them empty, that the batch gets."""
+        lora = LoRABatch.of(self.segments, torch.cat(self.positions))
+        borders = SampleBorders.of(self.lengths, lora.positions.device)
+        if bucket is not None:
+            # One segment more than there are adapters: the padding's.
+            lora = LoRABatch(
+                _filled(lora.offsets, bucket.segments + 2, self.length),
+                _filled(lora.adapters, bucket.segments + 1, NO_ADAPTER),
+                lora.positions,
+            )
+            offsets = _filled(borders.offsets, bucket.samples + 1, self.length)
+            borders = replace(borders, offsets=offsets, longest=bucket.longest)
         return PackedBatch(
-            input_ids=joined(self.ids)[None],
-            position_ids=joined(self.places)[None],
-            labels=joined(self.labels),
-            weights=joined(self.weights),
-            positions=joined(self.positions),
-            borders=SampleBorders.of(self.lengths, device),
+            input_ids=torch.cat(self.ids)[None],
+            position_ids=torch.cat(self.places)[None],
+            labels=torch.cat(self.labels),
+            weights=torch.cat(self.weights),
+            borders=borders,
+            lora=lora,
             segments=tuple(self.segments),
         )
+
+
+def _filled(values: torch.Tensor, count: int, value: int) -> torch.Tensor:
+    """A vector with as many of a value at its end that it has so many elements."""
+    return F.pad(values, (0, count - len(values)), value=value)

@@ -67,6 +67,7 @@ def report_of(run: TrainingRun) -> dict:
     steps: of each job the optimizer steps that changed its weights while the clock ran, the fewest over the processes.
     stopped: the jobs that some process has stopped, as a gradient was not finite.
     peak_memory: bytes, the largest over the processes.
+    graphs: of each process what its stage's graphs took (`graphs.Usage`), None without; left out where none has any.
     """
     record = run.record
     steps = [adapter.steps_made() - before for adapter, before in zip(run.adapters, record.steps_before, strict=True)]
@@ -78,11 +79,13 @@ def report_of(run: TrainingRun) -> dict:
         "losses": record.losses,
         "steps": dict(zip(names, steps, strict=True)),
         "stopped": [adapter.job.name for adapter in run.adapters if bool(adapter.stopped)],
-        "peak_memory": record.meter.peak_memory(),
+        "peak_memory": record.meter.peak_memory() + (run.graphs.usage.uncounted if run.graphs else 0),
+        "graphs": run.graphs.usage._asdict() if run.graphs else None,
     }
     everyone = gathered(mine)
     shares = [share for part in everyone for share in part["losses"]]
-    return {
+    graphs = [part["graphs"] for part in everyone]
+    return ({"graphs": graphs} if any(graphs) else {}) | {
         "seconds": everyone[0]["seconds"],
         "times": [part["times"] for part in everyone],
         "clocks": [part["clocks"] for part in everyone],

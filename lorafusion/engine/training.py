@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ from lorafusion.core.clock import Meter
 from lorafusion.core.plan import Microbatch, Plan
 from lorafusion.core.workload import Workload
 from lorafusion.data.packing import BatchBuilder, PackedBatch
+from lorafusion.engine import graphs
 from lorafusion.engine.adapters import AdapterTraining, gradients_of
 from lorafusion.engine.events import EventLog
 from lorafusion.engine.pipeline import Pipeline
@@ -24,6 +26,7 @@ from lorafusion.model.lora import ActiveBatch
 from lorafusion.model.loss import weighted_losses
 from lorafusion.model.stage import Stage
 
+LOGGER = logging.getLogger(__name__)
 MOST_SIZES = 256  # of microbatches in a warm-up, each through two layers
 
 
@@ -67,6 +70,8 @@ class TrainingRun:
         self.begin = 0  # the slot to begin with
         self.events_kept: dict[str, int] = {}  # bytes of the files of events that are of the slots before it
         self.gradients: Path | None = None  # where those of the adapters' first steps are written to
+        self.graphs: graphs.StageGraphs | None = None  # of this stage, once they are captured
+        self._buckets = {bucket.tokens: bucket for bucket in plan.buckets}
         self._batches: dict[int, PackedBatch] = {}  # of the slots in flight
         self._evaluation_batches: dict[int, list[PackedBatch]] = {}  # by adapter
 
@@ -87,24 +92,31 @@ class TrainingRun:
         x: hidden states [1, T, H], None on the first stage. Returns hidden states, or on the last stage the scalar
         sum of the adapters' shares of their losses, which is what backward starts from.
         """
-        return self._forward(slot, x, self._builder.build(self.microbatches[slot]))
+        return self._forward(slot, x, self._built(self.microbatches[slot]))
+
+    def _built(self, microbatch: Microbatch) -> PackedBatch:
+        """On the host."""
+        return self._builder.build(microbatch, self._buckets.get(microbatch.bucket))
 
     def forward_of_an_idle_replica(self, slot: int) -> torch.Tensor:
         """The microbatch that another replica has in a slot in which this one has none, through a stage that is the
         whole model, with a loss of zero: where replicas must do together what none of them can do alone."""
         other = next(microbatch for microbatch in self.plan.slots()[slot] if not microbatch.noop)
-        batch = self._builder.build(other)
+        batch = self._built(other)
         return self._forward(slot, None, replace(batch, weights=torch.zeros_like(batch.weights)))
 
     def _forward(self, slot: int, x: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor:
         self.position.set(f"the forward of microbatch {slot}")
-        self._batches[slot] = batch
         with self.record.timing(FORWARD, slot):
-            out, losses = self._through(batch, x)
-            if losses is not None:
+            if self.graphs is not None:
+                out = self.graphs(batch, x)
+            else:
+                self._batches[slot] = batch = batch.on(self.pipeline.device)
+                out = self._through(batch, x)
+            if self.stage.is_last:
                 if not self.microbatches[slot].noop:
-                    self._note_losses(slot, batch, losses.detach())
-                out = losses.sum()
+                    self._note_losses(slot, batch, out.detach())
+                out = out.sum()
         out.register_hook(lambda _: self._begin_backward(slot))
         return out
 
@@ -112,20 +124,20 @@ class TrainingRun:
         """The first thing in a slot's backward pass. Activation checkpointing recomputes the forward in it, for which
         its microbatch must be the active one."""
         self.position.set(f"the backward of microbatch {slot}")
-        self.active.batch = self._batches.pop(slot)
+        self.active.batch = self._batches.pop(slot, None)  # a graph has its own
         begin = self.record.meter.mark()
         # By autograd's own end, as some executors call it themselves. Its callbacks run on the stream of the pass.
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self.record.note(BACKWARD, slot, begin))
 
-    def _through(self, batch: PackedBatch, x: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states, and on the last stage each token's share of its adapter's loss."""
+    def _through(self, batch: PackedBatch, x: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states, or on the last stage each token's share of its adapter's loss."""
         self.active.batch = batch
         dtype = self.autocast
         with torch.autocast(self.pipeline.device.type, dtype) if dtype else nullcontext():
             out = self.stage(batch.input_ids if self.stage.is_first else x, batch.position_ids, batch.borders)
-            if not self.stage.is_last:
-                return out, None
-            return out, weighted_losses(out, self.stage.lm_head.weight, batch.labels, batch.weights)
+            if self.stage.is_last:
+                out = weighted_losses(out, self.stage.lm_head.weight, batch.labels, batch.weights)
+        return out
 
     def _note_losses(self, slot: int, batch: PackedBatch, losses: torch.Tensor) -> None:
         """losses [T]."""
@@ -233,9 +245,9 @@ class TrainingRun:
         for index, batch in enumerate(self.evaluation_batches(adapter)):
             self.position.set(f"part {index} of an evaluation of {self.workload.jobs[adapter].name}")
             x = receive() if not self.stage.is_first else None
-            out, losses = self._through(batch, x)
-            if losses is not None:
-                total = total + losses.sum()
+            out = self._through(batch, x)
+            if self.stage.is_last:
+                total = total + out.sum()
             else:
                 send(out)
         self.stage.train()
@@ -250,15 +262,38 @@ class TrainingRun:
         fused kernels compiled for up to 38 s within runs of 5 s.) `warm_up_executor` comes before and does the same for
         the executor.
 
+        Graphs are captured instead where the plan has buckets for them, if they fit in memory.
+
         It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless. Every process
         calls it.
         """
+        if self._capture():
+            return
         with self._without_events():
             for slot in self._largest(1):
                 self.backward_alone(slot)
             with self.stage.first_layers_alone():
                 for slot in of_each_size(self._computed, MOST_SIZES):
                     self.backward_alone(slot)
+
+    def _capture(self) -> bool:
+        """Capture this stage's graphs; False where they have no place. Each process may do without them for itself."""
+        recorder = graphs.recorder_of(self.pipeline.device)
+        if not self._buckets or recorder is None or not self.active.stacks:  # other kinds ask the host for segments
+            return False
+        shape = {part.bucket: part for part in self.microbatches if not part.noop}
+        hidden = self._hidden(max(shape, default=0))
+        ends = (None if self.stage.is_first else hidden, hidden[0, :, 0].double() if self.stage.is_last else hidden)
+        batches, lanes = [self._built(part) for part in shape.values()], self.pipeline.size - self.pipeline.index
+        try:
+            self.graphs = graphs.StageGraphs(self._through, self.active.stacks, batches, ends, lanes, recorder)
+        except torch.OutOfMemoryError:
+            LOGGER.warning(
+                f"{self.pipeline.name}: graphs of {len(shape)} buckets do not fit in memory; it does without"
+            )
+        for adapter in self.adapters:
+            adapter.zero_gradients()
+        return self.graphs is not None
 
     def hold_the_largest(self) -> None:
         """As many of the largest microbatches as this stage holds at a time, forward and then backward, to see whether
@@ -298,9 +333,13 @@ class TrainingRun:
             return self.around(slot)
         x = None
         if not self.stage.is_first:
-            shape = (1, self.microbatches[slot].length, self.pipeline.hidden_size)
-            x = torch.zeros(shape, device=self.pipeline.device, dtype=self.pipeline.dtype, requires_grad=True)
+            x = self._hidden(self.microbatches[slot].length).requires_grad_()
         return self.forward(slot, x).sum()
+
+    def _hidden(self, tokens: int) -> torch.Tensor:
+        """Hidden states of zeros."""
+        shape = (1, tokens, self.pipeline.hidden_size)
+        return torch.zeros(shape, device=self.pipeline.device, dtype=self.pipeline.dtype)
 
     def _backward_alone(self, out: torch.Tensor) -> None:
         out.backward()

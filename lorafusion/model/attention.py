@@ -32,11 +32,18 @@ def packed_attention(
         raise ValueError(f"packed attention has no attention dropout, found {dropout}")
     if query.is_cuda:
         return _varlen(query, key, value, borders, scaling)[None], None
+    return _each_sample(query, key, value, borders, scaling).transpose(1, 2), None
+
+
+def _each_sample(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, borders: SampleBorders, scaling: float
+) -> torch.Tensor:
+    """[1, H, T, D]."""
     samples = zip(*(tensor.split(borders.lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [
         F.scaled_dot_product_attention(*sample, is_causal=True, scale=scaling, enable_gqa=True) for sample in samples
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2)
 
 
 def _varlen(

@@ -84,6 +84,7 @@ def inject_adapters(
     for linear in linears:
         _initialise(linear, dtype, device or next(stage.parameters()).device)
     kind(linears, active)
+    stage.draws = not active.stacks  # the masks of adapters that are stacked are stateless
     return active
 
 

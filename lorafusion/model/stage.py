@@ -68,6 +68,9 @@ class Stage(nn.Module):
     forward(x, position_ids, borders): x is token ids [1, T] on the first stage, else hidden states [1, T, H];
     returns hidden states [1, T, H], on the last stage those that the head takes. checkpointing: the share of the
     layers, from the first on, whose activations are not kept but computed again in the backward pass.
+
+    draws: does a layer draw from torch's generator, whose state computing it again must then begin with? It cannot be
+    read while a CUDA graph is captured.
     """
 
     def __init__(self, config: ModelConfig, index: int, count: int, checkpointing: float = 0.0) -> None:
@@ -76,6 +79,7 @@ class Stage(nn.Module):
         self.hf_config = hf_config(config)
         self.first, self.last = layer_range(config, index, count)
         self.is_first, self.is_last = index == 0, index == count - 1
+        self.draws = True
         self.recompute(checkpointing)
         # The parameters have no storage until `fill_weights`.
         with torch.device("meta"):
@@ -112,7 +116,8 @@ class Stage(nn.Module):
         rotation = self.rotary(hidden, position_ids)
         for index, layer in enumerate(self.model.layers.values(), self.first):
             if index < self.checkpointed and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, position_embeddings=rotation, borders=borders, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, position_embeddings=rotation, borders=borders, use_reentrant=False,
+                                    preserve_rng_state=self.draws)  # fmt: skip
             else:
                 hidden = layer(hidden, position_embeddings=rotation, borders=borders)
         return self.model.norm(hidden) if self.is_last else hidden

@@ -14,6 +14,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 
 from baselines.mlora.lora import looped
+from fused_lora import LoRABatch
 from lorafusion.core.config import read_model
 from lorafusion.core.workload import ALL_LINEAR, Job, Sample
 from lorafusion.data.packing import AdapterSegment, PackedBatch, SampleBorders
@@ -45,7 +46,9 @@ def layer(jobs, config=TINY, dtype=torch.float64, checkpointing=False, kind=lora
     spans = ((0, TOKENS, 0),) if len(jobs) == 1 else ((0, 9, 1), (9, TOKENS, 0))
     none = places.new_empty(0)
     segments = tuple(AdapterSegment(*span, 0) for span in spans)
-    active.batch = PackedBatch(none, places[None], none, none.float(), places, borders, segments)
+    active.batch = PackedBatch(
+        none, places[None], none, none.float(), borders, LoRABatch.of(segments, places), segments
+    )
     return stage, active
 
 
@@ -167,7 +170,7 @@ def test_several_adapters_equal_mloras_one_after_another(checkpointing):
 def test_a_microbatch_names_jobs_and_those_without_tokens_get_zeros():
     stage, active = layer(TWO)
     segments = (AdapterSegment(3, TOKENS, 1, 0),)
-    active.batch = replace(active.batch, segments=segments)
+    active.batch = replace(active.batch, segments=segments, lora=LoRABatch.of(segments, active.batch.positions))
     assert [(one.start, one.stop, one.adapter) for one in active.batch.lora.segments()] == [(3, TOKENS, 1)]
     results(stage, active)
     grown = [any(one.grad.any() for one in lora.named_adapter_parameters(stage, one).values()) for one in TWO]

@@ -90,8 +90,8 @@ def masks_begin_again_with_an_epoch(original):
 def losses_are_weighed_by_the_microbatch(original):
     """A loss is the mean over its microbatch and not over its global batch."""
 
-    def build(builder, microbatch):
-        batch = original(builder, microbatch)
+    def build(*arguments):
+        batch = original(*arguments)
         total = batch.weights.sum()
         return replace(batch, weights=batch.weights / total if total else batch.weights)
 

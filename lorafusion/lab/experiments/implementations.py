@@ -151,7 +151,8 @@ class Builder:
         # A microbatch as an executor makes it, of which a layer reads whose tokens are where.
         none = position_ids.new_empty(0)
         segments = tuple(AdapterSegment(share.start, share.stop, share.adapter, 0) for share in _shares(case))
-        batch = PackedBatch(none, position_ids, none, none.float(), self._places(case.tokens), borders, segments)
+        owners = LoRABatch.of(segments, self._places(case.tokens))
+        batch = PackedBatch(none, position_ids, none, none.float(), borders, owners, segments)
 
         def call(x: Tensor) -> Tensor:
             active.batch = batch

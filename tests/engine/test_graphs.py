@@ -1,0 +1,208 @@
+"""Stages as graphs, with `recorded`'s in place of a GPU's: what they train is what eager stages train, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lorafusion.core.plan import Plan
+from lorafusion.core.workload import Workload
+from lorafusion.engine import fork_server
+from lorafusion.engine.build import build_run
+from lorafusion.engine.graphs import StageGraphs, Usage
+from lorafusion.engine.process import WorkerProcess
+from lorafusion.engine.stream import execute
+from lorafusion.engine.timed import report_of, timed
+from lorafusion.engine.training import TrainingRun
+from lorafusion.lab.checks.toy_runs import toy_jobs
+from lorafusion.launch.heartbeat import Position
+from lorafusion.launch.spec import RunSpec
+from lorafusion.planning import plan_system
+from lorafusion.planning.buckets import with_buckets
+from tests.engine.recorded import CpuRecorder, graphs_on_a_cpu
+
+CLIPPED = {"max_grad_norm": 0.05, "schedule": "cosine"}
+
+
+class Case(NamedTuple):
+    """prepare: the run, once it is warm. most: buckets."""
+
+    dtype: str = "float64"
+    checkpointing: float = 0.0
+    most: int = 3
+    changes: dict = {}
+    prepare: Callable[[TrainingRun], None] = lambda run: None
+
+
+def no_number(run: TrainingRun) -> None:
+    with torch.no_grad():
+        next(iter(run.adapters[0].parameters.values()))[0, 0] = torch.nan
+
+
+def other_weights(run: TrainingRun) -> None:
+    """As a checkpoint's are taken over."""
+    for adapter in run.adapters:
+        state = {name: value.clone() for name, value in adapter.state().items()}
+        adapter.load({name: value + 0.01 if name.endswith("weight") else value for name, value in state.items()}, 1)
+
+
+CASES = {
+    "float64": Case(),
+    "float32": Case("float32", most=1),
+    "recomputed": Case(checkpointing=1.0),
+    "partly recomputed": Case(checkpointing=0.5, changes=CLIPPED),
+    "no number": Case(prepare=no_number),
+    "other weights": Case(changes={"evaluate_every": 2}, prepare=other_weights),
+}
+
+
+def planned(case: Case, stages: int = 1, replicas: int = 1) -> tuple[Workload, Plan]:
+    """A plan with buckets. The second job ends early; jobs are evaluated where they say when."""
+    first, second = (job.model_copy(update=case.changes) for job in toy_jobs())
+    jobs = (first, second.model_copy(update={"epochs": 1}))
+    if first.evaluate_every:
+        jobs = tuple(job.model_copy(update={"evaluation": job.samples[:3]}) for job in jobs)
+    workload = Workload(name="toy", jobs=jobs)
+    plan = plan_system(workload, "lorafusion", stages=stages, capacity=96, data_parallel=replicas)
+    return workload, with_buckets(plan, workload, tile=16, most=case.most, capture=0)
+
+
+def built(folder: Path, case: Case, workload: Workload, plan: Plan, rank: int = 0) -> TrainingRun:
+    spec = RunSpec(system="lorafusion", model="tiny", workload="", dtype=case.dtype, adapter_dtype=case.dtype,
+                   checkpointing=case.checkpointing)  # fmt: skip
+    return build_run(WorkerProcess(spec, torch.device("cpu"), Position(folder, rank), rank), workload, plan)
+
+
+def trained(run: TrainingRun, case: Case, captured: bool) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """The events of a run, and all that its adapters are in the end."""
+    with graphs_on_a_cpu() if captured else nullcontext() as recorder:
+        run.warm_up()
+        case.prepare(run)
+        events: list[dict] = []
+        run.record.events = SimpleNamespace(write=events.append)
+        graphs = recorder.captured if captured else 0
+        execute(run)
+    if captured:
+        assert run.graphs is not None
+        passes = 2 * sum(not microbatch.noop for microbatch in run.microbatches)
+        assert (recorder.captured, recorder.replayed) == (graphs, passes), "captured anew, or not replayed"
+    state = {f"{adapter.job.name}/{name}": value.clone() for adapter in run.adapters
+             for name, value in adapter.state().items()}  # fmt: skip
+    return events, state
+
+
+def assert_equal(ours, expected, **tolerance) -> None:
+    torch.testing.assert_close(ours, expected, equal_nan=True, **tolerance or {"rtol": 0, "atol": 0})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_graphs_train_what_eager_stages_train(tmp_path, name):
+    case = CASES[name]
+    workload, plan = planned(case)
+    assert {len(microbatch.segments) for microbatch in plan.microbatches} == {1, 2}
+    eager = trained(built(tmp_path, case, workload, plan), case, captured=False)
+    assert_equal(trained(built(tmp_path, case, workload, plan), case, captured=True), eager)
+    events = eager[0]
+    assert {event["adapter"] for event in events if "stopped" in event} == ({0} if name == "no number" else set())
+    assert any("evaluation" in event for event in events) == ("evaluate_every" in case.changes)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_padding_changes_nothing_but_the_order_of_sums(tmp_path, dtype):
+    """A product of more rows may add in another order. Masks are those of the tokens' own places."""
+    case = Case(dtype)
+    workload, plan = planned(case)
+    assert any(microbatch.padding for microbatch in plan.microbatches)
+    unpadded = plan_system(workload, "lorafusion", stages=1, capacity=96)
+    eager = trained(built(tmp_path, case, workload, unpadded), case, captured=False)
+    graphs = trained(built(tmp_path, case, workload, plan), case, captured=True)
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == "float64" else {"rtol": 1e-3, "atol": 1e-4}
+    assert_equal(graphs, eager, **tolerance)
+
+
+@pytest.mark.parametrize("arrangement", [(3, 1), (1, 2)])
+def test_each_stage_and_replica_has_graphs_of_its_own(tmp_path, arrangement):
+    processes = arrangement[0] * arrangement[1]
+    with ProcessPoolExecutor(processes, fork_server.FORKSERVER) as pool:
+        for done in [pool.submit(_compare, tmp_path, *arrangement, rank) for rank in range(processes)]:
+            done.result()
+
+
+def _compare(folder: Path, stages: int, replicas: int, rank: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=stages * replicas)
+    case = Case(changes={"evaluate_every": 3, **CLIPPED}, checkpointing=0.5)
+    workload, plan = planned(case, stages, replicas)
+    eager, graphs = (trained(built(folder, case, workload, plan, rank), case, captured) for captured in (False, True))
+    assert_equal(graphs, eager)
+    dist.destroy_process_group()
+
+
+def test_what_graphs_took_is_reported(tmp_path):
+    workload, plan = planned(Case())
+    run, eager = (built(tmp_path, Case(), workload, plan) for _ in range(2))
+    with graphs_on_a_cpu():
+        timed(run, execute)
+    report, graphs = report_of(run), 2 * len(plan.buckets)
+    assert report["graphs"] == [Usage(graphs, run.graphs.usage.seconds, 1000 * graphs, 990 * graphs)._asdict()]
+    assert report["peak_memory"] == run.record.meter.peak_memory() + 990 * graphs
+    timed(eager, execute)
+    assert "graphs" not in report_of(eager)
+
+
+def test_a_stage_whose_graphs_do_not_fit_does_without(tmp_path, caplog):
+    def full(work) -> None:
+        raise torch.OutOfMemoryError
+
+    workload, plan = planned(Case())
+    run = built(tmp_path, Case(), workload, plan)
+    with graphs_on_a_cpu() as recorder, caplog.at_level(logging.WARNING):
+        recorder.rehearse = full
+        run.warm_up()
+    assert run.graphs is None
+    words = f"graphs of {len(plan.buckets)} buckets do not fit in memory; it does without"
+    assert caplog.messages == [f"stage 0 of 1: {words}"]
+
+
+def test_gradients_that_are_set_to_none_are_seen(tmp_path):
+    workload, plan = planned(Case())
+    run = built(tmp_path, Case(), workload, plan)
+    with graphs_on_a_cpu():
+        run.warm_up()
+    for parameter in run.adapters[0].parameters.values():
+        parameter.grad = None
+    with pytest.raises(RuntimeError, match="expected gradients zeroed in place"):
+        run.forward(0, None)
+
+
+def test_what_a_pass_gives_is_not_what_the_next_one_writes(tmp_path):
+    workload, plan = planned(Case(most=1))
+    batch = built(tmp_path, Case(), workload, plan)._built(plan.microbatches[0])
+    ends = torch.zeros(1, len(batch.labels), 4), torch.zeros(1, len(batch.labels), 4)
+    graphs = StageGraphs(lambda batch, x: (3 * x).sin(), [], [batch], ends, 1, CpuRecorder())
+    first = torch.rand(ends[0].shape).requires_grad_()
+    out = graphs(batch, first)
+    out.backward(torch.ones_like(out))
+    kept = out.detach().clone(), first.grad.clone()
+    second = torch.rand(ends[0].shape).requires_grad_()
+    graphs(batch, second).sum().backward()
+    assert_equal((out.detach(), first.grad), kept)
+    assert_equal(kept, ((3 * first).sin().detach(), 3 * (3 * first).cos().detach()))
+
+
+def test_a_stage_that_asks_its_device_is_not_captured(tmp_path):
+    workload, plan = planned(Case(most=1))
+    batch = built(tmp_path, Case(), workload, plan)._built(plan.microbatches[0])
+    x = torch.zeros(1, len(batch.labels), 4)
+    for ask in (lambda batch: batch.borders.offsets.tolist(), lambda batch: torch.tensor([1.0])):
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            StageGraphs(lambda batch, x, ask=ask: x * len(ask(batch)), [], [batch], (x, x), 1, CpuRecorder())

@@ -61,9 +61,11 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor, batch: LoRABatch | None = None) -> Tensor:
         """y [..., N] of x [..., K]. batch: whose tokens they are; without it all are the first adapter's, with new
         masks at each call, drawn from torch's random numbers (`whole_batch`). Autocast acts as on nn.Linear."""
+        # Not over the lists themselves: that looks each factor up by the text of its number.
+        factors: Any = (self.lora_a._parameters.values(), self.lora_b._parameters.values())
         adapters = [
             LoRAAdapter(a, b, settings.scaling, settings.dropout, key)
-            for a, b, settings, key in zip(self.lora_a, self.lora_b, self.settings, self.keys, strict=True)
+            for a, b, settings, key in zip(*factors, self.settings, self.keys, strict=True)
         ]
         x, weights, biases = autocasted(x, [self.base.weight], [self.base.bias])
         batch, table = batch or whole_batch(x), self._tables.of([adapters], x)
@@ -91,8 +93,12 @@ def whole_batch(x: Tensor) -> LoRABatch:
     obey torch.manual_seed, and are the same when activation checkpointing computes a layer again.
     """
     # Filled by the device and kept by nobody: a CUDA graph that is captured owns them, and none is ever a fake one.
-    offsets = torch.arange(2, dtype=torch.int32, device=x.device) * (x.numel() // x.shape[-1])
-    return LoRABatch(offsets, torch.zeros_like(offsets[:1]), torch.randint(1 << 62, (1,), device=x.device))
+    # [0, tokens], by one kernel; the first of them is also the adapter.
+    tokens = x.numel() // x.shape[-1]
+    offsets = torch.arange(0, 2 * tokens or 2, tokens or 1, dtype=torch.int32, device=x.device)
+    if not tokens:
+        offsets.zero_()
+    return LoRABatch(offsets, offsets[:1], torch.randint(1 << 62, (1,), device=x.device))
 
 
 class SharedInput:

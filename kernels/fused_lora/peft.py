@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,17 @@ class PatchSummary:
         return "\n".join([text, *(f"  {count} x {reason}" for reason, count in reasons.most_common())])
 
 
+class _Reading(NamedTuple):
+    """What a call takes from a layer. setting: the active adapter's name, scaling and dropout, which may be changed at
+    any time, as all that is read may."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    setting: tuple[str, float, float]
+
+
 class _Group:
     """Patched linears that are computed together: one, or those that share their input."""
 
@@ -50,10 +61,18 @@ class _Group:
         self._tables = AdapterTables()
 
     def compute(self, x: Tensor) -> list[Tensor]:
-        """The outputs of all linears of the group."""
-        adapters = [[_adapter(layer, key)] for layer, key in zip(self.layers, self.keys, strict=True)]
-        bases = [layer.get_base_layer() for layer in self.layers]
-        x, weights, biases = autocasted(x, [base.weight for base in bases], [base.bias for base in bases])
+        """The outputs of all linears of the group, which are computable."""
+        readings = [_read(layer, x) for layer in self.layers]
+        return self.outputs(x, [reading for reading in readings if reading])
+
+    def outputs(self, x: Tensor, readings: list[_Reading]) -> list[Tensor]:
+        """The same from what was read of each."""
+        adapters = [
+            [LoRAAdapter(a, b, scaling, dropout, key)]
+            for (_, _, a, b, (_, scaling, dropout)), key in zip(readings, self.keys, strict=True)
+        ]
+        weights, biases = [reading.weight for reading in readings], [reading.bias for reading in readings]
+        x, weights, biases = autocasted(x, weights, biases)
         return lora_linears(x, weights, biases, adapters, whole_batch(x), table=self._tables.of(adapters, x))
 
 
@@ -69,11 +88,14 @@ class _Patched:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer, members = self.group.layers[self.index], self.group.layers
-        if args or kwargs or STATE not in layer.__dict__ or not _computable(layer, x):
+        reading = None if args or kwargs or STATE not in layer.__dict__ else _read(layer, x)
+        if reading is None:
             return type(layer).forward(layer, x, *args, **kwargs)
-        if len(members) > 1 and all(_computable(member, x) for member in members):
-            return self.group.shared.output(self.index, x, [_setting(member) for member in members])
-        return self.single.compute(x)[0]
+        if len(members) > 1:
+            readings = [reading if member is layer else _read(member, x) for member in members]
+            if all(readings):
+                return self.group.shared.output(self.index, x, [each.setting for each in readings if each])
+        return self.single.outputs(x, [reading])[0]
 
 
 def patch(model: nn.Module, group: bool = True) -> PatchSummary:
@@ -155,38 +177,41 @@ def _unsupported(layer: Any) -> str | None:
 
 def _hooked(layer: Any, name: str) -> bool:
     """Would a call of the modules whose weights the kernels read do more than their own forward?"""
-    parts = (layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name])
-    return any("forward" in part.__dict__ or any(getattr(part, hooks) for hooks in HOOKS) for part in parts)
+    return any(
+        map(_is_hooked, (layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]))
+    )
 
 
-def _computable(layer: Any, x: Tensor) -> bool:
-    """Do the kernels compute this call as PEFT would?"""
+def _is_hooked(part: nn.Module) -> bool:
+    state = part.__dict__
+    return "forward" in state or any(map(state.get, HOOKS))
+
+
+def _read(layer: Any, x: Tensor) -> _Reading | None:
+    """What the kernels compute a call from; None where they would not compute it as PEFT does."""
     if not layer.training or layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1:
-        return False
+        return None
     [name] = layer.active_adapters
-    if name not in layer.lora_A or name in layer.lora_variant or _hooked(layer, name):
-        return False
-    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p == 1):
-        return False
-    base = layer.get_base_layer()
-    frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
+    modules = layer._modules  # attributes of modules are slow, and this is read at each call
+    down, up = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
+    if down is None or up is None or name in layer.lora_variant:
+        return None
+    base, dropout = layer.get_base_layer(), modules["lora_dropout"]._modules[name]
+    if any(map(_is_hooked, (base, down, up, dropout))) or not _is_plain(dropout):
+        return None
+    a, b, weight, bias = down.weight, up.weight, base.weight, base.bias
     autocast = torch.is_autocast_enabled(x.device.type)
     computed = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    dtypes = (x.dtype, base.weight.dtype, a.weight.dtype, b.weight.dtype, computed)
-    supported = all(dtype in KERNEL_DTYPES for dtype in dtypes) and (autocast or x.dtype == base.weight.dtype)
-    plain = b.bias is None and base.weight.is_contiguous() and a.weight.shape[0] <= 256
-    return frozen and supported and plain and x.numel() > 0
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    dtypes = {x.dtype, weight.dtype, a.dtype, b.dtype, computed}
+    supported = dtypes.issubset(KERNEL_DTYPES) and (autocast or x.dtype == weight.dtype)
+    plain = up.bias is None and weight.is_contiguous() and a.shape[0] <= 256
+    if not (frozen and supported and plain and x.numel()):
+        return None
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    return _Reading(weight, bias, a, b, (name, layer.scaling[name], p))
 
 
-def _setting(layer: Any) -> tuple[str, float, float]:
-    """The active adapter's name, scaling and dropout: all may be changed at any time."""
-    [name] = layer.active_adapters
-    dropout = layer.lora_dropout[name]
-    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    return name, layer.scaling[name], p
-
-
-def _adapter(layer: Any, key: int) -> LoRAAdapter:
-    name, scaling, p = _setting(layer)
-    return LoRAAdapter(layer.lora_A[name].weight, layer.lora_B[name].weight, scaling, p, key)
+def _is_plain(dropout: nn.Module) -> bool:
+    """Is it one that the kernels draw? That of p = 1 keeps nothing."""
+    return type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p != 1)

@@ -31,7 +31,7 @@ from fused_lora.gpu.host.calls import launching
 from fused_lora.linear import operator_arguments
 from tests.fused_lora.gpu.pretend_cuda import H200, pretended
 
-TOKENS, COLUMNS, RANK = 64, 64, 16
+TOKENS, COLUMNS, RANK = 64, 128, 16
 CALLS, ROUNDS = 100, 15
 
 

@@ -44,36 +44,39 @@ class Case:
     wanted: tuple[bool, bool] = (True, True)
     follow: bool = False  # positions: the first one alone
 
-    def operands(self) -> tuple[Operands, Settings]:
-        generator = torch.Generator().manual_seed(0)
-        factors = self.factors or self.dtype
+    def operands(self, device: torch.device) -> tuple[Operands, Settings]:
         adapters = [
-            [
-                LoRAAdapter(
-                    torch.randn(rank, self.columns, generator=generator).to(factors),
-                    torch.randn(rows, rank, generator=generator).to(factors), 0.5, self.dropout, 7 * linear + index,
-                )
-                for index, rank in enumerate(self.ranks)
-            ]
+            [LoRAAdapter(self.random(device, rank, self.columns).to(self.factors or self.dtype),
+                         self.random(device, rows, rank).to(self.factors or self.dtype), 0.5, self.dropout,
+                         7 * linear + index) for index, rank in enumerate(self.ranks)]
             for linear, rows in enumerate(self.rows)
         ]  # fmt: skip
         borders = [index * self.tokens // len(self.ranks) for index in range(len(self.ranks) + 1)]
         segments = [LoRASegment(*borders[index : index + 2], index) for index in range(len(self.ranks))]
-        batch = LoRABatch.of(segments, torch.arange(1 if self.follow else self.tokens))
-        return operator_arguments(adapters, batch, AdapterTable.of(adapters, torch.device("cpu")), True)
+        batch = LoRABatch.of(segments, torch.arange(1 if self.follow else self.tokens, device=device))
+        return operator_arguments(adapters, batch, AdapterTable.of(adapters, device), True)
 
-    def calls(self) -> list[Callable[[], Any]]:
+    def random(self, device: torch.device, *shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(self.dtype) / 8
+
+    def calls(self, device: torch.device) -> list[Callable[[], Any]]:
         """The forward and the backward pass of the host code."""
-        operands, settings = self.operands()
-        inputs = [torch.zeros(self.tokens, self.columns, dtype=self.dtype) for _ in range(1 + self.gated)]
-        weights = [torch.zeros(rows, self.columns, dtype=self.dtype) for rows in self.rows]
-        biases = [torch.zeros(rows if self.bias else 0, dtype=self.dtype) for rows in self.rows]
-        dys = [torch.zeros(self.tokens, rows, dtype=self.dtype) for rows in self.rows]
+        torch.manual_seed(0)
+        operands, settings = self.operands(device)
+        inputs = [self.random(device, self.tokens, self.columns) for _ in range(1 + self.gated)]
+        weights = [self.random(device, rows, self.columns) for rows in self.rows]
+        biases = [self.random(device, rows if self.bias else 0) for rows in self.rows]
+        dys = [self.random(device, self.tokens, rows) for rows in self.rows]
         _, s, bits = launch.forward(operands, settings, inputs, weights, biases, self.keep_bits)
         return [
             lambda: launch.forward(operands, settings, inputs, weights, biases, self.keep_bits),
             lambda: launch.backward(operands, settings, dys, inputs, weights, s, bits, list(self.wanted)),
         ]
+
+    def choose(self, kernel: str, shape: choices.Shape, gpu: choices.Target) -> dict[str, Any]:
+        if kernel in choices.GEMMS and self.gemm:
+            return choices.own_gemm() if self.gemm == choices.OWN else {"gemm": choices.LIBRARY}
+        return choices.choose(kernel, shape, gpu)
 
 
 CASES = {
@@ -138,18 +141,11 @@ class Kept(TorchDispatchMode):
 
 def problems(case: Case, recorded: Callable) -> list[str]:
     """What is different where a call is done again. The two must tell the driver the same."""
-
-    def choose(kernel: str, shape: choices.Shape, gpu: choices.Target) -> dict[str, Any]:
-        chosen = choices.choose(kernel, shape, gpu)
-        if kernel in choices.GEMMS and case.gemm:
-            return choices.own_gemm() if case.gemm == choices.OWN else {"gemm": choices.LIBRARY}
-        return chosen
-
     wrong = []
-    with launching(choose=choose, target_of=lambda device: H200):
-        calls = case.calls()
+    with launching(choose=case.choose, target_of=lambda device: H200):
+        calls = case.calls(torch.device("cpu"))
         expected = [launched(call, recorded) for call in calls]
-    with launching(choose=choose, target_of=lambda device: H200, remembers=True):
+    with launching(choose=case.choose, target_of=lambda device: H200, remembers=True):
         for index, call in enumerate(calls):
             call()
             for again in range(2):

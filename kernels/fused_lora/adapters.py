@@ -92,13 +92,15 @@ class AdapterTable:
     """What kernels must know of G adapters on P linears that share their input. The tensors lie on the device.
 
     ranks: the rank of each adapter on each linear, [P][G], 0 where it has no factors there.
-    dropout: the largest of all.
+    total_ranks: the rows of a that each linear has. max_rank, dropout: the largest of all.
     scalings: float32 [P, G], float64 on a CPU. factors: the same, scaling / (1 - p).
     thresholds: int32 [P, G], numbers below which an element is dropped. keys: int64 [P, G], Philox's, signed.
     rank_offsets: int32 [P, G + 1], rows of the adapters' a stacked, linear after linear.
     """
 
     ranks: tuple[tuple[int, ...], ...]
+    total_ranks: list[int]
+    max_rank: int
     dropout: float
     scalings: torch.Tensor
     factors: torch.Tensor
@@ -124,6 +126,8 @@ class AdapterTable:
         thresholds = [[drop_threshold(p) for _, p, _ in row] for row in checked]
         return cls(
             ranks=ranks,
+            total_ranks=[sum(row) for row in ranks],
+            max_rank=max([0, *(rank for row in ranks for rank in row)]),  # torch.compile knows no `default`
             dropout=max([0.0, *(p for row in checked for _, p, _ in row)]),
             scalings=torch.tensor(scalings, dtype=torch.float64).to(device, precision),
             factors=torch.tensor(factors, dtype=torch.float64).to(device, precision),
@@ -131,15 +135,6 @@ class AdapterTable:
             keys=torch.tensor([[_signed(key) for _, _, key in row] for row in checked], dtype=torch.int64).to(device),
             rank_offsets=_int32(offsets, device),
         )
-
-    @property
-    def total_ranks(self) -> list[int]:
-        """The rows of a that each linear has."""
-        return [sum(row) for row in self.ranks]
-
-    @property
-    def max_rank(self) -> int:
-        return max([0, *(rank for row in self.ranks for rank in row)])  # torch.compile knows no `default`
 
 
 class Operands(NamedTuple):

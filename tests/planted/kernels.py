@@ -7,6 +7,8 @@ from tests.planted.plant import planted
 PHILOX = "tests/fused_lora/test_philox.py"
 REFERENCE = "tests/fused_lora/test_reference.py"
 LOOPED = "tests/baselines/test_looped.py"
+REPLAY = "tests/fused_lora/gpu/test_replay.py"
+MIXED = f"{REPLAY}::test_the_driver_is_told_the_same[four adapters, mixed ranks, q, k and v]"
 FUNCTIONS = f"{REFERENCE}::test_the_functions_of_the_reference_are_the_linear"
 DEFINITION = f"{REFERENCE}::test_forward_and_gradients_equal_autograd_of_the_definition"
 
@@ -134,3 +136,15 @@ def mloras_da_is_two_percent_down(original):
         return dx, *nothing, *(0.98 * g if i % 2 == 0 else g for i, g in enumerate(factors))
 
     return staticmethod(backward)
+
+
+@planted("fused_lora.gpu.host.driver:_place", caught_by=MIXED)
+def a_view_is_launched_from_its_beginning(original):
+    """A launch that is done again takes the memory of a view from its beginning."""
+    return lambda reference: (reference.slot, 0)
+
+
+@planted("fused_lora.gpu.host.replay:bind", caught_by=MIXED)
+def a_thread_has_no_context(original):
+    """A launch that is done again in autograd's thread has no context of CUDA."""
+    return lambda device: None

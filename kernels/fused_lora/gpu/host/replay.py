@@ -64,7 +64,7 @@ class Plan:
             launch = DriverLaunch(step, recorder.reference)
             return launch.run, launch.slots
         if isinstance(step, Allocation):
-            return partial(self._allocate, step.memory), {step.memory.slot}
+            return _allocation(step.memory, self._device), {step.memory.slot}
         used = [value.slot for value in (*step.arguments, *step.keywords.values()) if isinstance(value, Reference)]
         return partial(self._operate, step), {*used} if step.result is None else {*used, step.result}
 
@@ -78,10 +78,6 @@ class Plan:
             if done:
                 complete.append(partial(_release, done))
         return complete
-
-    def _allocate(self, memory: Reference, tensors: list, addresses: list[int], stream: int) -> None:
-        tensor = torch.empty(memory.shape, dtype=memory.dtype, device=self._device)
-        tensors[memory.slot], addresses[memory.slot] = tensor, tensor.data_ptr()
 
     def _operate(self, step: Operation, tensors: list, addresses: list[int], stream: int) -> None:
         arguments = [self._tensor(argument, tensors) for argument in step.arguments]
@@ -112,6 +108,16 @@ class Plan:
         return parts, first, second
 
 
+def _allocation(memory: Reference, device: torch.device) -> Callable[..., None]:
+    slot, shape, dtype = memory.slot, memory.shape, memory.dtype  # read once: there are ten in a linear
+
+    def allocate(tensors: list, addresses: list[int], stream: int) -> None:
+        tensors[slot] = tensor = torch.empty(shape, dtype=dtype, device=device)
+        addresses[slot] = tensor.data_ptr()
+
+    return allocate
+
+
 def _release(slots: set[int], tensors: list, addresses: list[int], stream: int) -> None:
     for slot in slots:
         tensors[slot] = None
@@ -120,9 +126,8 @@ def _release(slots: set[int], tensors: list, addresses: list[int], stream: int) 
 def remembered(function: Callable[..., Results], operands: Operands, settings: Settings, *arguments: Any) -> Results:
     """function(operands, settings, *arguments), a pass of the host code, from its record where there is one.
 
-    arguments: tensors, sequences of them, or what tells kinds of calls apart. The first call of a kind is not recorded:
-    there may be no second. Nor are calls while someone else launches, or watches
-    Triton's launches."""
+    arguments: tensors, bools, which tell kinds of calls apart, and sequences of either. The first call of a kind is not
+    recorded, as there may be no second. Nor are calls while someone else launches, or watches Triton's launches."""
     launcher = calls.launcher()
     watched = launcher.run_of is not calls.RUN or knobs.runtime.launch_enter_hook.calls
     if not launcher.remembers or watched:
@@ -132,10 +137,12 @@ def remembered(function: Callable[..., Results], operands: Operands, settings: S
     for argument in arguments:
         if isinstance(argument, Tensor):
             tensors.append(argument)
-        elif isinstance(argument, Sequence) and isinstance(argument[0], Tensor):
+        elif isinstance(argument, bool):
+            numbers.append(argument)
+        elif isinstance(argument[0], Tensor):
             tensors += argument
         else:
-            numbers.append(tuple(argument) if isinstance(argument, Sequence) else argument)
+            numbers += argument
     addresses = list(map(Tensor.data_ptr, tensors))
     kind = (
         function, operands.a.device, operands.a.dtype, operands.b.dtype, tensors[len(operands)].dtype, *numbers,

@@ -68,18 +68,22 @@ def make(
             "jobs file and where a job states a priority or a weight"
         ),
     ] = None,
+    graphs: Annotated[
+        bool | None,
+        typer.Option(help="for stages that replay CUDA graphs; by default as the jobs file says, or not"),
+    ] = None,
 ) -> None:
     """Plan a workload for a system, and check the plan."""
     from lorafusion.planning import COMPLETION, plan_system, plan_workload
     from lorafusion.planning.simulator import chosen_costs, costs_for
 
-    if system is not None and strategy is not None:
-        raise UserError(f"either --system or --strategy, found {system} and {strategy}")
-    jobs, sizes, question = _jobs_of(workload)
+    jobs, sizes, question, stated_graphs = _jobs_of(workload)
     given = {"stages": stages, "capacity": capacity, "data_parallel": data_parallel}
     sizes |= {name: size for name, size in given.items() if size is not None}
-    name, is_fast = _planner(system, strategy)
+    name, is_fast = _planner(system, strategy, graphs)
     options: dict[str, Any] = {}
+    if graphs or (graphs is None and stated_graphs and name == SYSTEM):
+        options["graphs"] = True
     if aim and not is_fast:
         raise UserError(f"--aim: {name} has none; fast does")
     if aim or (question and is_fast):
@@ -99,15 +103,15 @@ def make(
     print(f"{out}: {s.microbatches} microbatches ({s.noops} no-ops, at least {s.lower_bound}), fill {s.fill:.3f}")
 
 
-def _jobs_of(path: Path) -> tuple[Workload, dict[str, int], Question | None]:
-    """A workload with the sizes that it is planned for by default; of a jobs file those it states, and what its costs
-    depend on."""
+def _jobs_of(path: Path) -> tuple[Workload, dict[str, int], Question | None, bool]:
+    """A workload with the sizes that it is planned for by default; of a jobs file those it states, what its costs
+    depend on, and whether its stages replay graphs."""
     from lorafusion.core.workload import Workload
     from lorafusion.planning.simulator import Question
 
     sizes = {"stages": 1, "capacity": CAPACITY, "data_parallel": 1}
     if path.suffix not in (".yaml", ".yml"):
-        return Workload.read(path), sizes, None
+        return Workload.read(path), sizes, None, False
     from lorafusion.train.config import read_train_config
 
     config = read_train_config(path)  # before torch is imported, which takes seconds
@@ -120,15 +124,20 @@ def _jobs_of(path: Path) -> tuple[Workload, dict[str, int], Question | None]:
         model = base_model(config)
         share = config.recomputed_share or 0.0
         question = Question(config.stages, model, device=config.device, checkpointing=share > 0)
-        return prepare(config, model, Path(scratch)), sizes, question
+        graphs = config.graphs != "off" and config.device != "cpu"  # of a GPU, if it says none
+        return prepare(config, model, Path(scratch)), sizes, question, graphs
 
 
-def _planner(system: str | None, strategy: str | None) -> tuple[str, bool]:
-    """The name of the system or strategy to plan by, and whether it is planned by `fast`."""
+def _planner(system: str | None, strategy: str | None, graphs: bool | None) -> tuple[str, bool]:
+    """The name of the system or strategy to plan by, and whether it is planned by `fast`. graphs: asked for."""
     from lorafusion.core.config import read_systems
     from lorafusion.planning import STRATEGIES
 
     if strategy is not None:
+        if system is not None:
+            raise UserError(f"either --system or --strategy, found {system} and {strategy}")
+        if graphs:
+            raise UserError(f"--graphs: expected a system, found the strategy {strategy}")
         one_of("strategy", strategy, set(STRATEGIES), "plan")
         return strategy, strategy == "fast"
     systems, name = read_systems(), system or SYSTEM

@@ -71,7 +71,10 @@ def read_source(path: Path, model: str | None) -> Source:
 
 def costs_by_stages(source: Source, path: Path | None, checkpointing: bool) -> Callable[[int], CostModel]:
     """The cost model by the number of stages: by the model's FLOP, or by a file, which is a profile of the model or a
-    cost model whose layers are divided anew."""
+    cost model whose layers are divided anew. A jobs file may ask for graphs."""
+    if source.config is not None and source.config.graphs != "off":
+        eager = costs_by_stages(source._replace(config=None), path, checkpointing)
+        return lambda stages: eager(stages).captured()
     if path is None or is_profile(path):
         # Of GPUs, also where a jobs file says that it is tried on a CPU.
         return lambda stages: costs_for(Question(stages, source.model, path, checkpointing=checkpointing))

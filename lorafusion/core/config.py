@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lorafusion.core.files import read_yaml
 from lorafusion.core.schema import MOST_LAYERS, MOST_PROCESSES, MOST_TOKENS, Config, UserError, one_of, validated
@@ -17,6 +17,14 @@ Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)  # a part 
 Size = Annotated[int, Field(ge=1, le=2**24)]  # of a model
 Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 Entry = TypeVar("Entry", bound=Config)
+
+
+def _word_of_switch(value: object) -> object:
+    """`on` or `off` of a YAML file, which YAML 1.1 takes for true and false."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
+
+
+Graphs = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word_of_switch)]
 
 
 class ModelConfig(Config):
@@ -81,6 +89,9 @@ class SystemConfig(Config):
     max_gpus: int | None = Field(default=None, ge=1)
     max_stages: int | None = Field(default=None, ge=1)
     requires: str | None = Field(default=None, description="a Python package; without it runs are skipped")
+    no_graphs: str | None = Field(
+        default=None, description="why its stages cannot be captured as CUDA graphs; none of those that can"
+    )
 
     @property
     def implementation(self) -> str:
@@ -135,3 +146,18 @@ def require_possible(name: str, system: SystemConfig, stages: int, data_parallel
         raise UserError(
             f"system {name} has {system.max_stages} stages at most, found {stages}; replicas are its data_parallel"
         )
+
+
+def no_graphs(name: str, system: SystemConfig, device: str) -> str:
+    """Why a system's stages run without CUDA graphs on a device; empty where they need not."""
+    if device != "cuda":
+        return f"the device is {device}, and graphs need a GPU"
+    return f"system {name} has no graphs, {system.no_graphs}" if system.no_graphs else ""
+
+
+def uses_graphs(setting: Graphs, reason: str, where: str) -> bool:
+    """Do stages replay graphs? reason: that they cannot, or empty. Raises `UserError` where they are to and cannot;
+    where: the file and the key."""
+    if setting == "on" and reason:
+        raise UserError(f"{where}: found on, expected auto or off: {reason}")
+    return setting != "off" and not reason

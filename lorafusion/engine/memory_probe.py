@@ -117,16 +117,17 @@ def _needs(run: TrainingRun) -> Needs:
 
 
 def capacity_of(
-    stages: Sequence[Measured], longest: int, share: float | None, wanted: int | None = None
+    stages: Sequence[Measured], longest: int, share: float | None, wanted: int | None = None, graphs: bool = False
 ) -> tuple[int, float]:
     """Tokens of a microbatch that fit on every stage, and the share of the layers that is computed again for that.
 
     longest: tokens of the longest sample, that must fit. share: as it was asked for, or None for the least with which
-    the wanted tokens fit, by default WANTED. Raises `UserError` where the longest sample does not fit.
+    the wanted tokens fit, by default WANTED. graphs: each microbatch in flight has a pool of memory of its own, which
+    all buckets share. Raises `UserError` where the longest sample does not fit.
     """
     chosen = (0, 0.0)
     for tried in SHARES if share is None else (share,):
-        capacity = min(_capacity(stage, tried) for stage in stages)
+        capacity = min(_capacity(stage, tried, graphs) for stage in stages)
         chosen = max(chosen, (min(capacity, MOST), tried), key=lambda choice: choice[0])
         if capacity >= max(wanted or WANTED, longest):
             break
@@ -140,13 +141,14 @@ def capacity_of(
     return capacity, used
 
 
-def _capacity(stage: Measured, share: float) -> int:
+def _capacity(stage: Measured, share: float, graphs: bool) -> int:
     """Tokens that fit on one stage with a share of its layers computed again."""
 
     def mixed(index: int) -> float:
         return (1 - share) * stage.whole.kept[index] + share * stage.recomputed.kept[index]
 
     passing = (stage.recomputed if share else stage.whole).passing
-    fixed = stage.whole.base + stage.in_flight * mixed(0) + passing[0]
-    each = stage.in_flight * mixed(1) + passing[1]
+    pools = stage.in_flight if graphs else 1  # that have what passes
+    fixed = stage.whole.base + stage.in_flight * mixed(0) + pools * passing[0]
+    each = stage.in_flight * mixed(1) + pools * passing[1]
     return int((stage.usable - fixed) / each)

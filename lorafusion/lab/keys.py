@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lorafusion.core.config import CONFIGS, SystemConfig, read_model, read_systems
+from lorafusion.core.config import CONFIGS, SystemConfig, no_graphs, read_model, read_systems, uses_graphs
 from lorafusion.core.plan import Plan, check
 from lorafusion.core.schema import UserError
 from lorafusion.core.seals import require_own_seal, require_seal
@@ -45,9 +45,18 @@ def require(path: str | Path, pairs: list[tuple[str, object, object]]) -> None:
 def configuration_hash(suite: Suite, cell: Cell, system: SystemConfig) -> str:
     """Changes with anything in the configuration that a run of the cell depends on."""
     settings = suite.model_dump(mode="json", include={"device", "dtype", "adapter_dtype", "seed"})
-    grid_keys = {"samples", "global_batch", "length_scale", "checkpointing", "data_parallel", "merged_qkv", "tuned"}
+    grid_keys = {
+        "samples",
+        "global_batch",
+        "length_scale",
+        "checkpointing",
+        "data_parallel",
+        "graphs",
+        "merged_qkv",
+        "tuned",
+    }
     grid = cell.grid.model_dump(mode="json", include=grid_keys)
-    system_settings = system.model_dump(mode="json", exclude={"description"})
+    system_settings = system.model_dump(mode="json", exclude={"description", "no_graphs"})
     model = read_model(cell.model).model_dump(mode="json")
     return content_hash([cell.name, settings, grid, cell.grid.capacity_of(cell.workload), system_settings, model])
 
@@ -77,10 +86,25 @@ class CellFiles:
         return configuration_hash(self.suite, self.cell, self.system)
 
     @cached_property
+    def graphs(self) -> bool:
+        """Do its stages replay graphs?"""
+        return uses_graphs(self.cell.grid.graphs, self._no_graphs, f"cell {self.cell.name}: graphs")
+
+    @property
+    def graphs_note(self) -> str:
+        """Why they do not, where that is not asked for."""
+        return f"; without graphs: {self._no_graphs}" * (self.cell.grid.graphs == "auto" and not self.graphs)
+
+    @property
+    def _no_graphs(self) -> str:
+        return no_graphs(self.cell.system, self.system, self.suite.device)
+
+    @cached_property
     def costs(self) -> CostModel:
         """Those of the cell's stages on the suite's device, which it is planned by. No machine is asked: a plan is the
         same wherever it is made, also where there is no GPU."""
-        return costs_for(self.question)
+        costs = costs_for(self.question)
+        return costs.captured() if self.graphs else costs
 
     @cached_property
     def question(self) -> Question:

@@ -103,13 +103,13 @@ class MeasuredSteps:
         capacity = files.capacity(files.tuned(self._tuned_path(step.name)))
         plan = plan_cell(files.expected_workload, files, capacity)
         write(step.path, plan.to_json())
-        return f"{len(plan.microbatches)} microbatches"
+        return f"{len(plan.microbatches)} microbatches" + files.graphs_note
 
     def _plan_settings(self, files: CellFiles) -> list[object]:
         cell, system = files.cell, files.system.model_dump(mode="json", include={"planner", "options"})
         capacity = None if cell.grid.tuned else cell.grid.capacity_of(cell.workload)
         costs = files.costs.model_dump(mode="json")
-        return [cell.system, system, cell.stages, cell.grid.data_parallel, capacity, costs]
+        return [cell.system, system, cell.stages, cell.grid.data_parallel, capacity, costs, *["graphs"] * files.graphs]
 
     def _read_plan(self, name: str):
         """The plan of a cell; None for a cell that nothing installed here can run."""

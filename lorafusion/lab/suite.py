@@ -12,13 +12,16 @@ from pydantic import Field, field_validator, model_validator
 
 from lorafusion.core.config import (
     CONFIGS,
+    Graphs,
     Name,
     Processes,
     SystemConfig,
     names_in,
+    no_graphs,
     read_model,
     read_systems,
     require_possible,
+    uses_graphs,
 )
 from lorafusion.core.files import read_yaml
 from lorafusion.core.machine import has_gpu
@@ -61,6 +64,11 @@ class Grid(Config):
         default=1.0, ge=LEAST_SCALE, le=MOST_SCALE, description="divides the sample lengths, for small models"
     )
     checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    graphs: Graphs = Field(
+        default="off",
+        exclude_if=lambda graphs: graphs == "off",
+        description="replay stages as CUDA graphs; auto: where the device is a GPU, and the system's design allows it",
+    )
     merged_qkv: bool = Field(default=False, description="one adapter for q, k and v as one linear, in every system")
     tuned: bool = Field(
         default=False,
@@ -233,6 +241,7 @@ def cells(suite: Suite, source: str | Path = "suite") -> list[Cell]:
         for model, workload, gpus, system in product(grid.models, grid.workloads, grid.gpus, grid.systems):
             cell = Cell(system=system, model=model, gpus=gpus, workload=workload, grid=grid)
             _require_possible(cell, systems[system], layers[model], where)
+            uses_graphs(grid.graphs, no_graphs(system, systems[system], suite.device), f"{where}.graphs")
             if cell.name in seen:
                 raise UserError(f"{where}: cell {cell.name} is in the suite twice")
             seen.add(cell.name)

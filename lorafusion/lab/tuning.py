@@ -130,7 +130,7 @@ def plan_cell(workload: Workload, files: CellFiles, capacity: int) -> Plan:
     """The plan of a workload as a cell runs it."""
     cell = files.cell
     return plan_system(workload, cell.system, stages=cell.stages, capacity=capacity,
-                       data_parallel=cell.grid.data_parallel, costs=files.costs)  # fmt: skip
+                       data_parallel=cell.grid.data_parallel, costs=files.costs, graphs=files.graphs)  # fmt: skip
 
 
 def _try_all(spec: RunSpec, processes: int, seconds: float, attempt: Attempt) -> list[Tried]:

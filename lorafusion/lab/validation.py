@@ -86,6 +86,7 @@ class _Cell:
         return self.seconds_by(self.costs.model_copy(update=parts))
 
     def seconds_by(self, costs: CostModel) -> float:
+        costs = costs.captured() if self.plan.buckets else costs
         return simulate(self.plan, costs.costs(*self.contents), schedule_of(self.files.system)).makespan
 
 

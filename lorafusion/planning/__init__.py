@@ -15,8 +15,9 @@ from lorafusion.core.plan import Plan
 from lorafusion.core.plugins import load
 from lorafusion.core.schema import UserError, one_of
 from lorafusion.core.workload import Workload, content_hash
+from lorafusion.planning.buckets import planned_with_buckets
 from lorafusion.planning.completion import COMPLETION
-from lorafusion.planning.simulator.costs import CostModel
+from lorafusion.planning.simulator.costs import CostModel, even_costs
 
 __all__ = ["COMPLETION", "STRATEGIES", "plan_key", "plan_system", "plan_workload"]
 
@@ -39,16 +40,27 @@ def plan_system(
     data_parallel: int = 1,
     costs: CostModel | None = None,
     aim: str | None = None,
+    graphs: bool = False,
     **options: object,
 ) -> Plan:
     """A checked plan by the planner of a system of configs/systems.yaml, with its entry's options and those given.
-    costs: of the stages, and aim: one of `completion.AIMS`, for a planner that takes them.
+    costs: of the stages, and aim: one of `completion.AIMS`, for a planner that takes them. graphs: with buckets, for
+    stages that replay graphs.
 
     Raises `UserError` for an unknown system, and as its planner does."""
     entry = read_system(system)
     require_possible(system, entry, stages, data_parallel)
+    if graphs:
+        if entry.no_graphs:
+            raise UserError(f"plan: system {system} has no graphs, {entry.no_graphs}")
+        costs = (costs or even_costs(stages)).captured()
     chosen = planner_options(entry, costs, aim) | options
-    plan = load(entry.planner, "planner")(workload, system, stages, capacity, data_parallel, **chosen)
+
+    def planned(by: CostModel | None) -> Plan:
+        given = chosen | {"costs": by} if "costs" in chosen else chosen
+        return load(entry.planner, "planner")(workload, system, stages, capacity, data_parallel, **given)
+
+    plan = planned_with_buckets(planned, workload, costs) if graphs and costs else planned(costs)
     return plan.model_copy(update={"key": plan_key(plan, entry.planner, chosen)})
 
 

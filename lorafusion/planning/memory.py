@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lorafusion.core.config import ModelConfig
 from lorafusion.planning.capacity import STEP, USABLE, rounded_down
-from lorafusion.planning.simulator.costs import GRADIENT_BYTES, CostModel
+from lorafusion.planning.simulator.costs import GRADIENT_BYTES, CapturedCosts, CostModel
 
 WORKSPACE = 2 << 30  # bytes: products on their way
 ADAPTER_BYTES = 4 * GRADIENT_BYTES  # itself, its gradient, AdamW's two moments
@@ -32,7 +32,8 @@ def saved_bytes(config: ModelConfig, checkpointing: bool = False) -> float:
 
 
 class PipelineMemory(NamedTuple):
-    """The memory of each GPU of a pipeline. model: tells the layers of its stages; memory: bytes of a GPU."""
+    """The memory of each GPU of a pipeline. model: tells the layers of its stages, and whether they replay graphs;
+    memory: bytes of a GPU."""
 
     config: ModelConfig
     model: CostModel
@@ -51,7 +52,8 @@ class PipelineMemory(NamedTuple):
         config, stages = self.config, self.model.stages
         kept = self.model.layers[stage] * saved_bytes(config, self.checkpointing) * (stages - stage)
         if self.checkpointing:
-            kept += saved_bytes(config)  # the layer that is computed again
+            # The layer that is computed again, with graphs in the pool of each microbatch in flight.
+            kept += saved_bytes(config) * (stages - stage if isinstance(self.model, CapturedCosts) else 1)
         return kept + (LOGIT_BYTES * config.vocab_size if stage == stages - 1 else 0)
 
     def used(self, parameters: int, tokens: int, stage: int) -> float:

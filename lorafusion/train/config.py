@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from lorafusion.core.config import names_in
+from lorafusion.core.config import Graphs, names_in, no_graphs, read_system, uses_graphs
 from lorafusion.core.files import named_path, read_yaml
 from lorafusion.core.machine import has_gpu
 from lorafusion.core.schema import (
@@ -50,6 +50,7 @@ from lorafusion.data.blocks import Data, SyntheticData, SyntheticSamples, data_b
 from lorafusion.launch.spec import DType
 from lorafusion.train.other_tools import BATCH, Stated, over, translated, with_global_batch
 
+SYSTEM = "lorafusion"  # that trains a jobs file
 DEFAULT_MAX_LENGTH = 4096
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 NOWHERE = "/"  # in the place of what cannot be
@@ -182,6 +183,9 @@ class TrainConfig(Config):
     checkpointing: Literal["auto", "none", "all"] | float = Field(
         default="auto", description="which layers recompute their activations, or which share of them"
     )
+    graphs: Graphs = Field(
+        default="off", description="replay stages as CUDA graphs; auto: where the device is a GPU and they fit"
+    )
     save_every: int = Field(default=100, ge=1, le=MOST_STEPS, description="microbatch slots between two checkpoints")
     keep: int = Field(default=2, ge=1, le=MOST_STEPS, description="checkpoints to keep")
     stall_minutes: float = Field(
@@ -231,6 +235,15 @@ class TrainConfig(Config):
     def chosen_dtype(self) -> DType:
         """The dtype of the base model asked for, or the one that suits the device."""
         return self.dtype or ("bfloat16" if self.chosen_device == "cuda" else "float32")
+
+    @property
+    def without_graphs(self) -> str:
+        """Why stages cannot replay graphs here, memory aside; empty where they can."""
+        return no_graphs(SYSTEM, read_system(SYSTEM), self.chosen_device)
+
+    def uses_graphs(self, reason: str) -> bool:
+        """As `core.config.uses_graphs`."""
+        return uses_graphs(self.graphs, reason, f"{self.path}: graphs")
 
     @property
     def is_described(self) -> bool:

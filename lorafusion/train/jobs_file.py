@@ -55,6 +55,8 @@ def _require_possible(config: TrainConfig) -> None:
                 f"{config.path}: processes: {config.processes} on this machine, expected {MOST_PROCESSES} at most"
             )
     with mistakes.gathered():
+        config.uses_graphs(config.without_graphs)
+    with mistakes.gathered():
         require_warm_ups(config)
     model = read_model(config.model) if config.is_described else None
     if model:

@@ -11,18 +11,17 @@ from lorafusion.core.machine import gpu_state
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload, content_hash
-from lorafusion.engine.memory_probe import Measured, capacity_of
+from lorafusion.engine.memory_probe import MOST, Measured, capacity_of
 from lorafusion.launch.launch import launch
 from lorafusion.launch.lock import Lock
 from lorafusion.launch.spec import PROBE_MEMORY, RunSpec, Saving
 from lorafusion.planning import COMPLETION, plan_system
 from lorafusion.planning.simulator import CostModel, Question, costs_for
-from lorafusion.train.config import TrainConfig
+from lorafusion.train.config import SYSTEM, TrainConfig
 from lorafusion.train.folder import MODEL, OutputFolder, Run
 from lorafusion.train.prepare import DATA
 
 LOGGER = logging.getLogger(__name__)
-SYSTEM = "lorafusion"
 CPU_CAPACITY = 2048  # tokens, where nothing is probed
 LOG = "log.txt"  # in the output folder
 
@@ -35,15 +34,30 @@ class RunPlanner:
 
     def plan(self, remaining: Workload) -> Plan:
         """The plan of what remains to be trained."""
-        stages = self.config.stages
-        capacity, share = self._capacity(remaining, self.config.capacity)
+        stages, graphs = self.config.stages, self._has_graphs(remaining)
+        capacity, share = self._capacity(remaining, self.config.capacity, graphs)
         costs = self._costs(remaining, share)
-        plan = plan_system(remaining, SYSTEM, stages=stages, capacity=capacity,
-                           data_parallel=self.config.data_parallel, costs=costs, aim=COMPLETION)  # fmt: skip
+        plan = plan_system(remaining, SYSTEM, stages=stages, capacity=capacity, aim=COMPLETION,
+                           data_parallel=self.config.data_parallel, costs=costs, graphs=graphs)  # fmt: skip
         numbers = plan.statistics
         summary = f"{len(remaining.jobs)} jobs, {remaining.tokens} tokens in {numbers.microbatches} microbatches"
         LOGGER.info(f"{summary} of at most {capacity} tokens, fill {numbers.fill:.2f}")
         return plan
+
+    def _has_graphs(self, workload: Workload) -> bool:
+        """Are stages to replay graphs? Says why not, where that is not asked for. Raises `UserError` where graphs are
+        asked for and do not fit."""
+        config, reason = self.config, self.config.without_graphs
+        if config.graphs == "off":
+            return False
+        if not reason:
+            try:
+                self._capacity(workload, config.capacity, graphs=True)
+            except UserError as error:
+                reason = str(error)
+        if reason and config.graphs == "auto":
+            LOGGER.info(f"without graphs: {reason}")
+        return config.uses_graphs(reason)
 
     def _costs(self, workload: Workload, share: float) -> CostModel:
         """Those of this machine. share: of the layers that recompute their activations."""
@@ -57,7 +71,8 @@ class RunPlanner:
 
     def spec(self, run: Run) -> RunSpec:
         """The spec of a run's processes."""
-        share = self._capacity(Workload.read(run.workload), Plan.read(run.plan).capacity)[1]
+        plan = Plan.read(run.plan)
+        share = self._capacity(Workload.read(run.workload), plan.capacity, bool(plan.buckets))[1]
         settings = {"plan": str(run.plan), "tokens": str(self.output.path / DATA),
                     "saving": Saving(folder=str(run.checkpoints), every=self.config.save_every, keep=self.config.keep),
                     "events": str(run.events), "checkpointing": share}  # fmt: skip
@@ -74,18 +89,21 @@ class RunPlanner:
                        device=config.chosen_device, dtype=config.chosen_dtype, adapter_dtype=config.adapter_dtype,
                        seed=config.seed, checkpointing=0.0, lock=self.lock)  # fmt: skip
 
-    def _capacity(self, workload: Workload, capacity: int | None) -> tuple[int, float]:
+    def _capacity(self, workload: Workload, capacity: int | None, graphs: bool) -> tuple[int, float]:
         """Tokens of a microbatch, and the share of the layers that recompute their activations: stated, or measured by
         `engine.memory_probe`, or on a CPU, where memory is not short, a fixed one. (`planning.capacity` lists the other
-        answers.)"""
+        answers.) Raises `UserError` where the longest sample does not fit, or the graphs of what is stated."""
         share = self.config.recomputed_share
         samples = [sample for job in workload.jobs for sample in (*job.samples, *job.evaluation)]
         longest = max(sample.tokens for sample in samples)
         if self.config.chosen_device == "cpu":
             return capacity or max(CPU_CAPACITY, longest), share or 0.0
-        if capacity and share is not None:
+        if capacity and share is not None and not graphs:
             return capacity, share
-        fitting, needed_share = capacity_of(self._measured(workload), longest, share, wanted=capacity)
+        fitting, needed_share = capacity_of(self._measured(workload), longest, share, wanted=capacity, graphs=graphs)
+        if graphs and capacity and fitting < min(capacity, MOST):
+            raise UserError(f"capacity: graphs of microbatches of {capacity} tokens do not fit in the memory, of "
+                            f"{fitting} they do")  # fmt: skip
         return capacity or fitting, needed_share
 
     def _measured(self, workload: Workload) -> list[Measured]:

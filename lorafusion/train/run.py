@@ -211,8 +211,9 @@ class Training:
         if remaining is not None:
             plan = Plan.read(run.plan)
             capacity = self.config.capacity or plan.capacity
-            wanted = (remaining.content_hash, self.config.stages, self.config.data_parallel, capacity)
-            if wanted == (plan.workload_hash, plan.stages, plan.data_parallel, plan.capacity):
+            graphs = {"on": True, "off": False, "auto": bool(plan.buckets)}[self.config.graphs]
+            wanted = (remaining.content_hash, self.config.stages, self.config.data_parallel, capacity, graphs)
+            if wanted == (plan.workload_hash, plan.stages, plan.data_parallel, plan.capacity, bool(plan.buckets)):
                 return run, remaining
         self.output.require_continued(self.workload, run, self._checkpoint_before)
         self.output.take_over(run, self._checkpoint_before)

@@ -94,6 +94,15 @@ def test_a_plan_in_which_jobs_end_early(planned):
     assert shares[0] < shares[1]
 
 
+def test_a_plan_with_graphs_shows_its_buckets(planned):
+    done = lorafusion("plan", planned / "deep/w.json", "--graphs", "--capacity", 256, "-o", planned / "g.json")
+    assert done.returncode == 0, done.stderr
+    sizes = [bucket["tokens"] for bucket in json.loads((planned / "g.json").read_text())["buckets"]]
+    shown = lorafusion("plan", "show", planned / "g.json", "--workload", planned / "deep/w.json").stdout
+    assert re.search(rf"buckets +{', '.join(map(str, sizes))} tokens; [\d.]+% of padding", shown)
+    assert "buckets" not in lorafusion("plan", "show", planned / "p.json").stdout
+
+
 def test_a_plan_by_the_costs_of_a_model(planned):
     done = lorafusion(
         "plan", planned / "deep/w.json", "--model", "llama-3.1-8b", "--stages", 2, "--capacity", 256,
@@ -198,6 +207,14 @@ MISTAKES = {
         ["plan", "{folder}/deep/w.json", "--system", "mlora", "--aim", "completion", "-o", "{folder}/x"],
         "--aim: mlora has none; fast does",
     ),
+    "graphs of a strategy": (
+        ["plan", "{folder}/deep/w.json", "--strategy", "fast", "--graphs", "-o", "{folder}/x"],
+        "--graphs: expected a system, found the strategy fast",
+    ),
+    "graphs of a system without": (
+        ["plan", "{folder}/deep/w.json", "--system", "peft", "--graphs", "-o", "{folder}/x"],
+        "plan: system peft has no graphs, a graph would hold the weights of one adapter",
+    ),
     "an unknown aim": (
         ["plan", "{folder}/deep/w.json", "--aim", "sooner", "-o", "{folder}/x"],
         "plan: unknown aim 'sooner'; known: completion, throughput",
@@ -288,7 +305,10 @@ def test_a_plan_of_a_jobs_file_has_its_sizes_and_writes_nothing_else(tmp_path):
     done = lorafusion("plan", tmp_path / "jobs.yaml", "-o", tmp_path / "p.json")
     assert done.returncode == 0, done.stderr
     plan = json.loads((tmp_path / "p.json").read_text())
-    assert (plan["stages"], plan["capacity"]) == (2, 512)
+    assert (plan["stages"], plan["capacity"], "buckets" in plan) == (2, 512, False)
+    (tmp_path / "jobs.yaml").write_text("graphs: auto\n" + (tmp_path / "jobs.yaml").read_text())
+    assert lorafusion("plan", tmp_path / "jobs.yaml", "-o", tmp_path / "p.json").returncode == 0
+    assert json.loads((tmp_path / "p.json").read_text())["buckets"]
     assert {path.name for path in tmp_path.iterdir()} == {"jobs.yaml", "p.json"}
 
 

@@ -76,6 +76,10 @@ CHANGES = {
     "an unknown model": ({"models": ["gpt"]}, "cells.0: unknown model 'gpt'; known: llama-3.1-70b"),
     "an unknown workload": ({"workloads": ["c4"]}, "cells.0: unknown workload 'c4'; known: cnn_dailymail"),
     "more stages than layers": ({"gpus": [5]}, "cells.0: 5 stages, but model tiny has only 4 layers"),
+    "graphs on a CPU": (
+        {"graphs": "on"},
+        "cells.0.graphs: found on, expected auto or off: the device is cpu, and graphs need a GPU",
+    ),
     "no gpus": ({"gpus": [0]}, "cells.0.gpus.0: input should be greater than or equal to 1 (found 0)"),
     "replicas that do not divide": ({"data_parallel": 3, "gpus": [4]}, "4 gpus cannot hold 3 replicas of equal size"),
     "a negative batch": ({"global_batch": -1}, "cells.0.global_batch: input should be greater than or equal to 1"),

@@ -37,6 +37,14 @@ def test_the_fullest_stage_decides():
     assert together == alone
 
 
+def test_graphs_have_a_pool_of_memory_for_each_microbatch_in_flight():
+    """What passes is in each pool, and not only what is kept."""
+    eager, captured = (capacity_of([stage(in_flight=3)], 512, 0.0, graphs=graphs)[0] for graphs in (False, True))
+    assert eager == int((48 * 1024 - 100) / (3 * 4 + 0.5)) // STEP * STEP
+    assert captured == int((48 * 1024 - 3 * 100) / (3 * 4 + 3 * 0.5)) // STEP * STEP
+    assert capacity_of([stage()], 512, 0.0, graphs=True) == capacity_of([stage()], 512, 0.0)
+
+
 def test_as_few_layers_as_need_be_are_computed_again():
     capacity, share = capacity_of([stage(kept=8.0)], 4096, None)
     assert (share, capacity >= 8192) == (0.5, True)

@@ -21,7 +21,17 @@ from lorafusion.data.lengths import make_workload
 from lorafusion.lab.keys import CellFiles
 from lorafusion.lab.suite import cells, read_suite
 from lorafusion.lab.trials import SLOWER
-from lorafusion.lab.tuning import TrialOptions, Tried, Tuned, beginning, candidates, profile_cell, sizes, tune_cell
+from lorafusion.lab.tuning import (
+    TrialOptions,
+    Tried,
+    Tuned,
+    beginning,
+    candidates,
+    plan_cell,
+    profile_cell,
+    sizes,
+    tune_cell,
+)
 from lorafusion.launch.outcome import Outcome
 from lorafusion.planning import plan_system
 
@@ -261,3 +271,32 @@ def test_a_profile_of_a_cpu_is_refused(suite, tmp_path):
     made = suite()
     with pytest.raises(UserError, match="a suite for a CPU; only a GPU's kernels can be told apart"):
         profile_cell(made.path, made.cell.name, made.workload_path, tmp_path / "plan.json", tmp_path / "profile.csv")
+
+
+@pytest.mark.parametrize(("system", "device"), [("lorafusion", "cuda"), ("lorafusion", "cpu"), ("mlora", "cuda")])
+def test_a_cell_has_graphs_where_its_system_and_device_can(suite, system, device):
+    """Its plan then has buckets, and is made by other settings; without graphs nothing is as it was not before."""
+    plain = suite(system, device=device)
+    eager = CellFiles(read_suite(plain.path), plain.cell)
+    auto = suite(system, device=device, graphs="auto")
+    files = CellFiles(read_suite(auto.path), auto.cell)
+    can = (system, device) == ("lorafusion", "cuda")
+    assert (files.graphs, eager.graphs) == (can, False)
+    assert eager.graphs_note == ""
+    reason = {"cpu": "the device is cpu, and", "cuda": "" if can else "system mlora has no graphs, its loop"}[device]
+    assert files.graphs_note.startswith(f"; without graphs: {reason}" if reason else "")
+    assert files.configuration != eager.configuration
+    plan = plan_cell(auto.workload, files, 1024)
+    assert bool(plan.buckets) == can
+    path = auto.path.parent / "plan.json"
+    path.write_text(plan.to_json())
+    grid = files.cell.grid.model_copy(update={"tuned": False})
+    untuned = CellFiles(files.suite, files.cell.model_copy(update={"grid": grid}))
+    assert untuned.plan(path, None) == plan
+
+
+def test_graphs_of_a_system_without_are_refused(suite):
+    with pytest.raises(
+        UserError, match=r"cells.0.graphs: found on, expected auto or off: system mlora has no graphs, its"
+    ):
+        suite("mlora", device="cuda", graphs="on")

@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorafusion.core.config import CONFIGS, read_model, read_systems
 from lorafusion.core.plan import Bucket, Microbatch, Plan, check, violations
-from lorafusion.planning import plan_system
+from lorafusion.core.schema import UserError
+from lorafusion.data.lengths import make_workload
+from lorafusion.planning import plan_system, plan_workload
 from lorafusion.planning.buckets import MOST_SIZES, bucket_sizes, with_buckets
+from lorafusion.planning.simulator import costs_of, model_costs, simulate
+from lorafusion.planning.simulator.costs import contents_of
 from tests.planning.test_strategies import workloads
 
 CAPACITY = 24
 
 
-def work(sizes, held, price):
-    """Tokens after padding, and the price of the buckets; infinite where a microbatch has none."""
+def work(sizes, held, worth):
+    """Tokens after padding, and what the buckets must save; infinite where a microbatch has none."""
     if max(sizes) < max(held):
         return float("inf")
-    return sum(min(size for size in sizes if size >= tokens) for tokens in held) + price * sum(sizes)
+    return sum(min(size for size in sizes if size >= tokens) for tokens in held) * (1 + worth * len(sizes))
 
 
 @given(
     held=st.lists(st.integers(1, CAPACITY), min_size=1, max_size=12),
     tile=st.integers(1, 5),
     most=st.integers(1, 4),
-    price=st.sampled_from([0, 0.5, 2, 100]),
+    worth=st.sampled_from([0, 0.002, 0.05, 1]),
 )
-def test_no_other_buckets_have_less_work(held, tile, most, price):
-    sizes = bucket_sizes(held, CAPACITY, tile=tile, most=most, price=price)
+def test_no_other_buckets_have_less_work(held, tile, most, worth):
+    sizes = bucket_sizes(held, CAPACITY, tile=tile, most=most, worth=worth)
     assert sizes == sorted(set(sizes))
     assert len(sizes) <= most
     assert all(size % tile == 0 or size == CAPACITY for size in sizes)
     every = sorted({*range(tile, CAPACITY + 1, tile), CAPACITY})
     choices = [choice for count in range(1, most + 1) for choice in combinations(every, count)]
-    assert work(sizes, held, price) == min(work(choice, held, price) for choice in choices)
+    assert work(sizes, held, worth) == min(work(choice, held, worth) for choice in choices)
 
 
 def test_more_sizes_than_are_tried_are_taken_in_larger_tiles():
@@ -47,10 +54,10 @@ def test_more_sizes_than_are_tried_are_taken_in_larger_tiles():
     assert max(after - before for before, after in zip([0, *sizes], sizes, strict=False)) < 700
 
 
-@pytest.mark.parametrize(("price", "expected"), [(0, [128, 4096]), (1, [4096])])
-def test_a_bucket_is_worth_its_captures(price, expected):
-    """Padding a microbatch of 100 tokens costs 3968; another bucket costs 128 for each capture, and saves one."""
-    assert bucket_sizes([100, 4000], 4096, price=price * 40) == expected
+@pytest.mark.parametrize(("large", "expected"), [(400, [128, 4096]), (500, [4096])])
+def test_a_bucket_must_be_worth_its_captures(large, expected):
+    """Without its own bucket a microbatch of 100 tokens costs 3968 more, of 1.6 or 2 million."""
+    assert bucket_sizes([100, *[4000] * large], 4096) == expected
 
 
 @settings(max_examples=30)
@@ -111,7 +118,7 @@ def test_bounds_hold_for_every_microbatch_of_a_bucket(make_job, make_workload):
 def test_buckets_that_do_not_hold_what_they_say_are_refused(buckets, message, make_job, make_workload):
     workload = make_workload(make_job("a", (5, 12), global_batch_size=1))
     plan = plan_system(workload, "fused-sequential", stages=1, capacity=16)
-    padded = with_buckets(plan, workload, tile=8, capture=0)
+    padded = with_buckets(plan, workload, tile=8)
     assert [bucket.tokens for bucket in padded.buckets] == [8, 16]
     changed = tuple(bucket.model_copy(update=change) for bucket, change in zip(padded.buckets, buckets, strict=False))
     microbatches = padded.microbatches
@@ -129,3 +136,72 @@ def test_a_noop_has_no_bucket(make_workload):
     broken[at] = broken[at].model_copy(update={"bucket": 4})
     expected = f"microbatch {at}: 0 tokens, bucket 4, expected None"
     assert violations(plan.model_copy(update={"microbatches": tuple(broken)}), make_workload()) == [expected]
+
+
+LARGE = model_costs(read_model("llama-3.1-8b"), 2)
+
+
+@pytest.fixture(scope="module")
+def long_jobs():
+    """Whose microbatches of a few hundred tokens keep a GPU waiting for its host."""
+    return make_workload(CONFIGS / "workloads" / "mixed.yaml", samples=8, global_batch=4, scale=4.0)
+
+
+def seconds(plan: Plan, workload, costs) -> float:
+    return simulate(plan, costs_of(plan, workload, costs)).makespan
+
+
+def test_a_plan_with_graphs_is_made_for_its_buckets(long_jobs):
+    """No host, and microbatches that fill buckets: faster than the plan for eager stages with buckets, and not slower
+    than one that knows nothing of them."""
+    sizes = {"stages": 2, "capacity": 1024, "costs": LARGE}
+    plan = plan_system(long_jobs, "lorafusion", graphs=True, **sizes)
+    eager = plan_system(long_jobs, "lorafusion", **sizes)
+    assert plan.buckets
+    assert not eager.buckets
+    assert seconds(plan, long_jobs, LARGE) < 0.5 * seconds(eager, long_jobs, LARGE)
+    for by in (LARGE, LARGE.captured()):
+        other = with_buckets(plan_workload(long_jobs, "fast", stages=2, capacity=1024, costs=by), long_jobs)
+        assert seconds(plan, long_jobs, LARGE) <= seconds(other, long_jobs, LARGE)
+    assert plan == plan_system(long_jobs, "lorafusion", graphs=True, **sizes)
+    assert plan.key != eager.key
+
+
+def test_a_padded_plan_costs_as_one_that_is_planned_to_its_buckets(long_jobs):
+    plan = plan_system(long_jobs, "lorafusion", stages=2, capacity=1024, graphs=True)
+    sizes = [bucket.tokens for bucket in plan.buckets]
+    before = plan.model_copy(update={
+        "buckets": (), "microbatches": tuple(m.model_copy(update={"bucket": None}) for m in plan.microbatches)
+    })  # fmt: skip
+    expected = LARGE.captured(sizes).costs(*contents_of(before, long_jobs))
+    costs = costs_of(plan, long_jobs, LARGE)
+    for name in ("forward", "backward", "step", "transfer"):
+        assert np.array_equal(getattr(costs, name), getattr(expected, name)), name
+
+
+def test_costs_of_stages_with_graphs_have_no_host():
+    captured = LARGE.captured([128, 512])
+    tokens = np.array([0.0, 100, 128, 129, 600])
+    costs = captured.costs(tokens, tokens**2, np.full(5, 3.0), np.zeros(5))
+    expected = LARGE.captured().costs(
+        np.array([0.0, 128, 128, 512, 600]),
+        tokens**2 + np.array([0, 28, 0, 383, 0.0]) ** 2,
+        np.full(5, 3.0),
+        np.zeros(5),
+    )
+    assert np.array_equal(costs.forward, expected.forward)
+    assert np.array_equal(costs.backward, expected.backward)
+    assert costs.forward[0, 1] < LARGE.costs(tokens, tokens**2, np.full(5, 3.0), np.zeros(5)).forward[0, 1]
+
+
+@pytest.mark.parametrize("name", list(read_systems()))
+def test_systems_with_the_fused_operation_in_a_stream_have_graphs(name, make_workload):
+    """The others say why not."""
+    system = read_systems()[name]
+    can = system.lora.endswith(":fused") and system.executor == "lorafusion.engine.stream:execute"
+    assert (system.no_graphs is None) == can
+    if can:
+        assert plan_system(make_workload(), name, stages=1, capacity=64, graphs=True).buckets
+    else:
+        with pytest.raises(UserError, match=re.escape(f"plan: system {name} has no graphs, {system.no_graphs}")):
+            plan_system(make_workload(), name, stages=1, capacity=64, graphs=True)

@@ -70,3 +70,12 @@ def test_a_capacity_is_the_largest_that_fits(stages, checkpointing):
 )
 def test_the_reason_is_what_does_not_fit(gib, parameters, longest, reason):
     assert re.fullmatch(reason, memory_of("llama-3.1-8b", 1, gib).reason(parameters, longest))
+
+
+def test_graphs_compute_layers_again_in_a_pool_of_each_microbatch_in_flight():
+    eager = memory_of("llama-3.1-70b", 4, 141, checkpointing=True)
+    captured = eager._replace(model=eager.model.captured())
+    more = [captured.token(stage) - eager.token(stage) for stage in range(4)]
+    assert more == pytest.approx([pools * saved_bytes(eager.config) for pools in (3, 2, 1, 0)])
+    whole = eager._replace(checkpointing=False)
+    assert whole.token(0) == whole._replace(model=captured.model).token(0)

@@ -35,6 +35,7 @@ def test_a_short_file_has_sensible_defaults(read, tmp_path):
     assert config.path == tmp_path / "sweep.yaml"
     assert config.output == tmp_path / "out"
     assert (config.model, config.stages, config.checkpointing, config.wandb) == ("tiny", 1, "auto", "off")
+    assert config.graphs == "off"
     (job,) = config.jobs
     assert job.data == SyntheticData(synthetic={"samples": 4})
     assert job.hyper_parameters == {
@@ -90,11 +91,19 @@ def test_yamls_own_words_are_understood(tmp_path):
     """YAML 1.1 reads `off` as false and 1e-4 as a string."""
     path = tmp_path / "jobs.yaml"
     path.write_text(
-        "model: tiny\noutput: out\nwandb: off\ncheckpointing: none\n"
+        "model: tiny\noutput: out\nwandb: off\ngraphs: on\ncheckpointing: none\n"
         "jobs: [{name: a, learning_rate: 1e-4, data: {synthetic: {}}}]\n"
     )
     config = read_train_config(path)
-    assert (config.wandb, config.checkpointing, config.jobs[0].learning_rate) == ("off", "none", 1e-4)
+    assert (config.wandb, config.graphs, config.checkpointing) == ("off", "on", "none")
+    assert config.jobs[0].learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(("written", "graphs"), [("off", "off"), ("no", "off"), ("yes", "on"), ("auto", "auto")])
+def test_graphs_are_switched_by_a_word(tmp_path, written, graphs):
+    path = tmp_path / "jobs.yaml"
+    path.write_text(f"model: tiny\noutput: out\ngraphs: {written}\njobs: [{{name: a, data: {{synthetic: {{}}}}}}]\n")
+    assert read_train_config(path).graphs == graphs
 
 
 @pytest.mark.parametrize(

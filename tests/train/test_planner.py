@@ -5,13 +5,18 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from lorafusion.core.config import read_model
+from lorafusion.core.schema import UserError
+from lorafusion.engine.memory_probe import Measured, Needs
 from lorafusion.planning.simulator import model_costs
 from lorafusion.planning.simulator.costs import CPU
 from lorafusion.train import planner
+from lorafusion.train.config import read_train_config
 from lorafusion.train.planner import RunPlanner
 
+MIB = 2.0**20
 LARGE = read_model("llama-3.1-8b")
 
 
@@ -30,3 +35,56 @@ def test_a_training_is_planned_by_the_costs_of_its_device(monkeypatch, make_work
     # Rank 4: 327,680 parameters a layer in float32, of which a ring of four sends six quarters in six messages.
     link = 300e9 if device == "cuda" else 1e9
     assert costs.reduction == pytest.approx(1.5 * 4 * 327680 / link + 6 * 10e-6 * 2 / 32, rel=0.01)
+
+
+def stage(usable: float) -> Measured:
+    """One of two stages, with two microbatches in flight: 1 MiB kept a token, and 1 MiB in passing."""
+    needs = Needs(0.0, (0.0, MIB), (0.0, MIB))
+    return Measured(usable * MIB, 2, needs, needs)
+
+
+def planner_of(tmp_path, monkeypatch, graphs, usable, capacity=None, device="cuda") -> RunPlanner:
+    path = tmp_path / "jobs.yaml"
+    settings = {"processes": 2, "capacity": capacity, "checkpointing": "none", "graphs": graphs, "device": device}
+    data = {"model": "llama-3.1-8b", "output": "out", "jobs": [{"name": "a", "data": {"synthetic": {}}}]} | settings
+    path.write_text(yaml.safe_dump(data))
+    run_planner = RunPlanner(read_train_config(path), LARGE, None, None)
+    monkeypatch.setattr(run_planner, "_measured", lambda workload: [stage(usable)])
+    monkeypatch.setattr(planner, "gpu_state", lambda: {"gpu_name": "GPU Y"})
+    return run_planner
+
+
+@pytest.mark.parametrize(
+    ("graphs", "usable", "capacity", "tokens"),
+    [("off", 12288, None, 4096), ("on", 12288, None, 3072), ("auto", 12288, None, 3072), ("on", 12288, 2048, 2048),
+     ("auto", 12288, 3584, None)],
+)  # fmt: skip
+def test_graphs_take_a_pool_of_memory_for_each_microbatch_in_flight(
+    tmp_path, monkeypatch, caplog, make_job, make_workload, graphs, usable, capacity, tokens
+):
+    """A token takes 3 MiB, with graphs 4. Where these do not fit, `auto` does without and says so."""
+    workload = make_workload(make_job("a", (512,) * 12, global_batch_size=4))
+    with caplog.at_level("INFO"):
+        plan = planner_of(tmp_path, monkeypatch, graphs, usable, capacity).plan(workload)
+    assert plan.capacity == (tokens or capacity)
+    assert bool(plan.buckets) == (graphs != "off" and tokens is not None)
+    said = "without graphs: capacity: graphs of microbatches of 3584 tokens do not fit in the memory, of 3072 they do"
+    assert (said in caplog.text) == (tokens is None)
+
+
+def test_graphs_that_do_not_fit_are_refused_where_they_are_asked_for(tmp_path, monkeypatch, make_job, make_workload):
+    workload = make_workload(make_job("a", (512,) * 12, global_batch_size=4))
+    with pytest.raises(
+        UserError, match=r"jobs.yaml: graphs: found on, expected auto or off: capacity: graphs of micro"
+    ):
+        planner_of(tmp_path, monkeypatch, "on", 12288, 3584).plan(workload)
+    longer = make_workload(make_job("a", (3584,), global_batch_size=1))
+    assert planner_of(tmp_path, monkeypatch, "auto", 12288).plan(longer).capacity == 4096
+    with pytest.raises(UserError, match="graphs: found on, expected auto or off: capacity: 3072 tokens of activations"):
+        planner_of(tmp_path, monkeypatch, "on", 12288).plan(longer)
+
+
+def test_a_cpu_has_no_graphs_and_says_so_where_it_may(tmp_path, monkeypatch, caplog, make_workload):
+    with caplog.at_level("INFO"):
+        assert not planner_of(tmp_path, monkeypatch, "auto", 0, device="cpu").plan(make_workload()).buckets
+    assert "without graphs: the device is cpu, and graphs need a GPU" in caplog.text

@@ -281,6 +281,16 @@ def test_peft_computes_the_same_loss_with_the_adapter(tmp_path):
     assert abs(without - expected) > 0.1
 
 
+def test_graphs_on_a_cpu_are_refused_before_anything_is_written(tmp_path, capsys):
+    path = playback.jobs_file(tmp_path, graphs="on")
+    with pytest.raises(UserError) as refused:
+        train(path)
+    assert str(refused.value) == (
+        f"{path}: graphs: found on, expected auto or off: the device is cpu, and graphs need a GPU"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("planner", ["fast", "sequential"])
 def test_the_planner_is_the_one_that_the_systems_file_names(tmp_path, monkeypatch, planner):
     entry = read_system("lorafusion").model_copy(update={"planner": f"lorafusion.planning.{planner}:plan"})

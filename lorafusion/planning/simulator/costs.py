@@ -10,6 +10,7 @@ two times: a floor below which no microbatch is worth making smaller.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -187,6 +188,11 @@ class CostModel(LayerCosts):
         """The same costs, of the layers on another number of stages."""
         return self.model_copy(update={"layers": split_layers(sum(self.layers), stages, self.head / self.token)})
 
+    def captured(self, buckets: Sequence[int] = ()) -> CapturedCosts:
+        """The same stages where they replay graphs. buckets: rising, that microbatches are padded to."""
+        host = {"host": 0.0, "host_adapter": 0.0, "host_adapter_backward": None, "host_microbatch": 0.0}
+        return CapturedCosts(**self.model_dump() | host | {"buckets": tuple(buckets)})
+
     def costs(self, tokens: np.ndarray, squares: np.ndarray, adapters: np.ndarray, steps: np.ndarray) -> Costs:
         """The table for microbatches; steps: adapters whose last microbatch each is. A pass takes as long as the device
         or its host, whichever is slower."""
@@ -206,13 +212,25 @@ class CostModel(LayerCosts):
         )
 
 
+class CapturedCosts(CostModel):
+    """The costs of stages that replay graphs, for which no device waits for its host."""
+
+    buckets: tuple[int, ...] = Field(default=(), description="rising; a microbatch that none holds is not padded")
+
+    def costs(self, tokens: np.ndarray, squares: np.ndarray, adapters: np.ndarray, steps: np.ndarray) -> Costs:
+        """As of any costs, of microbatches that are padded to the smallest bucket that holds them."""
+        padded = np.array([*self.buckets, np.inf])[np.searchsorted(self.buckets, tokens)]
+        padded = np.where((tokens > 0) & np.isfinite(padded), padded, tokens)
+        return super().costs(padded, squares + (padded - tokens) ** 2, adapters, steps)
+
+
 def costs_of(plan: Plan, workload: Workload | None, model: CostModel) -> Costs:
     """A plan's table; without its workload each microbatch counts as samples of no length for attention.
 
     Raises `UserError` where the model has another number of stages than the plan."""
     if model.stages != plan.stages:
         raise UserError(f"cost model: {model.stages} stages, but the plan has {plan.stages}")
-    return model.costs(*contents_of(plan, workload))
+    return (model.captured() if plan.buckets else model).costs(*contents_of(plan, workload))
 
 
 def contents_of(plan: Plan, workload: Workload | None) -> list[np.ndarray]:
@@ -230,7 +248,7 @@ def _contents(microbatch: Microbatch, workload: Workload | None) -> tuple[int, i
         for segment in microbatch.segments:
             job = workload.jobs[segment.adapter]
             squares += sum(job.sample_at(position).tokens ** 2 for position in segment.samples)
-    return microbatch.length, squares, len(microbatch.segments), len(microbatch.step_after)
+    return microbatch.length, squares + microbatch.padding**2, len(microbatch.segments), len(microbatch.step_after)
 
 
 def even_costs(stages: int) -> CostModel:

@@ -89,6 +89,7 @@ def statistics(plan: Plan, timeline: Timeline, unit: str, ends: list[JobEnd]) ->
         "stages × replicas": f"{plan.stages} × {plan.data_parallel}",
         "microbatches": f"{s.microbatches}, of them {s.noops} no-ops; the tokens need {s.lower_bound}",
         "fill": f"{s.fill:.3f} of {plan.capacity} tokens; the fullest has {max(m.tokens for m in plan.microbatches)}",
+        **_buckets(plan),
         "adapters of a microbatch": f"{_adapters(plan):.2f} on average",
         "makespan": f"{timeline.makespan:,.4g} {unit}",
         "jobs end": mean,
@@ -98,6 +99,13 @@ def statistics(plan: Plan, timeline: Timeline, unit: str, ends: list[JobEnd]) ->
         "bubble, whole": f"{timeline.bubble('whole').mean():.1%}",
         "in flight at most": ", ".join(f"{count} ({tokens:,} tokens)" for count, tokens in peaks),
     }
+
+
+def _buckets(plan: Plan) -> dict[str, str]:
+    """Of a plan that has any."""
+    padding = sum(microbatch.padding for microbatch in plan.microbatches)
+    sizes = ", ".join(str(bucket.tokens) for bucket in plan.buckets)
+    return {"buckets": f"{sizes} tokens; {padding / plan.statistics.tokens:.1%} of padding"} if sizes else {}
 
 
 def _adapters(plan: Plan) -> float:

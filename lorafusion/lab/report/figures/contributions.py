@@ -74,16 +74,10 @@ def contributions_data(table: pd.DataFrame, model: str) -> pd.DataFrame:
         needed = ", ".join(lacking(()))
         raise MeasurementError(f"contributions of model {model!r}: takes {needed}; no cells of {missing}")
     rows = contributions(of_model)
-    return rows[rows["gpus"].isin(complete)].assign(**_origin(runs)).reset_index(drop=True)[DATA]
-
-
-def _origin(runs: pd.DataFrame) -> dict[str, str]:
-    """The device of all runs, and the line of the footer with suite, commit and device.
-
-    One text, since a commit of digits only, in a column of its own, would be read back as a number.
-    """
     device = style.devices(runs[runs["status"] == "ok"])
-    return {"device": device, "origin": style.origin(runs, device)}
+    # One text, since a commit of digits only, in a column of its own, would be read back as a number.
+    shown = rows[rows["gpus"].isin(complete)].assign(device=device, origin=style.origin(runs, device))
+    return shown.reset_index(drop=True)[DATA]
 
 
 class Panel(NamedTuple):
@@ -134,14 +128,11 @@ def draw_contributions(data: pd.DataFrame) -> Figure:
         ax.xaxis.set_major_locator(FixedLocator(_ticks(*limits, logarithmic=ax is axes[-1][0])))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    title, merged = f"{data['model'][0]}: what the parts of {SYSTEM} add", _shows_merged(panels)
+    # Where only some workloads have cells with merged q, k and v, there is no bar of them.
+    merged = any("merged" in set(panel.corners["qkv"]) for panel in panels)
+    title = f"{data['model'][0]}: what the parts of {SYSTEM} add"
     drawing.finish(figure, _handles(merged), title, _footer(data, panels, merged), 4, on_cpu)
     return figure
-
-
-def _shows_merged(panels: list[Panel]) -> bool:
-    """Is any bar one with merged q, k and v? Where only some workloads have such cells, there is none."""
-    return any("merged" in set(panel.corners["qkv"]) for panel in panels)
 
 
 def _draw_parts(ax: Axes, panel: Panel) -> list[tuple[float, float, int]]:
@@ -152,7 +143,7 @@ def _draw_parts(ax: Axes, panel: Panel) -> list[tuple[float, float, int]]:
     for index, workload in enumerate(panel.workloads):
         factors = panel.parts[panel.parts["workload"] == workload].set_index("factor")
         reaches += _draw_lanes(ax, index * step, factors)
-        names.append(_name(workload, factors.loc["speedup", "over"]))
+        names.append("\n".join([workload, *textwrap.wrap(f"vs. {factors.loc['speedup', 'over']}", 16)]))
         if index:
             ax.axhline(index * step - (1 + GAP) / 2, color="0.8", linewidth=0.5)
     _finish_panel(ax, names, len(LANES), step, linespacing=1.1)
@@ -269,11 +260,6 @@ def _marks(row: pd.Series) -> list[tuple[str, str]]:
 def _short(note: str) -> str:
     """The first reason of a note, without how many repeats."""
     return note.partition(";")[0].partition(" (")[0]
-
-
-def _name(workload: str, baseline: str) -> str:
-    """A workload and the baseline that lorafusion's speedup is over."""
-    return "\n".join([workload, *textwrap.wrap(f"vs. {baseline}", 16)])
 
 
 def _limits(reaches: list[tuple[float, float, int]]) -> tuple[float, float]:

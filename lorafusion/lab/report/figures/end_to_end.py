@@ -1,7 +1,6 @@
 """The figure of end-to-end throughput: every system on one model, by workload and number of GPUs."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -62,11 +61,17 @@ def end_to_end_data(table: pd.DataFrame, model: str) -> pd.DataFrame:
 
 
 def _bars(medians: pd.DataFrame) -> pd.DataFrame:
-    """The bars with their ratios, text in place of those that failed."""
+    """The bars, text in place of those that failed; of lorafusion with its value over that of the best baseline of its
+    group and kind."""
     require_one_cell_a_place(medians, ["window", "gpus", "group", "kind", "system"])
     failed = medians["status"] != "ok"
-    elements = failed.map({True: "text", False: "bar"})
-    return _with_ratios(medians.assign(element=elements, text=medians["status"].map(style.status_label).where(failed)))
+    ours = medians["system"] == SYSTEM
+    others = medians.assign(value=medians["value"].where(~ours)).groupby(["window", "gpus", "group", "kind"])
+    return medians.assign(
+        element=failed.map({True: "text", False: "bar"}),
+        text=medians["status"].map(style.status_label).where(failed),
+        ratio=(medians["value"] / others["value"].transform("max")).where(ours),
+    )
 
 
 @drawing.styled
@@ -80,7 +85,8 @@ def draw_end_to_end(data: pd.DataFrame) -> Figure:
     # From three lines on the legend has its own height, that no panel gets lower.
     height = 0.95 + ROW_HEIGHT * len(windows) + 0.15 * max(0, -(-len(handles) // legend_columns) - 2)
     figure = Figure(figsize=(style.TEXT_WIDTH, height), layout="constrained")
-    widths = [_panel_width(panel) for panel in columns.values()]
+    # As the bars of a panel, but never too little for the ratios over them.
+    widths = [panel["group"].nunique() * max(len(_series(panel)) + 1.0, 4.2) for panel in columns.values()]
     axes = figure.subplots(len(windows), len(columns), sharey=True, sharex="col", squeeze=False, width_ratios=widths)
     spaces = [PANELS_WIDTH * width / sum(widths) for width in widths]
     for row, window in zip(axes, windows, strict=True):
@@ -100,13 +106,6 @@ def draw_end_to_end(data: pd.DataFrame) -> Figure:
     return figure
 
 
-def _with_ratios(bars: pd.DataFrame) -> pd.DataFrame:
-    """Add to each bar of lorafusion its value over that of the best baseline of its group and kind."""
-    ours = bars["system"] == SYSTEM
-    others = bars.assign(value=bars["value"].where(~ours)).groupby(["window", "gpus", "group", "kind"])
-    return bars.assign(ratio=(bars["value"] / others["value"].transform("max")).where(ours))
-
-
 def _missing(bars: pd.DataFrame) -> Iterator[dict]:
     """The places in a panel that hold no cell although the panel has the group and the system."""
     for (model, gpus), panel in bars.groupby(["model", "gpus"]):
@@ -121,11 +120,6 @@ def _series(panel: pd.DataFrame) -> list[tuple[str, str]]:
     """The bars of a group from left to right, as (kind, system)."""
     pairs = panel[["kind", "system"]].drop_duplicates().sort_values(["kind", "system"], key=style.rank)
     return list(pairs.itertuples(index=False, name=None))
-
-
-def _panel_width(panel: pd.DataFrame) -> float:
-    """How much of the figure's width a panel takes: as its bars, but never too little for the ratios over them."""
-    return panel["group"].nunique() * max(len(_series(panel)) + 1.0, 4.2)
 
 
 def _names_collide(panels: Iterable[pd.DataFrame], spaces: list[float]) -> bool:
@@ -147,7 +141,11 @@ def _draw_panel(ax: Axes, panel: pd.DataFrame, window: str, looks: dict[str, sty
         if row.element == "text":
             drawing.write_upright(ax, x, row.text, "0.5" if row.text == MISSING else style.FAILED)
         elif row.element == "point":
-            _draw_point(ax, x, row, width, width * group_inches)
+            # Spread evenly and not at random: the place tells the repeats apart, and the figure stays the same.
+            shift = (((row.repeat - 1) * 0.618 + 0.5) % 1 - 0.5) * POINT_SPREAD * width
+            size = min(2.2, 16 * width * group_inches)
+            look = {"color": "black", "markeredgecolor": "white", "markeredgewidth": size / 6}
+            ax.plot(x + shift, row.value, marker="o", markersize=size, zorder=4, **look)
         else:
             ax.bar(x, row.value, width, **drawing.fill(looks[row.system], row.kind, linewidth=EDGE))
             drawing.draw_interval(ax, x, row, zorder=3)
@@ -155,15 +153,6 @@ def _draw_panel(ax: Axes, panel: pd.DataFrame, window: str, looks: dict[str, sty
             bars = data[(data["group"] == row.group) & (data["kind"] == row.kind)]
             top = bars[["value", "ci_high"]].max().max()
             _write_ratio(ax, x, top, row.ratio, width, width * group_inches)
-
-
-def _draw_point(ax: Axes, x: float, row: Any, width: float, inches: float) -> None:
-    """A repeat's value on its bar, which is `width` wide, or `inches`."""
-    # Spread evenly and not at random: the place tells the repeats apart, and the figure stays the same.
-    shift = (((row.repeat - 1) * 0.618 + 0.5) % 1 - 0.5) * POINT_SPREAD * width
-    size = min(2.2, 16 * inches)
-    look = {"color": "black", "markeredgecolor": "white", "markeredgewidth": size / 6}
-    ax.plot(x + shift, row.value, marker="o", markersize=size, zorder=4, **look)
 
 
 def _write_ratio(ax: Axes, x: float, top: float, ratio: float, width: float, inches: float) -> None:

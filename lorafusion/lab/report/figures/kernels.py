@@ -138,7 +138,12 @@ def _ordered(data: pd.DataFrame) -> pd.DataFrame:
 def draw_kernel_speed(data: pd.DataFrame) -> Figure:
     """A column of panels per shape, a row per pass."""
     shapes = data[["in_features", "out_features"]].drop_duplicates()
-    looks = {name: _line_look(*variant) for name, variant in style.implementation_looks(data).items()}
+    looks = {
+        name: {"color": style.IMPLEMENTATIONS[implementation].colour, "linewidth": 1.2,
+               "linestyle": ADAPTER_DASHES[level % len(ADAPTER_DASHES)],
+               "marker": MARKERS[implementation], "markersize": 3, "markeredgewidth": 0}
+        for name, (implementation, level) in style.implementation_looks(data).items()
+    }  # fmt: skip
     passes = [name for name in PASSES if name in set(data["pass"])]
     figure = Figure(figsize=(style.TEXT_WIDTH, 1.1 + 1.6 * len(passes)), layout="constrained")
     axes = figure.subplots(len(passes), len(shapes), sharex=True, sharey="row", squeeze=False)
@@ -248,12 +253,6 @@ def _draw_ceilings(ax: Axes, low: float, high: float, compute: float, bandwidth:
 
 def _shapes(data: pd.DataFrame) -> pd.Series:
     return data["in_features"].astype(int).astype(str) + "×" + data["out_features"].astype(int).astype(str)
-
-
-def _line_look(implementation: str, level: int) -> dict:
-    mark = {"marker": MARKERS[implementation], "markersize": 3, "markeredgewidth": 0}
-    dash = ADAPTER_DASHES[level % len(ADAPTER_DASHES)]
-    return {"color": style.IMPLEMENTATIONS[implementation].colour, "linestyle": dash, "linewidth": 1.2, **mark}
 
 
 def _draw_bars(ax: Axes, data: pd.DataFrame, groups: list, whole: pd.DataFrame, inches: float) -> None:

@@ -39,12 +39,9 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 def facts_of(folder: Path) -> dict[str, object]:
     """All that is compared, by what it is about."""
-    return {**_workloads(folder), **_plans(folder), **_runs(folder), **_tables(folder), **_verdicts(folder)}
-
-
-def _workloads(folder: Path) -> dict[str, object]:
     paths = (folder / "workloads").rglob("*.json")
-    return {_name(folder, path): content_hash(path.read_text()) for path in paths}
+    workloads = {_name(folder, path): content_hash(path.read_text()) for path in paths}
+    return workloads | _plans(folder) | _runs(folder) | _tables(folder) | _verdicts(folder)
 
 
 def _plans(folder: Path) -> dict[str, object]:

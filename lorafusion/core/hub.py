@@ -30,18 +30,16 @@ def file_of(source: str, name: str, revision: str | None = None) -> Path | None:
     try:
         return Path(hf_hub_download(source, name, revision=revision))
     except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError):
-            _use_cache()
+        # Else it is asked for each file that the cache lacks, for half a minute.
+        if isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
+            LOGGER.warning("the Hugging Face hub cannot be reached; its cache has to do")
+            constants.HF_HUB_OFFLINE = True
+            os.environ["HF_HUB_OFFLINE"] = "1"
         return None
     except HUB_ERRORS as error:
-        raise unreachable(source, revision, error) from None
-
-
-def _use_cache() -> None:
-    if not constants.HF_HUB_OFFLINE:  # else it is asked for each file that the cache lacks, for half a minute
-        LOGGER.warning("the Hugging Face hub cannot be reached; its cache has to do")
-        constants.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        reason, at = " ".join(str(error).split())[:120], f" of revision {revision!r}" if revision else ""
+        message = f"model {source!r}{at}: neither a local folder nor to be had from the hub ({reason})"
+        raise UserError(message) from None
 
 
 def file_at_hand(source: str, name: str, revision: str | None = None) -> Path | None:
@@ -93,12 +91,6 @@ def absent(source: str, names: str, hint: str = "") -> UserError:
         return UserError(f"{source}: {names}{hint}")
     at = "it is not asked (HF_HUB_OFFLINE) or not reached, and its cache has" if constants.HF_HUB_OFFLINE else "it has"
     return UserError(f"model {source!r}: neither a local folder nor to be had from the hub: {at} {names}")
-
-
-def unreachable(source: str, revision: str | None, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:120]
-    at = f" of revision {revision!r}" if revision else ""
-    return UserError(f"model {source!r}{at}: neither a local folder nor to be had from the hub ({reason})")
 
 
 def _inside(path: Path, folder: Path) -> Path:

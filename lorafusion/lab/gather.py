@@ -7,7 +7,6 @@ from lorafusion.core.files import write
 from lorafusion.core.schema import UserError, one_of
 from lorafusion.lab.experiments import EXPERIMENTS
 from lorafusion.lab.keys import part_of, require, require_one_workload, suite_files
-from lorafusion.lab.suite import runs_of
 
 # Of what `gather` writes, after the name `measurements`: the table in two forms, their seals, and what goes with it.
 TABLE_SUFFIXES = (".csv", ".parquet", ".csv.sha256", ".parquet.sha256", ".results.jsonl.gz", ".schema.json", ".html")
@@ -28,7 +27,7 @@ def gather(folder: Path, results: Sequence[Path], suite: Path | None = None, inc
     require_results(contents, suite)
     frame = table.summarise(table.table_of(contents))
     table.validate(frame)
-    expected = runs_of(suite) if suite else {}
+    expected = {name: files.suite.repeats for name, files in suite_files(suite).items()} if suite else {}
     missing = table.gaps(frame, expected)
     if missing and not incomplete:
         raise UserError(f"{folder}: {missing}; give their result files too, or --incomplete")

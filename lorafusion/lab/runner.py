@@ -149,14 +149,12 @@ def first_ready(steps: Sequence[Step], end: float, shares: int = 1) -> Step | No
     begin = time.monotonic()
     while True:
         seen: dict[Step, str] = {}
-        blocked = [_blocking(step, seen) for step in steps]
+        # By this share or another.
+        blocked = [
+            [source for source in ancestors(step) if not source.kind.quick and state(source, seen)] for step in steps
+        ]
         ready = next((step for step, waits in zip(steps, blocked, strict=True) if not waits), None)
         longest = 60.0 * max((source.resources.minutes for waits in blocked for source in waits), default=0)
         if ready or time.monotonic() >= min(end, begin + (longest if shares > 1 else 0.0)):
             return ready
         time.sleep(LOOK_SECONDS)
-
-
-def _blocking(step: Step, seen: dict[Step, str]) -> list[Step]:
-    """The steps that must be made before a step, by this share or another."""
-    return [source for source in ancestors(step) if not source.kind.quick and state(source, seen)]

@@ -89,13 +89,11 @@ class SuiteSteps(MeasuredSteps):
                         quick=True, category="Measurements", caption="measurements.rst",
                         labels={f"{stem}.csv": f"{what}: every number (CSV)",
                                 f"{stem}.html": f"{what}: medians and runs (page)"})  # fmt: skip
-            tables[name] = self._step(kind, "", partial(self._make_table, name), lambda name=name: self._expected(name),
+            tables[name] = self._step(kind, "", partial(self._make_table, name),
+                                     lambda name=name: {point.name: point.repeats for point in self.points[name]},
                                      inputs=tuple(runs),
                                      read=lambda name=name: require_seal(self.tables[name].path))  # fmt: skip
         return tables
-
-    def _expected(self, name: str) -> dict[str, int]:
-        return {point.name: point.repeats for point in self.points[name]}
 
     def _make_table(self, name: str, step: Step, launch: Callable) -> str:
         results = [run.path for run in step.inputs]

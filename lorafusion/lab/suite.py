@@ -215,12 +215,6 @@ def step_command(suite: str | Path, output: Path) -> str:
     return shlex.join(["lorafusion", "lab", "run", str(suite), "--step", str(output)])
 
 
-def runs_of(path: Path) -> dict[str, int]:
-    """The repeats of each cell of a suite's file, by the cell's name."""
-    suite = read_suite(path)
-    return {cell.name: suite.repeats for cell in cells(suite, path)}
-
-
 def cells(suite: Suite, source: str | Path = "suite") -> list[Cell]:
     """Every cell of a suite, in order; raises `UserError` for an unknown name or two cells of one identity."""
     systems, seen, out = read_systems(), set(), []

@@ -124,20 +124,15 @@ class Exporter:
             export(job, self.model, weights, rows, stopped=stopped is not None, others=len(self.workload.jobs) - 1,
                    folder=partial)  # fmt: skip
         files = entries(partial, EXACT)
-        _put(partial, folder)
+        if folder.exists():  # then its other files stay
+            for path in partial.iterdir():
+                path.replace(folder / path.name)
+            partial.rmdir()
+        else:
+            partial.rename(folder)
         exported = self.output.progress.exported | {job.name: Exported(steps=steps, files=files)}
         self.output.update(exported=exported)
         LOGGER.info(str(folder))
-
-
-def _put(partial: Path, folder: Path) -> None:
-    """Make a folder the one at `folder`; where there is one already its other files stay."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    for path in partial.iterdir():
-        path.replace(folder / path.name)
-    partial.rmdir()
 
 
 def export(

@@ -40,7 +40,9 @@ def require_own(config: TrainConfig) -> None:
             raise UserError(f"{where}: {error}") from None
     except OSError as error:  # a file, or under one
         raise UserError(f"{where}: {folder} is no folder to write to ({error.strerror})") from None
-    if not (_is_new(names) or is_own(folder)):
+    # What the marking of a folder leaves when it is interrupted is nothing.
+    is_new = all(name == LOCK or name.startswith(f".{PROGRESS}.") for name in names)
+    if not (is_new or is_own(folder)):
         raise UserError(
             f"{where}: {folder} holds files, but not those of a training ({sorted(names)[0]}); expected a new or an "
             "empty folder"
@@ -62,11 +64,6 @@ def is_own(folder: Path) -> bool:
     except (ValueError, OSError):
         return path.is_file() and any(folder.glob(f"runs/*/{MANIFEST}"))
     return isinstance(data, dict) and {"settings", "jobs"} <= data.keys()
-
-
-def _is_new(names: set[str]) -> bool:
-    """Is there nothing in a folder but what the marking of it leaves when it is interrupted?"""
-    return all(name == LOCK or name.startswith(f".{PROGRESS}.") for name in names)
 
 
 def _links(folder: Path) -> Iterator[Path]:

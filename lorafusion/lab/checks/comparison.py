@@ -42,7 +42,7 @@ class PlainReference:
     @classmethod
     def of(cls, jobs: Sequence[Job], setup: Setup) -> PlainReference:
         exact = train_plainly(jobs, setup, "float64")
-        return cls(exact, None if setup.is_exact else train_plainly(jobs, setup, setup.dtype))
+        return cls(exact, None if setup.dtype == "float64" else train_plainly(jobs, setup, setup.dtype))
 
     def compare(self, evidence: Evidence, label: str, result: TrainingResult, jobs: Sequence[Job]) -> None:
         """Add a run's errors. A B that did not move from zero is a fault, however well all else agrees."""
@@ -55,15 +55,13 @@ class PlainReference:
 
     def errors(self, result: TrainingResult, jobs: Sequence[Job]) -> tuple[float, float]:
         """Of the losses, and of the adapters' tensors: the largest relative ones, or over those of plain libraries."""
-        return self._loss_error(result, jobs), max(self._weight_error(result, job.name) for job in jobs)
-
-    def _loss_error(self, result: TrainingResult, jobs: Sequence[Job]) -> float:
+        weights = max(self._weight_error(result, job.name) for job in jobs)
         exact, losses = ([loss for job in jobs for loss in run.losses[job.name]] for run in (self.exact, result))
         if self.rounded is None:
-            return max(abs(loss - right) / abs(right) for loss, right in zip(losses, exact, strict=True))
+            return max(abs(loss - right) / abs(right) for loss, right in zip(losses, exact, strict=True)), weights
         rounded = [loss for job in jobs for loss in self.rounded.losses[job.name]]
         least = LOSS_ROUNDING * math.hypot(*exact) / MOST_LOSS_ERROR
-        return math.dist(losses, exact) / max(math.dist(rounded, exact), least)
+        return math.dist(losses, exact) / max(math.dist(rounded, exact), least), weights
 
     def _weight_error(self, result: TrainingResult, job: str) -> float:
         exact, weights = self.exact.weights[job], result.weights[job]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import yaml
 
-from lorafusion.core.config import CONFIGS, SystemConfig, model_path, read_systems
+from lorafusion.core.config import CONFIGS, model_path, read_systems
 from lorafusion.core.files import read_json, read_yaml, write
 from lorafusion.core.plan import Plan
 from lorafusion.data.lengths import make_workload
@@ -61,7 +61,8 @@ def contract_of(name: str, device: str) -> dict:
                                   global_batch=samples // 2, scale=setting.scale, seed=1)
                     for samples in (8, 2))  # fmt: skip
     plans = {label: plan_system(large, name, stages=stages, capacity=setting.capacity, data_parallel=replicas)
-             for label, (stages, replicas) in ARRANGEMENTS.items() if _can(entry, stages, replicas)}  # fmt: skip
+             for label, (stages, replicas) in ARRANGEMENTS.items()
+             if stages * replicas <= (entry.max_gpus or 2) and stages <= (entry.max_stages or 2)}  # fmt: skip
     plan = plan_system(small, name, stages=1, capacity=setting.capacity)
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as scratch:
         model = read_yaml(model_path(setting.model)) | {"num_hidden_layers": LAYERS}
@@ -70,10 +71,6 @@ def contract_of(name: str, device: str) -> dict:
         costs |= tuning_of(name, Path(scratch)) if device == "cpu" else {}
     made_of = entry.model_dump(mode="json", exclude={"description", "max_gpus", "max_stages", "requires", "ablation"})
     return {"made of": made_of, "plans": {label: summary(plan) for label, plan in plans.items()}} | costs
-
-
-def _can(entry: SystemConfig, stages: int, replicas: int) -> bool:
-    return stages * replicas <= (entry.max_gpus or 2) and stages <= (entry.max_stages or 2)
 
 
 def summary(plan: Plan) -> dict:

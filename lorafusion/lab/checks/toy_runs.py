@@ -49,10 +49,6 @@ class Setup(NamedTuple):
         return "" if self == EXACT else f" ({self})"
 
     @property
-    def is_exact(self) -> bool:
-        return self.dtype == "float64"
-
-    @property
     def config(self) -> ModelConfig:
         config = read_model(self.model)
         return config.model_copy(update={"num_hidden_layers": self.layers}) if self.layers else config
@@ -143,7 +139,8 @@ def train(
         gradients = {name: _read_all(folder / "gradients" / name) for name in initial or ()}
         losses = outcome.report["losses"]
         tensors = [tensor for adapter in weights.values() for tensor in adapter.values()]
-        if not all(map(math.isfinite, sum(losses.values(), []))) or not all(map(_is_finite, tensors)):
+        sound = all(map(math.isfinite, sum(losses.values(), [])))
+        if not (sound and all(bool(tensor.isfinite().all()) for tensor in tensors)):
             raise UserError(f"{run} gave a loss or a weight that is no number")
         return TrainingResult(losses, weights, gradients, plan)
 
@@ -173,7 +170,3 @@ def write_initial(jobs: Sequence[Job], adapters: dict[str, Tensors], folder: Pat
 def _read_all(folder: Path) -> Tensors:
     """The tensors of all stages."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return bool(tensor.isfinite().all())

@@ -85,7 +85,9 @@ class Trainer:
     def __init__(self, bench: StepsBench, arm: Variant, shared: Shared, like: Trainer | None = None) -> None:
         """like: of the same arm with other microbatches, whose modules are used; bench: of no more tokens than that
         which `shared` is of."""
-        self.x, self.gradient = (_of_tokens(hidden, bench.tokens) for hidden in (shared.x, shared.gradient))
+        self.x, self.gradient = (
+            None if hidden is None else hidden[:, : bench.tokens] for hidden in (shared.x, shared.gradient)
+        )
         device, dtype = shared.pipeline.device, shared.pipeline.dtype
         workload, plan = workload_and_plan(bench, arm)
         builder, implementation = BatchBuilder(workload, shared.source, device), IMPLEMENTATIONS[arm.implementation]
@@ -158,11 +160,6 @@ class Trainer:
             steps = {adapter.job.name: adapter.steps_made() for adapter in adapters}
             stopped = [adapter.job.name for adapter in adapters if adapter.stopped]
             require_steps({"steps": steps, "stopped": stopped}, self.wanted)
-
-
-def _of_tokens(hidden: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
-    """The first of some hidden states [1, T, H], if there are any."""
-    return None if hidden is None else hidden[:, :tokens]
 
 
 def allocated(device: torch.device) -> int:

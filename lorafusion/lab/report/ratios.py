@@ -120,22 +120,17 @@ def _arm(system: str, runs: pd.DataFrame) -> Arm:
 def _factors(arms: dict[str, Arm], qkv: str, known_ablations: set[str]) -> Iterator[tuple[str, Ratios]]:
     """Every factor of a place. With q, k and v merged there are the corners and no baselines."""
     if qkv == "separate":
-        yield from _over_baseline(arms, known_ablations)
+        baselines = {name: arm for name, arm in arms.items() if name != SYSTEM and name not in known_ablations}
+        finished = {name: median(list(arm.values.values())) for name, arm in baselines.items() if arm.values}
+        best = max(sorted(finished), key=finished.__getitem__, default="")
+        without = [f"without {arm.reason}" for arm in baselines.values() if arm.reason]
+        for factor, system in (("speedup", SYSTEM), ("baseline", BASE)):
+            none = Ratios(A_BASELINE, {}, "no baseline finished")
+            yield factor, _ratios(arms, system, best, without) if best else none
         yield from _parts(arms)
     yield "kernels", _ratios(arms, SYSTEM, OURS_UNFUSED)
     for corner, system in CORNERS.items():
         yield corner, _ratios(arms, system, BASE)
-
-
-def _over_baseline(arms: dict[str, Arm], known_ablations: set[str]) -> Iterator[tuple[str, Ratios]]:
-    """Of lorafusion and BASE over the best baseline."""
-    baselines = {name: arm for name, arm in arms.items() if name != SYSTEM and name not in known_ablations}
-    finished = {name: median(list(arm.values.values())) for name, arm in baselines.items() if arm.values}
-    best = max(sorted(finished), key=finished.__getitem__, default="")
-    without = [f"without {arm.reason}" for arm in baselines.values() if arm.reason]
-    for factor, system in (("speedup", SYSTEM), ("baseline", BASE)):
-        none = Ratios(A_BASELINE, {}, "no baseline finished")
-        yield factor, _ratios(arms, system, best, without) if best else none
 
 
 def _parts(arms: dict[str, Arm]) -> Iterator[tuple[str, Ratios]]:
@@ -243,15 +238,9 @@ def _bounds(ratios: list[dict[int, float]]) -> tuple[dict, str]:
 
 def _named(place: tuple, factor: str, over: str, note: str, count: int) -> dict:
     """A row without a number yet. place: the first of `COLUMNS`."""
+    numbers = dict.fromkeys(("value", "low", "high"), math.nan)
     row = dict(zip(COLUMNS, (*place, factor, over), strict=False))
-    return row | {
-        "value": math.nan,
-        "low": math.nan,
-        "high": math.nan,
-        "bounds": None,
-        "n": count,
-        "note": note or None,
-    }
+    return row | numbers | {"bounds": None, "n": count, "note": note or None}
 
 
 def _rank(column: pd.Series) -> pd.Series:

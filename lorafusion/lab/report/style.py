@@ -186,7 +186,8 @@ def rank(column: pd.Series) -> pd.Series:
     """Sort keys for a column: what has a customary order comes in that order, the rest as it is."""
     if column.name in ("workload", "group"):
         # A group is a workload or "workload, batch 16"; the length keeps 8 before 16.
-        places = [_place_of_workload(name.partition(",")[0]) for name in column]
+        names = [name.partition(",")[0] for name in column]
+        places = [WORKLOADS.index(name) if name in WORKLOADS else len(WORKLOADS) for name in names]
         return pd.Series(list(zip(places, column.str.len(), column, strict=True)), index=column.index)
     if column.name == "system":
         return column.map(list(looks(column)).index)
@@ -195,7 +196,3 @@ def rank(column: pd.Series) -> pd.Series:
     for name in column.unique():
         one_of(str(column.name), name, set(ORDERS[column.name]), "figure")
     return column.map(ORDERS[column.name].index)
-
-
-def _place_of_workload(name: str) -> int:
-    return WORKLOADS.index(name) if name in WORKLOADS else len(WORKLOADS)

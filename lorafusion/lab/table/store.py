@@ -25,10 +25,6 @@ def store_path(table: str | Path) -> Path:
     return Path(table).with_name(Path(table).stem + SUFFIX)
 
 
-def is_store(path: str | Path) -> bool:
-    return str(path).endswith(SUFFIX)
-
-
 def write_store(csv: Path, results: dict[str, dict]) -> Path:
     """Keep the results that a table was made of. csv: the table, as it was just written; results: contents of result
     files, by the names that the table has for them."""

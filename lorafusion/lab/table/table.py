@@ -20,7 +20,7 @@ from lorafusion.core.seals import require_own_seal, require_seal, seal
 from lorafusion.lab.table.reading import read_frame
 from lorafusion.lab.table.result import BESIDE, ExpectedMetric, Result, ResultMetric
 from lorafusion.lab.table.statistics import fewest, interval, median
-from lorafusion.lab.table.store import is_store, read_store, require_store
+from lorafusion.lab.table.store import SUFFIX, read_store, require_store
 from lorafusion.lab.table.validation import (
     GROUP,
     KEY,
@@ -47,7 +47,7 @@ def read_contents(paths: Iterable[str | Path]) -> dict[str, dict]:
     """The contents of result files by name, those in stores included; raises naming the file that is wrong."""
     contents: dict[str, dict] = {}
     for path in paths:
-        entries = read_store(path) if is_store(path) else {str(path): _json(path)}
+        entries = read_store(path) if str(path).endswith(SUFFIX) else {str(path): _json(path)}
         twice = contents.keys() & entries.keys()
         if twice:
             raise MeasurementError(f"{path}: {min(twice)} is there twice")
@@ -86,7 +86,11 @@ def rows_of_result(result: dict, path: str) -> list[dict]:
     origin = {name: value for name, value in parsed.provenance.model_dump().items() if name in COLUMNS}
     common = origin | parsed.cell | {"statistic": "single", "n": 1, "status": parsed.status, "result": path}
     if parsed.status == "ok":
-        _require_expected(parsed, path)
+        present = {(metric.metric, metric.window) for metric in parsed.metrics}
+        for expected in parsed.expected:
+            if (expected.metric, expected.window) not in present:
+                number = f"{expected.metric} in window {expected.window}"
+                raise MeasurementError(f"{path}: metrics: expected {number} of a run with status 'ok'")
         return [common | _number(metric, common, parsed.provenance.company) for metric in parsed.metrics]
     if parsed.metrics:
         count = len(parsed.metrics)
@@ -213,15 +217,6 @@ def gaps(table: pd.DataFrame, expected: Mapping[str, int] | None = None) -> str:
 def write_json_schema(path: str | Path) -> None:
     """Write the JSON Schema (draft 2020-12) of a row, an empty field being null."""
     write_text(Path(path), json.dumps(json_schema(), indent=1) + "\n")
-
-
-def _require_expected(result: Result, path: str) -> None:
-    present = {(metric.metric, metric.window) for metric in result.metrics}
-    for expected in result.expected:
-        if (expected.metric, expected.window) not in present:
-            raise MeasurementError(
-                f"{path}: metrics: expected {expected.metric} in window {expected.window} of a run with status 'ok'"
-            )
 
 
 def _number(metric: ResultMetric, common: dict, company: str) -> dict:

@@ -1,7 +1,5 @@
 """The operators of `ops` on a CPU, by the reference: they take the adapters' factors stacked, and masks as bits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

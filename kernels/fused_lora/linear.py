@@ -2,8 +2,6 @@
 `lora_gated_linear` for the down projection of a gated MLP.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain

@@ -21,8 +21,6 @@ what PyTorch does around an operator with lists of tensors takes the host 0.2 ms
 all that the kernels want of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice

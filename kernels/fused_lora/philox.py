@@ -15,8 +15,6 @@ counter of call q of word w is (4 w + q, position low 32 bits, position high 32 
 4 q to 4 q + 3.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

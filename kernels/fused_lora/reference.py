@@ -9,8 +9,6 @@ pass needs. For segment i of tokens with adapter i, where f = scaling / (1 - p) 
 f meets nothing but the small s and ds, in at least float32, so that it is never rounded to the dtype of x.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

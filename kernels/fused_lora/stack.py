@@ -1,7 +1,5 @@
 """`AdapterStack`: the factors of several adapters in two tensors, which a step of training touches in place of each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

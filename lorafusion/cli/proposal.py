@@ -1,7 +1,5 @@
 """What `lorafusion plan propose` reads, prints and writes."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import tempfile

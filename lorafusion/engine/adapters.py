@@ -1,7 +1,5 @@
 """An adapter's training on one stage: its parameters, their gradients, AdamW, clipping, and when it is stopped."""
 
-from __future__ import annotations
-
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -4,8 +4,6 @@ By itself torchrun ends with status 1, whatever happened. The launcher must know
 outside or crashed.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

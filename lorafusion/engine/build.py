@@ -1,7 +1,5 @@
 """From a run's spec and plan to a `TrainingRun`: the stage of this process, its adapters, and the plan's tokens."""
 
-from __future__ import annotations
-
 import torch
 
 from lorafusion.core.config import read_model, read_system

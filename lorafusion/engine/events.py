@@ -5,8 +5,6 @@ nothing before it can change unseen. What comes after it is run again. So a line
 account, and a broken line before that place is an error.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -4,8 +4,6 @@
 stops a clock: `timed` does. What it must set up before, and put back after, is no part of that: `prepared_by` names it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any

@@ -5,8 +5,6 @@ short runs follow each other (a suite on a machine that is rented by the minute,
 worker is the same, and each run has fresh processes that have not seen a GPU before.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

@@ -1,7 +1,5 @@
 """One process of a run, as the task that it runs gets it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Small results of the device that the host wants to know, without anything waiting for them."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 

@@ -10,8 +10,6 @@ At a checkpoint the stream runs dry, so that all stages are at the same slot: S-
 does after each step of a plan with `flush`.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 

@@ -4,8 +4,6 @@ A task is a function of a `WorkerProcess`. All processes of a run call it; what 
 other tasks are `memory_probe.probe` and those of the laboratory.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 from contextlib import closing

@@ -5,8 +5,6 @@ first use. What a microbatch does is met in `TrainingRun.warm_up`; this is what 
 optimizer's step.
 """
 
-from __future__ import annotations
-
 from lorafusion.core.plan import Microbatch, Plan, Segment, make_plan
 from lorafusion.core.workload import Workload
 from lorafusion.engine.executor import Executor, prepared

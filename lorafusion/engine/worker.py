@@ -5,8 +5,6 @@ spec's task (`lorafusion.engine.task`). Each process ends with a report in the d
 (report.json), a process that failed its cause (failure-RANK.json).
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -1,7 +1,5 @@
 """The result of a cell's run: what it is of, what was measured, and beside it what the simulator says of its plan."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

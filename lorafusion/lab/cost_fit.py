@@ -6,8 +6,6 @@ multiples of these parts, and the forward once more where it was recomputed. No 
 costs less. A pass in which the device waited for its host says nothing about the device, and is left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

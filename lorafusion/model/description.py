@@ -1,7 +1,5 @@
 """A base model described by the config.json of its Hugging Face folder or repository."""
 
-from __future__ import annotations
-
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 

@@ -4,8 +4,6 @@ The RMSNorm keeps its input and one number a token, where transformers' keeps a 
 gate and up, and not silu(gate); queries and keys are rotated where they are, in one kernel instead of ten.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Cross-entropy of packed samples, weighted so that what an adapter learns does not depend on its neighbours."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

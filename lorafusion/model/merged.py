@@ -4,8 +4,6 @@ Megatron-LM's layers have it so, and LoRAFusion's authors merge them in their ow
 that asks for it, and then every system trains the same adapter.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

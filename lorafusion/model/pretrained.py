@@ -1,8 +1,6 @@
 """A base model's folder or repository, looked at before anything is made of it: what its config.json and the headers of
 its weights say. Without torch, so that what is wrong with them is said at once."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Weights of one stage from a Hugging Face checkpoint: tensor by tensor, from the shards that hold them."""
 
-from __future__ import annotations
-
 import torch
 from safetensors import SafetensorError, safe_open
 

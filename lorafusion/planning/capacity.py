@@ -6,8 +6,6 @@
 `lab.tuning`            tried, in each cell of a suite, for systems whose memory nothing here describes
 """
 
-from __future__ import annotations
-
 USABLE = 0.94  # of a GPU's memory: the driver, the libraries, the allocator's fragments and a step's own take the rest
 STEP = 256  # tokens that a capacity is a multiple of
 

@@ -1,7 +1,5 @@
 """What the strategies share: microbatches from positions, fixed-size cuts, no-ops."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import NamedTuple
 

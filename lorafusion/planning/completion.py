@@ -6,8 +6,6 @@ as long as before. So where people wait for their jobs, those orders are tried l
 a few with less in a microbatch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple

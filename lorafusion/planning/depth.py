@@ -1,7 +1,5 @@
 """What the number of stages decides of a pipeline: its memory, and how long jobs take in it at least."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 

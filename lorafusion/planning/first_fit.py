@@ -6,8 +6,6 @@ group's step is under way in the pipeline another group's microbatches flow. Whe
 the S-1 slots of the dependency rule, no-ops do.
 """
 
-from __future__ import annotations
-
 from lorafusion.core.plan import Microbatch, Plan, make_plan
 from lorafusion.core.workload import Workload
 from lorafusion.planning.common import batch_items, by_adapter, insert_noops, microbatches_of, require_samples_fit

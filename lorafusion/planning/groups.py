@@ -5,8 +5,6 @@ train faster in many small groups than in one gang, as long as each group has ad
 Adapters whose states do not fit all at once train in more groups than there are places, one after another.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 

@@ -11,8 +11,6 @@ What the authors' program does otherwise, and wrongly, is tested for in tests/pl
 exact: plans pass the checker, and the programs have a limit that no clock moves. Slow, and kept to be compared with.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from concurrent.futures import ProcessPoolExecutor

@@ -1,7 +1,5 @@
 """How a model's decoder layers are divided among pipeline stages; pure Python, as planning asks for it too."""
 
-from __future__ import annotations
-
 import math
 
 from lorafusion.core.config import ModelConfig

@@ -11,8 +11,6 @@ authors' solver has a clock). Microbatches are alike, so sample i may lie in the
 first.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array

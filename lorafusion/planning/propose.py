@@ -6,8 +6,6 @@ simulated then, by their slowest groups, with the largest capacity whose activat
 finds fastest. No GPU is asked: memory is counted (`planning.memory`), and time is the cost model's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """One adapter after another, in microbatches of a fixed number of samples: Megatron-LM, and PEFT on one device."""
 
-from __future__ import annotations
-
 from lorafusion.core.plan import Microbatch, Plan, make_plan
 from lorafusion.core.workload import Workload
 from lorafusion.planning.common import fixed_size_batches, insert_noops, require_samples_fit

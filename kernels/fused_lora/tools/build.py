@@ -7,8 +7,6 @@ Gluon for sm_90 uses wgmma and the copy engine. A kernel that fails a check make
 written.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import os

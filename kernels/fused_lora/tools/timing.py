@@ -1,7 +1,5 @@
 """The clock for kernels on a GPU, of the tuner and of the benchmarks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -5,8 +5,6 @@ candidates below, with its time, the library GEMM's among the GEMMs, and a hash 
 not compile or run, or keeps registers in memory, is counted and left out. Entries of other shapes stay as they are.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import itertools

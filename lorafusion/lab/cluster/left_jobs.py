@@ -4,8 +4,6 @@ A driver that submits jobs first writes into the folder what they are called. Th
 name and has them end before it makes anything. A copy of a folder has another inode: the original's jobs go on.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

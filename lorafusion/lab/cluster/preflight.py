@@ -4,8 +4,6 @@ It has as many nodes as the largest cell, at most two, with that cell's GPUs. Wh
 which node, and what to do.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

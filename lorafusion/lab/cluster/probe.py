@@ -4,8 +4,6 @@ The nodes meet before any of them imports torch, which takes minutes where a net
 What the login node is to know is a line of the job's log, `preflight: NODE KIND: TEXT`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

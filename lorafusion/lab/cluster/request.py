@@ -1,7 +1,5 @@
 """What a job needs, and what Slurm is asked for it."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from lorafusion.lab.cluster.site import Site

@@ -5,8 +5,6 @@ it does not say what a job waits for. Here one squeue tells all, on clusters tha
 not. Of a job that Slurm has forgotten its files say how it ended. No answer is never taken for an end.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import re

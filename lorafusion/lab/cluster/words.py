@@ -1,7 +1,5 @@
 """What Slurm's words for a job mean: which states are an end, and which reasons to wait never pass by themselves."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import NamedTuple

@@ -6,8 +6,6 @@ the GPU's own, or the host's where the GPU waits for it. The host's time is that
 that has nothing else to do. On a CPU the two are one.
 """
 
-from __future__ import annotations
-
 import gc
 import statistics
 import tempfile

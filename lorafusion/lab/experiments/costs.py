@@ -3,8 +3,6 @@
 What is measured becomes a profile, by which plans are made and simulated (`lorafusion.lab.cost_fit`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -5,8 +5,6 @@
 it for Perfetto. Pure Python and NumPy: no torch, no clock, no randomness.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lorafusion.core.plan import Plan

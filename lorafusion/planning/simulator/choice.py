@@ -4,8 +4,6 @@ Everything that plans or simulates asks here: `plan`, `train`, the suites' plans
 planner.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

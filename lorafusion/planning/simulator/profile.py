@@ -4,8 +4,6 @@ A fit is of a model's dimensions and of a way to compute adapters. From it follo
 number of stages.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -8,8 +8,6 @@ can begin, in less than half the time of `run_orders`. Nothing happens in the tu
 few adapters on many stages have twenty for each slot that holds samples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A timeline as a Chrome trace, which Perfetto (ui.perfetto.dev) and chrome://tracing open."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

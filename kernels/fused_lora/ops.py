@@ -79,8 +79,7 @@ def run_linear(operands: Operands, settings: Settings, inputs: Sequence[Tensor],
     with without_autocast(inputs[0]):
         if _kernel(linear, inputs[0]):
             arguments = (operands, settings, inputs, *others)
-            *ys, _, _ = _Linear.apply(arguments, operands.a, operands.b, *inputs)
-            return ys
+            return list(_Linear.apply(arguments, operands.a, operands.b, *inputs))
         return linear(*_flat(operands, settings, list(inputs), *others))[0]
 
 
@@ -143,8 +142,6 @@ def _keep(ctx, arguments: tuple, output: tuple) -> None:
     operands, ctx.settings, inputs, weights, _, _ = arguments
     _, s, bits = output
     ctx.input_count = len(inputs)
-    # Neither s nor the bits are results to differentiate: a second derivative through them would be silently wrong.
-    ctx.mark_non_differentiable(s, bits)
     ctx.set_materialize_grads(False)  # zeros as large as s and the bits would be made at each call
     ctx.save_for_backward(s, bits, *operands, *inputs, *weights)
 
@@ -170,6 +167,8 @@ def _gradients(ctx, dys: Sequence[Tensor | None], wants_inputs: bool, wants_fact
 
 def _setup_context(ctx, inputs, output) -> None:
     _keep(ctx, _packed(inputs), output)
+    # Neither s nor the bits are results to differentiate: a second derivative through them would be silently wrong.
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, dys, _s, _bits):
@@ -185,19 +184,17 @@ linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Linear(torch.autograd.Function):
-    """`fused_lora::linear` in eager mode: from its packed arguments to the y, s and the mask bits. Autograd sees only
-    the tensors that are arguments of their own."""
+    """`fused_lora::linear` in eager mode: from its packed arguments to the y. Autograd sees only the tensors that are
+    arguments of their own."""
 
     @staticmethod
     def forward(ctx, arguments, a, b, *inputs):
         output = KERNELS[linear, a.device.type](*arguments)
         _keep(ctx, arguments, output)
-        ys, s, bits = output
-        return (*ys, s, bits)
+        return tuple(output[0])
 
     @staticmethod
-    def backward(ctx, *gradients):
-        *dys, _, _ = gradients
+    def backward(ctx, *dys):
         _, a, b, *inputs = ctx.needs_input_grad
         dinputs, da, db = _gradients(ctx, dys, any(inputs), a or b)
         return (None, da, db, *dinputs)

@@ -48,15 +48,24 @@ def seconds(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
     return best
 
 
+GROUP = ("q_proj", "k_proj", "v_proj")
+
+
 class _Model(nn.Module):
-    def __init__(self) -> None:
+    """Linears of one input."""
+
+    def __init__(self, names: tuple[str, ...] = GROUP[:1]) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(COLUMNS, COLUMNS, bias=False, dtype=torch.bfloat16)
+        for name in names:
+            self.add_module(name, nn.Linear(COLUMNS, COLUMNS, bias=False, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [linear(x) for linear in self.children()]
 
 
-def _peft() -> nn.Module:
-    config = LoraConfig(r=RANK, lora_dropout=0.1, target_modules=["q_proj"])
-    return get_peft_model(_Model(), config, autocast_adapter_dtype=False).base_model.model
+def _peft(names: tuple[str, ...]) -> nn.Module:
+    config = LoraConfig(r=RANK, lora_dropout=0.1, target_modules=list(names))
+    return get_peft_model(_Model(names), config, autocast_adapter_dtype=False).base_model.model
 
 
 def _linear(adapters: int) -> tuple[LoRALinear, LoRABatch]:
@@ -66,10 +75,10 @@ def _linear(adapters: int) -> tuple[LoRALinear, LoRABatch]:
     return LoRALinear(_Model().q_proj, settings), LoRABatch.of(segments, torch.arange(TOKENS))
 
 
-def _trained(linear: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+def _trained(model: _Model) -> Callable[[], object]:
     x = torch.randn(TOKENS, COLUMNS, dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.randn(TOKENS, COLUMNS, dtype=torch.bfloat16)
-    return lambda: linear(x).backward(dy)
+    dys = [torch.randn_like(x) for _ in model.children()]
+    return lambda: torch.autograd.backward(model(x), dys)
 
 
 def _levels(adapters: int) -> dict[str, Callable[[], object]]:
@@ -105,10 +114,12 @@ def _own_gemm(kernel: str, shape: choices.Shape, gpu: choices.Target) -> dict:
 
 
 def main() -> None:
-    patched = _peft()
-    fused_lora.patch(patched)
-    functions = {"frozen": _trained(_Model().q_proj), "PEFT": _trained(_peft().q_proj)}
-    functions |= {"patched": _trained(patched.q_proj)}
+    functions = {}
+    for names in (GROUP[:1], GROUP):
+        patched = _peft(names)
+        fused_lora.patch(patched)
+        for name, model in (("frozen", _Model(names)), ("PEFT", _peft(names)), ("patched", patched)):
+            functions[f"{name}, {len(names)} linears"] = _trained(model)
     functions |= {f"{name}, {adapters} adapters": f for adapters in (1, 4) for name, f in _levels(adapters).items()}
     shared = {"choose": _own_gemm, "target_of": lambda device: H200}
     ways = {

@@ -123,14 +123,19 @@ def _release(slots: set[int], tensors: list, addresses: list[int], stream: int) 
         tensors[slot] = None
 
 
+def _watched() -> bool:
+    """Does a profiler want to hear of Triton's launches?"""
+    hook = knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
+
+
 def remembered(function: Callable[..., Results], operands: Operands, settings: Settings, *arguments: Any) -> Results:
     """function(operands, settings, *arguments), a pass of the host code, from its record where there is one.
 
     arguments: tensors, bools, which tell kinds of calls apart, and sequences of either. The first call of a kind is not
     recorded, as there may be no second. Nor are calls while someone else launches, or watches Triton's launches."""
     launcher = calls.launcher()
-    watched = launcher.run_of is not calls.RUN or knobs.runtime.launch_enter_hook.calls
-    if not launcher.remembers or watched:
+    if not launcher.remembers or launcher.run_of is not calls.RUN or _watched():
         return function(operands, settings, *arguments)
     tensors: list[Tensor] = [*operands]
     numbers: list[Any] = [settings.max_rank, settings.masked, *settings.ranks]

@@ -63,7 +63,7 @@ def two_train(workflow, but=frozenset()):
         met.update(path for path in workflow.results.rglob("*.reports-*/**/rendezvous") if path not in but)
         return len(met) == 2
 
-    wait_until(look, 120, "two cells have begun to train")
+    wait_until(look, 240, "two cells have begun to train")
     return met
 
 

@@ -46,6 +46,7 @@ def test_steps_share_a_job_one_by_one_and_the_workflow_ends_well(tmp_path):
     assert f"error: not made: {failed.partition('slurm-test/')[2]} (see " in output, output[-8000:]
     others = [times(workflow.checkout / path) for path in targets if path != failed]
     assert [job.state for job in since(begin)] == ["REQUEUED", "FAILED"]
+    assert since(begin)[-1].what.startswith("run_1_of_1: 3 steps, model~tiny/workload~xsum/")
     assert (tmp_path / "shells").read_text() == "xxxxx\n", "a run that was made was made again"
     (first, second) = sorted(others)
     assert first.end <= second.start, "a run was disturbed by another of its job"

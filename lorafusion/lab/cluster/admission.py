@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lorafusion.core.schema import UserError
@@ -23,8 +23,8 @@ HINTS = (
     ("slurm_partition", "No partition specified", "PARTITION names one"),
     ("", "MaxWall", "GROUP_MINUTES is the longest job that steps share"),
 )
-# Of nodes that are down or drained now, and of a controller that is busy: the job itself may be all right.
-UNSURE = re.compile(f"node configuration is not available|{BUSY.pattern}")
+# Of nodes that are down or drained now: the job itself may be all right.
+REPAIR = "node configuration is not available"
 
 
 class Nodes(NamedTuple):
@@ -128,21 +128,33 @@ def require_admitted(jobs: Mapping[str, Request], settings: object = None) -> No
     name; settings: those of Snakemake's plugin."""
     if getattr(settings, "array_jobs", None):
         raise UserError("--slurm-array-jobs: an array would run its first job again and again; leave this option out")
+    refused: dict[str, list[str]] = {}
+    try:
+        for reason, names in _reasons(jobs, settings):
+            refused.setdefault(reason, []).extend(names)
+    except UserError as error:
+        if not BUSY.search(str(error)):
+            raise
+        print(f"not sure whether Slurm would run all jobs: {error}", flush=True)
+    if refused:
+        more = {reason: f" and {len(names) - 1} more" if names[1:] else "" for reason, names in refused.items()}
+        raise UserError(*(f"{names[0]}{more[reason]}: Slurm would not run it: {reason}"
+                          for reason, names in refused.items()))  # fmt: skip
+
+
+def _reasons(jobs: Mapping[str, Request], settings: object) -> Iterator[tuple[str, list[str]]]:
+    """Why Slurm would not run jobs, and which; those that ask for the same are tried once. A controller that is busy
+    is not asked about each."""
     alike: dict[tuple[tuple[str, Any], ...], list[str]] = {}
     for name, request in sorted(jobs.items()):
         alike.setdefault(tuple((key, request.get(key)) for key in KEYS), []).append(name)
     nodes = all_nodes() if alike else []
     if any(not dict(pairs)["slurm_partition"] for pairs in alike) and not any(some.is_default for some in nodes):
         print("not sure whether jobs are too long: they name no partition, and none is the default", flush=True)
-    refused: dict[str, list[str]] = {}
     for pairs, names in alike.items():
         reason = refusal(dict(pairs), nodes) or _refused(dict(pairs), settings)
         if reason:
-            refused.setdefault(reason, []).extend(names)
-    if refused:
-        more = {reason: f" and {len(names) - 1} more" if names[1:] else "" for reason, names in refused.items()}
-        raise UserError(*(f"{names[0]}{more[reason]}: Slurm would not run it: {reason}"
-                          for reason, names in refused.items()))  # fmt: skip
+            yield reason, names
 
 
 def _refused(request: Request, settings: object) -> str:
@@ -150,7 +162,9 @@ def _refused(request: Request, settings: object) -> str:
     try:
         slurm(*sbatch_words(request, settings), "--test-only", text="#!/bin/sh\n")
     except UserError as error:
-        if UNSURE.search(str(error)):
+        if BUSY.search(str(error)):
+            raise
+        if REPAIR in str(error):
             print(f"not sure whether Slurm would run all jobs: {error}", flush=True)
             return ""
         hints = [f"; {PREFIX}{hint}" for key, pattern, hint in HINTS

@@ -1,7 +1,7 @@
 """How jobs are submitted, in the place of what Snakemake's Slurm plugin does.
 
 The plugin (2.8) gives a step up whose sbatch fails. Here a controller that is busy is asked again. It may have taken a
-job without saying so: that job is looked for by its name and comment first, so that no step is submitted twice.
+job without saying so: that job is looked for by its name and comment first, so that no step runs twice.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from threading import Event
 from types import SimpleNamespace
@@ -58,13 +58,34 @@ def submit(words: Sequence[str], script: str, name: str, comment: str, stopped: 
     """Submit a job; returns its id. A busy controller is asked again for a quarter of an hour. Raises `UserError` where
     Slurm refuses the job, or is busy for longer.
 
-    name, comment: of the job; no other one has both. stopped: nothing is tried again once it is set.
+    A job is held until its id is known: what a busy controller takes much later never runs beside what was submitted
+    in its place. name, comment: of the job; no other one has both. stopped: nothing is tried again once it is set.
     """
-    stopped, pause, end = stopped or Event(), PAUSE, 0.0
+
+    def take(again: bool) -> str:
+        taken = [job for job in (jobs_named([name]) if again else []) if job.comment == comment]
+        return taken[-1].id if taken else _id_of(slurm(*words, "--hold", text=script))
+
+    def release(again: bool) -> str:
+        try:
+            return slurm("scontrol", "release", id)
+        except UserError as error:
+            if again and not BUSY.search(str(error)):
+                return ""  # it was released, and runs
+            raise
+
+    stopped = stopped or Event()
+    id = _answer(take, stopped)
+    _answer(release, stopped)
+    return id
+
+
+def _answer(ask: Callable[[bool], str], stopped: Event) -> str:
+    """What Slurm answers once it is not busy. ask: asks it; told whether it was asked before."""
+    pause, end = PAUSE, 0.0
     while True:
         try:
-            taken = [job for job in (jobs_named([name]) if end else []) if job.comment == comment]
-            return taken[-1].id if taken else _id_of(slurm(*words, text=script))
+            return ask(end > 0)
         except UserError as error:
             if not BUSY.search(str(error)):
                 raise
@@ -85,11 +106,13 @@ def _id_of(answer: str) -> str:
 
 
 def comment_of(job: Any) -> str:
-    """What a job of Snakemake makes, for people who read squeue. No other job of the workflow makes the same."""
-    if not job.is_group():
-        return " ".join([job.name, *job.wildcards])
-    steps = sorted(job.jobs, key=lambda step: (-step.priority, step.output.main))  # as they run
-    return f"{job.groupid}: {len(steps)} steps, {' '.join(steps[0].wildcards)} to {' '.join(steps[-1].wildcards)}"
+    """What a job of Snakemake makes, for people who read squeue. No other job of the workflow has the same comment."""
+    if job.is_group():
+        steps = sorted(job.jobs, key=lambda step: (-step.priority, step.output.main))  # as they run
+        what = f"{job.groupid}: {len(steps)} steps, {' '.join(steps[0].wildcards)} to {' '.join(steps[-1].wildcards)}"
+    else:
+        what = " ".join([job.name, *job.wildcards])
+    return f"{what}, try {job.attempt}" if job.attempt > 1 else what  # as by --retries
 
 
 class Submitter:

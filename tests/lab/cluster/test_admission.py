@@ -194,6 +194,18 @@ def test_nodes_in_repair_and_a_busy_controller_keep_nobody_out(slurm, capsys, an
     assert "not sure whether Slurm would run all jobs: sbatch: allocation failure: " in capsys.readouterr().out
 
 
+def test_a_busy_controller_is_asked_once_and_keeps_nobody_out(slurm, capsys):
+    """Jobs are submitted patiently. What is refused already is told."""
+    jobs = {"a": ONE_GPU, "b": ONE_GPU._replace(memory_mb=1000), "c": ONE_GPU._replace(memory_mb=2000)}
+    assert admitted(slurm, jobs, "Unable to contact slurm controller (connect failure)") == []
+    assert len(slurm.calls("sbatch")) == 1
+    slurm.program("sinfo", "echo 'slurm_load_partitions: Socket timed out on send/recv operation' >&2; exit 1")
+    require_admitted({"a": request_of(ONE_GPU, Site())})
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    (mistake,) = admitted(slurm, {"a": ONE_GPU._replace(minutes=125), "b": ONE_GPU}, "Socket timed out")
+    assert "125 minutes, at most 10 there" in mistake
+
+
 def test_job_arrays_are_refused(slurm):
     with pytest.raises(UserError, match="^--slurm-array-jobs: "):
         require_admitted({}, SimpleNamespace(array_jobs="all"))

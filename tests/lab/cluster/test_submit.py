@@ -26,7 +26,9 @@ def quick(monkeypatch):
 
 
 def sbatch(slurm, *answers: str) -> None:
-    """What sbatch says, call by call; the last of it always. Words are errors, a number is a job's id."""
+    """What sbatch says, call by call; the last of it always. Words are errors, a number is a job's id. Jobs can be
+    released."""
+    slurm.program("scontrol", "true")
     for number, answer in enumerate(answers, 1):
         (slurm.folder / f"answer.{number}").write_text(f"{answer}\n")
     last = f"[ -e answer.$n ] || n={len(answers)}"
@@ -80,6 +82,31 @@ def test_a_job_that_was_taken_without_a_word_is_not_submitted_again(slurm):
     assert "--name=run-1" in slurm.calls("squeue")[0]
 
 
+def test_a_job_is_held_until_its_id_is_known(slurm):
+    """One that a busy controller takes much later does not begin."""
+    sbatch(slurm, BUSY, "7")
+    slurm.queue()
+    assert submit(["sbatch"], "true", "run-1", "run a") == "7"
+    assert slurm.calls("sbatch") == ["--hold", "--hold"]
+    assert slurm.calls("scontrol") == ["release 7"]
+
+
+@pytest.mark.parametrize("second", ["", "echo 'Job is no longer pending execution for job 7' >&2; exit 1"])
+def test_a_job_is_released_though_the_controller_is_busy(slurm, second):
+    sbatch(slurm, "7")
+    busy = "echo 'Unable to contact slurm controller' >&2; exit 1"
+    slurm.program("scontrol", f"if [ $(wc -l <scontrol.calls) -lt 3 ]; then {busy}; fi\n{second}")
+    assert submit(["sbatch"], "true", "run-1", "run a") == "7"
+    assert slurm.calls("scontrol") == ["release 7"] * 3
+
+
+def test_a_job_that_cannot_be_released_is_told(slurm):
+    sbatch(slurm, "7")
+    slurm.program("scontrol", "echo 'Access/permission denied for job 7' >&2; exit 1")
+    with pytest.raises(UserError, match="scontrol: Access/permission denied for job 7"):
+        submit(["sbatch"], "true", "run-1", "run a")
+
+
 def test_where_nobody_says_whether_it_was_taken_it_is_not_submitted_again(slurm):
     sbatch(slurm, BUSY)
     slurm.program(
@@ -111,6 +138,7 @@ def test_a_workflow_that_ends_does_not_wait_for_a_busy_controller(slurm, monkeyp
 
 @pytest.mark.parametrize("answer", ["7", "7;toy", "Submitted batch job 7 on cluster toy", "23 hours are left\n7"])
 def test_the_id_is_read_as_clusters_tell_it(slurm, answer):
+    slurm.program("scontrol", "true")
     slurm.program("sbatch", f"echo '{answer}'")
     assert submit(["sbatch"], "true", "run-1", "run a") == "7"
 
@@ -132,6 +160,7 @@ class Step(SimpleNamespace):
             priority=priority,
             output=output,
             jobid=1,
+            attempt=1,
             resources=request_of(ONE_GPU, Site()),
         )
 
@@ -147,6 +176,7 @@ def group(*steps: Step) -> SimpleNamespace:
         jobs=steps,
         is_group=lambda: True,
         jobid=2,
+        attempt=1,
         resources=steps[0].resources,
     )
 
@@ -155,6 +185,8 @@ def test_a_comment_says_what_a_job_makes():
     assert comment_of(Step("a/b")) == "run a/b"
     shared = group(Step("late", 1), Step("first", 9), Step("middle", 5))
     assert comment_of(shared) == "run_1_of_2: 3 steps, first to late"
+    shared.attempt = 2
+    assert comment_of(shared) == "run_1_of_2: 3 steps, first to late, try 2"
 
 
 class Executor:

@@ -270,6 +270,15 @@ def test_a_job_larger_than_a_limit_on_jobs_together_is_cancelled(slurm, workflow
     assert workflow.look() == {"1": f"Slurm job 1 (run a): {line}. "}
 
 
+def test_a_job_that_came_a_second_time_is_cancelled(slurm, workflow):
+    """A busy controller took it after all, when it had been submitted again."""
+    workflow.executor.check_active_jobs.__self__.submitter._ids[WHAT] = "1"
+    workflow.active = workflow.active[:1]
+    queue(slurm, "1 RUNNING", "2 PENDING JobHeldUser")
+    assert workflow.look() == {}
+    assert slurm.calls("scancel") == ["--quiet 2"]
+
+
 def test_a_reason_that_passes_resets_the_clock(slurm, workflow):
     for reason in ("PartitionTimeLimit", "Resources", "PartitionTimeLimit", "Priority"):
         queue(slurm, f"1 PENDING {reason}", "2 RUNNING")

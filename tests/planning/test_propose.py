@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from lorafusion.cli.proposal import print_choices
 from lorafusion.core.config import CONFIGS, read_model
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
@@ -111,6 +112,20 @@ def test_gpus_stay_idle_where_numbers_do_not_divide():
     whole = [choice for choice in choices if not choice.idle and not choice.reason]
     assert whole
     assert min(choice.makespan for choice in whole) > chosen.makespan
+
+
+def test_the_guide_quotes_what_is_proposed(capsys):
+    """The table of the guide, and the array of Slurm tasks that follows from its first row."""
+    choices = choices_of(workload_of(250, samples=128), "llama-3.1-8b", 256)
+    print_choices(choices)
+    printed = {line.rstrip() for line in capsys.readouterr().out.splitlines()}
+    guide = (CONFIGS.parent / "docs" / "guide" / "many-gpus.md").read_text()
+    table = guide.split("\n groups  at once")[1].split("```")[0].splitlines()[1:]
+    assert {row for row in table if row != "..."} <= printed
+    best, *_ = choices
+    size = best.stages * best.data_parallel
+    assert f"sbatch --array=0-{best.groups - 1} --gpus-per-node={size} " in guide
+    assert f"`--array=0-{best.groups - 1}%{best.groups // 2}` half" in guide
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_the_cheapest_way_leaves_gpus_to_others_and_is_the_fastest_of_those_that
     least = min(choice.gpu_hours for choice in every)
     assert least <= cheap[0].gpu_hours <= 1.03 * least
     assert cheap[0].makespan <= min(c.makespan for c in every if c.gpu_hours <= cheap[0].gpu_hours)
-    assert fast[0].makespan <= 1.001 * min(choice.makespan for choice in every)
+    assert fast[0].makespan <= 1.005 * min(choice.makespan for choice in every)
     assert cheap[0].idle > fast[0].idle
     assert cheap[0].gpu_hours < 0.99 * fast[0].gpu_hours
 

@@ -56,7 +56,9 @@ def test_two_groups_train_as_tasks_of_an_array_do(checkout):
     assert sorted(path.parent.name for path in adapters) == ["east", "north", "south", "west"]
 
 
-@pytest.mark.parametrize(("ends", "signals", "requeued"), [(0, 0, False), (1, 0, False), (75, 1, True), (75, 2, True)])
+@pytest.mark.parametrize(
+    ("ends", "signals", "requeued"), [(0, 0, False), (1, 0, False), (75, 1, True), (75, 2, True), (143, 1, True)]
+)
 def test_the_batch_script_of_a_group_goes_on_after_a_time_limit(checkout, tmp_path, ends, signals, requeued):
     """The training is asked to stop, and the job is put in the queue again if it says that it has more to do."""
     programs = {

@@ -54,8 +54,7 @@ def plan(
     by_group = []
     for group in groups:
         size = _size(workload, group, capacity, data_parallel, row_multiple, split)
-        left = [workload.jobs[adapter].batches[workload.jobs[adapter].start :] for adapter in group]
-        by_group.append([_microbatches(workload, batch, row_multiple) for batch in _batches(group, left, size)])
+        by_group.append([_microbatches(workload, batch, row_multiple) for batch in _batches(workload, group, size)])
     rounds = zip_longest(*by_group, fillvalue=[])
     order = [microbatch for batches in rounds for batch in batches for microbatch in batch]
     microbatches = insert_noops(order, workload, stages, data_parallel)
@@ -90,18 +89,19 @@ def _size(
 
 
 def _fits(workload: Workload, group: range, size: int, capacity: int, row_multiple: int | None) -> bool:
-    every = [workload.jobs[adapter].batches_of_an_epoch for adapter in group]
     return all(
         padded_length(_lengths(workload, content), row_multiple) <= capacity
-        for batch in _batches(group, every, size)
+        for batch in _batches(workload, group, size)
         for content in batch
     )
 
 
-def _batches(group: range, by_adapter: list[Sequence[range]], size: int) -> list[list[Content]]:
-    """For each round of the global batches of a group's adapters its microbatches: `size` samples of each adapter."""
+def _batches(workload: Workload, group: range, size: int) -> list[list[Content]]:
+    """For each round of the global batches that a group's adapters have left its microbatches: `size` samples of each
+    adapter. Those of later epochs count too: they may meet others of an adapter whose epoch is longer."""
+    left = [workload.jobs[adapter].batches[workload.jobs[adapter].start :] for adapter in group]
     batches = []
-    for positions in zip_longest(*by_adapter, fillvalue=range(0)):
+    for positions in zip_longest(*left, fillvalue=range(0)):
         parts = zip_longest(*(cuts(batch, size) for batch in positions), fillvalue=range(0))
         batches.append([{adapter: cut for adapter, cut in zip(group, part, strict=True) if cut} for part in parts])
     return batches

@@ -210,6 +210,16 @@ def test_the_pipeline_waits_where_too_few_adapters_are_left(stages, adapters, si
     assert begins == [batch * (adapters * size + missing) + at for batch in range(batches) for at in range(size)]
 
 
+def test_epochs_of_unequal_length_meet_within_the_capacity(make_job, make_workload):
+    """In the third round the second epoch of the first job, four samples, meets a long sample of the other."""
+    workload = make_workload(
+        make_job("a", (2,) * 5, global_batch_size=4, epochs=2), make_job("b", (2, 2, 9), global_batch_size=1)
+    )
+    plan = planned(workload, 1, 64, row_multiple=8, batch_lora=True)
+    check(plan, workload)
+    assert max(microbatch.length for microbatch in plan.microbatches) <= 64
+
+
 def contents_of(slot):
     return {part.adapter for microbatch in slot for part in microbatch.segments}
 

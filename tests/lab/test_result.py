@@ -15,6 +15,7 @@ from lorafusion.core.plan import Statistics, make_plan
 from lorafusion.lab.table.result import EXPECTED, metrics, require_steps, result_of, steady_throughput
 from lorafusion.launch.outcome import FaultyRunError, Outcome
 from lorafusion.planning import sequential
+from lorafusion.planning.buckets import with_buckets
 from tests.conftest import job as make_a_job
 from tests.conftest import workload as make_a_workload
 
@@ -99,6 +100,18 @@ def test_padding_is_counted_in_the_padded_throughput_alone():
     seconds = 0.5 * len(plan.microbatches)
     assert found["throughput", "whole"] == pytest.approx((3 + 5 + 2 + 4) / seconds)
     assert found["throughput_padded", "whole"] == pytest.approx(4 * 8 / seconds)
+
+
+def test_padding_to_buckets_is_counted_in_the_padded_throughput_alone():
+    workload = make_a_workload(make_a_job("a", (3, 5, 2, 4)))
+    plan = sequential.plan(workload, "test", 1, 16)
+    padded = with_buckets(plan, workload, tile=16)
+    assert {microbatch.length for microbatch in padded.microbatches if not microbatch.noop} == {16}
+    before, after = (numbers(report(each, workload=workload), each, workload) for each in (plan, padded))
+    count = len(plan.microbatches) - plan.statistics.noops
+    assert after.pop(("throughput_padded", "whole")) == pytest.approx(16 * count / (0.5 * len(plan.microbatches)))
+    assert before.pop(("throughput_padded", "whole")) == before["throughput", "whole"]
+    assert after == before
 
 
 def test_tokens_are_the_workloads_whatever_the_plan_says_of_itself():

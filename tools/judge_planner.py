@@ -70,7 +70,7 @@ def judged(case: Case) -> dict[str, object]:
     row: dict[str, object] = {"workload": workload.name, "adapters": len(workload.jobs), "stages": stages,
                               "model": model, "capacity": capacity,
                               "samples": sum(len(job.samples) for job in workload.jobs),
-                              "bound": time_bound(workload.jobs, costs)}  # fmt: skip
+                              "bound": time_bound(workload.jobs, costs, capacity)}  # fmt: skip
     for strategy in STRATEGIES:
         plan = plan_workload(workload, strategy, stages=stages, capacity=capacity, costs=costs)
         table = costs_of(plan, workload, costs)

@@ -53,8 +53,9 @@ def soonest(jobs: Sequence[Job], stages: int, fastest: Way, simulate: Simulate) 
         means = partial(means_by_priority, [job.weight for job in jobs], priorities)
         best = min(best, first, key=means)
         for target, slack in dict.fromkeys(fillings):
+            ramp = tuple(tokens for tokens in fastest.ramp if tokens < target)
             for order in orders:
-                ends = ends_of(Way(target, order, slack))
+                ends = ends_of(Way(target, order, slack, ramp))
                 if means(ends) >= means(best):  # with more of a guard they end no earlier
                     break
                 if ends.makespan <= first.makespan * (1 + LONGER):

@@ -35,7 +35,7 @@ from lorafusion.planning.simulator.stream import simulate_stream
 from lorafusion.planning.simulator.timeline import Timeline
 
 FALL = 0.75  # of a target to the one tried before; then two beside the best are tried
-HOPELESS = 0.92  # of the highest throughput, below which no lower target is tried; before a rise it fell by 3 %
+HOPELESS = 0.92  # of the highest throughput; no lower target is tried when two in a row are below it
 TRIED_SAMPLES, TRIED_BATCHES = 1000, 3  # of all jobs together, and global batches of each, at least
 COMPARED_SAMPLES = 20_000  # of all jobs together, for what was within MISLED of the best of the first ones
 MISLED = 0.05  # of the throughput: the first samples put ways in the wrong order by up to 2 %
@@ -44,6 +44,8 @@ SEARCHED_SAMPLES = 1000  # up to which a plan is improved by local search
 SEARCHED_WAVES, SAMPLE_WAVES = 16_000, 250  # of it, in all and for each sample; one takes about 20 us
 LONG_WORK = 100_000  # samples that take seconds to pack
 LOOSE = 4  # the part of a microbatch below the capacity that one adapter may leave empty without others being asked
+RAMPS = (0.5, 0.75), (0.5, 1.25), (0.2, 1.75)  # parts of the target that ramps begin with, and slots for each stage
+RISES = 1, 1.15, 1.32  # of the target, that are tried with ramps
 GAIN = 0.01  # of the throughput, for which a lower capacity is worth more microbatches
 
 USUAL = next(iter(ORDERS))
@@ -192,8 +194,10 @@ class Trials:
     def fastest(self, model: CostModel) -> Prediction:
         """The way in which the jobs train at the highest simulated throughput, of those that are tried."""
         full = self.trial(model, Way(self.capacity, USUAL, self.capacity // EXACT), TRIED_SAMPLES)
-        if full.waiting <= GOOD_BUBBLE:
-            return full
+        return self._ramped(model, full if full.waiting <= GOOD_BUBBLE else self._fastest(model, full))
+
+    def _fastest(self, model: CostModel, full: Prediction) -> Prediction:
+        """The fastest of the ways without a ramp."""
         filled = self._best_target(model, full)
         orders = [filled.way._replace(order=order) for order in ORDERS if order != USUAL]
         ordered = self._faster(model, filled, orders)
@@ -205,46 +209,75 @@ class Trials:
         compared = [self.trial(model, way, COMPARED_SAMPLES) for way in dict.fromkeys(near)]
         return max(compared, key=lambda trial: trial.throughput)
 
+    def _ramped(self, model: CostModel, best: Prediction) -> Prediction:
+        """The same way, or one near it, with a ramp, if the whole run is faster so."""
+        if self.stages == 1 or self.samples >= LONG_WORK:  # nothing waits, or not for a part of the time that counts
+            return best
+        if self.samples > TRIED_SAMPLES:
+            best = self.trial(model, best.way, TRIED_SAMPLES, "whole")
+        targets = dict.fromkeys(min(self.capacity, _rounded(best.way.target * rise, model)) for rise in RISES)
+        first, *ramps = [Way(target, USUAL, target // EXACT, self._ramp(model, target, *shape))
+                         for target in targets for shape in RAMPS]  # fmt: skip
+        ramped = self._faster(model, self.trial(model, first, TRIED_SAMPLES, "whole"), ramps, "whole")
+        orders = [ramped.way._replace(order=order) for order in ORDERS if order != USUAL]
+        ordered = self._faster(model, ramped, orders, "whole")
+        loose = ordered.way._replace(slack=ordered.way.target // LOOSE)
+        return max(best, self._faster(model, ordered, [loose], "whole"), key=lambda trial: trial.throughput)
+
+    def _ramp(self, model: CostModel, target: int, begin: float, length: float) -> tuple[int, ...]:
+        """Tokens of the first slots' microbatches, and backwards of the last ones'."""
+        slots = round(self.stages * length)
+        shares = (begin + (1 - begin) * slot / slots for slot in range(slots))
+        return tuple(min(target, _rounded(target * share, model)) for share in shares)
+
     def _best_target(self, model: CostModel, full: Prediction) -> Prediction:
         """The fastest target in the usual order; of those within GAIN of it the one with the most tokens."""
         trials = [full]
-        for target in self._targets():
+        for target in self._targets(model):
             trials.append(self._at(model, target))
-            if trials[-1].throughput < HOPELESS * max(trial.throughput for trial in trials):
+            if max(trial.throughput for trial in trials[-2:]) < HOPELESS * max(trial.throughput for trial in trials):
                 break
         tried = [trial.way.target for trial in trials]
         at = max(range(len(trials)), key=lambda index: trials[index].throughput)
         for neighbour in (at - 1, at + 1):
             if 0 <= neighbour < len(tried):
-                trials.append(self._at(model, math.isqrt(tried[at] * tried[neighbour])))
+                trials.append(self._at(model, _rounded(math.sqrt(tried[at] * tried[neighbour]), model)))
         most = max(trial.throughput for trial in trials)
         return max(
             (trial for trial in trials if trial.throughput >= most * (1 - GAIN)), key=lambda trial: trial.way.target
         )
 
-    def _targets(self) -> Iterator[int]:
+    def _targets(self, model: CostModel) -> Iterator[int]:
         """Tokens of a microbatch below the capacity, falling from what the jobs' global batches have together for each
         replica to a sample's. They do not depend on the capacity, so a larger one has all that a smaller one has."""
         in_hand = sum(job.token_offsets[-1] / len(job.batches_of_an_epoch) for job in self.jobs) / self.data_parallel
         least = min(job.token_offsets[-1] / len(job.samples) for job in self.jobs)
+        before = self.capacity
         while in_hand >= least:
-            if in_hand < self.capacity:
-                yield math.ceil(in_hand)
+            target = _rounded(in_hand, model)
+            if target < before:
+                yield target
+                before = target
             in_hand *= FALL
 
     def _at(self, model: CostModel, target: int) -> Prediction:
         """The trial of a target, in the usual order."""
         return self.trial(model, Way(target, USUAL, target // LOOSE), TRIED_SAMPLES)
 
-    def _faster(self, model: CostModel, best: Prediction, ways: list[Way]) -> Prediction:
+    def _faster(self, model: CostModel, best: Prediction, ways: list[Way], window: str | None = None) -> Prediction:
         """The fastest of a trial and of those of some other ways."""
-        return max([best, *(self.trial(model, way, TRIED_SAMPLES) for way in ways)], key=lambda trial: trial.throughput)
+        trials = [best, *(self.trial(model, way, TRIED_SAMPLES, window) for way in ways)]
+        return max(trials, key=lambda trial: trial.throughput)
 
     def searched(self, model: CostModel) -> Way:
         """The fastest of the ways that were tried after local search from each of them, of all samples."""
-        least = time_bound(self.jobs, model) * (1 + GOOD_BUBBLE)
-        fastest, best = math.inf, self._tried[0].way
+        least = time_bound(self.jobs, model, self.capacity) * (1 + GOOD_BUBBLE)
+        fastest, best, seen = math.inf, self._tried[0].way, []
         for way in dict.fromkeys(trial.way for trial in sorted(self._tried, key=lambda trial: -trial.throughput)):
+            packed = list(self.packed(way))
+            if packed in seen:
+                continue
+            seen.append(packed)
             slots = self.improved(model, way, self._waves)
             makespan = _simulated(slots, 1, model)[0].makespan
             if makespan < fastest:
@@ -264,10 +297,10 @@ class Trials:
             self._improved[way] = min(both, key=lambda slots: _simulated(slots, 1, model)[0].makespan)
         return self._improved[way]
 
-    def trial(self, model: CostModel, way: Way, samples: int) -> Prediction:
+    def trial(self, model: CostModel, way: Way, samples: int, window: str | None = None) -> Prediction:
         costs, timeline, _ = self.simulated(model, way, samples)
         # The first of many samples stand for the middle of the run; all of a few have a beginning and an end as well.
-        window = "steady" if samples < self.samples else "whole"
+        window = window or ("steady" if samples < self.samples else "whole")
         bubble = float(timeline.bubble(window).mean())
         self._tried.append(Prediction(way, timeline.throughput(window), bubble, bubble - _uneven(costs)))
         return self._tried[-1]
@@ -283,6 +316,11 @@ class Trials:
         slots = self.improved(model, way, min(SEARCHED_WAVES, self.samples * SAMPLE_WAVES) // 16)
         timeline, costs = _simulated(slots, 1, model)
         return costs, timeline, [ended for _, ended in slots]
+
+
+def _rounded(tokens: float, model: CostModel) -> int:
+    """The nearest number of whole tiles, at least one: the last one costs as much as a full one."""
+    return max(1, round(tokens / model.tile)) * model.tile
 
 
 def _uneven(costs: Costs) -> float:

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 from lorafusion.core.schema import UserError
@@ -93,6 +95,7 @@ class Way(NamedTuple):
     target: int
     order: str
     slack: int
+    ramp: tuple[int, ...] = ()
 
 
 def items_of(adapter: int, job: Job, batch: int) -> list[Item]:
@@ -116,12 +119,15 @@ class Packer:
         target: int | None = None,
         order: str = "longest-way",
         slack: int | None = None,
+        ramp: Sequence[int] = (),
         items: Callable[[int, Job, int], list[Item]] = items_of,
     ) -> None:
         self.stages, self.capacity, self.data_parallel = stages, capacity, data_parallel
         self.target = capacity if target is None else target
         self.slack = self.target // EXACT if slack is None else slack
         self._order, self._items = (ORDERS | JOB_BY_JOB | BY_PRIORITY)[order], items
+        self._ramp, self._ramp_tokens = ramp, [data_parallel * tokens for tokens in accumulate(ramp)]
+        self._filled = 0  # slots
         self.slot = 0
         self._enters: dict[int, int] = {}  # the first slot that an adapter's next global batch may enter
         self.streams: dict[int, _Stream] = {}
@@ -179,8 +185,9 @@ class Packer:
             self._admit(heapq.heappop(self._waiting)[1])
         self._put_in_order()
         bins: list[list[Item]] = []
+        limit = self._limit()
         for replica in range(self.data_parallel):
-            content = self._fill(self._room(self.data_parallel - replica))
+            content = self._fill(self._room(self.data_parallel - replica, limit), self.slack * limit // self.target)
             if not content:
                 break
             bins.append(content)
@@ -188,7 +195,13 @@ class Packer:
         for adapter in ended:
             self._end_batch(adapter)
         self.slot += 1
+        self._filled += bool(bins)
         return bins, ended
+
+    def _limit(self) -> int:
+        """Tokens that the bins of this slot are filled to."""
+        at = min(self._filled, bisect_left(self._ramp_tokens, self._tokens_left))
+        return self._ramp[at] if at < len(self._ramp) else self.target
 
     def skip(self) -> int:
         """Pass by the empty slots before the next one that an adapter may enter; how many they are."""
@@ -209,16 +222,16 @@ class Packer:
             heapq.heapify(self._ready)
             self._tokens_ordered = self._tokens_left
 
-    def _room(self, replicas: int) -> int:
+    def _room(self, replicas: int, limit: int) -> int:
         """Tokens for the next of some replicas. With little left they share it: the slowest decides when all are
         done."""
         if replicas == 1 or not self._ready:
-            return self.target
+            return limit
         ready = [self.streams[adapter] for _, adapter in self._ready]
         share = -(-sum(stream.tokens for stream in ready) // replicas)
-        return min(self.target, max(share, max(stream.items[0].tokens for stream in ready)))
+        return min(limit, max(share, max(stream.items[0].tokens for stream in ready)))
 
-    def _fill(self, room: int) -> list[Item]:
+    def _fill(self, room: int, slack: int) -> list[Item]:
         """Take what goes into a bin out of the streams."""
         content: list[Item] = []
         while self._ready:
@@ -232,7 +245,7 @@ class Packer:
                 return content
             if stream.tokens > room:
                 looked_at = [adapter]
-                content += fill(self._groups(looked_at), room, self.slack)
+                content += fill(self._groups(looked_at), room, slack)
                 self._take(content)
                 for other in looked_at:
                     if self.streams[other].items:

@@ -54,7 +54,7 @@ class Search:
         self.last = np.array([*(each.max() for each in places), -stages])
         self.margin = 2 * stages + REACH + 2  # empty slots around those of the plan
         around: list[list[int]] = [[] for _ in range(self.margin)]
-        self._set(self._times([*around, *self.slots, *around], -self.margin))
+        self._set(self._times([*around, *self.slots, *around], range(-self.margin, len(slots) + self.margin)))
 
     def _set(self, times: Times) -> None:
         self.times = times
@@ -176,9 +176,13 @@ class Search:
         loads = np.array([self.tokens[slot].sum() for slot in near])
         squares = np.array([(self.tokens[slot] ** 2).sum() for slot in near])
         change, square = self.tokens[come] - self.tokens[gone], self.tokens[come] ** 2 - self.tokens[gone] ** 2
-        none = np.zeros(len(gone))
-        mine = self._cost(loads[0] + change, squares[0] + square, here, none)
-        theirs = self._cost(loads[at] - change, squares[at] - square, far, none)
+        both = self._cost(
+            np.concatenate([loads[0] + change, loads[at] - change]),
+            np.concatenate([squares[0] + square, squares[at] - square]),
+            np.concatenate([here, far]),
+            np.zeros(2 * len(gone)),
+        )
+        mine, theirs = both.between(0, len(gone)), both.between(len(gone), FAR)
         begin = self.margin + place - self.stages + 1
         window = self.times.between(begin, begin + REACH + 2 * self.stages - 1)
         forward, backward, step, transfer = (
@@ -218,7 +222,7 @@ class Search:
             touched |= {int(self.last[batch]), int(places.max())}
             self.first[batch], self.last[batch] = places.min(), places.max()
         for slot in touched:
-            for array, column in zip(self.times, self._times([self.slots[slot]], slot), strict=True):
+            for array, column in zip(self.times, self._times([self.slots[slot]], [slot]), strict=True):
                 array[..., self.margin + slot] = column[..., 0]
 
     def _divide(self, place: int, state: State) -> int:
@@ -231,9 +235,7 @@ class Search:
         else:
             parts = [tuple(mine[begin::2][:size]) for begin in (0, 1) for size in range(1, len(mine) // 2 + 1)]
         halves = [[list(part), [number for number in mine if number not in part]] for part in parts]
-        each = [self._rebuilt(place, pair, 1) for pair in halves]
-        times = Times(*(np.stack(arrays, axis=-1) for arrays in zip(*each, strict=True)))
-        best = self._best(place, state, times, self.stages, 1)
+        best = self._best(place, state, self._rebuilt(place, halves, 1), self.stages, 1)
         if best is not None:
             self._replace(place, 1, halves[best])
         return 4 * self.stages
@@ -243,8 +245,7 @@ class Search:
         both = [number for slot in self.slots[place : place + 2] for number in slot]
         if place + 1 >= len(self.slots) or not self._may_close(place) or self.tokens[both].sum() > self.capacity:
             return 0
-        times = Times(*(array[..., None] for array in self._rebuilt(place, [both], 2)))
-        if self._best(place, state, times, self.stages - 1, -1) is not None:
+        if self._best(place, state, self._rebuilt(place, [[both]], 2), self.stages - 1, -1) is not None:
             self._replace(place, 2, [both])
         return 4 * self.stages
 
@@ -253,12 +254,18 @@ class Search:
         last, first = self.last[self.before], self.first
         return not np.any((last <= place) & (first > place) & (first - last == self.stages) & (last >= 0))
 
-    def _rebuilt(self, place: int, slots: list[list[int]], replaced: int) -> Times:
-        """The times from a place on where some slots stand for others."""
+    def _rebuilt(self, place: int, choices: list[list[list[int]]], replaced: int) -> Times:
+        """The times from a place on where some slots stand for others, for each choice of as many slots."""
         begin, end = self.margin + place - self.stages + 1, self.margin + place
         after = self.times.between(end + replaced, end + replaced + self.stages)
-        parts = (self.times.between(begin, end), self._times(slots, place), after)
-        return Times(*(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)))
+        count, flat = len(choices[0]), [slot for slots in choices for slot in slots]
+        times = self._times(flat, [*range(place, place + count)] * len(choices))
+        parts = []
+        for around, rest, inside in zip(self.times.between(begin, end), after, times, strict=True):
+            chosen = inside.reshape(*inside.shape[:-1], len(choices), count).swapaxes(-1, -2)
+            same = (np.broadcast_to(array[..., None], (*array.shape, len(choices))) for array in (around, rest))
+            parts.append(np.concatenate([next(same), chosen, next(same)], axis=-2))
+        return Times(*parts)
 
     def _replace(self, place: int, count: int, slots: list[list[int]]) -> None:
         """Put some slots in the place of others; those after them move."""
@@ -273,13 +280,14 @@ class Search:
             places = self.place[self.members[batch]]
             self.first[batch], self.last[batch] = places.min(), places.max()
         at = self.margin + place
-        parts = (self.times.between(0, at), self._times(slots, place), self.times.between(at + count, FAR))
+        inside = self._times(slots, range(place, place + len(slots)))
+        parts = (self.times.between(0, at), inside, self.times.between(at + count, FAR))
         self._set(Times(*(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True))))
 
-    def _times(self, slots: Sequence[Sequence[int]], place: int) -> Times:
-        """Of neighbouring slots, the first of them at a place."""
+    def _times(self, slots: Sequence[Sequence[int]], places: Sequence[int]) -> Times:
+        """Of slots at some places."""
         held = [set(self.batch[slot].tolist()) for slot in slots]
-        steps = [sum(self.last[batch] == at for batch in batches) for at, batches in enumerate(held, place)]
+        steps = [sum(self.last[batch] == at for batch in batches) for at, batches in zip(places, held, strict=True)]
         tokens = np.array([self.tokens[slot].sum() for slot in slots])
         squares = np.array([(self.tokens[slot] ** 2).sum() for slot in slots])
         return self._cost(tokens, squares, np.array([len(batches) for batches in held], float), np.array(steps, float))

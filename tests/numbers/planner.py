@@ -8,7 +8,7 @@ from functools import cache
 import pandas as pd
 
 from lorafusion.core.config import read_model
-from lorafusion.planning import capacity, completion, fast, memory, packer, propose
+from lorafusion.planning import buckets, capacity, completion, fast, memory, packer, propose
 from lorafusion.planning.simulator import costs
 from tests.numbers.quoted import number, percent
 from tests.numbers.sources import CPU, REFERENCE, table
@@ -63,7 +63,10 @@ def constants() -> list[str]:
     return [
         f"alone if they reach {percent(1 - 1 / packer.EXACT, '.1f')} of the capacity",
         f"the first {number(fast.TRIED_SAMPLES)} samples",
-        f"until the throughput falls by {percent(1 - fast.HOPELESS)}",
+        f"until two in a row are {percent(1 - fast.HOPELESS)} slower",
+        "with {} and {} times as many".format(*(number(rise, ".2f") for rise in fast.RISES[1:])),
+        f"The buckets are multiples of {number(buckets.TILE)} tokens",
+        f"Plans of {number(fast.LONG_WORK, ',')} samples",
         f"each is {percent(fast.FALL)} of the one before",
         f"A plan of at most {number(fast.SEARCHED_SAMPLES)} samples",
         f"or also {percent(1 / packer.EXACT, '.1f')}",

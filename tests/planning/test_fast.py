@@ -25,12 +25,13 @@ from tests.planning.test_strategies import CAPACITY, workloads
     order=st.sampled_from(list(ORDERS)),
     target=st.integers(1, CAPACITY),
     slack=st.integers(0, CAPACITY),
+    ramp=st.lists(st.integers(1, CAPACITY), max_size=5),
 )
-def test_every_way_to_pack_is_a_plan(workload, stages, data_parallel, order, target, slack):
+def test_every_way_to_pack_is_a_plan(workload, stages, data_parallel, order, target, slack, ramp):
     trials = fast.Trials(workload.jobs, stages, CAPACITY, data_parallel)
     microbatches = [
         microbatch
-        for bins, ended in trials.slots(fast.Way(target, order, slack))
+        for bins, ended in trials.slots(fast.Way(target, order, slack, tuple(sorted(ramp))))
         for microbatch in fast.slot_microbatches(workload, bins, ended, data_parallel)
     ]
     sizes = {"stages": stages, "capacity": CAPACITY, "data_parallel": data_parallel}
@@ -80,16 +81,37 @@ def test_trials_hold_the_same_part_of_every_job(make_job):
 @pytest.mark.parametrize(
     ("name", "stages", "global_batch", "adapters", "way"),
     [
-        ("wikisum", 2, 16, 2, (8192, "longest-way", 32)),  # full microbatches
-        ("wikisum", 8, 8, 2, (3302, "longest-way", 825)),  # a lower target
-        ("wikisum", 8, 8, 4, (4279, "abreast", 1069)),  # one beside it, in another order
-        ("heterogeneous", 2, 16, 4, (8076, "in-hand", 31)),  # filled exactly all the same
-        ("heterogeneous", 2, 8, 4, (8192, "longest-way", 2048)),  # full, but not with the samples of others
+        ("wikisum", 2, 16, 2, (8192, "longest-way", 32, (4096, 6144))),  # full microbatches, with a ramp
+        ("wikisum", 8, 8, 2, (3302, "longest-way", 825, ())),  # a lower target
+        ("wikisum", 8, 8, 4, (4279, "abreast", 1069, ())),  # one beside it, in another order
+        ("xsum", 4, 8, 4, (2782, "in-hand", 695, (556, 874, 1192, 1510, 1828, 2146, 2464))),  # a low and long ramp
+        ("heterogeneous", 2, 8, 4, (8192, "in-hand", 32, (4096, 6144))),  # another order with a ramp
     ],
 )
 def test_each_thing_that_is_tried_wins_somewhere(name, stages, global_batch, adapters, way):
     workload = repeated_workload(name, 100, global_batch, adapters, 1)
     assert fast.Trials(workload.jobs, stages, 8192).fastest(even_costs(stages)).way == way
+
+
+def test_the_first_and_the_last_microbatches_are_smaller_where_many_follow_each_other():
+    """The last stage waits for the first microbatch to come, and the first stage for the last one to come back."""
+    workload, model = repeated_workload("mixed", 32, 4, 16, 1), chosen_costs(8, "llama-3.1-70b")
+    trials = fast.Trials(workload.jobs, 8, 8192)
+    best = trials.fastest(model)
+    level = trials.trial(model, best.way._replace(ramp=()), 512)
+    assert best.throughput > 1.02 * level.throughput
+    tokens = [sum(item.tokens for item in bins[0]) for bins, _ in trials.slots(best.way)]
+    assert tokens[0] < 0.6 * best.way.target
+    assert tokens[-1] < 0.6 * best.way.target
+    assert max(tokens) > 0.9 * best.way.target
+
+
+def test_targets_are_whole_tiles():
+    """A GPU takes as long for a part of a tile as for all of it."""
+    model = chosen_costs(8, "llama-3.1-70b")
+    trials = fast.Trials(repeated_workload("mixed", 32, 4, 16, 1).jobs, 8, 8192)
+    trials.fastest(model)
+    assert {trial.way.target % model.tile for trial in trials._tried} == {0}
 
 
 @given(workload=workloads(), order=st.sampled_from(list(ORDERS)), slack=st.integers(0, CAPACITY))

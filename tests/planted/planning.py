@@ -15,7 +15,22 @@ FAST = "tests/planning/test_fast.py"
 )
 def targets_are_parts_of_the_capacity(original):
     """Tokens of a microbatch are tried down to a sixth of the capacity, however little the jobs have in hand."""
-    return lambda trials: (trials.capacity * part // 100 for part in (75, 55, 40, 30, 22, 16))
+    return lambda trials, model: (trials.capacity * part // 100 for part in (75, 55, 40, 30, 22, 16))
+
+
+@planted(
+    "lorafusion.planning.fast:Trials._ramp",
+    caught_by=f"{FAST}::test_the_first_and_the_last_microbatches_are_smaller_where_many_follow_each_other",
+)
+def ramps_are_level(original):
+    """The first and the last microbatches are as large as all the others."""
+    return lambda trials, model, target, begin, length: original(trials, model, target, 1, length)
+
+
+@planted("lorafusion.planning.fast:_rounded", caught_by=f"{FAST}::test_targets_are_whole_tiles")
+def targets_are_any_number_of_tokens(original):
+    """Microbatches are filled to a few tokens more than a number of tiles."""
+    return lambda tokens, model: max(1, round(tokens))
 
 
 @planted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.planted.plant import planted
 
 SEARCH = "tests/planning/test_search.py"
+BOUNDS = "tests/planning/test_bounds.py"
 
 
 @planted(
@@ -49,9 +50,18 @@ def nothing_is_searched(original):
 
 
 @planted(
-    "lorafusion.planning.bounds:_busy",
-    caught_by=f"{SEARCH}::test_no_plan_takes_less_than_the_bound_of_time",
+    "lorafusion.planning.bounds:_around",
+    caught_by=f"{BOUNDS}::test_no_plan_takes_less_than_the_bound_of_time",
 )
 def the_bound_counts_filling_twice(original):
-    """The bound of time counts the first forward on every stage for each of them."""
-    return lambda model, batches: original(model, batches) * 1.5
+    """The bound of time counts the first forwards before a stage and the last backwards after it twice."""
+    return lambda model, shortest: 2 * original(model, shortest)
+
+
+@planted(
+    "lorafusion.planning.bounds:_orders",
+    caught_by=f"{BOUNDS}::test_the_bound_of_one_global_batch_is_what_the_best_of_all_its_plans_takes",
+)
+def the_bound_knows_one_microbatch_only(original):
+    """The bound of time takes the samples of a global batch for one microbatch, which takes longer than several."""
+    return lambda left: iter([(left,)])

@@ -35,7 +35,7 @@ class _CPUMesh:
 
 
 @contextmanager
-def _replaced(*replacements: tuple[Any, str, object]) -> Iterator[None]:
+def replaced(*replacements: tuple[Any, str, object]) -> Iterator[None]:
     """Within it, attributes of modules are others: (module, name, value)."""
     originals = [(module, name, getattr(module, name)) for module, name, _ in replacements]
     try:
@@ -58,5 +58,5 @@ def device_of(device: torch.device) -> Iterator[None]:
         (torch.cuda, "synchronize", lambda *_: None),
         (torch_fully_sharded_data_parallel, "DeviceMesh", _CPUMesh),
     )
-    with _OnCPU(), _replaced(*replacements):
+    with _OnCPU(), replaced(*replacements):
         yield

@@ -12,7 +12,8 @@ is that of every other system, on the buffers that Megatron's reduction filled: 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from baselines.megatron.device import device_of
 from baselines.megatron.schedule import MegatronStage, forward_and_backward, global_batches, initialise
+from baselines.megatron.waits import waits_noted
 from lorafusion.core.schema import UserError
 from lorafusion.engine.adapters import AdapterTraining
 from lorafusion.engine.executor import prepared_by
@@ -44,7 +46,8 @@ def wrapped(run: TrainingRun) -> Iterator[Wrapped]:
     with device_of(run.pipeline.device):
         models = [_data_parallel(stage, adapter) for adapter in run.adapters]
         try:
-            yield Wrapped(stage, models)
+            with waits_noted(run):
+                yield Wrapped(stage, models)
         finally:
             for model, adapter in zip(models, run.adapters, strict=True):
                 _unwrap(model, adapter)
@@ -63,13 +66,21 @@ def execute(run: TrainingRun, around: Wrapped) -> None:
 def _train_batch(run: TrainingRun, stage: MegatronStage, model: DistributedDataParallel, slots: list[int]) -> None:
     """The gradients of one global batch, in the adapter's buffer and summed over the replicas."""
     stage.config.no_sync_func = model.no_sync
-    stage.config.finalize_model_grads_func = finalize_model_grads
+    finalize = partial(_finalize, run, slots[-1])
+    stage.config.finalize_model_grads_func = finalize
     model.zero_grad_buffer()
     busy = [slot for slot in slots if not run.microbatches[slot].noop]
     if busy:
         forward_and_backward(model, stage, busy)
     else:
-        finalize_model_grads([model])
+        finalize([model])
+
+
+def _finalize(run: TrainingRun, slot: int, *arguments: object, **options: object) -> None:
+    """Megatron's end of a global batch, in which it sums the gradients over the replicas."""
+    alone = run.pipeline.replicas == 1
+    with nullcontext() if alone else run.waiting(f"the other replicas' gradients after microbatch {slot}"):
+        finalize_model_grads(*arguments, **options)
 
 
 def _data_parallel(stage: MegatronStage, adapter: AdapterTraining) -> DistributedDataParallel:
@@ -90,7 +101,10 @@ def _step(run: TrainingRun, slot: int, adapter: AdapterTraining) -> None:
     """The optimizer's step on the gradients in Megatron's buffer, which are the sums over the replicas."""
     for parameter in adapter.parameters.values():
         parameter.grad = parameter.main_grad
-    run.update(slot, run.pipeline.sum_over_stages(run.squared_norms(slot)))
+    norms = run.squared_norms(slot)
+    with run.waiting(f"the other stages' norms after microbatch {slot}"):
+        run.pipeline.sum_over_stages(norms)
+    run.update(slot, norms)
     for parameter in adapter.parameters.values():
         parameter.grad = None
 

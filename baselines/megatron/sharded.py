@@ -22,6 +22,7 @@ from megatron.core.distributed import DistributedDataParallelConfig, TorchFullyS
 
 from baselines.megatron.device import device_of
 from baselines.megatron.schedule import MegatronStage, forward_and_backward, global_batches, initialise
+from baselines.megatron.waits import waits_noted
 from lorafusion.engine.executor import prepared_by
 from lorafusion.engine.pipeline import Pipeline
 from lorafusion.engine.training import TrainingRun
@@ -62,7 +63,7 @@ def shard(stage: Stage, pipeline: Pipeline) -> Sharded:
 def with_process_groups(run: TrainingRun) -> Iterator[Sharded]:
     """The sharded model, with Megatron's process groups and on its device."""
     initialise(run.pipeline)
-    with device_of(run.pipeline.device):
+    with device_of(run.pipeline.device), waits_noted(run):
         yield run.around
 
 
@@ -72,5 +73,6 @@ def execute(run: TrainingRun, sharded: Sharded) -> None:
     for last, slots in global_batches(run):
         forward_and_backward(sharded.model, sharded.stage, slots)
         norms = run.squared_norms(last)
-        run.pipeline.sum_over_replicas([norms])  # of the parts of the gradients
+        with run.waiting(f"the other replicas' norms after microbatch {last}"):
+            run.pipeline.sum_over_replicas([norms])  # of the parts of the gradients
         run.update(last, norms)

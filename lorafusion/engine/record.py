@@ -83,13 +83,19 @@ class Record:
             self.events.write(values)
 
     def times(self) -> dict[str, list[int]]:
-        """Of forward, backward and step the slot, begin and end of each span in turn, and of all waits the sum, in
-        microseconds since the start."""
+        """Of forward, backward and step the slot, begin and end of each span in turn, in microseconds since the start;
+        of all waits the sum; and of those within a pass, as `forward_wait` and `backward_wait`, its slot and the sum of
+        each in turn."""
         times: dict[str, list[int]] = {FORWARD: [], BACKWARD: [], STEP: [], WAIT: [0]}
+        waits: list[tuple[int, int]] = []  # since the last pass: each is noted before the pass that it is within
         for kind, slot, *marks in self.spans:
             begin, end = (round(1e6 * self.meter.seconds(self.begin.mark, mark)) for mark in marks)
             if kind == WAIT:
                 times[WAIT][0] += end - begin
-            else:
-                times[kind] += (slot, begin, end)
+                waits.append((begin, end - begin))
+                continue
+            times[kind] += (slot, begin, end)
+            if within := sum(seconds for start, seconds in waits if start >= begin):
+                times.setdefault(f"{kind}_{WAIT}", []).extend((slot, within))
+            waits.clear()
         return times

@@ -12,6 +12,8 @@ from lorafusion.launch.outcome import Outcome
 from lorafusion.planning.simulator import costs_of, simulate
 from lorafusion.planning.simulator.choice import costs_for
 
+BY_FLOP = "costs: by the model's FLOP, as no profile is of it and this machine; see lorafusion lab profile-costs"
+
 
 def result_of_cell(
     files: CellFiles, outcome: Outcome, workload: Workload, plan: Plan | None, repeat: int, provenance: dict[str, Any]
@@ -62,6 +64,6 @@ def predicted_row(files: CellFiles, plan: Plan, workload: Workload, gpu_name: st
     one, else by the model's FLOP."""
     costs = costs_for(replace(files.question, gpu_name=gpu_name))
     by_flop = costs == costs_for(replace(files.question, machine=None))
-    note = "costs: by the model's FLOP" if by_flop else f"costs: profile of {files.suite.machine or gpu_name}"
+    note = BY_FLOP if by_flop else f"costs: profile of {files.suite.machine or gpu_name}"
     seconds = simulate(plan, costs_of(plan, workload, costs), schedule_of(files.system)).makespan
     return row("time", seconds, "whole", {"kind": "simulated"}, note=note)

@@ -15,7 +15,7 @@ from lorafusion.engine import fork_server, timed
 from lorafusion.engine.adapters import AdapterTraining
 from lorafusion.engine.training import TrainingRun
 from lorafusion.lab.table.idle import stages_of
-from tests.engine.test_timed import ONE_OF_EACH, build, executor, result
+from tests.engine.test_timed import ONE_OF_EACH, build, executor, planned, result
 from tests.known_meter import KnownMeter
 
 BACKWARD, STEP, HOST = 3.0, 5.0, 7.0  # seconds of a backward pass, of an adapter's step, of making a batch
@@ -90,32 +90,54 @@ def slow_messages(run: TrainingRun) -> None:
     run.pipeline.send_after, run.pipeline.send_before = slow(run.pipeline.send_after), slow(run.pipeline.send_before)
 
 
+STREAM, MEGATRON, SHARDED = SYSTEMS = ("mlora-packed", "megatron-pp", "megatron-fsdp")
+STAGES = dict(zip(SYSTEMS, (2, 2, 1), strict=True))
+
+
 @pytest.mark.parametrize(
-    ("spoiled", "rank", "causes"),
+    ("system", "spoiled", "rank", "causes"),
     [
-        (slow_stage, 1, {0: "bubble"}),
-        (slow_stage, 0, {1: "bubble"}),
-        (slow_host, 1, {0: "neighbour", 1: "host"}),
-        (slow_host, 0, {0: "host", 1: "neighbour"}),
-        (slow_messages, 0, {0: "host", 1: "neighbour"}),
-        (slow_messages, 1, {0: "neighbour", 1: "host"}),
+        (STREAM, slow_stage, 1, {0: "bubble"}),
+        (STREAM, slow_stage, 0, {1: "bubble"}),
+        (STREAM, slow_host, 1, {0: "neighbour", 1: "host"}),
+        (STREAM, slow_host, 0, {0: "host", 1: "neighbour"}),
+        (STREAM, slow_messages, 0, {0: "host", 1: "neighbour"}),
+        (STREAM, slow_messages, 1, {0: "neighbour", 1: "host"}),
+        (MEGATRON, slow_stage, 1, {0: "bubble"}),
+        (MEGATRON, slow_host, 0, {0: "host", 1: "neighbour"}),
+        (MEGATRON, slow_host, 1, {0: "neighbour", 1: "host"}),
     ],
 )
-def test_what_is_slow_is_the_cause(tmp_path, spoiled, rank, causes):
-    with ProcessPoolExecutor(2, fork_server.FORKSERVER) as processes:
-        done = [processes.submit(_train, tmp_path, of, spoiled if of == rank else None) for of in range(2)]
-        stages, _ = [one.result(timeout=120) for one in done]
+def test_what_is_slow_is_the_cause(tmp_path, system, spoiled, rank, causes):
+    stages = _trained(tmp_path, system, spoiled, rank)
     for stage, cause in causes.items():
         shares = {name: stages[stage][name] for name in ("bubble", "host", "neighbour")}
         assert max(shares, key=shares.__getitem__) == cause, stages
         assert shares[cause] > 0.3
 
 
-def _train(folder: Path, rank: int, spoiled: Callable[[TrainingRun], None] | None) -> list[dict]:
+def test_sharded_replicas_do_not_work_while_they_wait_within_a_pass(tmp_path):
+    """They meet at each layer, so both spend the same time in a pass of which one was late."""
+    slow, other = _trained(tmp_path, SHARDED, slow_stage, 0)
+    slots = len(planned(SHARDED, replicas=2)[1].slots())
+    assert slow["forward"] - other["forward"] == pytest.approx(slots * DELAY, rel=0.3)
+    assert other["wait"] - slow["wait"] == pytest.approx(slots * DELAY, rel=0.3)
+    assert other["bubble"] > slow["bubble"]
+
+
+def _trained(folder: Path, system: str, spoiled: Callable, rank: int) -> list[dict]:
+    """The stages of two processes of which one is spoiled."""
+    with ProcessPoolExecutor(2, fork_server.FORKSERVER) as processes:
+        done = [processes.submit(_train, folder, system, of, spoiled if of == rank else None) for of in range(2)]
+        return [part.result(timeout=120) for part in done][0]
+
+
+def _train(folder: Path, system: str, rank: int, spoiled: Callable | None) -> list[dict]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    run = build(folder, "mlora-packed", 2, rank)
-    timed.timed(run, executor("mlora-packed"), lambda: (spoiled and spoiled(run)) or ())
-    stages = stages_of(timed.report_of(run), run.plan)
+    run = build(folder, system, STAGES[system], rank, replicas=2 // STAGES[system])
+    timed.timed(run, executor(system), lambda: (spoiled and spoiled(run)) or ())
+    schedule = "sharded" if run.around else None
+    found = stages_of(timed.report_of(run), run.plan, schedule)
     dist.destroy_process_group()
-    return stages
+    return found

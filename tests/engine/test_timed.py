@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lorafusion.core.config import read_systems
+from lorafusion.core.plan import Plan
 from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
 from lorafusion.engine import fork_server, timed, worker
@@ -47,12 +48,16 @@ def executor(system: str) -> Callable:
     return load(read_systems()[system].executor, "executor")
 
 
+def planned(system: str, stages: int = 1, replicas: int = 1) -> tuple[Workload, Plan]:
+    jobs = Workload(name="toy", jobs=tuple(job.model_copy(update={"epochs": 1}) for job in toy_jobs(dropout=0.0)))
+    return jobs, plan_system(jobs, system, stages=stages, capacity=96, data_parallel=replicas)
+
+
 def build(
     folder: Path, system: str, stages: int = 1, rank: int = 0, meter: KnownMeter | None = None, replicas: int = 1
 ) -> TrainingRun:
-    jobs = Workload(name="toy", jobs=tuple(job.model_copy(update={"epochs": 1}) for job in toy_jobs(dropout=0.0)))
+    jobs, plan = planned(system, stages, replicas)
     spec = RunSpec(system=system, model="tiny", workload="", device="cpu", dtype="float32", adapter_dtype="float32")
-    plan = plan_system(jobs, system, stages=stages, capacity=96, data_parallel=replicas)
     return build_run(WorkerProcess(spec, torch.device("cpu"), Position(folder, rank), rank, meter=meter), jobs, plan)
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from lorafusion.core.config import CONFIGS, read_model
 from lorafusion.core.schema import UserError
-from lorafusion.lab.cell_result import predicted_row
+from lorafusion.lab.cell_result import BY_FLOP, predicted_row
 from lorafusion.lab.keys import OutOfDateError, suite_files
 from lorafusion.lab.report import drawing
 from lorafusion.lab.report.figures.validation import draw_validation, errors, validation_data
@@ -105,7 +105,7 @@ def test_the_predicted_row_stands_beside_the_measured_one(cells):
     predicted = predicted_row(files[name], plans[name], files[name].expected_workload)
     assert (predicted["metric"], predicted["window"], predicted["cell"]) == ("time", "whole", {"kind": "simulated"})
     assert 0.1 < predicted["value"] < 100
-    assert predicted["note"] == "costs: by the model's FLOP"
+    assert predicted["note"] == BY_FLOP
 
 
 def test_the_figure_shows_ratios_and_errors(cells):

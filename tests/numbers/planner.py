@@ -66,6 +66,7 @@ def constants() -> list[str]:
         f"until two in a row are {percent(1 - fast.HOPELESS)} slower",
         "with {} and {} times as many".format(*(number(rise, ".2f") for rise in fast.RISES[1:])),
         f"The buckets are multiples of {number(buckets.TILE)} tokens",
+        f"Each bucket must save {percent(buckets.WORTH, '.1f')} of the tokens",
         f"Plans of {number(fast.LONG_WORK, ',')} samples",
         f"each is {percent(fast.FALL)} of the one before",
         f"A plan of at most {number(fast.SEARCHED_SAMPLES)} samples",

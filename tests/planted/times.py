@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from tests.planted.plant import planted
 
@@ -11,7 +11,7 @@ OURS = "lorafusion"
 
 @planted(
     "lorafusion.engine.training:TrainingRun.waiting",
-    caught_by="tests/engine/test_record.py::test_what_is_slow_is_the_cause[slow_host-0-causes3]",
+    caught_by="tests/engine/test_record.py::test_what_is_slow_is_the_cause[mlora-packed-slow_host-0-causes3]",
 )
 def waits_are_not_noted(original):
     """A stage's waits for others are not told from what its host does."""
@@ -78,3 +78,12 @@ def runs_are_predicted_by_themselves(original):
 def a_prediction_is_taken_for_a_measurement(original):
     """The row of a predicted time does not say that it is simulated."""
     return lambda *arguments: original(*arguments) | {"cell": {}}
+
+
+@planted(
+    "baselines.megatron.pipeline:waits_noted",
+    caught_by="tests/engine/test_record.py::test_what_is_slow_is_the_cause[megatron-pp-slow_host-0-causes7]",
+)
+def megatron_says_nothing_of_its_waits(original):
+    """What Megatron waits for within its library counts as the neighbour's, and nothing as its host's."""
+    return lambda run: nullcontext()

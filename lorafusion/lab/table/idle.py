@@ -58,11 +58,13 @@ def measured_costs(plan: Plan, seconds: Sequence[np.ndarray]) -> Costs:
 
 
 def _by_slot(times: dict[str, list[int]], slots: int) -> np.ndarray:
-    """Seconds of a process's passes and steps, [forward, backward, step] by slot."""
+    """Seconds of a process's passes and steps, [forward, backward, step] by slot, without the waits within them."""
     out = np.zeros((len(PASSES), slots))
     for row, name in zip(out, PASSES, strict=True):
         slot, begin, end = np.array(times[name], np.int64).reshape(-1, 3).T
         np.add.at(row, slot, (end - begin) / 1e6)
+        slot, waited = np.array(times.get(f"{name}_wait", []), np.int64).reshape(-1, 2).T
+        np.add.at(row, slot, -waited / 1e6)
     return out
 
 

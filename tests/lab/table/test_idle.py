@@ -80,6 +80,19 @@ def test_sharded_replicas_wait_for_the_slowest_at_each_pass():
     assert shares(found) == [(0, 0, 0), (0.5, 0, 0)]
 
 
+def test_waits_within_a_pass_are_not_work():
+    """The second replica's passes take as long as the first's, as it waits in each for a second."""
+    microbatches = [*MICROBATCHES, Microbatch(noop=True)]
+    plan = make_plan("toy", JOBS, microbatches, stages=1, capacity=4, data_parallel=2)
+    slow = {"forward": spans((0, 2), (4, 6)), "backward": spans((2, 4), (6, 8)), "step": [], "wait": [0]}
+    waits = {name: [0, 1_000_000, 1, 1_000_000] for name in ("forward_wait", "backward_wait")}
+    found = stages_of(
+        {"times": [slow, slow | waits | {"wait": [4_000_000]}], "clocks": [[8.0, 8.0]] * 2}, plan, "sharded"
+    )
+    assert shares(found) == [(0, 0, 0), (0.5, 0, 0)]
+    assert (found[1]["forward"], found[1]["wait"]) == (2, 4)
+
+
 def test_a_report_without_times_has_no_stages():
     assert stages_of({"clocks": [[1.0, 1.0]]}, PLAN) == []
 

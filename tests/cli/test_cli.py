@@ -297,39 +297,6 @@ def test_a_shell_completes_its_commands(shell, monkeypatch):
     assert (done.returncode, "LORAFUSION" in done.stdout.upper()) == (0, True)
 
 
-def test_a_plan_of_a_jobs_file_has_its_sizes_and_writes_nothing_else(tmp_path):
-    (tmp_path / "jobs.yaml").write_text(
-        "model: tiny\noutput: out\nprocesses: 2\ncapacity: 512\njobs:\n"
-        "  - {name: a, data: {synthetic: {samples: 8, scale: 16}}}\n"
-    )
-    done = lorafusion("plan", tmp_path / "jobs.yaml", "-o", tmp_path / "p.json")
-    assert done.returncode == 0, done.stderr
-    plan = json.loads((tmp_path / "p.json").read_text())
-    assert (plan["stages"], plan["capacity"], "buckets" in plan) == (2, 512, False)
-    (tmp_path / "jobs.yaml").write_text("graphs: auto\n" + (tmp_path / "jobs.yaml").read_text())
-    assert lorafusion("plan", tmp_path / "jobs.yaml", "-o", tmp_path / "p.json").returncode == 0
-    assert json.loads((tmp_path / "p.json").read_text())["buckets"]
-    assert {path.name for path in tmp_path.iterdir()} == {"jobs.yaml", "p.json"}
-
-
-def test_a_jobs_file_says_what_its_costs_depend_on(tmp_path):
-    """The device and whether layers are recomputed; a proposal is of GPUs, whatever the device."""
-    path, plan_path, out = (tmp_path / name for name in ("jobs.yaml", "p.json", "o.json"))
-    keys, choices = [], []
-    for stated in ("", "checkpointing: none\n", "checkpointing: all\n", "device: cpu\n"):
-        path.write_text(
-            f"model: tiny\noutput: out\ncapacity: 512\n{stated}jobs:\n"
-            "  - {name: a, data: {synthetic: {samples: 8, scale: 16}}}\n"
-        )
-        assert lorafusion("plan", path, "-o", plan_path).returncode == 0
-        assert lorafusion("plan", "propose", path, "--gpus", 1, "-o", out).returncode == 0
-        keys.append(json.loads(plan_path.read_text())["key"])
-        choices.append(json.loads(out.read_text())["choices"])
-    assert keys[0] == keys[1]
-    assert len(set(keys)) == 3
-    assert choices[0] == choices[1] == choices[3] != choices[2]
-
-
 def test_what_the_kernels_do_for_an_adapter(tmp_path):
     LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                 num_key_value_heads=2, vocab_size=64, architectures=["LlamaForCausalLM"]).save_pretrained(

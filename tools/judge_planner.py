@@ -5,8 +5,6 @@ no slots: a stage does the oldest backward that is there, else a forward. So a c
 falls there. `bound` is what no plan can take less than. Odd workloads are drawn at random.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from itertools import product

@@ -3,8 +3,6 @@
 `LoRALinear` is for models without PEFT; `fused_lora.patch` is for models with it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ hooks (the kernels read weights, and call no part). Products are computed in the
 autocast's), also where the adapters are float32, PEFT's default.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Passes, steps and waits are marked in the device's own stream of work (CUDA even
 waits for a mark: they are read when the clock has stopped.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Here alone the clock is started and stopped, and the peak of memory is reset.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What comes before the first step of a workflow: which suite it is, and whether its steps can be made here."""
 
-from __future__ import annotations
-
 import atexit
 import os
 import sys

@@ -5,8 +5,6 @@ planner and of itself, a result those of configuration, workload and plan. A wor
 suite's settings make. The steps of a suite (`lorafusion.lab.dag`) ask here and nowhere else.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """Which steps share a Slurm job, in which they run one after another: a cluster would rather have a hundred jobs than
 four hundred."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable

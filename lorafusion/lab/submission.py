@@ -3,8 +3,6 @@
 Snakemake adds up what the steps that share a job ask for: the minutes of those that run one after another, which
 `device` has them do, and the most of all else."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import takewhile

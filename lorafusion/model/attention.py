@@ -4,8 +4,6 @@ On CUDA it is PyTorch's variable-length flash attention, on a CPU its SDPA for o
 work is the sum of squared sample lengths, and what is no number in one sample stays in it.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface

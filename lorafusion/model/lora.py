@@ -2,8 +2,6 @@
 decides how linears compute with them. A kind is a function `kind(linears, active)` that installs their forwards.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ filled one by one, from a seeded generator or from the tensors of a checkpoint. 
 Hugging Face model (`model.layers.7.self_attn.q_proj`), so that checkpoints and adapters keep their format.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ Every strategy is a function of (workload, system, stages, capacity, data_parall
 raises `UserError` for an input that no plan can serve; `bounds` says how few microbatches any of them may need.
 """
 
-from __future__ import annotations
-
 from inspect import signature
 
 from pydantic import BaseModel

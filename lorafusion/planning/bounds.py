@@ -19,8 +19,6 @@ into microbatches one after another, where only the order of forwards, that of b
 stage are kept. An adapter's global batches follow each other.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 

@@ -6,8 +6,6 @@ flight, for two of them may not share what they keep. That is off the clock, and
 tokens. So a bucket is worth it where it saves a small share of the work.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable
 

@@ -3,8 +3,6 @@
 `planning.capacity` lists who else says how many tokens a microbatch may hold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 

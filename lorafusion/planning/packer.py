@@ -11,8 +11,6 @@ which is what the published algorithm merges for.
 A packer can be fed while it runs: jobs come and go between global batches.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from bisect import bisect_left

@@ -8,8 +8,6 @@ part of the run that they touch (`simulator.waves`).
 Optimizer steps are taken to stay where they are until a change is made. So whoever calls this simulates both plans.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import combinations
 

@@ -4,8 +4,6 @@ The pydantic models here are the schema. Paths in the file are relative to its f
 mean in `lorafusion.core.workload`.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a run of `lorafusion train` is to be: its plan, by the capacity that is stated or measured, and its spec."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 
 Slurm lets a job wait for ever that is longer than its partition allows. What else it refuses, it says once a job."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping

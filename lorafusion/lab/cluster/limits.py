@@ -4,8 +4,6 @@ be.
 Such a job waits for ever, for a reason that passes for smaller ones.
 """
 
-from __future__ import annotations
-
 import getpass
 import math
 import re

@@ -1,8 +1,6 @@
 """All that is asked of Slurm's own commands. They are given a time-out, as a controller that is down answers late or
 not at all, and no answer is never taken for an empty queue."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

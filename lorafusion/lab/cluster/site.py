@@ -4,8 +4,6 @@ One YAML file says it, so that suites need not: the file that LORAFUSION_SLURM_S
 there. LORAFUSION_SLURM_PARTITION and so on replace single keys.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

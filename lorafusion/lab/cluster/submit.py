@@ -4,8 +4,6 @@ The plugin (2.8) gives a step up whose sbatch fails. Here a controller that is b
 job without saying so: that job is looked for by its name and comment first, so that no step runs twice.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import time

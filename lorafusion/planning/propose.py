@@ -203,9 +203,10 @@ class Search:
                 for replicas in range(cluster.gpus // (stages * groups), 0, -1)
                 if places(cluster.gpus, stages * replicas, cluster.per_node) >= groups
             )
-            shapes.add((groups, next(fitting, 0)))
+            largest = next(fitting, 0)
+            shapes.add((groups, largest))
             if self.cheap:  # fewer GPUs than there are: a replica more makes no work less
-                shapes.add((groups, 1))
+                shapes.add((groups, min(largest, 1)))
         return {shape for shape in shapes if all(shape)}
 
     def _division(self, depth: Depth, at_once: int, replicas: int) -> _Division | None:

@@ -11,9 +11,9 @@ from lorafusion.core.config import CONFIGS, read_model
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
 from lorafusion.data.lengths import make_workload
-from lorafusion.planning.groups import makespan
+from lorafusion.planning.groups import makespan, places
 from lorafusion.planning.memory import GIB, WORKSPACE, PipelineMemory
-from lorafusion.planning.propose import GPU_HOURS, THROUGHPUT, Choice, Cluster, Search, with_links
+from lorafusion.planning.propose import GPU_HOURS, PREFERENCES, THROUGHPUT, Choice, Cluster, Search, with_links
 from lorafusion.planning.simulator import model_costs
 from lorafusion.planning.simulator.costs import adapter_parameters
 
@@ -144,6 +144,15 @@ def test_the_cheapest_way_leaves_gpus_to_others_and_is_the_fastest_of_those_that
     assert fast[0].makespan <= 1.005 * min(choice.makespan for choice in every)
     assert cheap[0].idle > fast[0].idle
     assert cheap[0].gpu_hours < 0.99 * fast[0].gpu_hours
+
+
+@pytest.mark.parametrize("prefer", PREFERENCES)
+def test_there_is_a_place_for_each_group(prefer):
+    """Ten GPUs would do for three pipelines of three stages, but a node of five holds one."""
+    choices = choices_of(workload_of(12, samples=16), "llama-3.1-70b", 10, 80, True, prefer, per_node=5)
+    sizes = {(choice.at_once, choice.stages * choice.data_parallel) for choice in choices if not choice.reason}
+    assert sizes
+    assert all(at_once <= places(10, size, 5) for at_once, size in sizes)
 
 
 def test_an_unknown_preference_is_named():

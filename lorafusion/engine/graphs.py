@@ -83,6 +83,9 @@ class Usage(NamedTuple):
     bytes: int
     uncounted: int
 
+    def __str__(self) -> str:
+        return f"{self.graphs} graphs, captured in {self.seconds:.1f} s, take {self.bytes / 2**30:.2f} GiB"
+
 
 @dataclass
 class _Passes:
@@ -112,6 +115,9 @@ class _Passes:
     def capture(self, through: Through, recorder: Recorder, pool: Any) -> None:
         self.replay_forward = recorder.capture(lambda: self.forward(through), pool)
         self.replay_backward = recorder.capture(self.backward, pool)
+        # The first launch of a graph puts it on the device. Later the host might wait there for other stages' messages.
+        self.replay_forward()
+        self.replay_backward()
 
     def fill(self, batch: PackedBatch, x: torch.Tensor | None) -> None:
         """Copy a microbatch from the host's memory and its hidden states from the device's; nobody waits for it."""

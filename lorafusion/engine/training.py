@@ -287,6 +287,7 @@ class TrainingRun:
         batches, lanes = [self._built(part) for part in shape.values()], self.pipeline.size - self.pipeline.index
         try:
             self.graphs = graphs.StageGraphs(self._through, self.active.stacks, batches, ends, lanes, recorder)
+            LOGGER.info(f"{self.pipeline.name}: {self.graphs.usage}")
         except torch.OutOfMemoryError:
             LOGGER.warning(
                 f"{self.pipeline.name}: graphs of {len(shape)} buckets do not fit in memory; it does without"

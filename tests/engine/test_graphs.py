@@ -73,31 +73,37 @@ def planned(case: Case, stages: int = 1, replicas: int = 1) -> tuple[Workload, P
         jobs = tuple(job.model_copy(update={"evaluation": job.samples[:3]}) for job in jobs)
     workload = Workload(name="toy", jobs=jobs)
     plan = plan_system(workload, "lorafusion", stages=stages, capacity=96, data_parallel=replicas)
-    return workload, with_buckets(plan, workload, tile=16, most=case.most, capture=0)
+    return workload, with_buckets(plan, workload, tile=16, most=case.most)
 
 
-def built(folder: Path, case: Case, workload: Workload, plan: Plan, rank: int = 0) -> TrainingRun:
+def built(folder: Path, case: Case, workload: Workload, plan: Plan, rank: int = 0, device: str = "cpu") -> TrainingRun:
     spec = RunSpec(system="lorafusion", model="tiny", workload="", dtype=case.dtype, adapter_dtype=case.dtype,
-                   checkpointing=case.checkpointing)  # fmt: skip
-    return build_run(WorkerProcess(spec, torch.device("cpu"), Position(folder, rank), rank), workload, plan)
+                   checkpointing=case.checkpointing, device=device)  # fmt: skip
+    return build_run(WorkerProcess(spec, torch.device(device, rank), Position(folder, rank), rank), workload, plan)
 
 
-def trained(run: TrainingRun, case: Case, captured: bool) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """The events of a run, and all that its adapters are in the end."""
-    with graphs_on_a_cpu() if captured else nullcontext() as recorder:
-        run.warm_up()
-        case.prepare(run)
-        events: list[dict] = []
-        run.record.events = SimpleNamespace(write=events.append)
-        graphs = recorder.captured if captured else 0
-        execute(run)
-    if captured:
-        assert run.graphs is not None
-        passes = 2 * sum(not microbatch.noop for microbatch in run.microbatches)
-        assert (recorder.captured, recorder.replayed) == (graphs, passes), "captured anew, or not replayed"
+def executed(run: TrainingRun, case: Case) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Train a warm run: its events, and all that its adapters are in the end."""
+    case.prepare(run)
+    events: list[dict] = []
+    run.record.events = SimpleNamespace(write=events.append)
+    execute(run)
+    run.record.wait()
     state = {f"{adapter.job.name}/{name}": value.clone() for adapter in run.adapters
              for name, value in adapter.state().items()}  # fmt: skip
     return events, state
+
+
+def trained(run: TrainingRun, case: Case, captured: bool) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    with graphs_on_a_cpu() if captured else nullcontext() as recorder:
+        run.warm_up()
+        before = (recorder.captured, recorder.replayed) if captured else None
+        result = executed(run, case)
+    if captured:
+        assert run.graphs is not None
+        passes = 2 * sum(not microbatch.noop for microbatch in run.microbatches)
+        assert (recorder.captured, recorder.replayed - passes) == before, "captured anew, or not replayed"
+    return result
 
 
 def assert_equal(ours, expected, **tolerance) -> None:
@@ -147,11 +153,12 @@ def _compare(folder: Path, stages: int, replicas: int, rank: int) -> None:
     dist.destroy_process_group()
 
 
-def test_what_graphs_took_is_reported(tmp_path):
+def test_what_graphs_took_is_reported(tmp_path, caplog):
     workload, plan = planned(Case())
     run, eager = (built(tmp_path, Case(), workload, plan) for _ in range(2))
-    with graphs_on_a_cpu():
+    with graphs_on_a_cpu(), caplog.at_level(logging.INFO):
         timed(run, execute)
+    assert caplog.messages == [f"stage 0 of 1: {run.graphs.usage}"]
     report, graphs = report_of(run), 2 * len(plan.buckets)
     assert report["graphs"] == [Usage(graphs, run.graphs.usage.seconds, 1000 * graphs, 990 * graphs)._asdict()]
     assert report["peak_memory"] == run.record.meter.peak_memory() + 990 * graphs
@@ -197,6 +204,22 @@ def test_what_a_pass_gives_is_not_what_the_next_one_writes(tmp_path):
     graphs(batch, second).sum().backward()
     assert_equal((out.detach(), first.grad), kept)
     assert_equal(kept, ((3 * first).sin().detach(), 3 * (3 * first).cos().detach()))
+
+
+def test_each_microbatch_in_flight_has_its_own_memory(tmp_path):
+    workload, plan = planned(Case(most=1))
+    batch = built(tmp_path, Case(), workload, plan)._built(plan.microbatches[0])
+    ends = torch.zeros(1, len(batch.labels), 4), torch.zeros(1, len(batch.labels), 4)
+    graphs = StageGraphs(lambda batch, x: (3 * x).sin(), [], [batch], ends, 3, CpuRecorder())
+    inputs = [torch.rand(ends[0].shape).requires_grad_() for _ in range(7)]
+    expected = [3 * (3 * x).cos().detach() for x in inputs]
+    in_flight = [graphs(batch, x) for x in inputs[:2]]
+    for x in inputs[2:]:
+        in_flight.append(graphs(batch, x))
+        in_flight.pop(0).sum().backward()
+    for out in in_flight:
+        out.sum().backward()
+    assert_equal([x.grad for x in inputs], expected)
 
 
 def test_a_stage_that_asks_its_device_is_not_captured(tmp_path):

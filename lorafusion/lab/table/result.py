@@ -132,7 +132,7 @@ def result_of(
     if status == "ok" and "unknown" in cost:
         note = "; ".join(filter(None, [note, f"the cost is unknown: {cost['unknown']}"]))
     stages = stages_of(report, plan, schedule) if status == "ok" else []
-    return {
+    return {key: report[key] for key in ("graphs",) if key in report} | {
         "version": VERSION,
         "status": status,
         "note": note,

@@ -1,0 +1,56 @@
+"""Errors in what a captured stage reads, writes and hands on."""
+
+from tests.planted.plant import planted
+
+GRAPHS = "tests/engine/test_graphs.py"
+EQUAL = f"{GRAPHS}::test_graphs_train_what_eager_stages_train[float64]"
+
+
+@planted("lorafusion.data.packing:PackedBatch.tensors", caught_by=EQUAL)
+def labels_are_those_of_the_capture(original):
+    """A graph learns the labels of the microbatch that it was captured with."""
+
+    def tensors(batch):
+        values = original.fget(batch)
+        values[2] = values[2].clone()
+        return values
+
+    return property(tensors)
+
+
+@planted("lorafusion.engine.graphs:_Passes.fill", caught_by=EQUAL)
+def masks_are_those_of_the_capture(original):
+    """Dropout masks of a graph are those of the tokens that it was captured with."""
+
+    def fill(passes, batch, x):
+        positions = passes.batch.positions.clone()
+        original(passes, batch, x)
+        passes.batch.positions.copy_(positions)
+
+    return fill
+
+
+@planted("lorafusion.engine.graphs:_Replay.forward", caught_by=f"{GRAPHS}::"
+         "test_what_a_pass_gives_is_not_what_the_next_one_writes")  # fmt: skip
+def what_a_replay_leaves_is_given_away(original):
+    """A stage sends the memory that its next replay writes over."""
+
+    def forward(ctx, passes, *arguments):
+        original(ctx, passes, *arguments)
+        return passes.out.detach()
+
+    return staticmethod(forward)
+
+
+@planted("lorafusion.engine.graphs:StageGraphs.__init__", caught_by=f"{GRAPHS}::"
+         "test_each_microbatch_in_flight_has_its_own_memory")  # fmt: skip
+def microbatches_in_flight_share_memory(original):
+    """All microbatches in flight keep their activations in one pool."""
+
+    def init(graphs, *arguments):
+        *others, recorder = arguments
+        pool = recorder.pool()
+        recorder.pool = lambda: pool
+        original(graphs, *others, recorder)
+
+    return init

@@ -294,10 +294,10 @@ def over_replicas(
 
     The sum goes around a ring, in which each replica sends nearly twice the gradients' bytes. A time that the costs
     state already is kept. parameters: of an adapter in a layer, on average; link: B/s of a replica to the next one, by
-    default as fast as hidden states go from stage to stage."""
+    default as fast as hidden states go from stage to stage, or an H200's where that takes no time."""
     if replicas == 1 or model.reduction:
         return model.model_copy(update={"reduction": model.reduction * (replicas > 1)})
-    byte = 1 / link if link else model.transfer / (HIDDEN_BYTES * config.hidden_size)
+    byte = 1 / link if link else model.transfer / (HIDDEN_BYTES * config.hidden_size) or 1 / H200.bandwidth
     message = GRADIENT_BYTES * parameters / replicas * byte + model.latency * model.stages / sum(model.layers)
     return model.model_copy(update={"reduction": 2 * (replicas - 1) * message})
 

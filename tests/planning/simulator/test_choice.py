@@ -129,6 +129,7 @@ def test_replicas_sum_the_gradients_of_the_jobs_that_step(profile, make_workload
     assert reduction(4) == pytest.approx(6 * (gradients / 4 / 300e9 + 10e-6 / 32))
     slow = FIT["costs"] | {"transfer": 2 * 4096 / 1e9}
     assert reduction(2, profile(fits=[FIT | {"costs": slow}])) == pytest.approx(gradients / 1e9)
+    assert reduction(2, profile()) == pytest.approx(gradients / 300e9)  # whose links are not stated
     stated = profile(fits=[FIT | {"costs": slow | {"reduction": 0.5}}])
     assert [reduction(replicas, stated) for replicas in (1, 2, 8)] == [0, 0.5, 0.5]
 

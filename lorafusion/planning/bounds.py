@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lorafusion.core.workload import Job, Workload
-from lorafusion.planning.simulator.costs import CostModel, Costs
+from lorafusion.planning.simulator.costs import CapturedCosts, CostModel, Costs
 
 MOST = 4  # samples of a global batch, of which all ways to put them into microbatches are tried
 
@@ -73,7 +73,9 @@ def fewest_microbatches(tokens: np.ndarray, capacity: int) -> int:
 
 
 def time_bound(jobs: Sequence[Job], model: CostModel, capacity: int) -> float:
-    """Seconds that every plan of one pipeline takes at least, in 1F1B without flush."""
+    """Seconds that every plan of one pipeline takes at least, in 1F1B without flush; without padding to buckets."""
+    if isinstance(model, CapturedCosts):
+        model = model.captured()  # a mean microbatch has no bucket
     batches = [
         [[job.sample_at(position).tokens for position in batch] for batch in job.batches[job.start :]] for job in jobs
     ]

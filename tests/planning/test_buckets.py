@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from lorafusion.core.config import CONFIGS, read_model, read_systems
 from lorafusion.core.plan import Bucket, Microbatch, Plan, check, violations
 from lorafusion.core.schema import UserError
+from lorafusion.core.workload import Workload
 from lorafusion.data.lengths import make_workload
 from lorafusion.planning import plan_system, plan_workload
+from lorafusion.planning.bounds import time_bound
 from lorafusion.planning.buckets import MOST_SIZES, bucket_sizes, with_buckets
 from lorafusion.planning.simulator import costs_of, model_costs, simulate
 from lorafusion.planning.simulator.costs import contents_of
+from tests.conftest import job as make_job
 from tests.planning.test_strategies import workloads
 
 CAPACITY = 24
@@ -139,6 +142,7 @@ def test_a_noop_has_no_bucket(make_workload):
 
 
 LARGE = model_costs(read_model("llama-3.1-8b"), 2)
+MODEL = model_costs(read_model("llama-3.1-8b"), 1)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +181,16 @@ def test_a_padded_plan_costs_as_one_that_is_planned_to_its_buckets(long_jobs):
     costs = costs_of(plan, long_jobs, LARGE)
     for name in ("forward", "backward", "step", "transfer"):
         assert np.array_equal(getattr(costs, name), getattr(expected, name)), name
+
+
+def test_no_plan_with_graphs_takes_less_than_the_bound_of_time():
+    """Padding is no part of it: a mean microbatch has no bucket."""
+    job = make_job("a", (65,) * 12, global_batch_size=12)
+    workload = Workload(name="toy", jobs=(job,))
+    plan = with_buckets(plan_workload(workload, "fast", stages=1, capacity=1024, costs=MODEL), workload)
+    assert [bucket.tokens for bucket in plan.buckets] == [896]
+    for sizes in ([896], [128, 1024]):
+        assert time_bound(workload.jobs, MODEL.captured(sizes), 1024) <= seconds(plan, workload, MODEL)
 
 
 def test_costs_of_stages_with_graphs_have_no_host():

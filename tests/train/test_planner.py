@@ -10,11 +10,13 @@ import yaml
 from lorafusion.core.config import read_model
 from lorafusion.core.schema import UserError
 from lorafusion.engine.memory_probe import Measured, Needs
+from lorafusion.planning import plan_system
 from lorafusion.planning.simulator import model_costs
 from lorafusion.planning.simulator.costs import CPU
 from lorafusion.train import planner
 from lorafusion.train.config import read_train_config
 from lorafusion.train.planner import RunPlanner
+from lorafusion.train.run import Training
 
 MIB = 2.0**20
 LARGE = read_model("llama-3.1-8b")
@@ -88,3 +90,20 @@ def test_a_cpu_has_no_graphs_and_says_so_where_it_may(tmp_path, monkeypatch, cap
     with caplog.at_level("INFO"):
         assert not planner_of(tmp_path, monkeypatch, "auto", 0, device="cpu").plan(make_workload()).buckets
     assert "without graphs: the device is cpu, and graphs need a GPU" in caplog.text
+
+
+@pytest.mark.parametrize(("before", "now", "goes_on"), [
+    (False, "off", True), (False, "on", False), (False, "auto", True),
+    (True, "on", True), (True, "off", False), (True, "auto", True),
+])  # fmt: skip
+def test_a_run_goes_on_by_its_plan_unless_graphs_are_switched(tmp_path, make_workload, before, now, goes_on):
+    """What was planned with buckets is planned anew without, and the other way round."""
+    workload = make_workload()
+    plan = plan_system(workload, "lorafusion", stages=1, capacity=64, graphs=before)
+    run = SimpleNamespace(plan=tmp_path / "plan.json")
+    run.plan.write_text(plan.to_json())
+    output = SimpleNamespace(remaining=lambda _: workload, in_hand=run, require_continued=lambda *_: None,
+                             take_over=lambda *_: None)  # fmt: skip
+    config = SimpleNamespace(stages=1, data_parallel=1, capacity=None, graphs=now)
+    state = SimpleNamespace(output=output, config=config, workload=workload, _checkpoint_before=None)
+    assert Training._in_hand(state) == (run if goes_on else None, workload)

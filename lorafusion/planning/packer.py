@@ -289,18 +289,20 @@ def fill(groups: Iterable[Sequence[Item]], room: int, slack: int) -> list[Item]:
     rooms beyond 65536 tokens they are taken as they come until no more is left.
     """
     reached, before, items, chosen = 1, [], [], []
+    within = (1 << (room + 1)) - 1
     for group in groups:
         for item in group:
             if room - item.tokens >= EXACT_ROOM:
                 chosen.append(item)
                 room -= item.tokens
+                within >>= item.tokens
+                reached &= within
                 continue
             before.append(reached)
             items.append(item)
-            reached |= (reached << item.tokens) & ((1 << (room + 1)) - 1)
-            if reached >> room & 1:
+            reached |= (reached << item.tokens) & within
+            if reached.bit_length() > room:
                 break
-        reached &= (1 << (room + 1)) - 1
         if reached.bit_length() > room - slack:
             break
     left = reached.bit_length() - 1

@@ -6,18 +6,19 @@ multiples of these parts, and the forward once more where it was recomputed. No 
 costs less. A pass in which the device waited for its host says nothing about the device, and is left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import yaml
 from scipy.optimize import nnls
 
-from lorafusion.core.config import read_model
+from lorafusion.core.config import read_model, read_system
 from lorafusion.core.files import write
 from lorafusion.lab.table.table import MeasurementError, read
-from lorafusion.planning.simulator.costs import CPU, H200, LEAST_TOKEN, LayerCosts, model_costs
+from lorafusion.planning.simulator.costs import CPU, H200, LEAST_TOKEN, CostModel, LayerCosts, model_costs
 from lorafusion.planning.simulator.profile import CostFit, CostProfile, dimensions_of
 
 HOST_BOUND = 1.5  # a pass that takes less than so many times its host's time may have waited for it
@@ -35,7 +36,8 @@ SMALL = 0.02  # of a pass, below which a part of it is not looked at in the othe
 def points_of(table: pd.DataFrame) -> pd.DataFrame:
     """A row for each microbatch that was measured: what it holds, and its seconds by metric and pass, as medians over
     the repeats. Raises `MeasurementError` where there is none."""
-    rows = table[(table["statistic"] == "single") & table["cell"].str.contains("/tokens~") & (table["status"] == "ok")]
+    rows = table[(table["statistic"] == "single") & table["cell"].str.contains("/implementation~.*/tokens~")]
+    rows = rows[rows["status"] == "ok"]
     if rows.empty:
         raise MeasurementError("no times of stages in the table; see lorafusion lab profile-costs --help")
     name = rows["metric"] + rows["pass"].radd("_").fillna("")
@@ -63,6 +65,10 @@ def fitted(points: pd.DataFrame, base: LayerCosts) -> LayerCosts:
     half of the microbatches.
     """
     host, step = _host(points), _step(points)
+    if not host:  # a CPU does what follows a pass itself
+        points = points.assign(
+            backward=points["backward"] + step.pop("after") + points["layers"] * step.pop("after_layer")
+        )
     waiting = predicted(LayerCosts(token=LEAST_TOKEN, **host), points)
     large = points["tokens"] >= points["tokens"].median()
     chosen = {which: large for which in PASSES}
@@ -147,7 +153,10 @@ def _host(points: pd.DataFrame) -> dict[str, float]:
 def _step(points: pd.DataFrame) -> dict[str, float]:
     """Of an adapter's optimizer step, for a layer."""
     stepping = points["step_time"].notna() & (points["adapters"] > 0)
-    return _least_squares({"step": points["layers"] * points["adapters"]}, points["step_time"], stepping)
+    columns = {"step": points["layers"] * points["adapters"]}
+    if points["host_time_forward"].isna().all():
+        columns |= {"after_layer": points["layers"], "after": 0 * points["layers"] + 1}
+    return _least_squares(columns, points["step_time"], stepping)
 
 
 def _saved(points: pd.DataFrame) -> float:
@@ -187,19 +196,74 @@ def profile_of(table: pd.DataFrame) -> CostProfile:
     points = points_of(table)
     origin = table[table["cell"] == points.index[0]].iloc[0]
     is_gpu, fits = pd.notna(origin["gpu_name"]), []
-    link = _link(table)
+    link, cores = _link(table), table.loc[table["metric"] == "cores", "value"].max()
     for (model, implementation), of_fit in points.groupby(["model", "implementation"]):
         config, base = read_model(str(model)), base_costs(str(model), is_gpu)
         errors = relative_errors(of_fit, left_out(of_fit, base))
         itemsize = 4 if origin["dtype"] == "float32" else 2
-        transfer = {"latency": link[0], "transfer": link[1] * config.hidden_size * itemsize}
+        besides = {"latency": link[0], "transfer": link[1] * config.hidden_size * itemsize,
+                   "cores": 0 if pd.isna(cores) else int(cores)}  # fmt: skip
         fits.append(CostFit(model=str(model), dimensions=dimensions_of(config), implementation=str(implementation),
-                            costs=fitted(of_fit, base).model_copy(update=transfer), points=len(of_fit),
+                            costs=fitted(of_fit, base).model_copy(update=besides), points=len(of_fit),
                             mean_error=errors.mean(), worst_error=errors.max(),
                             saved_bytes=_saved(of_fit)))  # fmt: skip
+    fits = [fit.model_copy(update={"costs": fit.costs.model_copy(update={"crowded": _crowded(table, fits)})})
+            for fit in fits]  # fmt: skip
     made_from = {name: None if pd.isna(origin[name]) else str(origin[name]) for name in ORIGIN}
     return CostProfile(device="cuda" if is_gpu else "cpu", gpu_name=origin["gpu_name"] if is_gpu else None,
-                       dtype=origin["dtype"], made_from=made_from, fits=tuple(fits))  # fmt: skip
+                       dtype=origin["dtype"], made_from=made_from, fits=(*fits, *_of_systems(table, fits)))  # fmt: skip
+
+
+class _System(NamedTuple):
+    """A system that was run, beside the fit of its implementation. seconds: of passes and steps of a microbatch; alone:
+    the same by the fit."""
+
+    name: str
+    replicas: int
+    layers: int
+    fit: CostFit
+    seconds: Mapping[str, float]
+    alone: Mapping[str, float]
+
+
+def _systems(table: pd.DataFrame, fits: Sequence[CostFit]) -> Iterator[_System]:
+    rows = table[table["cell"].str.contains("/system~") & (table["status"] == "ok") & (table["statistic"] == "single")]
+    for (model, system, cell), of_system in rows.groupby(["model", "system", "cell"]):
+        place = dict(part.split("~", 1) for part in cell.split("/"))
+        layers, tokens, sample = (int(place[name]) for name in ("layers", "tokens", "sample"))
+        seconds = of_system.astype({"value": float}).groupby(of_system["pass"].fillna("step"))["value"].median()
+        for fit in fits:
+            if (fit.model, fit.implementation) == (model, read_system(str(system)).implementation):
+                held = [np.array([value], float) for value in (tokens, tokens * sample, 1, 1)]
+                costs = CostModel(**fit.costs.model_dump() | {"layers": (layers,)}).costs(*held)
+                alone = {name: getattr(costs, name).item() for name in seconds.index}
+                yield _System(str(system), int(of_system["gpus"].iloc[0]), layers, fit, seconds, alone)
+
+
+def _crowded(table: pd.DataFrame, fits: Sequence[CostFit]) -> float:
+    """How much longer work took on a core with several processes, by systems that were run with more of them than the
+    cores."""
+    longer = [sum(system.seconds[name] for name in PASSES) * system.fit.costs.cores / system.replicas
+              / sum(system.alone[name] for name in PASSES)
+              for system in _systems(table, fits) if 0 < system.fit.costs.cores < system.replicas]  # fmt: skip
+    return max(1.0, float(np.mean(longer))) if longer else 1.0
+
+
+def _of_systems(table: pd.DataFrame, fits: Sequence[CostFit]) -> Iterator[CostFit]:
+    """Fits of systems that were run: what a microbatch took more than by the fit of its implementation is work of the
+    executor in each layer, whatever the microbatch holds; and what steps took more is that of a stage."""
+    for name, replicas, layers, fit, seconds, alone in _systems(table, fits):
+        if not 0 < fit.costs.cores < replicas:
+            more = {part: max(0.0, seconds[part] - alone[part]) for part in alone}
+            yield fit.model_copy(update={"system": name, "costs": _with_more(fit.costs, layers, **more)})
+
+
+def _with_more(costs: LayerCosts, layers: int, forward: float, backward: float, step: float) -> LayerCosts:
+    """Costs with some more seconds of each microbatch and of each step, where a model has so many layers."""
+    fixed, ratio = layers * costs.fixed + costs.microbatch, costs.fixed_backward or costs.backward
+    update = {"fixed": costs.fixed + forward / layers, "steps": costs.steps + step,
+              "fixed_backward": (ratio * fixed + backward) / (fixed + forward)}  # fmt: skip
+    return costs.model_copy(update=update)
 
 
 def relative_errors(points: pd.DataFrame, predictions: pd.DataFrame) -> pd.Series:

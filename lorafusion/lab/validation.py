@@ -110,8 +110,8 @@ def _by_profile(cells: Sequence[_Cell], path: Path) -> Iterator[tuple[_Cell, flo
     profile = read_profile(path)
     for cell in cells:
         model = read_model(cell.files.cell.model)
-        fit = profile.fit(model, cell.files.system.implementation)
-        if fit:
+        fit = profile.fit(model, cell.files.system.implementation, cell.files.cell.system)
+        if fit and cell.files.system.liger:  # as in all that profiles measure
             costs = stage_costs(fit, model, cell.plan.stages, cell.files.cell.grid.checkpointing)
             yield cell, cell.seconds_by(costs)
 

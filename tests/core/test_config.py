@@ -133,7 +133,7 @@ def test_a_suite_has_a_name_that_a_folder_of_its_own_can_have(tmp_path, name):
 
 
 def test_an_unknown_suite_is_named_with_the_known_ones():
-    with pytest.raises(UserError, match="known suites: h200, paper-grid, smoke"):
+    with pytest.raises(UserError, match="known suites: cpu-tiny, h200, paper-grid, smoke"):
         suite_path("nope")
 
 

@@ -7,6 +7,7 @@ that has nothing else to do. On a CPU the two are one.
 """
 
 import gc
+import os
 import statistics
 import tempfile
 import time
@@ -83,6 +84,9 @@ def bench_rows(point: Point) -> Iterator[list[dict]]:
     gc.freeze()  # as a worker does: collections that look at all modules would be in the host's times
     torch.manual_seed(point.settings.seed)  # PEFT's own dropout draws from torch's generator
     yield canary_rows(device, f"bench~{point.name}")
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        yield [row("cores", cores, "steady", {"cell": f"bench~{point.name}/cores"})]
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as folder:
         for part in point.subject.parts:
             shared = _shared(point, part, Position(Path(folder), 0))

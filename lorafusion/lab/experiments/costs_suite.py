@@ -80,11 +80,28 @@ class CostsBench(Config):
         return self
 
 
+class SystemBench(Config):
+    """Equal microbatches in a run of a system whose executor has work of its own."""
+
+    model: str = Field(description="a file of configs/models")
+    system: str = Field(description="an entry of configs/systems.yaml")
+    replicas: Count = Field(default=1, description="processes, each with a replica of the model or a share of it")
+    tokens: Tokens = Field(description="of a microbatch")
+    sample_tokens: Tokens = Field(description="of each sample that is packed in it")
+
+    @model_validator(mode="after")
+    def _possible(self) -> SystemBench:
+        if self.tokens % self.sample_tokens:
+            raise ValueError(f"tokens: {self.tokens} must be a multiple of sample_tokens, {self.sample_tokens}")
+        return self
+
+
 class CostsSuite(DeviceEntry):
     """An entry of configs/costs.yaml."""
 
     rounds: Count = Field(description="turns of each microbatch that are timed")
     benches: dict[BenchName, CostsBench] = {}
+    systems: dict[BenchName, SystemBench] = {}
     links: list[Annotated[int, Field(ge=1, le=2**34)]] = Field(
         default=[], max_length=MOST_SAMPLES, description="bytes of messages between two devices that are timed"
     )

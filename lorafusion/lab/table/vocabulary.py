@@ -35,6 +35,7 @@ METRICS = {
     "host_time": Metric("s", "lower", "time until the host has launched a pass, with a device that waits for it"),
     "step_time": Metric("s", "lower", "optimizer steps of all adapters of a microbatch"),
     "transfer_time": Metric("s", "lower", "a message from one device to another"),
+    "cores": Metric("1", "higher", "cores that the processes of a CPU share"),
     "error": Metric("1", "lower", "relative error against a reference"),
 }
 # What a run costs besides time, and where its time went: a good run may lack it.

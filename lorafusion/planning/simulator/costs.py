@@ -66,13 +66,17 @@ class Costs:
 
     forward, backward, step: float64 [stages, microbatches]. step: what follows the microbatch's backward where it ends
     an adapter's global batch, gradients reduced over the replicas included. transfer: float64 [microbatches], one way
-    between two stages. Raises `UserError` for shapes that do not fit each other, and times below zero.
+    between two stages. cores: that the processors share; 0: each has a device of its own. crowded: seconds of work on a
+    core with several processes, without the waiting, over those alone. Raises `UserError` for shapes that do not fit
+    each other, and times below zero.
     """
 
     forward: np.ndarray
     backward: np.ndarray
     step: np.ndarray
     transfer: np.ndarray
+    cores: int = 0
+    crowded: float = 1.0
 
     def __post_init__(self) -> None:
         shape = self.forward.shape
@@ -99,6 +103,7 @@ class Costs:
 
 # Beyond these no cost is that of a machine, and sums of costs would no longer be numbers.
 LEAST_TOKEN, MOST = 1e-15, 1e9
+MOST_CORES = 1 << 20
 Cost = Annotated[float, Field(ge=0, le=MOST)]
 
 
@@ -127,6 +132,7 @@ class LayerCosts(Config):
     adapter: Cost = Field(default=0.0, description="of each adapter beyond the first in a layer, forward")
     tile: int = Field(default=1, ge=1, le=MOST_TOKENS, description="tokens are rounded up to it")
     step: Cost = Field(default=0.0, description="of an adapter's optimizer step, for a layer")
+    steps: Cost = Field(default=0.0, description="of the steps that follow a microbatch, on a stage besides")
     host: Cost = Field(default=0.0, description="of the host for a microbatch in a layer, forward")
     host_adapter: Cost = Field(default=0.0, description="of the host for each adapter beyond the first in it")
     host_adapter_backward: Cost | None = Field(
@@ -137,6 +143,8 @@ class LayerCosts(Config):
     reduction: Cost = Field(default=0.0, description="of an adapter's step in a layer: to sum over replicas")
     latency: Cost = Field(default=0.0, description="of a transfer between stages")
     transfer: Cost = Field(default=0.0, description="of a token between stages")
+    cores: int = Field(default=0, ge=0, le=MOST_CORES, description="that processes share; 0: each has its own device")
+    crowded: float = Field(default=1.0, ge=1, le=MOST, description="time on a core with several processes, over alone")
 
     def layer(self, tokens: np.ndarray, squares: np.ndarray, adapters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of one layer for each microbatch, forward and backward; tokens, sums of squared sample lengths and
@@ -204,12 +212,14 @@ class CostModel(LayerCosts):
             np.maximum(layers * layer + end, layers * host + besides)
             for layer, end, host, besides in zip(of_layer, of_ends, of_host, of_host_besides, strict=True)
         )
-        return Costs(
-            forward=forward,
-            backward=backward,
-            step=layers * (self.step + self.reduction) * steps,
-            transfer=np.where(tokens > 0, self.latency + self.transfer * tokens, 0.0),
-        )
+        step = layers * (self.step + self.reduction) * steps + self.steps * (steps > 0)
+        sent = np.where(tokens > 0, self.latency + self.transfer * tokens, 0.0)
+        if self.cores:
+            # A CPU carries messages itself, at both ends. Of a step there is one each way, with norms.
+            neighbours = np.minimum(np.arange(self.stages)[:, None], 1) + 1 - is_last
+            forward, backward = forward + neighbours * sent, backward + neighbours * sent
+            step = step + 2 * neighbours * self.latency * (steps > 0)
+        return Costs(forward, backward, step, sent, self.cores, self.crowded)
 
 
 class CapturedCosts(CostModel):

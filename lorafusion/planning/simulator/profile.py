@@ -26,6 +26,7 @@ class CostFit(Config):
     model: str
     dimensions: dict[str, str | int] = Field(description="of the model, that the costs depend on")
     implementation: str = Field(description="as `SystemConfig.implementation`, or frozen")
+    system: str | None = Field(default=None, description="whose executor's own work is among the costs")
     costs: LayerCosts
     points: int = Field(ge=1, description="microbatches that were measured")
     mean_error: float = Field(ge=0, description="of each point as the others predict it, relative")
@@ -43,11 +44,12 @@ class CostProfile(Config):
     made_from: dict[str, str | int | float | bool | None] = Field(default={}, description="suite, commit, versions")
     fits: Annotated[tuple[CostFit, ...], Field(min_length=1)]
 
-    def fit(self, config: ModelConfig, implementation: str) -> CostFit | None:
-        """That of a model and an implementation, if there is one."""
+    def fit(self, config: ModelConfig, implementation: str, system: str | None = None) -> CostFit | None:
+        """That of a model and an implementation, if there is one; that of the system, if it has one of its own."""
         dimensions = dimensions_of(config)
-        matches = (fit for fit in self.fits if fit.dimensions == dimensions and fit.implementation == implementation)
-        return next(matches, None)
+        fits = {fit.system: fit for fit in reversed(self.fits)
+                if fit.dimensions == dimensions and fit.implementation == implementation}  # fmt: skip
+        return fits.get(system, fits.get(None))
 
     def require_fit(self, config: ModelConfig, implementation: str, source: str | Path) -> CostFit:
         """As `fit`; `UserError` says which there are."""

@@ -20,8 +20,9 @@ from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError, one_of
 from lorafusion.core.workload import Workload
 from lorafusion.planning.simulator.costs import Costs
+from lorafusion.planning.simulator.sharing import ends_together, run_shared
 from lorafusion.planning.simulator.stream import simulate_stream
-from lorafusion.planning.simulator.timeline import BACKWARD, FORWARD, STEP, Operation, Timeline, run_orders
+from lorafusion.planning.simulator.timeline import BACKWARD, FORWARD, STEP, Operation, OrderedRun, Timeline, run_orders
 
 
 def simulate(plan: Plan, costs: Costs, schedule: str | None = None, workload: Workload | None = None) -> Timeline:
@@ -57,13 +58,16 @@ def _windows(stepping: list[bool]) -> Iterator[range]:
         yield range(begin, len(stepping))
 
 
-def _orders(stages: int, stepping: list[bool], data_parallel: int, ahead_of_all: bool) -> list[list[Operation]]:
-    """Every processor's operations. ahead_of_all: all forwards of a window come before its backwards."""
-    orders = []
+def _orders(
+    stages: int, stepping: list[bool], data_parallel: int, ahead_of_all: bool = False, flush: bool = True
+) -> list[list[Operation]]:
+    """Every processor's operations. ahead_of_all: all forwards of a window come before its backwards. flush: windows
+    end with steps."""
+    orders, windows = [], list(_windows(stepping)) if flush else [range(len(stepping))]
     for replica in range(data_parallel):
         for stage in range(stages):
             order: list[Operation] = []
-            for window in _windows(stepping):
+            for window in windows:
                 ahead = len(window) if ahead_of_all else min(stages - 1 - stage, len(window))
                 for turn in range(len(window) + ahead):
                     if turn < len(window):
@@ -78,13 +82,21 @@ def _orders(stages: int, stepping: list[bool], data_parallel: int, ahead_of_all:
 
 
 def _stream(plan: Plan, costs: Costs, tokens: np.ndarray, workload: Workload | None) -> Timeline:
+    if costs.cores:
+        return _in_orders(_orders(plan.stages, _stepping(plan), plan.data_parallel, flush=False), plan, costs, tokens)
     return simulate_stream(costs, tokens, _stepping(plan), plan.data_parallel)
+
+
+def _in_orders(orders: list[list[Operation]], plan: Plan, costs: Costs, tokens: np.ndarray) -> Timeline:
+    if costs.cores:
+        return run_shared(OrderedRun(orders, costs, tokens, plan.data_parallel), costs)
+    return run_orders(orders, costs, tokens, plan.data_parallel)
 
 
 def _draining(ahead_of_all: bool) -> Callable[..., Timeline]:
     def schedule(plan: Plan, costs: Costs, tokens: np.ndarray, workload: Workload | None) -> Timeline:
         orders = _orders(plan.stages, _stepping(plan), plan.data_parallel, ahead_of_all)
-        return run_orders(orders, costs, tokens, plan.data_parallel)
+        return _in_orders(orders, plan, costs, tokens)
 
     return schedule
 
@@ -102,10 +114,11 @@ def _sharded(plan: Plan, costs: Costs, tokens: np.ndarray, workload: Workload | 
         if steps:
             passes.append((STEP, np.full(width, costs.step[0, of_slot].sum())))
         for kind, seconds in passes:
+            done = time + (ends_together(seconds, costs) if costs.cores else seconds)
             for replica, index in enumerate(of_slot):
                 operations[replica].append((kind, index))
                 starts[replica].append(time)
-                ends[replica].append(time + float(seconds[replica]))
+                ends[replica].append(float(done[replica]))
             time = max(seconds[-1] for seconds in ends)  # layers are gathered together: nobody is ahead by a pass
     return Timeline.of_operations(1, operations, starts, ends, tokens)
 

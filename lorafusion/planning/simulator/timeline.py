@@ -121,22 +121,18 @@ def run_orders(orders: list[list[Operation]], costs: Costs, tokens: np.ndarray, 
     its slot. No-ops (no tokens) take no time and wait for nobody. Raises `UserError` for orders that wait for each
     other.
     """
-    run = _Run(orders, costs, tokens, replicas)
+    run = OrderedRun(orders, costs, tokens, replicas)
     sweep = [*range(len(orders)), *reversed(range(len(orders)))]
-    left = sum(map(len, orders))
-    while left:
-        done = sum(map(run.advance, sweep))
-        if not done:
-            raise UserError(run.deadlock())
-        left -= done
-    return Timeline.of_operations(costs.stages, orders, run.starts, run.ends, tokens)
+    while sum(map(run.advance, sweep)):
+        pass
+    return run.timeline()
 
 
-class _Run:
+class OrderedRun:
     """Processors that do operations in fixed orders. starts, ends: of each processor's operations that are done."""
 
     def __init__(self, orders: list[list[Operation]], costs: Costs, tokens: np.ndarray, replicas: int) -> None:
-        self.orders, self.stages, self.replicas = orders, costs.stages, replicas
+        self.orders, self.stages, self.replicas, self.tokens = orders, costs.stages, replicas, tokens
         self.starts: list[list[float]] = [[] for _ in orders]
         self.ends: list[list[float]] = [[] for _ in orders]
         self._seconds = [costs.forward.tolist(), costs.backward.tolist(), costs.step.tolist()]
@@ -164,12 +160,29 @@ class _Run:
             ends.append(time)
         return len(ends) - done
 
-    def deadlock(self) -> str:
-        """What a processor that has not done all waits for."""
-        processor = next(index for index, order in enumerate(self.orders) if len(self.ends[index]) < len(order))
+    def undone(self) -> Iterator[tuple[int, float | None, float]]:
+        """Of each processor that has not done all, when what its next operation waits for is there, None until that is
+        known, and how long it takes."""
+        for processor, (order, ends) in enumerate(zip(self.orders, self.ends, strict=True)):
+            if len(ends) < len(order):
+                place = processor % self.stages, *order[len(ends)]
+                yield processor, self._arrival(*place), self._duration(*place)
+
+    def do(self, processor: int, start: float, end: float) -> None:
+        """Note when a processor's next operation began and ended."""
         kind, microbatch = self.orders[processor][len(self.ends[processor])]
-        stage = processor % self.stages
-        return f"schedule: stage {stage} waits for ever for the {KINDS[kind]} of microbatch {microbatch}"
+        if kind != STEP:
+            self._results[kind][processor % self.stages][microbatch] = end
+        self.starts[processor].append(start)
+        self.ends[processor].append(end)
+
+    def timeline(self) -> Timeline:
+        """Once all is done; `UserError` says who waits for ever."""
+        for processor, _, _ in self.undone():
+            kind, microbatch = self.orders[processor][len(self.ends[processor])]
+            stage = processor % self.stages
+            raise UserError(f"schedule: stage {stage} waits for ever for the {KINDS[kind]} of microbatch {microbatch}")
+        return Timeline.of_operations(self.stages, self.orders, self.starts, self.ends, self.tokens)
 
     def _slot(self, microbatch: int) -> range:
         """The microbatches of all replicas of a microbatch's slot."""

@@ -18,7 +18,7 @@ from lorafusion.lab.experiments import EXPERIMENTS, cost_times
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table
 from lorafusion.lab.table.table import MeasurementError
-from lorafusion.planning.simulator.costs import LayerCosts
+from lorafusion.planning.simulator.costs import CostModel, LayerCosts
 from lorafusion.planning.simulator.profile import read_profile, stage_costs
 
 COSTS = EXPERIMENTS["costs"]
@@ -59,7 +59,7 @@ def test_the_suites_that_come_with_the_project_are_sound():
     assert [point.name for point in COSTS.points("h200-x2")] == ["links"]
     assert COSTS.resources(COSTS.points("h200-x2")[0]).gpus == 2
     for point in [point for suite in ("smoke", "h200", "cpu-tiny") for point in COSTS.points(suite)]:
-        for grid in point.subject.grids if point.subject else []:
+        for grid in getattr(point.subject, "grids", []):
             for arm, (tokens, sample) in product(grid.arms, grid.sizes):
                 assert point.subject.steps_bench(arm, tokens, sample).arms == [arm], point.suite
 
@@ -104,7 +104,7 @@ def rows_of(costs: LayerCosts) -> pd.DataFrame:
                  (cell, "saved_memory", None, 1e4 * layers * tokens)]  # fmt: skip
     frame = pd.DataFrame(rows, columns=["cell", "metric", "pass", "value"])
     return frame.assign(statistic="single", status="ok", model="llama-3.1-8b", gpu_name="GPU X", dtype="bfloat16",
-                        suite="small", git_sha="0", torch="2", triton="3", cuda="13", driver="5").astype(
+                        system=pd.NA, gpus=1, suite="small", git_sha="0", torch="2", triton="3", cuda="13", driver="5").astype(
                             {"metric": "string", "pass": "string", "cell": "string"})  # fmt: skip
 
 
@@ -148,6 +148,82 @@ def test_links_are_of_the_messages_that_were_timed():
     costs = cost_fit.profile_of(frame).fits[0].costs
     assert costs.latency == pytest.approx(20e-6, rel=0.01)
     assert costs.transfer == pytest.approx(2 * 4096 / 1e11, rel=0.01)
+
+
+SYSTEM = {"model": "tiny", "system": "peft-bf16", "tokens": 64, "sample_tokens": 16}
+
+
+def of_a_cpu(seconds: dict[str, tuple[int, float, float, float]], cores: int = 2) -> pd.DataFrame:
+    """The table of a CPU whose passes take what some costs say, and of systems there: replicas, and seconds of the two
+    passes of a microbatch of 2048 tokens in 4 layers and of the steps after it."""
+    frame = rows_of(TRUE.model_copy(update={"host": 0.0, "host_adapter": 0.0, "host_adapter_backward": 0.0,
+                                            "host_microbatch": 0.0}))  # fmt: skip
+    frame = frame[~frame["metric"].isin(["host_time", "saved_memory"])].assign(gpu_name=pd.NA, dtype="float32")
+    rows = [("bench~x/cores", "cores", pd.NA, cores, pd.NA, 1)]
+    for system, (replicas, *values) in seconds.items():
+        cell = f"bench~{system}/layers~4/system~{system}/tokens~2048/sample~512"
+        for value, which in zip(values, ("forward", "backward", pd.NA), strict=True):
+            rows.append((cell, "step_time" if which is pd.NA else "time", which, value, system, replicas))
+    more = pd.DataFrame(rows, columns=["cell", "metric", "pass", "value", "system", "gpus"])
+    return pd.concat([frame, more.assign(statistic="single", status="ok", model="llama-3.1-8b")], ignore_index=True)
+
+
+def test_what_an_executor_does_besides_is_in_the_costs_of_its_system():
+    alone = cost_fit.profile_of(of_a_cpu({})).fits[0].costs
+    held = [np.array([value], float) for value in (2048, 2048 * 512, 1, 1)]
+    table = CostModel(**alone.model_dump() | {"layers": (4,)}).costs(*held)
+    forward, backward, step = (getattr(table, name).item() for name in ("forward", "backward", "step"))
+    frame = of_a_cpu({"fused-sequential": (1, forward + 0.04, backward + 0.02, step + 0.003),
+                      "fused-mlora": (4, 2.4 * forward, 2.4 * backward, step)})  # fmt: skip
+    profile = cost_fit.profile_of(frame)
+    assert [fit.system for fit in profile.fits] == [None, "fused-sequential"]
+    config = read_model("llama-3.1-8b")
+    assert profile.fit(config, "fused", "lorafusion") == profile.fits[0]
+    assert profile.fits[0].costs.cores == 2
+    assert profile.fits[0].costs.crowded == pytest.approx(1.2, rel=1e-3)
+    costs = profile.fit(config, "fused", "fused-sequential").costs
+    again = CostModel(**costs.model_dump() | {"layers": (4,)}).costs(*held)
+    assert again.forward.item() == pytest.approx(forward + 0.04)
+    assert again.backward.item() == pytest.approx(backward + 0.02)
+    assert again.step.item() == pytest.approx(step + 0.003)
+
+
+def test_on_a_cpu_what_follows_a_pass_is_in_the_costs_of_a_microbatch():
+    frame = of_a_cpu({})
+    late = (frame["metric"] == "step_time").to_numpy(float)
+    layers = frame["cell"].str.extract("layers~([0-9]+)")[0].astype(float)
+    slow = cost_fit.profile_of(frame.assign(value=frame["value"] + late * (2e-3 + 1e-3 * layers.fillna(0)))).fits[0]
+    assert slow.costs.step == pytest.approx(TRUE.step, rel=1e-3)
+    held = [np.array([value], float) for value in (2048, 2048 * 512, 1, 1)]
+    before, after = (CostModel(**fit.costs.model_dump() | {"layers": (4,)}).costs(*held).backward.item()
+                     for fit in (cost_fit.profile_of(frame).fits[0], slow))  # fmt: skip
+    assert after == pytest.approx(before + 6e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"system": "mlra"}, "toy.systems.run: unknown system 'mlra'"), ({"model": "tinny"}, "unknown model 'tinny'"),
+     ({"tokens": 60}, "60 must be a multiple of sample_tokens, 16")],
+)  # fmt: skip
+def test_mistakes_in_a_system_that_is_to_run_are_named(tmp_path, monkeypatch, changes, message):
+    entry = {"device": "cpu", "dtype": "float32", "rounds": 1, "systems": {"run": SYSTEM | changes}}
+    (tmp_path / "costs.yaml").write_text(yaml.safe_dump({"toy": entry}))
+    monkeypatch.setattr(COSTS, "config", tmp_path / "costs.yaml")
+    with pytest.raises(UserError, match=message):
+        COSTS.points("toy")
+
+
+def test_a_system_is_run_and_its_microbatches_are_timed(tmp_path, monkeypatch):
+    entry = {"device": "cpu", "dtype": "float32", "rounds": 1, "systems": {"run": SYSTEM}}
+    (tmp_path / "costs.yaml").write_text(yaml.safe_dump({"toy": entry}))
+    monkeypatch.setattr(COSTS, "config", tmp_path / "costs.yaml")
+    (point,) = COSTS.points("toy")
+    COSTS.run(point, 1, tmp_path / "result.json", None)
+    frame = table.read_results([tmp_path / "result.json"])
+    assert set(frame["status"]) == {"ok"}
+    seconds = frame.set_index(frame["pass"].fillna("step"))["value"]
+    assert set(seconds.index) == {"forward", "backward", "step"}
+    assert (seconds[["forward", "backward"]] > 0).all()
 
 
 def test_messages_between_two_processes_are_timed(tmp_path, monkeypatch):

@@ -104,8 +104,8 @@ def rows_of(costs: LayerCosts) -> pd.DataFrame:
                  (cell, "saved_memory", None, 1e4 * layers * tokens)]  # fmt: skip
     frame = pd.DataFrame(rows, columns=["cell", "metric", "pass", "value"])
     return frame.assign(statistic="single", status="ok", model="llama-3.1-8b", gpu_name="GPU X", dtype="bfloat16",
-                        system=pd.NA, gpus=1, suite="small", git_sha="0", torch="2", triton="3", cuda="13", driver="5").astype(
-                            {"metric": "string", "pass": "string", "cell": "string"})  # fmt: skip
+                        system=pd.NA, gpus=1, suite="small", git_sha="0", torch="2", triton="3", cuda="13",
+                        driver="5").astype({"metric": "string", "pass": "string", "cell": "string"})  # fmt: skip
 
 
 def test_a_fit_finds_the_costs_that_the_times_were_made_from():

@@ -10,6 +10,7 @@ import yaml
 
 from lorafusion.core.config import CONFIGS, read_model
 from lorafusion.core.schema import UserError
+from lorafusion.lab import cost_fit
 from lorafusion.lab.cell_result import BY_FLOP, predicted_row
 from lorafusion.lab.keys import OutOfDateError, suite_files
 from lorafusion.lab.report import drawing
@@ -163,6 +164,20 @@ def test_the_validation_of_record_is_of_the_times_of_record():
     assert (data["predicted"] / data["measured"]).to_numpy() == pytest.approx(data["ratio"].to_numpy())
     assert set(data["costs"]) == {FITTED}
     assert len(data) == 91  # two arms ran on one workload alone
+
+
+def test_the_validation_of_record_of_a_cpu_is_what_its_tables_give(tmp_path):
+    record = RECORD.parent / "cpu"
+    profile = cost_fit.profile_of(read(record / "costs.parquet"))
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile.model_dump(mode="json", exclude_defaults=True)
+                                                          | {"version": profile.version}))  # fmt: skip
+    files, plans = suite_files(CONFIGS / "suites" / "cpu-tiny.yaml"), read_plans(record / "runs.plans.jsonl.gz")
+    data = validation_data(with_predictions(read(record / "runs.parquet"), files, plans, tmp_path / "profile.yaml"))
+    recorded = drawing.read_data(record / "validation.csv").set_index("cell")
+    assert set(recorded["gpus"]) == {1, 2, 4}
+    data = data.set_index("cell")
+    assert data["measured"].to_dict() == pytest.approx(recorded["measured"].to_dict())
+    assert data["predicted"].to_dict() == pytest.approx(recorded["predicted"].to_dict(), rel=1e-3)
 
 
 @pytest.mark.parametrize("content", [b"", b"no gzip", *(

@@ -34,7 +34,7 @@ def readme() -> list[str]:
 
 def reproduce() -> list[str]:
     passages = []
-    for name in ("smoke", "h200", "paper-grid"):
+    for name in ("smoke", "cpu-tiny", "h200", "paper-grid"):
         suite = read_suite(suite_path(name))
         count = len(cells(suite, suite_path(name)))
         passages.append(f"| {number(count)} × {number(suite.repeats)} |")
@@ -116,4 +116,18 @@ def measurements() -> list[str]:
         f"the error; lengths within {percent(_largest('gradients.json', 'of the length'), '.2f')} |",
         f"| `lossless` | at most {number(_largest('lossless.json', 'of a tensor'), '.2f')} of the error |",
         f"| `systems` | at most {number(_largest('systems.json', 'of a tensor'), '.2f')} of the error |",
+        *_predictions(),
     ]
+
+
+def _predictions() -> list[str]:
+    """The rows of the table of predicted times' errors, on a CPU."""
+    data = sources.drawn(f"{sources.CPU}/validation")
+    error, megatron = 100 * (data["ratio"] - 1).abs(), data["system"].str.startswith("megatron")
+    rows = []
+    for count, word in ((1, "one"), (2, "two"), (4, "four")):
+        for name, chosen in (("PEFT, mLoRA and ours", ~megatron), ("Megatron's", megatron)):
+            of = error[chosen & (data["gpus"] == count)]
+            rows.append(f"| {word} | {name} | {number(len(of))} | {number(of.mean(), '.0f')} % | "
+                        f"{number(of.max(), '.0f')} % |")  # fmt: skip
+    return rows

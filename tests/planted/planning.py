@@ -42,6 +42,21 @@ def empty_slots_that_are_left_out_take_no_turn(original):
     return lambda stages, busy, turns: original(stages, busy, np.arange(len(turns)))
 
 
+SHARING = "tests/planning/simulator/test_sharing.py"
+
+
+@planted(
+    "lorafusion.planning.simulator.sharing:speed",
+    caught_by=(
+        f"{SHARING}::test_on_one_core_every_schedule_takes_as_long_as_its_work",
+        f"{SHARING}::test_a_pipeline_on_fewer_cores_takes_longer_and_no_less_than_its_work",
+    ),
+)
+def every_process_has_a_core(original):
+    """Four processes on two cores are predicted to go as fast as four on four."""
+    return lambda costs, busy: 1.0
+
+
 COMPLETION = "tests/planning/test_completion.py"
 PACKER = "tests/planning/test_packer.py"
 

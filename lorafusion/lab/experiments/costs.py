@@ -7,7 +7,7 @@ What is measured becomes a profile, by which plans are made and simulated (`lora
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorafusion.core.config import CONFIGS, names_in, read_model, read_systems
+from lorafusion.core.config import CONFIGS, names_in, read_model
 from lorafusion.core.schema import UserError, one_of
 from lorafusion.lab.cluster.request import Resources
 from lorafusion.lab.experiments.bench import BenchExperiment
@@ -37,7 +37,6 @@ class Costs(BenchExperiment):
             yield name, bench
         for name, run in entry.systems.items():
             one_of("model", run.model, names_in("models"), f"{source}.systems.{name}")
-            one_of("system", run.system, set(read_systems()), f"{source}.systems.{name}")
             yield name, run
         if entry.links:
             yield LINKS, None

@@ -202,7 +202,7 @@ def test_on_a_cpu_what_follows_a_pass_is_in_the_costs_of_a_microbatch():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"system": "mlra"}, "toy.systems.run: unknown system 'mlra'"), ({"model": "tinny"}, "unknown model 'tinny'"),
+    [({"system": "mlra"}, "unknown system 'mlra'"), ({"model": "tinny"}, "toy.systems.run: unknown model 'tinny'"),
      ({"tokens": 60}, "60 must be a multiple of sample_tokens, 16")],
 )  # fmt: skip
 def test_mistakes_in_a_system_that_is_to_run_are_named(tmp_path, monkeypatch, changes, message):
@@ -210,7 +210,7 @@ def test_mistakes_in_a_system_that_is_to_run_are_named(tmp_path, monkeypatch, ch
     (tmp_path / "costs.yaml").write_text(yaml.safe_dump({"toy": entry}))
     monkeypatch.setattr(COSTS, "config", tmp_path / "costs.yaml")
     with pytest.raises(UserError, match=message):
-        COSTS.points("toy")
+        list(COSTS.measure(*COSTS.points("toy"), 1, tmp_path / "result.json"))
 
 
 def test_a_system_is_run_and_its_microbatches_are_timed(tmp_path, monkeypatch):

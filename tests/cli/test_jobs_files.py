@@ -23,10 +23,11 @@ def test_a_plan_of_a_jobs_file_has_its_sizes_and_writes_nothing_else(tmp_path):
 
 
 def test_a_jobs_file_says_what_its_costs_depend_on(tmp_path):
-    """The device and whether layers are recomputed; a proposal is of GPUs, whatever the device."""
+    """The device, and whether layers are recomputed and stages replay graphs; a proposal is of GPUs, whatever the
+    device."""
     path, plan_path, out = (tmp_path / name for name in ("jobs.yaml", "p.json", "o.json"))
     keys, choices = [], []
-    for stated in ("", "checkpointing: none\n", "checkpointing: all\n", "device: cpu\n"):
+    for stated in ("", "checkpointing: none\n", "checkpointing: all\n", "device: cpu\n", "graphs: on\n"):
         path.write_text(
             f"model: tiny\noutput: out\ncapacity: 512\n{stated}jobs:\n"
             "  - {name: a, data: {synthetic: {samples: 8, scale: 16}}}\n"
@@ -36,5 +37,6 @@ def test_a_jobs_file_says_what_its_costs_depend_on(tmp_path):
         keys.append(json.loads(plan_path.read_text())["key"])
         choices.append(json.loads(out.read_text())["choices"])
     assert keys[0] == keys[1]
-    assert len(set(keys)) == 3
+    assert len(set(keys)) == 4
     assert choices[0] == choices[1] == choices[3] != choices[2]
+    assert choices[4][0]["throughput"] > 2 * choices[0][0]["throughput"]  # no host

@@ -94,8 +94,8 @@ class Bucket(Data):
     """A token count that graphs are captured for, and bounds of all microbatches that are padded to it."""
 
     tokens: Int = Field(ge=1, le=MOST_TOKENS)
-    samples: Int = Field(ge=1, description="the most of a microbatch, that of the padding counted")
-    segments: Int = Field(ge=1, description="the most of a microbatch")
+    samples: Int = Field(ge=1, le=MOST_TOKENS, description="the most of a microbatch, that of the padding counted")
+    segments: Int = Field(ge=1, le=MOST_TOKENS, description="the most of a microbatch")
     longest: Int = Field(ge=1, le=MOST_TOKENS, description="tokens of the longest sample, the padding's included")
 
 

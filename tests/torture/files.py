@@ -102,6 +102,10 @@ def _plans() -> Iterator[Case]:
     same = ("without-data_parallel",)  # it has a default
     yield from placed("show/plan", "plan show", "plan.json", {k: v for k, v in mutations.items() if k not in same},
                       lambda content: {"plan.json": content}, light=True)  # fmt: skip
+    mutations = spoiled.buckets(valid.plan_with_graphs())
+    yield from placed("show/buckets", "plan show", "plan.json --workload workload.json", mutations,
+                      lambda content: {"plan.json": content, "workload.json": workload}, says=("plan.json",),
+                      light=True)  # fmt: skip
     mutations = few(spoiled.no_file() | spoiled.json_text(b'{"lorafusion": {}}')) | {"a-number": b"1", "text": b"x"}
     mutations.pop("unknown-key")  # which may be the name of a system
     yield from placed("contract/record", "lab contract", "record.json", mutations,

@@ -180,6 +180,15 @@ def json_values(valid: dict, skipped: tuple[str, ...] = ()) -> Mutations:
     return dict(sorted(made.items()))
 
 
+def buckets(plan: dict) -> Mutations:
+    """A plan with graphs whose one bucket is not what its microbatches need."""
+    (bucket,) = plan["buckets"]
+    others = {name: [json.loads(content)] for name, content in json_values(bucket).items()}
+    others |= {"none": [], "twice": [bucket, bucket], "smaller": [bucket | {"tokens": 15}],
+               "fewer-samples": [bucket | {"samples": 1}], "a-shorter-sample": [bucket | {"longest": 1}]}  # fmt: skip
+    return {name: json.dumps(plan | {"buckets": value}).encode() for name, value in others.items()}
+
+
 def csv_text(valid: bytes, seed: int = SEED) -> Mutations:
     """A CSV with a header, damaged."""
     header, _, rows = valid.partition(b"\n")

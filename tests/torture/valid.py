@@ -95,6 +95,11 @@ def plan() -> dict:
     return json.loads(plan_system(workload(), "lorafusion", stages=2, capacity=16, data_parallel=1).to_json())
 
 
+@cache
+def plan_with_graphs() -> dict:
+    return json.loads(plan_system(workload(), "lorafusion", stages=2, capacity=16, graphs=True).to_json())
+
+
 def text(value: dict) -> bytes:
     return json.dumps(value).encode()
 

@@ -24,6 +24,7 @@ BUSY = re.compile(
     "timed out|[Uu]nable to contact|no answer in|try again|temporarily un|standby mode|not responding|"
     "Zero Bytes|onnection (refused|reset|failure)|message (send|receive) failure|not connected|Munge encode failed"
 )
+LATE = "A job that it takes later is held, and never runs: `squeue --me --states=PENDING`"
 Request = Mapping[str, Any]
 
 
@@ -91,7 +92,7 @@ def _answer(ask: Callable[[bool], str], stopped: Event) -> str:
                 print(f"Slurm is busy, and is asked again for {BUSY_SECONDS / 60:.0f} minutes: {error}", flush=True)
                 end = time.monotonic() + BUSY_SECONDS
             if time.monotonic() >= end or stopped.wait(pause):
-                raise UserError(f"{error}; Slurm was busy for too long; start the workflow again") from None
+                raise UserError(f"{error}; Slurm is still busy; start the workflow again. {LATE}") from None
         pause = min(2 * pause, LONGEST_PAUSE)
 
 

@@ -122,7 +122,9 @@ def test_a_controller_that_stays_busy_is_given_up(slurm, monkeypatch):
     monkeypatch.setattr(module, "BUSY_SECONDS", 0.2)
     sbatch(slurm, BUSY)
     slurm.queue()
-    with pytest.raises(UserError, match="Socket timed out.*; Slurm was busy for too long; start the workflow again"):
+    with pytest.raises(
+        UserError, match="Socket timed out.*; Slurm is still busy; start the workflow again. A job that"
+    ):
         submit(["sbatch"], "true", "run-1", "run a")
     assert 2 <= len(slurm.calls("sbatch")) <= 6
 

@@ -5,6 +5,10 @@ import sys
 
 import pytest
 
+from lorafusion.core.schema import UserError
+from lorafusion.lab.cluster.admission import require_admitted
+from lorafusion.lab.cluster.request import Resources, request_of
+from lorafusion.lab.cluster.site import Site
 from tests.slurm.toy import Workflow, cluster, lives, queue
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300), pytest.mark.usefixtures("two_nodes")]
@@ -47,8 +51,10 @@ def test_a_job_that_is_longer_than_its_partition_allows_is_refused(workflow):
     assert "at most 10" in error
 
 
-def test_a_missing_account_is_named(workflow):
-    assert "LORAFUSION_SLURM_ACCOUNT" in refused(workflow, LORAFUSION_SLURM_ACCOUNT="")
+def test_a_missing_account_is_named():
+    """By what sbatch says."""
+    with pytest.raises(UserError, match="a: Slurm would not run it: .*LORAFUSION_SLURM_ACCOUNT names an account"):
+        require_admitted({"a": request_of(Resources(5, 100), Site(partition="long"))})
 
 
 def test_a_node_without_the_environment_ends_it_within_a_minute(workflow, half_installed):

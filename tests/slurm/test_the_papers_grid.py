@@ -6,6 +6,7 @@ import pytest
 
 from lorafusion.core.schema import UserError
 from lorafusion.lab.cluster.admission import minutes_allowed, require_admitted
+from lorafusion.lab.cluster.limits import minutes_by_accounts
 from lorafusion.lab.cluster.request import request_of
 from lorafusion.lab.cluster.site import SITE, read_site
 from lorafusion.lab.dag import Step
@@ -28,7 +29,8 @@ def test_slurm_takes_every_request_of_the_papers_grid(tmp_path, monkeypatch, nod
 
     dag = dag_of("paper-grid")
     jobs: dict[str, list[Step]] = defaultdict(list)
-    shared = groups_of(dag, read_site(), minutes_allowed(read_site()))
+    of_partitions, of_accounts = minutes_allowed(read_site()), minutes_by_accounts(read_site())
+    shared = groups_of(dag, read_site(), lambda needs: min(of_partitions, of_accounts(needs)))
     for step in dag.of_target("all"):
         if not step.kind.quick:
             jobs[shared.get(step, step.relative)].append(step)

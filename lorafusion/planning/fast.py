@@ -159,6 +159,7 @@ class Trials:
     def __init__(self, jobs: tuple[Job, ...], stages: int, capacity: int, data_parallel: int = 1) -> None:
         self.jobs, self.stages, self.capacity, self.data_parallel = jobs, stages, capacity, data_parallel
         self.samples = sum(job.stream_length - job.first_position for job in jobs)
+        self.tokens = sum(job.stream_offset(job.stream_length) - job.stream_offset(job.first_position) for job in jobs)
         self._remembered: dict[tuple[int, int], list[Item]] = {}
         self._tried: list[Prediction] = []
         self._waves = min(SEARCHED_WAVES, self.samples * SAMPLE_WAVES)  # of local search, left
@@ -222,7 +223,10 @@ class Trials:
         orders = [ramped.way._replace(order=order) for order in ORDERS if order != USUAL]
         ordered = self._faster(model, ramped, orders, "whole")
         loose = ordered.way._replace(slack=ordered.way.target // LOOSE)
-        return max(best, self._faster(model, ordered, [loose], "whole"), key=lambda trial: trial.throughput)
+        near = [best, self._faster(model, ordered, [loose], "whole")]
+        if self.samples > TRIED_SAMPLES:
+            near = [self.trial(model, trial.way, COMPARED_SAMPLES, "whole") for trial in near]
+        return max(near, key=lambda trial: trial.throughput)
 
     def _ramp(self, model: CostModel, target: int, begin: float, length: float) -> tuple[int, ...]:
         """Tokens of the first slots' microbatches, and backwards of the last ones'."""
@@ -302,7 +306,12 @@ class Trials:
         # The first of many samples stand for the middle of the run; all of a few have a beginning and an end as well.
         window = window or ("steady" if samples < self.samples else "whole")
         bubble = float(timeline.bubble(window).mean())
-        self._tried.append(Prediction(way, timeline.throughput(window), bubble, bubble - _uneven(costs)))
+        throughput = timeline.throughput(window)
+        if window == "whole" and samples < self.samples:
+            # The others pass in the steady state: the pipeline fills and drains once for all.
+            rest = max(0, self.tokens - int(timeline.tokens.sum()))
+            throughput = self.tokens / (timeline.makespan + rest / timeline.throughput("steady"))
+        self._tried.append(Prediction(way, throughput, bubble, bubble - _uneven(costs)))
         return self._tried[-1]
 
     def simulated(self, model: CostModel, way: Way, samples: int) -> tuple[Costs, Timeline, list[set[int]]]:

@@ -20,7 +20,7 @@ LARGE, SMALL = 1000, 200  # samples an adapter, with and without the strategies 
 def rows(metric: str, window: str = "whole", suite: str = "cpu", samples: int = LARGE, **where) -> pd.DataFrame:
     found = table(f"{CPU}/planner")
     found = found[(found["suite"] == suite) & (found["metric"] == metric) & (found["window"] == window)]
-    found = found[found["samples"] == samples]
+    found = found[(found["samples"] == samples) & (found["statistic"] == "median")]
     for column, value in where.items():
         found = found[found[column] == value]
     return found
@@ -177,15 +177,14 @@ def judged() -> list[str]:
 
 def limits() -> list[str]:
     fewest, steady = over("fewest"), over("paper", "steady", samples=SMALL)
-    lost = sorted(1 - fewest[fewest < 1], reverse=True)
+    lost = 1 - fewest[fewest < 1]
     ratio = rows("microbatch_ratio", system="fewest").set_index(POINT)["value"]
     assert ratio.idxmax() == ("xsum", 1, 8, 2)
-    assert lost[1] < 0.01
     assert set(steady[steady < 1].index.get_level_values("stages")) == {1}
     assert min(over("paper", samples=SMALL)) > 1
     return [
         f"On average `fast` is {percent(fewest.mean() - 1)} faster than `fewest`",
-        f"{number(len(lost))} of {number(len(fewest))} plans are slower than those of `fewest`. One is slower by "
-        f"{percent(lost[0], '.1f')}",
+        f"{number(len(lost))} of {number(len(fewest))} plans are slower than those of `fewest`. None is slower by",
+        f"more than {percent(max(lost), '.1f')}.",
         f"up to {number(ratio.max(), '.2f')} times the bound (XSum, two adapters, one stage, global batch 8)",
     ]

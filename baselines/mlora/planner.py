@@ -54,7 +54,8 @@ def plan(
     by_group = []
     for group in groups:
         size = _size(workload, group, capacity, data_parallel, row_multiple, split)
-        by_group.append([_microbatches(workload, batch, row_multiple) for batch in _batches(workload, group, size)])
+        batches = _batches(group, _left(workload, group), size)
+        by_group.append([_microbatches(workload, batch, row_multiple) for batch in batches])
     rounds = zip_longest(*by_group, fillvalue=[])
     order = [microbatch for batches in rounds for batch in batches for microbatch in batch]
     microbatches = insert_noops(order, workload, stages, data_parallel)
@@ -89,19 +90,26 @@ def _size(
 
 
 def _fits(workload: Workload, group: range, size: int, capacity: int, row_multiple: int | None) -> bool:
+    """Do `size` samples of each adapter fit in all rounds of an epoch, whatever of it is left? So the beginning of a
+    run is cut as the whole is. In later epochs a batch may meet others, of an adapter whose epoch is longer."""
+    epoch = [workload.jobs[adapter].batches_of_an_epoch for adapter in group]
     return all(
         padded_length(_lengths(workload, content), row_multiple) <= capacity
-        for batch in _batches(workload, group, size)
+        for by_adapter in (epoch, _left(workload, group))
+        for batch in _batches(group, by_adapter, size)
         for content in batch
     )
 
 
-def _batches(workload: Workload, group: range, size: int) -> list[list[Content]]:
-    """For each round of the global batches that a group's adapters have left its microbatches: `size` samples of each
-    adapter. Those of later epochs count too: they may meet others of an adapter whose epoch is longer."""
-    left = [workload.jobs[adapter].batches[workload.jobs[adapter].start :] for adapter in group]
+def _left(workload: Workload, group: range) -> list[Sequence[range]]:
+    """The global batches that each adapter of a group has left."""
+    return [workload.jobs[adapter].batches[workload.jobs[adapter].start :] for adapter in group]
+
+
+def _batches(group: range, by_adapter: list[Sequence[range]], size: int) -> list[list[Content]]:
+    """For each round of the global batches of a group's adapters its microbatches: `size` samples of each adapter."""
     batches = []
-    for positions in zip_longest(*left, fillvalue=range(0)):
+    for positions in zip_longest(*by_adapter, fillvalue=range(0)):
         parts = zip_longest(*(cuts(batch, size) for batch in positions), fillvalue=range(0))
         batches.append([{adapter: cut for adapter, cut in zip(group, part, strict=True) if cut} for part in parts])
     return batches

@@ -9,6 +9,7 @@ from torch import nn
 from baselines.megatron import grouped as module
 from baselines.megatron.grouped import grouped, has_grouped_gemm
 from baselines.mlora.lora import looped
+from fused_lora import LoRABatch
 from lorafusion.core.config import read_model
 from lorafusion.core.workload import ALL_LINEAR, Job, Sample, Workload
 from lorafusion.data.packing import AdapterSegment, PackedBatch, SampleBorders
@@ -46,7 +47,8 @@ def layer(kind, jobs=JOBS, spans="all", dtype=torch.float64, config=TINY, checkp
         nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(index))
     places, segments = torch.arange(TOKENS), tuple(AdapterSegment(*span, 0) for span in SPANS.get(spans, spans))
     borders, none = SampleBorders.of((9, TOKENS - 9), places.device), places.new_empty(0)
-    active.batch = PackedBatch(none, places[None], none, none.float(), places, borders, segments)
+    owners = LoRABatch.of(segments, places)
+    active.batch = PackedBatch(none, places[None], none, none.float(), borders, owners, segments)
     return stage, active
 
 

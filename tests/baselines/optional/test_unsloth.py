@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from baselines.unsloth.lora import fast
+from fused_lora import LoRABatch
 from lorafusion.core.config import read_model, read_systems
 from lorafusion.core.workload import ALL_LINEAR, Job, Sample
 from lorafusion.data.packing import AdapterSegment, PackedBatch, SampleBorders
@@ -121,7 +122,7 @@ def results(kind, jobs, order, config=TINY, checkpointing=False):
     found = []
     for index in order:
         segments = (AdapterSegment(0, TOKENS, index, 0),)
-        active.batch = PackedBatch(none, places[None], none, none, places, borders, segments)
+        active.batch = PackedBatch(none, places[None], none, none, borders, LoRABatch.of(segments, places), segments)
         x = torch.randn(1, TOKENS, config.hidden_size, generator=generator, dtype=torch.float64).requires_grad_()
         y = stage(x, active.batch.position_ids, borders)
         y.square().sum().backward()
@@ -166,7 +167,7 @@ def test_two_adapters_in_a_microbatch_are_refused(calls):
     places, none = torch.arange(TOKENS), torch.empty(0)
     segments = (AdapterSegment(0, 9, 0, 0), AdapterSegment(9, TOKENS, 1, 0))
     borders = SampleBorders.of((9, TOKENS - 9), places.device)
-    active.batch = PackedBatch(none, places[None], none, none, places, borders, segments)
+    active.batch = PackedBatch(none, places[None], none, none, borders, LoRABatch.of(segments, places), segments)
     with pytest.raises(ValueError, match="one adapter a microbatch, found 2"):
         stage(torch.zeros(1, TOKENS, TINY.hidden_size, dtype=torch.float64), places[None], borders)
 

@@ -3,6 +3,7 @@
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from lorafusion.lab.report import drawing, style
 from lorafusion.lab.report.throughput import device_count
@@ -68,6 +69,7 @@ def _draw_panel(ax: Axes, data: pd.DataFrame, looks: dict[str, dict]) -> None:
         ax.plot(rows["measured"], rows["ratio"], **looks[name])
     ax.margins(y=0.15)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("{x:g}")
     ax.set_xlabel("measured time, s")

@@ -73,6 +73,7 @@ def constants() -> list[str]:
         f"or also {percent(1 / packer.EXACT, '.1f')}",
         f"within {percent(fast.MISLED)} of the best are simulated again on "
         f"{number(fast.COMPARED_SAMPLES, ',')} samples",
+        f"the best with and without a ramp on {number(fast.COMPARED_SAMPLES, ',')} samples",
         f"less than {percent(fast.GOOD_BUBBLE, '.1f')} can be gained",
         "there is none, {}, {}, {}, {} or {} %".format(*(number(100 * guard, ".0f") for guard in packer.GUARDS[1:])),
         f"until the plan takes at most {percent(completion.LONGER, '.1f')} longer than the fastest one",

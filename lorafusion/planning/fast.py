@@ -214,8 +214,6 @@ class Trials:
         """The same way, or one near it, with a ramp, if the whole run is faster so."""
         if self.stages == 1 or self.samples >= LONG_WORK:  # nothing waits, or not for a part of the time that counts
             return best
-        if self.samples > TRIED_SAMPLES:
-            best = self.trial(model, best.way, TRIED_SAMPLES, "whole")
         targets = dict.fromkeys(min(self.capacity, _rounded(best.way.target * rise, model)) for rise in RISES)
         first, *ramps = [Way(target, USUAL, target // EXACT, self._ramp(model, target, *shape))
                          for target in targets for shape in RAMPS]  # fmt: skip

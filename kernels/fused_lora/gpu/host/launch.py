@@ -32,28 +32,8 @@ from fused_lora.gpu.host.passes import (
 from fused_lora.gpu.host.replay import remembered
 
 
+@remembered
 def forward(
-    operands: Operands, settings: Settings, inputs: Tensors, weights: Tensors, biases: Tensors, keep_bits: bool
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """y of each linear, s and the mask bits: see `fused_lora.ops`."""
-    return remembered(_forward, operands, settings, inputs, weights, biases, keep_bits)
-
-
-def backward(
-    operands: Operands,
-    settings: Settings,
-    dys: Tensors,
-    inputs: Tensors,
-    weights: Tensors,
-    s: Tensor,
-    bits: Tensor,
-    wanted: Sequence[bool],
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The gradients of the inputs, da and db: see `fused_lora.ops`."""
-    return remembered(_backward, operands, settings, dys, inputs, weights, s, bits, wanted)
-
-
-def _forward(
     operands: Operands, settings: Settings, inputs: Tensors, weights: Tensors, biases: Tensors, keep_bits: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """y of each linear, s and the mask bits: see `fused_lora.ops`."""
@@ -70,7 +50,8 @@ def _forward(
     return ys, s, bits if keep_bits else _no_bits(x)
 
 
-def _backward(
+@remembered
+def backward(
     operands: Operands,
     settings: Settings,
     dys: Tensors,

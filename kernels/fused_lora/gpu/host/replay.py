@@ -7,7 +7,7 @@ What is left to do is to allocate memory, to fill in addresses, and to call the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import partial, reduce, wraps
 from operator import or_
 from threading import Lock
 from typing import Any
@@ -129,8 +129,14 @@ def _watched() -> bool:
     return bool(getattr(hook, "calls", hook))
 
 
-def remembered(function: Callable[..., Results], operands: Operands, settings: Settings, *arguments: Any) -> Results:
-    """function(operands, settings, *arguments), a pass of the host code, from its record where there is one.
+def remembered(function: Callable[..., Results]) -> Callable[..., Results]:
+    """A pass of the host code, (operands, settings, *arguments) -> Results, that comes from its record where there is
+    one."""
+    return wraps(function)(partial(_from_record, function))
+
+
+def _from_record(function: Callable[..., Results], operands: Operands, settings: Settings, *arguments: Any) -> Results:
+    """function(operands, settings, *arguments), from its record where there is one.
 
     arguments: tensors, bools, which tell kinds of calls apart, and sequences of either. The first call of a kind is not
     recorded, as there may be no second. Nor are calls while someone else launches, or watches Triton's launches."""

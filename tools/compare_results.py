@@ -31,6 +31,9 @@ TIMED = {
     "neighbour_idle",
     "step_time",
     "host_time",
+    "host",
+    "wall",
+    "device",
     "transfer_time",
 }
 IDENTITY = ("cell", "system", "implementation", "adapters", "tokens", "pass", "metric", "window", "repeat")

@@ -25,7 +25,7 @@ from lorafusion.lab.experiments.experiment import (
 )
 from lorafusion.lab.table.result import result_of_rows, write_result
 
-SEVERAL = ("fused-multi", "looped")  # implementations that take several adapters
+SEVERAL = ("peft-multi", "fused-multi", "looped")  # implementations that take several adapters
 Count = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 
 

@@ -56,6 +56,7 @@ IMPLEMENTATIONS = {
     "peft": Implementation(lora.peft, wide=True),  # as shipped
     "peft-bf16": Implementation(lora.peft),
     "peft-compiled": Implementation(lora.peft),
+    "peft-multi": Implementation(lora.peft),  # the tokens of one adapter after those of the other
     "fused": Implementation(lora.fused),
     "fused-multi": Implementation(lora.fused),
     "looped": Implementation(looped),
@@ -69,10 +70,10 @@ class Subject:
     leaves: the input, and the adapters' factors. weights: everything else that exists before the forward pass.
     """
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Tensor | Sequence[Tensor]]
     leaves: Sequence[Tensor]
     weights: Sequence[Tensor]
-    dy: Tensor
+    dy: Tensor | Sequence[Tensor]
 
     def both(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.forward(), self.leaves, self.dy)
@@ -105,6 +106,8 @@ class Builder:
         rows, made_of = ((tokens,), self._linear) if self.bench.shape else ((1, tokens), self._layer)
         x = self._once(("x", tokens), lambda: setting.random(*rows, inputs).requires_grad_())
         dy = self._once(("dy", tokens), lambda: setting.random(*rows, outputs, stream=1))
+        if case.implementation == "peft-multi":
+            return self._in_turns(case, x, dy)
         call, module, stacks = made_of(case)
         autocasts = IMPLEMENTATIONS[case.implementation].autocasts_on(setting.device)
 
@@ -117,6 +120,19 @@ class Builder:
         factors = [factor for stack in stacks for factor in (stack.a, stack.b)] or _trainable(module)
         weights = [weight for weight in module.parameters() if not weight.requires_grad]
         return Subject(forward, [x, *factors], [*weights, *module.buffers()], dy)
+
+    def _in_turns(self, case: KernelCase, x: Tensor, dy: Tensor) -> Subject:
+        """PEFT's linears of all adapters, each with its own tokens: no tensor is split or joined in a pass."""
+        key = (case.implementation, case.adapters)
+        modules = self._once(key, lambda: nn.ModuleList(self._linear_module(case) for _ in range(case.adapters)))
+        spans = [slice(share.start, share.stop) for share in _shares(case)]
+        parts = [x.detach()[span].requires_grad_() for span in spans]
+        weights = [weight for weight in modules.parameters() if not weight.requires_grad]
+
+        def forward() -> list[Tensor]:
+            return [module(part) for module, part in zip(modules, parts, strict=True)]
+
+        return Subject(forward, [*parts, *_trainable(modules)], [*weights, x], [dy[span] for span in spans])
 
     def _linear(self, case: KernelCase) -> tuple[Callable, nn.Module, Sequence[AdapterStack]]:
         module = self._once((case.implementation, case.adapters), lambda: self._linear_module(case))

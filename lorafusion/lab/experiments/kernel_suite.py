@@ -19,7 +19,7 @@ from lorafusion.lab.experiments.bench import Count, DeviceEntry, Variant, varian
 
 TokenCount = Annotated[int, Field(ge=1, le=2**24)]
 Features = Annotated[int, Field(ge=1, le=2**24)]
-Implementation = Literal["frozen", "peft", "peft-bf16", "peft-compiled", "fused", "fused-multi"]
+Implementation = Literal["frozen", "peft", "peft-bf16", "peft-compiled", "peft-multi", "fused", "fused-multi"]
 
 
 class TokenRange(Config):
@@ -41,7 +41,7 @@ class Block(Config):
     ranks: list[Rank] = Field(default=[16], min_length=1)
     dropouts: list[Dropout] = Field(default=[0.1], min_length=1)
     implementations: list[Implementation] = Field(min_length=1)
-    adapters: list[Count] = Field(default=[4, 16], description="adapters of fused-multi")
+    adapters: list[Count] = Field(default=[4, 16], description="adapters of fused-multi and peft-multi")
 
     @property
     def token_counts(self) -> list[int]:
@@ -68,6 +68,12 @@ class LayerBlock(Block):
     models: list[str] = Field(min_length=1)
     sample_tokens: TokenCount = Field(default=512, description="tokens of each packed sample, the last one shorter")
     liger: bool = Field(default=False, description="Liger's RMSNorm and SwiGLU in every implementation; needs a GPU")
+
+    @model_validator(mode="after")
+    def _layers(self) -> LayerBlock:
+        if "peft-multi" in self.implementations:
+            raise ValueError("implementations: peft-multi is one of linears alone")
+        return self
 
 
 class Verification(Config):

@@ -1,6 +1,7 @@
 """Times, memory and speed of all cases of a bench of the kernel suite."""
 
 import statistics
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -9,11 +10,12 @@ from lorafusion.core.config import read_model
 from lorafusion.lab.experiments.experiment import Point
 from lorafusion.lab.experiments.implementations import Builder, Setting, Subject
 from lorafusion.lab.experiments.kernel_suite import KernelBench, KernelCase, KernelSuite
-from lorafusion.lab.experiments.timing import canary_rows, median_ratio, own_stream, prepared, seconds
+from lorafusion.lab.experiments.timing import call_seconds, canary_rows, median_ratio, own_stream, prepared, seconds
 from lorafusion.lab.operators import saved_bytes
 from lorafusion.lab.table.result import row
 
 PASSES = ("forward", "both")  # of a `Subject`; forward too as in training, recorded by autograd
+CALLS = ("host", "wall", "device")  # metrics of a call of both
 
 
 def bench_rows(point: Point, repeat: int) -> list[dict]:
@@ -31,17 +33,17 @@ def bench_rows(point: Point, repeat: int) -> list[dict]:
 
 def measured(bench: KernelBench, tokens: int, builder: Builder, suite: KernelSuite, repeat: int) -> list[dict]:
     """The rows of all cases at a number of tokens."""
-    device, rows, functions = builder.setting.device, [], {}
+    device, rows, functions, calls = builder.setting.device, [], {}, {}
     for case in bench.cases(tokens):
         try:
             subject = builder.build(case)
             rows.append(case_row(bench, case, "saved_memory", saved_bytes(subject.forward, existing(subject))))
             functions |= {(case, name): prepared(getattr(subject, name), device) for name in PASSES}
+            calls[case] = subject.both
         except torch.OutOfMemoryError as error:
             missing = [("saved_memory", None), *((metric, name) for metric in ("time", "overhead") for name in PASSES),
-                       ("tflops", "both")]  # fmt: skip
-            rows += [case_row(bench, case, metric, None, name, status="oom", note=str(error)[:200])
-                     for metric, name in missing]  # fmt: skip
+                       ("tflops", "both"), *((metric, "both") for metric in calls_of(device))]  # fmt: skip
+            rows += out_of_memory(bench, case, missing, error)
     times = seconds(functions, device, suite.replays, repeat)
     baseline = next((case for case, _ in times if case.implementation == "frozen"), None)
     for (case, name), samples in times.items():
@@ -51,10 +53,34 @@ def measured(bench: KernelBench, tokens: int, builder: Builder, suite: KernelSui
             rows.append(case_row(bench, case, "overhead", median_ratio(samples, times[baseline, name]) - 1, name))
         if name == "both":
             rows.append(case_row(bench, case, "tflops", operations(bench, case) / time / 1e12, name))
+    rows += call_rows(bench, calls, {case: functions[case, "both"] for case in calls}, device, repeat)
     functions.clear()
+    calls.clear()
     builder.forget(tokens)
     free_memory()
     return rows
+
+
+def calls_of(device: torch.device) -> tuple[str, ...]:
+    """The metrics of a call: a CPU has no graphs, and no time of its own."""
+    return CALLS if device.type == "cuda" else CALLS[:2]
+
+
+def call_rows(
+    bench: KernelBench,
+    calls: Mapping[KernelCase, Callable],
+    graphs: Mapping[KernelCase, Callable],
+    device: torch.device,
+    repeat: int,
+) -> list[dict]:
+    """What a forward and backward pass takes of a user. graphs: replays of the calls' graphs, on a GPU."""  # fmt: skip
+    times = call_seconds(calls, graphs if device.type == "cuda" else {}, device, repeat)
+    return [case_row(bench, case, metric, times[case][metric], "both") for case in calls for metric in calls_of(device)]
+
+
+def out_of_memory(bench: KernelBench, case: KernelCase, missing: Iterable[tuple], error: Exception) -> list[dict]:
+    """Rows that say why a case has no numbers. missing: metrics and their passes."""
+    return [case_row(bench, case, metric, None, name, status="oom", note=str(error)[:200]) for metric, name in missing]
 
 
 def operations(bench: KernelBench, case: KernelCase) -> float:

@@ -1,11 +1,13 @@
-"""Times of functions on a device: as CUDA graphs, in turns, each after the cache was emptied."""
+"""Times of functions on a device, in turns: as CUDA graphs after the cache was emptied, and as a user calls them."""
 
 import random
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -16,6 +18,10 @@ from lorafusion.lab.table.result import row
 
 Key = TypeVar("Key", bound=Hashable)
 WARM_UPS = 3
+ROUNDS = 3  # of calls in a row, of each function
+SPAN = 0.01  # seconds of a row, and its fewest calls
+FEWEST_CALLS = 3
+FIRST_CALLS = 5  # of a row that tell the host's time: later ones may wait until the driver's queue has room
 # Of all functions in turns before any is timed on a GPU: within a quarter of a second its power limit lowers the clock
 # by 4 to 10 %. Times from both sides of that moment make medians that differ by 10 % between equal functions.
 WARM_SECONDS = 0.4
@@ -77,6 +83,46 @@ def seconds(
     for key, begin, end in marks:
         times[key].append(meter.seconds(begin, end))
     return times
+
+
+def call_seconds(
+    calls: Mapping[Key, Callable[[], object]],
+    replays: Mapping[Key, Callable[[], object]],
+    device: torch.device,
+    seed: int = 0,
+) -> dict[Key, dict[str, float]]:
+    """What a call takes of a user, who makes one after another: seconds by metric, medians of rounds in another order
+    each. `host`: until it returns; `wall`: of a call of many; `device`: of a replay of many, where there are graphs.
+
+    calls: functions that have run before. replays: of their graphs, none on a CPU.
+    """
+    meter = Meter(device)
+    rows = {(key, "wall"): call for key, call in calls.items()}
+    rows |= {(key, "device"): call for key, call in replays.items()}
+    counts = {key: max(FEWEST_CALLS, int(SPAN / _in_a_row(call, 1, meter)[1])) for key, call in rows.items()}
+    times: dict[Key, dict[str, list[float]]] = {key: defaultdict(list) for key in calls}
+    for order in shuffled_rounds(list(rows), ROUNDS, seed):
+        for key, metric in order:
+            host, whole = _in_a_row(rows[key, metric], counts[key, metric], meter)
+            times[key][metric].append(whole)
+            if metric == "wall":
+                times[key]["host"].append(host)
+    return {key: {metric: statistics.median(values) for metric, values in of.items()} for key, of in times.items()}
+
+
+def _in_a_row(call: Callable[[], object], count: int, meter: Meter) -> tuple[float, float]:
+    """Seconds of a call, until it returns and of all in a row. The clock begins after a first one, by which the device
+    has work from then on as in a training."""
+    meter.synchronize()
+    call()
+    begin, returned = meter.mark(), [time.perf_counter()]
+    for _ in range(count):
+        call()
+        if len(returned) <= FIRST_CALLS:
+            returned.append(time.perf_counter())
+    end = meter.mark()
+    meter.synchronize()
+    return statistics.median(after - before for before, after in pairwise(returned)), meter.seconds(begin, end) / count
 
 
 def _around(function: Callable[[], None]) -> tuple[float, float]:

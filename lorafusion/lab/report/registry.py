@@ -41,7 +41,7 @@ class Figure:
     """An entry of the table.
 
     module: of `lorafusion.lab.report.figures`, where NAME_data and draw_NAME are.
-    source: a key of `SOURCES`, and the experiment whose results it is: end_to_end, kernels, planner, steps or costs.
+    source: a key of `SOURCES`. experiment: whose results they are.
     caption: a file of workflow/report.
     title: the name in the report, by default that of the figure; may hold {model}.
     checks: the checks that must have passed.
@@ -53,7 +53,7 @@ class Figure:
     name: str
     module: str
     source: Literal["table", "curves", "profiles", "tunings"]
-    experiment: Literal["end_to_end", "kernels", "planner", "steps", "costs"]
+    experiment: Literal["end_to_end", "kernels", "grid", "planner", "steps", "costs"]
     caption: str
     title: str = ""
     checks: Sequence[str] = ()
@@ -144,6 +144,7 @@ FIGURES = {figure.name: figure for figure in (
     Figure("layer_speed", "kernels", "table", "kernels", "kernels.rst", checks=OF_KERNELS),
     Figure("dram_traffic", "kernels", "table", "kernels", "kernels.rst", checks=OF_KERNELS, setting="traffic"),
     Figure("roofline", "kernels", "table", "kernels", "kernels.rst", checks=OF_KERNELS, setting="traffic"),
+    Figure("grid_speed", "grid", "table", "grid", "grid.rst", checks=OF_KERNELS),
     Figure("planner_bubble", "planner", "table", "planner", "planner.rst"),
     Figure("planner_fill", "planner", "table", "planner", "planner.rst"),
     Figure("planner_time", "planner", "table", "planner", "planner.rst"),

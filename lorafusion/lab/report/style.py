@@ -85,6 +85,7 @@ IMPLEMENTATIONS = {
     "peft": Look("#E69F00", "////"),
     "peft-bf16": Look("#D55E00", "\\\\\\\\"),
     "peft-compiled": Look("#CC79A7", "...."),
+    "peft-multi": Look("#F0E442", "----"),
     "fused": Look("#0072B2", ""),
     "fused-multi": Look("#56B4E9", ""),
     "looped": Look("#009E73", "++++"),

@@ -52,6 +52,7 @@ def small(tmp_path, monkeypatch):
         ({"adapters": [0]}, r"linears\.0\.adapters\.0: input should be greater than or equal to 1 \(found 0\)"),
         ({"shapes": [[64, 64], [64, 64]]}, "bench linear~64x64/rank~16/dropout~0.1 is in the suite twice"),
         ({"token": [1]}, "token: unknown key"),
+        ({"implementations": ["frozen", "peft-none"]}, "implementations.*peft-none"),
     ],
 )
 def test_a_bad_entry_is_named(small, change, message):
@@ -85,7 +86,7 @@ def test_the_papers_points_are_there():
 def test_a_result_file_becomes_rows_of_the_table(small, tmp_path):
     path = tmp_path / "repeat~1.json"
     small(tokens=[64])
-    assert KERNELS.run(KERNELS.point("smoke", LINEAR), 1, path, None) == "30 numbers, 0 failed"
+    assert KERNELS.run(KERNELS.point("smoke", LINEAR), 1, path, None) == "40 numbers, 0 failed"
     recorded = json.loads(path.read_text())["provenance"]["command"]
     assert shlex.split(recorded) == ["lorafusion", "lab", "run", "smoke", "--step", str(path)]
     rows = table.summarise(table.read_results([path]))
@@ -111,6 +112,7 @@ def test_a_case_without_memory_is_a_row_without_a_value():
         rows = measured(bench, 64, builder, suite, repeat=1)
     failed = [row for row in rows if row["status"] != "ok"]
     assert {row["implementation"] for row in failed} == {"peft"}
+    assert {row["metric"] for row in failed} == {row["metric"] for row in rows}
     assert all(row["status"] == "oom" and row["value"] is None for row in failed)
     json.dumps(rows)
 

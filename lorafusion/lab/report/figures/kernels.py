@@ -25,7 +25,7 @@ POINT = ["kind", "model", "in_features", "out_features", "rank", "dropout", "tok
 DATA = ["suite", *POINT, "variant", "pass", "shown", "value", "ci_low", "ci_high", "n", "status", "flop_per_byte"]
 ORIGIN = ["git_sha", "git_dirty", "gpu_name"]
 SHAPE_MARKERS = "o^sDvP"
-MARKERS = dict(zip(style.IMPLEMENTATIONS, "sv^PoDX", strict=True))
+MARKERS = dict(zip(style.IMPLEMENTATIONS, "sv^P<oDX", strict=True))
 ADAPTER_DASHES = ("-", "--", ":", "-.")
 PASSES = {"forward": "forward", "both": "forward + backward"}
 FROZEN_LINE = {"color": style.IMPLEMENTATIONS["frozen"].colour, "linewidth": 1, "linestyle": (0, (4, 2))}

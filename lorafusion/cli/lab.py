@@ -112,7 +112,9 @@ def _table_files(folder: Path) -> list[Path]:
 @lab_app.command(example="lorafusion lab measure smoke end_to_end")
 def measure(
     suite: Suite,
-    table: Annotated[str | None, typer.Argument(help="one table: end_to_end, kernels, steps, planner or costs")] = None,
+    table: Annotated[
+        str | None, typer.Argument(help="one table: end_to_end, kernels, grid, steps, planner or costs")
+    ] = None,
     files: Files = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="the folder for the table of FILES"), Written(_table_files)

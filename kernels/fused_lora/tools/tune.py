@@ -43,6 +43,10 @@ LINEARS = (
 # Those that share their input: q, k and v; gate and up.
 SHARED = ((4096, (4096, 1024, 1024)), (5120, (5120, 1024, 1024)), (8192, (8192, 1024, 1024)),
           (4096, (14336, 14336)), (5120, (27648, 27648)), (8192, (28672, 28672)))  # fmt: skip
+# Numbers of tokens. Whose GEMM is faster changes wherever our tiles need a turn more of the multiprocessors, as just
+# above 1024 and 2048 tokens for 4096 columns on an H200: half of the last turn is idle there.
+TOKENS = (128, 512, 1024, 2048, 4096, 8192, 16384)
+GEMM_TOKENS = (*TOKENS, 64, 256, 384, 768, 1152, 1536, 2304, 2560, 3072, 3584, 4608, 5120, 6144, 12288)
 
 
 def _grid(**values: tuple) -> list[Choice]:
@@ -81,7 +85,7 @@ ORDER = tuple(CANDIDATES)  # in which a kernel's choice is known before others a
 def main() -> None:
     parser = argparse.ArgumentParser(prog="fused_lora.tools.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="file to write; the default is where the kernels look for it")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--tokens", type=int, nargs="+", help="numbers of them; GEMMs have more by default than others")
     parser.add_argument("--kernels", nargs="+", choices=ORDER, default=ORDER)
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
@@ -118,8 +122,9 @@ def shapes(kernel: str, arguments: argparse.Namespace) -> Iterator[tuple[str, Sh
     single = [(inputs, (outputs,)) for inputs, outputs in LINEARS]
     linears = [*single, *SHARED] if kernel in ("project", "input_pass", "expand_input", "input") else single
     ranks = arguments.ranks[: 1 if kernel in choices.OF_ANY_RANK else None]
+    every = arguments.tokens or sorted(GEMM_TOKENS if kernel in choices.GEMMS else TOKENS)
     seen: set[Shape] = set()
-    for rank, tokens, (inputs, widths) in itertools.product(ranks, arguments.tokens, linears):
+    for rank, tokens, (inputs, widths) in itertools.product(ranks, every, linears):
         shape = Shape(tokens, *_sizes(kernel, inputs, widths), len(widths), rank_width(rank))
         if shape not in seen:  # a pass does not see the linear's other side
             seen.add(shape)

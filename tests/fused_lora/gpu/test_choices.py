@@ -204,6 +204,21 @@ def test_the_nearest_entry_is_taken(tuned, name):
     assert choose("output_pass", shape, H200) == defaults("output_pass", shape, H200) | {"rows": expected}
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(0, 1024), (600, 1024), (1024, 1024), (1025, 1152), (1152, 1152), (1153, 2048), (2049, 2048), (4097, 8192),
+     (4096, 2048), (4095, 2048), (8192, 8192), (10**6, 8192)],
+)  # fmt: skip
+def test_the_next_number_of_tokens_above_is_taken(tuned, tokens, expected):
+    """Its tiles take as many turns. Where it is twice as many or more, the nearest; columns decide first."""
+    counts = (2048, 1024, 8192, 1152)
+    tuned(
+        *(choices.entry("output", Shape(count, 4096, 4096), {"gemm": count}) for count in counts),
+        choices.entry("output", Shape(tokens, 8192, 4096), {"gemm": "of other columns"}),
+    )
+    assert choose("output", Shape(tokens, 4096, 4096), H200)["gemm"] == expected
+
+
 def test_whose_gemm_is_faster_does_not_depend_on_ranks(tuned):
     tuned(choices.entry("output", SHAPE, {"gemm": choices.LIBRARY}))
     assert choose("output", replace(SHAPE, ranks=128), H200)["gemm"] == choices.LIBRARY

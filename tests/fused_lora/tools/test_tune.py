@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +43,19 @@ def test_every_shape_is_measured_once(kernel):
     assert {shape.ranks for shape in shapes} == ({16} if kernel in choices.OF_ANY_RANK else {16, 64})
     grouped = kernel in ("project", "input_pass", "expand_input", "input")
     assert {shape.linears for shape in shapes} == ({1, 2, 3} if grouped else {1})
+
+
+@pytest.mark.parametrize("kernel", tune.ORDER)
+def test_no_number_of_tokens_is_far_below_the_next_that_is_tuned(kernel):
+    """A lookup takes the next one above, where that is less than twice as many; for GEMMs also just above a turn."""
+    shapes = [shape for _, shape, _ in tune.shapes(kernel, Namespace(tokens=None, ranks=[16]))]
+    tokens = sorted({shape.tokens for shape in shapes})
+    assert len(shapes) == len(tokens) * len({replace(shape, tokens=0) for shape in shapes})
+    assert all(after <= 4 * before for before, after in pairwise(tokens))
+    if kernel in choices.GEMMS:
+        assert all(after <= 2 * before for before, after in pairwise(tokens))
+        assert all(after - before <= 512 for before, after in pairwise(tokens) if 512 <= after <= 4096)
+        assert {1152, 2304} <= set(tokens)
 
 
 @pytest.mark.parametrize("rank", [16, 128])

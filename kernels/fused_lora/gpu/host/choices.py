@@ -1,15 +1,16 @@
 """How each kernel is launched, as a pure function of shape, dtype and GPU: tile sizes, warps, stages, and whose GEMM.
 
 A GPU that was tuned has a file of measured choices (`fused_lora/tuned/`); a lookup takes the entry of the same kernel,
-linears, ranks and dtype whose sizes are nearest. Any other GPU has the defaults below: on sm_90 our GEMM, else the
-library's.
+linears, ranks and dtype whose sizes are nearest, and of its numbers of tokens the next that is not below. Any other GPU
+has the defaults below: on sm_90 our GEMM, else the library's.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,11 @@ def rank_block(max_rank: int, most: int) -> int:
 def choose(kernel: str, shape: Shape, target: Target) -> dict[str, Any]:
     """The launch settings of a kernel: measured for the nearest shape on this GPU, else the defaults."""
     default = defaults(kernel, shape, target)
-    entries = _entries(target.slug).get(_group(kernel, shape), ())
-    if not entries:
+    by_sizes = _entries(target.slug).get(_group(kernel, shape))
+    if not by_sizes:
         return default
-    return default | min(entries, key=lambda entry: _distance(entry[0], shape))[1]
+    by_tokens = by_sizes[min(by_sizes, key=lambda sizes: _distance(sizes, shape))]
+    return default | by_tokens[_tuned_tokens(by_tokens, shape.tokens)]
 
 
 def defaults(kernel: str, shape: Shape, target: Target) -> dict[str, Any]:
@@ -154,20 +156,31 @@ def _group(kernel: str, shape: Shape) -> tuple:
 
 
 def _distance(first: Shape, second: Shape) -> float:
-    """How unlike two shapes are, by the ratios of their sizes. The inner dimension and the columns decide first; shapes
-    with and without dropout stand for each other where there are no closer ones."""
-    pairs = ((first.columns, second.columns, 4), (first.inner, second.inner, 4), (first.tokens, second.tokens, 1))
-    ratios = sum(weight * abs(math.log((a + 1) / (b + 1))) for a, b, weight in pairs)
-    return ratios + 100 * (first.masked != second.masked)
+    """How unlike two shapes are but for their tokens, by the ratios of inner dimension and columns. Shapes with and
+    without dropout stand for each other where there are no closer ones."""
+    pairs = ((first.columns, second.columns), (first.inner, second.inner))
+    return sum(_ratio(*pair) for pair in pairs) + 100 * (first.masked != second.masked)
+
+
+def _ratio(first: int, second: int) -> float:
+    return abs(math.log((first + 1) / (second + 1)))
+
+
+def _tuned_tokens(tuned: Iterable[int], tokens: int) -> int:
+    """Of numbers of tokens that were tuned, the next that is not below: its tiles take as many turns. Where that is
+    twice as many or more, the nearest."""
+    above = [count for count in tuned if tokens <= count < 2 * tokens]
+    return min(above) if above else min(tuned, key=lambda count: _ratio(count, tokens))
 
 
 @lru_cache(maxsize=8)
-def _entries(slug: str) -> dict[tuple, list[tuple[Shape, dict[str, Any]]]]:
-    """A GPU's tuned file by group; empty where there is none."""
+def _entries(slug: str) -> dict[tuple, dict[Shape, dict[int, dict[str, Any]]]]:
+    """A GPU's tuned file by group, shape without tokens, and tokens; empty where there is none."""
     path = TUNED / f"{slug}.json"
-    groups: dict[tuple, list[tuple[Shape, dict[str, Any]]]] = {}
+    groups: dict[tuple, dict[Shape, dict[int, dict[str, Any]]]] = {}
     if path.is_file():
         for item in json.loads(path.read_text())["entries"]:
             shape = Shape(**item["shape"])
-            groups.setdefault(_group(item["kernel"], shape), []).append((shape, item["choice"]))
+            by_sizes = groups.setdefault(_group(item["kernel"], shape), {})
+            by_sizes.setdefault(replace(shape, tokens=0), {})[shape.tokens] = item["choice"]
     return groups

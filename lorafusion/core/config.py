@@ -25,6 +25,7 @@ def _word_of_switch(value: object) -> object:
 
 
 Graphs = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word_of_switch)]
+Attention = Literal["auto", "cudnn", "flash"]
 
 
 class ModelConfig(Config):

@@ -12,6 +12,7 @@ from lorafusion.engine.executor import Executor
 from lorafusion.engine.pipeline import Pipeline
 from lorafusion.engine.process import WorkerProcess
 from lorafusion.engine.training import TrainingRun
+from lorafusion.model.attention import chosen_backend
 from lorafusion.model.liger import is_installed, use_liger
 from lorafusion.model.lora import inject_adapters
 from lorafusion.model.merged import merge_qkv
@@ -28,6 +29,7 @@ def build_run(process: WorkerProcess, workload: Workload, plan: Plan) -> Trainin
     pipeline = Pipeline(process.rank, plan.stages, plan.data_parallel, device, dtype, config.hidden_size)
     process.position.place = f"rank {process.rank} ({pipeline.name})"
     stage = Stage(config, pipeline.index, pipeline.size, spec.checkpointing)
+    stage.attention = chosen_backend(spec.attention, device, dtype, stage.heads)
     if workload.merges_qkv:
         merge_qkv(stage)
     if device.type == "cuda" and system.liger and is_installed():

@@ -50,6 +50,7 @@ def configuration_hash(suite: Suite, cell: Cell, system: SystemConfig) -> str:
         "checkpointing",
         "data_parallel",
         "graphs",
+        "attention",
         "merged_qkv",
         "tuned",
     }

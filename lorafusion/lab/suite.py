@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lorafusion.core.config import (
     CONFIGS,
+    Attention,
     Graphs,
     Name,
     Processes,
@@ -68,6 +69,11 @@ class Grid(Config):
         default="off",
         exclude_if=lambda graphs: graphs == "off",
         description="replay stages as CUDA graphs; auto: where the device is a GPU, and the system's design allows it",
+    )
+    attention: Attention = Field(
+        default="flash",
+        exclude_if=lambda attention: attention == "flash",
+        description="whose kernels a GPU computes it by; auto: cuDNN's where they can be used",
     )
     merged_qkv: bool = Field(default=False, description="one adapter for q, k and v as one linear, in every system")
     tuned: bool = Field(

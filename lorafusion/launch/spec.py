@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from lorafusion.core.config import Attention
 from lorafusion.core.schema import Config
 from lorafusion.launch.lock import Lock
 
@@ -38,6 +39,11 @@ class RunSpec(Config):
     adapter_dtype: DType = "float32"
     seed: int = Field(default=1, ge=0, description="draws the base model's random weights")
     checkpointing: float = Field(default=0.0, ge=0, le=1, description="share of the layers that are recomputed")
+    attention: Attention = Field(
+        default="flash",
+        exclude_if=lambda attention: attention == "flash",  # as for checkpoints from before there was a choice
+        description="`model.attention.chosen_backend`",
+    )
     saving: Saving | None = None
     lock: Lock | None = Field(default=None, description="of the folder that the run writes to, where it may be shared")
     initial: str | None = Field(default=None, description="folder of adapters that are trained in part already")

@@ -67,6 +67,8 @@ class Stage(nn.Module):
     returns hidden states [1, T, H], on the last stage those that the head takes. checkpointing: the share of the
     layers, from the first on, whose activations are not kept but computed again in the backward pass.
 
+    heads: of its attention. attention: of `attention.BACKENDS`, what computes it on a GPU.
+
     draws: does a layer draw from torch's generator, whose state computing it again must then begin with? It cannot be
     read while a CUDA graph is captured.
     """
@@ -75,6 +77,7 @@ class Stage(nn.Module):
         super().__init__()
         parts = ARCHITECTURES[config.architecture]
         self.hf_config = hf_config(config)
+        self.heads, self.attention = attention.Heads.of(config), "flash"
         self.first, self.last = layer_range(config, index, count)
         self.is_first, self.is_last = index == 0, index == count - 1
         self.draws = True
@@ -112,6 +115,7 @@ class Stage(nn.Module):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, borders: SampleBorders) -> torch.Tensor:
         hidden = self.model.embed_tokens(x) if self.is_first else x
         rotation = self.rotary(hidden, position_ids)
+        borders = attention.prepared(borders, self.attention, self.heads, hidden)
         for index, layer in enumerate(self.model.layers.values(), self.first):
             if index < self.checkpointed and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, position_embeddings=rotation, borders=borders, use_reentrant=False,

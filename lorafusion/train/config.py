@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from lorafusion.core.config import Graphs, names_in, no_graphs, read_system, uses_graphs
+from lorafusion.core.config import Attention, Graphs, names_in, no_graphs, read_system, uses_graphs
 from lorafusion.core.files import named_path, read_yaml
 from lorafusion.core.machine import has_gpu
 from lorafusion.core.schema import (
@@ -183,6 +183,9 @@ class TrainConfig(Config):
     )
     graphs: Graphs = Field(
         default="off", description="replay stages as CUDA graphs; auto: where the device is a GPU and they fit"
+    )
+    attention: Attention = Field(
+        default="flash", description="whose kernels a GPU computes it by; auto: cuDNN's where they can be used"
     )
     save_every: int = Field(default=100, ge=1, le=MOST_STEPS, description="microbatch slots between two checkpoints")
     keep: int = Field(default=2, ge=1, le=MOST_STEPS, description="checkpoints to keep")

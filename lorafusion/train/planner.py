@@ -85,7 +85,7 @@ class RunPlanner:
         config = self.config
         return RunSpec(system=SYSTEM, model=str(self.output.path / MODEL), workload=str(workload),
                        device=config.chosen_device, dtype=config.chosen_dtype, adapter_dtype=config.adapter_dtype,
-                       seed=config.seed, checkpointing=0.0, lock=self.lock)  # fmt: skip
+                       seed=config.seed, checkpointing=0.0, attention=config.attention, lock=self.lock)  # fmt: skip
 
     def _capacity(self, workload: Workload, capacity: int | None, graphs: bool) -> tuple[int, float]:
         """Tokens of a microbatch, and the share of the layers that recompute their activations: stated, or measured by

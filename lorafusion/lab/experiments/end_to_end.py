@@ -99,6 +99,7 @@ def spec_of(cell: Cell, suite: Suite, workload_path: Path) -> RunSpec:
         adapter_dtype=suite.adapter_dtype,
         seed=suite.seed,
         checkpointing=float(cell.grid.checkpointing),
+        attention=cell.grid.attention,
     )
 
 

@@ -7,6 +7,7 @@ from tests.planted.plant import planted
 PHILOX = "tests/fused_lora/test_philox.py"
 REFERENCE = "tests/fused_lora/test_reference.py"
 LOOPED = "tests/baselines/test_looped.py"
+GRID = "tests/lab/experiments/test_grid.py"
 REPLAY = "tests/fused_lora/gpu/test_replay.py"
 MIXED = f"{REPLAY}::test_the_driver_is_told_the_same[four adapters, mixed ranks, q, k and v]"
 FUNCTIONS = f"{REFERENCE}::test_the_functions_of_the_reference_are_the_linear"
@@ -148,3 +149,41 @@ def a_view_is_launched_from_its_beginning(original):
 def a_thread_has_no_context(original):
     """A launch that is done again in autograd's thread has no context of CUDA."""
     return lambda device: None
+
+
+@planted(
+    "fused_lora.gpu.host.choices:_tuned_tokens",
+    caught_by="tests/fused_lora/gpu/test_choices.py::test_the_next_number_of_tokens_above_is_taken[1025-1152]",
+)
+def a_choice_is_that_of_the_nearest_tokens(original):
+    """A launch choice is that of the nearest number of tokens, also where its tiles take a turn less."""
+    from fused_lora.gpu.host.choices import _ratio
+
+    return lambda tuned, tokens: min(tuned, key=lambda count: _ratio(count, tokens))
+
+
+@planted(
+    "lorafusion.lab.experiments.implementations:Builder._in_turns",
+    caught_by=f"{GRID}::test_peft_computes_the_tokens_of_one_adapter_after_those_of_the_other",
+)
+def peft_is_timed_with_half_of_the_tokens(original):
+    """In the grid PEFT computes only half of the tokens of several adapters."""
+    return lambda self, case, *tensors: original(self, case.model_copy(update={"tokens": case.tokens // 2}), *tensors)
+
+
+@planted(
+    "lorafusion.lab.experiments.timing:_in_a_row",
+    caught_by=f"{GRID}::test_the_hosts_time_is_not_that_of_a_queue_that_is_full",
+)
+def the_host_waits_for_the_device(original):
+    """The time of the host is that of a row of calls, with its waits for the device."""
+    return lambda *arguments: 2 * original(*arguments)[1:]
+
+
+@planted(
+    "lorafusion.lab.report.figures.grid:share_of",
+    caught_by=f"{GRID}::test_the_worst_point_and_the_shares_are_those_of_the_numbers",
+)
+def the_worst_points_are_left_out(original):
+    """Points of the grid that are beyond the limits don't count."""
+    return lambda data, metric: original(data[~(data["value"] > 1.02)], metric)

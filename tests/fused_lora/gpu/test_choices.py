@@ -279,5 +279,5 @@ def test_the_files_that_come_with_the_package_are_sound(path):
         known = own_gemm() if item["kernel"] in GEMMS else defaults(item["kernel"], shape, target)
         assert set(item["choice"]) <= set(known)
         assert item["microseconds"] > 0
-        assert item["commit"]
+        assert item.get("commit") or item.get("sources")
         assert item["measured_at"]

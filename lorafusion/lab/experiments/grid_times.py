@@ -20,6 +20,8 @@ def grid_rows(point: Point, repeat: int) -> Iterator[list[dict]]:
         with own_stream(device):
             builder = Builder(bench, Setting(device, getattr(torch, entry.dtype), entry.seed))
             rows = [row for tokens in bench.block.token_counts for row in measured(bench, tokens, builder, repeat)]
+        del builder
+        free_memory()  # once for all tokens: it takes as long as to time two of them
         sizes = bench.features | {"rank": bench.rank, "dropout": bench.dropout}
         yield [row | {"cell": row["cell"] | sizes} for row in rows]
         print(f"{bench.name}: measured", flush=True)
@@ -39,7 +41,4 @@ def measured(bench: KernelBench, tokens: int, builder: Builder, repeat: int) -> 
             rows += out_of_memory(bench, case, [(metric, "both") for metric in calls_of(device)], error)
     rows += call_rows(bench, calls, graphs, device, repeat)
     builder.forget(tokens)
-    calls.clear()
-    graphs.clear()
-    free_memory()
     return rows

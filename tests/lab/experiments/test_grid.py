@@ -12,7 +12,7 @@ import yaml
 from lorafusion.core.config import read_model
 from lorafusion.core.schema import UserError
 from lorafusion.lab.experiments import EXPERIMENTS
-from lorafusion.lab.experiments.grid_times import measured
+from lorafusion.lab.experiments.grid_times import measured, run_fused
 from lorafusion.lab.experiments.implementations import Builder, Setting
 from lorafusion.lab.experiments.kernel_suite import LayerBlock
 from lorafusion.lab.experiments.timing import FEWEST_CALLS, ROUNDS, call_seconds
@@ -99,10 +99,24 @@ def test_a_case_without_memory_is_rows_without_values(builder, monkeypatch):
         return build(self, case)
 
     monkeypatch.setattr(Builder, "build", failing)
-    rows = measured(builder.bench, 16, builder, repeat=1)
+    rows = measured(builder.bench, 16, builder, turn=1)
     assert {(row["metric"], row["status"]) for row in rows if row["implementation"] == "peft-multi"} == {
         ("host", "oom"), ("wall", "oom")}  # fmt: skip
     assert {row["status"] for row in rows if row["implementation"] != "peft-multi"} == {"ok"}
+
+
+def test_what_a_bench_compiles_is_run_for_all_its_tokens_and_adapters(builder, monkeypatch):
+    cases, build = [], Builder.build
+
+    def noted(self, case):
+        cases.append((case.implementation, case.tokens, case.adapters))
+        if case.tokens == 16:
+            raise torch.OutOfMemoryError("too large beside the others")
+        return build(self, case)
+
+    monkeypatch.setattr(Builder, "build", noted)
+    run_fused(GRID.entry_of("smoke"), builder.bench)
+    assert cases == [("fused-multi", tokens, adapters) for tokens in (16, 33) for adapters in (1, 2)]
 
 
 def test_a_call_has_times_of_host_and_wall_and_with_graphs_of_the_device():

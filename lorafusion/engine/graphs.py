@@ -49,6 +49,7 @@ class CudaRecorder:
         self.device, self._stream = device, torch.cuda.Stream(device)
 
     def pool(self) -> Any:
+        free_memory()  # of what the rehearsal left: a pool takes nothing that the allocator keeps for others
         return torch.cuda.graph_pool_handle()
 
     def rehearse(self, work: Work) -> None:

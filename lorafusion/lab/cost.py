@@ -71,7 +71,8 @@ def cost_of(run: TrainingRun, execute: Executor) -> dict:
     """The cost of a run that is over, the same on every process; all of them call it. Adapters stay as they are, but
     the run cannot be resumed: what its optimizers hold is given up for the sake of memory.
 
-    part: which of its microbatches were run once more, with so many tokens. counts: theirs, all processes together.
+    part: which of its microbatches were run once more, in so many slots, with so many tokens. counts: theirs, all
+    processes together.
     layers: of the whole model. The rest is as the first process has it: see `structure`.
     """
     run.position.set(COUNTING)
@@ -85,6 +86,7 @@ def cost_of(run: TrainingRun, execute: Executor) -> dict:
     return first | {
         **{name: sum(stage[name] for stage in stages) for name in ("layers", "recomputed_layers")},
         "part": f"the first {len(part.microbatches)} of {len(run.plan.microbatches)} microbatches",
+        "slots": len(part.slots()),
         "tokens": part.statistics.tokens,
         "counts": {name: sum(values) for name, values in sums if values[0] is not None},
     }
@@ -142,9 +144,11 @@ def measured(run: TrainingRun, execute: Executor, part: Plan) -> DeviceCounts:
 
 
 def repeated(run: TrainingRun, part: Plan) -> TrainingRun:
-    """A part of a run's plan, on adapters that do not change."""
+    """A part of a run's plan, on adapters that do not change, with the graphs of the run."""
     jobs = tuple(job.model_copy(update=UNCHANGED) for job in run.workload.jobs)
-    return run.again(run.workload.model_copy(update={"jobs": jobs}), part)
+    again = run.again(run.workload.model_copy(update={"jobs": jobs}), part)
+    again.graphs = run.graphs
+    return again
 
 
 def counts_of(spans: Sequence[profiler.Span]) -> DeviceCounts:

@@ -182,7 +182,7 @@ class TrainConfig(Config):
         default="auto", description="which layers recompute their activations, or which share of them"
     )
     graphs: Graphs = Field(
-        default="off", description="replay stages as CUDA graphs; auto: where the device is a GPU and they fit"
+        default="auto", description="replay stages as CUDA graphs; auto: where the device is a GPU and they fit"
     )
     attention: Attention = Field(
         default="flash", description="whose kernels a GPU computes it by; auto: cuDNN's where they can be used"

@@ -24,6 +24,7 @@ from lorafusion.engine.stream import execute
 from lorafusion.engine.timed import report_of, timed
 from lorafusion.engine.training import TrainingRun
 from lorafusion.lab.checks.toy_runs import toy_jobs
+from lorafusion.lab.cost import cost_of
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
@@ -229,3 +230,15 @@ def test_a_stage_that_asks_its_device_is_not_captured(tmp_path):
     for ask in (lambda batch: batch.borders.offsets.tolist(), lambda batch: torch.tensor([1.0])):
         with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
             StageGraphs(lambda batch, x, ask=ask: x * len(ask(batch)), [], [batch], (x, x), 1, CpuRecorder())
+
+
+def test_the_cost_of_a_run_is_that_of_its_graphs(tmp_path):
+    run = built(tmp_path, CASES["float64"], *planned(CASES["float64"]))
+    with graphs_on_a_cpu() as recorder:
+        run.warm_up()
+        execute(run)
+        run.record.wait()
+        captured, replayed = recorder.captured, recorder.replayed
+        cost = cost_of(run, execute)
+    assert recorder.captured == captured
+    assert recorder.replayed - replayed == 2 * cost["slots"]

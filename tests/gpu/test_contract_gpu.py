@@ -57,7 +57,7 @@ def test_a_run_says_what_it_costs(tmp_path, system):
     assert outcome.status == "ok", outcome.note
     cost = outcome.report["cost"]
     assert cost["counts"].keys() == {"kernels", "launches", "busy_ms"}
-    found = {row["metric"]: row["value"] for row in cost_metrics(cost, 1000.0, 1)}
+    found = {row["metric"]: row["value"] for row in cost_metrics(cost, None)}
     assert 0 < found["launches"] <= found["kernels"]
     assert found["device_busy"] > 0
     again = launch(spec_of(tmp_path, system, device="cuda", dtype="bfloat16", adapter_dtype="bfloat16"), 1, 240)

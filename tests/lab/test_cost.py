@@ -203,13 +203,13 @@ def test_what_ends_the_processes_while_they_look_at_the_cost_does_not_end_the_ru
 
 def test_metrics_are_for_1000_tokens_and_in_the_vocabularys_units():
     counts = {"kernels": 300, "launches": 200, "busy_ms": 50.0}
-    found = {row["metric"]: row for row in cost_metrics({"tokens": 2000, "part": "p", "counts": counts}, 20_000.0, 2)}
+    found = {row["metric"]: row for row in cost_metrics({"tokens": 2000, "part": "p", "counts": counts}, 0.75)}
     assert {name: row["value"] for name, row in found.items()} == pytest.approx(
         {"kernels": 150.0, "launches": 100.0, "device_busy": 25.0, "busy": 0.25}
     )
     for name, row in found.items():
         assert (row["unit"], row["direction"]) == METRICS[name][:2]
-    assert cost_metrics({}, 20_000.0, 2) == cost_metrics({"unknown": "why"}, 20_000.0, 2) == []
+    assert cost_metrics({}, 0.75) == cost_metrics({"unknown": "why"}, 0.75) == []
 
 
 def test_a_gpu_is_profiled_while_the_clock_runs(over, monkeypatch):

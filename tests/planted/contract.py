@@ -281,8 +281,8 @@ def waiting_is_being_busy(original):
 def costs_are_halved(original):
     """Operators and kernels for 1000 tokens are half of what they are."""
 
-    def cost_metrics(cost, throughput, processes):
-        return [row | {"value": row["value"] / 2} for row in original(cost, throughput, processes)]
+    def cost_metrics(cost, idle):
+        return [row | {"value": row["value"] / 2} for row in original(cost, idle)]
 
     return cost_metrics
 

@@ -27,7 +27,7 @@ def stages_of(report: dict, plan: Plan, schedule: str | None = None) -> list[dic
     needed = min(whole, simulate(plan, measured_costs(plan, seconds), schedule).makespan)
     # Some executors wait within libraries: then nothing tells whether it was for a host.
     unknown = len(seconds) > 1 and not any(waits)
-    within = _idle_within_passes(report.get("cost", {}), plan, float(np.sum(seconds)))
+    within = _idle_within_passes(report.get("cost", {}), seconds)
     stages = []
     for rank, (passes, wait, (clock, _)) in enumerate(zip(seconds, waits, report["clocks"], strict=True)):
         busy = float(passes.sum())
@@ -68,10 +68,9 @@ def _by_slot(times: dict[str, list[int]], slots: int) -> np.ndarray:
     return out
 
 
-def _idle_within_passes(cost: dict, plan: Plan, passes: float) -> float:
-    """The share of the passes in which a GPU does nothing, by the profile of their beginning (`cost.cost_of`)."""
+def _idle_within_passes(cost: dict, seconds: Sequence[np.ndarray]) -> float:
+    """The share of the passes in which a GPU does nothing, by the profile of the first slots (`cost.cost_of`). Other
+    slots may have another number of kernels for a token, and more padding. seconds: as `measured_costs` takes them."""
     busy = cost.get("counts", {}).get("busy_ms")
-    if busy is None or not passes:
-        return 0.0
-    tokens = sum(microbatch.tokens for microbatch in plan.microbatches)
-    return max(0.0, 1 - busy / 1000 * tokens / cost["tokens"] / passes)
+    passes = sum(float(part[:, : cost["slots"]].sum()) for part in seconds) if busy else 0.0
+    return max(0.0, 1 - busy / 1000 / passes) if passes else 0.0

@@ -37,6 +37,7 @@ EXPECTED = (
 )
 MOST_SPANS = 30_000  # passes and steps of a process whose times are kept; of more only their sums
 BESIDE = "beside other "  # begins the end of a note
+CAUSES = {"bubble": "bubble", "host": "host_idle", "neighbour": "neighbour_idle"}  # why a stage is idle: its metric
 CLOCKS_AGREE = 0.01  # of the host's seconds, by which the device's may differ
 
 
@@ -241,11 +242,12 @@ def metrics(report: dict, workload: Workload, plan: Plan, stages: Sequence[dict]
         _number("fill", statistics_of(plan.microbatches, plan.capacity).fill),
     ]
     rows += [_number("time", time, "steady", implementation=name) for name, time in report["canary"].items()]
-    for name, cause in (("bubble", "bubble"), ("host_idle", "host"), ("neighbour_idle", "neighbour")) if stages else ():
+    for cause, name in CAUSES.items() if stages else ():
         shares = [stage[cause] for stage in stages]
         note = f"mean of {len(shares)}, the largest {max(shares):.3f}" if len(shares) > 1 else ""
         rows.append(_number(name, sum(shares) / len(shares), note=note))
-    return rows + cost_metrics(report.get("cost", {}), workload.tokens / whole, len(report["clocks"]))
+    idle = sum(stage[cause] for stage in stages for cause in CAUSES) / len(stages) if stages else None
+    return rows + cost_metrics(report.get("cost", {}), idle)
 
 
 def _number(
@@ -255,16 +257,15 @@ def _number(
     return row(metric, value, window, {}, implementation=implementation, note=note)
 
 
-def cost_metrics(cost: dict, throughput: float, processes: int) -> list[dict]:
-    """What a run costs besides time (`cost.cost_of`), where that is known. The devices are busy for as long as they
-    were in the part of it that was looked at; throughput: of the whole run, tokens a second."""
+def cost_metrics(cost: dict, idle: float | None) -> list[dict]:
+    """What a run costs besides time (`cost.cost_of`), where that is known. idle: the share of the whole run in which
+    the devices did nothing, if anything tells it."""
     if "counts" not in cost:
         return []
     counts, scale = cost["counts"], 1000 / cost["tokens"]
     numbers = {name: scale * counts[name] for name in ("operators", "kernels", "launches") if name in counts}
     if "busy_ms" in counts:
-        busy = scale * counts["busy_ms"]
-        numbers |= {"device_busy": busy, "busy": busy * throughput / (1e6 * processes)}
+        numbers |= {"device_busy": scale * counts["busy_ms"]} | ({} if idle is None else {"busy": 1 - idle})
     return [_number(name, value, note=cost["part"]) for name, value in numbers.items()]
 
 

@@ -64,8 +64,8 @@ def test_an_executor_that_tells_no_waits_has_no_host():
 
 
 def test_a_gpu_waits_for_its_host_within_passes_too():
-    """The profile saw four tokens, which took the two devices 3 of their 4 seconds."""
-    cost = {"tokens": 4, "counts": {"busy_ms": 3000.0}}
+    """The profile saw the first of two slots. It took the two devices 4 seconds, and for 3 of them they were busy."""
+    cost = {"slots": 1, "tokens": 1, "counts": {"busy_ms": 3000.0}}
     assert shares(stages_of(PROMPT | {"cost": cost}, PLAN)) == [(0.25, 0.75 / 4, 0)] * 2
 
 

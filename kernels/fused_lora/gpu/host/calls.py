@@ -31,7 +31,6 @@ MOST_LINEARS = 3  # that one kernel takes
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32}
 SUMMED_TILE = 256  # elements of a program that adds partial sums: small, as there are few elements for many programs
 RUN = attrgetter("run")
-REMEMBERS = False  # not until a GPU has seen it: `tests/gpu/test_replay_gpu.py`
 REMEMBERED = 4096  # choices: those of one model's linears for a hundred lengths of microbatches
 
 
@@ -56,7 +55,7 @@ class Launcher:
     choose: Callable[[str, Shape, Target], dict[str, Any]] = choices.choose
     target_of: Callable[[torch.device], Target] = target_of
     run_of: Callable[[JITFunction], Callable] = RUN
-    remembers: bool = REMEMBERS
+    remembers: bool = True
     plans: dict[tuple, Any] = field(default_factory=dict)
 
 

@@ -98,9 +98,7 @@ class Plan:
     def run(self, inputs: Sequence[Tensor], addresses: Sequence[int]) -> Results:
         """The results of the host code for inputs at addresses."""
         tensors, addresses = [*inputs, *self._empty], [*addresses, *self._empty]
-        device = self._device.index or 0
-        bind(device)
-        stream = driver.active.get_current_stream(device)
+        stream = driver.active.get_current_stream(self._device.index or 0)
         with self._lock:  # the launches' parameters are there once
             for step in self._steps:
                 step(tensors, addresses, stream)
@@ -140,6 +138,8 @@ def _from_record(function: Callable[..., Results], operands: Operands, settings:
 
     arguments: tensors, bools, which tell kinds of calls apart, and sequences of either. The first call of a kind is not
     recorded, as there may be no second. Nor are calls while someone else launches, or watches Triton's launches."""
+    if calls.target_for(operands.a).name != calls.INTERPRETER:
+        bind(operands.a.device.index or 0)
     launcher = calls.launcher()
     if not launcher.remembers or launcher.run_of is not calls.RUN or _watched():
         return function(operands, settings, *arguments)

@@ -82,7 +82,7 @@ def lora_linears(
     table = _table(adapters, x, table)
     if table.max_rank == 0 or not batch.adapters.numel():
         return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    return _run([x], weights, biases, operator_arguments(adapters, batch, table, training), keep_bits)
+    return _run([x], weights, biases, adapters, batch, table, training, keep_bits)
 
 
 def lora_gated_linear(
@@ -110,16 +110,15 @@ def lora_gated_linear(
     table = _table(rows, gate, table)
     if table.max_rank == 0 or not batch.adapters.numel():
         return F.linear(gated(gate, up), weight, bias)
-    return _run([gate, up], [weight], [bias], operator_arguments(rows, batch, table, training), keep_bits)[0]
+    return _run([gate, up], [weight], [bias], rows, batch, table, training, keep_bits)[0]
 
 
-def _run(inputs, weights, biases, arguments: tuple[Operands, Settings], keep_bits: bool) -> list[torch.Tensor]:
-    """The operator's y of inputs [..., K], in the shape of the inputs."""
-    shape = inputs[0].shape
-    flat, none = [x.reshape(-1, shape[-1]) for x in inputs], inputs[0].new_empty(0)
+def _run(inputs, weights, biases, adapters, batch, table, training: bool, keep_bits: bool) -> list[torch.Tensor]:
+    """The operator's y, of arguments that fit each other."""
+    none = inputs[0].new_empty(0)
     biases = [none if bias is None else bias for bias in biases]
-    ys = ops.run_linear(*arguments, flat, list(weights), biases, keep_bits)
-    return [y.view(*shape[:-1], y.shape[-1]) for y in ys]
+    tables, settings = tables_and_settings(batch, table, training)
+    return ops.run_linear(factors_of(adapters), tables, settings, inputs, list(weights), biases, keep_bits)
 
 
 def _table(adapters, x, table: AdapterTable | None) -> AdapterTable:
@@ -142,21 +141,27 @@ def operator_arguments(
     training: bool,
 ) -> tuple[Operands, Settings]:
     """What the operators of `ops` take first. adapters [P][G], or their stack."""
+    tables, settings = tables_and_settings(batch, table, training)
+    return ops.stacked(factors_of(adapters), tables), settings
+
+
+def factors_of(
+    adapters: Sequence[Sequence[LoRAAdapter | None]] | AdapterStack,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Every a and every b, linear after linear; a stack has one of each."""
     if isinstance(adapters, AdapterStack):
-        a, b = adapters.a, adapters.b
-    else:
-        present = [adapter for adapter in chain.from_iterable(adapters) if adapter is not None]
-        a = _stacked([adapter.a for adapter in present])
-        b = _stacked([adapter.b.reshape(-1) for adapter in present])
+        return [adapters.a], [adapters.b]
+    present = [adapter for adapter in chain.from_iterable(adapters) if adapter is not None]
+    return [adapter.a for adapter in present], [adapter.b for adapter in present]
+
+
+def tables_and_settings(
+    batch: LoRABatch, table: AdapterTable, training: bool
+) -> tuple[tuple[torch.Tensor, ...], Settings]:
+    """The operands beside the factors, and what the host knows of the call."""
     scales = table.factors if training else table.scalings
-    tables = (scales, table.thresholds, table.keys, table.rank_offsets)
-    operands = Operands(a, b, *tables, batch.offsets, batch.adapters, batch.positions)
-    return operands, Settings(table.total_ranks, table.max_rank, training and table.dropout > 0)
-
-
-def _stacked(factors: list[torch.Tensor]) -> torch.Tensor:
-    """One tensor for the kernels; autograd gives each factor its part of the gradient."""
-    return factors[0].contiguous() if len(factors) == 1 else torch.cat(factors)
+    tables = (scales, table.thresholds, table.keys, table.rank_offsets, batch.offsets, batch.adapters, batch.positions)
+    return tables, Settings(table.total_ranks, table.max_rank, training and table.dropout > 0)
 
 
 def _check(x, weights, biases, adapters, batch) -> None:

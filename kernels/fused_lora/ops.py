@@ -18,7 +18,8 @@ get the tuples themselves.
 
 `run_linear` is how they are called. In eager mode the kernels are called through an autograd function of their own:
 what PyTorch does around an operator with lists of tensors takes the host 0.2 ms in each pass of q, k and v, as long as
-all that the kernels want of it.
+all that the kernels want of it. It is one node of autograd, between what the caller has (factors of each adapter,
+inputs of any form) and the y: to stack factors and to flatten inputs before it would be a node each.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +33,7 @@ from torch.library import CustomOpDef
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fused_lora import cpu
-from fused_lora.adapters import Operands, Settings, rank_width
+from fused_lora.adapters import Operands, Settings, Tensors, rank_width
 from fused_lora.philox import word_count
 
 KERNELS: dict[tuple[CustomOpDef, str], Callable] = {}  # what computes an operator, by type of device
@@ -74,13 +75,37 @@ def _kernel(operator: CustomOpDef, x: Tensor) -> Callable | None:
     return KERNELS.get((operator, x.device.type))
 
 
-def run_linear(operands: Operands, settings: Settings, inputs: Sequence[Tensor], *others: Any) -> list[Tensor]:
-    """The y of `fused_lora::linear`, by the shortest way; others: weights, biases and keep_bits."""
-    with without_autocast(inputs[0]):
-        if _kernel(linear, inputs[0]):
-            arguments = (operands, settings, inputs, *others)
-            return list(_Linear.apply(arguments, operands.a, operands.b, *inputs))
-        return linear(*_flat(operands, settings, list(inputs), *others))[0]
+def run_linear(
+    factors: tuple[Tensors, Tensors], tables: Tensors, settings: Settings, inputs: Tensors, *others: Any
+) -> list[Tensor]:
+    """The y [..., N_p] of `fused_lora::linear` for inputs [..., K], by the shortest way.
+
+    factors, tables: what `stacked` makes operands of; others: weights, biases and keep_bits."""
+    x = inputs[0]
+    with without_autocast(x):
+        if _kernel(linear, x):
+            return list(_Linear.apply((factors, tables, settings, others), *factors[0], *factors[1], *inputs))
+        ys, _, _ = linear(*_flat(stacked(factors, tables), settings, list(map(_flattened, inputs)), *others))
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def stacked(factors: tuple[Tensors, Tensors], tables: Tensors) -> Operands:
+    """The operands from the adapters' a [r, K] and b [N, r]; autograd gives each its part of the gradient. tables: the
+    other operands."""
+    a, b = factors
+    if len(a) == 1:
+        return Operands(a[0].contiguous(), b[0].reshape(-1), *tables)
+    return Operands(torch.cat(a), torch.cat([factor.reshape(-1) for factor in b]), *tables)
+
+
+def _flattened(tensor: Tensor) -> Tensor:
+    """[..., K] as [M, K]."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A new tensor [M, K] in another shape, and no view of it: autograd may add to it in place."""
+    return tensor if len(shape) == 2 else torch.ops.aten._unsafe_view(tensor, shape)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
@@ -146,21 +171,28 @@ def _keep(ctx, arguments: tuple, output: tuple) -> None:
     ctx.save_for_backward(s, bits, *operands, *inputs, *weights)
 
 
-def _gradients(ctx, dys: Sequence[Tensor | None], wants_inputs: bool, wants_factors: bool) -> tuple[list, Any, Any]:
-    """The gradients of the inputs, of a and of b; None for those that are not wanted."""
+def _gradients(
+    ctx, dys: Sequence[Tensor | None], wanted: list[bool], factors: tuple[Tensors, Tensors] | None = None
+) -> tuple[list, Any, Any]:
+    """The gradients of the inputs, of a and of b; None for those that are not wanted. factors: what a and b are stacked
+    of, where autograd knows those."""
     saved = iter(ctx.saved_tensors)
     s, bits, operands = next(saved), next(saved), Operands(*islice(saved, len(Operands._fields)))
-    inputs, weights = list(islice(saved, ctx.input_count)), list(saved)
+    inputs, weights = [_flattened(tensor) for tensor in islice(saved, ctx.input_count)], list(saved)
     x = inputs[0]
     dys = [
-        x.new_zeros(x.shape[0], weight.shape[0]) if dy is None else dy.contiguous()
+        x.new_zeros(x.shape[0], weight.shape[0]) if dy is None else _flattened(dy.contiguous())
         for dy, weight in zip(dys, weights, strict=True)
     ]
-    arguments = (operands, ctx.settings, dys, inputs, weights, s, bits, [wants_inputs, wants_factors])
+    # With gradients enabled it must be the operator, which refuses to be differentiated once more.
+    again = torch.is_grad_enabled()
+    if again and factors:
+        operands = stacked(factors, operands[2:])
+    arguments = (operands, ctx.settings, dys, inputs, weights, s, bits, wanted)
     with without_autocast(x):  # a backward pass under autocast computes as the forward did
-        # With gradients enabled it must be the operator, which refuses to be differentiated once more.
-        kernel = None if torch.is_grad_enabled() else _kernel(linear_backward, x)
+        kernel = None if again else _kernel(linear_backward, x)
         dinputs, da, db = kernel(*arguments) if kernel else linear_backward(*_flat(*arguments))
+    wants_inputs, wants_factors = wanted
     dinputs = dinputs if wants_inputs else [None] * len(inputs)
     return dinputs, *((da, db) if wants_factors else (None, None))
 
@@ -174,7 +206,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dys, _s, _bits):
     # What PyTorch says of each argument is laid out as the arguments are.
     operands, settings, inputs, weights, biases, _ = _packed(ctx.needs_input_grad)
-    dinputs, da, db = _gradients(ctx, dys, any(inputs), operands.a or operands.b)
+    dinputs, da, db = _gradients(ctx, dys, [any(inputs), operands.a or operands.b])
     others = ([None] * len(weights), [None] * len(biases), None)
     no_operands = Operands(*[None] * len(operands))
     return _flat(no_operands._replace(a=da, b=db), [None] * len(settings), dinputs, *others)
@@ -184,17 +216,29 @@ linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Linear(torch.autograd.Function):
-    """`fused_lora::linear` in eager mode: from its packed arguments to the y. Autograd sees only the tensors that are
-    arguments of their own."""
+    """`fused_lora::linear` in eager mode: from factors and inputs, which autograd sees, to the y."""
 
     @staticmethod
-    def forward(ctx, arguments, a, b, *inputs):
-        output = KERNELS[linear, a.device.type](*arguments)
-        _keep(ctx, arguments, output)
-        return tuple(output[0])
+    def forward(ctx, arguments, *tensors):
+        ctx.factors, tables, settings, others = arguments
+        inputs = tensors[2 * len(ctx.factors[0]) :]
+        ctx.shape = shape = inputs[0].shape
+        operands, flat = stacked(ctx.factors, tables), [_flattened(tensor) for tensor in inputs]
+        output = KERNELS[linear, inputs[0].device.type](operands, settings, flat, *others)
+        _keep(ctx, (operands, settings, inputs, *others), output)
+        return tuple([_shaped(y, (*shape[:-1], y.shape[1])) for y in output[0]])
 
     @staticmethod
     def backward(ctx, *dys):
-        _, a, b, *inputs = ctx.needs_input_grad
-        dinputs, da, db = _gradients(ctx, dys, any(inputs), a or b)
-        return (None, da, db, *dinputs)
+        a, b = factors = ctx.factors
+        _, *wanted = ctx.needs_input_grad
+        count = len(a) + len(b)
+        dinputs, da, db = _gradients(ctx, dys, [any(wanted[count:]), any(wanted[:count])], factors)
+        if da is None:
+            parts = [None] * count
+        elif len(a) == 1:
+            parts = [da, db.view(b[0].shape)]
+        else:
+            parts = [*da.split([len(factor) for factor in a])]
+            parts += [part.view(like.shape) for part, like in zip(db.split([f.numel() for f in b]), b)]
+        return None, *parts, *(None if dx is None else _shaped(dx, ctx.shape) for dx in dinputs)

@@ -236,9 +236,7 @@ class _Linear(torch.autograd.Function):
         dinputs, da, db = _gradients(ctx, dys, [any(wanted[count:]), any(wanted[:count])], factors)
         if da is None:
             parts = [None] * count
-        elif len(a) == 1:
-            parts = [da, db.view(b[0].shape)]
         else:
-            parts = [*da.split([len(factor) for factor in a])]
-            parts += [part.view(like.shape) for part, like in zip(db.split([f.numel() for f in b]), b)]
+            parts_of_b = zip(b, db.split([factor.numel() for factor in b]), strict=True)
+            parts = [*da.split([len(factor) for factor in a]), *(part.view(like.shape) for like, part in parts_of_b)]
         return None, *parts, *(None if dx is None else _shaped(dx, ctx.shape) for dx in dinputs)

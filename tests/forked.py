@@ -18,8 +18,10 @@ fork_server.preload(*MODULES, "pytest")
 
 def work(*arguments) -> None:
     """The worker, that waits before the forward pass of a slot for as long as `once_before` wants it to."""
-    from lorafusion.engine.checkpoint import Checkpoints
+    from lorafusion.engine import saving
+    from lorafusion.engine.saving import Checkpoints
 
+    saving.PATIENCE_SECONDS = 60  # of this process alone: none is delayed
     stop_after = Checkpoints.stop_after
 
     def wait_and_ask(self, slot: int, hold: int) -> int | None:
@@ -30,7 +32,7 @@ def work(*arguments) -> None:
                 time.sleep(0.01)
         return stop_after(self, slot, hold)
 
-    Checkpoints.stop_after = wait_and_ask  # of this process alone
+    Checkpoints.stop_after = wait_and_ask
     fork_server.work(*arguments)
 
 

@@ -10,34 +10,28 @@ was a whole one, so that a run whose checkpoints are all damaged or gone is not 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from lorafusion.core import manifest
 from lorafusion.core.config import read_model
-from lorafusion.core.files import whole
 from lorafusion.core.manifest import MANIFEST, DamagedError, FileEntry, UnfinishedError
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import content_hash
 from lorafusion.engine import events
 from lorafusion.engine.adapters import AdapterTraining
-from lorafusion.engine.pipeline import AHEAD
 from lorafusion.engine.training import TrainingRun
-from lorafusion.launch.spec import STOP_FILE, RunSpec, Saving
+from lorafusion.launch.spec import RunSpec
 
 VERSION = 2
 HASHED = ("plan", "model", "initial")  # of what a checkpoint's origin has a hash
 NEWEST = "newest.json"
-ASKED = "stop-asked"  # in the processes' store: somebody was asked to stop
-BEYOND = AHEAD + 1  # slots; messages of so many may be waited for already when a process learns where to stop
 
 
 class CheckpointError(UserError):
@@ -63,33 +57,12 @@ class Checkpoint:
 
     def part(self, rank: int) -> Path:
         """The tensors of one process."""
-        return self.path / _part_name(rank)
+        return self.path / part_name(rank)
 
     @property
     def events_kept(self) -> dict[str, int]:
         """Bytes of each file of events."""
         return {name: entry.size for name, entry in self.events.items()}
-
-
-@dataclass(frozen=True)
-class CheckpointPart:
-    """What one process has written of a checkpoint."""
-
-    name: str
-    entry: FileEntry
-    steps: dict[str, int]
-    stopped: dict[str, int]
-    events: dict[str, FileEntry]
-
-    def to_json(self) -> str:
-        noted = {name: entry.model_dump() for name, entry in self.events.items()}
-        return json.dumps(vars(self) | {"entry": self.entry.model_dump(), "events": noted})
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> CheckpointPart:
-        values = json.loads(text)
-        noted = {name: FileEntry(**entry) for name, entry in values["events"].items()}
-        return cls(**values | {"entry": FileEntry(**values["entry"]), "events": noted})
 
 
 def identity(spec: RunSpec, plan_hash: str) -> dict:
@@ -102,128 +75,13 @@ def identity(spec: RunSpec, plan_hash: str) -> dict:
     return {"version": VERSION, "plan": plan_hash, "model": model, "initial": initial, **spec.model_dump(include=keys)}
 
 
-class Checkpoints:
-    """The checkpoints that one process of a run writes, and the question whether the run is to stop."""
-
-    def __init__(
-        self,
-        saving: Saving,
-        origin: dict,
-        rank: int,
-        processes: int,
-        store: torch.distributed.Store | None,
-        asked: Callable[[], bool],
-    ) -> None:
-        self.folder, self.every, self.keep = Path(saving.folder), saving.every, saving.keep
-        self.origin, self.rank, self.processes, self.store = origin, rank, processes, store
-        self._asked = asked
-        self._hold = 0
-        self._last: int | None = None
-
-    def due(self, run: TrainingRun, begin: int) -> int:
-        """The slot after whose predecessor the next checkpoint is due: at intervals, and where a job has ended, so that
-        its adapter can be had while the others train on."""
-        regular = begin - begin % self.every + self.every
-        return min([regular, *(slot + 1 for slot in run.ends if slot >= begin)])
-
-    def save(self, run: TrainingRun, slot: int) -> None:
-        """Write this process's part of the checkpoint after `slot` slots. The first process waits for the others',
-        seals the checkpoint and clears older ones away."""
-        run.position.set(f"saving the checkpoint after {slot} microbatches")
-        folder = self.folder / _slot_name(slot)
-        part = self._write(run, folder)
-        if self.rank > 0:
-            self.store.set(_part_key(slot, self.rank), part.to_json())
-            return
-        parts = [part]
-        if self.processes > 1:
-            run.position.waiting(f"the other processes' parts of the checkpoint after {slot} microbatches")
-            parts += self._others(slot)
-        self._seal(folder, slot, parts)
-        self._clear()
-
-    def _write(self, run: TrainingRun, folder: Path) -> CheckpointPart:
-        state, steps, stopped = {}, {}, {}
-        for adapter in run.adapters:
-            state |= {f"{adapter.job.name}/{name}": value for name, value in adapter.state().items()}
-            steps[adapter.job.name] = adapter.steps
-            if bool(adapter.stopped):
-                stopped[adapter.job.name] = adapter.steps_made()
-        path = folder / _part_name(self.rank)
-        with whole(path) as partial:
-            # Not `save_file`: a disk that is full ends a process that writes to mapped memory with SIGBUS.
-            partial.write_bytes(save({name: value.detach().to("cpu").contiguous() for name, value in state.items()}))
-            entry = FileEntry.of(partial)
-        log = run.record.events
-        return CheckpointPart(path.name, entry, steps, stopped, {log.path.name: log.entry()} if log else {})
-
-    def _others(self, slot: int) -> list[CheckpointPart]:
-        keys = [_part_key(slot, rank) for rank in range(1, self.processes)]
-        self.store.wait(keys)
-        parts = [CheckpointPart.from_json(self.store.get(key)) for key in keys]
-        for key in keys:
-            self.store.delete_key(key)
-        return parts
-
-    def _seal(self, folder: Path, slot: int, parts: list[CheckpointPart]) -> None:
-        first = parts[0]
-        if any((part.steps, part.stopped) != (first.steps, first.stopped) for part in parts):
-            raise RuntimeError(f"processes disagree on the steps made after {slot} microbatches")
-        noted = {name: entry.model_dump() for part in parts for name, entry in part.events.items()}
-        facts = {"slot": slot, "processes": self.processes, "origin": self.origin, "steps": first.steps,
-                 "stopped": first.stopped, "events": noted}  # fmt: skip
-        manifest.seal(folder, {part.name: part.entry for part in parts}, facts)
-        manifest.write_sealed(self.folder / NEWEST, {"slot": slot})
-
-    def _clear(self) -> None:
-        """Remove checkpoints that are older than the last whole ones."""
-        good = [path for path in _slots(self.folder) if _is_whole(path)]
-        for old in _slots(self.folder):
-            if len(good) >= self.keep and old < good[-self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
-
-    def stop_after(self, slot: int, hold: int) -> int | None:
-        """The slot after which the run ends, once it was asked to and that is agreed; to be asked before each forward.
-
-        Every process says how far it is when it learns that somebody asked, and may go on to its slot `hold` without
-        knowing the answer; the answer is beyond all of these. hold: so far that no other process waits for this one
-        before it has said the same.
-        """
-        if self.store is None:
-            return slot if self._asked_for_it() else None
-        if self._last is None:
-            if self._asked_for_it():
-                self.store.set(ASKED, "")
-            if not self._hold and self.store.check([ASKED]):
-                self._say(hold)
-            keys = [_hold_key(rank) for rank in range(self.processes)]
-            if self._hold and (slot > self._hold or self.store.check(keys)):
-                self.store.wait(keys)
-                self._last = BEYOND + max(int(self.store.get(key)) for key in keys)
-        if self._last is not None and self._last < slot:
-            raise RuntimeError(f"asked to stop after slot {self._last}, but slot {slot} is next")
-        return self._last
-
-    def no_more_forwards(self, slots: int) -> None:
-        """To be called after the last forward, when no other process shall wait for this one's word."""
-        if self.store is not None and not self._hold:
-            self._say(slots)
-
-    def _say(self, hold: int) -> None:
-        self._hold = hold
-        self.store.set(_hold_key(self.rank), str(hold))
-
-    def _asked_for_it(self) -> bool:
-        return self._asked() or (self.folder / STOP_FILE).exists()
-
-
 def newest(folder: Path, origin: dict, log: Path | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint that a run can be resumed from, and for each newer one why it is passed over; log:
     the folder of the run's events, which must be there as far as the checkpoint says.
 
     Raises `CheckpointError` where there was a whole one, but there is none that it can be resumed from."""
     passed, refused = [], []
-    for path in reversed(_slots(folder)):
+    for path in reversed(slots(folder)):
         try:
             return opened(path, origin, log), passed + refused
         except IncompleteError as error:
@@ -241,7 +99,7 @@ def last_written(folder: Path) -> Path | None:
     """The newest checkpoint of a run under way, which is whole; it may be removed for a newer one at any moment."""
     if not (folder / NEWEST).exists():
         return None
-    return folder / _slot_name(manifest.read_sealed(folder / NEWEST)["slot"])
+    return folder / slot_name(manifest.read_sealed(folder / NEWEST)["slot"])
 
 
 def opened(path: Path, origin: dict | None = None, log: Path | None = None) -> Checkpoint:
@@ -256,8 +114,8 @@ def opened(path: Path, origin: dict | None = None, log: Path | None = None) -> C
                 # Of a plan, a model and initial states there are hashes.
                 which = "" if key in HASHED else f" ({value!r}, not {expected!r})"
                 raise CheckpointError(f"{path}: of another run, its {key} is not this one's{which}")
-        if path.name != _slot_name(facts["slot"]):
-            raise CheckpointError(f"{path}: it is the checkpoint of {_slot_name(facts['slot'])}; it was renamed")
+        if path.name != slot_name(facts["slot"]):
+            raise CheckpointError(f"{path}: it is the checkpoint of {slot_name(facts['slot'])}; it was renamed")
         if log is not None:
             events.require(log, noted)
     except UnfinishedError as error:
@@ -339,7 +197,7 @@ def _require_fit(path: Path, adapter: AdapterTraining, state: dict[str, torch.Te
 def drop_beyond(folder: Path, checkpoint: Checkpoint | None) -> None:
     """Remove what lies beyond the checkpoint that a run is resumed from: parts of a checkpoint that was never whole
     must not be taken for those of the next one at its slot."""
-    for path in _slots(folder):
+    for path in slots(folder):
         if checkpoint is None or path > checkpoint.path:
             path.rename(path.with_name(f"passed-over-{path.name}"))  # in one step
     for path in folder.glob("passed-over-*"):
@@ -350,30 +208,22 @@ def _hash(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _hold_key(rank: int) -> str:
-    return f"stop-hold-{rank}"
-
-
-def _part_key(slot: int, rank: int) -> str:
-    return f"checkpoint-{slot}-{rank}"
-
-
-def _part_name(rank: int) -> str:
+def part_name(rank: int) -> str:
     return f"rank-{rank}.safetensors"
 
 
-def _slot_name(slot: int) -> str:
+def slot_name(slot: int) -> str:
     return f"slot-{slot:09}"
 
 
-def _slots(folder: Path) -> list[Path]:
+def slots(folder: Path) -> list[Path]:
     """The checkpoints of a folder, whole or not, oldest first."""
     return sorted(path for path in folder.glob("slot-*") if re.fullmatch(r"slot-\d{9,}", path.name))
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Was it finished, as far as can be told without reading its tensors?"""
     try:
-        return path.name == _slot_name(manifest.facts_of(path)["slot"])
+        return path.name == slot_name(manifest.facts_of(path)["slot"])
     except UserError:
         return False

@@ -47,9 +47,12 @@ class EventLog:
         self._open.close()
 
     def entry(self) -> FileEntry:
-        """All lines so far, which are on the disk then."""
-        os.fsync(self._file.fileno())
+        """All lines so far."""
         return FileEntry(size=self._size, sha256=self._hash.hexdigest())
+
+    def sync(self) -> None:
+        """Have the lines so far on the disk, from any thread."""
+        os.fsync(self._file.fileno())
 
 
 def trim(path: Path, keep: int) -> None:

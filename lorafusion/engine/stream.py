@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import torch
 
 from lorafusion.core.schema import UserError
-from lorafusion.engine.checkpoint import Checkpoints
 from lorafusion.engine.pipeline import Expected
+from lorafusion.engine.saving import Checkpoints
 from lorafusion.engine.training import TrainingRun
 
 
@@ -37,8 +37,7 @@ def execute(run: TrainingRun, checkpoints: Checkpoints | None = None) -> bool:
         stream.run_through()
         begin = stream.end
         if checkpoints is not None:
-            run.record.readback.wait()
-            checkpoints.save(run, begin)
+            checkpoints.save(run, begin, last=stream.stopping or begin == count)
         if stream.stopping:
             return begin == count
     return True

@@ -20,6 +20,7 @@ from lorafusion.engine import checkpoint
 from lorafusion.engine.build import build_run, executor_of
 from lorafusion.engine.executor import Executor
 from lorafusion.engine.process import WorkerProcess
+from lorafusion.engine.saving import Checkpoints
 from lorafusion.engine.timed import report_of, timed
 from lorafusion.engine.training import TrainingRun
 from lorafusion.model.lora import adapter_state, peft_config, save_adapter
@@ -50,7 +51,7 @@ def train_plan(process: WorkerProcess) -> tuple[TrainingRun, Executor, dict]:
     return run, execute, report
 
 
-def _placed(process: WorkerProcess, run: TrainingRun) -> list[checkpoint.Checkpoints]:
+def _placed(process: WorkerProcess, run: TrainingRun) -> list[Checkpoints]:
     """Put a run where it is to begin; what its executor takes besides it."""
     spec = process.spec
     torch.manual_seed(spec.seed)  # PEFT's own dropout draws from torch's generator
@@ -66,7 +67,7 @@ def _placed(process: WorkerProcess, run: TrainingRun) -> list[checkpoint.Checkpo
     return arguments
 
 
-def _checkpoints(process: WorkerProcess, run: TrainingRun) -> checkpoint.Checkpoints:
+def _checkpoints(process: WorkerProcess, run: TrainingRun) -> Checkpoints:
     """The run's checkpoints; the run is put where the newest one is."""
     spec, rank = process.spec, process.rank
     folder, origin = Path(spec.saving.folder), checkpoint.identity(spec, run.plan.content_hash)
@@ -84,7 +85,9 @@ def _checkpoints(process: WorkerProcess, run: TrainingRun) -> checkpoint.Checkpo
         checkpoint.load(run, newest[0], rank)
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    return checkpoint.Checkpoints(spec.saving, origin, rank, process.world, store, lambda: bool(asked))
+    checkpoints = Checkpoints(spec.saving, origin, process, store, lambda: bool(asked))
+    checkpoints.reserve(run)
+    return checkpoints
 
 
 def save_adapters(run: TrainingRun, directory: Path) -> None:

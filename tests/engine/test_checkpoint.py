@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from lorafusion.core import manifest
 from lorafusion.core.manifest import MANIFEST
 from lorafusion.core.plan import Plan
 from lorafusion.core.workload import Workload
-from lorafusion.engine.checkpoint import CheckpointError, Checkpoints, drop_beyond, identity, newest, opened
+from lorafusion.engine.checkpoint import CheckpointError, drop_beyond, identity, newest, opened
+from lorafusion.engine.saving import Checkpoints
 from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.launch.spec import STOP_FILE, RunSpec, Saving
 from lorafusion.planning import fast
@@ -237,7 +239,9 @@ def test_only_the_last_ones_are_kept(saved):
 def test_a_damaged_old_checkpoint_hinders_no_new_one(saved, copied):
     old, last = sorted(copied.glob("slot-*"))
     cut(old / MANIFEST)
-    Checkpoints(Saving(folder=str(copied), keep=1), {}, 0, 1, None, lambda: False)._clear()
+    Checkpoints(
+        Saving(folder=str(copied), keep=1), {}, SimpleNamespace(rank=0, world=1, position=None), None, lambda: False
+    )._clear()
     assert sorted(copied.glob("slot-*")) == [last]
 
 

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lorafusion.engine.checkpoint import Checkpoints
 from lorafusion.engine.pipeline import Expected
+from lorafusion.engine.saving import Checkpoints
 from lorafusion.engine.stream import execute
 from lorafusion.launch.spec import Saving
 
@@ -148,13 +148,14 @@ class Saves(Checkpoints):
     """Checkpoints of which only the slots are noted."""
 
     def __init__(self, world: World, rank: int, every: int, asked) -> None:
-        super().__init__(
-            Saving(folder="none", every=every), {}, rank, world.stages * world.replicas, world.store, asked
-        )
+        process = SimpleNamespace(rank=rank, world=world.stages * world.replicas, position=None)
+        super().__init__(Saving(folder="none", every=every), {}, process, world.store, asked)
         self.slots: list[int] = []
 
-    def save(self, run: Run, slot: int) -> None:
+    def save(self, run: Run, slot: int, last: bool = False) -> None:
         self.slots.append(slot)
+        self._is_delayed = slot % 3 == 1 and self._begun > 0 and not last
+        self._begun = self._begun if self._is_delayed else slot
 
 
 def run_all(stages, replicas, every, steps_every, asked_at, seed) -> tuple[list[Run], list[Saves]]:

@@ -63,14 +63,14 @@ def a_renamed_checkpoint_is_taken(original):
     from lorafusion.engine import checkpoint
 
     def opened(path, *arguments):
-        with patch.object(checkpoint, "_slot_name", lambda _: path.name):
+        with patch.object(checkpoint, "slot_name", lambda _: path.name):
             return original(path, *arguments)
 
     return opened
 
 
 @planted(
-    "lorafusion.engine.checkpoint:Checkpoints._others", caught_by=f"{MOMENTS}::test_the_manifest_comes_after_all_parts"
+    "lorafusion.engine.saving:Checkpoints._others", caught_by=f"{MOMENTS}::test_the_manifest_comes_after_all_parts"
 )
 def a_checkpoint_is_sealed_before_it_is_whole(original):
     """The first process seals a checkpoint without waiting for the others' parts."""
@@ -135,22 +135,67 @@ def swapped_states_are_taken(original):
     return load_initial
 
 
-@planted(
-    "lorafusion.engine.checkpoint:Checkpoints._clear", caught_by=f"{MOMENTS}::test_saving_is_all_or_nothing[killed]"
-)
+@planted("lorafusion.engine.saving:Checkpoints._clear", caught_by=f"{MOMENTS}::test_saving_is_all_or_nothing[killed]")
 def the_last_checkpoint_goes_before_the_next_is_there(original):
     """All older checkpoints are removed, whether the newest one is whole or not."""
-    from lorafusion.engine import checkpoint
+    from lorafusion.engine import saving
 
-    seal = checkpoint.Checkpoints._seal
+    seal = saving.Checkpoints._seal
 
     def seal_late(self, folder, slot, parts):
-        for old in checkpoint._slots(self.folder)[:-1]:
-            checkpoint.shutil.rmtree(old)
+        for old in saving.slots(self.folder)[:-1]:
+            saving.shutil.rmtree(old)
         seal(self, folder, slot, parts)
 
-    checkpoint.Checkpoints._seal = seal_late
+    saving.Checkpoints._seal = seal_late
     return original
+
+
+@planted(
+    "lorafusion.engine.saving:HostCopy.take",
+    caught_by=f"{MOMENTS}::test_a_run_trains_on_while_its_checkpoint_is_written",
+)
+def a_checkpoint_has_what_was_trained_meanwhile(original):
+    """The state of a run is copied when it is written, while the run trains on."""
+    from lorafusion.engine import saving
+
+    write = saving.HostCopy.write
+
+    def write_late(self, path):
+        original(self, self.tensors_of_the_run)
+        return write(self, path)
+
+    def take(self, tensors):
+        self.tensors_of_the_run = tensors
+
+    saving.HostCopy.write = write_late
+    return take
+
+
+@planted(
+    "lorafusion.engine.saving:Checkpoints._is_free",
+    caught_by=f"{MOMENTS}::test_one_that_is_still_being_written_delays_the_next_of_every_process",
+)
+def processes_do_not_ask_whether_to_save(original):
+    """Other processes than the first save, whether or not that one has time to."""
+
+    def is_free(self, slot):
+        return self.rank > 0 or original(self, slot)
+
+    return is_free
+
+
+@planted(
+    "lorafusion.engine.saving:Checkpoints._raise_failure",
+    caught_by=f"{MOMENTS}::test_an_error_of_writing_ends_the_run_at_its_next_microbatch",
+)
+def a_checkpoint_that_cannot_be_written_is_not_missed(original):
+    """What goes wrong while a checkpoint is written is known at the end of the run."""
+
+    def raise_failure(self):
+        pass
+
+    return raise_failure
 
 
 @planted(

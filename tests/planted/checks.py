@@ -145,6 +145,25 @@ def attention_sees_all_samples_as_one_on_a_gpu(original):
     return varlen
 
 
+@planted(
+    "lorafusion.model.cudnn_attention:_rounded",
+    "tests/model/test_attention.py::test_the_borders_of_many_samples_have_the_same_bounds",
+)
+def each_microbatch_has_a_plan_of_cudnn(original):
+    """cuDNN makes a plan for each number of samples and each longest sample."""
+    return max
+
+
+@planted(
+    "lorafusion.model.cudnn_attention:_causal",
+    "tests/gpu/test_attention_gpu.py::test_its_error_is_that_of_flash_attention[odd-64]",
+    gpu=True,
+)
+def cudnn_sees_the_tokens_that_follow(original):
+    """cuDNN's attention is not causal."""
+    return lambda *arguments: original(*arguments) | {"diagonal_band_right_bound": None}
+
+
 @planted("fused_lora.gpu.host.launch:project", f"{ON_GPU}[1x1-tiny]", gpu=True)
 def s_is_two_percent_up_on_a_gpu(original):
     """The projection's result is multiplied by 1.02."""

@@ -116,8 +116,7 @@ def _batches(group: range, by_adapter: list[Sequence[range]], size: int) -> list
 
 
 def _lengths(workload: Workload, content: Content) -> list[int]:
-    jobs = workload.jobs
-    return [jobs[adapter].sample_at(i).tokens for adapter, positions in content.items() for i in positions]
+    return [tokens for adapter, positions in content.items() for tokens in workload.jobs[adapter].lengths_at(positions)]
 
 
 def _microbatches(workload: Workload, batch: list[Content], row_multiple: int | None) -> list[Microbatch]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Final, Literal
@@ -130,10 +129,10 @@ class Plan(Data):
 
     @cached_property
     def content_hash(self) -> str:
-        return content_hash(self.model_dump(mode="json", exclude={"statistics", "key"}))
+        return content_hash(self.model_dump(exclude={"statistics", "key"}))
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(mode="json", exclude_defaults=True) | {"version": VERSION}) + "\n"
+        return json.dumps(self.model_dump(exclude_defaults=True) | {"version": VERSION}) + "\n"
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
@@ -239,7 +238,7 @@ def _segment_violations(segment: Segment, workload: Workload, row_tokens: int | 
     outside = [position for position in segment.samples if position not in stream]
     if outside:
         return [f"sample {outside[0]} of {job.name!r}, whose stream has {stream.start} to {stream.stop - 1}"]
-    lengths = [job.sample_at(position).tokens for position in segment.samples]
+    lengths = job.lengths_at(segment.samples)
     if sum(lengths) != segment.tokens:
         return [f"{job.name!r} declares {segment.tokens} tokens, its samples have {sum(lengths)}"]
     if row_tokens is not None and max(lengths) > row_tokens:
@@ -250,9 +249,9 @@ def _segment_violations(segment: Segment, workload: Workload, row_tokens: int | 
 def bounds_of(microbatch: Microbatch, workload: Workload) -> Bucket:
     """The least bucket of its tokens for a microbatch that is no no-op."""
     lengths = [
-        microbatch.row_tokens or workload.jobs[segment.adapter].sample_at(position).tokens
+        microbatch.row_tokens or tokens
         for segment in microbatch.segments
-        for position in segment.samples
+        for tokens in workload.jobs[segment.adapter].lengths_at(segment.samples)
     ] + [microbatch.padding] * (microbatch.padding > 0)
     return Bucket(tokens=microbatch.length, samples=len(lengths), segments=len(microbatch.segments),
                   longest=max(lengths))  # fmt: skip
@@ -282,49 +281,43 @@ def _bucket_violations(plan: Plan, workload: Workload) -> list[str]:
     return breaches
 
 
-@dataclass
-class _Passage:
-    """Where a job's samples are in a plan: the first and last slot of each global batch, and the slots of its steps."""
-
-    samples: set[int] = field(default_factory=set)
-    first: dict[int, int] = field(default_factory=dict)
-    last: dict[int, int] = field(default_factory=dict)
-    steps: list[int] = field(default_factory=list)
-
-
 def _order_violations(plan: Plan, workload: Workload) -> list[str]:
     """What is wrong between microbatches: samples missing or repeated, steps, the dependency rule."""
-    breaches, passages = [], [_Passage() for _ in workload.jobs]
+    parts: list[list[tuple[int, Segment]]] = [[] for _ in workload.jobs]
+    steps: list[list[int]] = [[] for _ in workload.jobs]
     for slot, replicas in enumerate(plan.slots()):
-        for segment in (segment for microbatch in replicas for segment in microbatch.segments):
-            job, passage = workload.jobs[segment.adapter], passages[segment.adapter]
-            for position in segment.samples:
-                if position in passage.samples:
-                    breaches.append(f"slot {slot}: sample {position} of {job.name!r} comes twice")
-                passage.samples.add(position)
-                batch = job.batch_of(position)
-                passage.first.setdefault(batch, slot)
-                passage.last[batch] = slot
-        for adapter in [adapter for microbatch in replicas for adapter in microbatch.step_after]:
-            passages[adapter].steps.append(slot)
-    for job, passage in zip(workload.jobs, passages, strict=True):
-        breaches += _passage_violations(plan, job, passage)
-    return breaches
+        for microbatch in replicas:
+            for segment in microbatch.segments:
+                parts[segment.adapter].append((slot, segment))
+            for adapter in microbatch.step_after:
+                steps[adapter].append(slot)
+    return [breach for each in zip(workload.jobs, parts, steps, strict=True) for breach in _job_violations(plan, *each)]
 
 
-def _passage_violations(plan: Plan, job: Job, passage: _Passage) -> list[str]:
+def _job_violations(plan: Plan, job: Job, parts: list[tuple[int, Segment]], steps: list[int]) -> list[str]:
+    """The same of a job. parts: its segments, each with its slot, in order; steps: slots after which it steps."""
+    breaches, seen = [], set[int]()
+    first, last = dict[int, int](), dict[int, int]()  # slot of each global batch
+    for slot, segment in parts:
+        for position in segment.samples:
+            if position in seen:
+                breaches.append(f"slot {slot}: sample {position} of {job.name!r} comes twice")
+            seen.add(position)
+        begin, end = job.batch_of(min(segment.samples)), job.batch_of(max(segment.samples))
+        for batch in range(begin, end + 1):
+            first.setdefault(batch, slot)
+            last[batch] = slot
     samples = job.stream_length - job.first_position
-    missing = samples - len(passage.samples)
+    missing = samples - len(seen)
     if missing:
-        return [f"{missing} of the {samples} samples of {job.name!r} are not in the plan"]
-    breaches = []
-    ends = [passage.last[batch] for batch in range(job.start, len(job.batches))]
-    if passage.steps != ends:
-        breaches.append(f"{job.name!r} steps after slots {passage.steps}, its global batches end at {ends}")
+        return [*breaches, f"{missing} of the {samples} samples of {job.name!r} are not in the plan"]
+    ends = [last[batch] for batch in range(job.start, len(job.batches))]
+    if steps != ends:
+        breaches.append(f"{job.name!r} steps after slots {steps}, its global batches end at {ends}")
     # A flushing pipeline is empty after each step, so the next slot sees it; a stream needs S slots.
     distance = 1 if plan.flush else plan.stages
     for batch, end in enumerate(ends[:-1], job.start):
-        begin = passage.first[batch + 1]
+        begin = first[batch + 1]
         if begin - end < distance:
             breaches.append(
                 f"batch {batch + 1} of {job.name!r} enters in slot {begin}, {begin - end} after the end of "

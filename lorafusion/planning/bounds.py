@@ -76,9 +76,7 @@ def time_bound(jobs: Sequence[Job], model: CostModel, capacity: int) -> float:
     """Seconds that every plan of one pipeline takes at least, in 1F1B without flush; without padding to buckets."""
     if isinstance(model, CapturedCosts):
         model = model.captured()  # a mean microbatch has no bucket
-    batches = [
-        [[job.sample_at(position).tokens for position in batch] for batch in job.batches[job.start :]] for job in jobs
-    ]
+    batches = [[job.lengths_at(batch) for batch in job.batches[job.start :]] for job in jobs]
     slots = [sum(fewest_slots(job, capacity)[job.start :]) for job in jobs]
     step = model.layers[0] * (model.step + model.reduction)
     chains = [sum(_alone(model, each, capacity)) + len(each) * step for each in batches]

@@ -1,6 +1,7 @@
 """What the strategies share: microbatches from positions, fixed-size cuts, no-ops."""
 
 from collections.abc import Callable, Container, Iterable, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 from lorafusion.core.plan import Microbatch, Segment
@@ -32,12 +33,7 @@ def padded_length(lengths: Sequence[int], row_multiple: int | None) -> int:
 def segment(workload: Workload, adapter: int, positions: Iterable[int]) -> Segment:
     """A segment of an adapter's samples, in stream order."""
     ordered = tuple(sorted(positions))
-    job = workload.jobs[adapter]
-    return Segment(
-        adapter=adapter,
-        samples=ordered,
-        tokens=sum(job.sample_at(position).tokens for position in ordered),
-    )
+    return Segment(adapter=adapter, samples=ordered, tokens=sum(workload.jobs[adapter].lengths_at(ordered)))
 
 
 class Item(NamedTuple):
@@ -50,7 +46,8 @@ class Item(NamedTuple):
 
 def job_items(adapter: int, job: Job, batch: int) -> list[Item]:
     """The samples of one of a job's global batches, in stream order."""
-    return [Item(job.sample_at(position).tokens, adapter, position) for position in job.batches[batch]]
+    positions = job.batches[batch]
+    return list(map(Item, job.lengths_at(positions), repeat(adapter), positions))
 
 
 def batch_items(workload: Workload, adapters: Iterable[int], batch: int) -> list[Item]:
@@ -103,9 +100,7 @@ def largest_microbatch(job: Job, capacity: int, data_parallel: int = 1) -> int:
 
     def fits(size: int) -> bool:
         return all(
-            sum(job.sample_at(position).tokens for position in cut) <= capacity
-            for batch in job.batches_of_an_epoch
-            for cut in cuts(batch, size)
+            sum(job.lengths_at(cut)) <= capacity for batch in job.batches_of_an_epoch for cut in cuts(batch, size)
         )
 
     return largest_that_fits(job.global_batch_size // data_parallel, fits)

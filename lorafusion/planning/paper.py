@@ -124,8 +124,4 @@ def merge(workload: Workload, steps: list[list[Bin]], stages: int, capacity: int
 
 
 def _tokens(workload: Workload, content: Bin) -> int:
-    return sum(
-        workload.jobs[adapter].sample_at(position).tokens
-        for adapter, positions in content.items()
-        for position in positions
-    )
+    return sum(sum(workload.jobs[adapter].lengths_at(positions)) for adapter, positions in content.items())

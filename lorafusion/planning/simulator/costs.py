@@ -257,7 +257,7 @@ def _contents(microbatch: Microbatch, workload: Workload | None) -> tuple[int, i
     elif workload is not None:
         for segment in microbatch.segments:
             job = workload.jobs[segment.adapter]
-            squares += sum(job.sample_at(position).tokens ** 2 for position in segment.samples)
+            squares += sum(tokens**2 for tokens in job.lengths_at(segment.samples))
     return microbatch.length, squares + microbatch.padding**2, len(microbatch.segments), len(microbatch.step_after)
 
 

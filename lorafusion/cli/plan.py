@@ -124,7 +124,8 @@ def _jobs_of(path: Path) -> tuple[Workload, dict[str, int], Question | None, boo
         model = base_model(config)
         share = config.recomputed_share or 0.0
         question = Question(config.stages, model, device=config.device, checkpointing=share > 0)
-        graphs = config.graphs != "off" and config.device != "cpu"  # of a GPU, if it says none
+        device = config.device or "cuda"  # a GPU, if it says none
+        graphs = config.graphs != "off" and not config.without_graphs(model, device)
         return prepare(config, model, Path(scratch)), sizes, question, graphs
 
 

@@ -24,6 +24,7 @@ def _word_of_switch(value: object) -> object:
     return ("off", "on")[value] if isinstance(value, bool) else value
 
 
+ASKING_ROPES = ("dynamic", "longrope")  # types of transformers' rotary embeddings
 Graphs = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word_of_switch)]
 Attention = Literal["auto", "cudnn", "flash"]
 
@@ -149,11 +150,16 @@ def require_possible(name: str, system: SystemConfig, stages: int, data_parallel
         )
 
 
-def no_graphs(name: str, system: SystemConfig, device: str) -> str:
-    """Why a system's stages run without CUDA graphs on a device; empty where they need not."""
+def no_graphs(name: str, system: SystemConfig, device: str, model: ModelConfig | None = None) -> str:
+    """Why a system's stages run without CUDA graphs on a device; empty where they need not. model: if it is known."""
     if device != "cuda":
         return f"the device is {device}, and graphs need a GPU"
-    return f"system {name} has no graphs, {system.no_graphs}" if system.no_graphs else ""
+    if system.no_graphs:
+        return f"system {name} has no graphs, {system.no_graphs}"
+    rope = str(model.rope_parameters.get("rope_type")) if model else ""
+    if rope in ASKING_ROPES:
+        return f"the host asks the device for the longest position of a rotary embedding of type {rope}"
+    return ""
 
 
 def uses_graphs(setting: Graphs, reason: str, where: str) -> bool:

@@ -41,7 +41,17 @@ def build_run(process: WorkerProcess, workload: Workload, plan: Plan) -> Trainin
     builder = BatchBuilder(workload, token_source(spec.tokens, config.vocab_size), device)
     autocast = dtype if system.wide_adapters and adapter_dtype != dtype else None
     return TrainingRun(
-        workload, plan, stage, active, builder, pipeline, process.position, autocast, around, process.meter
+        workload,
+        plan,
+        stage,
+        active,
+        builder,
+        pipeline,
+        process.position,
+        autocast,
+        around,
+        process.meter,
+        needs_graphs=spec.needs_graphs,
     )
 
 

@@ -13,8 +13,11 @@ place.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from fused_lora import AdapterStack
 from lorafusion.core.clock import free_memory
 from lorafusion.data.packing import PackedBatch
+from lorafusion.launch.outcome import FaultyRunError
 
 Through = Callable[[PackedBatch, torch.Tensor | None], torch.Tensor]
 Work = Callable[[], None]
@@ -61,9 +65,24 @@ class CudaRecorder:
     def capture(self, work: Work, pool: Any) -> Work:
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as NCCL's, may go on with what a capture forbids.
-        with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local")
+        with self._left_as_it_was(pool), torch.cuda.stream(self._stream), capture:
             work()
         return graph.replay
+
+    @contextmanager
+    def _left_as_it_was(self, pool: Any) -> Iterator[None]:
+        """Where a capture is broken off, torch forgets to tell its allocator and its generator, which then refuse to
+        empty the cache and to draw."""
+        try:
+            yield
+        except RuntimeError:
+            with suppress(RuntimeError):  # of a capture that was ended all the same
+                torch._C._cuda_endAllocateToPool(self.device.index, pool)
+                torch._C._cuda_releasePool(self.device.index, pool)
+            generator = torch.cuda.default_generators[self.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
 
     def memory(self) -> tuple[int, int]:
         free_memory()
@@ -86,6 +105,26 @@ class Usage(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.graphs} graphs, captured in {self.seconds:.1f} s, take {self.bytes / 2**30:.2f} GiB"
+
+
+class CaptureError(FaultyRunError):
+    """A stage that cannot be captured, and why."""
+
+
+@contextmanager
+def _refused(buckets: int) -> Iterator[None]:
+    """Within it torch's errors are `CaptureError`: no memory, a wait for the device, what no graph can hold."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause: BaseException = error  # the end of a capture that was broken off is an error itself
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise CaptureError("oom", f"graphs of {buckets} buckets do not fit in memory") from error
+        place = extract_tb(cause.__traceback__)[-1]
+        reason = str(cause).partition("\n")[0]
+        raise CaptureError("crash", f"{Path(place.filename).name}:{place.lineno}: {reason}") from error
 
 
 @dataclass
@@ -147,18 +186,20 @@ class StageGraphs:
 
         through: the stage, from a microbatch and its hidden states [1, T, H], if it is not the first, to what it gives.
         stacks: of the stage's adapters. batches: a microbatch of each bucket. ends: what the stage takes, if it is not
-        the first, and the gradient of what it gives, both for the largest bucket. lanes: microbatches in flight.
+        the first, and the gradient of what it gives, both for the largest bucket. lanes: microbatches in flight. Raises
+        `CaptureError` where they cannot be captured.
         """
         begin, (reserved, used) = time.perf_counter(), recorder.memory()
         ordered = sorted(batches, key=_tokens, reverse=True)
         self._stacks = stacks
-        self._lanes = [_lane(ordered, ends) for _ in range(lanes)]
-        for passes in self._lanes[0].values():
-            recorder.rehearse(lambda passes=passes: passes.both(through))
-        for lane in self._lanes:
-            pool = recorder.pool()
-            for passes in lane.values():
-                passes.capture(through, recorder, pool)
+        with _refused(len(ordered)):
+            self._lanes = [_lane(ordered, ends) for _ in range(lanes)]
+            for passes in self._lanes[0].values():
+                recorder.rehearse(lambda passes=passes: passes.both(through))
+            for lane in self._lanes:
+                pool = recorder.pool()
+                for passes in lane.values():
+                    passes.capture(through, recorder, pool)
         self._free = deque(self._lanes)
         # Autograd asks for a backward pass only where an argument has a gradient; token ids have none.
         self._anchor = torch.zeros((), requires_grad=True)

@@ -54,11 +54,13 @@ class TrainingRun:
         autocast: torch.dtype | None = None,
         around: Around | None = None,
         meter: Meter | None = None,
+        needs_graphs: bool = False,
     ) -> None:
-        """autocast: the dtype to compute in where that is not the parameters' own. meter: by default the device's."""
+        """autocast: the dtype to compute in where that is not the parameters' own. meter: by default the device's.
+        needs_graphs: of a plan with buckets; without it a stage that cannot be captured is an eager one."""
         self.workload, self.plan, self.stage, self.pipeline = workload, plan, stage, pipeline
         self.active, self.position, self._builder, self.autocast = active, position, builder, autocast
-        self.around = around
+        self.around, self.needs_graphs = around, needs_graphs
         if around is not None:
             around.attach(self)
         self.record = Record(meter or Meter(pipeline.device))
@@ -71,6 +73,7 @@ class TrainingRun:
         self.events_kept: dict[str, int] = {}  # bytes of the files of events that are of the slots before it
         self.gradients: Path | None = None  # where those of the adapters' first steps are written to
         self.graphs: graphs.StageGraphs | None = None  # of this stage, once they are captured
+        self.without_graphs = ""  # why they cannot be
         self._buckets = {bucket.tokens: bucket for bucket in plan.buckets}
         self._batches: dict[int, PackedBatch] = {}  # of the slots in flight
         self._evaluation_batches: dict[int, list[PackedBatch]] = {}  # by adapter
@@ -80,7 +83,7 @@ class TrainingRun:
         source, device = self._builder.source, self.pipeline.device
         builder = BatchBuilder(workload, source, device)
         return TrainingRun(workload, plan, self.stage, self.active, builder, self.pipeline, self.position,
-                           self.autocast, self.around, self.record.meter)  # fmt: skip
+                           self.autocast, self.around, self.record.meter, self.needs_graphs)  # fmt: skip
 
     @property
     def norm_dtype(self) -> torch.dtype:
@@ -262,7 +265,8 @@ class TrainingRun:
         fused kernels compiled for up to 38 s within runs of 5 s.) `warm_up_executor` comes before and does the same for
         the executor.
 
-        Graphs are captured instead where the plan has buckets for them, if they fit in memory.
+        Graphs are captured instead where the plan has buckets for them. Raises `CaptureError` where a run that needs
+        them has a stage that cannot be captured.
 
         It leaves no trace: the gradients are zeroed, the losses forgotten, and the masks are stateless. Every process
         calls it.
@@ -288,10 +292,11 @@ class TrainingRun:
         try:
             self.graphs = graphs.StageGraphs(self._through, self.active.stacks, batches, ends, lanes, recorder)
             LOGGER.info(f"{self.pipeline.name}: {self.graphs.usage}")
-        except torch.OutOfMemoryError:
-            LOGGER.warning(
-                f"{self.pipeline.name}: graphs of {len(shape)} buckets do not fit in memory; it does without"
-            )
+        except graphs.CaptureError as error:
+            if self.needs_graphs:
+                raise graphs.CaptureError(error.status, f"graphs: found on, expected auto or off: {error}") from error
+            self.without_graphs = str(error)
+            LOGGER.warning(f"{self.pipeline.name}: without graphs: {error}")
         for adapter in self.adapters:
             adapter.zero_gradients()
         return self.graphs is not None

@@ -96,7 +96,7 @@ class CellFiles:
 
     @property
     def _no_graphs(self) -> str:
-        return no_graphs(self.cell.system, self.system, self.suite.device)
+        return no_graphs(self.cell.system, self.system, self.suite.device, read_model(self.cell.model))
 
     @cached_property
     def costs(self) -> CostModel:

@@ -237,11 +237,12 @@ def cells(suite: Suite, source: str | Path = "suite") -> list[Cell]:
         ):
             for name in names:
                 one_of(kind, name, choices, where)
-        layers = {model: read_model(model).num_hidden_layers for model in grid.models}
+        configs = {model: read_model(model) for model in grid.models}
         for model, workload, gpus, system in product(grid.models, grid.workloads, grid.gpus, grid.systems):
             cell = Cell(system=system, model=model, gpus=gpus, workload=workload, grid=grid)
-            _require_possible(cell, systems[system], layers[model], where)
-            uses_graphs(grid.graphs, no_graphs(system, systems[system], suite.device), f"{where}.graphs")
+            _require_possible(cell, systems[system], configs[model].num_hidden_layers, where)
+            reason = no_graphs(system, systems[system], suite.device, configs[model])
+            uses_graphs(grid.graphs, reason, f"{where}.graphs")
             if cell.name in seen:
                 raise UserError(f"{where}: cell {cell.name} is in the suite twice")
             seen.add(cell.name)

@@ -15,6 +15,12 @@ class Outcome:
     report: dict = field(default_factory=dict)
     killed: bool = False
 
+    @property
+    def without_graphs(self) -> str:
+        """Why stages that were to replay graphs did not; empty where there are none."""
+        reasons = {part for part in self.report.get("graphs", []) if isinstance(part, str) and part}
+        return "; ".join(f"without graphs: {reason}" for reason in sorted(reasons))
+
 
 class FaultyRunError(UserError):
     """A run that ended by itself and has no numbers all the same: its status in the measurement table, and why."""

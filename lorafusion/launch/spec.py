@@ -44,6 +44,9 @@ class RunSpec(Config):
         exclude_if=lambda attention: attention == "flash",  # as for checkpoints from before there was a choice
         description="`model.attention.chosen_backend`",
     )
+    needs_graphs: bool = Field(
+        default=False, description="a stage that cannot be captured though its plan has buckets is an error"
+    )
     saving: Saving | None = None
     lock: Lock | None = Field(default=None, description="of the folder that the run writes to, where it may be shared")
     initial: str | None = Field(default=None, description="folder of adapters that are trained in part already")

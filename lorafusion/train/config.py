@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from lorafusion.core.config import Attention, Graphs, names_in, no_graphs, read_system, uses_graphs
+from lorafusion.core.config import Attention, Graphs, ModelConfig, names_in, no_graphs, read_system, uses_graphs
 from lorafusion.core.files import named_path, read_yaml
 from lorafusion.core.machine import has_gpu
 from lorafusion.core.schema import (
@@ -237,10 +237,10 @@ class TrainConfig(Config):
         """The dtype of the base model asked for, or the one that suits the device."""
         return self.dtype or ("bfloat16" if self.chosen_device == "cuda" else "float32")
 
-    @property
-    def without_graphs(self) -> str:
-        """Why stages cannot replay graphs here, memory aside; empty where they can."""
-        return no_graphs(SYSTEM, read_system(SYSTEM), self.chosen_device)
+    def without_graphs(self, model: ModelConfig | None, device: str | None = None) -> str:
+        """Why stages cannot replay graphs, memory aside; empty where they can. model: None before it is known. device:
+        by default the one here."""
+        return no_graphs(SYSTEM, read_system(SYSTEM), device or self.chosen_device, model)
 
     def uses_graphs(self, reason: str) -> bool:
         """As `core.config.uses_graphs`."""

@@ -54,11 +54,11 @@ def _require_possible(config: TrainConfig) -> None:
             raise UserError(
                 f"{config.path}: processes: {config.processes} on this machine, expected {MOST_PROCESSES} at most"
             )
+    model = read_model(config.model) if config.is_described else None
     with mistakes.gathered():
-        config.uses_graphs(config.without_graphs)
+        config.uses_graphs(config.without_graphs(model))
     with mistakes.gathered():
         require_warm_ups(config)
-    model = read_model(config.model) if config.is_described else None
     if model:
         with mistakes.gathered():
             fitted(config, model)

@@ -45,7 +45,7 @@ class RunPlanner:
     def _has_graphs(self, workload: Workload) -> bool:
         """Are stages to replay graphs? Says why not, where that is not asked for. Raises `UserError` where graphs are
         asked for and do not fit."""
-        config, reason = self.config, self.config.without_graphs
+        config, reason = self.config, self.config.without_graphs(self.model)
         if config.graphs == "off":
             return False
         if not reason:
@@ -73,7 +73,8 @@ class RunPlanner:
         share = self._capacity(Workload.read(run.workload), plan.capacity, bool(plan.buckets))[1]
         settings = {"plan": str(run.plan), "tokens": str(self.output.path / DATA),
                     "saving": Saving(folder=str(run.checkpoints), every=self.config.save_every, keep=self.config.keep),
-                    "events": str(run.events), "checkpointing": share}  # fmt: skip
+                    "events": str(run.events), "checkpointing": share,
+                    "needs_graphs": self.config.graphs == "on"}  # fmt: skip
         return self.bare_spec(run).model_copy(update=settings)
 
     def bare_spec(self, run: Run) -> RunSpec:

@@ -256,6 +256,8 @@ class Training:
             look()
         if wandb:
             wandb.finish()
+        if outcome.without_graphs:
+            LOGGER.warning(outcome.without_graphs)
         if outcome.status == "ok":
             self.output.take_over(run, self._checkpoint_of(run))
         return outcome

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import yaml
 
-from lorafusion.core.config import CONFIGS, names_in, read_model, read_systems
+from lorafusion.core.config import CONFIGS, names_in, no_graphs, read_model, read_system, read_systems
 from lorafusion.core.plugins import load
 from lorafusion.core.schema import UserError
 from lorafusion.lab.experiments.end_to_end import unavailable
@@ -28,6 +28,16 @@ def test_every_suite_is_sound(name):
 @pytest.mark.parametrize("name", sorted(names_in("models")))
 def test_every_model_is_sound(name):
     assert read_model(name).hidden_size % read_model(name).num_attention_heads == 0
+
+
+@pytest.mark.parametrize(
+    ("rope", "asks"), [("default", False), ("llama3", False), ("dynamic", True), ("longrope", True)]
+)
+def test_stages_whose_rotation_asks_the_device_have_no_graphs(rope, asks):
+    model = read_model("tiny").model_copy(update={"rope_parameters": {"rope_type": rope}})
+    reason = no_graphs("lorafusion", read_system("lorafusion"), "cuda", model)
+    expected = f"the host asks the device for the longest position of a rotary embedding of type {rope}"
+    assert reason == (expected if asks else "")
 
 
 @pytest.mark.parametrize("name", [name for name, system in read_systems().items() if not unavailable(system)])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -14,18 +15,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lorafusion.core.config import read_model
 from lorafusion.core.plan import Plan
 from lorafusion.core.workload import Workload
 from lorafusion.engine import fork_server
 from lorafusion.engine.build import build_run
-from lorafusion.engine.graphs import StageGraphs, Usage
-from lorafusion.engine.process import WorkerProcess
+from lorafusion.engine.graphs import CaptureError, StageGraphs, Usage
+from lorafusion.engine.process import WorkerProcess, gathered
 from lorafusion.engine.stream import execute
 from lorafusion.engine.timed import report_of, timed
 from lorafusion.engine.training import TrainingRun
 from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.lab.cost import cost_of
+from lorafusion.lab.table.result import result_of
 from lorafusion.launch.heartbeat import Position
+from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
 from lorafusion.planning.buckets import with_buckets
@@ -77,9 +81,11 @@ def planned(case: Case, stages: int = 1, replicas: int = 1) -> tuple[Workload, P
     return workload, with_buckets(plan, workload, tile=16, most=case.most)
 
 
-def built(folder: Path, case: Case, workload: Workload, plan: Plan, rank: int = 0, device: str = "cpu") -> TrainingRun:
-    spec = RunSpec(system="lorafusion", model="tiny", workload="", dtype=case.dtype, adapter_dtype=case.dtype,
-                   checkpointing=case.checkpointing, device=device)  # fmt: skip
+def built(
+    folder: Path, case: Case, workload: Workload, plan: Plan, rank: int = 0, device: str = "cpu", **changes
+) -> TrainingRun:
+    spec = RunSpec(system="lorafusion", workload="", dtype=case.dtype, adapter_dtype=case.dtype, device=device,
+                   checkpointing=case.checkpointing, **{"model": "tiny", **changes})  # fmt: skip
     return build_run(WorkerProcess(spec, torch.device(device, rank), Position(folder, rank), rank), workload, plan)
 
 
@@ -151,6 +157,13 @@ def _compare(folder: Path, stages: int, replicas: int, rank: int) -> None:
     workload, plan = planned(case, stages, replicas)
     eager, graphs = (trained(built(folder, case, workload, plan, rank), case, captured) for captured in (False, True))
     assert_equal(graphs, eager)
+    run = built(folder, case, workload, plan, rank)
+    with graphs_on_a_cpu() as recorder:
+        if rank == 1:
+            FAILURES["an operator"](recorder)
+        run.warm_up()
+        assert_equal(executed(run, case), eager)
+    assert [bool(reason) for reason in gathered(run.without_graphs)] == [part == 1 for part in range(stages * replicas)]
     dist.destroy_process_group()
 
 
@@ -164,21 +177,71 @@ def test_what_graphs_took_is_reported(tmp_path, caplog):
     assert report["graphs"] == [Usage(graphs, run.graphs.usage.seconds, 1000 * graphs, 990 * graphs)._asdict()]
     assert report["peak_memory"] == run.record.meter.peak_memory() + 990 * graphs
     timed(eager, execute)
-    assert "graphs" not in report_of(eager)
+    report = report_of(eager)
+    assert "graphs" not in report
+    for reasons, note in (([None, "no", "no"], "without graphs: no"), ([""], "")):
+        result = result_of(Outcome("ok", report=report | {"graphs": reasons, "canary": {}}), workload, plan, {}, {})
+        assert result["note"] == note
 
 
-def test_a_stage_whose_graphs_do_not_fit_does_without(tmp_path, caplog):
-    def full(work) -> None:
+def no_memory(recorder: CpuRecorder) -> None:
+    def rehearse(work) -> None:
+        work()
         raise torch.OutOfMemoryError
 
-    workload, plan = planned(Case())
-    run = built(tmp_path, Case(), workload, plan)
+    recorder.rehearse = rehearse
+
+
+def fail(reason: str) -> None:
+    raise RuntimeError(reason)
+
+
+def no_operator(recorder: CpuRecorder) -> None:
+    """The second capture is broken off, and its end is an error, too."""
+    capture = recorder.capture
+
+    def broken(work, pool) -> Callable[[], None]:
+        replay = capture(work, pool)
+        if recorder.captured < 2:
+            return replay
+        with ExitStack() as stack:
+            stack.callback(fail, "CUDA error: due to a previous error during capture")
+            fail("CUDA error: operation not permitted\nSearch for it.")
+
+    recorder.capture = broken
+
+
+FAILURES = {"memory": no_memory, "an operator": no_operator, "a question": lambda recorder: None}
+ASKED = "operation not permitted when stream is capturing: aten::_local_scalar_dense"
+REASONS = {"memory": "graphs of 2 buckets do not fit in memory", "an operator": "CUDA error: operation not permitted",
+           "a question": ASKED}  # fmt: skip
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_stage_that_cannot_be_captured_trains_without(tmp_path, caplog, failure):
+    """The same, bit for bit; or it is an error, before anything is trained. A dynamic rotary embedding asks."""
+    model, case = tmp_path / "model.yaml", Case()
+    rope = {"rope_type": "dynamic", "factor": 2.0} if failure == "a question" else {"rope_type": "default"}
+    changes = {"rope_parameters": {"rope_theta": 1e4, **rope}}
+    model.write_text(read_model("tiny").model_copy(update=changes).model_dump_json())
+    workload, plan = planned(case)
+    eager, run, needy = (
+        built(tmp_path, case, workload, plan, model=str(model), needs_graphs=needs) for needs in (False, False, True)
+    )
+    expected = trained(eager, case, captured=False)
     with graphs_on_a_cpu() as recorder, caplog.at_level(logging.WARNING):
-        recorder.rehearse = full
+        FAILURES[failure](recorder)
         run.warm_up()
+        assert_equal(executed(run, case), expected)
     assert run.graphs is None
-    words = f"graphs of {len(plan.buckets)} buckets do not fit in memory; it does without"
-    assert caplog.messages == [f"stage 0 of 1: {words}"]
+    assert run.without_graphs.endswith(REASONS[failure])
+    assert caplog.messages == [f"stage 0 of 1: without graphs: {run.without_graphs}"]
+    reason = re.escape(REASONS[failure])
+    with graphs_on_a_cpu() as recorder:
+        FAILURES[failure](recorder)
+        with pytest.raises(CaptureError, match=f"graphs: found on, expected auto or off: .*{reason}$") as error:
+            needy.warm_up()
+    assert error.value.status == ("oom" if failure == "memory" else "crash")
 
 
 def test_gradients_that_are_set_to_none_are_seen(tmp_path):
@@ -228,7 +291,7 @@ def test_a_stage_that_asks_its_device_is_not_captured(tmp_path):
     batch = built(tmp_path, Case(), workload, plan)._built(plan.microbatches[0])
     x = torch.zeros(1, len(batch.labels), 4)
     for ask in (lambda batch: batch.borders.offsets.tolist(), lambda batch: torch.tensor([1.0])):
-        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        with pytest.raises(CaptureError, match="not permitted when stream is capturing"):
             StageGraphs(lambda batch, x, ask=ask: x * len(ask(batch)), [], [batch], (x, x), 1, CpuRecorder())
 
 

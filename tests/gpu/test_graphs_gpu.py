@@ -94,6 +94,30 @@ def test_the_memory_of_graphs_is_counted_and_given_back(tmp_path, monkeypatch):
     assert torch.cuda.memory_reserved() - before < usage.bytes
 
 
+@pytest.mark.parametrize("ask", [torch.cuda.synchronize, lambda: torch.ones((), device="cuda").item()])
+def test_a_capture_that_is_broken_off_leaves_no_trace(tmp_path, monkeypatch, ask):
+    """That of the second bucket waits for its device. Torch then empties its cache and draws as before."""
+    case, captures = Case("bfloat16"), []
+    expected = executed(warm(tmp_path, case, monkeypatch, captured=False), case)
+    run = built(tmp_path, case, *planned(case), device="cuda", needs_graphs=False)
+    through = run._through
+
+    def asking(batch, x):
+        if torch.cuda.is_current_stream_capturing():
+            captures.append(batch)
+            if len(captures) == 2:
+                ask()
+        return through(batch, x)
+
+    monkeypatch.setattr(run, "_through", asking)
+    run.warm_up()
+    assert run.graphs is None
+    assert "capturing" in run.without_graphs
+    torch.cuda.empty_cache()
+    assert torch.rand(8, device="cuda").isfinite().all()
+    assert_equal(executed(run, case), expected)
+
+
 @pytest.mark.parametrize("arrangement", [(1, 1), (2, 1), (1, 2)])
 def test_processes_train_by_graphs(tmp_path, arrangement):
     """Whole runs, beside NCCL, against those without padding and graphs: what the first step sees differs by rounding

@@ -18,6 +18,7 @@ from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
 from lorafusion.data.lengths import make_workload
+from lorafusion.lab.experiments.end_to_end import spec_of
 from lorafusion.lab.keys import CellFiles
 from lorafusion.lab.suite import cells, read_suite
 from lorafusion.lab.trials import SLOWER
@@ -282,6 +283,9 @@ def test_a_cell_has_graphs_where_its_system_and_device_can(suite, system, device
     files = CellFiles(read_suite(auto.path), auto.cell)
     can = (system, device) == ("lorafusion", "cuda")
     assert (files.graphs, eager.graphs) == (can, False)
+    grids = [files.cell.grid.model_copy(update={"graphs": setting}) for setting in ("auto", "on")]
+    specs = [spec_of(files.cell.model_copy(update={"grid": grid}), files.suite, auto.path) for grid in grids]
+    assert [spec.needs_graphs for spec in specs] == [False, True]
     assert eager.graphs_note == ""
     reason = {"cpu": "the device is cpu, and", "cuda": "" if can else "system mlora has no graphs, its loop"}[device]
     assert files.graphs_note.startswith(f"; without graphs: {reason}" if reason else "")

@@ -45,12 +45,12 @@ def stage(usable: float) -> Measured:
     return Measured(usable * MIB, 2, needs, needs)
 
 
-def planner_of(tmp_path, monkeypatch, graphs, usable, capacity=None, device="cuda") -> RunPlanner:
+def planner_of(tmp_path, monkeypatch, graphs, usable, capacity=None, device="cuda", model=LARGE) -> RunPlanner:
     path = tmp_path / "jobs.yaml"
     settings = {"processes": 2, "capacity": capacity, "checkpointing": "none", "graphs": graphs, "device": device}
     data = {"model": "llama-3.1-8b", "output": "out", "jobs": [{"name": "a", "data": {"synthetic": {}}}]} | settings
     path.write_text(yaml.safe_dump(data))
-    run_planner = RunPlanner(read_train_config(path), LARGE, None, None)
+    run_planner = RunPlanner(read_train_config(path), model, None, None)
     monkeypatch.setattr(run_planner, "_measured", lambda workload: [stage(usable)])
     monkeypatch.setattr(planner, "gpu_state", lambda: {"gpu_name": "GPU Y"})
     return run_planner
@@ -90,6 +90,16 @@ def test_a_cpu_has_no_graphs_and_says_so_where_it_may(tmp_path, monkeypatch, cap
     with caplog.at_level("INFO"):
         assert not planner_of(tmp_path, monkeypatch, "auto", 0, device="cpu").plan(make_workload()).buckets
     assert "without graphs: the device is cpu, and graphs need a GPU" in caplog.text
+
+
+def test_a_rotation_that_asks_its_device_has_no_graphs(tmp_path, monkeypatch, caplog, make_workload):
+    model = LARGE.model_copy(update={"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}})
+    reason = "the host asks the device for the longest position of a rotary embedding of type dynamic"
+    with caplog.at_level("INFO"):
+        assert not planner_of(tmp_path, monkeypatch, "auto", 12288, 64, model=model).plan(make_workload()).buckets
+    assert f"without graphs: {reason}" in caplog.text
+    with pytest.raises(UserError, match=f"jobs.yaml: graphs: found on, expected auto or off: {reason}"):
+        planner_of(tmp_path, monkeypatch, "on", 12288, 64, model=model).plan(make_workload())
 
 
 @pytest.mark.parametrize(("before", "now", "goes_on"), [

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lorafusion.core.config import read_system
+from lorafusion.core.config import read_model, read_system
 from lorafusion.core.plan import Plan
 from lorafusion.core.schema import UserError
 from lorafusion.core.workload import Workload
@@ -288,6 +288,16 @@ def test_graphs_on_a_cpu_are_refused_before_anything_is_written(tmp_path, capsys
     assert str(refused.value) == (
         f"{path}: graphs: found on, expected auto or off: the device is cpu, and graphs need a GPU"
     )
+    assert not (tmp_path / "out").exists()
+
+
+def test_graphs_of_a_model_that_asks_its_device_are_refused_before_anything_is_written(tmp_path):
+    rope = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+    model = tmp_path / "model.yaml"
+    model.write_text(read_model("tiny").model_copy(update=rope).model_dump_json())
+    path = playback.jobs_file(tmp_path, graphs="on", device="cuda", model=str(model))
+    with pytest.raises(UserError, match=r"jobs.yaml: graphs: found on, expected auto or off: the host asks the device"):
+        train(path)
     assert not (tmp_path / "out").exists()
 
 

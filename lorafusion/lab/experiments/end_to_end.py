@@ -100,6 +100,7 @@ def spec_of(cell: Cell, suite: Suite, workload_path: Path) -> RunSpec:
         seed=suite.seed,
         checkpointing=float(cell.grid.checkpointing),
         attention=cell.grid.attention,
+        needs_graphs=cell.grid.graphs == "on",
     )
 
 

@@ -132,6 +132,7 @@ def result_of(
     cost = report.get("cost", {})
     if status == "ok" and "unknown" in cost:
         note = "; ".join(filter(None, [note, f"the cost is unknown: {cost['unknown']}"]))
+    note = "; ".join(filter(None, [note, outcome.without_graphs]))
     stages = stages_of(report, plan, schedule) if status == "ok" else []
     return {key: report[key] for key in ("graphs",) if key in report} | {
         "version": VERSION,

@@ -98,6 +98,10 @@ Priority = Annotated[
 Weight = Annotated[
     Float, Field(gt=0, le=MOST_WEIGHT, description="what the job's end counts for in the mean that a plan makes low")
 ]
+Prompt = Annotated[
+    Float,
+    Field(ge=0, lt=1, description="share of a sample's tokens that nothing is learnt from, where tokens are synthetic"),
+]
 EvaluationSteps = Annotated[Int | None, Field(ge=1, le=MOST_STEPS, description="steps between two evaluations")]
 
 
@@ -149,6 +153,8 @@ class Job(Hyperparameters, _Frozen):
     samples: tuple[Sample, ...] = Field(min_length=1)
     evaluation: tuple[Sample, ...] = Field(default=(), description="samples that the loss is measured on")
     evaluate_every: EvaluationSteps = None
+    # As with `ORDER_KEYS`, files from before have the same hash.
+    prompt: Prompt = Field(default=0.0, exclude_if=lambda share: not share)
     priority: Priority = 0
     weight: Weight = 1.0
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from lorafusion.core.config import CONFIGS
 from lorafusion.core.files import read_yaml
 from lorafusion.core.schema import MOST_TOKENS, Config, UserError, one_of, validated
-from lorafusion.core.workload import MERGED, MERGED_PARTS, AdapterParameters, Job, Sample, Workload
+from lorafusion.core.workload import MERGED, MERGED_PARTS, AdapterParameters, Job, Prompt, Sample, Workload
 
 LENGTHS_TABLE = CONFIGS / "workloads" / "lengths.csv"
 MIXED = "mixed"
@@ -29,6 +29,7 @@ class AdapterConfig(AdapterParameters, Config):
     """One adapter of a workload file."""
 
     dataset: str
+    prompt: Prompt = 0.0
 
 
 class WorkloadConfig(Config):

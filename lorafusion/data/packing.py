@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from lorafusion.core.workload import Job, Sample, Workload
 from lorafusion.data.tokens import Tokens, TokenSource
 
 IGNORE = -100  # the label of a token after which nothing is to be predicted
+ROWS = 16  # tokens of which logits are made are a multiple of it, so that their products have few shapes
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class PackedBatch:
 
     input_ids int64 [1, T]; position_ids int64 [1, T], from 0 in each sample; labels int64 [T], the next token of the
     sample; weights float64 [T], one over the label tokens of the adapter's global batch. lora: whose tokens are where;
-    adapters are indices of the workload's jobs. segments: the same, known on the host.
+    adapters are indices of the workload's jobs. segments: the same, known on the host. rows int64 [R], rising: the
+    tokens of which logits are made, all that have a label among them; None: all tokens.
     """
 
     input_ids: torch.Tensor
@@ -62,6 +64,7 @@ class PackedBatch:
     borders: SampleBorders
     lora: LoRABatch
     segments: tuple[AdapterSegment, ...]
+    rows: torch.Tensor | None = None
 
     @property
     def positions(self) -> torch.Tensor:
@@ -72,13 +75,15 @@ class PackedBatch:
     def tensors(self) -> list[torch.Tensor]:
         """All that a device needs of it. Those of the microbatches of a bucket have the same shapes."""
         tensors = [self.input_ids, self.position_ids, self.labels, self.weights, self.borders.offsets]
-        return tensors + [self.lora.offsets, self.lora.adapters, self.lora.positions]
+        tensors += [self.lora.offsets, self.lora.adapters, self.lora.positions]
+        return tensors if self.rows is None else [*tensors, self.rows]
 
     def of(self, tensors: Sequence[torch.Tensor]) -> PackedBatch:
         """The same microbatch, of other tensors."""
-        *tokens, borders, offsets, adapters, positions = tensors
+        ids, places, labels, weights, borders, offsets, adapters, positions, *rows = tensors
         lora = LoRABatch(offsets, adapters, positions)
-        return PackedBatch(*tokens, replace(self.borders, offsets=borders), lora, self.segments)
+        borders = replace(self.borders, offsets=borders)
+        return PackedBatch(ids, places, labels, weights, borders, lora, self.segments, *rows)
 
     def on(self, device: torch.device) -> PackedBatch:
         """The same microbatch on a device, which nobody waits for."""
@@ -92,9 +97,9 @@ class BatchBuilder:
         self.workload, self.source, self.device = workload, source, device
         self._labels: dict[tuple[int, int], int] = {}  # of a job's global batches
 
-    def build(self, microbatch: Microbatch, bucket: Bucket | None = None) -> PackedBatch:
-        """The tensors of a microbatch that is not a no-op; bucket: that it is padded to, if there is one. Raises
-        `UserError` for samples of another length than the workload says."""
+    def build(self, microbatch: Microbatch, bucket: Bucket | None = None, rows: int | None = None) -> PackedBatch:
+        """The tensors of a microbatch that is not a no-op; bucket: that it is padded to, if there is one; rows: the
+        `logit_rows` of the bucket. Raises `UserError` for samples of another length than the workload says."""
         parts = _Parts()
         for part in microbatch.segments:
             job = self.workload.jobs[part.adapter]
@@ -107,7 +112,22 @@ class BatchBuilder:
             parts.segments.append(AdapterSegment(start, parts.length, part.adapter, batch))
         if microbatch.padding:
             parts.pad(microbatch.padding)
-        return self._pinned(parts.packed(bucket))
+        return self._tensors(parts, bucket, rows)
+
+    def logit_rows(self, bucket: Bucket, microbatches: Iterable[Microbatch]) -> int | None:
+        """Of how many tokens logits are made, in all of a plan's microbatches that are in a bucket; None: of all."""
+        most = prompts = 0
+        for microbatch in microbatches:
+            if microbatch.bucket == bucket.tokens:
+                learnt = [
+                    self.source.labels(job, job.sample_at(position))
+                    for part in microbatch.segments
+                    for job in [self.workload.jobs[part.adapter]]
+                    for position in part.samples
+                ]
+                prompts += microbatch.tokens - len(learnt) - sum(learnt)
+                most = max(most, sum(learnt))
+        return _logit_rows(most, prompts, bucket.tokens)
 
     def label_tokens(self, adapter: int, batch: int) -> int:
         """Tokens of one of a job's global batches that are learnt."""
@@ -129,10 +149,13 @@ class BatchBuilder:
             batches[-1].add(*self._tokens(job, sample), weight, batches[-1].length)
         for parts in batches:
             parts.segments.append(AdapterSegment(0, parts.length, adapter, 0))
-        return [self._pinned(parts.packed()).on(self.device) for parts in batches]
+        return [self._tensors(parts).on(self.device) for parts in batches]
 
-    def _pinned(self, batch: PackedBatch) -> PackedBatch:
+    def _tensors(self, parts: _Parts, bucket: Bucket | None = None, rows: int | None = None) -> PackedBatch:
         """A batch that a GPU can copy: a copy from other memory waits for it where it is larger than 64 KiB."""
+        if bucket is None:
+            rows = _logit_rows(parts.learnt, parts.prompts, parts.length)
+        batch = parts.packed(bucket, rows)
         return batch.of([tensor.pin_memory() for tensor in batch.tensors]) if self.device.type == "cuda" else batch
 
     def _tokens(self, job: Job, sample: Sample) -> Tokens:
@@ -157,6 +180,7 @@ class _Parts:
         self.segments: list[AdapterSegment] = []
         self.lengths: list[int] = []
         self.length = 0
+        self.learnt = self.prompts = 0  # tokens that are labels, and those before them but each sample's first
 
     def add(
         self, ids: torch.Tensor, first_label: int, weight: float, stream_offset: int, row_tokens: int | None = None
@@ -174,6 +198,8 @@ class _Parts:
         self.positions.append(place + stream_offset)
         self.lengths.append(len(ids))
         self.length += len(ids)
+        self.learnt += len(ids) - padding - first_label
+        self.prompts += first_label - 1
 
     def pad(self, tokens: int) -> None:
         """Add a sample that nothing is learnt from. Its tokens are all at place 0: it may be longer than any text."""
@@ -185,8 +211,9 @@ class _Parts:
         self.lengths.append(tokens)
         self.length += tokens
 
-    def packed(self, bucket: Bucket | None = None) -> PackedBatch:
-        """bucket: has the samples and segments, some of them empty, that the batch gets."""
+    def packed(self, bucket: Bucket | None, rows: int | None) -> PackedBatch:
+        """bucket: has the samples and segments, some of them empty, that the batch gets; rows: tokens of which logits
+        are made, as many as there are labels or more."""
         lora = LoRABatch.of(self.segments, torch.cat(self.positions))
         borders = SampleBorders.of(self.lengths, lora.positions.device)
         if bucket is not None:
@@ -198,15 +225,24 @@ class _Parts:
             )
             offsets = _filled(borders.offsets, bucket.samples + 1, self.length)
             borders = replace(borders, offsets=offsets, longest=bucket.longest)
+        labels = torch.cat(self.labels)
         return PackedBatch(
             input_ids=torch.cat(self.ids)[None],
             position_ids=torch.cat(self.places)[None],
-            labels=torch.cat(self.labels),
+            labels=labels,
             weights=torch.cat(self.weights),
             borders=borders,
             lora=lora,
             segments=tuple(self.segments),
+            rows=None if rows is None else (labels == IGNORE).byte().argsort(stable=True)[:rows].sort().values,
         )
+
+
+def _logit_rows(labels: int, prompts: int, tokens: int) -> int | None:
+    """Of how many of a microbatch's tokens logits are made; None: of all. prompts: tokens of prompts. Without any all
+    tokens have a label but the last of each sample and padding; it is not worth it to gather the others."""
+    rows = -(-labels // ROWS) * ROWS
+    return rows if prompts and rows < tokens else None
 
 
 def _filled(values: torch.Tensor, count: int, value: int) -> torch.Tensor:

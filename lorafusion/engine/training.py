@@ -74,7 +74,7 @@ class TrainingRun:
         self.gradients: Path | None = None  # where those of the adapters' first steps are written to
         self.graphs: graphs.StageGraphs | None = None  # of this stage, once they are captured
         self.without_graphs = ""  # why they cannot be
-        self._buckets = {bucket.tokens: bucket for bucket in plan.buckets}
+        self._buckets = {item.tokens: (item, builder.logit_rows(item, plan.microbatches)) for item in plan.buckets}
         self._batches: dict[int, PackedBatch] = {}  # of the slots in flight
         self._evaluation_batches: dict[int, list[PackedBatch]] = {}  # by adapter
 
@@ -99,7 +99,7 @@ class TrainingRun:
 
     def _built(self, microbatch: Microbatch) -> PackedBatch:
         """On the host."""
-        return self._builder.build(microbatch, self._buckets.get(microbatch.bucket))
+        return self._builder.build(microbatch, *self._buckets.get(microbatch.bucket, ()))
 
     def forward_of_an_idle_replica(self, slot: int) -> torch.Tensor:
         """The microbatch that another replica has in a slot in which this one has none, through a stage that is the
@@ -139,7 +139,7 @@ class TrainingRun:
         with torch.autocast(self.pipeline.device.type, dtype) if dtype else nullcontext():
             out = self.stage(batch.input_ids if self.stage.is_first else x, batch.position_ids, batch.borders)
             if self.stage.is_last:
-                out = weighted_losses(out, self.stage.lm_head.weight, batch.labels, batch.weights)
+                out = weighted_losses(out, self.stage.lm_head.weight, batch.labels, batch.weights, batch.rows)
         return out
 
     def _note_losses(self, slot: int, batch: PackedBatch, losses: torch.Tensor) -> None:

@@ -54,11 +54,14 @@ def global_batches(job: Job) -> list[list[Placed]]:
 
 
 def synthetic_text(job: Job, sample: Sample, vocabulary: int) -> LabelledText:
-    """A language of WORDS words in a fixed cycle, drawn by the job's seed; a sample enters it where its id says."""
+    """A language of WORDS words in a fixed cycle, drawn by the job's seed; a sample enters it where its id says. Of the
+    job's share of its tokens nothing is learnt, rounded down, nor of the first; the last is always learnt."""
     cycle = torch.randperm(vocabulary, generator=_generator(f"({job.seed},)"))[:WORDS].tolist()
     count = len(cycle)
     first = int(torch.randint(count, (), generator=_generator(f"({job.seed}, {sample.id})")))
-    return LabelledText(torch.tensor([cycle[(first + place) % count] for place in range(sample.tokens)]), 1)
+    ids = torch.tensor([cycle[(first + place) % count] for place in range(sample.tokens)])
+    prompt = math.floor(job.prompt * sample.tokens)
+    return LabelledText(ids, sorted((1, prompt, sample.tokens - 1))[1])
 
 
 def base_weight(name: str, shape: torch.Size, std: float, seed: int, dtype: torch.dtype, device: torch.device):

@@ -11,22 +11,34 @@ CHUNK_ROWS = 2048
 
 
 def weighted_losses(
-    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each token's share of its adapter's loss, [T] in float64.
 
     hidden [1, T, H], what the head takes; head [V, H], frozen; labels int64 [T], IGNORE where nothing is to be
-    predicted; weights float64 [T], one over the label tokens of the adapter's global batch. The sum over all tokens of
-    a global batch, whatever microbatches they came in, is the mean token loss of that batch.
+    predicted; weights float64 [T], one over the label tokens of the adapter's global batch; rows int64 [R], the tokens
+    of which logits are made, each once: all that have a label, and perhaps others; None: all tokens. The sum over all
+    tokens of a global batch, whatever microbatches they came in, is the mean token loss of that batch.
 
     On a GPU logits are made and used up chunk by chunk, by Liger's kernel where it is installed.
     """
+    if rows is None:
+        return _losses(hidden[0], head, labels) * weights
+    losses = _losses(hidden[0].index_select(0, rows), head, labels.index_select(0, rows))
+    return losses.new_zeros(len(labels)).index_copy(0, rows, losses) * weights
+
+
+def _losses(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Each token's loss [T], of hidden states [T, H]."""
     if hidden.is_cuda and liger_kernel() is not None:
-        return _ChunkedCrossEntropy.apply(hidden[0], head, labels) * weights
-    logits = F.linear(hidden[0], head)
+        return _ChunkedCrossEntropy.apply(hidden, head, labels)
+    logits = F.linear(hidden, head)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    losses = F.cross_entropy(logits.to(dtype), labels, ignore_index=IGNORE, reduction="none")
-    return losses * weights
+    return F.cross_entropy(logits.to(dtype), labels, ignore_index=IGNORE, reduction="none")
 
 
 def liger_kernel():

@@ -20,7 +20,10 @@ from lorafusion.planning import plan_system
 
 pytestmark = pytest.mark.usefixtures("forked_runs")
 SYSTEMS = {name: system for name, system in read_systems().items() if not unavailable(system)}
-JOBS = toy_jobs(dropout=0.0)
+# Half of the second one's tokens are a prompt: of these no logits are made.
+JOBS = tuple(
+    job.model_copy(update={"prompt": share}) for job, share in zip(toy_jobs(dropout=0.0), (0, 0.5), strict=True)
+)
 OTHERS = ("o_proj", "gate_proj", "up_proj", "down_proj")
 CAPACITY = 96
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorafusion.core.plan import Microbatch, Plan, statistics_of, violations
+from lorafusion.core.plan import Bucket, Microbatch, Plan, statistics_of, violations
 from lorafusion.core.schema import UserError
 from lorafusion.data.packing import IGNORE, AdapterSegment, BatchBuilder
-from lorafusion.data.tokens import Tokens
+from lorafusion.data.tokens import SyntheticTokens, Tokens
 from lorafusion.planning.common import segment
 
 CPU = torch.device("cpu")
@@ -103,6 +103,61 @@ def test_real_tokens_are_the_same_in_rows_as_packed(places, row_tokens, workload
         assert torch.equal(getattr(rows, name)[real], getattr(packed, name))
     assert (rows.labels[~real] == IGNORE).all()
     assert [(one.adapter, one.batch) for one in rows.segments] == [(one.adapter, one.batch) for one in packed.segments]
+
+
+class Prompted(Counted):
+    """Only the last token of a sample is learnt."""
+
+    def tokens(self, job, sample):
+        return super().tokens(job, sample)._replace(first_label=sample.tokens - 1)
+
+    def labels(self, job, sample):
+        return 1
+
+
+@pytest.mark.parametrize("row_tokens", [None, 40])
+def test_logits_are_made_of_what_is_learnt(row_tokens, make_job, make_workload):
+    """And of some other tokens, so that there is a multiple of 16 of them."""
+    workload = make_workload(make_job("a", (5, 30, 8, 2)), make_job("b", (40,)))
+    microbatch = Microbatch(
+        segments=(segment(workload, 0, (0, 1, 2, 3)), segment(workload, 1, (0,))), row_tokens=row_tokens
+    )
+    batch = BatchBuilder(workload, Prompted(), CPU).build(microbatch)
+    learnt = (batch.labels != IGNORE).nonzero()[:, 0].tolist()
+    assert len(learnt) == 5
+    rows = batch.rows.tolist()
+    assert (rows, len(rows)) == (sorted(set(rows)), 16)
+    assert set(learnt) <= set(rows)
+    assert torch.equal(batch.of(batch.tensors).rows, batch.rows)
+
+
+def test_logits_are_made_of_all_tokens_where_that_costs_no_more(make_job, make_workload):
+    workload = make_workload(make_job("a", (5, 3, 8)), make_job("b", (17, 100), global_batch_size=1))
+    short, long = ((segment(workload, index, (0,)),) for index in range(2))
+    for source, parts, expected in (
+        (Prompted(), short, None),
+        (Prompted(), long, 16),
+        (SyntheticTokens(9), long, None),
+    ):
+        batch = BatchBuilder(workload, source, CPU).build(Microbatch(segments=parts))
+        assert (batch.rows if batch.rows is None else len(batch.rows)) == expected
+
+
+def test_the_microbatches_of_a_bucket_have_logits_of_as_many_tokens(make_job, make_workload):
+    """Of as many as that with the most labels needs; one that needs all has them made of all in the others too."""
+    workload = make_workload(make_job("a", (40, 8, 12), global_batch_size=1))
+    parts = [(segment(workload, 0, (position,)),) for position in range(3)]
+    builder, bucket = BatchBuilder(workload, Counted(), CPU), Bucket(tokens=64, samples=2, segments=1, longest=64)
+    microbatches = [Microbatch(segments=part, bucket=64) for part in parts]
+    assert builder.logit_rows(bucket, [Microbatch(noop=True), *microbatches]) == 32  # 20 labels
+    assert builder.logit_rows(bucket, microbatches[1:]) == 16
+    assert builder.logit_rows(bucket.model_copy(update={"tokens": 32}), microbatches) is None
+    assert BatchBuilder(workload, SyntheticTokens(9), CPU).logit_rows(bucket, microbatches) is None
+    for microbatch in microbatches:
+        batch = builder.build(microbatch, bucket, 32)
+        assert len(batch.rows) == 32
+        assert set((batch.labels != IGNORE).nonzero()[:, 0].tolist()) <= set(batch.rows.tolist())
+        assert builder.build(microbatch, bucket, None).rows is None
 
 
 def test_places_in_the_stream_do_not_begin_again_with_an_epoch(workload):

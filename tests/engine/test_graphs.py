@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lorafusion.core.config import read_model
 from lorafusion.core.plan import Plan
 from lorafusion.core.workload import Workload
+from lorafusion.data import packing
 from lorafusion.engine import fork_server
 from lorafusion.engine.build import build_run
 from lorafusion.engine.graphs import CaptureError, StageGraphs, Usage
@@ -67,6 +68,7 @@ CASES = {
     "partly recomputed": Case(checkpointing=0.5, changes=CLIPPED),
     "no number": Case(prepare=no_number),
     "other weights": Case(changes={"evaluate_every": 2}, prepare=other_weights),
+    "prompts": Case(changes={"evaluate_every": 2, "prompt": 0.9}),
 }
 
 
@@ -142,6 +144,19 @@ def test_padding_changes_nothing_but_the_order_of_sums(tmp_path, dtype):
     assert_equal(graphs, eager, **tolerance)
 
 
+def test_logits_of_what_is_learnt_train_the_same_bits_as_all(tmp_path, monkeypatch):
+    case = CASES["prompts"]
+    workload, plan = planned(case)
+    run = built(tmp_path, case, workload, plan)
+    batches = [run._built(microbatch) for microbatch in plan.microbatches]
+    assert {len(batch.rows) for batch in batches} == {16}
+    some = trained(run, case, captured=True)
+    monkeypatch.setattr(packing, "_logit_rows", lambda *_: None)
+    run = built(tmp_path, case, workload, plan)
+    assert run._built(plan.microbatches[0]).rows is None
+    assert_equal(some, trained(run, case, captured=False))
+
+
 @pytest.mark.parametrize("arrangement", [(3, 1), (1, 2)])
 def test_each_stage_and_replica_has_graphs_of_its_own(tmp_path, arrangement):
     processes = arrangement[0] * arrangement[1]
@@ -153,7 +168,7 @@ def test_each_stage_and_replica_has_graphs_of_its_own(tmp_path, arrangement):
 def _compare(folder: Path, stages: int, replicas: int, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=stages * replicas)
-    case = Case(changes={"evaluate_every": 3, **CLIPPED}, checkpointing=0.5)
+    case = Case(changes={"evaluate_every": 3, "prompt": 0.7, **CLIPPED}, checkpointing=0.5)
     workload, plan = planned(case, stages, replicas)
     eager, graphs = (trained(built(folder, case, workload, plan, rank), case, captured) for captured in (False, True))
     assert_equal(graphs, eager)

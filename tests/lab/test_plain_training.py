@@ -42,8 +42,9 @@ def assert_equal(workload: Workload, trained: TrainingResult, dtype: torch.dtype
         (1, {}),
         (1, {"schedule": "linear", "warmup_steps": 2, "weight_decay": 0.1}),
         (2, {"schedule": "cosine", "max_grad_norm": 0.05, "steps": 5}),
+        (1, {"prompt": 0.9, "steps": 3}),
     ],
-    ids=["plain", "linear", "cosine"],
+    ids=["plain", "linear", "cosine", "prompts"],
 )
 def test_a_run_computes_what_plain_training_computes(stages, changes):
     workload = Workload(name="toy", jobs=jobs(**changes))
@@ -65,7 +66,7 @@ def test_in_float32_the_losses_are_those_of_plain_training():
 
 def test_evaluations_are_those_of_plain_training(tmp_path, monkeypatch):
     """At intervals and at the end, without dropout; training goes on as if there were none."""
-    workload = Workload(name="toy", jobs=jobs(evaluation=EVALUATION, evaluate_every=4))
+    workload = Workload(name="toy", jobs=jobs(evaluation=EVALUATION, evaluate_every=4, prompt=0.6))
     launch = toy_runs.launch
 
     def with_events(spec, *arguments):

@@ -18,6 +18,20 @@ def labels_are_those_of_the_capture(original):
     return property(tensors)
 
 
+@planted("lorafusion.data.packing:_logit_rows", caught_by="tests/data/test_packing.py::"
+         "test_logits_are_made_of_what_is_learnt[None]")  # fmt: skip
+def logits_are_made_of_all_tokens(original):
+    """Logits are made of all tokens, also of those without a label."""
+    return lambda labels, prompts, tokens: None
+
+
+@planted("lorafusion.data.packing:BatchBuilder.logit_rows", caught_by=f"{GRAPHS}::"
+         "test_logits_of_what_is_learnt_train_the_same_bits_as_all")  # fmt: skip
+def a_bucket_has_too_few_logits(original):
+    """A bucket has one logit, however many tokens of its microbatches have a label."""
+    return lambda builder, bucket, microbatches: 1
+
+
 @planted("lorafusion.engine.graphs:_Passes.fill", caught_by=EQUAL)
 def masks_are_those_of_the_capture(original):
     """Dropout masks of a graph are those of the tokens that it was captured with."""

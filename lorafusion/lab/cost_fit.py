@@ -6,20 +6,23 @@ multiples of these parts, and the forward once more where it was recomputed. No 
 costs less. A pass in which the device waited for its host says nothing about the device, and is left out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import yaml
-from scipy.optimize import nnls
+from scipy.optimize import brentq, nnls
 
-from lorafusion.core.config import read_model, read_system
+from lorafusion.core.config import ModelConfig, read_model, read_system
 from lorafusion.core.files import write
+from lorafusion.lab.experiments.cost_systems import WHOLE, bench_of, workload_and_plan
+from lorafusion.lab.experiments.costs_suite import SystemBench
 from lorafusion.lab.table.table import MeasurementError, read
-from lorafusion.planning.simulator.costs import CPU, H200, LEAST_TOKEN, CostModel, LayerCosts, model_costs
-from lorafusion.planning.simulator.profile import CostFit, CostProfile, dimensions_of
+from lorafusion.planning.simulator import simulate
+from lorafusion.planning.simulator.costs import CPU, H200, LEAST_TOKEN, LayerCosts, contents_of, model_costs
+from lorafusion.planning.simulator.profile import CostFit, CostProfile, dimensions_of, stage_costs
 
 HOST_BOUND = 1.5  # a pass that takes less than so many times its host's time may have waited for it
 TURNS = 5
@@ -207,55 +210,83 @@ def profile_of(table: pd.DataFrame) -> CostProfile:
                             costs=fitted(of_fit, base).model_copy(update=besides), points=len(of_fit),
                             mean_error=errors.mean(), worst_error=errors.max(),
                             saved_bytes=_saved(of_fit)))  # fmt: skip
-    fits = [fit.model_copy(update={"costs": fit.costs.model_copy(update={"crowded": _crowded(table, fits)})})
-            for fit in fits]  # fmt: skip
     made_from = {name: None if pd.isna(origin[name]) else str(origin[name]) for name in ORIGIN}
     return CostProfile(device="cuda" if is_gpu else "cpu", gpu_name=origin["gpu_name"] if is_gpu else None,
-                       dtype=origin["dtype"], made_from=made_from, fits=(*fits, *_of_systems(table, fits)))  # fmt: skip
+                       dtype=origin["dtype"], made_from=made_from, fits=_by_runs(fits, table))  # fmt: skip
 
 
-class _System(NamedTuple):
-    """A system that was run, beside the fit of its implementation. seconds: of passes and steps of a microbatch; alone:
-    the same by the fit."""
+class _Run(NamedTuple):
+    """A bench of a system. seconds: by name, of a microbatch's passes and steps; of a pipeline the whole and the mean
+    forward pass of its stages."""
 
-    name: str
-    replicas: int
-    layers: int
-    fit: CostFit
+    bench: SystemBench
+    model: ModelConfig
     seconds: Mapping[str, float]
-    alone: Mapping[str, float]
+
+    def is_of(self, fit: CostFit) -> bool:
+        """Is a fit of its model and LoRA operation, and of its system or any?"""
+        implementation, system = read_system(self.bench.system).implementation, self.bench.system
+        return (fit.dimensions, fit.implementation) == (dimensions_of(self.model), implementation) and fit.system in (
+            None, system)  # fmt: skip
+
+    def alone(self, fit: CostFit) -> dict[str, float]:
+        """Its seconds by name, as a fit of stages alone has them."""
+        tokens = self.bench.tokens
+        held = [np.array([value], float) for value in (tokens, tokens * self.bench.sample_tokens, 1, 1)]
+        costs = stage_costs(fit, self.model, 1, checkpointing=False).costs(*held)
+        return {name: getattr(costs, name).item() for name in self.seconds}
+
+    def latency(self, fit: CostFit) -> float:
+        """Of a message, with which the simulated pipeline takes as long as the measured one. How fast the machine was
+        then is known from the forward passes."""
+        workload, plan = workload_and_plan(self.bench)
+        costs, held = stage_costs(fit, self.model, plan.stages, checkpointing=False), contents_of(plan, workload)
+        without = costs.model_copy(update={"latency": 0.0, "transfer": 0.0}).costs(*held).forward
+        expected = self.seconds[WHOLE] * without[without > 0].mean() / self.seconds["forward"]
+
+        def late(latency: float) -> float:
+            return simulate(plan, costs.model_copy(update={"latency": latency}).costs(*held)).makespan - expected
+
+        return float(brentq(late, 0, expected)) if late(0) < 0 else 0.0
 
 
-def _systems(table: pd.DataFrame, fits: Sequence[CostFit]) -> Iterator[_System]:
-    rows = table[table["cell"].str.contains("/system~") & (table["status"] == "ok") & (table["statistic"] == "single")]
-    for (model, system, cell), of_system in rows.groupby(["model", "system", "cell"]):
-        place = dict(part.split("~", 1) for part in cell.split("/"))
-        layers, tokens, sample = (int(place[name]) for name in ("layers", "tokens", "sample"))
-        seconds = of_system.astype({"value": float}).groupby(of_system["pass"].fillna("step"))["value"].median()
-        for fit in fits:
-            if (fit.model, fit.implementation) == (model, read_system(str(system)).implementation):
-                held = [np.array([value], float) for value in (tokens, tokens * sample, 1, 1)]
-                costs = CostModel(**fit.costs.model_dump() | {"layers": (layers,)}).costs(*held)
-                alone = {name: getattr(costs, name).item() for name in seconds.index}
-                yield _System(str(system), int(of_system["gpus"].iloc[0]), layers, fit, seconds, alone)
+def _runs(table: pd.DataFrame) -> list[_Run]:
+    rows = table[table["cell"].str.contains("/stages~[0-9]+/") & (table["status"] == "ok")]
+    runs = []
+    for (model, cell), of_cell in rows[rows["statistic"] == "single"].groupby(["model", "cell"]):
+        names = of_cell["pass"].fillna(of_cell["metric"].map({"time": WHOLE, "step_time": "step"}))
+        seconds = of_cell.astype({"value": float}).groupby(names)["value"].median()
+        runs.append(_Run(bench_of(str(cell), str(model)), read_model(str(model)), seconds.to_dict()))
+    return runs
 
 
-def _crowded(table: pd.DataFrame, fits: Sequence[CostFit]) -> float:
-    """How much longer work took on a core with several processes, by systems that were run with more of them than the
-    cores."""
-    longer = [sum(system.seconds[name] for name in PASSES) * system.fit.costs.cores / system.replicas
-              / sum(system.alone[name] for name in PASSES)
-              for system in _systems(table, fits) if 0 < system.fit.costs.cores < system.replicas]  # fmt: skip
-    return max(1.0, float(np.mean(longer))) if longer else 1.0
+def _by_runs(fits: Sequence[CostFit], table: pd.DataFrame) -> tuple[CostFit, ...]:
+    """Fits with what short runs of systems say besides.
+
+    What a microbatch and steps take more than by the fit of their implementation is the executor's work, and becomes a
+    fit of that system. A pipeline says what a message takes: in that system, if it has a fit of its own, or else in all
+    that have none. None has more processes than cores."""
+    runs = _runs(table)
+    pairs = [(run, fit) for run in runs for fit in fits if run.bench.stages == 1 and run.is_of(fit)
+             and run.bench.processes <= fit.costs.cores]  # fmt: skip
+    fits = [*fits, *(_with_executor(fit, run) for run, fit in pairs)]
+    latencies = {}
+    for run in [run for run in runs if run.bench.stages > 1]:
+        fit = next((fit for fit in reversed(fits) if run.is_of(fit)), None)  # its own is the last one
+        if fit and run.bench.processes <= fit.costs.cores:
+            latencies[fit.system] = run.latency(fit)
+    return tuple(
+        fit.model_copy(update={"costs": fit.costs.model_copy(update={"latency": latencies[fit.system]})})
+        if fit.system in latencies else fit for fit in fits
+    )  # fmt: skip
 
 
-def _of_systems(table: pd.DataFrame, fits: Sequence[CostFit]) -> Iterator[CostFit]:
-    """Fits of systems that were run: what a microbatch took more than by the fit of its implementation is work of the
-    executor in each layer, whatever the microbatch holds; and what steps took more is that of a stage."""
-    for name, replicas, layers, fit, seconds, alone in _systems(table, fits):
-        if not 0 < fit.costs.cores < replicas:
-            more = {part: max(0.0, seconds[part] - alone[part]) for part in alone}
-            yield fit.model_copy(update={"system": name, "costs": _with_more(fit.costs, layers, **more)})
+def _with_executor(fit: CostFit, run: _Run) -> CostFit:
+    """The fit of a system: what a microbatch took more than by the fit of its implementation is work of the executor in
+    each layer, whatever the microbatch holds; and what steps took more is that of a stage."""
+    more = {name: max(0.0, run.seconds[name] - seconds) for name, seconds in run.alone(fit).items()}
+    costs = _with_more(fit.costs, run.model.num_hidden_layers, **more)
+    return fit.model_copy(update={"system": run.bench.system, "costs": costs})
 
 
 def _with_more(costs: LayerCosts, layers: int, forward: float, backward: float, step: float) -> LayerCosts:

@@ -28,6 +28,7 @@ from lorafusion.lab.keys import CellFiles, require
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table.table import MeasurementError, read, summarise
 from lorafusion.planning.simulator import CostModel, model_costs, simulate
+from lorafusion.planning.simulator.choice import with_reduction
 from lorafusion.planning.simulator.costs import contents_of
 from lorafusion.planning.simulator.profile import read_profile, stage_costs
 
@@ -113,6 +114,8 @@ def _by_profile(cells: Sequence[_Cell], path: Path) -> Iterator[tuple[_Cell, flo
         fit = profile.fit(model, cell.files.system.implementation, cell.files.cell.system)
         if fit and cell.files.system.liger:  # as in all that profiles measure
             costs = stage_costs(fit, model, cell.plan.stages, cell.files.cell.grid.checkpointing)
+            if not cell.files.system.shard:  # which sums gradients in its passes, as the profile has them
+                costs = with_reduction(costs, cell.files.question)
             yield cell, cell.seconds_by(costs)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from lorafusion.core.config import read_model
 from lorafusion.core.files import write
 from lorafusion.core.plan import Plan
 from lorafusion.core.workload import Sample, Workload
@@ -24,48 +23,69 @@ from lorafusion.launch.launch import launch
 from lorafusion.launch.spec import RunSpec
 from lorafusion.planning import plan_system
 
-JOBS, BATCHES, MICROBATCHES = 2, 4, 4  # adapters, global batches of each, and microbatches a replica of each of these
+BATCHES, MICROBATCHES = 4, 4  # global batches of each adapter, and microbatches a replica of each of these
 RANK, DROPOUT = 16, 0.1
 PASSES = ("forward", "backward")
+WHOLE = "whole"
 
 
 def system_rows(point: Point) -> Iterator[list[dict]]:
-    """Seconds of a microbatch by pass, and of the steps after one, as medians over some runs of a system."""
+    """Seconds as medians over some runs of a system: of a microbatch by pass, and of the steps after one. Of a pipeline
+    those of the whole and of a forward pass, in the run in which these are in the median ratio."""
     entry, bench = point.settings, point.subject
     with tempfile.TemporaryDirectory(prefix="lorafusion-") as folder:
-        workload, plan = _workload_and_plan(bench)
+        workload, plan = workload_and_plan(bench)
         paths = [Path(folder) / name for name in ("workload.json", "plan.json")]
         for path, content in zip(paths, (workload, plan), strict=True):
             write(path, content.to_json())
         spec = RunSpec(system=bench.system, model=bench.model, workload=str(paths[0]), plan=str(paths[1]),
                        device=entry.device, dtype=entry.dtype, adapter_dtype=entry.dtype, seed=entry.seed)  # fmt: skip
-        outcomes = [launch(spec, bench.replicas, 60 * entry.minutes) for _ in range(entry.rounds)]
+        outcomes = [launch(spec, bench.processes, 60 * entry.minutes) for _ in range(entry.rounds)]
     rounds = [_seconds(outcome.report, plan) for outcome in outcomes if outcome.status == "ok"]
-    layers = read_model(bench.model).num_hidden_layers
-    cell = {"cell": f"bench~{point.name}/layers~{layers}/system~{bench.system}/tokens~{bench.tokens}"
-                    f"/sample~{bench.sample_tokens}",
-            "bench": point.name, "system": bench.system, "tokens": bench.tokens}  # fmt: skip
+    if bench.stages > 1:
+        rounds = sorted(rounds, key=lambda seconds: seconds[WHOLE] / seconds["forward"])[(len(rounds) - 1) // 2 :][:1]
+    cell = {"cell": cell_of(point.name, bench), "bench": point.name, "system": bench.system, "tokens": bench.tokens,
+            "stages": bench.stages, "adapters": bench.adapters}  # fmt: skip
     status, note = ("ok", "") if rounds else (outcomes[-1].status, outcomes[-1].note[:200])
     yield [
         row("step_time" if name == "step" else "time",
-            statistics.median(seconds[name] for seconds in rounds) if rounds else None, "steady",
-            cell | {"pass": None if name == "step" else name}, status=status, note=note)
-        for name in (*PASSES, "step")
+            statistics.median(seconds[name] for seconds in rounds) if rounds else None,
+            WHOLE if name == WHOLE else "steady", cell | {"pass": name if name in PASSES else None},
+            status=status, note=note)
+        for name in ((WHOLE, "forward") if bench.stages > 1 else (*PASSES, "step"))
     ]  # fmt: skip
 
 
-def _workload_and_plan(bench: SystemBench) -> tuple[Workload, Plan]:
-    """Equal microbatches, of one adapter after another."""
+def cell_of(name: str, bench: SystemBench) -> str:
+    """A bench's name in the table, which says all of it but the model (`bench_of`)."""
+    settings = bench.model_dump(exclude={"model"})
+    return "/".join([f"bench~{name}", *(f"{key}~{value}" for key, value in settings.items())])
+
+
+def bench_of(cell: str, model: str) -> SystemBench:
+    """The bench of a name in the table."""
+    return SystemBench(model=model, **dict(part.split("~", 1) for part in cell.split("/")[1:]))
+
+
+def workload_and_plan(bench: SystemBench) -> tuple[Workload, Plan]:
+    """Samples of one length, packed into microbatches by the system's planner."""
     size = bench.tokens // bench.sample_tokens * MICROBATCHES * bench.replicas
     samples = tuple(Sample(i, bench.sample_tokens) for i in range(size * BATCHES))
-    jobs = equal_jobs(JOBS, rank=RANK, alpha=2.0 * RANK, dropout=DROPOUT, global_batch_size=size, samples=samples)
+    jobs = equal_jobs(bench.adapters, rank=RANK, alpha=2.0 * RANK, dropout=DROPOUT, global_batch_size=size,
+                      samples=samples)  # fmt: skip
     workload = Workload(name=bench.system, jobs=jobs)
-    return workload, plan_system(workload, bench.system, stages=1, capacity=bench.tokens, data_parallel=bench.replicas)
+    plan = plan_system(workload, bench.system, stages=bench.stages, capacity=bench.tokens, data_parallel=bench.replicas)
+    return workload, plan
 
 
 def _seconds(report: dict, plan: Plan) -> dict[str, float]:
-    """Of the first process, by pass, and of the steps that follow a microbatch. What comes between two microbatches
-    counts as backward, but for what comes with steps alone."""
+    """Of a pipeline the whole run, in its slowest process, and the mean forward pass. Else of the first process, by
+    pass, and of the steps that follow a microbatch; what comes between two microbatches counts as backward, but for
+    what comes with steps alone."""
+    if plan.stages > 1:
+        spans = [(end - begin) / 1e6 for times in report["times"]
+                 for begin, end in zip(times["forward"][1::3], times["forward"][2::3], strict=True)]  # fmt: skip
+        return {WHOLE: max(host for _, host in report["clocks"]), "forward": statistics.mean(spans)}
     begins, ends = (report["times"][0]["forward"][place::3] for place in (1, 2))
     stepping = [any(part.step_after for part in parts) for parts in plan.slots()]
     turns = [(after - before) / 1e6 for before, after in pairwise(begins)]

@@ -54,7 +54,7 @@ class Costs(BenchExperiment):
     def resources(self, point: Point) -> Resources:
         needs = super().resources(point)
         subject = point.subject
-        processes = 2 if subject is None else subject.replicas if isinstance(subject, SystemBench) else 1
+        processes = 2 if subject is None else subject.processes if isinstance(subject, SystemBench) else 1
         return needs._replace(cpus=max(needs.cpus, processes), gpus=processes * needs.gpus)
 
     def columns(self, point: Point) -> dict:
@@ -62,7 +62,7 @@ class Costs(BenchExperiment):
         if point.subject is None:
             return common | {"gpus": 2}
         if isinstance(point.subject, SystemBench):
-            return common | {"model": point.subject.model, "gpus": point.subject.replicas}
+            return common | {"model": point.subject.model, "gpus": point.subject.processes}
         return common | {"model": point.subject.model, "rank": point.subject.rank, "dropout": point.subject.dropout}
 
     def measure(self, point: Point, repeat: int, out: Path) -> Iterator[list[dict]]:

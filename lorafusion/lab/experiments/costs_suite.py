@@ -81,13 +81,19 @@ class CostsBench(Config):
 
 
 class SystemBench(Config):
-    """Equal microbatches in a run of a system whose executor has work of its own."""
+    """A short run of a system, for what no stage alone shows: in one process, in replicas, or in a pipeline."""
 
     model: str = Field(description="a file of configs/models")
     system: str = Field(description="an entry of configs/systems.yaml")
-    replicas: Count = Field(default=1, description="processes, each with a replica of the model or a share of it")
+    stages: Count = Field(default=1, description="of a pipeline, for what messages take")
+    replicas: Count = Field(default=1, description="of the model, each in a process, or with a share of it")
+    adapters: Count = Field(default=4, description="that are trained")
     tokens: Tokens = Field(description="of a microbatch")
     sample_tokens: Tokens = Field(description="of each sample that is packed in it")
+
+    @property
+    def processes(self) -> int:
+        return self.stages * self.replicas
 
     @model_validator(mode="after")
     def _possible(self) -> SystemBench:

@@ -98,7 +98,11 @@ SOURCES: tuple[Callable[[Question], CostModel | None], ...] = (
 
 def costs_for(question: Question) -> CostModel:
     """The costs that a plan uses; `UserError` for a file that does not fit it."""
-    costs = next(costs for source in SOURCES if (costs := source(question)) is not None)
+    return with_reduction(next(costs for source in SOURCES if (costs := source(question)) is not None), question)
+
+
+def with_reduction(costs: CostModel, question: Question) -> CostModel:
+    """The same costs, with those of summing gradients over the replicas of a question."""
     if question.model is None:  # and nothing is known of the gradients
         return costs
     parameters = [adapter_parameters(question.model, job) for job in question.jobs] or [0]

@@ -66,9 +66,8 @@ class Costs:
 
     forward, backward, step: float64 [stages, microbatches]. step: what follows the microbatch's backward where it ends
     an adapter's global batch, gradients reduced over the replicas included. transfer: float64 [microbatches], one way
-    between two stages. cores: that the processors share; 0: each has a device of its own. crowded: seconds of work on a
-    core with several processes, without the waiting, over those alone. Raises `UserError` for shapes that do not fit
-    each other, and times below zero.
+    between two stages. cores: that the processors share; 0: each has a device of its own.
+    Raises `UserError` for shapes that do not fit each other, and times below zero.
     """
 
     forward: np.ndarray
@@ -76,7 +75,6 @@ class Costs:
     step: np.ndarray
     transfer: np.ndarray
     cores: int = 0
-    crowded: float = 1.0
 
     def __post_init__(self) -> None:
         shape = self.forward.shape
@@ -144,7 +142,6 @@ class LayerCosts(Config):
     latency: Cost = Field(default=0.0, description="of a transfer between stages")
     transfer: Cost = Field(default=0.0, description="of a token between stages")
     cores: int = Field(default=0, ge=0, le=MOST_CORES, description="that processes share; 0: each has its own device")
-    crowded: float = Field(default=1.0, ge=1, le=MOST, description="time on a core with several processes, over alone")
 
     def layer(self, tokens: np.ndarray, squares: np.ndarray, adapters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of one layer for each microbatch, forward and backward; tokens, sums of squared sample lengths and
@@ -219,7 +216,7 @@ class CostModel(LayerCosts):
             neighbours = np.minimum(np.arange(self.stages)[:, None], 1) + 1 - is_last
             forward, backward = forward + neighbours * sent, backward + neighbours * sent
             step = step + 2 * neighbours * self.latency * (steps > 0)
-        return Costs(forward, backward, step, sent, self.cores, self.crowded)
+        return Costs(forward, backward, step, sent, self.cores)
 
 
 class CapturedCosts(CostModel):

@@ -1,8 +1,8 @@
 """Processes that share the cores of a machine: where a CPU trains, and not a GPU.
 
 Those that work at once go equally fast: each has a core as long as there are enough, and else the share of one that
-falls to it. Processes that alternate on a core are slower still, as they find its caches full of others' data. So one
-clock of work serves all of them: an operation ends when that clock has gone on by what the operation takes alone.
+falls to it. So one clock of work serves all of them: an operation ends when that clock has gone on by what the
+operation takes alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorafusion.planning.simulator.timeline import OrderedRun, Timeline
 
 def speed(costs: Costs, busy: int) -> float:
     """Of each of some busy processes, over that of one alone."""
-    return 1.0 if busy <= costs.cores else costs.cores / busy / costs.crowded
+    return 1.0 if busy <= costs.cores else costs.cores / busy
 
 
 def run_shared(run: OrderedRun, costs: Costs) -> Timeline:

@@ -15,10 +15,13 @@ from lorafusion.core.config import CONFIGS, read_model
 from lorafusion.core.schema import UserError
 from lorafusion.lab import cost_fit
 from lorafusion.lab.experiments import EXPERIMENTS, cost_times
+from lorafusion.lab.experiments.cost_systems import PASSES, bench_of, cell_of, workload_and_plan
+from lorafusion.lab.experiments.costs_suite import SystemBench
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table
 from lorafusion.lab.table.table import MeasurementError
-from lorafusion.planning.simulator.costs import CostModel, LayerCosts
+from lorafusion.planning.simulator import simulate
+from lorafusion.planning.simulator.costs import CostModel, LayerCosts, contents_of
 from lorafusion.planning.simulator.profile import read_profile, stage_costs
 
 COSTS = EXPERIMENTS["costs"]
@@ -153,39 +156,64 @@ def test_links_are_of_the_messages_that_were_timed():
 SYSTEM = {"model": "tiny", "system": "peft-bf16", "tokens": 64, "sample_tokens": 16}
 
 
-def of_a_cpu(seconds: dict[str, tuple[int, float, float, float]], cores: int = 2) -> pd.DataFrame:
-    """The table of a CPU whose passes take what some costs say, and of systems there: replicas, and seconds of the two
-    passes of a microbatch of 2048 tokens in 4 layers and of the steps after it."""
+def of_a_cpu(seconds: dict[str, tuple[dict, dict[str, float]]], cores: int = 2) -> pd.DataFrame:
+    """The table of a CPU whose passes take what some costs say, and of systems there: by name the bench's settings, and
+    seconds of a microbatch's passes and steps, or of the whole."""
     frame = rows_of(TRUE.model_copy(update={"host": 0.0, "host_adapter": 0.0, "host_adapter_backward": 0.0,
                                             "host_microbatch": 0.0}))  # fmt: skip
     frame = frame[~frame["metric"].isin(["host_time", "saved_memory"])].assign(gpu_name=pd.NA, dtype="float32")
-    rows = [("bench~x/cores", "cores", pd.NA, cores, pd.NA, 1)]
-    for system, (replicas, *values) in seconds.items():
-        cell = f"bench~{system}/layers~4/system~{system}/tokens~2048/sample~512"
-        for value, which in zip(values, ("forward", "backward", pd.NA), strict=True):
-            rows.append((cell, "step_time" if which is pd.NA else "time", which, value, system, replicas))
-    more = pd.DataFrame(rows, columns=["cell", "metric", "pass", "value", "system", "gpus"])
+    rows = [("bench~x/cores", "cores", pd.NA, cores, pd.NA)]
+    for name, (settings, values) in seconds.items():
+        cell = cell_of(name, bench(**settings))
+        for which, value in values.items():
+            rows.append((cell, "step_time" if which == "step" else "time", which if which in PASSES else pd.NA, value,
+                         settings["system"]))  # fmt: skip
+    more = pd.DataFrame(rows, columns=["cell", "metric", "pass", "value", "system"])
     return pd.concat([frame, more.assign(statistic="single", status="ok", model="llama-3.1-8b")], ignore_index=True)
 
 
+def bench(**settings) -> SystemBench:
+    return SystemBench(model="llama-3.1-8b", tokens=2048, sample_tokens=512, **settings)
+
+
 def test_what_an_executor_does_besides_is_in_the_costs_of_its_system():
-    alone = cost_fit.profile_of(of_a_cpu({})).fits[0].costs
-    held = [np.array([value], float) for value in (2048, 2048 * 512, 1, 1)]
-    table = CostModel(**alone.model_dump() | {"layers": (4,)}).costs(*held)
-    forward, backward, step = (getattr(table, name).item() for name in ("forward", "backward", "step"))
-    frame = of_a_cpu({"fused-sequential": (1, forward + 0.04, backward + 0.02, step + 0.003),
-                      "fused-mlora": (4, 2.4 * forward, 2.4 * backward, step)})  # fmt: skip
-    profile = cost_fit.profile_of(frame)
+    config, held = read_model("llama-3.1-8b"), [np.array([value], float) for value in (2048, 2048 * 512, 1, 1)]
+    alone = stage_costs(cost_fit.profile_of(of_a_cpu({})).fits[0], config, 1, False).costs(*held)
+    forward, backward, step = (getattr(alone, name).item() for name in ("forward", "backward", "step"))
+    profile = cost_fit.profile_of(of_a_cpu({
+        "executor": ({"system": "fused-sequential"},
+                     {"forward": forward + 0.04, "backward": backward + 0.02, "step": step + 0.003}),
+        "crowded": ({"system": "fused-mlora", "replicas": 4}, dict.fromkeys((*PASSES, "step"), 1.0))}))  # fmt: skip
     assert [fit.system for fit in profile.fits] == [None, "fused-sequential"]
-    config = read_model("llama-3.1-8b")
     assert profile.fit(config, "fused", "lorafusion") == profile.fits[0]
-    assert profile.fits[0].costs.cores == 2
-    assert profile.fits[0].costs.crowded == pytest.approx(1.2, rel=1e-3)
-    costs = profile.fit(config, "fused", "fused-sequential").costs
-    again = CostModel(**costs.model_dump() | {"layers": (4,)}).costs(*held)
+    assert [fit.costs.cores for fit in profile.fits] == [2, 2]
+    again = stage_costs(profile.fit(config, "fused", "fused-sequential"), config, 1, False).costs(*held)
     assert again.forward.item() == pytest.approx(forward + 0.04)
     assert again.backward.item() == pytest.approx(backward + 0.02)
     assert again.step.item() == pytest.approx(step + 0.003)
+
+
+def test_messages_take_as_long_as_pipelines_show_whatever_the_speed_of_the_machine():
+    config, seconds, expected = read_model("llama-3.1-8b"), {}, {"lorafusion": 0.02, "fused-sequential": 0.09}
+    profile = cost_fit.profile_of(of_a_cpu({}))
+    for system, latency in expected.items():
+        settings = {"system": system, "stages": 2}
+        workload, plan = workload_and_plan(bench(**settings))
+        model = stage_costs(profile.fits[0], config, 2, checkpointing=False).model_copy(update={"latency": latency})
+        table = model.costs(*contents_of(plan, workload))
+        forward = model.model_copy(update={"latency": 0.0, "transfer": 0.0}).costs(*contents_of(plan, workload)).forward
+        whole = simulate(plan, table).makespan
+        seconds[f"{system}-pair"] = settings, {"whole": 1.5 * whole, "forward": 1.5 * forward[forward > 0].mean()}
+    held = [np.array([value], float) for value in (2048, 2048 * 512, 1, 1)]
+    alone = stage_costs(profile.fits[0], config, 1, False).costs(*held)
+    seconds["executor"] = (
+        {"system": "fused-sequential"},
+        {name: getattr(alone, name).item() for name in (*PASSES, "step")},
+    )
+    profile = cost_fit.profile_of(of_a_cpu(seconds))
+    fits = {system: profile.fit(config, "fused", system) for system in expected}
+    assert fits["fused-sequential"].system == "fused-sequential"
+    assert {system: fit.costs.latency for system, fit in fits.items()} == pytest.approx(expected, rel=0.01)
 
 
 def test_on_a_cpu_what_follows_a_pass_is_in_the_costs_of_a_microbatch():
@@ -213,17 +241,22 @@ def test_mistakes_in_a_system_that_is_to_run_are_named(tmp_path, monkeypatch, ch
         list(COSTS.measure(*COSTS.points("toy"), 1, tmp_path / "result.json"))
 
 
-def test_a_system_is_run_and_its_microbatches_are_timed(tmp_path, monkeypatch):
-    entry = {"device": "cpu", "dtype": "float32", "rounds": 1, "systems": {"run": SYSTEM}}
+@pytest.mark.parametrize(("stages", "names"), [(1, {"forward", "backward", "step"}), (2, {"forward", "whole"})])
+def test_a_system_is_run_and_its_microbatches_are_timed(tmp_path, monkeypatch, stages, names):
+    system = SYSTEM | ({"system": "mlora", "stages": 2} if stages == 2 else {})
+    entry = {"device": "cpu", "dtype": "float32", "rounds": 1, "systems": {"run": system}}
     (tmp_path / "costs.yaml").write_text(yaml.safe_dump({"toy": entry}))
     monkeypatch.setattr(COSTS, "config", tmp_path / "costs.yaml")
     (point,) = COSTS.points("toy")
     COSTS.run(point, 1, tmp_path / "result.json", None)
     frame = table.read_results([tmp_path / "result.json"])
     assert set(frame["status"]) == {"ok"}
-    seconds = frame.set_index(frame["pass"].fillna("step"))["value"]
-    assert set(seconds.index) == {"forward", "backward", "step"}
-    assert (seconds[["forward", "backward"]] > 0).all()
+    assert bench_of(frame["cell"].iloc[0], "tiny") == point.subject
+    seconds = frame.set_index(frame["pass"].fillna(frame["metric"].replace({"time": "whole", "step_time": "step"})))[
+        "value"
+    ]
+    assert set(seconds.index) == names
+    assert (seconds.drop("step", errors="ignore") > 0).all()
 
 
 def test_messages_between_two_processes_are_timed(tmp_path, monkeypatch):

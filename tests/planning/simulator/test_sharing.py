@@ -18,11 +18,11 @@ from lorafusion.planning.simulator.timeline import FORWARD, OrderedRun, run_orde
 STEPPING = [False, False, True, False, True, True]
 
 
-def costs_of(stages: int, microbatches: int, cores: int, crowded: float = 1.0) -> Costs:
+def costs_of(stages: int, microbatches: int, cores: int) -> Costs:
     generator = np.random.default_rng(stages)
     forward, backward, step = generator.uniform(0.5, 2, (3, stages, microbatches))
     transfer = generator.uniform(0, 0.3, microbatches)
-    return Costs(forward, backward, step * np.array(STEPPING), transfer, cores, crowded)
+    return Costs(forward, backward, step * np.array(STEPPING), transfer, cores)
 
 
 def shared(costs: Costs, flush: bool = False):
@@ -34,7 +34,7 @@ def shared(costs: Costs, flush: bool = False):
 @pytest.mark.parametrize("flush", [False, True])
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_with_a_core_each_processes_go_as_if_alone(stages, flush):
-    ours, alone = shared(costs_of(stages, 6, cores=stages, crowded=1.5), flush)
+    ours, alone = shared(costs_of(stages, 6, cores=stages), flush)
     for of_ours, of_alone in zip(ours.ends, alone.ends, strict=True):
         np.testing.assert_allclose(of_ours, of_alone)
 
@@ -53,11 +53,9 @@ def test_cores_that_are_all_busy_do_all_the_work_there_is(cores):
     assert cores * ends.max() - idle == pytest.approx(work.sum())
 
 
-def test_four_equal_processes_on_two_cores_take_twice_as_long_and_more_where_they_are_crowded():
+def test_four_equal_processes_on_two_cores_take_twice_as_long():
     costs = Costs(np.ones((1, 4)), np.ones((1, 4)), np.zeros((1, 4)), np.zeros(4), 2)
     assert ends_together(np.ones(4), costs).tolist() == [2.0] * 4
-    assert ends_together(np.ones(4), replace(costs, crowded=1.25)).tolist() == [2.5] * 4
-    assert ends_together(np.ones(2), replace(costs, crowded=1.25)).tolist() == [1.0] * 2
 
 
 def test_a_pipeline_on_fewer_cores_takes_longer_and_no_less_than_its_work():
@@ -81,8 +79,8 @@ def test_orders_that_wait_for_each_other_are_an_error():
 def test_on_a_cpu_both_ends_of_a_message_pay_for_it():
     model = CostModel(layers=(1, 1, 1), token=1.0, latency=0.5, transfer=0.1, step=1.0)
     held = [np.array(values, float) for values in ([10, 0], [0, 0], [1, 0], [1, 0])]
-    alone, together = model.costs(*held), model.model_copy(update={"cores": 2, "crowded": 1.1}).costs(*held)
-    assert (together.cores, together.crowded) == (2, 1.1)
+    alone, together = model.costs(*held), model.model_copy(update={"cores": 2}).costs(*held)
+    assert together.cores == 2
     assert (together.forward - alone.forward).tolist() == [[1.5, 0], [3.0, 0], [1.5, 0]]
     np.testing.assert_allclose(together.backward - alone.backward, together.forward - alone.forward)
     assert (together.step - alone.step).tolist() == [[1.0, 0], [2.0, 0], [1.0, 0]]

@@ -59,13 +59,15 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor, batch: LoRABatch | None = None) -> Tensor:
         """y [..., N] of x [..., K]. batch: whose tokens they are; without it all are the first adapter's, with new
         masks at each call, drawn from torch's random numbers (`whole_batch`). Autocast acts as on nn.Linear."""
-        # Not over the lists themselves: that looks each factor up by the text of its number.
-        factors: Any = (self.lora_a._parameters.values(), self.lora_b._parameters.values())
+        # Attributes of a module are slow, and so is to look each factor up by the text of its number.
+        modules: Any = self._modules
+        factors = (modules["lora_a"]._parameters.values(), modules["lora_b"]._parameters.values())
+        base = modules["base"]
         adapters = [
             LoRAAdapter(a, b, settings.scaling, settings.dropout, key)
             for a, b, settings, key in zip(*factors, self.settings, self.keys, strict=True)
         ]
-        x, weights, biases = autocasted(x, [self.base.weight], [self.base.bias])
+        x, weights, biases = autocasted(x, [base.weight], [base.bias])
         batch, table = batch or whole_batch(x), self._tables.of([adapters], x)
         return lora_linears(x, weights, biases, [adapters], batch, self.training, table)[0]
 

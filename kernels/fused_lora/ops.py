@@ -24,6 +24,7 @@ inputs of any form) and the y: to stack factors and to flatten inputs before it 
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -114,19 +115,23 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+@cache
+def _host() -> Any:
+    """The host code of the kernels; a statement that imports it takes time at each call."""
+    from fused_lora.gpu.host import launch
+
+    return launch
+
+
 # Triton launches on the current device, which need not be the tensors'.
 def _linear_on_gpu(operands, *arguments):
-    from fused_lora.gpu.host.launch import forward
-
     with torch.cuda.device_of(operands.a):
-        return forward(operands, *arguments)
+        return _host().forward(operands, *arguments)
 
 
 def _linear_backward_on_gpu(operands, *arguments):
-    from fused_lora.gpu.host.launch import backward
-
     with torch.cuda.device_of(operands.a):
-        return backward(operands, *arguments)
+        return _host().backward(operands, *arguments)
 
 
 linear = _operator(

@@ -12,15 +12,16 @@ from collections.abc import Callable
 from itertools import chain
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.autograd import grad
 
-from fused_lora import LoRABatch, ops
+from fused_lora import LoRABatch, LoRALinear, LoRASettings, ops
 from fused_lora.gpu.host import calls, replay
 from fused_lora.linear import factors_of, operator_arguments, tables_and_settings
 from fused_lora.modules import LoRAAdapter
-from tests.gpu.linear_cost import DTYPE, GPU, Point, ways
 
+GPU, DTYPE, COLUMNS = torch.device("cuda"), torch.bfloat16, 4096
 CALLS, ROUNDS = 20, 15  # as many launches as the driver's queue holds
 
 
@@ -35,24 +36,37 @@ def microseconds(function: Callable[[], object]) -> float:
     return 1e6 * best
 
 
-def linears(point: Point) -> dict[str, Callable[[], object]]:
-    """Forward and backward passes of whole modules; the last is the fused one's forward pass."""
-    x = torch.randn(point.tokens, point.columns, device=GPU, dtype=DTYPE, requires_grad=True)
-    dy = torch.randn(point.tokens, point.rows, device=GPU, dtype=DTYPE)
-    passes: dict[str, Callable[[], object]] = {}
-    for name, (module, function, _) in ways(point).items():
-        leaves = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
-        passes[name] = lambda function=function, leaves=leaves: grad(function(x), leaves, dy)
-    return passes | {"fused, forward": lambda: function(x)}
+class Linears:
+    """One frozen linear, and the same with an adapter of PEFT's and of ours."""
+
+    def __init__(self, rank: int, tokens: int) -> None:
+        self.frozen = nn.Linear(COLUMNS, COLUMNS, bias=False, dtype=DTYPE, device=GPU).requires_grad_(False)
+        self.fused = LoRALinear(self.frozen, [LoRASettings(rank, 16, 0.1)])
+        model = nn.Sequential()
+        model.add_module("q_proj", self.frozen)
+        config = LoraConfig(r=rank, lora_dropout=0.1, target_modules=["q_proj"])
+        self.peft = get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model.q_proj
+        self.batch = LoRABatch.single(tokens, torch.arange(tokens, device=GPU))
+        self.x = torch.randn(tokens, COLUMNS, device=GPU, dtype=DTYPE, requires_grad=True)
+        self.dy = torch.randn(tokens, COLUMNS, device=GPU, dtype=DTYPE)
+
+    def trained(self, module: nn.Module, *arguments: LoRABatch) -> Callable[[], object]:
+        leaves = [self.x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
+        return lambda: grad(module(self.x, *arguments), leaves, self.dy)
+
+    def whole(self) -> dict[str, Callable[[], object]]:
+        return {
+            "frozen": self.trained(self.frozen),
+            "PEFT": self.trained(self.peft),
+            "fused": self.trained(self.fused, self.batch),
+            "fused, forward": lambda: self.fused(self.x, self.batch),
+        }
 
 
-def layers(point: Point) -> dict[str, Callable[[], object]]:
+def layers(linears: Linears) -> dict[str, Callable[[], object]]:
     """What is below a module: the operator with autograd, and the host code of both passes without it."""
-    module: nn.Module = ways(point)["fused"][0]
-    x = torch.randn(point.tokens, point.columns, device=GPU, dtype=DTYPE, requires_grad=True)
-    dy = torch.randn(point.tokens, point.rows, device=GPU, dtype=DTYPE)
-    batch = LoRABatch.single(point.tokens, torch.arange(point.tokens, device=GPU))
-    row = [LoRAAdapter(module.lora_a[0], module.lora_b[0], 1.0, point.dropout)]
+    module, batch, x, dy = linears.fused, linears.batch, linears.x, linears.dy
+    row = [LoRAAdapter(module.lora_a[0], module.lora_b[0], 1.0, 0.1)]
     table = module._tables.of([row], x)
     factors, (tables, settings) = factors_of([row]), tables_and_settings(batch, table, True)
     weights, biases, leaves = [module.base.weight], [x.new_empty(0)], [x, *chain(*factors)]
@@ -98,9 +112,9 @@ def _name(step: Callable) -> str:
 
 def main() -> None:
     rank, tokens = (int(word) for word in sys.argv[1:3]) if len(sys.argv) > 2 else (16, 512)
-    point = Point(4096, 4096, tokens, rank)
+    linears = Linears(rank, tokens)
     with calls.launching(remembers=True):
-        functions = linears(point) | layers(point)
+        functions = linears.whole() | layers(linears)
         for name, function in functions.items():
             for _ in range(3):
                 function()

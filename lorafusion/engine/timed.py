@@ -65,8 +65,8 @@ def report_of(run: TrainingRun) -> dict:
     steps: of each job the optimizer steps that changed its weights while the clock ran, the fewest over the processes.
     stopped: the jobs that some process has stopped, as a gradient was not finite.
     peak_memory: bytes, the largest over the processes.
-    graphs: of each process what its stage's graphs took (`graphs.Usage`), or why it could not be captured; left out
-    where the plan has no buckets.
+    graphs: of each process what its stage's graphs took (`graphs.Usage`), or why it could not be captured, or None;
+    left out where no process has either.
     """
     record = run.record
     steps = [adapter.steps_made() - before for adapter, before in zip(run.adapters, record.steps_before, strict=True)]
@@ -79,7 +79,7 @@ def report_of(run: TrainingRun) -> dict:
         "steps": dict(zip(names, steps, strict=True)),
         "stopped": [adapter.job.name for adapter in run.adapters if bool(adapter.stopped)],
         "peak_memory": record.meter.peak_memory() + (run.graphs.usage.uncounted if run.graphs else 0),
-        "graphs": run.graphs.usage._asdict() if run.graphs else run.without_graphs,
+        "graphs": run.graphs.usage._asdict() if run.graphs else run.without_graphs or None,
     }
     everyone = gathered(mine)
     shares = [share for part in everyone for share in part["losses"]]

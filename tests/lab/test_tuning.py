@@ -299,6 +299,22 @@ def test_a_cell_has_graphs_where_its_system_and_device_can(suite, system, device
     assert untuned.plan(path, None) == plan
 
 
+def test_a_suite_has_cells_with_graphs_beside_cells_without(suite):
+    """Of the same system, workload and settings: their names, plans and keys differ."""
+    path = suite("lorafusion", device="cuda", graphs="auto").path
+    data = yaml.safe_load(path.read_text())
+    data["cells"][0]["systems"].append("lorafusion-eager")
+    path.write_text(yaml.safe_dump(data))
+    captured, eager = (CellFiles(read_suite(path), cell) for cell in cells(read_suite(path)))
+    assert (captured.graphs, eager.graphs) == (True, False)
+    assert captured.cell.workload_name == eager.cell.workload_name
+    assert eager.cell.name == f"{captured.cell.name}-eager"
+    assert captured.configuration != eager.configuration
+    plans = [plan_cell(captured.expected_workload, files, 1024) for files in (captured, eager)]
+    assert [bool(plan.buckets) for plan in plans] == [True, False]
+    assert eager.graphs_note == "; without graphs: system lorafusion-eager has no graphs, it shows what they bring"
+
+
 def test_graphs_of_a_system_without_are_refused(suite):
     with pytest.raises(
         UserError, match=r"cells.0.graphs: found on, expected auto or off: system mlora has no graphs, its"

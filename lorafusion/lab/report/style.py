@@ -74,6 +74,7 @@ SYSTEMS = {
     "fused-mlora": Look("#CC79A7", "...."),
     "unfused-ours": Look("#8C4A70", ""),
     "grouped-mm": Look("#5C2E4A", "||||"),
+    "lorafusion-eager": Look("#5FA8D3", "----"),
     "lorafusion": Look("#0072B2", ""),
 }
 OTHERS = (Look("#56B4E9", "xxxx"), Look("#D55E00", "||||"), Look("#F0E442", "++++"), Look("#444444", "oooo"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from statistics import median
+from statistics import geometric_mean, median
 
 import pandas as pd
 
@@ -73,6 +73,8 @@ def passages() -> list[str]:
         *predictions(),
         *spreads(),
         *trust(),
+        *small_microbatches(),
+        *captured_layers(),
     ]
 
 
@@ -324,3 +326,34 @@ def shared_plans() -> list[tuple]:
         rows = end_to_end_table(host).medians("throughput", merged=None, window="whole", status="ok")
         plans.append({(row.system, row.workload, row.merged_qkv): row.plan_hash for row in rows.itertuples()})
     return [key for key, plan in plans[0].items() if plans[1].get(key) == plan]
+
+
+def small_microbatches() -> list[str]:
+    rows = drawn(f"{H200}/small_microbatches")
+    table = rows.pivot(index="workload", columns=["capacity", "graphs"], values="throughput").loc[list(WORKLOADS)]
+    small, large = sorted(set(rows["capacity"]))
+    best = table[large, "off"]
+    lines = [f"over {number(large, ',d')} tokens", f"| {number(large, ',d')} tokens, eager | {_speeds(best)} | |"]
+    for name, graphs in (("eager", "off"), ("graphs", "on")):
+        mean = number(geometric_mean(table[small, graphs] / best), ".3f")
+        lines.append(f"| {number(small, ',d')} tokens, {name} | {_speeds(table[small, graphs])} | {mean} |")
+    captured = rows[rows["graphs"] == "on"]
+    seconds = captured["capture_seconds"].sort_values()
+    return [
+        *lines,
+        f"graphs take {number(captured['capture_bytes'].max() / 2**30, '.1f')} GiB",
+        f"{span(seconds[:-1], '.1f')} s to capture, and {number(seconds.iloc[-1], '.0f')} s in the first run",
+    ]
+
+
+def _speeds(values: pd.Series) -> str:
+    return " | ".join(number(value, ",.0f") for value in values)
+
+
+def captured_layers() -> list[str]:
+    titles = {"llama-3.1-8b": "Llama-3.1-8B", "qwen2.5-32b": "Qwen2.5-32B"}
+    return [
+        f"| {titles[row.model]} | {number(row.tokens, ',d')} | {number(row.frozen_ms, '.2f')} | "
+        f"{number(row.graphs_ms / row.frozen_ms, '.2f')} | {number(row.eager_ms / row.frozen_ms, '.2f')} |"
+        for row in drawn(f"{H200}/captured_layers").itertuples()
+    ]

@@ -51,7 +51,7 @@ def run_here(
     dag, part = dag_of(suite, folder), Share.read(share)
     chosen = dag.select(only) if only else []
     wanted = {*chosen, *measured(chosen if only else dag.of_target("all"))}
-    mine = dealt([step for step in dag.steps if step in wanted], part)
+    mine = sorted(dealt([step for step in dag.steps if step in wanted], part), key=lambda step: -step.tier)
     runs = [step for step in mine if step in dag.runs]
     with driving(dag.folder, f"run of suite {dag.name}", part):
         if again:

@@ -29,6 +29,7 @@ from lorafusion.launch.rendezvous import node_rank
 from lorafusion.launch.spec import RunSpec
 
 KEY_SUFFIX = ".key"
+FIRST = 1000  # the tier of a step that is of no block of a suite
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,8 @@ class Step:
     command: what to type to make it again. make: makes the files with a launcher of processes (as
     `lorafusion.launch.launch.launch`) and says in a line how it went. settings: a JSON value with all that the outputs
     depend on besides the inputs. read: reads the outputs and raises `UserError` where they are not what would be made
-    now. turn: for steps that are run in shuffled repeats.
+    now. turn: for steps that are run in shuffled repeats. tier: of a suite's blocks, for one process that makes steps
+    of a higher one first.
     """
 
     kind: Kind
@@ -92,6 +94,7 @@ class Step:
     read: Callable[[], object] = lambda: None
     resources: Resources = Resources(minutes=10, memory_mb=2000, exclusive=False)
     priority: int = 0
+    tier: int = FIRST
     turn: Turn | None = None
 
     def _at(self, pattern: str) -> Path:

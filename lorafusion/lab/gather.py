@@ -27,7 +27,7 @@ def gather(folder: Path, results: Sequence[Path], suite: Path | None = None, inc
     require_results(contents, suite)
     frame = table.summarise(table.table_of(contents))
     table.validate(frame)
-    expected = {name: files.suite.repeats for name, files in suite_files(suite).items()} if suite else {}
+    expected = {name: files.repeats for name, files in suite_files(suite).items()} if suite else {}
     missing = table.gaps(frame, expected)
     if missing and not incomplete:
         raise UserError(f"{folder}: {missing}; give their result files too, or --incomplete")

@@ -80,6 +80,10 @@ class CellFiles:
     def system(self) -> SystemConfig:
         return read_systems()[self.cell.system]
 
+    @property
+    def repeats(self) -> int:
+        return self.suite.repeats_of(self.cell.grid)
+
     @cached_property
     def configuration(self) -> str:
         return configuration_hash(self.suite, self.cell, self.system)

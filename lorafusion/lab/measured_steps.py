@@ -79,6 +79,7 @@ class MeasuredSteps:
         return {
             name: self._step(kind, name, partial(self._tune, files), lambda files=files: files.configuration,
                              inputs=(self._workload(files),), resources=self._resources(name),
+                             tier=files.cell.grid.priority,
                              read=lambda name=name, files=files: files.tuned(self.tunings[name].path))
             for name, files in self.able.items() if files.cell.grid.tuned
         }  # fmt: skip
@@ -142,7 +143,7 @@ class MeasuredSteps:
         return {
             name: self._step(kind, name, self._profile, lambda files=files: files.configuration,
                              inputs=(self._workload(files), self.plans[name], *self._tuning(name)),
-                             resources=self._resources(name),
+                             resources=self._resources(name), tier=files.cell.grid.priority,
                              read=lambda name=name, files=files: files.profile(self.profiles[name].path,
                                                                                self._read_plan(name)))
             for name, files in self.able.items() if files.cell.workload in self.suite.profiled
@@ -160,18 +161,18 @@ class MeasuredSteps:
     @cached_property
     def runs(self) -> dict[str, list[Step]]:
         """By experiment: the first repeat of all its points in an order of its own, then the second, and so on. Drift
-        of the machine then spreads over them and is not taken for a difference between them."""
+        of the machine then spreads over them and is not taken for a difference between them. All repeats of points of a
+        higher priority come first."""
         return {name: list(self._runs_of(EXPERIMENTS[name], points)) for name, points in self.points.items() if points}
 
     def _runs_of(self, experiment: Experiment, points: list[Point]) -> Iterator[Step]:
         by_name = {point.name: point for point in points}
         most = max(point.repeats for point in points)
-        for repeat in range(1, most + 1):
-            order = shuffled(list(by_name), repeat)
-            for place, name in enumerate(order):
-                if repeat <= by_name[name].repeats:
-                    priority = 1 + len(order) * (most - repeat + 1) - place
-                    yield self._run(experiment, by_name[name], repeat, priority)
+        turns = [(name, repeat) for repeat in range(1, most + 1) for name in shuffled(list(by_name), repeat)
+                 if repeat <= by_name[name].repeats]  # fmt: skip
+        turns.sort(key=lambda turn: -by_name[turn[0]].priority)
+        for place, (name, repeat) in enumerate(turns):
+            yield self._run(experiment, by_name[name], repeat, priority=len(turns) - place)
 
     def _run(self, experiment: Experiment, point: Point, repeat: int, priority: int) -> Step:
         stem = f"{experiment.folder}/runs/{{name}}".lstrip("/")
@@ -188,7 +189,7 @@ class MeasuredSteps:
                     fresh=experiment.name != "end_to_end")  # fmt: skip
         return self._step(kind, f"{point.name}/repeat~{repeat}", partial(self._make_run, experiment, point, repeat),
                           lambda: [*settings, experiment.key(point)], priority=priority,
-                          resources=experiment.resources(point),
+                          tier=point.priority, resources=experiment.resources(point),
                           read=lambda: self._read_run(experiment, point, repeat), **options)  # fmt: skip
 
     def _make_run(self, experiment: Experiment, point: Point, repeat: int, step: Step, launch: Callable) -> str:

@@ -80,6 +80,10 @@ class Grid(Config):
         default=False,
         description="`capacity` is the most that is tried; smaller ones until it fits, then until it is slower",
     )
+    repeats: int | None = Field(
+        default=None, ge=1, le=MOST_REPEATS, description="fresh processes a cell, by default the suite's"
+    )
+    priority: int = Field(default=0, ge=0, le=100, description="cells of a higher one are run before all others")
     minutes: int = Field(ge=1, le=MOST_MINUTES, description="time limit of a run; longer is status timeout")
     memory_gb: int = Field(default=4, ge=1, le=1_000_000, description="host memory of a run")
 
@@ -161,6 +165,9 @@ class Suite(Config):
     profiled: list[str] = Field(default=[], description="workloads whose cells are profiled, on a GPU")
     cells: list[Grid] = Field(min_length=1)
 
+    def repeats_of(self, grid: Grid) -> int:
+        return grid.repeats or self.repeats
+
     @field_validator("name")
     @classmethod
     def _has_a_folder_of_its_own(cls, value: str) -> str:
@@ -191,7 +198,11 @@ class Cell(Config):
     def workload_name(self) -> str:
         """The part of the identity that its systems share: they train the same workload."""
         merged = "/qkv~merged" if self.grid.merged_qkv else ""
-        return f"model~{self.model}/workload~{self.workload}/gpus~{self.gpus}/batch~{self.grid.global_batch}{merged}"
+        # Where stages could be, they are another cell. A system of one stage has no other way to take several GPUs.
+        is_choice = self.stages == 1 < self.gpus and read_systems()[self.system].max_stages != 1
+        replicas = f"/replicas~{self.gpus}" if is_choice else ""
+        cell = f"model~{self.model}/workload~{self.workload}/gpus~{self.gpus}"
+        return f"{cell}/batch~{self.grid.global_batch}{replicas}{merged}"
 
 
 def suite_path(name: str | None) -> Path:
@@ -210,7 +221,7 @@ def read_suite(path: str | Path) -> Suite:
     gpus_per_node = read_site().gpus_per_node
     if gpus_per_node:
         suite = suite.model_copy(update={"gpus_per_node": gpus_per_node})
-    runs = len(cells(suite, source=path)) * suite.repeats
+    runs = sum(suite.repeats_of(cell.grid) for cell in cells(suite, source=path))
     if runs > MOST_RUNS:
         raise UserError(f"{path}: repeats: {runs} runs of all cells, expected {MOST_RUNS} at most")
     return suite

@@ -25,6 +25,21 @@ def test_every_suite_is_sound(name):
     assert len(set(names)) == len(names)
 
 
+def test_the_suite_of_two_gpus_has_twelve_global_batches_and_stages_beside_replicas():
+    suite = read_suite(suite_path("h200x2"))
+    found = cells(suite)
+    assert min(cell.grid.samples // cell.grid.global_batch for cell in found) >= 12
+    scaled = [cell for cell in found if cell.name.startswith("model~llama-3.1-8b/workload~mixed/")]
+    ours = {cell.workload_name.partition("/gpus~")[2]: (cell.stages, cell.grid.data_parallel)
+            for cell in scaled if cell.system == "lorafusion"}  # fmt: skip
+    assert ours == {"1/batch~8": (1, 1), "2/batch~8": (2, 1), "2/batch~8/replicas~2": (1, 2)}
+    often = {(cell.system, cell.workload) for cell in found if suite.repeats_of(cell.grid) == 3}
+    arms = ("lorafusion", "mlora-paper-setting", "megatron-pp")
+    assert often == {(arm, workload) for arm in arms for workload in ("mixed", "heterogeneous")}
+    sharded = {cell.workload_name for cell in found if cell.system == "megatron-fsdp" and cell.gpus == 2}
+    assert not any("replicas" in name for name in sharded)
+
+
 @pytest.mark.parametrize("name", sorted(names_in("models")))
 def test_every_model_is_sound(name):
     assert read_model(name).hidden_size % read_model(name).num_attention_heads == 0
@@ -143,7 +158,7 @@ def test_a_suite_has_a_name_that_a_folder_of_its_own_can_have(tmp_path, name):
 
 
 def test_an_unknown_suite_is_named_with_the_known_ones():
-    with pytest.raises(UserError, match="known suites: cpu-tiny, h200, paper-grid, smoke"):
+    with pytest.raises(UserError, match="known suites: cpu-tiny, h200, h200x2, paper-grid, smoke"):
         suite_path("nope")
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 import yaml
 
 from lorafusion.core.config import CONFIGS
-from lorafusion.lab.dag import make_step
-from lorafusion.lab.keys import OutOfDateError
+from lorafusion.lab import commands
+from lorafusion.lab.dag import FIRST, make_step
+from lorafusion.lab.keys import OutOfDateError, suite_files
 from lorafusion.lab.runner import Share
 from lorafusion.lab.steps import BUILD, TUNE, SuiteSteps, dag_of, step_at
+from lorafusion.lab.suite import suite_path
 from tests.lab.toy_suite import files, instant, run
 
 pytestmark = pytest.mark.usefixtures("checked")
@@ -137,3 +140,21 @@ def test_only_the_first_node_of_a_run_says_that_it_is_made(suite, origin, tmp_pa
     monkeypatch.setenv("SLURM_NODEID", "1")
     assert make_step(step, instant) == "node 1: its processes have ended; the first node judges"
     assert (step.key_path.stat().st_mtime_ns, step.path.stat().st_mtime_ns) == before
+
+
+def test_blocks_of_a_higher_priority_are_tuned_and_run_first(monkeypatch):
+    """With all their repeats; a process that ends early has made what matters."""
+    order: list = []
+    monkeypatch.setattr(commands, "run_steps", lambda steps, *_: order.extend(steps) or 0)
+    monkeypatch.setattr(commands, "driving", lambda *_: nullcontext())
+    commands.run_here("h200x2", "0/1", 0.0, [], None, again=False)
+    dag = dag_of("h200x2")
+    runs = [step for step in order if step in dag.runs]
+    assert [step.priority for step in runs] == sorted((step.priority for step in runs), reverse=True)
+    cells = suite_files(suite_path("h200x2"))
+    tiers = [cells[step.name.partition("/repeat~")[0]].cell.grid.priority for step in order if step.tier < FIRST]
+    assert tiers == sorted(tiers, reverse=True)
+    first = [step for step in runs if step.tier == 5]
+    assert len(first) == 3 * len({step.name.partition("/repeat~")[0] for step in first})
+    place = {step: index for index, step in enumerate(order)}
+    assert all(place[source] < place[step] for step in runs for source in step.inputs if source in place)

@@ -86,7 +86,10 @@ def test_a_suite_with_kernels_measures_each_bench_in_each_repeat(checkout):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("suite=nope", "unknown|no file configs/suites/nope.yaml|known suites: cpu-tiny, h200, paper-grid, smoke"),
+        (
+            "suite=nope",
+            "unknown|no file configs/suites/nope.yaml|known suites: cpu-tiny, h200, h200x2, paper-grid, smoke",
+        ),
         ("suit=smoke", "error: --config: unknown key 'suit'; known: suite"),
     ],
 )

@@ -40,7 +40,7 @@ class EndToEnd(Experiment):
             return []
         path = suite_path(suite)
         return [
-            Point(files.suite.name, str(path), name, files.suite.repeats, files.suite, files)
+            Point(files.suite.name, str(path), name, files.repeats, files.suite, files, files.cell.grid.priority)
             for name, files in suite_files(path).items()
         ]
 

@@ -23,7 +23,8 @@ MARGIN = 5  # minutes that a job may take beyond the time limit of what it runs
 @dataclass(frozen=True)
 class Point:
     """One process of an experiment. suite: the suite's name; source: the suite as it was asked for, a name or the path
-    of a file; settings and subject: what the experiment itself has to know."""
+    of a file; settings and subject: what the experiment itself has to know; points of a higher priority are run
+    before all others."""
 
     suite: str
     source: str
@@ -31,6 +32,7 @@ class Point:
     repeats: int
     settings: Any
     subject: Any
+    priority: int = 0
 
 
 class Inputs(NamedTuple):

@@ -39,11 +39,7 @@ class RunSpec(Config):
     adapter_dtype: DType = "float32"
     seed: int = Field(default=1, ge=0, description="draws the base model's random weights")
     checkpointing: float = Field(default=0.0, ge=0, le=1, description="share of the layers that are recomputed")
-    attention: Attention = Field(
-        default="flash",
-        exclude_if=lambda attention: attention == "flash",  # as for checkpoints from before there was a choice
-        description="`model.attention.chosen_backend`",
-    )
+    attention: Attention = Field(default="flash", description="`model.attention.chosen_backend`")
     needs_graphs: bool = Field(
         default=False, description="a stage that cannot be captured though its plan has buckets is an error"
     )

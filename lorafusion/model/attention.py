@@ -33,9 +33,10 @@ def chosen_backend(word: Attention, device: torch.device, dtype: torch.dtype, he
 
 def prepared(borders: SampleBorders, backend: str, heads: Heads, hidden: torch.Tensor) -> SampleBorders:
     """Borders as a backend needs them, made once for all layers. hidden: [1, T, H]."""
-    if backend == "flash" or not hidden.is_cuda:
+    tokens = hidden.shape[1]
+    if backend == "flash" or not hidden.is_cuda or tokens * heads.queries * heads.size >= 2**31:  # cuDNN's are int32
         return borders
-    return RaggedBorders.of(borders, hidden.shape[1], heads)
+    return RaggedBorders.of(borders, tokens, heads)
 
 
 def packed_attention(

@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from lorafusion.core.config import ModelConfig
 from lorafusion.data.packing import SampleBorders
 
-CAPABILITY = (9, 0)
-SIZES, MOST_SIZE = 16, 256  # of a head: else a backward pass takes more memory, or is not there
+CAPABILITY, DTYPE, SIZES = (9, 0), torch.bfloat16, (64, 80, 96, 128, 256)  # that it was tried with
 LEAST_SAMPLES, LEAST_TOKENS = 8, 128
+WORKSPACE_TOKENS = 1024  # that the workspace of a backward pass is for a multiple of; it takes 48 KiB a token
 
 
 class Heads(NamedTuple):
@@ -80,10 +80,10 @@ def why_not(device: torch.device, dtype: torch.dtype, heads: Heads) -> str:
         return "it needs a GPU"
     if torch.cuda.get_device_capability(device) != CAPABILITY:
         return "it was tried on sm_90 alone"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it is for bfloat16 and float16, found {dtype}"
-    if heads.size % SIZES or heads.size > MOST_SIZE:
-        return f"it is for heads of a multiple of {SIZES} columns up to {MOST_SIZE}, found {heads.size}"
+    if dtype != DTYPE:
+        return f"it was tried with {DTYPE} alone, found {dtype}"
+    if heads.size not in SIZES:
+        return f"it was tried with heads of {', '.join(map(str, SIZES))} columns alone, found {heads.size}"
     if importlib.util.find_spec("cudnn") is None:
         return "nvidia-cudnn-frontend is not installed"
     return ""
@@ -94,7 +94,8 @@ def attend(
 ) -> torch.Tensor:
     """Causal attention within each sample. query [T, H, D], key and value [T, H_kv, D], contiguous; returns [T, H, D].
 
-    Its backward pass gives the same bits each time where `torch.use_deterministic_algorithms` asks for it."""
+    Its backward pass gives the same bits each time where `torch.use_deterministic_algorithms` asks for it; it then
+    takes up to two bytes more for each head, sample and pair of tokens of the longest."""
     return _Attention.apply(query, key, value, borders, scaling)
 
 
@@ -118,7 +119,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, gradient):
         query, *_ = kept = ctx.saved_tensors
         gradients = [torch.empty_like(tensor) for tensor in kept[:3]]
-        tokens = _rounded(len(query), LEAST_TOKENS)
+        tokens = -(-len(query) // WORKSPACE_TOKENS) * WORKSPACE_TOKENS
         plan = _backward_plan(query.device, ctx.bounds, tokens, torch.are_deterministic_algorithms_enabled())
         plan.run([*ctx.borders.tensors, *kept, gradient.contiguous(), *gradients])
         return *gradients, None, None

@@ -33,7 +33,7 @@ def test_cudnn_that_cannot_be_used_is_a_mistake():
     ("capability", "dtype", "size", "reason"),
     [
         ((8, 0), torch.bfloat16, 128, "sm_90"),
-        ((9, 0), torch.float32, 128, "bfloat16 and float16, found torch.float32"),
+        ((9, 0), torch.float32, 128, "torch.bfloat16 alone, found torch.float32"),
         ((9, 0), torch.bfloat16, 72, "found 72"),
         ((9, 0), torch.bfloat16, 272, "found 272"),
     ],

@@ -41,8 +41,8 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 
 class HostCopy:
     """A copy of tensors in host memory, laid out as in a file of safetensors. That library serialises with Python's
-    lock held and in two copies more, for which the training would wait. tensors: those of a later `take`, by name; on a
-    GPU the memory is pinned."""
+    lock held and in two copies more, for which the training would wait. tensors: by name; they stay the same tensors,
+    and change in place. On a GPU the memory is pinned."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         header, end = {}, 0
@@ -58,6 +58,7 @@ class HostCopy:
             name: self._memory[slice(*place["data_offsets"])].view(tensors[name].dtype).view(tensors[name].shape)
             for name, place in header.items()
         }
+        self._sources = [tensors[name] for name in header]
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
 
     @property
@@ -66,9 +67,9 @@ class HostCopy:
         return len(self._memory)
 
     @torch.no_grad()
-    def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy tensors as they are at this point of the device's work, for which nobody waits."""
-        torch._foreach_copy_(list(self.tensors.values()), [tensors[name] for name in self.tensors], non_blocking=True)
+    def take(self) -> None:
+        """Copy the tensors as they are at this point of the device's work, for which nobody waits."""
+        torch._foreach_copy_(list(self.tensors.values()), self._sources, non_blocking=True)
         if self._arrived:
             self._arrived.record()
 
@@ -111,7 +112,8 @@ class CheckpointPart:
 
 @dataclass
 class Tally:
-    """What checkpoints have cost: the most seconds that one held the training up, and that one took to be written."""
+    """What checkpoints have cost: the most seconds that one held the training up, but for the end, where the training
+    waits, and the most that one took to be written."""
 
     written: int = 0
     delayed: int = 0
@@ -150,7 +152,7 @@ class Checkpoints:
         self._is_delayed = False
 
     def reserve(self, run: TrainingRun) -> None:
-        """Take the memory for a copy of a run, which is slow to get."""
+        """Take the memory for copies of a run, which is slow to get."""
         self._copy = HostCopy(_state(run.adapters), run.pipeline.device)
 
     def due(self, run: TrainingRun, begin: int) -> int:
@@ -166,16 +168,16 @@ class Checkpoints:
         all are on the disk when this returns. Errors of writing are raised here, or by a later call."""
         self.position.set(f"saving the checkpoint after {slot} microbatches")
         run.record.readback.wait()  # for the events of all slots so far, with which the device is idle
-        begin = time.perf_counter()
         if last:
             self._finish()
+        begin = time.perf_counter()
         self._is_delayed = not last and not self._is_free(slot)
         if self._is_delayed:
             self.tally.delayed += 1
             return
         if self._copy is None:
             self.reserve(run)
-        self._copy.take(_state(run.adapters))
+        self._copy.take()
         log, self._begun = run.record.events, slot
         events = {log.path.name: log.entry()} if log else {}
         steps = {adapter.job.name: adapter.steps for adapter in run.adapters}

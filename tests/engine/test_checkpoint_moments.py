@@ -243,7 +243,7 @@ def test_a_copy_is_written_as_safetensors_has_it(tmp_path):
     tensors = {"a": torch.randn(3, 5).t(), "b": torch.randn(7, 3).bfloat16(), "c": torch.tensor(2.0),
                "é": torch.zeros(0), "d": torch.randn(5, dtype=torch.float64), "e": torch.randn(3).half()}  # fmt: skip
     copy = HostCopy(tensors, torch.device("cpu"))
-    copy.take(tensors)
+    copy.take()
     entry = copy.write(tmp_path / "copy.safetensors")
     entry.require(tmp_path / "copy.safetensors")
     read = load_file(tmp_path / "copy.safetensors")

@@ -162,11 +162,11 @@ def a_checkpoint_has_what_was_trained_meanwhile(original):
     write = saving.HostCopy.write
 
     def write_late(self, path):
-        original(self, self.tensors_of_the_run)
+        original(self)
         return write(self, path)
 
-    def take(self, tensors):
-        self.tensors_of_the_run = tensors
+    def take(self):
+        pass
 
     saving.HostCopy.write = write_late
     return take

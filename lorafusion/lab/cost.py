@@ -10,8 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
+from peft.tuners.lora import Linear as PeftLinear
 
-from lorafusion.core.clock import Meter, TimePoint
+from lorafusion.core.clock import Meter, TimePoint, free_memory
 from lorafusion.core.plan import Microbatch, Plan, statistics_of
 from lorafusion.engine.executor import Executor
 from lorafusion.engine.process import WorkerProcess, gathered
@@ -19,12 +20,14 @@ from lorafusion.engine.task import train_plan
 from lorafusion.engine.timed import ready
 from lorafusion.engine.training import TrainingRun
 from lorafusion.lab import operators, profiler
-from lorafusion.model.liger import is_used
+from lorafusion.model.liger import install, is_used
+from lorafusion.model.stage import Stage, is_gated_mlp
 
 COUNTING = "the cost of the run"  # what a process is doing then
 # Of the part, at least: half a second of an H200 with Llama-3.1-8B, and of a CPU with the tiny model.
 TOKENS = {"cuda": 8192, "cpu": 512}
 PATIENCE = 120.0  # seconds
+FROZEN_TOKENS = {"cuda": 65536, "cpu": 512}  # that the frozen model is timed with, at least
 UNCHANGED = {"learning_rate": 0.0, "evaluation": (), "evaluate_every": None}
 
 
@@ -59,11 +62,12 @@ def train_with_cost(process: WorkerProcess) -> dict:
     run, execute, report = train_plan(process)
     if report["finished"]:
         process.keep(report | {"pending": "cost"})
-        try:
-            report["cost"] = cost_of(run, execute)
-        except RuntimeError as error:  # no memory, no profiler, another process that is gone
-            # The run ended well, and has its time all the same.
-            report["cost"] = {"unknown": " ".join(str(error).split())[:300]}
+        for name, task in (("cost", cost_of), ("frozen", frozen_rate)):
+            try:
+                report[name] = task(run, execute)
+            except RuntimeError as error:  # no memory, no profiler, another process that is gone
+                # The run ended well, and has its time all the same.
+                report[name] = {"unknown": " ".join(str(error).split())[:300]}
     return report
 
 
@@ -149,6 +153,43 @@ def repeated(run: TrainingRun, part: Plan) -> TrainingRun:
     again = run.again(run.workload.model_copy(update={"jobs": jobs}), part)
     again.graphs = run.graphs
     return again
+
+
+def frozen_rate(run: TrainingRun, execute: Executor) -> dict:
+    """The throughput, in tokens a second, of the frozen model's passes in the beginning of a run's plan: the limit of
+    what adapters can reach. Of a run that is over, on one process, whose kind stacks its adapters: others do more than
+    to replace forwards of linears. Empty for the others. The stage has no adapters after it."""
+    if run.pipeline.size * run.pipeline.replicas > 1 or not run.active.stacks:
+        return {}
+    run.graphs = None
+    remove_adapters(run.stage)
+    free_memory()
+    part = beginning(run.plan, FROZEN_TOKENS[run.pipeline.device.type])
+    microbatches = tuple(item.model_copy(update={"step_after": ()}) for item in part.microbatches)
+    again = repeated(run, part.model_copy(update={"microbatches": microbatches}))
+    again.warm_up()
+    with ready(again, execute) as train:
+        train()
+    seconds = again.record.meter.seconds(again.record.begin.mark, again.record.end.mark)
+    return {
+        "throughput": part.statistics.tokens / seconds,
+        "part": f"the first {len(part.microbatches)} of {len(run.plan.microbatches)} microbatches",
+    }
+
+
+def remove_adapters(stage: Stage) -> None:
+    """Have a stage compute what the base model does, with a backward pass through all of it."""
+    liger = is_used(stage)
+    for module in stage.modules():
+        if isinstance(module, PeftLinear):
+            module.forward = module.get_base_layer().forward
+        elif is_gated_mlp(module):
+            vars(module).pop("forward", None)
+    if liger:
+        install(stage)
+    if stage.is_first:
+        # Nobody asks for a gradient else.
+        stage.model.embed_tokens.register_forward_hook(lambda _module, _inputs, out: out.requires_grad_())
 
 
 def counts_of(spans: Sequence[profiler.Span]) -> DeviceCounts:

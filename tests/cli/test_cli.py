@@ -245,7 +245,7 @@ MISTAKES = {
         "--memory",
     ),
     "no such step": (["lab", "run", "smoke", "--step", "{folder}/x"], "x: no step of smoke writes it"),
-    "no such suite": (["lab", "list", "smok"], "known suites: cpu-tiny, h200, h200x2, paper-grid, smoke"),
+    "no such suite": (["lab", "list", "smok"], "known suites: cpu-tiny, h200, h200-prompts, h200x2, paper-grid, smoke"),
     "no such figure": (["lab", "figure", "smoke", "bars"], "lab figure: unknown figure 'bars'; known: contributions"),
     "no such check": (["lab", "check", "smoke", "plan"], "lab check: unknown check 'plan'; known: gradients"),
     "files without an output": (["lab", "measure", "smoke", "end_to_end", "x"], "FILES and --out: expected both"),

@@ -10,6 +10,8 @@ import yaml
 from lorafusion.core.config import CONFIGS, names_in, no_graphs, read_model, read_system, read_systems
 from lorafusion.core.plugins import load
 from lorafusion.core.schema import UserError
+from lorafusion.data.lengths import make_workload
+from lorafusion.data.tokens import SyntheticTokens
 from lorafusion.lab.experiments.end_to_end import unavailable
 from lorafusion.lab.keys import configuration_hash
 from lorafusion.lab.suite import cells, read_suite, suite_path
@@ -86,6 +88,24 @@ def test_the_h200_suite_has_all_systems_and_the_ablations_merged_too():
     assert merged == set(product(corners, workloads))
 
 
+def test_prompts_are_compared_with_none_in_every_system_but_the_ablations():
+    """On samples of the same lengths, of which a tenth of the tokens is learnt."""
+    every = {(cell.system, cell.workload) for cell in cells(read_suite(suite_path("h200-prompts")))}
+    systems = {name for name, system in read_systems().items() if not system.ablation} - {"unsloth"}
+    assert every == set(product(systems, ("mixed", "prompt-90")))
+    mixed, prompts = (
+        make_workload(CONFIGS / "workloads" / f"{name}.yaml", samples=40, global_batch=8)
+        for name in ("mixed", "prompt-90")
+    )
+    assert [job.model_copy(update={"prompt": 0.0}) for job in prompts.jobs] == list(mixed.jobs)
+    assert "prompt" not in mixed.to_json()
+    source = SyntheticTokens(100)
+    for job in prompts.jobs:
+        learnt = [source.labels(job, sample) for sample in job.samples]
+        assert learnt == [len(ids) - first for ids, first in (source.tokens(job, sample) for sample in job.samples)]
+        assert sum(learnt) / job.tokens == pytest.approx(0.1, abs=0.01)
+
+
 def test_the_papers_suite_has_the_papers_grid():
     found = {
         (cell.system, cell.model, cell.workload, cell.gpus) for cell in cells(read_suite(suite_path("paper-grid")))
@@ -158,7 +178,7 @@ def test_a_suite_has_a_name_that_a_folder_of_its_own_can_have(tmp_path, name):
 
 
 def test_an_unknown_suite_is_named_with_the_known_ones():
-    with pytest.raises(UserError, match="known suites: cpu-tiny, h200, h200x2, paper-grid, smoke"):
+    with pytest.raises(UserError, match="known suites: cpu-tiny, h200, h200-prompts, h200x2, paper-grid, smoke"):
         suite_path("nope")
 
 

@@ -57,6 +57,12 @@ def test_the_chunked_loss_equals_float64(tokens, vocabulary):
         assert error <= 2 * allowed + 1e-9 * reference.abs().max(), f"{name}: {error:.3g} against {allowed:.3g}"
     with torch.no_grad():
         assert torch.equal(weighted_losses(hidden, head, labels, weights), losses.detach())
+    rows = (labels != IGNORE).nonzero()[:, 0]
+    leaf = hidden.clone().requires_grad_()
+    some = weighted_losses(leaf, head, labels, weights, rows)
+    some.sum().backward()
+    torch.testing.assert_close((some, leaf.grad), (losses, x.grad), rtol=2e-2, atol=1e-2 * float(x.grad.abs().max()))
+    assert not leaf.grad[0][labels == IGNORE].any()
 
 
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen2.5-32b"])

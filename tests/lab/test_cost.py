@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafusion.core.config import read_systems
+from lorafusion.core.config import read_model, read_systems
 from lorafusion.core.plan import Plan
 from lorafusion.core.plugins import load
 from lorafusion.core.workload import Workload
@@ -28,8 +27,12 @@ from lorafusion.lab.table.result import cost_metrics, result_of
 from lorafusion.lab.table.vocabulary import METRICS
 from lorafusion.launch.heartbeat import Position
 from lorafusion.launch.launch import launch
+from lorafusion.launch.outcome import Outcome
 from lorafusion.launch.spec import RunSpec
+from lorafusion.model.stage import build_stage
 from lorafusion.planning import plan_system
+from lorafusion.planning.buckets import with_buckets
+from tests.engine.recorded import graphs_on_a_cpu
 
 TOY = Workload(name="toy", jobs=toy_jobs())
 
@@ -123,6 +126,47 @@ def test_a_run_says_what_it_costs(tmp_path):
     assert found["value"] == pytest.approx(1000 * counts["counts"]["operators"] / counts["tokens"])
 
 
+def test_the_frozen_model_is_timed_in_the_same_process(tmp_path):
+    for system, expected in (("lorafusion", True), ("mlora", False)):
+        spec = spec_of(tmp_path, system)
+        report = cost.train_with_cost(WorkerProcess(spec, torch.device("cpu"), Position(tmp_path, 0)))
+        metrics = {item["metric"]: item for item in result_of(Outcome("ok", report=report), TOY, Plan.read(spec.plan),
+                                                              {}, {})["metrics"]}  # fmt: skip
+        assert bool(report["frozen"]) == ("frozen_throughput" in metrics) == expected
+        if expected:
+            assert metrics["frozen_throughput"]["value"] > 0
+            assert metrics["frozen_throughput"]["note"].startswith("the first ")
+
+
+def test_a_stage_without_adapters_is_the_base_model(over):
+    """Its backward pass goes through all layers; the adapters, which are trained, get no gradient."""
+    run, _ = over
+    config, plain = (
+        read_model("tiny"),
+        {"device": torch.device("cpu"), "dtype": torch.float32, "seed": RunSpec.model_fields["seed"].default},
+    )
+    base = build_stage(config, index=0, count=1, **plain)
+    batch = run._built(run.plan.microbatches[0])
+    with_adapters = run._through(batch, None)
+    cost.remove_adapters(run.stage)
+    hidden = run.stage(batch.input_ids, batch.position_ids, batch.borders)
+    assert torch.equal(hidden, base(batch.input_ids, batch.position_ids, batch.borders))
+    assert not torch.equal(run._through(batch, None), with_adapters)
+    hidden.sum().backward()
+    assert not any(parameter.grad.any() for parameter in trained_parameters(run))
+
+
+def test_the_frozen_model_replays_graphs_as_the_run_does(tmp_path):
+    plan = with_buckets(plan_system(TOY, "lorafusion", stages=1, capacity=96), TOY, tile=16)
+    run = build_run(WorkerProcess(spec_of(tmp_path), torch.device("cpu"), Position(tmp_path, 0)), TOY, plan)
+    execute = load(read_systems()["lorafusion"].executor, "executor")
+    with graphs_on_a_cpu() as recorder:
+        timed(run, execute)
+        captured = recorder.captured
+        assert cost.frozen_rate(run, execute)["throughput"] > 0
+    assert captured < recorder.captured <= 2 * captured
+
+
 def test_an_extra_copy_shows(over, monkeypatch):
     run, execute = over
     monkeypatch.setitem(cost.TOKENS, "cpu", 10**6)
@@ -139,7 +183,7 @@ def test_a_cost_that_cannot_be_known_does_not_take_the_time_with_it(tmp_path, mo
     monkeypatch.setattr(cost, "measured", raising(torch.OutOfMemoryError("CUDA out of memory.\nTried 3 GiB")))
     report = cost.train_with_cost(WorkerProcess(spec, torch.device("cpu"), Position(tmp_path, 0)))
     assert report["cost"] == {"unknown": "CUDA out of memory. Tried 3 GiB"}
-    result = result_of(SimpleNamespace(status="ok", note="", report=report), TOY, Plan.read(spec.plan), {}, {})
+    result = result_of(Outcome("ok", report=report), TOY, Plan.read(spec.plan), {}, {})
     assert result["status"] == "ok"
     assert result["note"] == "the cost is unknown: CUDA out of memory. Tried 3 GiB"
     assert {"throughput", "time"} <= {one["metric"] for one in result["metrics"]}

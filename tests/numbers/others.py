@@ -34,7 +34,7 @@ def readme() -> list[str]:
 
 def reproduce() -> list[str]:
     passages = []
-    for name in ("smoke", "cpu-tiny", "h200", "paper-grid"):
+    for name in ("smoke", "cpu-tiny", "h200", "h200-prompts", "paper-grid"):
         suite = read_suite(suite_path(name))
         count = len(cells(suite, suite_path(name)))
         passages.append(f"| {number(count)} × {number(suite.repeats)} |")

@@ -314,3 +314,12 @@ def pefts_linears_wait_for_the_device(original):
 def baselines_recompute_their_layers_on_a_gpu(original):
     """On a GPU all but `lorafusion` compute each layer's activations again in the backward pass."""
     return recomputing(original)
+
+
+@planted(
+    "lorafusion.lab.cost:remove_adapters",
+    caught_by="tests/lab/test_cost.py::test_a_stage_without_adapters_is_the_base_model",
+)
+def the_frozen_model_has_adapters(original):
+    """The frozen model is timed with its adapters."""
+    return lambda stage: None

@@ -88,7 +88,7 @@ def test_a_suite_with_kernels_measures_each_bench_in_each_repeat(checkout):
     [
         (
             "suite=nope",
-            "unknown|no file configs/suites/nope.yaml|known suites: cpu-tiny, h200, h200x2, paper-grid, smoke",
+            "unknown|no file configs/suites/nope.yaml|known suites: cpu-tiny, h200, h200-prompts, h200x2, paper-grid",
         ),
         ("suit=smoke", "error: --config: unknown key 'suit'; known: suite"),
     ],

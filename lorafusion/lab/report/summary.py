@@ -16,6 +16,7 @@ ROW = ["suite", "model", "workload", "kind", "gpus", "global_batch"]
 HEADINGS = {"suite": "suite", "model": "model", "workload": "workload", "kind": "kind", "global_batch": "batch"}
 NUMBERS = ("gpus", "global_batch")
 MOST_COLUMNS = 5  # systems beside each other
+FROZEN = "frozen"  # the model without adapters, as a system
 
 
 def print_summary(table: pd.DataFrame, report_path: str | Path, console: Console | None = None) -> None:
@@ -24,10 +25,11 @@ def print_summary(table: pd.DataFrame, report_path: str | Path, console: Console
     table: with the summary rows of `lorafusion.lab.table.table.summarise`.
     """
     console = console or Console()
-    medians = table[(table["statistic"] == "median") & (table["metric"] == "throughput")]
+    medians = table[(table["statistic"] == "median") & table["metric"].isin(["throughput", "frozen_throughput"])]
     # Ablations are for their figure, as are cells with merged q, k and v, which are others of the same name here.
     compared = ~medians["system"].isin(ablations()) & ~merged_qkv(medians)
     whole = medians[(medians["window"] == "whole") & compared]
+    whole = whole.assign(system=whole["system"].mask(whole["metric"] == "frozen_throughput", FROZEN))
     if whole.empty:
         console.print("no throughput in the table")
     else:
@@ -73,9 +75,9 @@ def _text(part: object) -> str:
 
 
 def _entries(cells: pd.DataFrame, systems: list[str]) -> list[Text]:
-    """Each system's number in one group of cells, the best bold; empty where it is none of them."""
+    """Each system's number in one group of cells, the best that trains bold; empty where it is none of them."""
     entries = cells.set_index("system")
-    best = entries["value"].max()
+    best = entries["value"].drop(FROZEN, errors="ignore").max()
     return [_entry(entries.loc[system], best) if system in entries.index else Text("") for system in systems]
 
 

@@ -247,6 +247,8 @@ def metrics(report: dict, workload: Workload, plan: Plan, stages: Sequence[dict]
         shares = [stage[cause] for stage in stages]
         note = f"mean of {len(shares)}, the largest {max(shares):.3f}" if len(shares) > 1 else ""
         rows.append(_number(name, sum(shares) / len(shares), note=note))
+    if "throughput" in (frozen := report.get("frozen", {})):
+        rows.append(_number("frozen_throughput", frozen["throughput"], note=frozen["part"]))
     idle = sum(stage[cause] for stage in stages for cause in CAUSES) / len(stages) if stages else None
     return rows + cost_metrics(report.get("cost", {}), idle)
 

@@ -15,6 +15,7 @@ METRICS = {
     "time": Metric("s", "lower", "duration of the window"),
     "throughput": Metric("tok/s", "higher", "tokens trained per second, padding not counted"),
     "throughput_padded": Metric("tok/s", "higher", "tokens per second, padding counted"),
+    "frozen_throughput": Metric("tok/s", "higher", "of the model without adapters, in the same process"),
     "tflops": Metric("TFLOP/s", "higher", "useful floating-point operations per second"),
     "peak_memory": Metric("B", "lower", "largest memory of a process"),
     "saved_memory": Metric("B", "lower", "activations kept for the backward pass"),
@@ -42,7 +43,8 @@ METRICS = {
     "error": Metric("1", "lower", "relative error against a reference"),
 }
 # What a run costs besides time, and where its time went: a good run may lack it.
-COSTS = ("kernels", "launches", "device_busy", "busy", "operators", "bubble", "host_idle", "neighbour_idle")
+COSTS = ("kernels", "launches", "device_busy", "busy", "operators", "bubble", "host_idle", "neighbour_idle",
+         "frozen_throughput")  # fmt: skip
 KINDS = ("measured", "simulated", "published", "derived")
 # From bad to worse: where the repeats of a cell fail in different ways, its summary has the worst.
 STATUSES = ("ok", "skipped", "timeout", "oom", "crash", "nan")

@@ -39,6 +39,18 @@ def test_medians_by_workload_and_processes(printed, smoke_runs):
     assert text.rstrip().endswith("report: results/smoke/report.html")
 
 
+def test_the_frozen_model_is_a_system_beside_the_others(printed, smoke_runs):
+    """It is not the best, for it trains nothing."""
+    frozen = {"metric": "frozen_throughput", "value": 2000.0, "unit": "tok/s", "direction": "higher", "window": "whole"}
+    for run in smoke_runs:
+        if run["cell"]["system"] == "lorafusion" and run["cell"]["gpus"] == 1:
+            run["metrics"].append(frozen)
+    assert row_of(printed(smoke_runs), "xsum", "1")[-2:] == ["1,444", "2,000"]
+    row = next(line for line in printed(smoke_runs, force_terminal=True, no_color=True).splitlines() if "1,444" in line)
+    assert row.count("\x1b[1m") == 1
+    assert row.index("\x1b[1m") < row.index("1,444") < row.index("2,000")
+
+
 def test_failed_cells_are_listed_with_their_files(printed, smoke_runs):
     lines = printed(smoke_runs).splitlines()
     start = lines.index("3 failed cells:")

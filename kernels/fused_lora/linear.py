@@ -5,6 +5,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from fused_lora.reference import gated
 from fused_lora.stack import AdapterStack
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SIGNATURE, NEEDS_GRADIENT = attrgetter("shape", "dtype", "device"), attrgetter("requires_grad")
+MOST_FORMS = 4096  # of arguments, that are remembered to fit: those of one model's linears for a hundred lengths
+_fitting: set[tuple] = set()
 
 
 def lora_linear(
@@ -165,11 +169,43 @@ def tables_and_settings(
 
 
 def _check(x, weights, biases, adapters, batch) -> None:
-    """Raise ValueError, one line, for arguments that do not fit each other."""
+    """Raise ValueError, one line, for arguments that do not fit each other. Those of a form that did are not looked at
+    one by one again, which took the host as long as the launches."""
+    stack = isinstance(adapters, AdapterStack)
+    if stack:
+        adapters.check_gradients()
+    form = _form(x, weights, biases, adapters, batch) if ops.is_eager(x) else None
+    if form and form in _fitting:  # what a compiler traces must not depend on what was seen
+        return
     _check_x(x)
     if not len(weights) == len(biases) == len(adapters) or not weights:
         counts = f"{len(weights)}, {len(biases)} and {len(adapters)}"
         raise ValueError(f"weights, biases, adapters: expected one entry for each linear, found {counts}")
+    _check_frozen(x, weights, biases)
+    (_check_stack if stack else _check_adapters)(adapters, x, weights)
+    _check_batch(x, batch)
+    if form:
+        if len(_fitting) == MOST_FORMS:
+            _fitting.clear()
+        _fitting.add(form)
+
+
+def _form(x, weights, biases, adapters, batch) -> tuple:
+    """All that `_check` looks at."""
+    layout: tuple
+    if isinstance(adapters, AdapterStack):
+        a, b, layout = [adapters.a], [adapters.b], adapters.rows
+    else:
+        (a, b), layout = factors_of(adapters), tuple([tuple([lora is None for lora in row]) for row in adapters])
+    frozen = [*weights, *(bias for bias in biases if bias is not None)]
+    tensors = (x, batch.positions, batch.offsets, batch.adapters, *frozen, *a, *b)
+    return (
+        type(adapters), layout, len(weights), tuple([bias is None for bias in biases]),
+        *map(torch.Tensor.stride, weights), *map(NEEDS_GRADIENT, frozen), *map(SIGNATURE, tensors),
+    )  # fmt: skip
+
+
+def _check_frozen(x, weights, biases) -> None:
     several = len(weights) > 1
     for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         name = f"weights[{index}]" if several else "weight"
@@ -182,11 +218,6 @@ def _check(x, weights, biases, adapters, batch) -> None:
         for frozen in (weight, bias):
             if frozen is not None and frozen.requires_grad:
                 raise ValueError(f"{name} and its bias: expected frozen ones, found one that requires a gradient")
-    if isinstance(adapters, AdapterStack):
-        _check_stack(adapters, x, weights)
-    else:
-        _check_adapters(adapters, x, weights)
-    _check_batch(x, batch)
 
 
 def _check_x(x, name="x") -> None:
@@ -215,7 +246,6 @@ def _check_stack(stack: AdapterStack, x: torch.Tensor, weights: Sequence[torch.T
         if rows not in (0, weight.shape[0]):
             name = f"weights[{index}]" if len(weights) > 1 else "weight"
             raise ValueError(f"{name}: expected {rows} rows, as the stack's b have, found {weight.shape[0]}")
-    stack.check_gradients()
 
 
 def _check_adapters(adapters, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:

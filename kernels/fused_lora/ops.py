@@ -68,12 +68,16 @@ def _flat(operands: Operands, settings: Settings, *others: Any) -> tuple:
     return *operands, *settings, *others
 
 
+def is_eager(x: Tensor) -> bool:
+    """Are there x and its numbers? Not under a compiler, in a dispatch mode, and for tensors of another kind, such as
+    fake ones."""
+    plain = type(x) in (Tensor, torch.nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+
+
 def _kernel(operator: CustomOpDef, x: Tensor) -> Callable | None:
-    """What computes an operator for x in eager mode. None where the operator itself has to be called: under a compiler,
-    in a dispatch mode, and for tensors of another kind, such as fake ones."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, torch.nn.Parameter):
-        return None
-    return KERNELS.get((operator, x.device.type))
+    """What computes an operator for x in eager mode. None where the operator itself has to be called."""
+    return KERNELS.get((operator, x.device.type)) if is_eager(x) else None
 
 
 def run_linear(
@@ -241,7 +245,9 @@ class _Linear(torch.autograd.Function):
         dinputs, da, db = _gradients(ctx, dys, [any(wanted[count:]), any(wanted[:count])], factors)
         if da is None:
             parts = [None] * count
-        else:
-            parts_of_b = zip(b, db.split([factor.numel() for factor in b]), strict=True)
-            parts = [*da.split([len(factor) for factor in a]), *(part.view(like.shape) for like, part in parts_of_b)]
+        elif len(a) == 1:
+            parts = [da, db.view(b[0].shape)]
+        else:  # `Tensor.split` is Python's
+            parts_of_b = zip(b, db.split_with_sizes([factor.numel() for factor in b]), strict=True)
+            parts = [*da.split_with_sizes([*map(len, a)]), *(part.view(like.shape) for like, part in parts_of_b)]
         return None, *parts, *(None if dx is None else _shaped(dx, ctx.shape) for dx in dinputs)

@@ -139,6 +139,15 @@ def mloras_da_is_two_percent_down(original):
     return staticmethod(backward)
 
 
+@planted(
+    "fused_lora.linear:_form",
+    caught_by="tests/fused_lora/test_arguments.py::test_a_bad_argument_is_named_in_one_line[weight is trained]",
+)
+def a_weight_may_be_trained_later(original):
+    """Arguments that were checked are not checked again after their weight has come to need a gradient."""
+    return lambda x, weights, *rest: original(x, [weight.detach() for weight in weights], *rest)
+
+
 @planted("fused_lora.gpu.host.driver:_place", caught_by=MIXED)
 def a_view_is_launched_from_its_beginning(original):
     """A launch that is done again takes the memory of a view from its beginning."""

@@ -9,11 +9,13 @@ A graph reads and writes the same memory at each replay. So all that it depends 
 before: nothing of a microbatch is known to the host while it is captured but what its bucket says. What a replay leaves
 is copied before anyone gets it, for the lane's next microbatch overwrites it. Adapters' gradients are added to in
 place.
+
+PEFT's forward has the host choose the one adapter of a microbatch. So there each adapter has graphs of its own.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,15 +187,17 @@ class StageGraphs:
         """Capture them. Adapters' gradients are not what they were.
 
         through: the stage, from a microbatch and its hidden states [1, T, H], if it is not the first, to what it gives.
-        stacks: of the stage's adapters. batches: a microbatch of each bucket. ends: what the stage takes, if it is not
+        stacks: of the stage's adapters; none where the host chooses the one of a microbatch. batches: a microbatch of
+        each bucket, and then of each adapter with microbatches of it. ends: what the stage takes, if it is not
         the first, and the gradient of what it gives, both for the largest bucket. lanes: microbatches in flight. Raises
         `CaptureError` where they cannot be captured.
         """
         begin, (reserved, used) = time.perf_counter(), recorder.memory()
         ordered = sorted(batches, key=_tokens, reverse=True)
         self._stacks = stacks
-        with _refused(len(ordered)):
-            self._lanes = [_lane(ordered, ends) for _ in range(lanes)]
+        self._key = _tokens if stacks else _tokens_and_adapter
+        with _refused(len(set(map(_tokens, ordered)))):
+            self._lanes = [_lane(ordered, ends, self._key) for _ in range(lanes)]
             for passes in self._lanes[0].values():
                 recorder.rehearse(lambda passes=passes: passes.both(through))
             for lane in self._lanes:
@@ -212,7 +216,7 @@ class StageGraphs:
         for stack in self._stacks:
             stack.check_gradients()
         lane = self._free.popleft()
-        passes = lane[_tokens(batch)]
+        passes = lane[self._key(batch)]
         passes.fill(batch, x)
         return _Replay.apply(passes, lambda: self._free.append(lane), x, self._anchor)
 
@@ -241,16 +245,25 @@ def _tokens(batch: PackedBatch) -> int:
     return batch.input_ids.shape[1]
 
 
-def _lane(batches: Sequence[PackedBatch], ends: tuple[torch.Tensor | None, torch.Tensor]) -> dict[int, _Passes]:
-    """Static tensors of each bucket, by its tokens; what is as large as activations is shared by all of them."""
+def _tokens_and_adapter(batch: PackedBatch) -> tuple[int, int]:
+    return _tokens(batch), batch.segments[0].adapter
+
+
+def _lane(
+    batches: Sequence[PackedBatch],
+    ends: tuple[torch.Tensor | None, torch.Tensor],
+    key: Callable[[PackedBatch], Hashable],
+) -> dict[Hashable, _Passes]:
+    """Static tensors of each bucket, by its key; what is as large as activations is shared by all of them."""
     x, gradient = (None if end is None else torch.zeros_like(end) for end in ends)
     lane = {}
     for batch in batches:
         # What the host knows of this microbatch is wrong of the others.
         static = batch.of([tensor.clone() for tensor in batch.on(gradient.device).tensors])
-        static = replace(static, borders=replace(static.borders, lengths=()), segments=())
+        segments = () if key is _tokens else batch.segments
+        static = replace(static, borders=replace(static.borders, lengths=()), segments=segments)
         first = None if x is None else _first(x, _tokens(batch)).detach().requires_grad_()
-        lane[_tokens(batch)] = _Passes(static, first, _first(gradient, _tokens(batch)))
+        lane[key(batch)] = _Passes(static, first, _first(gradient, _tokens(batch)))
     return lane
 
 

@@ -282,15 +282,16 @@ class TrainingRun:
 
     def _capture(self) -> bool:
         """Capture this stage's graphs; False where they have no place. Each process may do without them for itself."""
-        recorder = graphs.recorder_of(self.pipeline.device)
-        if not self._buckets or recorder is None or not self.active.stacks:  # other kinds ask the host for segments
+        recorder, active = graphs.recorder_of(self.pipeline.device), self.active
+        if not self._buckets or recorder is None or not (active.stacks or active.one_adapter):
             return False
-        shape = {part.bucket: part for part in self.microbatches if not part.noop}
-        hidden = self._hidden(max(shape, default=0))
+        parts = [part for part in self.microbatches if not part.noop]
+        shape = {(part.bucket, not active.stacks and part.segments[0].adapter): part for part in parts}
+        hidden = self._hidden(max((part.length for part in parts), default=0))
         ends = (None if self.stage.is_first else hidden, hidden[0, :, 0].double() if self.stage.is_last else hidden)
         batches, lanes = [self._built(part) for part in shape.values()], self.pipeline.size - self.pipeline.index
         try:
-            self.graphs = graphs.StageGraphs(self._through, self.active.stacks, batches, ends, lanes, recorder)
+            self.graphs = graphs.StageGraphs(self._through, active.stacks, batches, ends, lanes, recorder)
             LOGGER.info(f"{self.pipeline.name}: {self.graphs.usage}")
         except graphs.CaptureError as error:
             if self.needs_graphs:

@@ -30,10 +30,12 @@ class ActiveBatch:
     """The microbatch whose forward runs now; the linears of a stage read it, the executor sets it.
 
     stacks: what the adapters' parameters are views of, where the kind stacks them; autograd knows those alone.
+    one_adapter: does all that the kind asks the batch on the host depend on the one adapter that it has?
     """
 
     batch: PackedBatch | None = None
     stacks: list[AdapterStack] = field(default_factory=list)
+    one_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def each(kind: Callable[[StageLinear, ActiveBatch], None]) -> Kind:
 @each
 def peft(linear: StageLinear, active: ActiveBatch) -> None:
     """PEFT's own forward, with the one adapter of the microbatch active."""
-    layer = linear.layer
+    layer, active.one_adapter = linear.layer, True
     original = layer.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from tests.engine.test_graphs import CASES, Case, assert_equal, built, executed,
 GPU_CASES = {name: case._replace(dtype="bfloat16") for name, case in CASES.items() if case.dtype == "float64"} | {
     "one bucket": Case("bfloat16", most=1),
     "float16": Case("float16"),
+    "PEFT under autocast": CASES["PEFT under autocast"],
 }
 
 

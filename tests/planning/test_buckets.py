@@ -212,7 +212,8 @@ def test_costs_of_stages_with_graphs_have_no_host():
 def test_systems_with_the_fused_operation_in_a_stream_have_graphs(name, make_workload):
     """The others say why not."""
     system = read_systems()[name]
-    can = system.lora.endswith(":fused") and not name.endswith("-eager")
+    kinds = ("lorafusion.model.lora:fused", "lorafusion.model.lora:peft")
+    can = system.lora in kinds and system.executor.endswith("stream:execute") and not name.endswith("-eager")
     assert (system.no_graphs is None) == can
     if can:
         assert plan_system(make_workload(), name, stages=1, capacity=64, graphs=True).buckets

@@ -68,3 +68,14 @@ def microbatches_in_flight_share_memory(original):
         original(graphs, *others, recorder)
 
     return init
+
+
+@planted("lorafusion.engine.graphs:_tokens_and_adapter", caught_by=f"{GRAPHS}::"
+         "test_graphs_train_what_eager_stages_train[PEFT]")  # fmt: skip
+def adapters_of_peft_share_their_graphs(original):
+    """A graph that holds the weights of one adapter is replayed for all."""
+
+    def key(batch):
+        return original(batch)[0], 0
+
+    return key

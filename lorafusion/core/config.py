@@ -162,6 +162,12 @@ def no_graphs(name: str, system: SystemConfig, device: str, model: ModelConfig |
     return ""
 
 
+def require_attention(setting: Attention, device: str, where: str) -> None:
+    """Raise where a device cannot have the attention that is asked for; where: the file and the key."""
+    if setting == "cudnn" and device != "cuda":
+        raise UserError(f"{where}: found cudnn, expected auto or flash: the device is {device}, and cuDNN needs a GPU")
+
+
 def uses_graphs(setting: Graphs, reason: str, where: str) -> bool:
     """Do stages replay graphs? reason: that they cannot, or empty. Raises `UserError` where they are to and cannot;
     where: the file and the key."""

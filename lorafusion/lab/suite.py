@@ -21,6 +21,7 @@ from lorafusion.core.config import (
     no_graphs,
     read_model,
     read_systems,
+    require_attention,
     require_possible,
     uses_graphs,
 )
@@ -254,6 +255,7 @@ def cells(suite: Suite, source: str | Path = "suite") -> list[Cell]:
             _require_possible(cell, systems[system], configs[model].num_hidden_layers, where)
             reason = no_graphs(system, systems[system], suite.device, configs[model])
             uses_graphs(grid.graphs, reason, f"{where}.graphs")
+            require_attention(grid.attention, suite.device, f"{where}.attention")
             if cell.name in seen:
                 raise UserError(f"{where}: cell {cell.name} is in the suite twice")
             seen.add(cell.name)

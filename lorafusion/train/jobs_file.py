@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from lorafusion.core.config import ModelConfig, read_model
+from lorafusion.core.config import ModelConfig, read_model, require_attention
 from lorafusion.core.schema import Mistakes, UserError
 from lorafusion.launch.lock import locked
 from lorafusion.train.config import TrainConfig, read_train_config
@@ -57,6 +57,8 @@ def _require_possible(config: TrainConfig) -> None:
     model = read_model(config.model) if config.is_described else None
     with mistakes.gathered():
         config.uses_graphs(config.without_graphs(model))
+    with mistakes.gathered():
+        require_attention(config.attention, config.chosen_device, f"{config.path}: attention")
     with mistakes.gathered():
         require_warm_ups(config)
     if model:

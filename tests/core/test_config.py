@@ -125,6 +125,10 @@ CHANGES = {
         {"graphs": "on"},
         "cells.0.graphs: found on, expected auto or off: the device is cpu, and graphs need a GPU",
     ),
+    "cuDNN on a CPU": (
+        {"attention": "cudnn"},
+        "cells.0.attention: found cudnn, expected auto or flash: the device is cpu, and cuDNN needs a GPU",
+    ),
     "no gpus": ({"gpus": [0]}, "cells.0.gpus.0: input should be greater than or equal to 1 (found 0)"),
     "replicas that do not divide": ({"data_parallel": 3, "gpus": [4]}, "4 gpus cannot hold 3 replicas of equal size"),
     "a negative batch": ({"global_batch": -1}, "cells.0.global_batch: input should be greater than or equal to 1"),

@@ -291,6 +291,15 @@ def test_graphs_on_a_cpu_are_refused_before_anything_is_written(tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+def test_cudnn_on_a_cpu_is_refused_before_anything_is_written(tmp_path):
+    path = playback.jobs_file(tmp_path, attention="cudnn")
+    with pytest.raises(
+        UserError, match=r"jobs.yaml: attention: found cudnn, expected auto or flash: the device is cpu"
+    ):
+        train(path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_graphs_of_a_model_that_asks_its_device_are_refused_before_anything_is_written(tmp_path):
     rope = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
     model = tmp_path / "model.yaml"

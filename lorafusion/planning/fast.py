@@ -34,7 +34,7 @@ from lorafusion.planning.simulator.costs import CostModel, Costs, even_costs
 from lorafusion.planning.simulator.stream import simulate_stream
 from lorafusion.planning.simulator.timeline import Timeline
 
-FALL = 0.75  # of a target to the one tried before; then two beside the best are tried
+FALL = 0.75  # of a target to the one tried before; then some beside the best one or two are tried
 HOPELESS = 0.92  # of the highest throughput; no lower target is tried when two in a row are below it
 TRIED_SAMPLES, TRIED_BATCHES = 1000, 3  # of all jobs together, and global batches of each, at least
 COMPARED_SAMPLES = 20_000  # of all jobs together, for what was within MISLED of the best of the first ones
@@ -165,6 +165,11 @@ class Trials:
         self._waves = min(SEARCHED_WAVES, self.samples * SAMPLE_WAVES)  # of local search, left
         self._improved: dict[Way, list[Slot]] = {}
 
+    @property
+    def tried(self) -> int:
+        """Samples of all jobs together, by which ways are compared first; all, where these are not many more."""
+        return TRIED_SAMPLES if self.samples > 2 * TRIED_SAMPLES else self.samples
+
     def slots(self, way: Way, samples: int | None = None) -> Iterator[Slot]:
         """The slots of the jobs, empty ones included. samples: as `packed` has it."""
         passed = 0
@@ -194,7 +199,7 @@ class Trials:
 
     def fastest(self, model: CostModel) -> Prediction:
         """The way in which the jobs train at the highest simulated throughput, of those that are tried."""
-        full = self.trial(model, Way(self.capacity, USUAL, self.capacity // EXACT), TRIED_SAMPLES)
+        full = self.trial(model, Way(self.capacity, USUAL, self.capacity // EXACT), self.tried)
         return self._ramped(model, full if full.waiting <= GOOD_BUBBLE else self._fastest(model, full))
 
     def _fastest(self, model: CostModel, full: Prediction) -> Prediction:
@@ -205,7 +210,7 @@ class Trials:
         part = EXACT if ordered.way.target < self.capacity else LOOSE
         best = self._faster(model, ordered, [ordered.way._replace(slack=ordered.way.target // part)])
         near = [trial.way for trial in (full, filled, best) if trial.throughput > best.throughput * (1 - MISLED)]
-        if len(set(near)) == 1 or self.samples <= TRIED_SAMPLES:
+        if len(set(near)) == 1 or self.samples == self.tried:
             return best
         compared = [self.trial(model, way, COMPARED_SAMPLES) for way in dict.fromkeys(near)]
         return max(compared, key=lambda trial: trial.throughput)
@@ -217,12 +222,12 @@ class Trials:
         targets = dict.fromkeys(min(self.capacity, _rounded(best.way.target * rise, model)) for rise in RISES)
         first, *ramps = [Way(target, USUAL, target // EXACT, self._ramp(model, target, *shape))
                          for target in targets for shape in RAMPS]  # fmt: skip
-        ramped = self._faster(model, self.trial(model, first, TRIED_SAMPLES, "whole"), ramps, "whole")
+        ramped = self._faster(model, self.trial(model, first, self.tried, "whole"), ramps, "whole")
         orders = [ramped.way._replace(order=order) for order in ORDERS if order != USUAL]
         ordered = self._faster(model, ramped, orders, "whole")
         loose = ordered.way._replace(slack=ordered.way.target // LOOSE)
         near = [best, self._faster(model, ordered, [loose], "whole")]
-        if self.samples > TRIED_SAMPLES:
+        if self.samples > self.tried:
             near = [self.trial(model, trial.way, COMPARED_SAMPLES, "whole") for trial in near]
         return max(near, key=lambda trial: trial.throughput)
 
@@ -240,10 +245,11 @@ class Trials:
             if max(trial.throughput for trial in trials[-2:]) < HOPELESS * max(trial.throughput for trial in trials):
                 break
         tried = [trial.way.target for trial in trials]
-        at = max(range(len(trials)), key=lambda index: trials[index].throughput)
-        for neighbour in (at - 1, at + 1):
-            if 0 <= neighbour < len(tried):
-                trials.append(self._at(model, _rounded(math.sqrt(tried[at] * tried[neighbour]), model)))
+        count = 1 if self.samples <= SEARCHED_SAMPLES else 2  # local search makes up for it
+        fastest = sorted(range(len(tried)), key=lambda index: -trials[index].throughput)[:count]
+        for at in sorted({index - side for index in fastest for side in (0, 1)}):
+            if 0 <= at < len(tried) - 1:
+                trials.append(self._at(model, _rounded(math.sqrt(tried[at] * tried[at + 1]), model)))
         most = max(trial.throughput for trial in trials)
         return max(
             (trial for trial in trials if trial.throughput >= most * (1 - GAIN)), key=lambda trial: trial.way.target
@@ -264,11 +270,11 @@ class Trials:
 
     def _at(self, model: CostModel, target: int) -> Prediction:
         """The trial of a target, in the usual order."""
-        return self.trial(model, Way(target, USUAL, target // LOOSE), TRIED_SAMPLES)
+        return self.trial(model, Way(target, USUAL, target // LOOSE), self.tried)
 
     def _faster(self, model: CostModel, best: Prediction, ways: list[Way], window: str | None = None) -> Prediction:
         """The fastest of a trial and of those of some other ways."""
-        trials = [best, *(self.trial(model, way, TRIED_SAMPLES, window) for way in ways)]
+        trials = [best, *(self.trial(model, way, self.tried, window) for way in ways)]
         return max(trials, key=lambda trial: trial.throughput)
 
     def searched(self, model: CostModel) -> Way:

@@ -63,6 +63,7 @@ def constants() -> list[str]:
     return [
         f"alone if they reach {percent(1 - 1 / packer.EXACT, '.1f')} of the capacity",
         f"the first {number(fast.TRIED_SAMPLES)} samples",
+        f"or all of up to {number(2 * fast.TRIED_SAMPLES)} samples",
         f"until two in a row are {percent(1 - fast.HOPELESS)} slower",
         "with {} and {} times as many".format(*(number(rise, ".2f") for rise in fast.RISES[1:])),
         f"The buckets are multiples of {number(buckets.TILE)} tokens",

@@ -195,6 +195,17 @@ class Job(Hyperparameters, _Frozen):
         """Real tokens that remain to be trained."""
         return self.stream_offset(self.stream_length) - self.stream_offset(self.first_position)
 
+    def first_label(self, sample: Sample) -> int:
+        """The first token of a synthetic sample that is learnt: none of its prompt, but the last one in any case."""
+        return min(max(1, int(self.prompt * sample.tokens)), sample.tokens - 1)
+
+    @property
+    def most_labels(self) -> float:
+        """The largest share of a sample's tokens that are learnt; 1 where there are no prompts."""
+        if not self.prompt:
+            return 1.0
+        return max(1 - self.first_label(sample) / sample.tokens for sample in (*self.samples, *self.evaluation))
+
     def batch_tokens(self, batch: int) -> int:
         """Tokens of one of the global batches."""
         positions = self.batches[batch]

@@ -29,8 +29,7 @@ class SyntheticTokens:
     """A toy language a job: a few words of the vocabulary in a fixed cycle, entered anywhere.
 
     Lengths are the workload's; content is a pure function of the job's seed and the sample's id. A model can learn
-    it (first which words occur, then what follows what), so a run on it can tell training from mere computing. A
-    sample begins with as large a prompt as the job says, of whole tokens; the last token is learnt in any case.
+    it (first which words occur, then what follows what), so a run on it can tell training from mere computing.
     """
 
     def __init__(self, vocab_size: int, words: int = 8) -> None:
@@ -41,13 +40,10 @@ class SyntheticTokens:
     def tokens(self, job: Job, sample: Sample) -> Tokens:
         cycle = self._cycle(job.seed)
         start = int(torch.randint(self.words, (), generator=_generator(job.seed, sample.id)))
-        return Tokens(cycle[(start + torch.arange(sample.tokens)) % self.words], self._first_label(job, sample))
+        return Tokens(cycle[(start + torch.arange(sample.tokens)) % self.words], job.first_label(sample))
 
     def labels(self, job: Job, sample: Sample) -> int:
-        return sample.tokens - self._first_label(job, sample)
-
-    def _first_label(self, job: Job, sample: Sample) -> int:
-        return min(max(1, int(job.prompt * sample.tokens)), sample.tokens - 1)
+        return sample.tokens - job.first_label(sample)
 
     def _cycle(self, seed: int) -> torch.Tensor:
         """A language's words, kept: with Llama's vocabulary they take the host half a millisecond, at each sample."""

@@ -31,12 +31,14 @@ def saved_bytes(config: ModelConfig, checkpointing: bool = False) -> float:
 
 class PipelineMemory(NamedTuple):
     """The memory of each GPU of a pipeline. model: tells the layers of its stages, and whether they replay graphs;
-    memory: bytes of a GPU."""
+    memory: bytes of a GPU; labels: the largest share of a microbatch's tokens that have one, of which alone logits are
+    made."""
 
     config: ModelConfig
     model: CostModel
     memory: int
     checkpointing: bool = False
+    labels: float = 1.0
 
     def weights(self, stage: int) -> int:
         """Bytes of a stage's weights in 16 bits."""
@@ -52,7 +54,7 @@ class PipelineMemory(NamedTuple):
         if self.checkpointing:
             # The layer that is computed again, with graphs in the pool of each microbatch in flight.
             kept += saved_bytes(config) * (stages - stage if isinstance(self.model, CapturedCosts) else 1)
-        return kept + (LOGIT_BYTES * config.vocab_size if stage == stages - 1 else 0)
+        return kept + (self.labels * LOGIT_BYTES * config.vocab_size if stage == stages - 1 else 0)
 
     def used(self, parameters: int, tokens: int, stage: int) -> float:
         """Bytes that a stage takes with adapters of so many parameters in a layer, and microbatches of so many

@@ -146,8 +146,9 @@ class Search:
         self.longest = max(sample.tokens for job in self.jobs for sample in (*job.samples, *job.evaluation))
         self.in_hand = [max(_tokens_of(job, batch) for batch in job.batches_of_an_epoch) for job in self.jobs]
         models = useful_depths(min(cluster.gpus, config.num_hidden_layers, MOST_STAGES), costs)
+        labels = max(job.most_labels for job in self.jobs)
         self.depths = [
-            Depth(self.jobs, PipelineMemory(config, model, cluster.memory, checkpointing)) for model in models
+            Depth(self.jobs, PipelineMemory(config, model, cluster.memory, checkpointing, labels)) for model in models
         ]
         self._distributed: dict[int, list[list[int]] | None] = {}
         self._alone: dict[tuple[int, int], np.ndarray] = {}

@@ -42,6 +42,16 @@ def test_weights_and_adapters_are_those_of_the_model():
     assert states == ADAPTER_BYTES * 80 * in_a_layer
 
 
+def test_logits_take_memory_where_there_are_labels(make_job):
+    whole, less = (memory_of("llama-3.1-8b", 2, 80)._replace(labels=share) for share in (1.0, 0.25))
+    assert less.token(0) == whole.token(0)
+    assert whole.token(1) - less.token(1) == 0.75 * 12 * 128256
+    lengths = (100, 20, 30)
+    assert make_job("a", lengths).most_labels == 1.0
+    assert make_job("a", lengths, prompt=0.9).most_labels == pytest.approx(0.1)
+    assert make_job("a", (*lengths, 2), prompt=0.9).most_labels == 0.5
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("stages", [2, 4, 8])
 def test_a_capacity_is_the_largest_that_fits(stages, checkpointing):

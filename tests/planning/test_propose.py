@@ -95,6 +95,15 @@ def test_more_gpus_are_never_slower(adapters, model, checkpointing):
         shortest = min(shortest, makespan)
 
 
+def test_prompts_leave_room_for_larger_microbatches():
+    workload = workload_of(4)
+    prompts = workload.model_copy(
+        update={"jobs": tuple(job.model_copy(update={"prompt": 0.9}) for job in workload.jobs)}
+    )
+    (whole, *_), (less, *_) = (choices_of(item, "llama-3.1-8b", 1) for item in (workload, prompts))
+    assert less.largest_capacity > whole.largest_capacity
+
+
 def test_many_adapters_are_divided_into_groups():
     """250 adapters of 8B on 256 GPUs: a gang waits, and reduces gradients between nodes."""
     choices = choices_of(workload_of(250), "llama-3.1-8b", 256)

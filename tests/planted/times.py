@@ -72,6 +72,34 @@ def runs_are_predicted_by_themselves(original):
 
 
 @planted(
+    "lorafusion.lab.validation:with_reduction",
+    caught_by="tests/lab/test_validation.py::test_a_profile_counts_the_sums_of_replicas",
+)
+def replicas_sum_their_gradients_for_nothing(original):
+    """Predictions by a profile leave out what replicas take to sum gradients."""
+    return lambda costs, question: costs
+
+
+@planted("lorafusion.lab.cost_fit:_Run.latency", caught_by="tests/lab/experiments/test_costs.py::"
+         "test_messages_take_as_long_as_pipelines_show_whatever_the_speed_of_the_machine")  # fmt: skip
+def a_slow_minute_makes_messages_slow(original):
+    """What a message takes holds the slowness of all passes in the minute in which the pipeline ran."""
+
+    def latency(run, fit):
+        from lorafusion.lab.experiments.cost_systems import workload_and_plan
+        from lorafusion.planning.simulator.costs import contents_of
+        from lorafusion.planning.simulator.profile import stage_costs
+
+        workload, plan = workload_and_plan(run.bench)
+        costs = stage_costs(fit, run.model, plan.stages, checkpointing=False)
+        without = costs.model_copy(update={"latency": 0.0, "transfer": 0.0})
+        forward = without.costs(*contents_of(plan, workload)).forward
+        return original(run._replace(seconds=run.seconds | {"forward": forward[forward > 0].mean()}), fit)
+
+    return latency
+
+
+@planted(
     "lorafusion.lab.cell_result:predicted_row",
     caught_by="tests/lab/test_validation.py::test_the_predicted_row_stands_beside_the_measured_one",
 )

@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -78,6 +79,11 @@ def _lines(*command: str) -> list[str] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def process_seconds() -> float:
+    """Since this process was started."""
+    return time.time() - psutil.Process().create_time()
 
 
 def has_gpu() -> bool:

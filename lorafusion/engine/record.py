@@ -30,6 +30,7 @@ class Record:
     """What happened on this stage: when, and with which losses.
 
     begin, end, steps_before: the clock's start and stop, and the steps of each adapter at the start; `timed` sets them.
+    start_up: seconds from the start of this process to the clock's.
     done: after the backward of slot k, and the steps that follow it, the mark (k, mark).
     spans: each pass and step, and each wait for another process; nobody waits for their marks.
     losses: an adapter's share of its global batch's loss in one microbatch, (adapter, batch, value).
@@ -41,6 +42,7 @@ class Record:
     meter: Meter
     begin: TimePoint | None = None
     end: TimePoint | None = None
+    start_up: float = 0.0
     steps_before: list[int] = field(default_factory=list)
     done: list[tuple[int, Mark]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)

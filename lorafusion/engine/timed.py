@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from lorafusion.core.machine import process_seconds
 from lorafusion.core.plan import Plan
 from lorafusion.core.workload import Workload
 from lorafusion.engine.executor import Executor, prepared
@@ -45,7 +46,7 @@ def ready(run: TrainingRun, execute: Executor) -> Iterator[Callable[..., bool]]:
             run.wait_for_everyone()
             record.meter.synchronize()
             record.spans.clear()
-            record.begin = record.meter.point()
+            record.begin, record.start_up = record.meter.point(), process_seconds()
             finished = train(*arguments)
             record.end = record.meter.point()
             run.position.set("the end of the run")
@@ -58,6 +59,7 @@ def ready(run: TrainingRun, execute: Executor) -> Iterator[Callable[..., bool]]:
 def report_of(run: TrainingRun) -> dict:
     """What is known of a run that was timed, the same on every process; all of them call it.
 
+    start_up: seconds from the start of a process to that of the clock, the most over the processes.
     seconds: when the first process was done with its slots, from its start on, [slot, seconds] each.
     times: of each process its passes, steps and waits (`Record.times`).
     clocks: of each process the seconds from its start to its end, by its device's clock and by the host's.
@@ -72,6 +74,7 @@ def report_of(run: TrainingRun) -> dict:
     steps = [adapter.steps_made() - before for adapter, before in zip(run.adapters, record.steps_before, strict=True)]
     names = [job.name for job in run.workload.jobs]
     mine = {
+        "start_up": record.start_up,
         "seconds": [[slot, record.meter.seconds(record.begin.mark, mark)] for slot, mark in record.done],
         "times": record.times(),
         "clocks": list(record.meter.duration(record.begin, record.end)),
@@ -85,6 +88,7 @@ def report_of(run: TrainingRun) -> dict:
     shares = [share for part in everyone for share in part["losses"]]
     graphs = [part["graphs"] for part in everyone]
     return ({"graphs": graphs} if any(graphs) else {}) | {
+        "start_up": max(part["start_up"] for part in everyone),
         "seconds": everyone[0]["seconds"],
         "times": [part["times"] for part in everyone],
         "clocks": [part["clocks"] for part in everyone],

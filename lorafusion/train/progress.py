@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from lorafusion.core.machine import process_seconds
 from lorafusion.core.plan import Plan
 from lorafusion.core.plugins import import_extra
 from lorafusion.core.wandb_runs import private_wandb
@@ -47,6 +49,7 @@ class Display:
         ]
         self.begin = self._said = time.monotonic()
         self._shown = 0.0
+        self._has_begun = False
 
     def __enter__(self) -> Display:
         self.progress.start()
@@ -68,6 +71,13 @@ class Display:
         if self.progress.disable and time.monotonic() - self._said > LINE_SECONDS:
             self._said = time.monotonic()
             self._line(history)
+
+    def note(self, changed: Iterable[tuple[str, int]]) -> None:
+        """Say, once, when a first step is made. changed: as of `EventReader.poll`."""
+        rows = (self.reader.history.steps.get(job, {}).get(step) for job, step in changed)
+        if not self._has_begun and any(row is not None and row.is_complete for row in rows):
+            self._has_begun = True
+            LOGGER.info(f"the first step was made {process_seconds():.0f} s after the command began")
 
     def _speed(self) -> float:
         """Tokens a second of all jobs since the display was made."""

@@ -240,6 +240,7 @@ class Training:
             def look() -> None:
                 nonlocal written
                 changed = reader.poll()
+                display.note(changed)
                 if wandb:
                     for job, step in changed:
                         wandb.log(job, step, self.history)

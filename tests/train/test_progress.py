@@ -6,6 +6,7 @@ import getpass
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -31,6 +32,18 @@ def test_a_line_says_when_each_job_is_expected_to_end(make_job, make_workload, m
     first, last = caplog.messages
     assert first == "5%, 0 tok/s: short step 0/1, 0:01:40 left; long step 0/9, 0:31:40 left"
     assert last == "20%, 0 tok/s: short step 0/1; long step 0/9, 0:13:20 left"
+
+
+def test_it_is_told_once_when_the_first_step_is_made(make_job, make_workload, caplog):
+    workload = make_workload(make_job("short", (4,) * 2))
+    history = History({"short": {0: StepMetrics(4, loss=2.5, tokens=4), 1: StepMetrics(0, tokens=8, norm=1.0)}})
+    reader = SimpleNamespace(tokens=[0], history=history)
+    plan = plan_workload(workload, stages=1, capacity=8)
+    with caplog.at_level(logging.INFO), Display(workload, plan, reader) as display:
+        for changed in ([("short", 0), ("short", 5)], [("short", 1)], [("short", 1)]):
+            display.note(changed)
+    [message] = caplog.messages
+    assert re.fullmatch(r"the first step was made \d+ s after the command began", message)
 
 
 def test_wandb_keeps_what_it_is_given_and_nothing_of_the_machine(make_workload, tmp_path, monkeypatch):

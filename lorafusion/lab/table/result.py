@@ -134,7 +134,7 @@ def result_of(
         note = "; ".join(filter(None, [note, f"the cost is unknown: {cost['unknown']}"]))
     note = "; ".join(filter(None, [note, outcome.without_graphs]))
     stages = stages_of(report, plan, schedule) if status == "ok" else []
-    return {key: report[key] for key in ("graphs",) if key in report} | {
+    return {key: report[key] for key in ("graphs", "start_up") if key in report} | {
         "version": VERSION,
         "status": status,
         "note": note,

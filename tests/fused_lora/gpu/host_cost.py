@@ -28,7 +28,7 @@ from fused_lora import (
 )  # fmt: skip
 from fused_lora.gpu.host import choices, launch
 from fused_lora.gpu.host.calls import launching
-from fused_lora.linear import operator_arguments
+from fused_lora.linear import factors_of, operator_arguments, tables_and_settings
 from tests.fused_lora.gpu.pretend_cuda import H200, pretended
 
 TOKENS, COLUMNS, RANK = 64, 128, 16
@@ -89,11 +89,12 @@ def _levels(adapters: int) -> dict[str, Callable[[], object]]:
     factors = [list(linear.lora_a), list(linear.lora_b)]
     row = [LoRAAdapter(a, b, 1.0, 0.1, index) for index, (a, b) in enumerate(zip(*factors, strict=True))]
     table = AdapterTable.of([row], x.device)
-    operands, settings = operator_arguments([row], batch, table, True)
+    tables, settings = tables_and_settings(batch, table, True)
+    operands, _ = operator_arguments([row], batch, table, True)
     arguments = ([x.detach()], [weight], [x.new_empty(0)])
 
     def operator() -> None:
-        ops.run_linear(operands, settings, [x], *arguments[1:], True)[0].backward(dy, retain_graph=True)
+        ops.run_linear(factors_of([row]), tables, settings, [x], *arguments[1:], True)[0].backward(dy)
 
     def host() -> None:
         with torch.no_grad():
@@ -121,7 +122,7 @@ def main() -> None:
         for name, model in (("frozen", _Model(names)), ("PEFT", _peft(names)), ("patched", patched)):
             functions[f"{name}, {len(names)} linears"] = _trained(model)
     functions |= {f"{name}, {adapters} adapters": f for adapters in (1, 4) for name, f in _levels(adapters).items()}
-    shared = {"choose": _own_gemm, "target_of": lambda device: H200}
+    shared = {"choose": _own_gemm, "target_of": lambda device: H200, "remembers": False}
     ways = {
         "through Triton": shared,
         "no launches": shared | {"run_of": lambda kernel: lambda *arguments, **settings: None},

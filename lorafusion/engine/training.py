@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from safetensors.torch import save_file
 
-from lorafusion.core.clock import Meter
+from lorafusion.core.clock import Meter, free_memory
 from lorafusion.core.plan import Microbatch, Plan
 from lorafusion.core.workload import Workload
 from lorafusion.data.packing import BatchBuilder, PackedBatch
@@ -80,8 +80,7 @@ class TrainingRun:
 
     def again(self, workload: Workload, plan: Plan) -> TrainingRun:
         """Another plan, of the same adapters on other samples perhaps, on the same stage; optimizers begin anew."""
-        source, device = self._builder.source, self.pipeline.device
-        builder = BatchBuilder(workload, source, device)
+        builder = BatchBuilder(workload, self._builder.source, self.pipeline.device)
         return TrainingRun(workload, plan, self.stage, self.active, builder, self.pipeline, self.position,
                            self.autocast, self.around, self.record.meter, self.needs_graphs)  # fmt: skip
 
@@ -300,6 +299,7 @@ class TrainingRun:
             LOGGER.warning(f"{self.pipeline.name}: without graphs: {error}")
         for adapter in self.adapters:
             adapter.zero_gradients()
+        free_memory()  # of a capture that was broken off, which an error and its frames hold in a circle
         return self.graphs is not None
 
     def hold_the_largest(self) -> None:

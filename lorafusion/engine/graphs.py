@@ -119,8 +119,8 @@ def _refused(buckets: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        cause: BaseException = error  # the end of a capture that was broken off is an error itself
-        while cause.__context__ is not None:
+        cause = error  # the end of a capture that was broken off is an error itself
+        while isinstance(cause.__context__, RuntimeError):
             cause = cause.__context__
         if isinstance(cause, torch.OutOfMemoryError):
             raise CaptureError("oom", f"graphs of {buckets} buckets do not fit in memory") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from lorafusion.core.workload import Workload
 from lorafusion.data.packing import IGNORE, SampleBorders
 from lorafusion.engine.checkpoint import identity, newest
 from lorafusion.engine.memory_probe import Measured, capacity_of
+from lorafusion.engine.saving import HostCopy
 from lorafusion.lab.checks.toy_runs import toy_jobs
 from lorafusion.launch.launch import launch
 from lorafusion.launch.spec import PROBE_MEMORY, RunSpec, Saving
@@ -155,3 +157,18 @@ def test_the_command_trains_and_stops_what_is_no_number(tmp_path):
         losses.append([row["loss"] for row in map(json.loads, lines) if row["job"] == "good"])
     assert losses[0][-1] < losses[0][0] / 2
     assert losses[0] == pytest.approx(losses[1], rel=5e-2)
+
+
+def test_a_copy_of_four_adapters_is_of_its_moment_and_holds_the_device_up_for_a_tenth_of_a_second():
+    """As many tensors as rank 16 has on Llama-3.1-8B, weights, gradients and moments, which are changed at once."""
+    tensors = {str(index): torch.zeros(90_000, dtype=torch.bfloat16, device=GPU) for index in range(4 * 4 * 448)}
+    copy = HostCopy(tensors, GPU)
+    copy.take()
+    copy.wait()
+    begin = time.perf_counter()
+    copy.take()
+    torch._foreach_add_(list(tensors.values()), 1.0)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    assert not any(bool(tensor.any()) for tensor in copy.tensors.values())
+    assert seconds < 0.1

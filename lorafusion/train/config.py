@@ -185,7 +185,7 @@ class TrainConfig(Config):
         default="auto", description="replay stages as CUDA graphs; auto: where the device is a GPU and they fit"
     )
     attention: Attention = Field(
-        default="auto", description="whose kernels a GPU computes it by; auto: cuDNN's where they can be used"
+        default="flash", description="whose kernels a GPU computes it by; auto: cuDNN's where they can be used"
     )
     save_every: int = Field(default=100, ge=1, le=MOST_STEPS, description="microbatch slots between two checkpoints")
     keep: int = Field(default=2, ge=1, le=MOST_STEPS, description="checkpoints to keep")

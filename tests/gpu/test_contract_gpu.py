@@ -36,6 +36,7 @@ def record() -> dict[str, dict]:
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_system_costs_what_is_recorded(record, name):
+    assert name in record, f"{name} is not recorded: lorafusion lab contract {RECORDS['NVIDIA H200'].name} --write"
     changed = contract.difference({name: record[name]}, contract.contracts([name], "cuda"))
     assert not changed, f"what {name} costs has changed; see `lorafusion lab contract --device cuda`\n{changed}"
 

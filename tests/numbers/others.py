@@ -17,6 +17,7 @@ from lorafusion.lab.steps import dag_of
 from lorafusion.lab.suite import cells, read_suite, suite_path
 from lorafusion.lab.table.result import CLOCKS_AGREE
 from lorafusion.lab.trials import SLOWER
+from lorafusion.model.cudnn_attention import SIZES
 from tests.numbers import end_to_end, sources
 from tests.numbers.quoted import number, percent
 from tests.torture import inputs
@@ -70,7 +71,36 @@ def systems() -> list[str]:
     return [
         f"rounded up to {number(read_systems()['mlora'].options['row_multiple'])} (`row_multiple",
         f"slower than the fastest by {percent(1 - SLOWER)} or more",
+        *attention(),
         f"{number(of_adapter / 1e6, '.0f')} MB an adapter beside {number(of_model / 1e9, '.0f')} GB of Llama-3.1-8B",
+    ]
+
+
+def attention() -> list[str]:
+    rows = sources.drawn(f"{sources.H200}/attention")
+    rows["faster"], rows["equal_bits"] = (
+        rows.flash_us / rows.cudnn_us,
+        rows.flash_equal_bits_us / rows.cudnn_equal_bits_us,
+    )
+    price = rows.cudnn_equal_bits_us / rows.cudnn_us - 1
+    mixed = rows[rows["row"].str.startswith("mixed")]
+    forms = {"flash_us": ".0f", "cudnn_us": ".0f", "cudnn_tflops": ".0f", "faster": ".2f", "equal_bits": ".2f"}
+    units = {"flash_us": " µs", "cudnn_us": " µs"}
+    single = [
+        " | ".join([f"| {number(row['samples'])} × {number(row['longest'])}",
+                    *(number(row[name], form) + units.get(name, "") for name, form in forms.items())])
+        for _, row in rows.drop(mixed.index).iterrows()
+    ]  # fmt: skip
+    spans = " | ".join(end_to_end.span(mixed[name], form) + units.get(name, "") for name, form in forms.items())
+    heads, longest = 32, 8192
+    return [
+        f"{number(heads)} heads of {number(128)}, {number(8)} of keys, {number(longest)} tokens",
+        *(f"{row} |" for row in single),
+        f"| microbatches of the workload mixed | {spans} |",
+        f"cost cuDNN {percent(price[rows['samples'] == 1].max())} with one sample and at most "
+        f"{percent(price[rows['samples'] > 1].max())} with several",
+        f"That is {number(2 * heads * longest**2 / 2**30, '.0f')} GiB with one sample of {number(longest)} tokens",
+        f"heads of {', '.join(number(size) for size in SIZES[:-1])} or {number(SIZES[-1])} columns",
     ]
 
 

@@ -14,7 +14,7 @@ OPEN, CLOSE = "\ue000", "\ue001"  # around a number that came from data
 MARKED = re.compile(f"{OPEN}(.*?){CLOSE}")
 # A digit begins a number; letters before it make it a name, as in H200 or float64.
 NUMBER = re.compile(r"(?<![\w.~])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
-SOFTWARE = "Python|torch|CUDA|Triton|megatron-core|transformers|PEFT|arXiv|Snakemake|Liger|pandas"
+SOFTWARE = "FlashAttention|Python|torch|CUDA|Triton|megatron-core|transformers|PEFT|arXiv|Snakemake|Liger|pandas"
 # What can be counted without being measured: parts of a setting, of a plan, of a machine.
 THINGS = (
     "adapters?|arms?|bits|bytes|cells|cards?|columns|cores|factors|figures|gates|GPUs?|H200s?|H100s?(?:-80GB)?|hosts?|jobs|layers|"

@@ -35,7 +35,7 @@ def test_a_short_file_has_sensible_defaults(read, tmp_path):
     assert config.path == tmp_path / "sweep.yaml"
     assert config.output == tmp_path / "out"
     assert (config.model, config.stages, config.checkpointing, config.wandb) == ("tiny", 1, "auto", "off")
-    assert (config.graphs, config.attention) == ("auto", "auto")
+    assert (config.graphs, config.attention) == ("auto", "flash")
     (job,) = config.jobs
     assert job.data == SyntheticData(synthetic={"samples": 4})
     assert job.hyper_parameters == {

@@ -198,7 +198,7 @@ def profile_costs(
     if files or out:
         if not (files and out):
             raise UserError("lab profile-costs: FILES and --out: expected both or neither")
-        from lorafusion.lab.cost_fit import fit_tables
+        from lorafusion.lab.cost_profile import fit_tables
 
         print(fit_tables(files, out))
         return

@@ -209,7 +209,7 @@ class SuiteSteps(MeasuredSteps):
 
 
 def _fit_costs(step: Step, launch: Callable) -> str:
-    from lorafusion.lab.cost_fit import fit_tables
+    from lorafusion.lab.cost_profile import fit_tables
 
     return fit_tables([source.path for source in step.inputs], step.path)
 

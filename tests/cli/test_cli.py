@@ -212,8 +212,8 @@ MISTAKES = {
         "--graphs: expected a system, found the strategy fast",
     ),
     "graphs of a system without": (
-        ["plan", "{folder}/deep/w.json", "--system", "peft", "--graphs", "-o", "{folder}/x"],
-        "plan: system peft has no graphs, a graph would hold the weights of one adapter",
+        ["plan", "{folder}/deep/w.json", "--system", "mlora", "--graphs", "-o", "{folder}/x"],
+        "plan: system mlora has no graphs, its loop asks the host where the tokens of each adapter lie",
     ),
     "an unknown aim": (
         ["plan", "{folder}/deep/w.json", "--aim", "sooner", "-o", "{folder}/x"],

@@ -10,7 +10,7 @@ import yaml
 
 from lorafusion.core.config import CONFIGS, read_model
 from lorafusion.core.schema import UserError
-from lorafusion.lab import cost_fit
+from lorafusion.lab import cost_profile
 from lorafusion.lab.cell_result import BY_FLOP, predicted_row
 from lorafusion.lab.keys import OutOfDateError, suite_files
 from lorafusion.lab.report import drawing
@@ -207,7 +207,7 @@ def test_the_validation_of_record_is_of_the_times_of_record():
 
 def test_the_validation_of_record_of_a_cpu_is_what_its_tables_give(tmp_path):
     record = RECORD.parent / "cpu"
-    profile = cost_fit.profile_of(read(record / "costs.parquet"))
+    profile = cost_profile.profile_of(read(record / "costs.parquet"))
     (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile.model_dump(mode="json", exclude_defaults=True)
                                                           | {"version": profile.version}))  # fmt: skip
     files, plans = suite_files(CONFIGS / "suites" / "cpu-tiny.yaml"), read_plans(record / "runs.plans.jsonl.gz")

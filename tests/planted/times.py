@@ -80,13 +80,13 @@ def replicas_sum_their_gradients_for_nothing(original):
     return lambda costs, question: costs
 
 
-@planted("lorafusion.lab.cost_fit:_Run.latency", caught_by="tests/lab/experiments/test_costs.py::"
+@planted("lorafusion.lab.cost_profile:_Run.latency", caught_by="tests/lab/experiments/test_costs.py::"
          "test_messages_take_as_long_as_pipelines_show_whatever_the_speed_of_the_machine")  # fmt: skip
 def a_slow_minute_makes_messages_slow(original):
     """What a message takes holds the slowness of all passes in the minute in which the pipeline ran."""
 
     def latency(run, fit):
-        from lorafusion.lab.experiments.cost_systems import workload_and_plan
+        from lorafusion.lab.experiments.costs_suite import workload_and_plan
         from lorafusion.planning.simulator.costs import contents_of
         from lorafusion.planning.simulator.profile import stage_costs
 

@@ -14,19 +14,13 @@ from pathlib import Path
 
 from lorafusion.core.files import write
 from lorafusion.core.plan import Plan
-from lorafusion.core.workload import Sample, Workload
-from lorafusion.lab.experiments.bench import equal_jobs
-from lorafusion.lab.experiments.costs_suite import SystemBench
+from lorafusion.lab.experiments.costs_suite import WHOLE, cell_of, workload_and_plan
 from lorafusion.lab.experiments.experiment import Point
 from lorafusion.lab.table.result import row
 from lorafusion.launch.launch import launch
 from lorafusion.launch.spec import RunSpec
-from lorafusion.planning import plan_system
 
-BATCHES, MICROBATCHES = 4, 4  # global batches of each adapter, and microbatches a replica of each of these
-RANK, DROPOUT = 16, 0.1
 PASSES = ("forward", "backward")
-WHOLE = "whole"
 
 
 def system_rows(point: Point) -> Iterator[list[dict]]:
@@ -54,28 +48,6 @@ def system_rows(point: Point) -> Iterator[list[dict]]:
             status=status, note=note)
         for name in ((WHOLE, "forward") if bench.stages > 1 else (*PASSES, "step"))
     ]  # fmt: skip
-
-
-def cell_of(name: str, bench: SystemBench) -> str:
-    """A bench's name in the table, which says all of it but the model (`bench_of`)."""
-    settings = bench.model_dump(exclude={"model"})
-    return "/".join([f"bench~{name}", *(f"{key}~{value}" for key, value in settings.items())])
-
-
-def bench_of(cell: str, model: str) -> SystemBench:
-    """The bench of a name in the table."""
-    return SystemBench(model=model, **dict(part.split("~", 1) for part in cell.split("/")[1:]))
-
-
-def workload_and_plan(bench: SystemBench) -> tuple[Workload, Plan]:
-    """Samples of one length, packed into microbatches by the system's planner."""
-    size = bench.tokens // bench.sample_tokens * MICROBATCHES * bench.replicas
-    samples = tuple(Sample(i, bench.sample_tokens) for i in range(size * BATCHES))
-    jobs = equal_jobs(bench.adapters, rank=RANK, alpha=2.0 * RANK, dropout=DROPOUT, global_batch_size=size,
-                      samples=samples)  # fmt: skip
-    workload = Workload(name=bench.system, jobs=jobs)
-    plan = plan_system(workload, bench.system, stages=bench.stages, capacity=bench.tokens, data_parallel=bench.replicas)
-    return workload, plan
 
 
 def _seconds(report: dict, plan: Plan) -> dict[str, float]:

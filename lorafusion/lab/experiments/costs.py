@@ -1,7 +1,7 @@
 """The experiment `costs`: how long the passes of a stage take, as a function of what a microbatch holds; how long
 messages take; and what executors do besides.
 
-What is measured becomes a profile, by which plans are made and simulated (`lorafusion.lab.cost_fit`).
+What is measured becomes a profile, by which plans are made and simulated (`lorafusion.lab.cost_profile`).
 """
 
 from collections.abc import Iterator

@@ -11,11 +11,16 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from lorafusion.core.config import ModelConfig
+from lorafusion.core.plan import Plan
 from lorafusion.core.schema import MOST_LAYERS, MOST_SAMPLES, MOST_TOKENS, Config
-from lorafusion.core.workload import Alpha, Dropout, Rank
-from lorafusion.lab.experiments.bench import Count, DeviceEntry, Variant, variants
+from lorafusion.core.workload import Alpha, Dropout, Rank, Sample, Workload
+from lorafusion.lab.experiments.bench import Count, DeviceEntry, Variant, equal_jobs, variants
 from lorafusion.lab.experiments.steps_suite import BenchName, Implementation, Stage, StepsBench
+from lorafusion.planning import plan_system
 
+BATCHES, MICROBATCHES = 4, 4  # global batches of each adapter, and microbatches a replica of each of these
+RANK, DROPOUT = 16, 0.1
+WHOLE = "whole"  # of a run of a pipeline
 Tokens = Annotated[int, Field(ge=2, le=MOST_TOKENS)]
 
 
@@ -111,3 +116,25 @@ class CostsSuite(DeviceEntry):
     links: list[Annotated[int, Field(ge=1, le=2**34)]] = Field(
         default=[], max_length=MOST_SAMPLES, description="bytes of messages between two devices that are timed"
     )
+
+
+def cell_of(name: str, bench: SystemBench) -> str:
+    """A bench's name in the table, which says all of it but the model (`bench_of`)."""
+    settings = bench.model_dump(exclude={"model"})
+    return "/".join([f"bench~{name}", *(f"{key}~{value}" for key, value in settings.items())])
+
+
+def bench_of(cell: str, model: str) -> SystemBench:
+    """The bench of a name in the table."""
+    return SystemBench(model=model, **dict(part.split("~", 1) for part in cell.split("/")[1:]))
+
+
+def workload_and_plan(bench: SystemBench) -> tuple[Workload, Plan]:
+    """Samples of one length, packed into microbatches by the system's planner."""
+    size = bench.tokens // bench.sample_tokens * MICROBATCHES * bench.replicas
+    samples = tuple(Sample(i, bench.sample_tokens) for i in range(size * BATCHES))
+    jobs = equal_jobs(bench.adapters, rank=RANK, alpha=2.0 * RANK, dropout=DROPOUT, global_batch_size=size,
+                      samples=samples)  # fmt: skip
+    workload = Workload(name=bench.system, jobs=jobs)
+    plan = plan_system(workload, bench.system, stages=bench.stages, capacity=bench.tokens, data_parallel=bench.replicas)
+    return workload, plan

@@ -1,4 +1,4 @@
-"""A cost profile: what a device took for the layers of some models, fitted (`lorafusion.lab.cost_fit`), as a file.
+"""A cost profile: what a device took for the layers of some models, fitted (`lorafusion.lab.cost_profile`), as a file.
 
 A fit is of a model's dimensions and of a way to compute adapters. From it follows the cost model of that model on any
 number of stages.

@@ -316,7 +316,7 @@ def test_plain_training_takes_nothing_from_what_it_judges():
     }
     fields = {"name", "rank", "alpha", "dropout", "rslora", "target_modules", "learning_rate", "weight_decay", "seed",
               "global_batch_size", "epochs", "steps", "start", "schedule", "warmup_steps", "max_grad_norm", "samples",
-              "evaluation", "evaluate_every"}  # fmt: skip
+              "evaluation", "evaluate_every", "prompt"}  # fmt: skip
     ours = ("lorafusion", "fused_lora", "baselines")
     for module, modules in allowed.items():
         tree = ast.parse(Path(module.__file__).read_text())

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from lorafusion.cli.main import app
 from lorafusion.core.config import CONFIGS, read_model
 from lorafusion.core.schema import UserError
-from lorafusion.lab import cost_fit
+from lorafusion.lab import cost_fit, cost_profile
 from lorafusion.lab.experiments import EXPERIMENTS, cost_times
-from lorafusion.lab.experiments.cost_systems import PASSES, bench_of, cell_of, workload_and_plan
-from lorafusion.lab.experiments.costs_suite import SystemBench
+from lorafusion.lab.experiments.cost_systems import PASSES
+from lorafusion.lab.experiments.costs_suite import SystemBench, bench_of, cell_of, workload_and_plan
 from lorafusion.lab.report.registry import FIGURES
 from lorafusion.lab.table import table
 from lorafusion.lab.table.table import MeasurementError
@@ -112,7 +112,7 @@ def rows_of(costs: LayerCosts) -> pd.DataFrame:
 
 
 def test_a_fit_finds_the_costs_that_the_times_were_made_from():
-    profile = cost_fit.profile_of(rows_of(TRUE))
+    profile = cost_profile.profile_of(rows_of(TRUE))
     (fit,) = profile.fits
     fitted, expected = fit.costs.model_dump(), TRUE.model_dump()
     for name in set(expected) - {"latency", "transfer"}:
@@ -127,7 +127,7 @@ def test_a_fit_finds_the_costs_that_the_times_were_made_from():
 def test_the_recorded_profile_is_that_of_the_recorded_table():
     recorded = read_profile(CONFIGS / "machines" / "nvidia-h200.yaml")
     frame = table.read(CONFIGS.parent / "results" / "reference" / "nvidia-h200" / "costs.parquet")
-    again = cost_fit.profile_of(frame)
+    again = cost_profile.profile_of(frame)
     assert again.gpu_name == recorded.gpu_name
     for fit, expected in zip(again.fits, recorded.fits, strict=True):
         assert fit.dimensions == expected.dimensions
@@ -138,7 +138,7 @@ def test_the_recorded_profile_is_that_of_the_recorded_table():
 def test_no_cost_is_less_than_nothing_whatever_was_measured():
     frame = rows_of(TRUE)
     noise = np.random.default_rng(0).uniform(0.2, 5, len(frame))
-    for fit in cost_fit.profile_of(frame.assign(value=frame["value"] * noise)).fits:
+    for fit in cost_profile.profile_of(frame.assign(value=frame["value"] * noise)).fits:
         assert min(value for value in fit.costs.model_dump().values() if value is not None) >= 0
         assert fit.worst_error > 0
 
@@ -148,7 +148,7 @@ def test_links_are_of_the_messages_that_were_timed():
                           "value": [20e-6 + size / 1e11 for size in (1e3, 1e6, 1e9)]}).replace(
                               {"cell": r"\.0$"}, {"cell": ""}, regex=True)  # fmt: skip
     frame = pd.concat([rows_of(TRUE), links.assign(metric="transfer_time", status="ok", statistic="single")])
-    costs = cost_fit.profile_of(frame).fits[0].costs
+    costs = cost_profile.profile_of(frame).fits[0].costs
     assert costs.latency == pytest.approx(20e-6, rel=0.01)
     assert costs.transfer == pytest.approx(2 * 4096 / 1e11, rel=0.01)
 
@@ -178,9 +178,9 @@ def bench(**settings) -> SystemBench:
 
 def test_what_an_executor_does_besides_is_in_the_costs_of_its_system():
     config, held = read_model("llama-3.1-8b"), [np.array([value], float) for value in (2048, 2048 * 512, 1, 1)]
-    alone = stage_costs(cost_fit.profile_of(of_a_cpu({})).fits[0], config, 1, False).costs(*held)
+    alone = stage_costs(cost_profile.profile_of(of_a_cpu({})).fits[0], config, 1, False).costs(*held)
     forward, backward, step = (getattr(alone, name).item() for name in ("forward", "backward", "step"))
-    profile = cost_fit.profile_of(of_a_cpu({
+    profile = cost_profile.profile_of(of_a_cpu({
         "executor": ({"system": "fused-sequential"},
                      {"forward": forward + 0.04, "backward": backward + 0.02, "step": step + 0.003}),
         "crowded": ({"system": "fused-mlora", "replicas": 4}, dict.fromkeys((*PASSES, "step"), 1.0))}))  # fmt: skip
@@ -195,7 +195,7 @@ def test_what_an_executor_does_besides_is_in_the_costs_of_its_system():
 
 def test_messages_take_as_long_as_pipelines_show_whatever_the_speed_of_the_machine():
     config, seconds, expected = read_model("llama-3.1-8b"), {}, {"lorafusion": 0.02, "fused-sequential": 0.09}
-    profile = cost_fit.profile_of(of_a_cpu({}))
+    profile = cost_profile.profile_of(of_a_cpu({}))
     for system, latency in expected.items():
         settings = {"system": system, "stages": 2}
         workload, plan = workload_and_plan(bench(**settings))
@@ -210,7 +210,7 @@ def test_messages_take_as_long_as_pipelines_show_whatever_the_speed_of_the_machi
         {"system": "fused-sequential"},
         {name: getattr(alone, name).item() for name in (*PASSES, "step")},
     )
-    profile = cost_fit.profile_of(of_a_cpu(seconds))
+    profile = cost_profile.profile_of(of_a_cpu(seconds))
     fits = {system: profile.fit(config, "fused", system) for system in expected}
     assert fits["fused-sequential"].system == "fused-sequential"
     assert {system: fit.costs.latency for system, fit in fits.items()} == pytest.approx(expected, rel=0.01)
@@ -220,11 +220,11 @@ def test_on_a_cpu_what_follows_a_pass_is_in_the_costs_of_a_microbatch():
     frame = of_a_cpu({})
     late = (frame["metric"] == "step_time").to_numpy(float)
     layers = frame["cell"].str.extract("layers~([0-9]+)")[0].astype(float)
-    slow = cost_fit.profile_of(frame.assign(value=frame["value"] + late * (2e-3 + 1e-3 * layers.fillna(0)))).fits[0]
+    slow = cost_profile.profile_of(frame.assign(value=frame["value"] + late * (2e-3 + 1e-3 * layers.fillna(0)))).fits[0]
     assert slow.costs.step == pytest.approx(TRUE.step, rel=1e-3)
     held = [np.array([value], float) for value in (2048, 2048 * 512, 1, 1)]
     before, after = (CostModel(**fit.costs.model_dump() | {"layers": (4,)}).costs(*held).backward.item()
-                     for fit in (cost_fit.profile_of(frame).fits[0], slow))  # fmt: skip
+                     for fit in (cost_profile.profile_of(frame).fits[0], slow))  # fmt: skip
     assert after == pytest.approx(before + 6e-3, rel=1e-2)
 
 

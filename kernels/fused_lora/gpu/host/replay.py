@@ -139,10 +139,12 @@ def _from_record(function: Callable[..., Results], operands: Operands, settings:
 
     arguments: tensors, bools, which tell kinds of calls apart, and sequences of either. The first call of a kind is not
     recorded, as there may be no second. Nor are calls while someone else launches, or watches Triton's launches."""
+    launcher = calls.launcher()
+    if launcher.run_of is not calls.RUN:
+        return function(operands, settings, *arguments)
     if calls.target_for(operands.a).name != calls.INTERPRETER:
         bind(operands.a.device.index or 0)
-    launcher = calls.launcher()
-    if not launcher.remembers or launcher.run_of is not calls.RUN or _watched():
+    if not launcher.remembers or _watched():
         return function(operands, settings, *arguments)
     tensors: list[Tensor] = [*operands]
     numbers: list[Any] = [settings.max_rank, settings.masked, *settings.ranks]

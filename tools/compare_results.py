@@ -20,6 +20,7 @@ TIMED = {
     "time",
     "throughput",
     "throughput_padded",
+    "frozen_throughput",
     "overhead",
     "speedup",
     "tflops",

@@ -101,7 +101,8 @@ def test_a_job_that_slurm_has_forgotten_ended_as_its_files_say(workflow):
 
 
 def test_nodes_that_are_down_are_waited_for(workflow):
-    answer("scontrol", "update", "nodename=toy2", "state=down", "reason=broken")
+    """Or drained, which they stay: a node that is said to be down is taken back when it tells of itself."""
+    answer("scontrol", "update", "nodename=toy2", "state=drain", "reason=broken")
     try:
         job = submit("true", "--nodes=2")
         wait_until(lambda: "None" not in answer("squeue", "--noheader", "--format=%r", f"--jobs={job}"), 30, "a reason")

@@ -31,7 +31,7 @@ FLOORS = (
     ("fused_lora",),
 )
 FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
-MOST_LINES = 36_991  # of the product; the goal is 20,500
+MOST_LINES = 36_990  # of the product; the goal is 20,500
 MOST_MODULE_LINES = 400
 MOST_FUNCTION_LINES = 60
 MANY_FUNCTION_LINES = 30  # at most one function of ten is longer

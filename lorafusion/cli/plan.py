@@ -124,9 +124,7 @@ def _jobs_of(path: Path) -> tuple[Workload, dict[str, int], Question | None, boo
         model = base_model(config)
         share = config.recomputed_share or 0.0
         question = Question(config.stages, model, device=config.device, checkpointing=share > 0)
-        device = config.device or "cuda"  # a GPU, if it says none
-        graphs = config.graphs != "off" and not config.without_graphs(model, device)
-        return prepare(config, model, Path(scratch)), sizes, question, graphs
+        return prepare(config, model, Path(scratch)), sizes, question, config.plans_graphs(model)
 
 
 def _planner(system: str | None, strategy: str | None, graphs: bool | None) -> tuple[str, bool]:

@@ -70,9 +70,7 @@ def read_source(path: Path, model: str | None) -> Source:
 def costs_by_stages(source: Source, path: Path | None, checkpointing: bool) -> Callable[[int], CostModel]:
     """The cost model by the number of stages: by the model's FLOP, or by a file, which is a profile of the model or a
     cost model whose layers are divided anew. A jobs file may ask for graphs."""
-    config = source.config
-    device = config and config.device or "cuda"
-    if config is not None and config.graphs != "off" and not config.without_graphs(source.model, device):
+    if source.config is not None and source.config.plans_graphs(source.model):
         eager = costs_by_stages(source._replace(config=None), path, checkpointing)
         return lambda stages: eager(stages).captured()
     if path is None or is_profile(path):

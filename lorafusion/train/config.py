@@ -237,10 +237,13 @@ class TrainConfig(Config):
         """The dtype of the base model asked for, or the one that suits the device."""
         return self.dtype or ("bfloat16" if self.chosen_device == "cuda" else "float32")
 
-    def without_graphs(self, model: ModelConfig | None, device: str | None = None) -> str:
-        """Why stages cannot replay graphs, memory aside; empty where they can. model: None before it is known. device:
-        by default the one here."""
-        return no_graphs(SYSTEM, read_system(SYSTEM), device or self.chosen_device, model)
+    def without_graphs(self, model: ModelConfig | None) -> str:
+        """Why stages cannot replay graphs here, memory aside; empty where they can. model: None before it is known."""
+        return no_graphs(SYSTEM, read_system(SYSTEM), self.chosen_device, model)
+
+    def plans_graphs(self, model: ModelConfig) -> bool:
+        """Does a plan for the device asked for, or for GPUs, count on graphs? Memory aside."""
+        return self.graphs != "off" and not no_graphs(SYSTEM, read_system(SYSTEM), self.device or "cuda", model)
 
     def uses_graphs(self, reason: str) -> bool:
         """As `core.config.uses_graphs`."""

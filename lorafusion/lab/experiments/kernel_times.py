@@ -73,7 +73,7 @@ def call_rows(
     device: torch.device,
     repeat: int,
 ) -> list[dict]:
-    """What a forward and backward pass takes of a user. graphs: replays of the calls' graphs, on a GPU."""  # fmt: skip
+    """What a forward and backward pass takes of a user. graphs: replays of the calls' graphs, on a GPU."""
     times = call_seconds(calls, graphs if device.type == "cuda" else {}, device, repeat)
     return [case_row(bench, case, metric, times[case][metric], "both") for case in calls for metric in calls_of(device)]
 

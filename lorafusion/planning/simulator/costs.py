@@ -66,8 +66,8 @@ class Costs:
 
     forward, backward, step: float64 [stages, microbatches]. step: what follows the microbatch's backward where it ends
     an adapter's global batch, gradients reduced over the replicas included. transfer: float64 [microbatches], one way
-    between two stages. cores: that the processors share; 0: each has a device of its own.
-    Raises `UserError` for shapes that do not fit each other, and times below zero.
+    between two stages. cores: that the processors share; 0: each has a device of its own. Raises
+    `UserError` for shapes that do not fit each other, and times below zero.
     """
 
     forward: np.ndarray
